@@ -1,0 +1,38 @@
+# Every verb sets up what it needs; a fresh machine needs Python 3.11 to 3.13 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup check test bench docs demo packages clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt diffmax-core/pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "make setup needs Python 3.11 to 3.13, got " + sys.version.split()[0] + "; pass another with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable diffmax-core
+	touch $@
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks.bench_forward
+	$(BIN)/python -m benchmarks.bench_backward
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+# Wheels and sdists, each installed alone into a fresh environment, and every install line that the README shows.
+packages: setup
+	$(BIN)/python .ci/packages.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,52 @@
+"""Constants and small formulas that every plain-PyTorch kernel shares (docs/theory.md, Eq. 2 to 5)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Below this e = 1 - alpha the operator is softmax to the last digit of float64 (the difference is about e * l**2 / 2, where
+# l = ln p), so the limit alpha -> 1 needs no branch: kernels raise e to it.
+MIN_E = 2.0**-60
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def newton_steps(n_iter: int, n: int, e: float, dtype: torch.dtype) -> int:
+    """Newton steps after which tau is as near to its root as `n_iter` bisection steps would bring it.
+
+    The error after j steps is at most (n^e - 1) n^e 4^-j; bisection's is (n^e - 1) n^-e 2^-j  (docs/theory.md, Eq. 9 and 10).
+    Steps beyond the digits of `dtype` change nothing and are not counted.
+    """
+    digits = 54 if dtype == torch.float64 else 26
+    return math.ceil(min(n_iter, digits) / 2 + e * math.log2(max(n, 1)))
+
+
+def clamp_e(e: float | Tensor) -> float | Tensor:
+    """e raised to MIN_E: the softmax limit. NaN stays NaN."""
+    return e.clamp_min(MIN_E) if isinstance(e, Tensor) else max(e, MIN_E)
+
+
+# Taylor coefficients of (exp(v) - 1 - v) / v^2: 1/2, 1/6, 1/24, ...
+_PHI_SERIES = tuple(1 / math.factorial(j + 2) for j in range(12))
+
+
+def alpha_weight(p: Tensor, s: Tensor, log_p: Tensor, e: float | Tensor) -> Tensor:
+    """w = p * phi(ln p) of Eq. 6, with phi(l) = (exp(-e*l) - 1 + e*l) / e^2 and s = p^alpha = p * exp(-e*l).
+
+    Written with v = -e*l so that no digit is lost as alpha -> 1: a series where v is small, (s - p*(1 + v)) / e^2 elsewhere.
+    """
+    v = -e * log_p
+    terms = _PHI_SERIES if p.dtype == torch.float64 else _PHI_SERIES[:7]
+    small = v < 0.3
+    v_small = torch.where(small, v, 0.0)
+    series = torch.full_like(v, terms[-1])
+    for coefficient in reversed(terms[:-1]):
+        series = series * v_small + coefficient
+    far_e = torch.where(small, torch.ones_like(v), e)  # where the series serves, e^2 may be too small to divide by
+    return torch.where(small, p * log_p.square() * series, (s - p * (1 + v)) / far_e**2)

@@ -1,0 +1,60 @@
+"""The public functions: what they mean, and their arguments checked. `_ops` is the next step on the way to a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffmax import _ops  # noqa: F401  (defines torch.ops.diffmax.*)
+from diffmax._checks import check_scores, one_minus_alpha
+
+Alpha: TypeAlias = "float | Tensor | Callable[[], float | Tensor]"
+
+
+def diffmax_bisect(X: Tensor, alpha: Alpha = 0.9, dim: int = -1, n_iter: int = 50, ensure_sum_one: bool = True) -> Tensor:
+    """Map scores to a sparse probability vector along `dim`: a drop-in for `torch.softmax`.
+
+    p_i = [(1 - alpha) (x_i - tau)]_+ ^ (1 / (1 - alpha)),  tau the one number that makes the p_i sum to 1   (Eq. 1)
+
+    The limit alpha -> 1 is softmax, alpha -> 0 is sparsemax; it is entmax with alpha' = 2 - alpha. Every score at or below
+    tau, and so every score further than 1 / (1 - alpha) below the largest, gets weight exactly 0.
+
+    Args:
+        X: Scores, any shape and strides. float16, bfloat16, float32 or float64. -inf marks a masked entry.
+        alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float; or a tensor that broadcasts against X with `dim`
+            reduced to 1, such as (H, 1, 1) for one alpha per head of scores (B, H, L, L); or a function of no arguments that
+            returns either. A tensor may require a gradient, and may hold 0 and 1 themselves, where a learned alpha can end:
+            they give sparsemax and softmax.
+        dim: Axis that sums to one.
+        n_iter: The result is at least as accurate as after this many steps of bisection, in at most half as many steps of
+            Newton's method, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
+        ensure_sum_one: Divide by the sum at the end. False gives the weights at the tau that was found.
+    Returns:
+        Tensor of X's shape, dtype and device, contiguous. A row with nothing visible (all -inf) is all 0, with gradient 0. A
+        row that holds NaN or +inf is all NaN. A row of one entry is 1.
+    Raises:
+        TypeError: X is no tensor of those dtypes, or an argument has the wrong type.
+        ValueError: alpha or `dim` is out of range, alpha's shape does not fit, or n_iter < 1. The values of an alpha that lives
+            on an accelerator are not read, as that would wait for the device: rows whose alpha lies outside [0, 1] are NaN.
+    Numerics: Computes in float32, for float64 in float64. Gradient in X by Eq. 3, in alpha by Eq. 4; both are zero off the
+        support. Deterministic on CPU.
+    Source: docs/theory.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
+        tensor([0.8307, 0.1693, 0.0000, 0.0000])
+    """
+    dim = check_scores("diffmax_bisect", X, dim, n_iter)
+    e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim)
+    return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one)
+
+
+def normalize(X: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:
+    """`diffmax_bisect` behind its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the accumulation dtype."""
+    if X.ndim == 0:
+        return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one).reshape(())
+    p: Tensor = torch.ops.diffmax.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), "")[0]
+    return p

@@ -1,0 +1,81 @@
+"""Module faces of the functions in `diffmax.functional`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffmax._checks import check_alpha_tensor, check_scores
+from diffmax._numerics import accumulation_dtype
+from diffmax.functional import Alpha, diffmax_bisect, normalize
+from diffmax.maps import AlphaMap
+
+
+class DiffmaxBisectModule(nn.Module):
+    """`diffmax_bisect` as a module, with an alpha that is fixed, given from outside, or learned.
+
+    Args:
+        alpha: As for `diffmax_bisect`. A tensor becomes a buffer, an nn.Parameter a parameter of the module.
+        dim, n_iter, ensure_sum_one: As for `diffmax_bisect`.
+        alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: the module has one trainable parameter,
+            `log_beta`, of alpha's shape (a tensor alpha of shape (H, 1, 1): one per head), and starts at `alpha`.
+    Raises:
+        TypeError: alpha is a function although an alpha_map is given, or alpha_map is no map.
+        ValueError: alpha lies outside the range of alpha_map.
+    Example:
+        >>> import torch
+        >>> from diffmax import HillMap
+        >>> attend = DiffmaxBisectModule(torch.full((4, 1, 1), 0.85), alpha_map=HillMap(c=0.3))
+        >>> attend(torch.randn(2, 4, 5, 5)).shape
+        torch.Size([2, 4, 5, 5])
+        >>> attend.log_beta.shape
+        torch.Size([4, 1, 1])
+    """
+
+    def __init__(
+        self,
+        alpha: Alpha = 0.9,
+        dim: int = -1,
+        n_iter: int = 50,
+        ensure_sum_one: bool = True,
+        alpha_map: AlphaMap | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.n_iter, self.ensure_sum_one, self.alpha_map = dim, n_iter, ensure_sum_one, alpha_map
+        if alpha_map is None:
+            if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
+                self.register_buffer("alpha", alpha)
+            else:
+                self.alpha = alpha
+            return
+        if not isinstance(alpha_map, AlphaMap):
+            raise TypeError(f"DiffmaxBisectModule: alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
+        if not isinstance(alpha, (float, Tensor)):
+            raise TypeError(
+                f"DiffmaxBisectModule: with an alpha_map, alpha must be a float or a tensor to start from, got {alpha!r}"
+            )
+        beta = alpha_map.inverse(torch.as_tensor(alpha, dtype=torch.float64))
+        self.log_beta = nn.Parameter(beta.log().to(alpha.dtype if isinstance(alpha, Tensor) else torch.float32))
+
+    @property
+    def current_alpha(self) -> float | Tensor:
+        """The alpha that the next call uses: a float, or a tensor that leads back to what is learned."""
+        if self.alpha_map is not None:
+            return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
+        return self.alpha() if callable(self.alpha) else self.alpha
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Weights for scores X; see `diffmax_bisect`."""
+        if self.alpha_map is None:
+            return diffmax_bisect(X, self.alpha, self.dim, self.n_iter, self.ensure_sum_one)
+        dim = check_scores("DiffmaxBisectModule", X, self.dim, self.n_iter)
+        check_alpha_tensor("DiffmaxBisectModule", X, self.log_beta, dim)
+        # the map gives 1 - alpha itself: alpha would round to 1 where 1 - alpha is still a good number
+        acc = accumulation_dtype(X.dtype)
+        e = self.alpha_map.one_minus_alpha_of_log(self.log_beta.to(torch.promote_types(self.log_beta.dtype, acc)))
+        return normalize(X, 0.0, e.to(device=X.device, dtype=acc), dim, self.n_iter, self.ensure_sum_one)
+
+    def extra_repr(self) -> str:
+        """What repr shows between the brackets."""
+        shown = f"alpha_map={self.alpha_map}" if self.alpha_map is not None else f"alpha={self.alpha}"
+        return f"{shown}, dim={self.dim}, n_iter={self.n_iter}, ensure_sum_one={self.ensure_sum_one}"
