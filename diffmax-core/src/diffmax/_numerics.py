@@ -32,8 +32,9 @@ def clamp_e(e: float | Tensor) -> float | Tensor:
     return e.clamp_min(MIN_E) if isinstance(e, Tensor) else max(e, MIN_E)
 
 
-# Taylor coefficients of (exp(v) - 1 - v) / v^2: 1/2, 1/6, 1/24, ...
-_PHI_SERIES = tuple(1 / math.factorial(j + 2) for j in range(12))
+# Taylor coefficients of (exp(v) - 1 - v) / v^2: 1/2, 1/6, 1/24, ... so many that the rest is below rounding for v < 1.
+_PHI_SERIES = {torch.float32: tuple(1 / math.factorial(j + 2) for j in range(11))}
+_PHI_SERIES[torch.float64] = tuple(1 / math.factorial(j + 2) for j in range(18))
 
 
 def alpha_weight(p: Tensor, s: Tensor, log_p: Tensor, e: float | Tensor) -> Tensor:
@@ -42,11 +43,11 @@ def alpha_weight(p: Tensor, s: Tensor, log_p: Tensor, e: float | Tensor) -> Tens
     Written with v = -e*l so that no digit is lost as alpha -> 1: a series where v is small, (s - p*(1 + v)) / e^2 elsewhere.
     """
     v = -e * log_p
-    terms = _PHI_SERIES if p.dtype == torch.float64 else _PHI_SERIES[:7]
-    small = v < 0.3
+    small = v < 1
     v_small = torch.where(small, v, 0.0)
-    series = torch.full_like(v, terms[-1])
-    for coefficient in reversed(terms[:-1]):
+    highest, *lower = reversed(_PHI_SERIES[p.dtype])
+    series = torch.full_like(v, highest)
+    for coefficient in lower:
         series = series * v_small + coefficient
     far_e = torch.where(small, torch.ones_like(v), e)  # where the series serves, e^2 may be too small to divide by
     return torch.where(small, p * log_p.square() * series, (s - p * (1 + v)) / far_e**2)

@@ -53,7 +53,7 @@ def diffmax_bisect(X: Tensor, alpha: Alpha = 0.9, dim: int = -1, n_iter: int = 5
 
 
 def normalize(X: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:
-    """`diffmax_bisect` behind its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the accumulation dtype."""
+    """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
     if X.ndim == 0:
         return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one).reshape(())
     p: Tensor = torch.ops.diffmax.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), "")[0]

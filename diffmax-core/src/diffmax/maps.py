@@ -12,7 +12,7 @@ from torch import Tensor
 FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
 # Every h(u) has reached 1 here, in float64 too. Beyond, u would overflow and turn a derivative of 0 into 0 * inf.
-_MAX_U = 1e13
+_MAX_U = 1e30
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def bisect_backward(
         shift = torch.where(m == -torch.inf, 0.0, m)
         weights, log_p, _ = _power(row_e * (x.to(acc) - shift), delta, row_e)
         live = (weights != 0) | p.isnan()
-        weights = torch.where(p.isnan(), torch.nan, weights)
+        weights, log_p = (torch.where(p.isnan(), torch.nan, t) for t in (weights, log_p))
     s = torch.where(live, torch.exp((1 - row_e) * log_p), 0.0)
     total = s.sum(dim, keepdim=True)
     g = grad.to(acc)

@@ -1,0 +1,77 @@
+"""diffmax.backends(), and what an import does and does not do."""
+
+import subprocess
+import sys
+
+import torch
+
+import diffmax
+
+
+def test_lists_every_kernel_with_its_device_dtypes_and_status():
+    records = {(record.backend, record.operator): record for record in diffmax.backends()}
+    assert set(records) == {(b, o) for b in ("cpu", "reference") for o in ("bisect", "bisect_backward")}
+    cpu, reference = records["cpu", "bisect"], records["reference", "bisect"]
+    assert (cpu.device, cpu.status, cpu.distribution) == ("cpu", "active", "diffmax-core")
+    assert cpu.version == diffmax.__version__
+    assert cpu.dtypes == "float16, bfloat16, float32, float64"
+    assert (reference.device, reference.reason) == ("any", "devices other than cpu")
+    module, _, function = cpu.kernel.partition(":")
+    assert callable(getattr(sys.modules[module] if module in sys.modules else __import__(module, fromlist=["x"]), function))
+
+
+def test_prints_as_a_table():
+    lines = repr(diffmax.backends()).splitlines()
+    assert lines[0].split() == [
+        "backend",
+        "distribution",
+        "version",
+        "device",
+        "operator",
+        "kernel",
+        "status",
+        "reason",
+        "dtypes",
+    ]
+    assert len(lines) == 1 + len(diffmax.backends())
+    assert lines[1].startswith("cpu ")
+    column = lines[0].index("operator")
+    assert all(line[column:].startswith("bisect") for line in lines[1:])
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_loads_no_kernel_and_no_optional_package():
+    loaded = run(
+        "import sys, torch; before = set(sys.modules); import diffmax; print(*sorted(set(sys.modules) - before))"
+    ).split()
+    assert "diffmax" in loaded
+    unwanted = ("diffmax.cpu.rows", "diffmax.testing", "diffmax.integrations", "numba", "triton", "transformers", "torch_npu")
+    assert not [name for name in loaded if name.startswith(unwanted)]
+
+
+def test_the_operator_survives_a_fork():
+    code = """
+import os, torch, diffmax
+x = torch.randn(300, 400)
+expected = diffmax.diffmax_bisect(x, 0.5)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if torch.allclose(diffmax.diffmax_bisect(x, 0.5), expected) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run(code).strip() == "0"
+
+
+def test_everything_public_is_documented():
+    for name in diffmax.__all__:
+        assert name == "__version__" or getattr(diffmax, name).__doc__
+
+
+def test_dtypes_are_those_that_the_operator_takes():
+    from diffmax._numerics import FLOAT_DTYPES
+
+    assert set(FLOAT_DTYPES) == {torch.float16, torch.bfloat16, torch.float32, torch.float64}
