@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup check test bench docs demo packages clean
+.PHONY: setup check test bench docs demo packages floor clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,16 @@ bench: setup
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+# The oldest Python and torch that diffmax-core claims, and the lowest bounds of its other requirements: about 3 GB to download.
+FLOOR_PYTHON ?= python3.10
+FLOOR := build/floor
+floor:
+	$(FLOOR_PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet torch==2.4.1 'numpy<2.3' pluggy==1.5.0 importlib-metadata==6.0 packaging==22.0 \
+		pytest hypothesis scipy mpmath entmax==1.3 --editable diffmax-core
+	$(FLOOR)/bin/python -m pytest tests/test_functional.py tests/test_gradients.py tests/test_ops.py tests/test_maps.py \
+		tests/test_nn.py tests/test_backends.py
 
 # Wheels and sdists, each installed alone into a fresh environment, and every install line that the README shows.
 packages: setup

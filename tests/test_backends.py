@@ -1,5 +1,6 @@
 """diffmax.backends(), and what an import does and does not do."""
 
+import os
 import subprocess
 import sys
 
@@ -41,6 +42,31 @@ def test_prints_as_a_table():
 
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def older_project(folder, content="NAME = 'the older project'"):
+    """What `pip install diffmax` leaves in a folder of packages."""
+    (folder / "diffmax-0.2.dist-info").mkdir(parents=True)
+    (folder / "diffmax-0.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: diffmax\nVersion: 0.2\n")
+    if content:
+        (folder / "diffmax").mkdir()
+        (folder / "diffmax" / "__init__.py").write_text(content)
+
+
+def test_the_older_project_installed_first_is_warned_about(tmp_path, monkeypatch):
+    older_project(tmp_path, content=None)  # its files were overwritten by diffmax-core's, its metadata was not
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    code = "import warnings; warnings.simplefilter('error')\ntry: import diffmax\nexcept RuntimeWarning as w: print(w)"
+    output = run(code)
+    assert "the older project diffmax 0.2 is installed beside diffmax-core" in output
+    assert "run: pip uninstall diffmax && pip install --force-reinstall --no-deps diffmax-core" in output
+
+
+def test_the_older_project_installed_last_replaces_diffmax_core(tmp_path, monkeypatch):
+    """Nothing of diffmax-core runs then, so nothing can warn: the README says how to see it and what to do."""
+    older_project(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert run("import diffmax; print(diffmax.NAME, hasattr(diffmax, 'backends'))").strip() == "the older project False"
 
 
 def test_import_loads_no_kernel_and_no_optional_package():

@@ -96,8 +96,9 @@ def test_compiles_the_module_and_half_precision():
 
 def test_bad_input_is_an_error_under_compile_too():
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"alpha must lie strictly between 0 and 1, got 1\.5"):
-        torch.compile(lambda x: diffmax_bisect(x, 1.5), backend="eager", fullgraph=True)(torch.randn(3))
+    compiled = torch.compile(lambda x: diffmax_bisect(x, 1.5), backend="eager")
+    with pytest.raises(ValueError, match=r"alpha must lie strictly between 0 and 1, got 1\.5"):
+        compiled(torch.randn(3))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -170,7 +171,7 @@ def test_a_model_can_be_copied_and_saved(tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pt")
     fresh = torch.nn.Sequential(torch.nn.Linear(5, 5), DiffmaxBisectModule(0.7, alpha_map=HillMap(0.5)))
     fresh[1].alpha_map = HillMap(0.3)
-    fresh.load_state_dict(torch.load(tmp_path / "model.pt"))
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     assert torch.equal(fresh(x), expected)
 
 
