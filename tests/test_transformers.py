@@ -213,10 +213,11 @@ def test_left_padding_equals_no_padding():
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("window", [None, 4])
-def test_generation_with_a_cache_equals_generation_without(cache, window):
+@pytest.mark.parametrize("padding", [0, 2])  # without padding or a window there is no mask
+def test_generation_with_a_cache_equals_generation_without(cache, window, padding):
     model = decoder("Mistral", sliding_window=window)
     ids = tokens(2, 6)
-    ids[0, :2] = 0
+    ids[0, :padding] = 0
     mask = (ids != 0).long()
     settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     plain = model.generate(ids, attention_mask=mask, use_cache=False, **settings)

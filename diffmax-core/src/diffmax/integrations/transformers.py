@@ -130,7 +130,7 @@ def _attention_forward(
         is_causal = getattr(module, "is_causal", True)
     is_causal = is_causal and attention_mask is None and length > 1
     if is_causal:
-        # the rest is the empty part of a static cache
+        # the rest is the empty part of a static cache, which no query sees: save the work
         key, value = key[:, :, :length], value[:, :, :length]
     if sliding_window is not None and attention_mask is None and key.shape[2] > sliding_window:
         raise ValueError(
