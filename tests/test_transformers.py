@@ -49,6 +49,15 @@ def encoder():
     return model, AutoTokenizer.from_pretrained(path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """On models this small a second thread costs more than it gives, and on a busy machine ten times as much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _defaults(encoder):
     """The encoder and the key "diffmax" as new, whatever a test did to them."""
