@@ -2,9 +2,10 @@
 
 from importlib_metadata import version as _version
 
-from diffmax import _older_project, nn
-from diffmax._dispatch import backends
-from diffmax.errors import DiffmaxError, NoBackendError
+from diffmax import _dispatch, _older_project, nn
+from diffmax._dispatch import register_backend, unregister_backend, use_backend
+from diffmax._inspect import backends, explain
+from diffmax.errors import BackendError, DiffmaxError, NoBackendError
 from diffmax.functional import diffmax_bisect
 from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
 from diffmax.nn import DiffmaxBisectModule
@@ -14,6 +15,7 @@ _older_project.warn_if_installed()
 
 __all__ = [
     "AlphaMap",
+    "BackendError",
     "DiffmaxBisectModule",
     "DiffmaxError",
     "ExpMap",
@@ -23,5 +25,11 @@ __all__ = [
     "__version__",
     "backends",
     "diffmax_bisect",
+    "explain",
     "nn",
+    "register_backend",
+    "unregister_backend",
+    "use_backend",
 ]
+
+_dispatch.registry.discover()  # last: a plugin may import any of the names above

@@ -1,133 +1,294 @@
-"""Which kernel runs an operator, and the list of kernels that `diffmax.backends()` shows."""
+"""Which backend runs a call. Plugins are found once, at import; per call a cached decision is looked up.
+
+The order of choice: the `backend` argument, `use_backend(...)`, DIFFMAX_BACKEND, then the largest priority. A backend that is
+named never falls back: if it cannot run the call, the error gives every reason.
+"""
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from importlib_metadata import version
+from torch import Tensor
 
-from diffmax._numerics import FLOAT_DTYPES
-from diffmax.errors import NoBackendError
+from diffmax import _builtin, _discovery, _env
+from diffmax._discovery import Plugin, PluginRefusedError
+from diffmax.errors import BackendError, NoBackendError
+from diffmax.plugin import Backend, CallSpec
 
-
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """A set of kernels for one kind of device.
-
-    Attributes:
-        name: What `backends()` lists.
-        device_type: torch device type that it serves, or "any".
-        kernels: Operator name to "module:function"; imported on first use.
-        priority: The largest that serves a device is used.
-    """
-
-    name: str
-    device_type: str
-    kernels: dict[str, str]
-    priority: int
-    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
-    distribution: str = "diffmax-core"
-
-    def serves(self, operator: str, device_type: str) -> bool:
-        return operator in self.kernels and self.device_type in ("any", device_type)
+PLUGIN_FOR_RUNTIME = {"cuda": "diffmax-cuda", "hip": "diffmax-rocm", "cann": "diffmax-npu"}
+_HINT = "run `python -m diffmax` to see what is installed"
 
 
-_BACKENDS = (
-    Backend(
-        name="cpu",
-        device_type="cpu",
-        kernels={"bisect": "diffmax.cpu.rows:bisect", "bisect_backward": "diffmax.cpu.rows:bisect_backward"},
-        priority=50,
-    ),
-    Backend(
-        name="reference",
-        device_type="any",
-        kernels={"bisect": "diffmax.reference:bisect", "bisect_backward": "diffmax.reference:bisect_backward"},
-        priority=0,
-    ),
-)
+class _Selection(threading.local):
+    """What `use_backend` set in this thread. Thread-local rather than a ContextVar, which torch.compile cannot trace."""
+
+    name = ""
 
 
-@functools.cache
-def kernel(operator: str, device_type: str, backend: str = "") -> Callable[..., Any]:
-    """The function that computes `operator` on `device_type`: of the named backend, or of the best one.
+class Registry:
+    """What this process knows of backends: settings, plugins, probes' answers, and decisions made."""
+
+    def __init__(self) -> None:
+        self.settings = _env.Settings()
+        self.manager = _discovery.make_plugin_manager()
+        self.plugins: list[Plugin] = []
+        self.kernels: dict[tuple[object, ...], Callable[..., Any]] = {}
+        self.probes: dict[str, tuple[str, str]] = {}
+        self.noticed: set[str] = set()
+        self.lock = threading.RLock()
+
+    def discover(self) -> None:
+        """Read the environment, find the plugins, load them after diffmax-core's own."""
+        with self.lock:
+            if self.plugins:  # a plugin's import led back here
+                return
+            self.settings = _env.read()
+            core = Plugin("core", "diffmax-core", version("diffmax-core"))
+            core.accept(_discovery.register(_builtin.plugin, core, self.manager))
+            self.plugins = [core]
+            self.plugins += _discovery.find(self.settings)
+            self.load_deferred()
+
+    def load_deferred(self) -> None:
+        """Load the plugins that have not been. One whose backend has a taken name is shadowed."""
+        with self.lock:
+            for plugin in [plugin for plugin in self.plugins if plugin.status == "deferred"]:
+                owners = {b.name: p for p in self.plugins for b in p.backends}
+                _discovery.load(plugin, self.manager)
+                taken = [b.name for b in plugin.backends if b.name in owners]
+                if taken:
+                    plugin.backends = ()
+                    plugin.refuse("shadowed", f"the backend name {taken[0]!r} is taken by {owners[taken[0]].distribution}")
+                if plugin.status != "deferred":
+                    self.kernels.clear()
+
+    def backends(self) -> list[Backend]:
+        """All that are loaded, in the order in which the automatic choice tries them."""
+        self.load_deferred()
+        loaded = [backend for plugin in self.plugins for backend in plugin.backends]
+        return sorted(loaded, key=lambda backend: (-backend.priority, backend.name))
+
+    def owner(self, backend: Backend) -> Plugin:
+        """The plugin that registered `backend`."""
+        return next(plugin for plugin in self.plugins if backend in plugin.backends)
+
+    def probe(self, backend: Backend) -> tuple[str, str]:
+        """Ask once whether the backend can run on this machine: ("", "") if so, else status and reason."""
+        if backend.name not in self.probes:
+            try:
+                reason = import_function(backend.probe)() if backend.probe else None
+                hint = f"; {backend.install_hint}" if backend.install_hint else ""
+                self.probes[backend.name] = ("unavailable", f"{reason}{hint}") if reason else ("", "")
+            except Exception as error:  # noqa: BLE001  (a probe may not raise; if it does, its backend is out, not the others)
+                self.probes[backend.name] = ("failed", f"its probe raised {type(error).__name__}: {error}")
+        return self.probes[backend.name]
+
+
+registry = Registry()
+_selection = _Selection()
+
+
+def kernel(
+    operator: str, scores: Tensor, backend: str, *, tensor_alpha: bool = False, alpha_gradient: bool = False
+) -> Callable[..., Any]:
+    """The function that computes `operator` for these scores: of the named backend, or of the best one for backend "".
 
     Raises:
-        NoBackendError: The named backend is unknown or does not serve the device.
+        NoBackendError: No backend can, or the named one cannot.
+        BackendError: The chosen kernel cannot be imported.
     """
-    candidates = [b for b in _BACKENDS if b.serves(operator, device_type) and backend in ("", b.name)]
-    if not candidates:
-        known = ", ".join(f"{b.name} ({b.device_type})" for b in _BACKENDS if operator in b.kernels)
-        raise NoBackendError(
-            f"no backend named {backend!r} computes {operator} on {device_type}\n"
-            f"  installed: {known}\n"
-            "run diffmax.backends() to see them all"
-        )
-    best = max(candidates, key=lambda b: (b.priority, b.name))
-    module, _, attribute = best.kernels[operator].partition(":")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    key = (operator, scores.device.type, scores.dtype, backend, tensor_alpha, alpha_gradient, deterministic)
+    found = registry.kernels.get(key)
+    if found is None:
+        wanted = {"tensor_alpha": tensor_alpha, "alpha_gradient": alpha_gradient, "deterministic": deterministic}
+        spec = describe(operator, scores.device.type, scores.dtype, frozenset(name for name, on in wanted.items() if on))
+        chosen = choose(spec, backend)
+        found = registry.kernels[key] = _load_kernel(chosen, operator)
+    return found
+
+
+def describe(operator: str, device_type: str, dtype: torch.dtype, features: frozenset[str] = frozenset()) -> CallSpec:
+    """A CallSpec, with the runtime that drives the device type in this process."""
+    runtime = {"cuda": "hip" if torch.version.hip else "cuda", "npu": "cann"}.get(device_type, device_type)
+    return CallSpec(operator, device_type, runtime, dtype, features)
+
+
+def choose(spec: CallSpec, backend: str = "") -> Backend:
+    """The backend for a call; notice once if that is plain PyTorch on an accelerator."""
+    names = names_for(spec, backend)
+    verdicts = judge(spec, names)
+    chosen = next((candidate for candidate, reasons in verdicts if not reasons), None)
+    if chosen is None:
+        named = f"the backend{'s' * (len(names) > 1)} {', '.join(names)} cannot run" if names else "no backend can run"
+        raise NoBackendError(f"{named} {spec}\n{_listed(verdicts)}\n{_HINT}")
+    if chosen.name == "reference" and not names and spec.device_type not in ("cpu", "meta"):
+        _notice_reference(spec, verdicts)
+    return chosen
+
+
+def names_for(spec: CallSpec, backend: str) -> tuple[str, ...]:
+    """The backends that are asked for by name; () leaves the choice to the priorities.
+
+    A backend that provides no backward at all leaves that operator to the others, also when it is named.
+    """
+    names = (backend,) if backend else registry.settings.backend
+    known = {b.name: b for b in registry.backends()}
+    for name in names:
+        if name not in known:
+            raise NoBackendError(_unknown_name(name, known))
+    if spec.operator.endswith("_backward") and not any(spec.operator in known[name].kernels for name in names):
+        return ()
+    return names
+
+
+def judge(spec: CallSpec, names: Sequence[str] = ()) -> list[tuple[Backend, list[str]]]:
+    """Each candidate with the reasons against it, in the order of choice."""
+    candidates = registry.backends()
+    if names:
+        candidates = sorted((b for b in candidates if b.name in names), key=lambda b: names.index(b.name))
+    return [(candidate, _reasons_against(candidate, spec, bool(names))) for candidate in candidates]
+
+
+def selected() -> str:
+    """What `use_backend` set in this thread, or ""."""
+    return _selection.name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the calls made inside the `with` block, and the backward of those calls, on the named backend.
+
+    It never falls back: a call that the backend cannot run raises NoBackendError with the reasons. It holds for the thread
+    that entered the block, in eager mode and under torch.compile.
+
+    Args:
+        name: As `diffmax.backends()` lists it.
+    Raises:
+        NoBackendError: No such backend is loaded.
+    Example:
+        >>> import torch, diffmax
+        >>> with diffmax.use_backend("reference"):
+        ...     p = diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
+    """
+    known = {backend.name: backend for backend in registry.backends()}
+    if name not in known:
+        raise NoBackendError(_unknown_name(name, known))
+    before = _selection.name
+    _selection.name = name
+    try:
+        yield
+    finally:
+        _selection.name = before
+
+
+def register_backend(backend: Backend, *, replace: bool = False) -> None:
+    """Add a backend to this process, as a plugin would: for notebooks and tests.
+
+    Args:
+        backend: Its description.
+        replace: Whether it may take the place of another one that was registered so.
+    Raises:
+        TypeError: `backend` is no Backend.
+        ValueError: The name is taken, or it was written for another version of the plugin interface.
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"register_backend: expected a diffmax.plugin.Backend, got {backend!r}")
+    try:
+        _discovery.check_versions(backend)
+    except PluginRefusedError as refusal:
+        raise ValueError(f"register_backend: {backend.name} is {refusal.args[1]}") from None
+    with registry.lock:
+        if replace and any(p.name == backend.name and p.distribution == _BY_CALL for p in registry.plugins):
+            unregister_backend(backend.name)
+        taken = next((p for p in registry.plugins for b in p.backends if b.name == backend.name), None)
+        if taken is not None:
+            raise ValueError(f"register_backend: the name {backend.name!r} is taken by {taken.distribution}")
+        plugin = Plugin(backend.name, _BY_CALL, "")
+        plugin.accept((backend,))
+        registry.plugins.append(plugin)
+        registry.kernels.clear()
+
+
+def unregister_backend(name: str) -> None:
+    """Remove a backend that `register_backend` added.
+
+    Raises:
+        ValueError: None of that name was.
+    """
+    with registry.lock:
+        added = [p for p in registry.plugins if p.distribution == _BY_CALL]
+        plugin = next((p for p in added if p.name == name), None)
+        if plugin is None:
+            known = ", ".join(p.name for p in added) or "none"
+            raise ValueError(f"unregister_backend: no backend {name!r} was added with register_backend, added: {known}")
+        registry.plugins.remove(plugin)
+        registry.probes.pop(name, None)
+        registry.kernels.clear()
+
+
+_BY_CALL = "(register_backend)"
+
+
+def _reasons_against(backend: Backend, spec: CallSpec, named: bool) -> list[str]:
+    reasons = backend.reasons_against(spec)
+    if not backend.automatic and not named:
+        reasons.append("is used only when asked for by name")
+    if reasons:
+        return reasons
+    _, reason = registry.probe(backend)
+    if reason:
+        return [reason]
+    if backend.unsupported is None:
+        return []
+    try:
+        return list(import_function(backend.unsupported)(spec))
+    except Exception as error:  # noqa: BLE001  (it may not raise; if it does, its backend is out, not the others)
+        return [f"its check of the call raised {type(error).__name__}: {error}"]
+
+
+def _load_kernel(backend: Backend, operator: str) -> Callable[..., Any]:
+    try:
+        return import_function(backend.kernels[operator])
+    except Exception as error:
+        raise BackendError(
+            f"backend {backend.name}: its kernel {backend.kernels[operator]} cannot be imported: {error}\n"
+            f"to leave it out, set DIFFMAX_BLOCK={registry.owner(backend).name}"
+        ) from error
+
+
+def import_function(target: str) -> Callable[..., Any]:
+    """What "module:function" names."""
+    module, _, attribute = target.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     return function
 
 
-@dataclass(frozen=True)
-class KernelRecord:
-    """One kernel of one backend, as `diffmax.backends()` lists it."""
-
-    backend: str
-    distribution: str
-    version: str
-    device: str
-    operator: str
-    kernel: str
-    status: str
-    reason: str
-    dtypes: str
+def _listed(verdicts: list[tuple[Backend, list[str]]]) -> str:
+    return "\n".join(f"  {backend.name}: {'; '.join(reasons)}" for backend, reasons in verdicts)
 
 
-class KernelTable(tuple[KernelRecord, ...]):
-    """Records that print as a table."""
-
-    def __repr__(self) -> str:
-        header = tuple(field.name for field in fields(KernelRecord))
-        lines = [header, *(astuple(record) for record in self)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def _unknown_name(name: str, known: dict[str, Backend]) -> str:
+    lines = [f"no backend is named {name!r}", f"  loaded: {', '.join(known)}"]
+    lines += [f"  {p} is {p.status}: {p.reason}" for p in registry.plugins if p.name == name and p.reason]
+    return "\n".join([*lines, _HINT])
 
 
-def backends() -> KernelTable:
-    """List every kernel that is installed, the best for each device first.
-
-    Returns:
-        Records with the fields backend, distribution, version, device (torch's device type, or "any"), operator, kernel
-        ("module:function"), status, reason and dtypes. Status "active": calls on that device type go to it; "available": it
-        can run, but another is preferred there, for the reason given. The records print as a table.
-    Example:
-        >>> import diffmax
-        >>> sorted({record.backend for record in diffmax.backends()})
-        ['cpu', 'reference']
-    """
-    records = []
-    for backend in sorted(_BACKENDS, key=lambda b: (-b.priority, b.name)):
-        for operator, target in backend.kernels.items():
-            preferred = [b.name for b in _BACKENDS if b.priority > backend.priority and b.serves(operator, backend.device_type)]
-            device_types = {b.device_type for b in _BACKENDS if operator in b.kernels} - {"any"}
-            reason = f"devices other than {', '.join(sorted(device_types))}" if backend.device_type == "any" else ""
-            records.append(
-                KernelRecord(
-                    backend=backend.name,
-                    distribution=backend.distribution,
-                    version=version(backend.distribution),
-                    device=backend.device_type,
-                    operator=operator,
-                    kernel=target,
-                    status="available" if preferred else "active",
-                    reason=f"{', '.join(preferred)} is preferred" if preferred else reason,
-                    dtypes=", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes),
-                )
-            )
-    return KernelTable(records)
+def _notice_reference(spec: CallSpec, verdicts: list[tuple[Backend, list[str]]]) -> None:
+    package = PLUGIN_FOR_RUNTIME.get(spec.runtime)
+    installed = {plugin.distribution for plugin in registry.plugins}
+    advice = f"\nrun: pip install {package}" if package and package not in installed else ""
+    against = _listed([(backend, reasons) for backend, reasons in verdicts if reasons])
+    message = f"{spec} runs as plain PyTorch: right, but slower than a kernel\n{against}{advice}"
+    if registry.settings.strict:
+        raise NoBackendError(f"DIFFMAX_STRICT=1: {message}\n{_HINT}")
+    if spec.device_type not in registry.noticed:
+        registry.noticed.add(spec.device_type)
+        warnings.warn(f"diffmax: {message}", RuntimeWarning, stacklevel=2)

@@ -35,7 +35,7 @@ _LIBRARY.define(
 
 
 def _bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str) -> Any:
-    run = kernel("bisect", x.device.type, backend)
+    run = kernel("bisect", x, backend, tensor_alpha=e_tensor is not None)
     return run(x, e if e_tensor is None else e_tensor, dim, n_iter, ensure_sum_one)
 
 
@@ -59,7 +59,7 @@ def _bisect_backward(
     needs_e: bool,
     backend: str,
 ) -> Any:
-    run = kernel("bisect_backward", p.device.type, backend)
+    run = kernel("bisect_backward", p, backend, tensor_alpha=e_tensor is not None, alpha_gradient=needs_e)
     return run(grad, p, m, delta, x, e if e_tensor is None else e_tensor, dim, needs_e)
 
 

@@ -6,4 +6,8 @@ class DiffmaxError(RuntimeError):
 
 
 class NoBackendError(DiffmaxError):
-    """No backend can run the call. The message gives each candidate's reason."""
+    """No backend can run the call, or the one that was named cannot. The message gives each candidate's reasons."""
+
+
+class BackendError(DiffmaxError):
+    """A backend that was chosen is broken: its kernel cannot be imported."""

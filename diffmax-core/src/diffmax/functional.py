@@ -10,11 +10,20 @@ from torch import Tensor
 
 from diffmax import _ops  # noqa: F401  (defines torch.ops.diffmax.*)
 from diffmax._checks import check_scores, one_minus_alpha
+from diffmax._dispatch import selected
 
 Alpha: TypeAlias = "float | Tensor | Callable[[], float | Tensor]"
 
 
-def diffmax_bisect(X: Tensor, alpha: Alpha = 0.9, dim: int = -1, n_iter: int = 50, ensure_sum_one: bool = True) -> Tensor:
+def diffmax_bisect(
+    X: Tensor,
+    alpha: Alpha = 0.9,
+    dim: int = -1,
+    n_iter: int = 50,
+    ensure_sum_one: bool = True,
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """Map scores to a sparse probability vector along `dim`: a drop-in for `torch.softmax`.
 
     p_i = [(1 - alpha) (x_i - tau)]_+ ^ (1 / (1 - alpha)),  tau the one number that makes the p_i sum to 1   (Eq. 1)
@@ -32,6 +41,8 @@ def diffmax_bisect(X: Tensor, alpha: Alpha = 0.9, dim: int = -1, n_iter: int = 5
         n_iter: The result is at least as accurate as after this many steps of bisection, in at most half as many steps of
             Newton's method, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
         ensure_sum_one: Divide by the sum at the end. False gives the weights at the tau that was found.
+        backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
+            else the best one that can run the call.
     Returns:
         Tensor of X's shape, dtype and device, contiguous. A row with nothing visible (all -inf) is all 0, with gradient 0. A
         row that holds NaN or +inf is all NaN. A row of one entry is 1.
@@ -39,6 +50,7 @@ def diffmax_bisect(X: Tensor, alpha: Alpha = 0.9, dim: int = -1, n_iter: int = 5
         TypeError: X is no tensor of those dtypes, or an argument has the wrong type.
         ValueError: alpha or `dim` is out of range, alpha's shape does not fit, or n_iter < 1. The values of an alpha that lives
             on an accelerator are not read, as that would wait for the device: rows whose alpha lies outside [0, 1] are NaN.
+        NoBackendError: The named backend cannot run the call.
     Numerics: Computes in float32, for float64 in float64. Gradient in X by Eq. 3, in alpha by Eq. 4; both are zero off the
         support. Deterministic on CPU.
     Source: docs/theory.md. Written for diffmax.
@@ -49,12 +61,14 @@ def diffmax_bisect(X: Tensor, alpha: Alpha = 0.9, dim: int = -1, n_iter: int = 5
     """
     dim = check_scores("diffmax_bisect", X, dim, n_iter)
     e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim)
-    return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one)
+    return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
 
 
-def normalize(X: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:
+def normalize(
+    X: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str | None = None
+) -> Tensor:
     """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
     if X.ndim == 0:
-        return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one).reshape(())
-    p: Tensor = torch.ops.diffmax.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), "")[0]
+        return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
+    p: Tensor = torch.ops.diffmax.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), backend or selected())[0]
     return p

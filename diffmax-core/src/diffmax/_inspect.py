@@ -1,0 +1,185 @@
+"""What users see of the backends: `backends()` and `explain(...)`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmax import _dispatch
+from diffmax.plugin import Backend, CallSpec
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """One kernel of one backend, or a plugin that is not loaded."""
+
+    backend: str
+    distribution: str
+    version: str
+    device: str
+    operator: str
+    kernel: str
+    status: str
+    reason: str
+    dtypes: str
+
+
+class KernelTable(tuple[KernelRecord, ...]):
+    """Records that print as a table, in a notebook as HTML."""
+
+    def __repr__(self) -> str:
+        return format_table([_HEADER, *map(astuple, self)])
+
+    def _repr_html_(self) -> str:
+        def row(tag: str, cells: Sequence[str]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        return f"<table>{row('th', _HEADER)}{''.join(row('td', astuple(record)) for record in self)}</table>"
+
+
+_HEADER = tuple(field.name for field in fields(KernelRecord))
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def backends() -> KernelTable:
+    """List every kernel of every backend, and every plugin that is not loaded, with status and reason.
+
+    Returns:
+        Records with the fields backend, distribution, version, device (torch's device type, or "any"), operator, kernel
+        ("module:function"), status, reason, dtypes. They print as a table. The statuses:
+        "active": float32 calls on that device type go to it; "available": it can run, another is preferred;
+        "unavailable": its probe says that it cannot run on this machine; "incompatible": its requirements are not met;
+        "failed": it raised; "blocked": by DIFFMAX_BLOCK; "shadowed": its name is taken.
+    Example:
+        >>> import diffmax
+        >>> [record.status for record in diffmax.backends() if record.backend == "reference"]
+        ['active', 'active']
+    """
+    records = []
+    for backend in _dispatch.registry.backends():
+        plugin = _dispatch.registry.owner(backend)
+        for operator, target in backend.kernels.items():
+            for device in backend.device_types:
+                records.append(
+                    KernelRecord(
+                        backend.name,
+                        plugin.distribution,
+                        plugin.version,
+                        "any" if device == "*" else device,
+                        operator,
+                        target,
+                        *_status(backend, operator, device),
+                        ", ".join(map(_dtype_name, backend.dtypes)),
+                    )
+                )
+    for plugin in _dispatch.registry.plugins:
+        if plugin.status not in ("loaded", "deferred"):
+            records.append(
+                KernelRecord(plugin.name, plugin.distribution, plugin.version, "", "", "", plugin.status, plugin.reason, "")
+            )
+    return KernelTable(records)
+
+
+def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
+    status, reason = _dispatch.registry.probe(backend)
+    if reason:
+        return status, reason
+    if device == "*":
+        return "active", "on devices that no other backend serves"
+    dtype = torch.float32 if torch.float32 in backend.dtypes else backend.dtypes[0]
+    spec = _dispatch.describe(operator, device, dtype)
+    if backend.runtime is not None and backend.runtime != spec.runtime:
+        return "available", f"for the {backend.runtime} runtime, this is {spec.runtime}"
+    verdicts = _dispatch.judge(spec, _dispatch.names_for(spec, ""))
+    first = next((candidate for candidate, reasons in verdicts if not reasons), None)
+    if first is backend:
+        return "active", ""
+    return "available", f"{first.name} is preferred" if first is not None and backend.automatic else "when asked for by name"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the backend for one call is chosen. Prints as text.
+
+    Attributes:
+        calls: For each operator of the call its CallSpec, the name of the chosen backend ("" if none can), the candidates in
+            order as (name, reasons against it), and what decided.
+    """
+
+    calls: tuple[tuple[CallSpec, str, tuple[tuple[str, tuple[str, ...]], ...], str], ...]
+
+    @property
+    def chosen(self) -> str:
+        """The backend of the forward call, "" if none can run it."""
+        return self.calls[0][1]
+
+    def __repr__(self) -> str:
+        lines = []
+        for spec, chosen, candidates, decided_by in self.calls:
+            lines.append(f"{spec}: {chosen or 'no backend'}, by {decided_by}")
+            lines += [f"  {name}: {'; '.join(reasons) or 'can run it'}" for name, reasons in candidates]
+        return "\n".join(lines)
+
+
+def explain(
+    op: str | Callable[..., Any], X: Tensor, alpha: Any = 0.9, *_: Any, backend: str | None = None, **__: Any
+) -> Explanation:
+    """Say which backend a call would go to, and for each other one why not.
+
+    Nothing is computed, so X may live on the meta device.
+
+    Args:
+        op: `diffmax.diffmax_bisect` or "diffmax_bisect".
+        X, alpha, backend, and the rest: The call's arguments. The backward is explained too if X or alpha requires a gradient.
+    Raises:
+        ValueError: diffmax has no such operator.
+        NoBackendError: `backend` or DIFFMAX_BACKEND names one that is not loaded.
+    Example:
+        >>> import torch, diffmax
+        >>> diffmax.explain("diffmax_bisect", torch.randn(4, 5), 0.5)
+        bisect of float32 on cpu: cpu, by priority
+          cpu: can run it
+          reference: can run it
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _OPERATORS:
+        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(_OPERATORS)}")
+    alpha = alpha() if callable(alpha) else alpha
+    learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
+    features = {"tensor_alpha"} if isinstance(alpha, Tensor) else set()
+    if torch.are_deterministic_algorithms_enabled():
+        features.add("deterministic")
+    specs = [_dispatch.describe(_OPERATORS[name], X.device.type, X.dtype, frozenset(features))]
+    if X.requires_grad or learns_alpha:
+        features |= {"alpha_gradient"} if learns_alpha else set()
+        specs.append(_dispatch.describe(f"{_OPERATORS[name]}_backward", X.device.type, X.dtype, frozenset(features)))
+    return Explanation(tuple(_explain_one(spec, backend or _dispatch.selected(), bool(backend)) for spec in specs))
+
+
+_OPERATORS = {"diffmax_bisect": "bisect", "bisect": "bisect"}
+
+
+def _explain_one(
+    spec: CallSpec, backend: str, by_argument: bool
+) -> tuple[CallSpec, str, tuple[tuple[str, tuple[str, ...]], ...], str]:
+    names = _dispatch.names_for(spec, backend)
+    verdicts = _dispatch.judge(spec, names)
+    chosen = next((candidate.name for candidate, reasons in verdicts if not reasons), "")
+    decided_by = "priority"
+    if names:
+        decided_by = ("the backend argument" if by_argument else "use_backend") if backend else "DIFFMAX_BACKEND"
+    return spec, chosen, tuple((candidate.name, tuple(reasons)) for candidate, reasons in verdicts), decided_by
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,138 @@
+"""What a backend's distribution uses: `Backend`, the hooks, and the version of this interface. docs/backends.md tells how.
+
+A plugin is an object in the entry-point group `diffmax.backends`. It implements the hook `diffmax_backends`, which returns
+descriptions: names, dtypes, and kernels as "module:function", imported at the first call that needs them. Making the
+descriptions must import no kernel and touch no device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pluggy
+import torch
+
+API_VERSION = (1, 0)
+"""Interface version. A larger minor adds; a larger major changes the hooks, the fields or the kernels' signatures."""
+
+SHARED_KERNELS_VERSION = 1
+"""Version of what `diffmax.kernels` offers to backends that build on core's shared kernels."""
+
+ENTRY_POINT_GROUP = "diffmax.backends"
+
+FEATURES = {
+    "tensor_alpha": "alpha as a tensor: per row, per head",
+    "alpha_gradient": "the backward gives the gradient for alpha",
+    "deterministic": "the same input gives the same bits",
+}
+"""What a call may need beyond an operator, a device type and a dtype. A backend must claim it to be chosen for such a call."""
+
+hookspec = pluggy.HookspecMarker("diffmax")
+hookimpl = pluggy.HookimplMarker("diffmax")
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """A call as far as the choice of a backend may depend on it: no tensors, no lengths.
+
+    Attributes:
+        operator: "bisect", "bisect_backward", ...
+        device_type: torch's device type.
+        runtime: What drives that device here: "cpu", "cuda", "hip" (both have device type "cuda"), "cann", or the type itself.
+        dtype: Dtype of the scores.
+        features: Those of `FEATURES` that the call needs.
+    """
+
+    operator: str
+    device_type: str
+    runtime: str
+    dtype: torch.dtype
+    features: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        needs = f", needs {', '.join(sorted(self.features))}" if self.features else ""
+        where = self.device_type if self.runtime == self.device_type else f"{self.device_type} ({self.runtime})"
+        return f"{self.operator} of {str(self.dtype).removeprefix('torch.')} on {where}{needs}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Backend:
+    """Description of a set of kernels for one kind of device.
+
+    Attributes:
+        name: Letters, digits, "_" and "-"; what users pass as `backend=`.
+        device_types: torch device types that it serves; ("*",) for all.
+        kernels: Operator to "module:function". Signatures: `diffmax.reference`. It may provide some operators only; the
+            others come from the next backend.
+        dtypes: Dtypes of the scores.
+        features: Of `FEATURES`, what it can do.
+        runtime: "cuda" or "hip" where the device type alone does not tell; None for any.
+        priority: Among the backends that can run a call, the largest is chosen; then the name decides. core's CPU kernels have
+            50, its plain PyTorch 0.
+        automatic: False: used only when it is asked for by name.
+        probe: "module:function" of no arguments: None if the backend can run on this machine, else the reason why not. Called
+            once, at the first call on its device types or by `diffmax.backends()`. May not raise.
+        unsupported: "module:function" of a CallSpec: the list of reasons against it, empty if there are none. May not raise.
+        install_hint: What the user can do when the probe says no.
+        api_version: The `API_VERSION` it was written for.
+        shared_kernels: The `SHARED_KERNELS_VERSION` it was written for, if it uses `diffmax.kernels`.
+    Raises:
+        TypeError, ValueError: A field is not as described.
+    """
+
+    name: str
+    device_types: Sequence[str]
+    kernels: Mapping[str, str]
+    dtypes: Sequence[torch.dtype]
+    features: frozenset[str] = frozenset()
+    runtime: str | None = None
+    priority: int = 50
+    automatic: bool = True
+    probe: str | None = None
+    unsupported: str | None = None
+    install_hint: str = ""
+    api_version: tuple[int, int] = API_VERSION
+    shared_kernels: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"Backend: name must consist of letters, digits, '_' and '-', got {self.name!r}")
+        if isinstance(self.device_types, str) or not self.device_types:
+            raise TypeError(f"Backend {self.name}: device_types must be a sequence of names, got {self.device_types!r}")
+        if not self.kernels:
+            raise ValueError(f"Backend {self.name}: kernels must name at least one operator, got {dict(self.kernels)}")
+        for target in (*self.kernels.values(), self.probe, self.unsupported):
+            if target is not None and not re.fullmatch(r"[\w.]+:\w+", target):
+                raise ValueError(f"Backend {self.name}: functions are given as 'module:function', got {target!r}")
+        wrong = [dtype for dtype in self.dtypes if not isinstance(dtype, torch.dtype)]
+        if wrong or not self.dtypes:
+            raise TypeError(f"Backend {self.name}: dtypes must be torch dtypes, got {list(self.dtypes)}")
+
+    def reasons_against(self, spec: CallSpec) -> list[str]:
+        """Why this description rules the call out; empty if it does not."""
+        reasons = []
+        if spec.operator not in self.kernels:
+            reasons.append(f"does not provide {spec.operator}")
+        if "*" not in self.device_types and spec.device_type not in self.device_types:
+            reasons.append(f"serves {', '.join(self.device_types)}, not {spec.device_type}")
+        if self.runtime is not None and self.runtime != spec.runtime:
+            reasons.append(f"needs the {self.runtime} runtime, this is {spec.runtime}")
+        if spec.dtype not in self.dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            reasons.append(f"takes {known}, not {str(spec.dtype).removeprefix('torch.')}")
+        reasons.extend(f"lacks {feature} ({FEATURES[feature]})" for feature in sorted(spec.features - self.features))
+        return reasons
+
+
+class HookSpecs:
+    """The hooks that a plugin implements, marked with `hookimpl`."""
+
+    @hookspec
+    def diffmax_backends(self) -> Sequence[Backend]:  # type: ignore[empty-body]
+        """Describe the plugin's backends. Called once, when diffmax is imported."""
+
+    @hookspec
+    def diffmax_env_report(self) -> Mapping[str, str]:  # type: ignore[empty-body]
+        """Versions and settings for `python -m diffmax`, such as {"driver": "570.1"}. Optional."""
