@@ -4,7 +4,7 @@
   write byte code. Also noted: which modules it pulls in that it must not (triton, numba).
 - Overhead: one call on a CPU tensor of 8 elements, beside the least that an operator of torch.library costs: one that is
   defined here with Library.define and Library.impl and returns a clone. The difference holds the argument checks, the
-  dispatch and the kernel's own small operators. Calls are timed in batches that take turns.
+  dispatch and the kernel's own small operators. Calls are timed in batches that take turns, in processor time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.environment import environment, result_path
 from benchmarks.report import targets_block
-from benchmarks.timing import summarize
+from benchmarks.timing import CLOCKS, summarize
 
 IMPORT = """
 import time, torch
@@ -79,7 +79,7 @@ def time_calls(batches: int, calls: int) -> dict[str, dict[str, float | int]]:
         samples: dict[str, list[float]] = {name: [] for name in bodies}
         for _ in range(batches + 1):
             for name, body in bodies.items():
-                samples[name].append(timeit.timeit(body, number=calls) / calls)
+                samples[name].append(timeit.timeit(body, timer=CLOCKS["cpu"], number=calls) / calls)
     torch.set_num_threads(threads)
     return {name: summarize(values[1:]) for name, values in samples.items()}  # the first batch warms up
 

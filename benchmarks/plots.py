@@ -22,8 +22,8 @@ Row = dict[str, Any]
 RIVAL_STYLE = {
     "softmax_compiled": ("tab:gray", "softmax, compiled"),
     "entmax_bisect": ("black", "entmax_bisect"),
-    "entmax15": ("tab:red", "entmax15 (α = 0.5)"),
-    "sparsemax": ("tab:purple", "sparsemax (α → 0)"),
+    "entmax15": ("tab:red", r"entmax15 ($\alpha$ = 0.5)"),
+    "sparsemax": ("tab:purple", r"sparsemax ($\alpha$ → 0)"),
 }
 PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
@@ -68,9 +68,9 @@ def _time(rows: list[Row]) -> Figure:
         here = [row for row in rows if row["sigma"] == sigma]
         for alpha, color in _colors(rows).items():
             own = [row for row in here if row["contestant"] == "diffmax" and row["alpha"] == alpha]
-            _line(axes, own, "ratio_softmax", color, f"diffmax, α = {alpha}", marker="o")
+            _line(axes, own, "ratio_softmax", color, rf"diffmax, $\alpha$ = {alpha}", marker="o")
         for rival, (color, label) in RIVAL_STYLE.items():
-            # a rival's time hardly depends on α: one line, of the α nearest to our default
+            # a rival's time hardly depends on alpha: one line, of the alpha nearest to our default
             theirs = [row for row in here if row["contestant"] == rival]
             alpha = max((row["alpha"] for row in theirs if row["alpha"] <= 0.85), default=None)
             _line(axes, [r for r in theirs if r["alpha"] == alpha], "ratio_softmax", color, label, marker="x", linestyle="--")
@@ -87,7 +87,7 @@ def _speed_up(rows: list[Row]) -> Figure:
     for alpha, color in _colors(rows).items():
         own = [row for row in rows if row["contestant"] == "diffmax" and row["alpha"] == alpha and row["sigma"] == 1]
         points = [{**row, "speed_up": times[_cell(row)] / row["median_s"]} for row in own if _cell(row) in times]
-        _line(axes, points, "speed_up", color, f"diffmax, α = {alpha}", marker="o")
+        _line(axes, points, "speed_up", color, rf"diffmax, $\alpha$ = {alpha}", marker="o")
     axes.axhline(1, color="black", linewidth=1, linestyle="--")
     axes.set_ylabel("times faster")
     _legend(figure, axes)
@@ -97,7 +97,7 @@ def _speed_up(rows: list[Row]) -> Figure:
 def _memory(rows: list[Row]) -> Figure:
     figure, (axes,) = _panels("peak memory beyond the inputs, the result included, scores N(0, 1)", 1)
     alpha = max((row["alpha"] for row in rows if row["alpha"] <= 0.85), default=None)
-    styles = {"softmax": ("tab:gray", "softmax"), "diffmax": ("tab:blue", f"diffmax, α = {alpha}"), **RIVAL_STYLE}
+    styles = {"softmax": ("tab:gray", "softmax"), "diffmax": ("tab:blue", rf"diffmax, $\alpha$ = {alpha}"), **RIVAL_STYLE}
     styles.pop("softmax_compiled")  # the same line as softmax
     for name, (color, label) in styles.items():
         theirs = [row for row in rows if row["contestant"] == name and row["sigma"] == 1]

@@ -64,7 +64,7 @@ def targets(rows: list[Row], kernels: dict[str, str]) -> list[dict[str, Any]]:
 
 def targets_block(found: list[dict[str, Any]]) -> str:
     lines = [f"  {t['kernel']}: {t['what']} {t['sign']} {t['goal']:g}: {verdict(t)}" for t in found]
-    return "\n".join(["\ntargets:", *(lines or ["  none of the cells that they speak about was measured"])])
+    return "\n".join(["\ntargets:", *(lines or ["  none judged: their cells were not measured at full size"])])
 
 
 def verdict(target: dict[str, Any]) -> str:
@@ -125,6 +125,5 @@ def _ratio(row: Row | None, base: Row) -> str:
 
 
 def _where(row: Row) -> str:
-    return (
-        f"{row['operation']} n={row['n']} alpha={row['alpha']} sigma={row['sigma']:g} {row['dtype']} threads={row['threads']}"
-    )
+    values = (row[key] for key in ("operation", "n", "alpha", "sigma", "dtype", "threads"))
+    return "{} n={} alpha={} sigma={:g} {} threads={}".format(*values)

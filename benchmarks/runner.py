@@ -37,7 +37,7 @@ def main(bench: str, operations: tuple[str, ...], description: str, arguments: l
     rows = run(list(cases(operations, grid, tuple(threads))), field, grid)
     env["seconds"] = round(time.perf_counter() - started)
 
-    result = {"environment": env, "rows": rows, "targets": targets(rows, env["kernels"])}
+    result = {"environment": env, "rows": rows, "targets": [] if options.quick else targets(rows, env["kernels"])}
     path = Path(options.output) if options.output else result_path(bench, env)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_dump(result))
@@ -77,8 +77,9 @@ def run_case(case: Case, field: list[Contestant], rounds: int) -> list[dict[str,
         except FAILURES as error:
             first_line = (str(error).strip() or "no message").splitlines()[0]
             row |= {"correct": False, "reason": without_paths(f"{type(error).__name__}: {first_line}")}
-    for name, samples in interleave(calls, rounds).items():
-        rows[name] |= summarize(samples)
+    clock = "cpu" if case.threads == 1 else "wall"
+    for name, samples in interleave(calls, rounds, clock).items():
+        rows[name] |= {**summarize(samples), "clock": clock}
     for row in rows.values():
         for name in ("softmax", "diffmax"):
             row[f"ratio_{name}"] = _ratio(row, rows.get(name, {}))
