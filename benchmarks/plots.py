@@ -17,6 +17,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullLocator
+
+from benchmarks.shapes import SIZES
 
 Row = dict[str, Any]
 RIVAL_STYLE = {
@@ -95,7 +98,7 @@ def _speed_up(rows: list[Row]) -> Figure:
 
 
 def _memory(rows: list[Row]) -> Figure:
-    figure, (axes,) = _panels("peak memory beyond the inputs, the result included, scores N(0, 1)", 1)
+    figure, (axes,) = _panels("peak memory beyond the inputs, scores N(0, 1)", 1)
     alpha = max((row["alpha"] for row in rows if row["alpha"] <= 0.85), default=None)
     styles = {"softmax": ("tab:gray", "softmax"), "diffmax": ("tab:blue", rf"diffmax, $\alpha$ = {alpha}"), **RIVAL_STYLE}
     styles.pop("softmax_compiled")  # the same line as softmax
@@ -106,8 +109,9 @@ def _memory(rows: list[Row]) -> Figure:
         ours = name in ("softmax", "diffmax")
         _line(axes, points, "tensors", color, label, marker="o" if ours else "x", linestyle="-" if ours else "--")
     axes.set_yscale("linear")
+    axes.yaxis.set_major_locator(AutoLocator())
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("tensors of the input's size")
+    axes.set_ylabel("tensors of the input's size, result included")
     _legend(figure, axes)
     return figure
 
@@ -118,12 +122,19 @@ def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
     figure.suptitle(title)
     for axes in panels[0]:
         axes.set_xscale("log", base=2)
+        axes.set_xticks(SIZES, [_short(n) for n in SIZES], fontsize=8)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("n, entries per row")
         axes.grid(alpha=0.3, which="major")
         axes.spines[["top", "right"]].set_visible(False)
     return figure, list(panels[0])
+
+
+def _short(n: int) -> str:
+    return f"{n >> 10}k" if n >= 1024 else str(n)
 
 
 def _colors(rows: list[Row]) -> dict[float, Any]:
@@ -143,7 +154,7 @@ def _line(axes: Axes, rows: list[Row], value: str, color: Any, label: str, **sty
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
 
 
 if __name__ == "__main__":
