@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffmax
 import torch
 
+import diffmax
 from benchmarks.environment import environment, result_path
 from benchmarks.report import targets_block
 from benchmarks.timing import CLOCKS, summarize

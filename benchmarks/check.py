@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffmax import reference
 from torch import Tensor
+
+from diffmax import reference
 
 SAMPLE_ELEMENTS = 1 << 16
 RIVAL_ULP = 64

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import diffmax
 import entmax
 import torch
 from torch import Tensor
 
+import diffmax
 from benchmarks.shapes import Case
 
 Normalizer = Callable[[Tensor], Tensor]

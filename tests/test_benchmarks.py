@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffmax.cpu import rows as cpu_rows
 
 from benchmarks import bench_import, contestants, memory, plots, report, runner, shapes
+from diffmax.cpu import rows as cpu_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {"contestant", "operation", "n", "rows", "alpha", "sigma", "dtype", "threads", "correct", "reason", "error_ulp", "zeros"}
