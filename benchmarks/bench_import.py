@@ -5,6 +5,7 @@
 - Overhead: one call on a CPU tensor of 8 elements, beside the least that an operator of torch.library costs: one that is
   defined here with Library.define and Library.impl and returns a clone. The difference holds the argument checks, the
   dispatch and the kernel's own small operators. Calls are timed in batches that take turns, in processor time.
+- Choice: what looking up the backend adds to a call, of that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import diffmax
 from benchmarks.environment import environment, result_path
 from benchmarks.report import targets_block
 from benchmarks.timing import CLOCKS, summarize
+from diffmax._dispatch import kernel
 
 IMPORT = """
 import time, torch
@@ -48,6 +50,7 @@ def main(arguments: list[str]) -> None:
     found = [
         _target("import diffmax beyond import torch, ms", 50, milliseconds),
         _target("times a bare operator, 8 elements, alpha=0.85", 2, overhead),
+        _target("choosing the backend, us per call", 2, 1e6 * called["choice"]["median_s"]),
     ]
     path = Path(options.output) if options.output else result_path("bench_import", env)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +78,7 @@ def time_calls(batches: int, calls: int) -> dict[str, dict[str, float | int]]:
             "bare_operator": lambda: torch.ops.diffmax_bench.bare(x),
             "softmax": lambda: torch.softmax(x, -1),
             "diffmax": lambda: diffmax.diffmax_bisect(x, 0.85),
+            "choice": lambda: kernel("bisect", x, "", tensor_alpha=False),
         }
         samples: dict[str, list[float]] = {name: [] for name in bodies}
         for _ in range(batches + 1):
