@@ -10,8 +10,6 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
-from diffmax._dispatch import kernel
-from diffmax.errors import NoBackendError
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -49,19 +47,6 @@ def test_the_operator_runs_the_backend_that_it_is_given(backend):
     tau = m - (1 - delta) / 0.3
     torch.testing.assert_close((0.3 * (x - tau)).clamp(min=0) ** (1 / 0.3), p, rtol=0, atol=2e-6)
     torch.autograd.grad(p.square().sum(), x)
-
-
-def test_an_unknown_backend_is_an_error_that_lists_the_others():
-    message = (
-        r"no backend named 'cudnn' computes bisect on cpu\n  installed: cpu \(cpu\), reference \(any\)\nrun diffmax\.backends"
-    )
-    with pytest.raises(NoBackendError, match=message):
-        torch.ops.diffmax.bisect(torch.randn(3), 0.3, None, 0, 50, True, "cudnn")
-
-
-def test_a_backend_may_not_serve_the_device():
-    with pytest.raises(NoBackendError, match=r"no backend named 'cpu' computes bisect on cuda"):
-        kernel("bisect", "cuda", "cpu")
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

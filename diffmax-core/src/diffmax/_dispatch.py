@@ -83,7 +83,7 @@ class Registry:
         """Ask once whether the backend can run on this machine: ("", "") if so, else status and reason."""
         if backend.name not in self.probes:
             try:
-                reason = _function(backend.probe)() if backend.probe else None
+                reason = import_function(backend.probe)() if backend.probe else None
                 hint = f"; {backend.install_hint}" if backend.install_hint else ""
                 self.probes[backend.name] = ("unavailable", f"{reason}{hint}") if reason else ("", "")
             except Exception as error:  # noqa: BLE001  (a probe may not raise; if it does, its backend is out, not the others)
@@ -249,14 +249,14 @@ def _reasons_against(backend: Backend, spec: CallSpec, named: bool) -> list[str]
     if backend.unsupported is None:
         return []
     try:
-        return list(_function(backend.unsupported)(spec))
+        return list(import_function(backend.unsupported)(spec))
     except Exception as error:  # noqa: BLE001  (it may not raise; if it does, its backend is out, not the others)
         return [f"its check of the call raised {type(error).__name__}: {error}"]
 
 
 def _load_kernel(backend: Backend, operator: str) -> Callable[..., Any]:
     try:
-        return _function(backend.kernels[operator])
+        return import_function(backend.kernels[operator])
     except Exception as error:
         raise BackendError(
             f"backend {backend.name}: its kernel {backend.kernels[operator]} cannot be imported: {error}\n"
@@ -264,7 +264,8 @@ def _load_kernel(backend: Backend, operator: str) -> Callable[..., Any]:
         ) from error
 
 
-def _function(target: str) -> Callable[..., Any]:
+def import_function(target: str) -> Callable[..., Any]:
+    """What "module:function" names."""
     module, _, attribute = target.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     return function

@@ -37,10 +37,11 @@ _PHI_SERIES = {torch.float32: tuple(1 / math.factorial(j + 2) for j in range(11)
 _PHI_SERIES[torch.float64] = tuple(1 / math.factorial(j + 2) for j in range(18))
 
 
-def alpha_weight(p: Tensor, s: Tensor, log_p: Tensor, e: float | Tensor) -> Tensor:
-    """w = p * phi(ln p) of Eq. 6, with phi(l) = (exp(-e*l) - 1 + e*l) / e^2 and s = p^alpha = p * exp(-e*l).
+def alpha_weight(p: Tensor, log_p: Tensor, e: float | Tensor) -> Tensor:
+    """w = p * phi(ln p) of Eq. 6, with phi(l) = (exp(-e*l) - 1 + e*l) / e^2; log_p is 0 where p is.
 
-    Written with v = -e*l so that no digit is lost as alpha -> 1: a series where v is small, (s - p*(1 + v)) / e^2 elsewhere.
+    With v = -e*l, phi is (exp(v) - 1 - v) / e^2: a series where v is small, so that no digit is lost as alpha -> 1. In v and
+    not with p^alpha, whose own rounding error is alpha / e times larger. v = -ln [z - t] is at most 37, whatever p is.
     """
     v = -e * log_p
     small = v < 1
@@ -50,4 +51,4 @@ def alpha_weight(p: Tensor, s: Tensor, log_p: Tensor, e: float | Tensor) -> Tens
     for coefficient in lower:
         series = series * v_small + coefficient
     far_e = torch.where(small, torch.ones_like(v), e)  # where the series serves, e^2 may be too small to divide by
-    return torch.where(small, p * log_p.square() * series, (s - p * (1 + v)) / far_e**2)
+    return p * torch.where(small, log_p.square() * series, (v.expm1() - v) / far_e**2)

@@ -92,7 +92,7 @@ def bisect_backward(
     grad_x = (s * centred).to(p.dtype)
     if not needs_e:
         return grad_x, m.new_empty(0)
-    return grad_x, -(alpha_weight(weights, s, log_p, row_e) * centred).sum(dim, keepdim=True)
+    return grad_x, -(alpha_weight(weights, log_p, row_e) * centred).sum(dim, keepdim=True)
 
 
 def _power(z: Tensor, delta: Tensor, e: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,7 +91,7 @@ def bisect_backward(
         grad_x_rows[rows] = torch.addcmul(product, s, mean, value=-1, out=product)  # s * (g - mean)
         if grad_e_rows is not None:
             log_p = weights.masked_fill(weights == 0, 1.0).log_()
-            grad_e_rows[rows] = -(alpha_weight(weights, s, log_p, row_e) * (g - mean)).sum(1, keepdim=True)
+            grad_e_rows[rows] = -(alpha_weight(weights, log_p, row_e) * (g - mean)).sum(1, keepdim=True)
     grad_e = m.new_empty(0) if grad_e_rows is None else grad_e_rows.view(m.shape)
     return _from_rows(grad_x_rows, p.shape, dim), grad_e
 

@@ -1,6 +1,9 @@
-"""What diffmax and its backends are tested with: an oracle, rows that break careless kernels, and the gate for errors.
+"""What diffmax and its backends are tested with.
 
-Needs `pip install "diffmax-core[testing]"`.
+`diffmax.testing.conformance.BackendConformance` is the kit for vendors (docs/backends.md). The rest serves it and
+diffmax's own tests: an oracle, rows that break careless kernels, and the gate for errors.
+
+The oracle and the kit need `pip install "diffmax-core[testing]"`.
 """
 
 from diffmax.testing.gate import allowed_error

@@ -1,8 +1,12 @@
 """The operator to any number of digits, by a solver that shares nothing with diffmax's own: bracketing, in mpmath."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import mpmath
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mpmath
 
 
 def solve_exactly(row: Sequence[float], alpha: float | mpmath.mpf, digits: int = 40) -> list[mpmath.mpf]:
@@ -18,6 +22,8 @@ def solve_exactly(row: Sequence[float], alpha: float | mpmath.mpf, digits: int =
         >>> [round(float(p), 4) for p in solve_exactly([3.0, 2.0, 1.0, 0.0], 0.5)]
         [0.8307, 0.1693, 0.0, 0.0]
     """
+    import mpmath  # here, so that the rest of diffmax.testing works without it
+
     with mpmath.workdps(digits + 10):
         e = 1 - mpmath.mpf(alpha)
         scores = [mpmath.mpf(x) for x in row]
