@@ -175,7 +175,7 @@ def test_the_limit_of_the_reading_without_the_factor_is_the_largest_score():
 def test_eq_7_brackets_the_root_and_only_candidates_are_positive(alpha, n):
     e = 1 - alpha
     z = scaled(hard_rows(n, e), e)
-    *_, delta = iterates(z, e, 60)
+    *_, delta = iterates(z, e, 30)
     t = delta - 1
     assert (t >= -1).all()
     assert (t <= -(n**-e) + 1e-15).all()
@@ -453,6 +453,13 @@ def test_the_measured_shares_of_zeros():
         weights = [diffmax_bisect(x, alpha) for x in scores] + [diffmax_bisect(x / (1 - alpha), alpha) for x in scores]
         measured = [100 * (p == 0).double().mean().item() for p in weights]
         assert measured == pytest.approx(printed, abs=0.15), f"alpha {alpha}: {[round(m, 1) for m in measured]}"
+
+
+def test_the_shares_that_decision_0001_quotes_are_those_of_the_table():
+    decision = (ROOT / "docs" / "decisions" / "0001-reading-of-the-definition.md").read_text(encoding="utf-8")
+    row = next(numbers for alpha, *numbers in table("Eq. 1, ") if alpha == 0.9)
+    assert f"{row[1]:.1f} % zeros on N(0, 1) scores, {row[2]:.1f} % on N(0, 9)" in decision
+    assert f"{row[5]:.1f} % and {row[6]:.1f} %" in decision
 
 
 def test_the_measured_steps_and_candidates():
