@@ -11,7 +11,7 @@ import torch
 from entmax import entmax_bisect, sparsemax
 
 from diffmax import diffmax_bisect
-from diffmax._numerics import MIN_E, newton_steps
+from diffmax._numerics import MIN_E, alpha_weight, newton_steps
 from diffmax.testing import solve_exactly
 
 ROOT = Path(__file__).parents[1]
@@ -512,7 +512,7 @@ def test_the_measured_errors_of_w():
             x = mpmath.mpf(e) * mpmath.log(value)
             exact.append(float(value * (mpmath.exp(-x) - 1 + x) / mpmath.mpf(e) ** 2))
         v, s = -e * log_p, torch.exp(alpha * log_p)
-        recipe = p * torch.where(v < 1, log_p**2 * phi_series(v.clamp(max=1), 11), (v.expm1() - v) / e**2)
+        recipe = alpha_weight(p, log_p, e)
         earlier = torch.where(v < 0.3, p * log_p**2 * phi_series(v.clamp(max=0.3), 7), (s - p * (1 + v)) / e**2)
         as_written = p * (torch.exp(v) - 1 - v) / e**2
         measured = [(w.double() - torch.tensor(exact)).abs().max().item() for w in (recipe, earlier, as_written)]
