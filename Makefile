@@ -27,6 +27,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_forward
 	$(BIN)/python -m benchmarks.bench_backward
 
+# The pages of docs/ and the API from docstrings, as HTML in docs/_build; a warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build
+
 demo: setup
 	$(BIN)/python examples/demo.py
 
@@ -45,4 +49,4 @@ packages: setup
 	$(BIN)/python .ci/packages.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
