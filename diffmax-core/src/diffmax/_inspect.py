@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _dispatch
+from diffmax.errors import NoBackendError
 from diffmax.plugin import Backend, CallSpec
 
 
@@ -100,7 +101,11 @@ def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
     spec = _dispatch.describe(operator, device, dtype)
     if backend.runtime is not None and backend.runtime != spec.runtime:
         return "available", f"for the {backend.runtime} runtime, this is {spec.runtime}"
-    verdicts = _dispatch.judge(spec, _dispatch.names_for(spec, ""))
+    try:
+        names = _dispatch.names_for(spec, "")
+    except NoBackendError:  # the list has to be readable just then
+        return "available", "but DIFFMAX_BACKEND names a backend that is not loaded"
+    verdicts = _dispatch.judge(spec, names)
     first = next((candidate for candidate, reasons in verdicts if not reasons), None)
     if first is backend:
         return "active", ""
