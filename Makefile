@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup check test bench docs demo packages floor clean
+.PHONY: setup check test bench docs demo packages example-backend floor clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ floor:
 # Wheels and sdists, each installed alone into a fresh environment, and every install line that the README shows.
 packages: setup
 	$(BIN)/python .ci/packages.py
+
+# The vendor's path in a fresh environment: the example backend and a new one, installed and through the conformance kit.
+example-backend: setup
+	$(BIN)/python .ci/example_backend.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
