@@ -101,3 +101,9 @@ def test_dtypes_are_those_that_the_operator_takes():
     from diffmax._numerics import FLOAT_DTYPES
 
     assert set(FLOAT_DTYPES) == {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def test_the_list_can_be_read_when_the_environment_names_no_backend(monkeypatch):
+    """It raised NoBackendError, whose message says to read the list."""
+    monkeypatch.setenv("DIFFMAX_BACKEND", "nope")
+    assert "DIFFMAX_BACKEND names a backend that is not loaded" in run("import diffmax; print(diffmax.backends())")
