@@ -156,6 +156,25 @@ def test_suspects_the_driver_where_torch_is_built_for_the_device(machine):
     assert "check the driver" in _report.collect().advice[0]
 
 
+@pytest.mark.parametrize(("hip", "runtime"), [(None, "cuda"), ("6.4", "hip")])
+def test_sees_accelerators_by_name_and_runtime(monkeypatch, hip, runtime):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    cpu, *gpus = _report.visible_devices()
+    assert cpu.device == "cpu"
+    assert gpus == [_report.Device(f"cuda:{index}", runtime, f"GPU {index}") for index in range(2)]
+
+
+def test_sees_an_npu_that_torch_npu_added(monkeypatch):
+    class Npu:
+        is_available, device_count, get_device_name = (staticmethod(f) for f in (lambda: True, lambda: 1, lambda _: "910B"))
+
+    monkeypatch.setattr(torch, "npu", Npu, raising=False)
+    assert _report.visible_devices()[-1] == _report.Device("npu:0", "cann", "910B")
+
+
 def test_gives_no_advice_where_there_is_no_hardware(machine, capsys):
     machine()
     main([])
