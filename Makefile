@@ -27,6 +27,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_forward
 	$(BIN)/python -m benchmarks.bench_backward
 
+# The pages of docs/ and the API from docstrings, as HTML in docs/_build; a warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build
+
 demo: setup
 	$(BIN)/python examples/demo.py
 
@@ -37,8 +41,8 @@ floor:
 	$(FLOOR_PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet torch==2.4.1 'numpy<2.3' pluggy==1.5.0 importlib-metadata==6.0 packaging==22.0 \
 		pytest hypothesis scipy mpmath entmax==1.3 --editable diffmax-core
-	$(FLOOR)/bin/python -m pytest tests/test_functional.py tests/test_gradients.py tests/test_ops.py tests/test_maps.py \
-		tests/test_nn.py tests/test_backends.py
+	$(FLOOR)/bin/python -m pytest tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
+		$(addprefix --ignore=tests/test_,benchmarks.py demo.py example_backend.py notebook.py packaging.py transformers.py)
 
 # Wheels and sdists, each installed alone into a fresh environment, and every install line that the README shows.
 packages: setup
@@ -49,4 +53,4 @@ example-backend: setup
 	$(BIN)/python .ci/example_backend.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

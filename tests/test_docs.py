@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import diffmax
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("diffmax-*/*.md"), *ROOT.glob("docs/**/*.md")])
 
@@ -28,3 +30,21 @@ def test_python_blocks_run_and_print_what_they_say(page):
             exec(compile(block, page, "exec"), namespace)
         promised = re.findall(r"^print\(.*\)\s*# (.*)$", block, re.MULTILINE)
         assert output.getvalue().splitlines()[: len(promised)] == promised
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert not [target for target in targets if target and not ((ROOT / page).parent / target).exists()]
+
+
+def test_the_index_of_the_documentation_lists_every_decision():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "docs" / "decisions").glob("*.md") if f"(decisions/{path.name})" not in index]
+
+
+def test_the_api_page_lists_every_public_name():
+    page = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
+    listed = re.findall(r"^\.\. auto(?:function|class|exception):: (\S+)", page, re.MULTILINE)
+    assert not set(diffmax.__all__) - {"__version__", "nn"} - set(listed)

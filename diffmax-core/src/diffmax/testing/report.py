@@ -39,7 +39,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if outcome == "expected failure":
             entry["reason"] = report.wasxfail
         elif outcome != "passed":
-            entry["reason"] = str(report.longrepr).splitlines()[-1] if report.longrepr else ""
+            entry["reason"] = str(call.excinfo.value if call.excinfo is not None else report.longrepr)
         device = getattr(getattr(item, "cls", None), "device", "")
         run = item.config.stash[_REPORTS].setdefault(backend, {"device": device, "tests": []})
         run["tests"].append(entry)

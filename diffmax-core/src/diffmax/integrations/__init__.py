@@ -1,0 +1,1 @@
+"""Adapters to other libraries. Each is an explicit import: `import diffmax` loads none of them."""

@@ -1,0 +1,167 @@
+"""The benchmarks run, write what they document, and print no number for a kernel that is wrong. No times are asserted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_import, contestants, memory, plots, report, runner, shapes
+from diffmax.cpu import rows as cpu_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = {"contestant", "operation", "n", "rows", "alpha", "sigma", "dtype", "threads", "correct", "reason", "error_ulp", "zeros"}
+TIMED = {"median_s", "p20_s", "p80_s", "samples", "ratio_softmax", "ratio_diffmax", "peak_bytes", "clock"}
+CASE = shapes.Case("forward", n=64, rows=32, alpha=0.85, sigma=1.0, dtype="float32", threads=1)
+
+
+def contestant(name):
+    return next(c for c in contestants.contestants() if c.name == name)
+
+
+def run_case(case, *names):
+    threads = torch.get_num_threads()
+    try:
+        return {row["contestant"]: row for row in runner.run_case(case, [contestant(name) for name in names], rounds=1)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The quick mode of the forward benchmark, in a process of its own as a user starts it; without the compiler, for time."""
+    path = tmp_path_factory.mktemp("quick") / "result.json"
+    names = ["softmax", "diffmax", *shapes.RIVALS]
+    command = [sys.executable, "-m", "benchmarks.bench_forward", "--quick", "--output", str(path), "--only", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, path
+
+
+def test_the_quick_mode_writes_the_documented_fields(quick):
+    _, path = quick
+    result = json.loads(path.read_text())
+    assert {"environment", "rows", "targets"} == set(result)
+    assert {"device", "python", "packages", "commit", "dirty", "command", "kernels", "cores"} <= set(result["environment"])
+    assert result["rows"]
+    for row in result["rows"]:
+        assert set(row) == ROW | TIMED
+        assert row["correct"], row
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(field in readme for field in ROW | TIMED)
+
+
+def test_a_result_names_no_machine_user_or_absolute_path(quick):
+    _, path = quick
+    text = path.read_text()
+    assert str(path.parent) not in text
+    assert str(ROOT) not in text
+    assert str(Path.home()) not in text
+    assert os.uname().nodename not in text
+
+
+def test_the_run_ends_with_a_table_and_the_targets(quick):
+    stdout, _ = quick
+    assert "forward, float32, threads: 1" in stdout
+    assert "none judged" in stdout.split("targets:")[1]
+
+
+def test_targets_say_met_or_missed_with_the_value():
+    cell = {"operation": "forward", "n": 1024, "rows": 512, "alpha": 0.85, "sigma": 1.0, "dtype": "float32", "threads": 1}
+    cell |= {"correct": True}
+    rows = [
+        {**cell, "contestant": "diffmax", "median_s": 0.01, "ratio_softmax": 20.0, "peak_bytes": 7 << 20},
+        {
+            **cell,
+            "contestant": "entmax_bisect",
+            "correct": True,
+            "median_s": 0.2,
+            "ratio_softmax": 400.0,
+            "peak_bytes": 9 << 20,
+        },
+    ]
+    block = report.targets_block(report.targets(rows, {"diffmax": report.PURE_KERNEL}))
+    assert ">= 12: met (20)" in block
+    assert "in tensors like the input <= 8: met (3.5)" in block
+    assert "<= 3: missed (20)" in block
+    assert ">= 100: missed (20)" in block
+    rows[1]["correct"] = False
+    assert "speed-up" not in report.targets_block(report.targets(rows, {}))
+
+
+def test_plots_are_drawn_from_the_json(quick, tmp_path):
+    _, path = quick
+    plots.main([str(path), "--output", str(tmp_path)])
+    assert {p.name for p in tmp_path.iterdir()} == {f"result-forward-{name}.png" for name in ("time", "speedup", "memory")}
+    assert all(1000 < p.stat().st_size < 150_000 for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward", "both"])
+def test_a_wrong_kernel_turns_red_and_gets_no_number(monkeypatch, operation):
+    function = "bisect" if operation == "forward" else "bisect_backward"
+    right = getattr(cpu_rows, function)
+
+    def wrong(*args):
+        first, *rest = right(*args)
+        return (first * (1 + 1e-4), *rest)
+
+    monkeypatch.setattr(contestants.diffmax._ops, "kernel", lambda name, *_: wrong if name == function else right_kernel(name))
+    right_kernel = {"bisect": cpu_rows.bisect, "bisect_backward": cpu_rows.bisect_backward}.__getitem__
+    rows = run_case(shapes.Case(operation, 64, 32, 0.85, 1.0, "float32", 1), "softmax", "diffmax")
+    assert rows["softmax"]["correct"]
+    assert not rows["diffmax"]["correct"]
+    assert "ulp" in rows["diffmax"]["reason"] or "sums to 1" in rows["diffmax"]["reason"]
+    assert "median_s" not in rows["diffmax"]
+    table = report.table(list(rows.values()))
+    assert "RED" in table
+    assert rows["diffmax"]["reason"] in table
+
+
+def test_a_contestant_that_raises_keeps_its_reason_without_paths(monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler at /usr/local/bin/g++\nand a long trace")
+
+    contestants._compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    rows = run_case(CASE, "softmax", "softmax_compiled")
+    assert rows["softmax_compiled"]["reason"] == "RuntimeError: no C++ compiler at g++"
+    assert rows["softmax"]["ratio_softmax"] == 1
+    assert rows["softmax_compiled"]["ratio_softmax"] is None
+
+
+@pytest.mark.parametrize("dtype", shapes.DTYPES)
+@pytest.mark.parametrize("operation", ["forward", "backward", "both"])
+def test_every_contestant_passes_its_check(operation, dtype):
+    for alpha in (0.1, 0.5, 0.85):
+        case = shapes.Case(operation, 300, 64, alpha, 3.0, dtype, 1)
+        names = [c.name for c in contestants.contestants() if c.name != "softmax_compiled"]
+        names = [name for name in names if shapes.takes_part(name, case, "full")]
+        assert {row["reason"] for row in run_case(case, *names).values()} == {None}
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    x = torch.zeros(1 << 16)
+    assert memory.peak_bytes(lambda: x + 1) // x.nbytes == 1
+    assert memory.peak_bytes(lambda: ((x + 1) + 1) + 1) // x.nbytes == 2
+
+
+def test_every_grid_holds_the_cells_that_the_targets_speak_about():
+    default = list(shapes.cases(("forward",), "default", (1, 2)))
+    assert shapes.Case("forward", 1024, 512, 0.85, 1.0, "float32", 1) in default
+    assert {case.n for case in default} == set(shapes.SIZES)
+    assert {case.threads for case in default} == {1, 2}
+    assert set(default) < set(shapes.cases(("forward",), "full", (1, 2)))
+
+
+def test_import_and_call_overhead_are_measured(tmp_path, capsys):
+    path = tmp_path / "import.json"
+    bench_import.main(["--quick", "--output", str(path)])
+    result = json.loads(path.read_text())
+    assert result["import"]["heavy"] == []
+    assert {"bare_operator", "softmax", "diffmax"} == set(result["calls"])
+    assert [target["goal"] for target in result["targets"]] == [50, 2]
+    assert "targets:" in capsys.readouterr().out

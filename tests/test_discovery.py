@@ -1,0 +1,195 @@
+"""Plugins that are broken in every way: `import diffmax` survives, each is listed with its reason, nothing else is hidden."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location("overlay", Path(__file__).with_name("overlay.py"))
+overlay = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(overlay)
+add_plugin, run = overlay.add_plugin, overlay.run
+
+HOOK = """
+from diffmax.plugin import hookimpl
+class P:
+    @hookimpl
+    def {signature}:
+        return {returns}
+plugin = P()
+"""
+
+LIST = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import diffmax
+records = {r.backend + "@" + r.distribution: [r.status, r.reason] for r in diffmax.backends()}
+import torch
+values = diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), 0.5).tolist()
+def attempt(name):
+    try: return diffmax.diffmax_bisect(torch.randn(3), 0.5, backend=name).sum().item()
+    except Exception as error: return f"{type(error).__name__}: {error}"
+print(json.dumps(dict(
+    records=records, warnings=[str(w.message) for w in caught], values=values,
+    good=attempt("good"), kernelraises=attempt("kernelraises"), kernelmissing=attempt("kernelmissing"),
+    importerror=attempt("importerror"),
+)))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """One process with all of them installed at once."""
+    folder, second = tmp_path_factory.mktemp("plugins"), tmp_path_factory.mktemp("more")
+    add_plugin(folder, "good")
+    add_plugin(folder, "importerror", "import a_module_that_is_not_there")
+    add_plugin(folder, "syntaxerror", "def (:")
+    add_plugin(folder, "oserror", "raise OSError('libvendor.so.3: cannot open shared object file')")
+    add_plugin(folder, "badsignature", HOOK.format(signature="diffmax_backends(self, device)", returns="[]"))
+    add_plugin(folder, "unknownhook", HOOK.format(signature="diffmax_backend(self)", returns="[]"))
+    add_plugin(folder, "nohook", "plugin = object()")
+    add_plugin(folder, "noplugin", "")
+    add_plugin(folder, "badreturn", HOOK.format(signature="diffmax_backends(self)", returns="'cuda'"))
+    add_plugin(folder, "badelement", HOOK.format(signature="diffmax_backends(self)", returns="[1]"))
+    add_plugin(folder, "badfield", fields="dtypes=('float32',)")
+    add_plugin(folder, "oldapi", fields="api_version=(0, 9)")
+    add_plugin(folder, "futureminor", fields="api_version=(1, 99)")
+    add_plugin(folder, "futuremajor", fields="api_version=(2, 0)")
+    add_plugin(folder, "sharedkernels", fields="shared_kernels=99")
+    add_plugin(folder, "unmet", "import os; os.abort()", requires=["torch>=99"])
+    add_plugin(folder, "missing", "import os; os.abort()", requires=["a-package-that-is-not-there>=2 ; python_version>'3'"])
+    add_plugin(folder, "otherextra", requires=["a-package-that-is-not-there ; extra == 'fast'"])
+    add_plugin(folder, "stale", value="plug_gone._plugin:plugin")
+    add_plugin(folder, "blocked", "import os; os.abort()")
+    add_plugin(folder, "contested", fields="priority=1")
+    add_plugin(folder, "contested", distribution="zz-late", value="plug_contested._other:plugin")
+    add_plugin(folder, "takesname", fields="name='cpu'")
+    add_plugin(
+        folder,
+        "probesays",
+        fields="probe='plug_probesays:probe', install_hint='run: pip install acme-driver'",
+        init="def probe(): return 'no acme device'",
+    )
+    add_plugin(folder, "proberaises", fields="probe='plug_proberaises:probe'", init="def probe(): raise RuntimeError('driver')")
+    add_plugin(
+        folder,
+        "kernelraises",
+        fields="kernels={'bisect': 'plug_kernelraises:kernel'}",
+        init="def kernel(*_): raise RuntimeError('launch failed')",
+    )
+    add_plugin(folder, "kernelmissing", fields="kernels={'bisect': 'plug_kernelmissing.gone:kernel'}")
+    add_plugin(second, "good")  # the same distribution twice on the path, as an editable install beside a wheel leaves it
+    return run(LIST, folder, second, DIFFMAX_BLOCK="blocked")
+
+
+EXPECTED = {
+    "good@plug-good": ("available", "when asked for by name"),
+    "otherextra@plug-otherextra": ("available", "when asked for by name"),
+    "importerror@plug-importerror": ("failed", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
+    "syntaxerror@plug-syntaxerror": ("failed", "SyntaxError: invalid syntax"),
+    "oserror@plug-oserror": ("failed", "OSError: libvendor.so.3: cannot open shared object file"),
+    "badsignature@plug-badsignature": ("failed", "Argument(s) {'device'} are declared in the hookimpl but can not be found"),
+    "unknownhook@plug-unknownhook": ("failed", "unknown hook 'diffmax_backend'"),
+    "nohook@plug-nohook": ("failed", "implements no diffmax_backends marked with diffmax.plugin.hookimpl"),
+    "noplugin@plug-noplugin": ("failed", "AttributeError: module 'plug_noplugin._plugin' has no attribute 'plugin'"),
+    "badreturn@plug-badreturn": ("failed", "diffmax_backends must return a sequence of Backend, got 'cuda'"),
+    "badelement@plug-badelement": ("failed", "diffmax_backends must return a sequence of Backend, got one of 1"),
+    "badfield@plug-badfield": ("failed", "TypeError: Backend badfield: dtypes must be torch dtypes, got ['float32']"),
+    "oldapi@plug-oldapi": ("incompatible", "written for plugin API 0.9, this diffmax-core has 1.0; upgrade the plugin"),
+    "futureminor@plug-futureminor": ("incompatible", "plugin API 1.99, this diffmax-core has 1.0; upgrade diffmax-core"),
+    "futuremajor@plug-futuremajor": ("incompatible", "plugin API 2.0, this diffmax-core has 1.0; upgrade diffmax-core"),
+    "sharedkernels@plug-sharedkernels": ("incompatible", "written for version 99 of diffmax.kernels, this diffmax-core has 1"),
+    "unmet@plug-unmet": ("incompatible", "requires torch>=99, found "),
+    "missing@plug-missing": ("incompatible", "which is not installed; run: pip install 'a-package-that-is-not-there>=2"),
+    "stale@plug-stale": ("failed", "ModuleNotFoundError: No module named 'plug_gone'"),
+    "blocked@plug-blocked": ("blocked", "by DIFFMAX_BLOCK"),
+    "contested@plug-contested": ("available", "when asked for by name"),
+    "contested@zz-late": ("shadowed", "the name is taken by plug-contested; uninstall one of the two"),
+    "takesname@plug-takesname": ("shadowed", "the backend name 'cpu' is taken by diffmax-core"),
+    "probesays@plug-probesays": ("unavailable", "no acme device; run: pip install acme-driver"),
+    "proberaises@plug-proberaises": ("failed", "its probe raised RuntimeError: driver"),
+    "kernelraises@plug-kernelraises": ("available", "when asked for by name"),
+    "kernelmissing@plug-kernelmissing": ("available", "when asked for by name"),
+}
+
+
+@pytest.mark.parametrize("plugin", EXPECTED)
+def test_is_listed_with_its_status_and_reason(outcome, plugin):
+    status, reason = outcome["records"][plugin]
+    assert status == EXPECTED[plugin][0]
+    assert EXPECTED[plugin][1] in reason
+
+
+def test_nothing_else_is_listed_and_core_works(outcome):
+    assert set(outcome["records"]) == {*EXPECTED, "cpu@diffmax-core", "reference@diffmax-core"}
+    assert outcome["records"]["cpu@diffmax-core"] == ["active", ""]
+    assert outcome["values"] == pytest.approx([0.8307, 0.1693, 0, 0], abs=1e-4)
+
+
+def test_each_refused_plugin_is_warned_about_once_with_what_to_do(outcome):
+    refused = [name for name, (status, _) in EXPECTED.items() if status in ("incompatible", "shadowed", "failed")]
+    refused.remove("proberaises@plug-proberaises")  # nobody asked its probe during the import
+    for key in refused:
+        name, distribution = key.split("@")
+        about = [w for w in outcome["warnings"] if w.startswith(f"diffmax: plugin '{name}' of {distribution} 1.0 is ")]
+        assert len(about) == 1
+        assert f"set DIFFMAX_BLOCK={name} to leave it out without this warning" in about[0]
+    assert len(outcome["warnings"]) == len(refused)
+
+
+def test_a_kernel_that_raises_is_not_retried_elsewhere(outcome):
+    assert outcome["good"] == pytest.approx(1)
+    assert outcome["kernelraises"] == "RuntimeError: launch failed"
+    assert outcome["kernelmissing"].startswith("BackendError: backend kernelmissing: its kernel plug_kernelmissing.gone:kernel")
+    assert "to leave it out, set DIFFMAX_BLOCK=kernelmissing" in outcome["kernelmissing"]
+
+
+def test_naming_a_plugin_that_is_not_loaded_says_why(outcome):
+    assert outcome["importerror"].startswith("NoBackendError: no backend is named 'importerror'\n  loaded: ")
+    assert "  plugin 'importerror' of plug-importerror 1.0 is failed: ModuleNotFoundError" in outcome["importerror"]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import diffmax, plug_eager",
+        "import plug_eager, diffmax",
+        "import plug_eager._plugin",
+        "import plug_eager.kernels, torch",
+    ],
+)
+def test_a_plugin_may_be_imported_before_core(order, tmp_path):
+    """A plugin's package that imports diffmax is half initialised when diffmax finds it: the top cause of dropped plugins."""
+    add_plugin(tmp_path, "eager", init="import diffmax\n")
+    (tmp_path / "plug_eager" / "kernels.py").write_text("from diffmax import diffmax_bisect\n")
+    code = f"{order}\nimport diffmax, json\nprint(json.dumps([r.status for r in diffmax.backends() if r.backend == 'eager']))"
+    assert run(code, tmp_path) == ["available", "available"]
+
+
+def test_discovery_can_be_switched_off(tmp_path):
+    add_plugin(tmp_path, "good")
+    code = "import diffmax, json; print(json.dumps(sorted({r.backend for r in diffmax.backends()})))"
+    assert run(code, tmp_path) == ["cpu", "good", "reference"]
+    assert run(code, tmp_path, DIFFMAX_PLUGINS="0") == ["cpu", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("DIFFMAX_BAKEND", "cpu", "unknown environment variable DIFFMAX_BAKEND\n  known: DIFFMAX_BACKEND, DIFFMAX_BLOCK"),
+        ("DIFFMAX_PLUGINS", "no", "DIFFMAX_PLUGINS must be 0 or 1, got 'no'"),
+        ("DIFFMAX_STRICT", "true", "DIFFMAX_STRICT must be 0 or 1, got 'true'"),
+    ],
+)
+def test_a_typo_in_a_variable_is_an_error(variable, value, message):
+    result = run("import diffmax", check=False, **{variable: value})
+    assert result.returncode
+    assert message in result.stderr
+
+
+def test_an_unknown_name_in_the_environment_is_an_error_at_the_first_call():
+    code = "import diffmax, torch\nprint(len(diffmax.explain.__doc__) > 0)\ndiffmax.diffmax_bisect(torch.randn(3), 0.5)"
+    result = run(code, check=False, DIFFMAX_BACKEND="cupu")
+    assert result.stdout.strip() == "True"
+    assert "NoBackendError: no backend is named 'cupu'\n  loaded: cpu, reference\nrun `python -m diffmax`" in result.stderr

@@ -1,0 +1,348 @@
+"""Which backend runs a call: the order of choice, reasons, partial backends, threads, compilation, accelerators."""
+
+import dataclasses
+import sys
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+
+import diffmax
+from diffmax import _dispatch, diffmax_bisect, reference
+from diffmax._dispatch import choose, describe, registry
+from diffmax.errors import NoBackendError
+from diffmax.plugin import FEATURES, Backend
+
+BOTH = {"bisect": "fake_kernels:forward", "bisect_backward": "fake_kernels:backward"}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Kernels that note their calls, as a module that descriptions can name."""
+    seen = []
+    module = types.ModuleType("fake_kernels")
+    module.forward = lambda *args: seen.append("forward") or reference.bisect(*args)
+    module.backward = lambda *args: seen.append("backward") or reference.bisect_backward(*args)
+    module.no_halves = lambda spec: ["no halves today"] if spec.dtype == torch.float16 else []
+    module.broken_check = lambda spec: 1 / 0
+    monkeypatch.setitem(sys.modules, "fake_kernels", module)
+    return seen
+
+
+@pytest.fixture
+def register(calls):
+    added = []
+
+    def add(name, **fields):
+        defaults = {"device_types": ("cpu",), "dtypes": (torch.float16, torch.float32), "kernels": BOTH}
+        diffmax.register_backend(Backend(**{"name": name, "features": frozenset(FEATURES), **defaults, **fields}))
+        added.append(name)
+
+    yield add
+    for name in added:
+        diffmax.unregister_backend(name)
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    def change(**fields):
+        monkeypatch.setattr(registry, "settings", dataclasses.replace(registry.settings, **fields))
+        registry.kernels.clear()
+
+    yield change
+    monkeypatch.undo()
+    registry.kernels.clear()
+
+
+X = torch.randn(3, 4)
+
+
+def test_the_largest_priority_wins_then_the_name(register, calls):
+    register("low", priority=10)
+    diffmax_bisect(X, 0.5)
+    assert not calls
+    register("high", priority=90)
+    diffmax_bisect(X, 0.5)
+    assert calls == ["forward"]
+    assert choose(describe("bisect", "cpu", torch.float32)).name == "high"
+    register("higher", priority=90)
+    assert choose(describe("bisect", "cpu", torch.float32)).name == "high"
+
+
+def test_argument_before_context_before_environment_before_priority(register, settings):
+    for name in ("one", "two", "three"):
+        register(name, priority=10)
+
+    def chosen(backend=None):
+        return diffmax.explain("diffmax_bisect", X, 0.5, backend=backend)
+
+    assert (chosen().chosen, chosen().calls[0][-1]) == ("cpu", "priority")
+    settings(backend=("one",))
+    assert (chosen().chosen, chosen().calls[0][-1]) == ("one", "DIFFMAX_BACKEND")
+    with diffmax.use_backend("two"):
+        assert (chosen().chosen, chosen().calls[0][-1]) == ("two", "use_backend")
+        assert (chosen("three").chosen, chosen("three").calls[0][-1]) == ("three", "the backend argument")
+        with diffmax.use_backend("three"):
+            assert chosen().chosen == "three"
+        assert chosen().chosen == "two"
+    assert chosen().chosen == "one"
+
+
+def test_the_environment_may_list_several(settings):
+    settings(backend=("reference", "cpu"))
+    assert choose(describe("bisect", "cpu", torch.float32)).name == "reference"
+
+
+def test_a_named_backend_never_falls_back(register, settings):
+    register("acme", dtypes=(torch.float32,), features=frozenset())
+    with pytest.raises(NoBackendError) as caught:
+        diffmax_bisect(X.double(), torch.tensor(0.5), backend="acme")
+    assert str(caught.value) == (
+        "the backend acme cannot run bisect of float64 on cpu, needs tensor_alpha\n"
+        "  acme: takes float32, not float64; lacks tensor_alpha (alpha as a tensor: per row, per head)\n"
+        "run `python -m diffmax` to see what is installed"
+    )
+    with diffmax.use_backend("acme"), pytest.raises(NoBackendError, match="takes float32, not float16"):
+        diffmax_bisect(X.half(), 0.5)
+    settings(backend=("acme",))
+    with pytest.raises(NoBackendError, match="takes float32, not float16"):
+        diffmax_bisect(X.half(), 0.5)
+
+
+def test_reasons_of_the_backend_itself(register):
+    register("acme", unsupported="fake_kernels:no_halves", priority=90)
+    explanation = diffmax.explain("diffmax_bisect", X.half(), 0.5)
+    assert explanation.chosen == "cpu"
+    assert "  acme: no halves today" in repr(explanation).splitlines()
+    register("broken", unsupported="fake_kernels:broken_check", priority=95)
+    assert "  broken: its check of the call raised ZeroDivisionError: division by zero" in repr(
+        diffmax.explain("diffmax_bisect", X, 0.5)
+    )
+    assert diffmax.explain("diffmax_bisect", X, 0.5).chosen == "acme"
+
+
+def test_a_backend_that_is_not_automatic_waits_to_be_asked(register, calls):
+    register("shy", priority=99, automatic=False)
+    diffmax_bisect(X, 0.5)
+    assert not calls
+    diffmax_bisect(X, 0.5, backend="shy")
+    assert calls == ["forward"]
+    assert "shy: is used only when asked for by name" in repr(diffmax.explain("diffmax_bisect", X, 0.5))
+
+
+def test_determinism_is_a_need(register):
+    register("fast", priority=99, features=frozenset({"tensor_alpha", "alpha_gradient"}))
+    assert diffmax.explain("diffmax_bisect", X).chosen == "fast"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert diffmax.explain("diffmax_bisect", X).chosen == "cpu"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_what_a_partial_backend_lacks_comes_from_the_next(register, calls):
+    register("forward-only", priority=90, kernels={"bisect": "fake_kernels:forward"})
+    for backend in (None, "forward-only"):
+        x = X.clone().requires_grad_()
+        diffmax_bisect(x, 0.5, backend=backend).square().sum().backward()
+        expected = X.clone().requires_grad_()
+        diffmax_bisect(expected, 0.5, backend="reference").square().sum().backward()
+        torch.testing.assert_close(x.grad, expected.grad)
+    assert calls == ["forward", "forward"]
+    register("backward-only", priority=95, kernels={"bisect_backward": "fake_kernels:backward"})
+    diffmax_bisect(X.clone().requires_grad_(), 0.5).sum().backward()
+    assert calls == ["forward"] * 3 + ["backward"]
+    with pytest.raises(NoBackendError, match="backward-only: does not provide bisect"):
+        diffmax_bisect(X, 0.5, backend="backward-only")
+
+
+def test_a_backward_without_alpha_gradients_is_passed_over_where_alpha_learns(register, calls):
+    register("acme", priority=90, features=frozenset({"tensor_alpha"}))
+    alpha = torch.tensor(0.5, requires_grad=True)
+    diffmax_bisect(X, alpha).square().sum().backward()
+    assert alpha.grad is not None
+    assert calls == ["forward"]
+
+
+def test_the_backward_runs_where_the_forward_was_asked_to(register, calls):
+    register("acme", automatic=False)
+    x = X.clone().requires_grad_()
+    with diffmax.use_backend("acme"):
+        loss = diffmax_bisect(x, 0.5).square().sum()
+    worker = threading.Thread(target=loss.backward)  # another thread, after the block
+    worker.start()
+    worker.join()
+    assert calls == ["forward", "backward"]
+    assert x.grad is not None
+
+
+def test_use_backend_holds_for_its_thread_only(register, calls):
+    register("acme", automatic=False)
+    with diffmax.use_backend("acme"):
+        worker = threading.Thread(target=diffmax_bisect, args=(X, 0.5))
+        worker.start()
+        worker.join()
+    assert not calls
+
+
+def test_the_choice_holds_under_compile_and_follows_the_context(register, calls):
+    torch._dynamo.reset()
+    register("acme", automatic=False)
+    compiled = torch.compile(lambda x: diffmax_bisect(x, 0.5).square().sum(), fullgraph=True, backend="aot_eager")
+    x = X.clone().requires_grad_()
+    compiled(x).backward()
+    assert not calls
+    with diffmax.use_backend("acme"):
+        loss = compiled(x)
+    loss.backward()
+    assert calls == ["forward", "backward"]
+    compiled(x).backward()
+    assert calls == ["forward", "backward"]
+
+
+def test_a_backend_registered_later_is_seen_by_compiled_code(register, calls):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: diffmax_bisect(x, 0.5), fullgraph=True, backend="aot_eager")
+    compiled(X)
+    register("acme", priority=99)
+    compiled(X)
+    assert calls == ["forward"]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        with diffmax.use_backend("reference"):
+            return diffmax_bisect(X + index, 0.5)
+
+
+def test_works_in_dataloader_workers():
+    diffmax_bisect(X, 0.5)  # a decision made before the fork
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork of a process with threads
+        loader = torch.utils.data.DataLoader(Rows(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+        batches = torch.cat(list(loader))
+    torch.testing.assert_close(batches, diffmax_bisect(X, 0.5).expand(4, 3, 4), rtol=0, atol=1e-6)
+
+
+def test_cuda_and_hip_share_a_device_type_and_are_told_apart_by_runtime(register, monkeypatch):
+    register("cuda", device_types=("cuda",), runtime="cuda")
+    register("rocm", device_types=("cuda",), runtime="hip")
+    assert choose(describe("bisect", "cuda", torch.float32)).name == "cuda"
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert choose(describe("bisect", "cuda", torch.float32)).name == "rocm"
+    with pytest.raises(NoBackendError, match=r"cuda: needs the cuda runtime, this is hip"):
+        choose(describe("bisect", "cuda", torch.float32), "cuda")
+    records = {record.backend: record for record in diffmax.backends() if record.operator == "bisect"}
+    assert (records["rocm"].status, records["cuda"].status) == ("active", "available")
+    assert records["cuda"].reason == "for the cuda runtime, this is hip"
+
+
+def test_plain_pytorch_on_an_accelerator_is_said_once_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(registry, "noticed", set())
+    spec = describe("bisect", "cuda", torch.float32)
+    with pytest.warns(RuntimeWarning, match=r"bisect of float32 on cuda runs as plain PyTorch(.|\n)*pip install diffmax-cuda"):
+        assert choose(spec).name == "reference"
+    assert choose(spec).name == "reference"  # a second warning would be an error here
+    with pytest.warns(RuntimeWarning, match="pip install diffmax-npu"):
+        choose(describe("bisect", "npu", torch.float32))
+
+
+def test_strict_makes_that_an_error(settings):
+    settings(strict=True)
+    with pytest.raises(NoBackendError, match=r"DIFFMAX_STRICT=1: bisect of float32 on cuda runs as plain PyTorch"):
+        choose(describe("bisect", "cuda", torch.float32))
+    assert choose(describe("bisect", "cuda", torch.float32), "reference").name == "reference"  # asked for
+    assert choose(describe("bisect", "cpu", torch.float32)).name == "cpu"
+
+
+def test_statuses_of_a_table(register, settings):
+    register("better", priority=80)
+    status = {record.backend: (record.status, record.reason) for record in diffmax.backends() if record.operator == "bisect"}
+    assert status["better"] == ("active", "")
+    assert status["cpu"] == ("available", "better is preferred")
+    settings(backend=("cpu",))
+    status = {record.backend: record.status for record in diffmax.backends() if record.operator == "bisect"}
+    assert (status["better"], status["cpu"]) == ("available", "active")
+
+
+def test_tables_have_an_html_form_that_escapes(register):
+    register("acme")
+    html = diffmax.backends()._repr_html_()
+    assert html.startswith("<table><tr><th>backend</th>")
+    assert "<td>acme</td>" in html
+    assert html.count("<tr>") == 1 + len(diffmax.backends())
+
+
+def test_explain_covers_forward_and_backward():
+    text = repr(diffmax.explain(diffmax_bisect, X.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True)))
+    assert text.splitlines()[0] == "bisect of float32 on cpu, needs tensor_alpha: cpu, by priority"
+    assert "bisect_backward of float32 on cpu, needs alpha_gradient, tensor_alpha: cpu, by priority" in text
+    meta = diffmax.explain("diffmax_bisect", torch.empty(3, device="meta"))
+    assert meta.chosen == "reference"
+    assert "  cpu: serves cpu, not meta" in repr(meta).splitlines()
+
+
+GOOD = {"name": "acme", "device_types": ("cpu",), "kernels": BOTH, "dtypes": (torch.float32,)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: Backend(**{**GOOD, "name": "a b"}),
+            ValueError,
+            "name must consist of letters, digits, '_' and '-', got 'a b'",
+        ),
+        (lambda: Backend(**{**GOOD, "device_types": "cpu"}), TypeError, "device_types must be a sequence of names, got 'cpu'"),
+        (lambda: Backend(**{**GOOD, "kernels": {}}), ValueError, "kernels must name at least one operator"),
+        (lambda: Backend(**{**GOOD, "kernels": {"bisect": "x"}}), ValueError, "given as 'module:function', got 'x'"),
+        (lambda: Backend(**{**GOOD, "probe": "x.y"}), ValueError, "given as 'module:function', got 'x.y'"),
+        (lambda: Backend(**{**GOOD, "dtypes": ()}), TypeError, "dtypes must be torch dtypes"),
+        (lambda: diffmax.register_backend("acme"), TypeError, "expected a diffmax.plugin.Backend, got 'acme'"),
+        (lambda: diffmax.register_backend(Backend(**{**GOOD, "name": "cpu"})), ValueError, "'cpu' is taken by diffmax-core"),
+        (
+            lambda: diffmax.register_backend(Backend(**{**GOOD, "api_version": (2, 0)})),
+            ValueError,
+            "acme is written for plugin API 2.0",
+        ),
+        (
+            lambda: diffmax.unregister_backend("cpu"),
+            ValueError,
+            r"no backend 'cpu' was added with register_backend, added: none",
+        ),
+        (lambda: diffmax.explain("softmax", X), ValueError, "no operator 'softmax', known: diffmax_bisect"),
+        (
+            lambda: diffmax.use_backend("cupu").__enter__(),
+            NoBackendError,
+            r"no backend is named 'cupu'\n  loaded: cpu, reference",
+        ),
+        (
+            lambda: diffmax_bisect(X, 0.5, backend="cupu"),
+            NoBackendError,
+            r"no backend is named 'cupu'\n  loaded: cpu, reference",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_registering_again_needs_replace(register, calls):
+    register("acme", priority=90)
+    with pytest.raises(ValueError, match="'acme' is taken by"):
+        diffmax.register_backend(Backend(**GOOD))
+    diffmax.register_backend(Backend(**{**GOOD, "priority": 1}), replace=True)
+    diffmax_bisect(X, 0.5)
+    assert not calls
+
+
+def test_a_decision_is_made_once(register, monkeypatch):
+    diffmax_bisect(X, 0.5)
+    monkeypatch.setattr(_dispatch, "choose", None)  # a second decision would fail
+    diffmax_bisect(X, 0.5)
