@@ -41,6 +41,7 @@ def run_with_plugin(tmp_path, monkeypatch):
 def test_the_example_is_listed_and_computes(run_with_plugin):
     output = run_with_plugin("""
 import json, sys, torch, diffmax
+torch.manual_seed(0)
 from diffmax.testing import checks
 kernels_loaded = "diffmax_example.kernels" in sys.modules
 records = [(r.distribution, r.version, r.operator, r.status, r.reason) for r in diffmax.backends() if r.backend == "example"]
