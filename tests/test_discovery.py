@@ -46,6 +46,7 @@ def outcome(tmp_path_factory):
     add_plugin(folder, "importerror", "import a_module_that_is_not_there")
     add_plugin(folder, "syntaxerror", "def (:")
     add_plugin(folder, "oserror", "raise OSError('libvendor.so.3: cannot open shared object file')")
+    add_plugin(folder, "exits", "import sys; sys.exit('no gpu')")
     add_plugin(folder, "badsignature", HOOK.format(signature="diffmax_backends(self, device)", returns="[]"))
     add_plugin(folder, "unknownhook", HOOK.format(signature="diffmax_backend(self)", returns="[]"))
     add_plugin(folder, "nohook", "plugin = object()")
@@ -89,6 +90,7 @@ EXPECTED = {
     "importerror@plug-importerror": ("failed", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
     "syntaxerror@plug-syntaxerror": ("failed", "SyntaxError: invalid syntax"),
     "oserror@plug-oserror": ("failed", "OSError: libvendor.so.3: cannot open shared object file"),
+    "exits@plug-exits": ("failed", "SystemExit: no gpu"),
     "badsignature@plug-badsignature": ("failed", "Argument(s) {'device'} are declared in the hookimpl but can not be found"),
     "unknownhook@plug-unknownhook": ("failed", "unknown hook 'diffmax_backend'"),
     "nohook@plug-nohook": ("failed", "implements no diffmax_backends marked with diffmax.plugin.hookimpl"),
@@ -165,6 +167,33 @@ def test_a_plugin_may_be_imported_before_core(order, tmp_path):
     (tmp_path / "plug_eager" / "kernels.py").write_text("from diffmax import diffmax_bisect\n")
     code = f"{order}\nimport diffmax, json\nprint(json.dumps([r.status for r in diffmax.backends() if r.backend == 'eager']))"
     assert run(code, tmp_path) == ["available", "available"]
+
+
+def test_a_plugin_is_refused_without_an_error_where_warnings_are_errors(tmp_path):
+    add_plugin(tmp_path, "broken", "import a_module_that_is_not_there")
+    add_plugin(tmp_path, "good")
+    code = "import warnings; warnings.simplefilter('error')\nimport diffmax, json\n"
+    code += "print(json.dumps({r.backend: r.status for r in diffmax.backends()}))"
+    expected = {"cpu": "active", "reference": "active", "good": "available", "broken": "failed"}
+    assert run(code, tmp_path) == expected
+
+
+def test_damaged_metadata_does_not_break_the_import(tmp_path):
+    """An interrupted uninstall leaves a dist-info without METADATA."""
+    add_plugin(tmp_path, "good")
+    add_plugin(tmp_path, "damaged")
+    (tmp_path / "plug_damaged-1.0.dist-info" / "METADATA").unlink()
+    older = tmp_path / "diffmax-0.1.dist-info"
+    older.mkdir()
+    (older / "RECORD").write_text("")
+    code = "import diffmax, json; print(json.dumps(sorted({r.backend for r in diffmax.backends()})))"
+    assert {"cpu", "good", "reference"} <= set(run(code, tmp_path))
+
+
+def test_a_blocked_name_that_no_plugin_has_is_warned_about():
+    code = "import warnings\nwith warnings.catch_warnings(record=True) as w:\n    warnings.simplefilter('always')\n"
+    code += "    import diffmax\nprint(w[0].message)"
+    assert run(code, DIFFMAX_BLOCK="nosuch") == "diffmax: DIFFMAX_BLOCK names nosuch, and no such plugin is installed"
 
 
 def test_discovery_can_be_switched_off(tmp_path):

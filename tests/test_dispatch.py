@@ -303,6 +303,17 @@ GOOD = {"name": "acme", "device_types": ("cpu",), "kernels": BOTH, "dtypes": (to
         (lambda: Backend(**{**GOOD, "kernels": {"bisect": "x"}}), ValueError, "given as 'module:function', got 'x'"),
         (lambda: Backend(**{**GOOD, "probe": "x.y"}), ValueError, "given as 'module:function', got 'x.y'"),
         (lambda: Backend(**{**GOOD, "dtypes": ()}), TypeError, "dtypes must be torch dtypes"),
+        (lambda: Backend(**{**GOOD, "features": "deterministic"}), TypeError, "features must be a set of names"),
+        (
+            lambda: Backend(**{**GOOD, "features": {"determinstic"}}),
+            ValueError,
+            "unknown feature 'determinstic', known: ",
+        ),
+        (lambda: Backend(**{**GOOD, "kernels": {"bisct": "a:b"}}), ValueError, "unknown operator 'bisct', known: bisect, bis"),
+        (lambda: Backend(**{**GOOD, "device_types": [1]}), TypeError, r"device_types must be a sequence of names, got \[1\]"),
+        (lambda: Backend(**{**GOOD, "priority": "high"}), TypeError, "priority must be an int, got 'high'"),
+        (lambda: Backend(**{**GOOD, "api_version": (2,)}), TypeError, r"api_version must be a pair of ints, got \(2,\)"),
+        (lambda: diffmax.explain("diffmax_bisect", X, 2.0), ValueError, "explain: alpha must lie strictly between 0 and 1"),
         (lambda: diffmax.register_backend("acme"), TypeError, "expected a diffmax.plugin.Backend, got 'acme'"),
         (lambda: diffmax.register_backend(Backend(**{**GOOD, "name": "cpu"})), ValueError, "'cpu' is taken by diffmax-core"),
         (
@@ -338,6 +349,27 @@ def test_registering_again_needs_replace(register, calls):
     with pytest.raises(ValueError, match="'acme' is taken by"):
         diffmax.register_backend(Backend(**GOOD))
     diffmax.register_backend(Backend(**{**GOOD, "priority": 1}), replace=True)
+    diffmax_bisect(X, 0.5)
+    assert not calls
+
+
+def test_a_backend_that_is_removed_while_a_decision_is_made_does_not_stay(register, calls, monkeypatch):
+    begun, removed = threading.Event(), threading.Event()
+
+    def slow(spec):
+        begun.set()
+        removed.wait(0.2)
+        return []
+
+    monkeypatch.setattr(sys.modules["fake_kernels"], "no_halves", slow)
+    diffmax.register_backend(Backend(**{**GOOD, "name": "brief", "priority": 99, "unsupported": "fake_kernels:no_halves"}))
+    worker = threading.Thread(target=diffmax_bisect, args=(X, 0.5))
+    worker.start()
+    begun.wait()
+    diffmax.unregister_backend("brief")  # waits until the decision is made, then forgets it
+    removed.set()
+    worker.join()
+    calls.clear()
     diffmax_bisect(X, 0.5)
     assert not calls
 

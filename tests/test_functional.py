@@ -259,6 +259,16 @@ def test_the_input_is_left_alone():
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dim", [0, -1])
+def test_the_result_may_be_changed_in_place(dim):
+    x = torch.randn(1, 5, requires_grad=True)
+    diffmax_bisect(x, 0.5, dim).detach_()
+    p = diffmax_bisect(x, 0.5, dim)
+    with torch.no_grad():
+        p.mul_(2)
+    assert not p._is_view()
+
+
 def test_is_deterministic():
     x = torch.randn(300, 2000)
     assert torch.equal(diffmax_bisect(x, 0.6), diffmax_bisect(x, 0.6))
@@ -325,7 +335,9 @@ BAD_INPUT = {
     "an integer dtype": ((torch.arange(3),), TypeError, r"X must be float16, bfloat16, float32 or float64, got int64\nconvert"),
     "a complex dtype": ((torch.zeros(3, dtype=torch.complex64),), TypeError, "got complex64"),
     "a float8 dtype": ((torch.zeros(3).to(torch.float8_e4m3fn),), TypeError, "got float8_e4m3fn"),
-    "alpha = 0": ((X4, 0), ValueError, r"alpha must lie strictly between 0 and 1, got 0\nthe limit .* is sparsemax"),
+    "alpha = 0": ((X4, 0), ValueError, r"alpha must lie strictly between 0 and 1, got 0\nfor a dimension, write dim"),
+    "alpha = 0.0": ((X4, 0.0), ValueError, r"got 0\.0\nthe limit alpha -> 0 is sparsemax"),
+    "dim in alpha's place": ((X4, -1), ValueError, r"got -1\nfor a dimension, write dim: the second argument is alpha"),
     "alpha = 1": ((X4, 1.0), ValueError, r"got 1\.0\nthe limit alpha -> 1 is torch\.softmax"),
     "entmax's alpha": ((X4, 1.5), ValueError, r"got 1\.5\nif that is entmax's alpha, its equal here is 2 - 1\.5 = 0\.5"),
     "a negative alpha": ((X4, -0.5), ValueError, r"between 0 and 1, got -0\.5$"),

@@ -134,6 +134,18 @@ def test_float16_keeps_the_gradient_of_weights_that_flush_to_zero():
         assert (ours.double() - exact).abs().max() < 0.003
 
 
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.7])
+def test_float16_has_the_same_gradient_with_create_graph(alpha):
+    """Review finding: with create_graph=True the support was read off the float16 weights."""
+    x, g = torch.randn(4000, 64).half().requires_grad_(), (torch.randn(4000, 64) * 1000).half()
+    plain = torch.autograd.grad(diffmax_bisect(x, alpha), x, g)[0]
+    graph = torch.autograd.grad(diffmax_bisect(x, alpha), x, g, create_graph=True)[0]
+    torch.testing.assert_close(graph, plain, rtol=2e-3, atol=1e-2)
+    assert ((plain != 0) == (graph != 0)).float().mean() > 0.99999
+    second = torch.autograd.grad((graph.float() / 1e4).square().sum(), x)[0]  # within float16's range
+    assert torch.isfinite(second).all()
+
+
 def test_masked_entries_and_fully_masked_rows_have_gradient_zero():
     for dtype in (torch.float16, torch.float32):
         x = torch.randn(4, 6).to(dtype)

@@ -45,11 +45,15 @@ def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int) -> tu
             f"{type(alpha).__name__}"
         )
     if not 0 < alpha < 1:
-        raise ValueError(f"{name}: alpha must lie strictly between 0 and 1, got {alpha}{_alpha_hint(float(alpha))}")
+        raise ValueError(
+            f"{name}: alpha must lie strictly between 0 and 1, got {alpha}{_alpha_hint(float(alpha), isinstance(alpha, int))}"
+        )
     return 1.0 - float(alpha), None
 
 
-def _alpha_hint(alpha: float) -> str:
+def _alpha_hint(alpha: float, was_int: bool) -> str:
+    if was_int:
+        return "\nfor a dimension, write dim: the second argument is alpha, 1 would be torch.softmax and 0 sparsemax"
     if alpha == 1:
         return "\nthe limit alpha -> 1 is torch.softmax"
     if alpha == 0:

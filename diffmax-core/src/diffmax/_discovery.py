@@ -7,6 +7,7 @@ descriptions (failed), written for this plugin interface (incompatible).
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 import warnings
@@ -43,6 +44,7 @@ class Plugin:
     backends: tuple[Backend, ...] = ()
     error: str = ""
     entry_point: EntryPoint | None = field(default=None, repr=False)
+    warned: bool = False
 
     def __str__(self) -> str:
         return f"plugin {self.name!r} of {self.distribution} {self.version}"
@@ -52,15 +54,28 @@ class Plugin:
         self.status, self.reason, self.backends = "loaded", "", backends
 
     def refuse(self, status: str, reason: str, error: str = "") -> None:
-        """Set the status and say so once, with what to do."""
+        """Set the status; `warn_if_refused` tells the user."""
         self.status, self.reason, self.error = status, reason, error
-        if status != "blocked":
-            advice = f"set DIFFMAX_BLOCK={self.name} to leave it out without this warning"
-            warnings.warn(f"diffmax: {self} is {status}: {reason}\n{advice}", RuntimeWarning, stacklevel=2)
+
+    def warn_if_refused(self) -> None:
+        """Say once that it is not used, and what to do."""
+        if self.status in ("loaded", "deferred", "blocked") or self.warned:
+            return
+        self.warned = True
+        advice = f"set DIFFMAX_BLOCK={self.name} to leave it out without this warning"
+        warn(f"diffmax: {self} is {self.status}: {self.reason}\n{advice}")
 
 
 class PluginRefusedError(Exception):
     """Raised in here only: why a plugin is not used, as (status, reason)."""
+
+
+def warn(message: str) -> None:
+    """A RuntimeWarning; where the user turned warnings into errors, a log record, since an import must not fail for it."""
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        logging.getLogger("diffmax").warning(message)
 
 
 def make_plugin_manager() -> pluggy.PluginManager:
@@ -104,7 +119,7 @@ def load(plugin: Plugin, manager: pluggy.PluginManager) -> None:
         plugin.accept(register(point.load(), plugin, manager))
     except PluginRefusedError as refusal:
         plugin.refuse(*refusal.args)
-    except Exception as error:  # noqa: BLE001  (whatever a plugin's import raises must not break `import diffmax`)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a plugin's import raises must not break `import diffmax`)
         plugin.refuse("failed", f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
@@ -162,8 +177,10 @@ def _sort_key(point: EntryPoint) -> tuple[str, str, str]:
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
-    distribution = point.dist
-    return (distribution.name, distribution.version) if distribution is not None else ("unknown", "")
+    try:
+        return (point.dist.name, point.dist.version) if point.dist is not None else ("unknown", "")
+    except Exception:  # noqa: BLE001  (an interrupted uninstall leaves a distribution without metadata)
+        return "unknown", ""
 
 
 def _check_requirements(point: EntryPoint) -> None:

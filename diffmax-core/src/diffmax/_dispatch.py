@@ -51,9 +51,11 @@ class Registry:
             self.settings = _env.read()
             core = Plugin("core", "diffmax-core", _discovery.CORE_VERSION)
             core.accept(_discovery.register(_builtin.plugin, core, self.manager))
-            self.plugins = [core]
-            self.plugins += _discovery.find(self.settings)
+            self.plugins = [core, *_discovery.find(self.settings)]
             self.load_deferred()
+            unknown = sorted(set(self.settings.block) - {plugin.name for plugin in self.plugins})
+            if unknown and self.settings.plugins:
+                _discovery.warn(f"diffmax: DIFFMAX_BLOCK names {', '.join(unknown)}, and no such plugin is installed")
 
     def load_deferred(self) -> None:
         """Load the plugins that have not been. One whose backend has a taken name is shadowed."""
@@ -67,6 +69,8 @@ class Registry:
                     plugin.refuse("shadowed", f"the backend name {taken[0]!r} is taken by {owners[taken[0]].distribution}")
                 if plugin.status != "deferred":
                     self.kernels.clear()
+            for plugin in self.plugins:
+                plugin.warn_if_refused()
 
     def backends(self) -> list[Backend]:
         """All that are loaded, in the order in which the automatic choice tries them."""
@@ -80,14 +84,15 @@ class Registry:
 
     def probe(self, backend: Backend) -> tuple[str, str]:
         """Ask once whether the backend can run on this machine: ("", "") if so, else status and reason."""
-        if backend.name not in self.probes:
-            try:
-                reason = import_function(backend.probe)() if backend.probe else None
-                hint = f"; {backend.install_hint}" if backend.install_hint else ""
-                self.probes[backend.name] = ("unavailable", f"{reason}{hint}") if reason else ("", "")
-            except Exception as error:  # noqa: BLE001  (a probe may not raise; if it does, its backend is out, not the others)
-                self.probes[backend.name] = ("failed", f"its probe raised {type(error).__name__}: {error}")
-        return self.probes[backend.name]
+        with self.lock:
+            if backend.name not in self.probes:
+                try:
+                    reason = import_function(backend.probe)() if backend.probe else None
+                    hint = f"; {backend.install_hint}" if backend.install_hint else ""
+                    self.probes[backend.name] = ("unavailable", f"{reason}{hint}") if reason else ("", "")
+                except Exception as error:  # noqa: BLE001  (a probe may not raise; if it does, its backend is out, no other)
+                    self.probes[backend.name] = ("failed", f"its probe raised {type(error).__name__}: {error}")
+            return self.probes[backend.name]
 
 
 registry = Registry()
@@ -109,8 +114,8 @@ def kernel(
     if found is None:
         wanted = {"tensor_alpha": tensor_alpha, "alpha_gradient": alpha_gradient, "deterministic": deterministic}
         spec = describe(operator, scores.device.type, scores.dtype, frozenset(name for name, on in wanted.items() if on))
-        chosen = choose(spec, backend)
-        found = registry.kernels[key] = _load_kernel(chosen, operator)
+        with registry.lock:  # or a backend that is unregistered meanwhile would stay
+            found = registry.kernels[key] = _load_kernel(choose(spec, backend), operator)
     return found
 
 
@@ -166,7 +171,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the calls made inside the `with` block, and the backward of those calls, on the named backend.
 
     It never falls back: a call that the backend cannot run raises NoBackendError with the reasons. It holds for the thread
-    that entered the block, in eager mode and under torch.compile.
+    that entered the block, in eager mode and under torch.compile. What torch.utils.checkpoint computes again is a new call:
+    enter the block inside the checkpointed function.
 
     Args:
         name: As `diffmax.backends()` lists it.
@@ -259,8 +265,14 @@ def _load_kernel(backend: Backend, operator: str) -> Callable[..., Any]:
     except Exception as error:
         raise BackendError(
             f"backend {backend.name}: its kernel {backend.kernels[operator]} cannot be imported: {error}\n"
-            f"to leave it out, set DIFFMAX_BLOCK={registry.owner(backend).name}"
+            f"to leave it out, {_leave_out(backend)}"
         ) from error
+
+
+def _leave_out(backend: Backend) -> str:
+    owner = registry.owner(backend)
+    by_call = owner.distribution == _BY_CALL
+    return f"call diffmax.unregister_backend({backend.name!r})" if by_call else f"set DIFFMAX_BLOCK={owner.name}"
 
 
 def import_function(target: str) -> Callable[..., Any]:

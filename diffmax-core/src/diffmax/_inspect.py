@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _dispatch
+from diffmax._checks import check_scores, one_minus_alpha
 from diffmax.errors import NoBackendError
 from diffmax.plugin import Backend, CallSpec
 
@@ -137,7 +138,14 @@ class Explanation:
 
 
 def explain(
-    op: str | Callable[..., Any], X: Tensor, alpha: Any = 0.9, *_: Any, backend: str | None = None, **__: Any
+    op: str | Callable[..., Any],
+    X: Tensor,
+    alpha: Any = 0.9,
+    dim: int = -1,
+    n_iter: int = 50,
+    ensure_sum_one: bool = True,
+    *,
+    backend: str | None = None,
 ) -> Explanation:
     """Say which backend a call would go to, and for each other one why not.
 
@@ -145,9 +153,10 @@ def explain(
 
     Args:
         op: `diffmax.diffmax_bisect` or "diffmax_bisect".
-        X, alpha, backend, and the rest: The call's arguments. The backward is explained too if X or alpha requires a gradient.
+        X, alpha, dim, n_iter, ensure_sum_one, backend: The call's arguments; X and alpha are checked as the call would. The
+            backward is explained too if X or alpha requires a gradient and gradients are enabled.
     Raises:
-        ValueError: diffmax has no such operator.
+        TypeError, ValueError: diffmax has no such operator, or the call would be refused.
         NoBackendError: `backend` or DIFFMAX_BACKEND names one that is not loaded.
     Example:
         >>> import torch, diffmax
@@ -160,6 +169,7 @@ def explain(
     if name not in OPERATORS:
         raise ValueError(f"explain: no operator {name!r}, known: {', '.join(OPERATORS)}")
     alpha = alpha() if callable(alpha) else alpha
+    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
     learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
     return explain_call(
         OPERATORS[name],
@@ -167,7 +177,7 @@ def explain(
         X.dtype,
         tensor_alpha=isinstance(alpha, Tensor),
         alpha_gradient=learns_alpha,
-        backward=X.requires_grad or learns_alpha,
+        backward=torch.is_grad_enabled() and (X.requires_grad or learns_alpha),
         backend=backend,
     )
 

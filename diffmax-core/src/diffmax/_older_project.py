@@ -11,6 +11,8 @@ def warn_if_installed() -> None:
         found = version("diffmax")
     except PackageNotFoundError:
         return
+    except Exception:  # noqa: BLE001  (its metadata is damaged; what to do is the same)
+        found = "of unknown version"
     warnings.warn(
         f"the older project diffmax {found} is installed beside diffmax-core, and both own the import name diffmax\n"
         "run: pip uninstall diffmax && pip install --force-reinstall --no-deps diffmax-core",

@@ -104,14 +104,21 @@ class _Bisect(torch.autograd.Function):
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
-    # in forward mode too: autograd.Function says that it has no formula for it, where a plain call would lose the tangent
-    return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    )
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _bisect_autograd(x: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "diffmax: forward-mode differentiation (jvp) is not supported yet\n"
+            "use reverse mode: torch.autograd.grad, torch.autograd.functional.jacobian"
+        )
     if _differentiates(x, e_tensor):
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                "diffmax: torch.func transforms that differentiate are not supported yet\n"
+                "use torch.autograd.grad, torch.autograd.functional.jacobian or hessian"
+            )
         return _Bisect.apply(x, e, e_tensor, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.bisect(x, e, e_tensor, *rest)
@@ -131,8 +138,12 @@ def _bisect_backward_autograd(
 ) -> Any:
     if _differentiates(grad, p, e_tensor):
         # The second derivative: the reference consists of differentiable operators of grad, p and e, and p leads on to x.
-        # It is not given x, because it would combine it with delta, which autograd takes for a constant.
-        return reference.bisect_backward(grad, p, m, delta, None, e if e_tensor is None else e_tensor, dim, needs_e)
+        # It is not given x, because it would combine it with delta, which autograd takes for a constant; where p has lost
+        # its small weights, a p in float32 that leads to x takes its place.
+        if x is not None:
+            p = torch.ops.diffmax.bisect(x.float(), e, e_tensor, dim, 50, True, backend)[0]
+        grad_x, grad_e = reference.bisect_backward(grad, p, m, delta, None, e if e_tensor is None else e_tensor, dim, needs_e)
+        return grad_x.to(grad.dtype), grad_e
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.bisect_backward(grad, p, m, delta, x, e, e_tensor, dim, needs_e, backend)
 

@@ -36,7 +36,7 @@ def diffmax_bisect(
         alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float; or a tensor that broadcasts against X with `dim`
             reduced to 1, such as (H, 1, 1) for one alpha per head of scores (B, H, L, L); or a function of no arguments that
             returns either. A tensor may require a gradient, and may hold 0 and 1 themselves, where a learned alpha can end:
-            they give sparsemax and softmax.
+            they give sparsemax and softmax. Under torch.compile every new float is a new graph: pass a tensor if it changes.
         dim: Axis that sums to one.
         n_iter: The result is at least as accurate as after this many steps of bisection, in at most half as many steps of
             Newton's method, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
@@ -49,7 +49,7 @@ def diffmax_bisect(
     Raises:
         TypeError: X is no tensor of those dtypes, or an argument has the wrong type.
         ValueError: alpha or `dim` is out of range, alpha's shape does not fit, or n_iter < 1. The values of an alpha that lives
-            on an accelerator are not read, as that would wait for the device: rows whose alpha lies outside [0, 1] are NaN.
+            on an accelerator, or under torch.compile, are not read: rows whose alpha lies outside [0, 1] are NaN.
         NoBackendError: The named backend cannot run the call.
     Numerics: Computes in float32, for float64 in float64. Gradient in X by Eq. 3, in alpha by Eq. 4; both are zero off the
         support. Deterministic on CPU.

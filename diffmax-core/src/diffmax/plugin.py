@@ -8,7 +8,7 @@ descriptions must import no kernel and touch no device.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import pluggy
@@ -28,6 +28,9 @@ FEATURES = {
     "deterministic": "the same input gives the same bits",
 }
 """What a call may need beyond an operator, a device type and a dtype. A backend must claim it to be chosen for such a call."""
+
+OPERATORS = ("bisect", "bisect_backward")
+"""What a backend can provide kernels for; `diffmax.reference` has their signatures."""
 
 hookspec = pluggy.HookspecMarker("diffmax")
 hookimpl = pluggy.HookimplMarker("diffmax")
@@ -99,10 +102,22 @@ class Backend:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"Backend: name must consist of letters, digits, '_' and '-', got {self.name!r}")
-        if isinstance(self.device_types, str) or not self.device_types:
+        if not _all_strings(self.device_types):
             raise TypeError(f"Backend {self.name}: device_types must be a sequence of names, got {self.device_types!r}")
+        if not _all_strings(self.features, may_be_empty=True):
+            raise TypeError(f"Backend {self.name}: features must be a set of names, got {self.features!r}")
+        object.__setattr__(self, "features", frozenset(self.features))
+        for kind, given, known in (("feature", self.features, FEATURES), ("operator", self.kernels, OPERATORS)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ValueError(f"Backend {self.name}: unknown {kind} {unknown[0]!r}, known: {', '.join(known)}")
         if not self.kernels:
             raise ValueError(f"Backend {self.name}: kernels must name at least one operator, got {dict(self.kernels)}")
+        if not isinstance(self.priority, int):
+            raise TypeError(f"Backend {self.name}: priority must be an int, got {self.priority!r}")
+        version = self.api_version
+        if not (isinstance(version, tuple) and len(version) == 2 and all(isinstance(part, int) for part in version)):
+            raise TypeError(f"Backend {self.name}: api_version must be a pair of ints, got {version!r}")
         for target in (*self.kernels.values(), self.probe, self.unsupported):
             if target is not None and not re.fullmatch(r"[\w.]+:\w+", target):
                 raise ValueError(f"Backend {self.name}: functions are given as 'module:function', got {target!r}")
@@ -124,6 +139,12 @@ class Backend:
             reasons.append(f"takes {known}, not {str(spec.dtype).removeprefix('torch.')}")
         reasons.extend(f"lacks {feature} ({FEATURES[feature]})" for feature in sorted(spec.features - self.features))
         return reasons
+
+
+def _all_strings(names: object, *, may_be_empty: bool = False) -> bool:
+    if isinstance(names, str) or not isinstance(names, Collection):
+        return False
+    return (may_be_empty or len(names) > 0) and all(isinstance(name, str) for name in names)
 
 
 class HookSpecs:

@@ -14,7 +14,8 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
 
     Args:
         x: Scores of a floating dtype, any strides; `dim` is their normalised dimension.
-        e: 1 - alpha, a float or a tensor that broadcasts against m, in the accumulation dtype.
+        e: 1 - alpha: a float in (0, 1], which core has checked, or a tensor that broadcasts against m, in the accumulation
+            dtype. Rows whose entry lies outside [0, 1] are NaN.
         dim: Normalised dimension, non-negative.
         n_iter: At least as accurate as this many bisection steps.
         ensure_sum_one: Divide by the sum at the end.

@@ -102,8 +102,13 @@ def _rows(t: Tensor, dim: int) -> Tensor:
 
 
 def _from_rows(rows: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """The contiguous tensor of `shape` that `_rows(..., dim)` turns into `rows`."""
-    return rows.view([*shape[:dim], *shape[dim + 1 :], shape[dim]]).movedim(-1, dim).contiguous()
+    """The contiguous tensor of `shape` that `_rows(..., dim)` turns into `rows`, which is given up.
+
+    It is no view for autograd: the result of an operator that is one cannot be changed in place.
+    """
+    whole = rows.view([*shape[:dim], *shape[dim + 1 :], shape[dim]]).movedim(-1, dim).contiguous()
+    unviewed: Tensor = torch.ops.aten._unsafe_view(whole, shape)
+    return unviewed
 
 
 def _per_row(e: float | Tensor, row_shape: list[int] | torch.Size) -> float | Tensor:
