@@ -12,7 +12,7 @@ project_copyright = author
 version = release = _version("diffmax-core")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "README.md"]  # index.md includes README.md
+exclude_patterns = ["_build", "README.md", "examples"]  # index.md includes README.md; examples are projects, not pages
 smartquotes = False
 
 myst_enable_extensions = ["dollarmath"]

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 
 import diffmax
+from diffmax import _env, plugin
 
 
 def test_lists_every_kernel_with_its_device_dtypes_and_status():
@@ -101,3 +104,16 @@ def test_dtypes_are_those_that_the_operator_takes():
     from diffmax._numerics import FLOAT_DTYPES
 
     assert set(FLOAT_DTYPES) == {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def test_the_list_can_be_read_when_the_environment_names_no_backend(monkeypatch):
+    """It raised NoBackendError, whose message says to read the list."""
+    monkeypatch.setenv("DIFFMAX_BACKEND", "nope")
+    assert "DIFFMAX_BACKEND names a backend that is not loaded" in run("import diffmax; print(diffmax.backends())")
+
+
+def test_the_page_for_vendors_names_every_field_feature_hook_and_variable():
+    page = (Path(__file__).parents[1] / "docs/backends.md").read_text()
+    hooks = [name for name in vars(plugin.HookSpecs) if name.startswith("diffmax_")]
+    for name in (*(field.name for field in fields(plugin.Backend)), *plugin.FEATURES, *_env.MEANINGS, *hooks):
+        assert f"| `{name}" in page, name

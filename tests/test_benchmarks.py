@@ -109,7 +109,9 @@ def test_a_wrong_kernel_turns_red_and_gets_no_number(monkeypatch, operation):
         first, *rest = right(*args)
         return (first * (1 + 1e-4), *rest)
 
-    monkeypatch.setattr(contestants.diffmax._ops, "kernel", lambda name, *_: wrong if name == function else right_kernel(name))
+    monkeypatch.setattr(
+        contestants.diffmax._ops, "kernel", lambda name, *_, **__: wrong if name == function else right_kernel(name)
+    )
     right_kernel = {"bisect": cpu_rows.bisect, "bisect_backward": cpu_rows.bisect_backward}.__getitem__
     rows = run_case(shapes.Case(operation, 64, 32, 0.85, 1.0, "float32", 1), "softmax", "diffmax")
     assert rows["softmax"]["correct"]
@@ -162,6 +164,6 @@ def test_import_and_call_overhead_are_measured(tmp_path, capsys):
     bench_import.main(["--quick", "--output", str(path)])
     result = json.loads(path.read_text())
     assert result["import"]["heavy"] == []
-    assert {"bare_operator", "softmax", "diffmax"} == set(result["calls"])
-    assert [target["goal"] for target in result["targets"]] == [50, 2]
+    assert {"bare_operator", "softmax", "diffmax", "choice"} == set(result["calls"])
+    assert [target["goal"] for target in result["targets"]] == [50, 2, 2]
     assert "targets:" in capsys.readouterr().out

@@ -1,5 +1,10 @@
 """diffmax-core's own backends through the kit that vendors use."""
 
+import pytest
+import torch
+
+import diffmax
+from diffmax.plugin import Backend
 from diffmax.testing.conformance import BackendConformance
 
 
@@ -9,3 +14,38 @@ class TestCpu(BackendConformance):
 
 class TestReference(BackendConformance):
     backend = "reference"
+
+
+FORWARD = {"bisect": "diffmax.reference:bisect"}
+BOTH = FORWARD | {"bisect_backward": "diffmax.reference:bisect_backward"}
+
+
+@pytest.fixture(
+    params=[(FORWARD, ()), (FORWARD, ("tensor_alpha",)), (BOTH, ()), (BOTH, ("tensor_alpha",))],
+    ids=["forward", "forward-tensor_alpha", "both", "both-tensor_alpha"],
+)
+def partial(request):
+    """Right, but less than all."""
+    kernels, features = request.param
+    dtypes = (torch.float16, torch.float32)
+    diffmax.register_backend(
+        Backend(
+            name="partial",
+            device_types=("cpu",),
+            kernels=kernels,
+            dtypes=dtypes,
+            features=frozenset(features),
+            automatic=False,
+        )
+    )
+    yield
+    diffmax.unregister_backend("partial")
+
+
+@pytest.mark.usefixtures("partial")
+class TestPartial(BackendConformance):
+    """The kit asked every backend for alpha's gradient, and for no gradient at all one that takes no tensor as alpha."""
+
+    backend = "partial"
+    test_random_rows = test_nasty_rows = test_opcheck = test_compiles_in_one_graph_with_dynamic_shapes = None  # as above
+    test_importing_diffmax_imports_no_kernel_and_a_fork_survives_it = None

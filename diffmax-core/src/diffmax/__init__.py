@@ -1,8 +1,7 @@
 """diffmax: a sparse, power-law alternative to softmax for attention."""
 
-from importlib_metadata import version as _version
-
 from diffmax import _dispatch, _older_project, nn
+from diffmax._discovery import CORE_VERSION as __version__  # noqa: N811
 from diffmax._dispatch import register_backend, unregister_backend, use_backend
 from diffmax._inspect import backends, explain
 from diffmax.errors import BackendError, DiffmaxError, NoBackendError
@@ -10,7 +9,6 @@ from diffmax.functional import diffmax_bisect
 from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
 from diffmax.nn import DiffmaxBisectModule
 
-__version__ = _version("diffmax-core")
 _older_project.warn_if_installed()
 
 __all__ = [

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from importlib_metadata import version
 from torch import Tensor
 
 from diffmax import _builtin, _discovery, _env
@@ -50,7 +49,7 @@ class Registry:
             if self.plugins:  # a plugin's import led back here
                 return
             self.settings = _env.read()
-            core = Plugin("core", "diffmax-core", version("diffmax-core"))
+            core = Plugin("core", "diffmax-core", _discovery.CORE_VERSION)
             core.accept(_discovery.register(_builtin.plugin, core, self.manager))
             self.plugins = [core]
             self.plugins += _discovery.find(self.settings)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _dispatch
+from diffmax.errors import NoBackendError
 from diffmax.plugin import Backend, CallSpec
 
 
@@ -100,7 +101,11 @@ def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
     spec = _dispatch.describe(operator, device, dtype)
     if backend.runtime is not None and backend.runtime != spec.runtime:
         return "available", f"for the {backend.runtime} runtime, this is {spec.runtime}"
-    verdicts = _dispatch.judge(spec, _dispatch.names_for(spec, ""))
+    try:
+        names = _dispatch.names_for(spec, "")
+    except NoBackendError:  # the list has to be readable just then
+        return "available", "but DIFFMAX_BACKEND names a backend that is not loaded"
+    verdicts = _dispatch.judge(spec, names)
     first = next((candidate for candidate, reasons in verdicts if not reasons), None)
     if first is backend:
         return "active", ""
@@ -152,21 +157,43 @@ def explain(
           reference: can run it
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _OPERATORS:
-        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(_OPERATORS)}")
+    if name not in OPERATORS:
+        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(OPERATORS)}")
     alpha = alpha() if callable(alpha) else alpha
     learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
-    features = {"tensor_alpha"} if isinstance(alpha, Tensor) else set()
+    return explain_call(
+        OPERATORS[name],
+        X.device.type,
+        X.dtype,
+        tensor_alpha=isinstance(alpha, Tensor),
+        alpha_gradient=learns_alpha,
+        backward=X.requires_grad or learns_alpha,
+        backend=backend,
+    )
+
+
+def explain_call(
+    operator: str,
+    device_type: str,
+    dtype: torch.dtype,
+    *,
+    tensor_alpha: bool = False,
+    alpha_gradient: bool = False,
+    backward: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """`explain` for a call that is described, not given: no tensor and no device is needed."""
+    features = {"tensor_alpha"} if tensor_alpha else set()
     if torch.are_deterministic_algorithms_enabled():
         features.add("deterministic")
-    specs = [_dispatch.describe(_OPERATORS[name], X.device.type, X.dtype, frozenset(features))]
-    if X.requires_grad or learns_alpha:
-        features |= {"alpha_gradient"} if learns_alpha else set()
-        specs.append(_dispatch.describe(f"{_OPERATORS[name]}_backward", X.device.type, X.dtype, frozenset(features)))
+    specs = [_dispatch.describe(operator, device_type, dtype, frozenset(features))]
+    if backward:
+        features |= {"alpha_gradient"} if alpha_gradient else set()
+        specs.append(_dispatch.describe(f"{operator}_backward", device_type, dtype, frozenset(features)))
     return Explanation(tuple(_explain_one(spec, backend or _dispatch.selected(), bool(backend)) for spec in specs))
 
 
-_OPERATORS = {"diffmax_bisect": "bisect", "bisect": "bisect"}
+OPERATORS = {"diffmax_bisect": "bisect", "bisect": "bisect"}
 
 
 def _explain_one(

@@ -1,0 +1,334 @@
+"""python -m diffmax: the report, explain, selftest, bench, new-backend."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import diffmax
+from diffmax import _bench, _dispatch, _report, _selftest
+from diffmax.__main__ import main
+from diffmax._discovery import Plugin
+from diffmax._env import Settings
+from diffmax.plugin import Backend, hookimpl
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    def set_to(**fields):
+        monkeypatch.setattr(_dispatch.registry, "settings", Settings(**fields))
+
+    return set_to
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with these devices and device files, and a torch built for these runtimes."""
+
+    def pretend(devices=(), files=(), built_for=()):
+        monkeypatch.setattr(_report, "visible_devices", lambda: tuple(devices))
+        monkeypatch.setattr(_report, "device_file", lambda runtime: _report.DEVICE_FILES[runtime] if runtime in files else None)
+        monkeypatch.setattr(_report, "built_for", lambda runtime: runtime in built_for)
+
+    return pretend
+
+
+@pytest.fixture
+def register():
+    added = []
+
+    def add(name="mine", **fields):
+        kernels = {"bisect": "diffmax.reference:bisect", "bisect_backward": "diffmax.reference:bisect_backward"}
+        description = {"device_types": ("cpu",), "kernels": kernels, "dtypes": (torch.float32,), "priority": 1} | fields
+        diffmax.register_backend(Backend(name=name, **description))
+        added.append(name)
+
+    yield add
+    for name in added:
+        diffmax.unregister_backend(name)
+
+
+def wrong_forward(x, e, dim, n_iter, ensure_sum_one):
+    p, m, delta = diffmax.reference.bisect(x, e, dim, n_iter, ensure_sum_one)
+    return p + 0.25, m, delta
+
+
+def raising_forward(*_):
+    raise RuntimeError("launch failed")
+
+
+def why_not():
+    return "there is no such device"
+
+
+# the report
+
+
+def test_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "diffmax"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("versions\n  diffmax-core")
+
+
+def test_reports_versions_devices_and_backends(capsys):
+    assert main([]) == 0
+    output = capsys.readouterr().out
+    for words in (diffmax.__version__, torch.__version__, "torch-npu", "triton", "torch built for CUDA"):
+        assert words in output
+    assert "cpu  " in output
+    assert "diffmax.cpu.rows:bisect_backward" in output
+
+
+def test_json_holds_the_same(capsys):
+    assert main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["diffmax-core"] == diffmax.__version__
+    assert report["devices"][0]["device"] == "cpu"
+    assert {(r["backend"], r["status"]) for r in report["backends"]} >= {("cpu", "active"), ("reference", "active")}
+    assert set(report) == {"versions", "devices", "environment", "backends", "failures", "plugins", "advice", "problems"}
+
+
+def test_shows_the_variables_that_are_set(monkeypatch, capsys):
+    monkeypatch.setenv("DIFFMAX_STRICT", "1")
+    main([])
+    assert "DIFFMAX_STRICT  1" in capsys.readouterr().out
+
+
+def test_shows_where_a_failed_plugin_failed(monkeypatch, capsys):
+    error = 'Traceback:\n  File "a.py", line 1\n  File "b.py", line 7, in load\n    x()\nImportError: no libacme.so\n'
+    failed = Plugin("acme", "diffmax-acme", "2.0", "failed", "ImportError: no libacme.so", error=error)
+    monkeypatch.setattr(_dispatch.registry, "plugins", [*_dispatch.registry.plugins, failed])
+    assert main([]) == 0
+    output = capsys.readouterr().out
+    assert "plugin 'acme' of diffmax-acme 2.0  ImportError: no libacme.so; File \"b.py\", line 7, in load" in output
+
+
+def test_shows_what_plugins_report_of_themselves(capsys):
+    class Reporting:
+        @hookimpl
+        def diffmax_env_report(self):
+            return {"firmware": "7.1"}
+
+    reporting = Reporting()
+    _dispatch.registry.manager.register(reporting, "acme")
+    try:
+        main([])
+    finally:
+        _dispatch.registry.manager.unregister(reporting)
+    assert "acme: firmware  7.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "package"),
+    [("cuda", "cuda:0", "diffmax-cuda"), ("hip", "cuda:0", "diffmax-rocm"), ("cann", "npu:0", "diffmax-npu")],
+)
+def test_says_which_plugin_a_visible_device_lacks(machine, capsys, monkeypatch, runtime, device, package):
+    machine(devices=[_report.Device(device, runtime, "Big GPU")])
+    main([])
+    assert f"{device} is Big GPU, {package} is not installed: run: pip install {package}" in capsys.readouterr().out
+    there = Plugin(package, package, "1.0", "failed", "broken")
+    monkeypatch.setattr(_dispatch.registry, "plugins", [*_dispatch.registry.plugins, there])
+    main([])
+    assert "pip install" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("runtime", "cause"),
+    [
+        ("cuda", "/dev/nvidia0 shows an NVIDIA device that torch .* does not see: this build of torch lacks CUDA"),
+        ("hip", "/dev/kfd shows an AMD device .*: this build of torch lacks ROCm; install a torch built for ROCm"),
+        ("cann", "/dev/davinci0 shows an Ascend device .*: torch_npu is not installed"),
+    ],
+)
+def test_says_when_torch_is_built_for_something_else(machine, runtime, cause):
+    machine(files=[runtime])
+    advice = _report.collect().advice
+    assert len(advice) == 2
+    assert re.search(cause, advice[0])
+    assert "pip install diffmax-" in advice[1]
+
+
+def test_suspects_the_driver_where_torch_is_built_for_the_device(machine):
+    machine(files=["cuda"], built_for=["cuda"])
+    assert "check the driver" in _report.collect().advice[0]
+
+
+@pytest.mark.parametrize(("hip", "runtime"), [(None, "cuda"), ("6.4", "hip")])
+def test_sees_accelerators_by_name_and_runtime(monkeypatch, hip, runtime):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    cpu, *gpus = _report.visible_devices()
+    assert cpu.device == "cpu"
+    assert gpus == [_report.Device(f"cuda:{index}", runtime, f"GPU {index}") for index in range(2)]
+
+
+def test_sees_an_npu_that_torch_npu_added(monkeypatch):
+    class Npu:
+        is_available, device_count, get_device_name = (staticmethod(f) for f in (lambda: True, lambda: 1, lambda _: "910B"))
+
+    monkeypatch.setattr(torch, "npu", Npu, raising=False)
+    assert _report.visible_devices()[-1] == _report.Device("npu:0", "cann", "910B")
+
+
+def test_gives_no_advice_where_there_is_no_hardware(machine, capsys):
+    machine()
+    main([])
+    assert "advice" not in capsys.readouterr().out
+
+
+def test_fails_when_the_backend_of_the_environment_is_not_loaded(settings, capsys):
+    settings(backend=("nope",))
+    assert main([]) == 1
+    assert "DIFFMAX_BACKEND names 'nope', which is not loaded; loaded: cpu, reference" in capsys.readouterr().out
+
+
+def test_fails_when_the_backend_of_the_environment_is_not_available(settings, register, capsys):
+    register(probe=f"{__name__}:why_not")
+    settings(backend=("mine",))
+    assert main(["--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem == "DIFFMAX_BACKEND names 'mine', which is unavailable: there is no such device"
+    settings(backend=("mine", "cpu"))
+    assert main([]) == 0
+
+
+# explain
+
+
+def test_explain_prints_what_diffmax_explain_does(capsys):
+    x, alpha = torch.zeros(2, 3, requires_grad=True), torch.full((2, 1), 0.5, requires_grad=True)
+    for options, arguments in (
+        ([], (x.detach(),)),
+        (["--alpha-tensor"], (x.detach(), alpha.detach())),
+        (["--backward"], (x,)),
+        (["--alpha-gradient"], (x, alpha)),
+        (["--dtype", "bfloat16"], (x.detach().bfloat16(),)),
+    ):
+        assert main(["explain", *options]) == 0
+        assert capsys.readouterr().out == f"{diffmax.explain('diffmax_bisect', *arguments)!r}\n"
+    assert main(["explain", "--backend", "reference"]) == 0
+    assert capsys.readouterr().out == f"{diffmax.explain('diffmax_bisect', x.detach(), backend='reference')!r}\n"
+
+
+@pytest.mark.parametrize("device", ["cuda", "npu", "cuda:3"])
+def test_explain_needs_no_device(capsys, device):
+    assert main(["explain", "--device", device]) == 0
+    output = capsys.readouterr().out
+    assert ": reference, by priority" in output
+    assert f"cpu: serves cpu, not {device.partition(':')[0]}" in output
+
+
+def test_explain_says_what_is_wrong_with_its_arguments(capsys):
+    assert main(["explain", "--device", "abacus"]) == 1
+    assert "explain: device must be one that torch knows" in capsys.readouterr().err
+    assert main(["explain", "--backend", "nope"]) == 1
+    assert "no backend is named 'nope'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["explain", "--dtype", "int8"])
+    assert "invalid choice: 'int8'" in capsys.readouterr().err
+
+
+# selftest
+
+
+def test_selftest_passes_on_cores_own_kernels(capsys):
+    assert main(["selftest", "--backend", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 * len(_selftest._CHECKS) + 1
+    assert all(line.startswith("ok") for line in lines[:-1])
+    assert lines[-1] == "all passed"
+
+
+@pytest.mark.parametrize(
+    ("function", "words"), [("wrong_forward", "weights at alpha="), ("raising_forward", "RuntimeError: launch failed")]
+)
+def test_selftest_names_what_fails(register, capsys, function, words):
+    register(kernels={"bisect": f"{__name__}:{function}"})
+    assert main(["selftest", "--backend", "mine"]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED  mine cpu float32 Random rows, short to long: " in output
+    assert words in output
+    assert "not run mine cpu float32 Alpha per head and per row: the backend does not claim tensor_alpha" in output
+    assert output.splitlines()[-1].endswith(" failed")
+
+
+def test_selftest_fails_for_a_named_backend_that_cannot_run(register, capsys):
+    register(probe=f"{__name__}:why_not")
+    assert main(["selftest", "--backend", "mine"]) == 1
+    assert "FAILED  mine cpu: unavailable: there is no such device" in capsys.readouterr().out
+    assert [o.not_run for o in _selftest.run() if o.backend == "mine"] == ["unavailable: there is no such device"]
+
+
+def test_selftest_says_which_backends_and_devices_there_are(capsys):
+    assert main(["selftest", "--backend", "nope"]) == 1
+    assert "selftest: no backend is named 'nope', loaded: cpu, reference" in capsys.readouterr().err
+    assert main(["selftest", "--device", "cuda:77"]) == 1
+    assert "selftest: device must be one that torch sees, got 'cuda:77'\n  seen: cpu" in capsys.readouterr().err
+
+
+def test_selftest_needs_no_test_packages():
+    code = (
+        "import sys; sys.modules.update(pytest=None, scipy=None, hypothesis=None)\n"
+        "from diffmax.__main__ import main; sys.exit(main(['selftest', '--backend', 'reference']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr + result.stdout
+
+
+# bench
+
+
+def test_bench_prints_a_table_of_ratios(capsys, monkeypatch):
+    monkeypatch.setattr(_bench, "LENGTHS", (16, 64))
+    table = _bench.run(elements=256, seconds=1e-3).splitlines()
+    assert len(table) == 5
+    assert all(line.split()[-1].endswith("x") for line in table[1:])
+    assert main(["bench", "--device", "cuda:77"]) == 1
+    assert "bench: device must be one that torch sees" in capsys.readouterr().err
+
+
+# new-backend
+
+
+@pytest.mark.parametrize("name", ["acme", "Acme_2", "2d"])
+def test_new_backend_writes_a_plugin_without_placeholders(tmp_path, capsys, name):
+    folder = tmp_path / "deep" / "plugin"
+    assert main(["new-backend", name, "--to", str(folder)]) == 0
+    assert f"next: pip install --editable {folder} && pytest {folder}/tests" in capsys.readouterr().out
+    package = f"diffmax_{name.lower()}"
+    files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    sources = [f"src/{package}/{file}" for file in ("__init__.py", "_plugin.py", "kernels.py")]
+    assert sorted(files) == sorted(["README.md", "pyproject.toml", "tests/test_conformance.py", *sources])
+    for path, text in files.items():
+        assert "@" not in text.replace("@hookimpl", ""), path
+        if path.endswith(".py"):
+            compile(text, path, "exec")
+    assert f'{name} = "{package}._plugin:plugin"' in files["pyproject.toml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a-b", "name must be letters, digits and, inside it, '_', got 'a-b'"),
+        ("_a", "name must be letters"),
+        ("", "name must be letters"),
+        ("cpu", "the name 'cpu' is taken by diffmax-core"),
+        ("CUDA", "the name 'CUDA' is kept for diffmax's own distributions: core, cuda, rocm, npu"),
+    ],
+)
+def test_new_backend_refuses_a_name_that_does_not_fit(tmp_path, capsys, name, words):
+    assert main(["new-backend", name, "--to", str(tmp_path / "new")]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_new_backend_does_not_write_into_a_folder_that_exists(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "diffmax-acme").mkdir()
+    assert main(["new-backend", "acme"]) == 1
+    assert "new-backend: the folder must not exist yet, got diffmax-acme\nchoose another one" in capsys.readouterr().err
