@@ -158,6 +158,26 @@ def test_what_a_partial_backend_lacks_comes_from_the_next(register, calls):
         diffmax_bisect(X, 0.5, backend="backward-only")
 
 
+def test_composed_operators_use_the_row_operator_of_the_named_backend(register, calls):
+    """What diffmax builds from the row operator (the module, unfused attention) runs a vendor's kernel without more ado."""
+    register("acme", automatic=False)
+    query = torch.randn(1, 2, 5, 4, requires_grad=True)
+    with diffmax.use_backend("acme"):
+        weights = diffmax.DiffmaxBisectModule(0.85, alpha_map=diffmax.HillMap(0.3))(query @ query.mT)
+        output, _ = attention_function()(torch.nn.Module(), query, query, query, None)
+    assert calls == ["forward", "forward"]
+    (weights.square().sum() + output.square().sum()).backward()
+    assert calls == ["forward", "forward", "backward", "backward"]
+
+
+def attention_function():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: unfused attention is left out")
+    from diffmax.integrations.transformers import register
+
+    register("diffmax-composed", alpha=0.85)
+    return transformers.AttentionInterface()["diffmax-composed"]
+
+
 def test_a_backward_without_alpha_gradients_is_passed_over_where_alpha_learns(register, calls):
     register("acme", priority=90, features=frozenset({"tensor_alpha"}))
     alpha = torch.tensor(0.5, requires_grad=True)
