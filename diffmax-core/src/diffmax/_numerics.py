@@ -7,8 +7,8 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Below this e = 1 - alpha the operator is softmax to the last digit of float64 (the difference is about e * l**2 / 2, where
-# l = ln p), so the limit alpha -> 1 needs no branch: kernels raise e to it.
+# Below this e = 1 - alpha no weight differs from softmax's by more than float64 resolves at 1 (relative to the weight, the
+# difference is about e * l**2 / 2, where l = ln p). So the limit alpha -> 1 needs no branch: kernels raise e to it.
 MIN_E = 2.0**-60
 
 
