@@ -222,6 +222,24 @@ def test_the_choice_holds_under_compile_and_follows_the_context(register, calls)
     assert calls == ["forward", "backward"]
 
 
+def test_compiled_code_follows_the_context_in_a_thread_that_never_had_one(register, calls):
+    """Review finding: where the selection had never been set, torch.compile guarded on nothing and kept the first choice."""
+    torch._dynamo.reset()
+    register("acme", automatic=False)
+
+    def work():
+        compiled = torch.compile(lambda x: diffmax_bisect(x, 0.5), fullgraph=True, backend="aot_eager")
+        compiled(X)
+        with diffmax.use_backend("acme"):
+            compiled(X)
+        compiled(X)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert calls == ["forward"]
+
+
 def test_a_backend_registered_later_is_seen_by_compiled_code(register, calls):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: diffmax_bisect(x, 0.5), fullgraph=True, backend="aot_eager")

@@ -25,12 +25,6 @@ PLUGIN_FOR_RUNTIME = {"cuda": "diffmax-cuda", "hip": "diffmax-rocm", "cann": "di
 _HINT = "run `python -m diffmax` to see what is installed"
 
 
-class _Selection(threading.local):
-    """What `use_backend` set in this thread. Thread-local rather than a ContextVar, which torch.compile cannot trace."""
-
-    name = ""
-
-
 class Registry:
     """What this process knows of backends: settings, plugins, probes' answers, and decisions made."""
 
@@ -96,7 +90,11 @@ class Registry:
 
 
 registry = Registry()
-_selection = _Selection()
+
+# What `use_backend` set in this thread. Thread-local rather than a ContextVar, which torch.compile cannot trace; and no
+# subclass with a default in the class, on which torch.compile would set no guard.
+_selection = threading.local()
+_selection.name = ""
 
 
 def kernel(
@@ -163,7 +161,7 @@ def judge(spec: CallSpec, names: Sequence[str] = ()) -> list[tuple[Backend, list
 
 def selected() -> str:
     """What `use_backend` set in this thread, or ""."""
-    return _selection.name
+    return getattr(_selection, "name", "")
 
 
 @contextmanager
@@ -186,7 +184,7 @@ def use_backend(name: str) -> Iterator[None]:
     known = {backend.name: backend for backend in registry.backends()}
     if name not in known:
         raise NoBackendError(_unknown_name(name, known))
-    before = _selection.name
+    before = selected()
     _selection.name = name
     try:
         yield

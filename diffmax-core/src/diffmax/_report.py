@@ -91,7 +91,7 @@ def visible_devices() -> tuple[Device, ...]:
         kinds.append(accelerator.type)
     for kind in kinds:
         module = getattr(torch, kind, None)
-        if module is None or not module.is_available():
+        if module is None or not getattr(module, "is_available", lambda: False)():  # torch.mps has had it since 2.5
             continue
         name_of = getattr(module, "get_device_name", lambda _, kind=kind: kind)
         for index in range(getattr(module, "device_count", lambda: 1)()):
