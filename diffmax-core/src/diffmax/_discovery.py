@@ -135,7 +135,7 @@ def register(registered: object, plugin: Plugin, manager: pluggy.PluginManager) 
                 "failed", f"{registered!r} implements no diffmax_backends marked with diffmax.plugin.hookimpl"
             )
         return tuple(backend for answer in answers for backend in _as_backends(answer))
-    except BaseException:
+    except BaseException:  # raised again: pluggy must not keep half a plugin, whatever stopped it
         manager.unregister(name=plugin.name)
         raise
 
