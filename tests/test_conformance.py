@@ -8,6 +8,10 @@ from diffmax.plugin import Backend
 from diffmax.testing.conformance import BackendConformance
 
 
+class TestNumba(BackendConformance):
+    backend = "numba"
+
+
 class TestCpu(BackendConformance):
     backend = "cpu"
 

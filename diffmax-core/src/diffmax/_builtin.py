@@ -5,12 +5,26 @@ from diffmax.plugin import FEATURES, Backend, hookimpl
 
 
 class CorePlugin:
-    """Plain PyTorch: blocked for CPUs, and the reference for any device."""
+    """For CPUs compiled by Numba and in plain PyTorch, and the reference for any device."""
 
     @hookimpl
     def diffmax_backends(self) -> tuple[Backend, ...]:
-        """The backends `cpu` and `reference`."""
+        """The backends `numba`, `cpu` and `reference`."""
         return (
+            Backend(
+                name="numba",
+                device_types=("cpu",),
+                kernels={
+                    "bisect": "diffmax.cpu.numba_rows:bisect",
+                    "bisect_backward": "diffmax.cpu.numba_rows:bisect_backward",
+                },
+                dtypes=FLOAT_DTYPES,
+                features=frozenset(FEATURES),
+                priority=60,
+                probe="diffmax.cpu:numba_missing",
+                unsupported="diffmax.cpu:numba_cannot",
+                install_hint='run: pip install "diffmax-core[numba]"',
+            ),
             Backend(
                 name="cpu",
                 device_types=("cpu",),

@@ -27,6 +27,16 @@ def newton_steps(n_iter: int, n: int, e: float, dtype: torch.dtype) -> int:
     return math.ceil(min(n_iter, digits) / 2 + e * math.log2(max(n, 1)))
 
 
+# k = 1/e whose powers are multiplications: alpha = 1/2, 2/3, 3/4, 4/5 and 9/10.
+INTEGER_EXPONENTS = (2, 3, 4, 5, 10)
+
+
+def integer_exponent(e: float) -> int:
+    """k = 1/e if it is one of `INTEGER_EXPONENTS`, else 0."""
+    k = round(1 / e) if e > 0.05 else 0
+    return k if k in INTEGER_EXPONENTS and abs(k * e - 1) < 1e-12 else 0
+
+
 def clamp_e(e: float | Tensor) -> float | Tensor:
     """e raised to MIN_E: the softmax limit. NaN stays NaN."""
     return e.clamp_min(MIN_E) if isinstance(e, Tensor) else max(e, MIN_E)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmax import reference
-from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e, newton_steps
+from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent, newton_steps
 
 # Elements of one block: its three buffers stay in the last level of the cache. Smaller blocks lose more to the cost of calling
 # an operator, and of splitting it over threads, than a nearer cache gains.
@@ -61,7 +61,7 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
         invalid |= ~((row_e >= 0) & (row_e <= 1))
     if invalid.any():
         p_rows.masked_fill_(invalid, torch.nan)
-    return _from_rows(p_rows, x.shape, dim), m, delta
+    return from_rows(p_rows, x.shape, dim), m, delta
 
 
 def bisect_backward(
@@ -93,7 +93,7 @@ def bisect_backward(
             log_p = weights.masked_fill(weights == 0, 1.0).log_()
             grad_e_rows[rows] = -(alpha_weight(weights, log_p, row_e) * (g - mean)).sum(1, keepdim=True)
     grad_e = m.new_empty(0) if grad_e_rows is None else grad_e_rows.view(m.shape)
-    return _from_rows(grad_x_rows, p.shape, dim), grad_e
+    return from_rows(grad_x_rows, p.shape, dim), grad_e
 
 
 def _rows(t: Tensor, dim: int) -> Tensor:
@@ -101,7 +101,7 @@ def _rows(t: Tensor, dim: int) -> Tensor:
     return t.movedim(dim, -1).reshape(-1, t.shape[dim])
 
 
-def _from_rows(rows: Tensor, shape: torch.Size, dim: int) -> Tensor:
+def from_rows(rows: Tensor, shape: torch.Size, dim: int) -> Tensor:
     """The contiguous tensor of `shape` that `_rows(..., dim)` turns into `rows`, which is given up.
 
     It is no view for autograd: the result of an operator that is one cannot be changed in place.
@@ -147,12 +147,12 @@ def _newton(z: Tensor, a: Tensor, b: Tensor, e: float | Tensor, steps: int) -> t
 
     Returns [z - t]^k at the last iterate (in `a`), its sum, and delta.
     """
-    k = _integer_exponent(e)
+    k = 0 if isinstance(e, Tensor) else integer_exponent(e)
     eps = torch.finfo(z.dtype).eps
     delta = torch.zeros(z.shape[0], 1, dtype=z.dtype)
     last = steps == 0
     for step in range(steps + 1):
-        _powers(z, delta, e, a, b) if k is None else _integer_powers(z, delta, k, a, b)
+        _integer_powers(z, delta, k, a, b) if k else _powers(z, delta, e, a, b)
         total = a.sum(1, keepdim=True)
         excess = total - 1  # NaN in a row of NaN, -1 in a fully masked row: neither counts as unsolved
         unsolved = excess > 4 * eps
@@ -184,7 +184,6 @@ def _integer_powers(z: Tensor, delta: Tensor, k: int, a: Tensor, b: Tensor) -> N
 
 
 # From b = base^2 (base, for k = 2) to b = base^(k-1), one multiplication each: by the base or by b itself.
-# These k are alpha = 1/2, 2/3, 3/4, 4/5 and 9/10.
 _MULTIPLICATION_CHAINS: dict[int, tuple[str, ...]] = {
     2: (),
     3: (),
@@ -192,13 +191,6 @@ _MULTIPLICATION_CHAINS: dict[int, tuple[str, ...]] = {
     5: ("itself",),
     10: ("itself", "itself", "base"),
 }
-
-
-def _integer_exponent(e: float | Tensor) -> int | None:
-    if isinstance(e, Tensor):
-        return None
-    k = round(1 / e) if e > 0.05 else 0
-    return k if k in _MULTIPLICATION_CHAINS and abs(k * e - 1) < 1e-12 else None
 
 
 def _normalise(p: Tensor, total: Tensor, ensure_sum_one: bool, out: Tensor) -> None:

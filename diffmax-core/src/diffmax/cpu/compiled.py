@@ -1,0 +1,862 @@
+"""The row operator for CPUs, compiled by Numba: what runs on each row. `numba_rows` is the way in.
+
+A row whose list of candidates (entries with z > -1, Eq. 2) is short joins a group: the lists of as many rows as a vector has
+places are solved together, one row per place. A longer one is solved alone, its entries side by side. Equations: docs/theory.md;
+what each step costs: docs/performance.md.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+from numba.core.extending import overload, register_jitable
+from numba.core import types
+
+from diffmax._numerics import MIN_E
+from diffmax.cpu.simd import (
+    BYTES,
+    array_at,
+    bits,
+    count_bits,
+    get,
+    horner,
+    is_nan,
+    larger,
+    load,
+    lowest_bit,
+    maximum,
+    put,
+    select,
+    smaller,
+    splat,
+    split_exponent,
+    nearest_integer,
+    square_root,
+    store,
+    total,
+)
+
+LOG2_E = 1 / math.log(2)
+LN_2 = math.log(2)
+TINY = 2.0**-60
+DEAD = -2.0  # z of an entry that weighs nothing
+
+# Entries of the longest list that joins a group. A group's lists then take half of a cache of 32 KiB.
+LISTED = 128
+# A longer row is solved on its candidates alone where they are this share of it or less.
+SPARSE_SHARE = 0.5
+# Entries whose sum is taken in the computing dtype, before it is added to the others in double precision.
+SUMMED = 1024
+# The first iterate comes from every SAMPLED-th vector, and aims at S = SHORT instead of 1.
+SAMPLED = 4
+SHORT = 1.3
+
+# Minimax polynomials on [sqrt(1/2) - 1, sqrt(2) - 1] and [-1/2, 1/2], highest power first, fitted by Remez's algorithm;
+# tests/test_numba.py measures their errors.
+LN_SINGLE = (
+    0.0892738476395607,
+    -0.1434476375579834,
+    0.14871077239513397,
+    -0.1656622588634491,
+    0.19966071844100952,
+    -0.25001731514930725,
+    0.3333383798599243,
+)  # (ln(1+f) - f + f^2/2) / f^3
+LN_DOUBLE = (
+    0.13087952782511061,
+    0.13268637477942022,
+    0.1538624515244538,
+    0.18181795531586203,
+    0.2222222239282366,
+    0.28571428570798213,
+    0.40000000000000885,
+    0.6666666666666666,
+)  # (ln(1+f) - 2s) / s^3 in s^2, where s = f / (2 + f)
+EXP2_SINGLE = (
+    0.00015476277621928602,
+    0.0013400234747678041,
+    0.009618003852665424,
+    0.055503278970718384,
+    0.24022650718688965,
+    0.6931471824645996,
+)  # (2^f - 1) / f
+EXP2_DOUBLE = (
+    2.574172811494457e-11,
+    4.456665824660387e-10,
+    7.054888313927745e-09,
+    1.0178051262926064e-07,
+    1.3215486832869844e-06,
+    1.5252733856102098e-05,
+    0.00015403530393341358,
+    0.001333355814639059,
+    0.009618129107628494,
+    0.0555041086648217,
+    0.24022650695910072,
+    0.6931471805599453,
+)
+PHI_SINGLE = tuple(1 / math.factorial(j) for j in range(12, 1, -1))
+PHI_DOUBLE = tuple(1 / math.factorial(j) for j in range(19, 1, -1))
+RECIPROCAL = (0.8612282276153564, -1.1224395036697388, 1.0195624828338623, -0.9969961643218994, 0.9997742176055908)  # 1/(1+f)
+
+
+def ln_1p(f):
+    """ln(1 + f) for f between sqrt(1/2) - 1 and sqrt(2) - 1."""
+
+
+@overload(ln_1p)
+def _ln_1p(f):
+    if f.element == types.float32:
+        return lambda f: f + f * f * (f * horner(f, LN_SINGLE) - 0.5)
+
+    def double(f):
+        s = f / (f + 2.0)
+        square = s * s
+        return 2.0 * s + s * square * horner(square, LN_DOUBLE)
+
+    return double
+
+
+def exp2_m1(f):
+    """2^f - 1 for f between -1/2 and 1/2."""
+
+
+@overload(exp2_m1)
+def _exp2_m1(f):
+    if f.element == types.float32:
+        return lambda f: f * horner(f, EXP2_SINGLE)
+    return lambda f: f * horner(f, EXP2_DOUBLE)
+
+
+def lowest_exponent(y):
+    """The least y with 2^y a normal number."""
+
+
+@overload(lowest_exponent)
+def _lowest_exponent(y):
+    lowest = -126.0 if y.element == types.float32 else -1022.0
+    return lambda y: lowest
+
+
+@register_jitable
+def exp2(y):
+    """2^y for y <= 0.5; below the normal numbers the least of them."""
+    y = larger(y, lowest_exponent(y))
+    i, scale = nearest_integer(y)
+    return scale + scale * exp2_m1(y - i)
+
+
+@register_jitable
+def exp_m1(x):
+    """e^x - 1 for x <= 0, with all digits near 0."""
+    x = larger(x, lowest_exponent(x) * LN_2)
+    i, scale = nearest_integer(x * LOG2_E)
+    return (scale - 1.0) + scale * exp2_m1(x * LOG2_E - i)  # fused, so x log2(e) is not rounded
+
+
+@register_jitable
+def ln(a):
+    """ln a for a > 0."""
+    j, scale = split_exponent(a)
+    return j * LN_2 + ln_1p(a * scale - 1.0)
+
+
+@register_jitable
+def power(w, k, k_log2):
+    """[1 + w]^k, 0 for w <= -1, and about 1 / (1 + w), to 0.03 %."""
+    inside = larger(w, -1.0)
+    j, scale = split_exponent(larger(inside + 1.0, TINY))
+    f = inside * scale + (scale - 1.0)
+    y = k_log2 * ln_1p(f) + k * j
+    return select(w > -1.0, exp2(y), 0.0), scale * horner(f, RECIPROCAL)
+
+
+def refined(about, u):
+    """1 / u by Newton's method from something within 0.03 % of it."""
+
+
+@overload(refined)
+def _refined(about, u):
+    if u.element == types.float32:
+        return lambda about, u: about * (2.0 - about * u)
+
+    def double(about, u):
+        about = about * (2.0 - about * u)
+        return about * (2.0 - about * u)
+
+    return double
+
+
+@register_jitable
+def integer_power(u, k):
+    """u^(k - 2) for k = 2, 3, 4, 5 or 10."""
+    if k == 2:
+        return select(u > 0.0, u * 0.0 + 1.0, 0.0)
+    if k == 3:
+        return u
+    square = u * u
+    if k == 4:
+        return square
+    if k == 5:
+        return square * u
+    fourth = square * square
+    return fourth * fourth
+
+
+@register_jitable
+def sweep(z, p, start, stop, step, delta, k, k_log2, integer, moments):
+    """p = [z - t]^k for the vectors of z at start, start + step, ...; returns S, S_1 and S_2, lane by lane.
+
+    S_2 is the sum of [z - t]^(k-2), which Halley's step needs.
+    """
+    s0, s1, s2 = moments
+    if integer == 0:
+        for i in range(start, stop, step):
+            weight, reciprocal = power(load(z, i) - delta, k, k_log2)
+            store(p, i, weight)
+            slope = weight * reciprocal
+            s0, s1, s2 = s0 + weight, s1 + slope, s2 + slope * reciprocal
+    else:
+        for i in range(start, stop, step):
+            u = larger(load(z, i) - delta + 1.0, 0.0)
+            curvature = integer_power(u, integer)
+            slope = curvature * u
+            weight = slope * u
+            store(p, i, weight)
+            s0, s1, s2 = s0 + weight, s1 + slope, s2 + curvature
+    return s0, s1, s2
+
+
+@register_jitable
+def advance(s0, s1, s2, delta, low, high, e, k, plain):
+    """The next delta and lower bound: Newton's step on the norm (Eq. 2), lengthened to Halley's where S >= 1.
+
+    A lane in `plain` takes Newton's steps alone: from the first S < 1 on, after which they cannot pass the root again.
+    """
+    log_s = ln(s0)
+    above = s0 > 1.0
+    shrink = exp_m1(e * select(above, 0.0 - log_s, log_s))
+    s_alpha = exp2(smaller(log_s * LOG2_E, 0.0) * (1.0 - e))
+    # S - S^alpha, without cancellation: S (1 - S^-e) where S > 1, else S^alpha (S^e - 1)
+    newton = select(above, 0.0 - s0 * shrink, s_alpha * shrink) / s1
+    # s1 is known to 0.03 %: a bound takes less of a step up, more of a step down
+    lower = larger(delta + newton * select(above, s0 * 0.0 + 0.999, 1.001), low)
+    curved = (k - 1.0) * (s1 / s0 - s2 / s1) * newton * 0.5 + 1.0
+    halley = delta + newton / larger(curved, 0.3)
+    ahead = smaller(larger(halley, lower), high)
+    return select(plain, larger(delta + newton, lower), ahead), lower
+
+
+def tolerance(array):
+    """Rounding leaves |S - 1| about here: a row is solved. After an S that was within 16 times of it, a row is so too."""
+
+
+@overload(tolerance)
+def _tolerance(array):
+    bound = 4 * float(np.finfo(np.float64 if array.dtype == types.float64 else np.float32).eps)
+    return lambda array: bound
+
+
+def places(array):
+    """How many elements of the array a vector holds."""
+
+
+@overload(places)
+def _places(array):
+    width = BYTES // (8 if array.dtype == types.float64 else 4)
+    return lambda array: width
+
+
+@register_jitable
+def first_bounds(count, sum_z, e):
+    """Lower and upper bound of delta from the number and the sum of the candidates (Eq. 8)."""
+    high = 0.0 - exp_m1(0.0 - e * ln(count))
+    return smaller(larger(sum_z / count * 1.01 + high, 0.0), high), high  # 1.01: sum_z is rounded
+
+
+@register_jitable
+def solve_group(z, p, longest, count, e, integer, steps):
+    """Solve one row per lane: entry j of every row is in the vector at j * width. Returns delta and S; p as `sweep` leaves it."""
+    width = places(z)
+    k = 1.0 / e
+    k_log2 = k * LOG2_E
+    zero = splat(z, 0.0)
+    sum_z = zero
+    for i in range(0, longest * width, width):
+        v = load(z, i)
+        sum_z = sum_z + select(v > -1.0, v, 0.0)
+    low, high = first_bounds(larger(count, 1.0), sum_z, e)
+    delta = low
+    solved = count < 0.5
+    plain = near = delta < -1.0
+    step = 0
+    while True:
+        s0, s1, s2 = sweep(z, p, 0, longest * width, width, delta, k, k_log2, integer, (zero, zero, zero))
+        distance = larger(s0 - 1.0, 1.0 - s0)
+        solved = solved | near | (distance <= tolerance(z))
+        if step == steps or bits(solved) == (1 << width) - 1:
+            return delta, s0
+        near = distance <= 16.0 * tolerance(z)
+        plain = plain | (s0 < 1.0)
+        ahead, low = advance(s0, s1, s2, delta, low, high, e, k, plain)
+        delta = select(solved, delta, ahead)
+        step += 1
+
+
+@register_jitable
+def deep_sweep(z, p, r, start, stop, delta, k, k_log2):
+    """As `sweep`, of a general exponent, with r = 1 / [z - t] kept to full precision; returns S, S_1, S_2 and S_3."""
+    width = places(z)
+    s0 = s1 = s2 = s3 = splat(z, 0.0)
+    for i in range(start, stop, width):
+        w = load(z, i) - delta
+        weight, about = power(w, k, k_log2)
+        reciprocal = refined(about, larger(w + 1.0, TINY))
+        store(p, i, weight)
+        store(r, i, reciprocal)
+        first = weight * reciprocal
+        second = first * reciprocal
+        s0, s1, s2, s3 = s0 + weight, s1 + first, s2 + second, s3 + second * reciprocal
+    return s0, s1, s2, s3
+
+
+@register_jitable
+def step_on_log(s0, s1, s2, s3, k):
+    """The d at which ln S(delta + d) = 0, from the value and three derivatives of ln S. All are scalars."""
+    inverse = 1.0 / s0
+    a = k * s1 * inverse
+    b = k * (k - 1.0) * s2 * inverse
+    c = k * (k - 1.0) * (k - 2.0) * s3 * inverse
+    # ln S - a d + second d^2 + third d^3 = 0, solved by reversion of the series
+    second, third = (b - a * a) / 2.0, a * b / 2.0 - (c + 2.0 * a * a * a) / 6.0
+    inverse = 1.0 / a
+    d = math.log(s0) * inverse
+    bend = second * inverse * d
+    return d * (1.0 + bend + 2.0 * bend * bend + third * inverse * d * d)
+
+
+@register_jitable
+def shift(p, r, length, d, k):
+    """p = p (1 - d r)^k for a small d >= 0, which takes delta to delta + d; returns the sum of p.
+
+    The eighth power of (1 - d r)^(k/8), whose series needs few terms.
+    """
+    width = places(p)
+    zero = splat(p, 0.0)
+    h = k / 8.0
+    b2 = h * (h - 1.0) / 2.0
+    b3 = b2 * (h - 2.0) / 3.0
+    c1, c2, c3, c4 = zero - h, zero + b2, zero - b3, zero + b3 * (h - 3.0) / 4.0
+    s = 0.0
+    for block in range(0, length, SUMMED):
+        part = zero
+        for i in range(block, min(block + SUMMED, length), width):
+            weight = load(p, i)
+            y = load(r, i) * d
+            root = larger((((c4 * y + c3) * y + c2) * y + c1) * y + 1.0, 0.001)
+            root = root * root
+            root = root * root
+            shifted = select((y < 1.0) & (weight > 0.0), weight * (root * root), 0.0)
+            store(p, i, shifted)
+            part = part + shifted
+        s += total(part)
+    return s
+
+
+@register_jitable
+def solve_alone(z, p, r, length, count, sum_z, e_value, integer, steps):
+    """Solve one row whose entries z[:length] lie side by side, padded to whole vectors. Returns delta and S as `solve_group`.
+
+    r is work space. Of a general exponent, a first iterate comes from a sample of the vectors, and the last small step is
+    taken on the weights themselves, without powers.
+    """
+    width = places(z)
+    zero = splat(z, 0.0)
+    e = zero + e_value
+    k = 1.0 / e
+    k_log2 = k * LOG2_E
+    low, high = first_bounds(zero + count, zero + sum_z, e)
+    delta = low
+    plain = delta < -1.0
+    if integer == 0 and length >= 4 * SAMPLED * width:
+        s0, s1, s2 = sweep(z, p, 0, length, SAMPLED * width, delta, k, k_log2, 0, (zero, zero, zero))
+        # a little short of the root, so that the last step leads upwards
+        share = (length // width) / ((length // width + SAMPLED - 1) // SAMPLED) / SHORT
+        s0, s1, s2 = zero + total(s0) * share, zero + total(s1) * share, zero + total(s2) * share
+        delta, _ = advance(s0, s1, s2, delta, low, high, e, k, plain)
+    reach = 2.0 if z.itemsize == 4 else 1.01  # a longer step needs more terms than `shift` has
+    near = False
+    step = 0
+    while True:
+        sum0, sum1, sum2, sum3 = 0.0, 0.0, 0.0, 0.0
+        for block in range(0, length, SUMMED):  # float32 holds the sum of a block, not that of a long row
+            stop = min(block + SUMMED, length)
+            if integer == 0:
+                s0, s1, s2, s3 = deep_sweep(z, p, r, block, stop, delta, k, k_log2)
+                sum3 += total(s3)
+            else:
+                s0, s1, s2 = sweep(z, p, block, stop, width, delta, k, k_log2, integer, (zero, zero, zero))
+            sum0 += total(s0)
+            sum1 += total(s1)
+            sum2 += total(s2)
+        if step == steps or near or abs(sum0 - 1.0) <= tolerance(z):
+            return maximum(delta), sum0
+        d = step_on_log(sum0, sum1, sum2, sum3, 1.0 / e_value) if integer == 0 and 1.0 < sum0 < reach else math.inf
+        # of an entry that has less than 2 d left, the series gives the order of magnitude alone: d^k must not count
+        if math.log(d) < e_value * math.log(tolerance(z) / 64.0):
+            delta = smaller(delta + d, high)
+            s = shift(p, r, length, d, 1.0 / e_value)
+            largest = maximum(power(zero - delta, k, k_log2)[0])
+            enough = tolerance(z) * min(max(1.0, 0.75 / largest), 32.0)
+            if enough < abs(s - 1.0) < 0.001:
+                d = (s - 1.0) * sum0 / sum1 * e_value
+                delta = delta + d
+                s = shift(p, r, length, d, 1.0 / e_value)
+            if abs(s - 1.0) <= enough:
+                return maximum(delta), s
+        else:
+            near = abs(sum0 - 1.0) <= 16.0 * tolerance(z)
+            s0 = zero + sum0
+            plain = plain | (s0 < 1.0)
+            delta, low = advance(s0, zero + sum1, zero + sum2, delta, low, high, e, k, plain)
+        step += 1
+
+
+# one row: its maximum, its candidates, its output
+
+
+@register_jitable
+def top_of(x, n):
+    """The largest entry, and whether one is NaN."""
+    width = places(x)
+    top = get(x, 0)
+    bad = top != top
+    if n < width:
+        for i in range(1, n):
+            value = get(x, i)
+            bad |= value != value
+            top = value if value > top else top
+        return top, bad
+    first = load(x, n - width)
+    second = first
+    nan = is_nan(first)
+    for i in range(0, n - 2 * width + 1, 2 * width):
+        a, b = load(x, i), load(x, i + width)
+        first, second = larger(a, first), larger(b, second)
+        nan = nan | is_nan(a) | is_nan(b)
+    rest = load(x, max(n - 2 * width, 0))
+    first, nan = larger(rest, first), nan | is_nan(rest)
+    return maximum(larger(first, second)), bits(nan) != 0
+
+
+@register_jitable
+def listed(x, n, top, e, z, index, lane):
+    """Append the row's candidates to the lane of z, and their positions to index; returns their number, -1 if too many."""
+    width = places(z)
+    count = 0
+    at = 0
+    while at < n:
+        word = 0
+        covered = 4 * width
+        if at + covered <= n:
+            for part in range(4):
+                word |= bits((load(x, at + part * width) - top) * e > -1.0) << (part * width)
+            if (count + count_bits(word)) * n > 4 * LISTED * (at + covered) and n > LISTED:
+                return -1  # at this rate there will be far too many
+        elif at + width <= n:
+            covered = width
+            word = bits((load(x, at) - top) * e > -1.0)
+        else:
+            covered = n - at
+            for place in range(covered):
+                word |= int((get(x, at + place) - top) * e > -1.0) << place
+        if count + count_bits(word) > LISTED:
+            return -1
+        while word != 0:
+            position = at + lowest_bit(word)
+            z[count * width + lane] = (get(x, position) - top) * e
+            index[lane * LISTED + count] = position
+            count += 1
+            word &= word - 1
+        at += covered
+    return count
+
+
+@register_jitable
+def scaled(x, n, top, e, z):
+    """Write the row's z, padded to whole vectors; returns how many are candidates, and their sum."""
+    width = places(z)
+    padded = (n + width - 1) // width * width
+    store(z, padded - width, splat(z, DEAD))
+    whole = n // width * width
+    for i in range(whole, n):
+        value = (get(x, i) - top) * e
+        z[i] = value if value > DEAD else DEAD
+    counts = sums = splat(z, 0.0)
+    for i in range(0, padded, width):
+        if i < whole:
+            v = larger((load(x, i) - top) * e, DEAD)
+            store(z, i, v)
+        else:
+            v = load(z, i)
+        live = v > -1.0
+        counts = counts + select(live, counts * 0.0 + 1.0, 0.0)
+        sums = sums + select(live, v, 0.0)
+    return total(counts), total(sums)
+
+
+@register_jitable
+def compacted(z, n, index):
+    """Move the candidates of z to its front, padded to whole vectors, and their positions to index; returns their number."""
+    width = places(z)
+    count = 0
+    for at in range(0, n, width):
+        word = bits(load(z, at) > -1.0)
+        while word != 0:
+            position = at + lowest_bit(word)
+            z[count] = z[position]
+            index[count] = position
+            count += 1
+            word &= word - 1
+    for i in range(count, (count + width - 1) // width * width):
+        z[i] = DEAD
+    return count
+
+
+@register_jitable
+def fill(row, n, value, z):
+    """row[:n] = value."""
+    width = places(z)
+    v = splat(z, value)
+    whole = n // width * width
+    for i in range(0, whole, width):
+        store(row, i, v)
+    for i in range(whole, n):
+        put(row, i, value)
+
+
+@register_jitable
+def write(row, n, p, factor):
+    """row[:n] = p * factor."""
+    width = places(p)
+    whole = n // width * width
+    for i in range(0, whole, width):
+        store(row, i, load(p, i) * factor)
+    for i in range(whole, n):
+        put(row, i, p[i] * factor)
+
+
+@register_jitable
+def row_alone(x, p, n, top, e, integer, steps, normalise, z, weights, reciprocals, index):
+    """Solve and write a row that has too many candidates for a group; returns delta."""
+    count, sum_z = scaled(x, n, top, e, z)
+    width = places(z)
+    if count > n * SPARSE_SHARE:
+        delta, s = solve_alone(z, weights, reciprocals, (n + width - 1) // width * width, count, sum_z, e, integer, steps)
+        write(p, n, weights, 1.0 / s if normalise else 1.0)
+        return delta
+    kept = compacted(z, n, index)
+    delta, s = solve_alone(z, weights, reciprocals, (kept + width - 1) // width * width, count, sum_z, e, integer, steps)
+    factor = 1.0 / s if normalise else 1.0
+    fill(p, n, 0.0, z)
+    for i in range(kept):
+        put(p, index[i], weights[i] * factor)
+    return delta
+
+
+# backward
+
+
+@register_jitable
+def power_of_two(j, l, factor):
+    """2^(factor (j + l / ln 2)) for a result below 1, without rounding the exponent: fused, only its fraction is rounded."""
+    by_l = factor * LOG2_E
+    rounded = l * by_l + j * factor
+    i, scale = nearest_integer(larger(rounded, lowest_exponent(l)))
+    return scale + scale * exp2_m1(larger(l * by_l + (j * factor - i), -0.5))
+
+
+@register_jitable
+def slopes_from_weights(weights, e):
+    """s = p^alpha, and ln p as j and l with ln p = j ln 2 + l; where p is 0, s is 0 and ln p finite."""
+    normal = larger(weights, smallest_normal(weights))
+    j, scale = split_exponent(normal)
+    l = ln_1p(normal * scale - 1.0)
+    return select(weights > 0.0, power_of_two(j, l, 1.0 - e), 0.0), j, l
+
+
+def smallest_normal(v):
+    """The least positive number that is not subnormal."""
+
+
+@overload(smallest_normal)
+def _smallest_normal(v):
+    least = float(np.finfo(np.float32 if v.element == types.float32 else np.float64).tiny)
+    return lambda v: least
+
+
+@register_jitable
+def slopes_from_scores(w, e, k):
+    """s, p, and ln p as `slopes_from_weights`, from w = z - delta, for weights that p's own dtype has flushed to zero."""
+    inside = larger(w, -1.0)
+    j, scale = split_exponent(larger(inside + 1.0, TINY))
+    j, l = j * k, ln_1p(inside * scale + (scale - 1.0)) * k
+    live = w > -1.0
+    return select(live, power_of_two(j, l, 1.0 - e), 0.0), select(live, power_of_two(j, l, e * 0.0 + 1.0), 0.0), j, l
+
+
+def phi_series(v):
+    """(exp(v) - 1 - v) / v^2 for 0 <= v <= 1."""
+
+
+@overload(phi_series)
+def _phi_series(v):
+    if v.element == types.float32:
+        return lambda v: horner(v, PHI_SINGLE)
+    return lambda v: horner(v, PHI_DOUBLE)
+
+
+@register_jitable
+def alpha_weight(p, j, l, e):
+    """w = p phi(ln p) (Eq. 6): a series where v = -e ln p is small, so that no digit is lost as alpha -> 1."""
+    log_p = j * LN_2 + l
+    v = 0.0 - log_p * e
+    i, scale = nearest_integer(0.0 - v * LOG2_E)
+    exp_v = (1.0 + exp2_m1((i - j * e) - l * (e * LOG2_E))) / scale
+    far = (exp_v - 1.0 - v) / (e * e)
+    return p * select(v < 1.0, log_p * log_p * phi_series(smaller(v, 1.0)), far)
+
+
+@register_jitable
+def slope_sums(p, g, s, start, stop, e, square_roots):
+    """Write s for the vectors from start to stop; returns the sums of s and s g, lane by lane."""
+    width = places(s)
+    zero = splat(s, 0.0)
+    sums, products = zero, zero
+    for i in range(start, stop, width):
+        weights = load(p, i)
+        slopes = zero
+        if bits(weights > 0.0) != 0:
+            slopes = square_root(weights) if square_roots else slopes_from_weights(weights, e)[0]
+            sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+    return sums, products
+
+
+@register_jitable
+def slope_and_alpha_sums(p, g, s, w, start, stop, e):
+    """As `slope_sums`, and writes w of Eq. 6."""
+    width = places(s)
+    zero = splat(s, 0.0)
+    sums, products = zero, zero
+    for i in range(start, stop, width):
+        weights = load(p, i)
+        slopes = of_alpha = zero
+        if bits(weights > 0.0) != 0:
+            slopes, j, l = slopes_from_weights(weights, e)
+            of_alpha = alpha_weight(weights, j, l, e)
+            sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+        store(w, i, of_alpha)
+    return sums, products
+
+
+@register_jitable
+def score_sums(x, g, s, w, start, stop, e, top, delta):
+    """As `slope_and_alpha_sums`, from the scores: for weights that p's own dtype has flushed to zero."""
+    width = places(s)
+    sums = products = splat(s, 0.0)
+    k = 1.0 / e
+    for i in range(start, stop, width):
+        slopes, weights, j, l = slopes_from_scores((load(x, i) - top) * e - delta, e, k)
+        sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+        store(w, i, alpha_weight(weights, j, l, e))
+    return sums, products
+
+
+@register_jitable
+def centred(s, g, grad_x, n, mean):
+    """grad_x = s (g - mean)."""
+    width = places(s)
+    whole = n // width * width
+    for i in range(0, whole, width):
+        store(grad_x, i, load(s, i) * (load(g, i) - mean))
+    for i in range(whole, n):
+        put(grad_x, i, s[i] * (get(g, i) - mean))
+
+
+@register_jitable
+def centred_sum(w, g, n, mean, rounded):
+    """The sum of w (g - mean), where `rounded` is the mean in the computing dtype."""
+    width = places(w)
+    whole = n // width * width
+    result, weight = 0.0, 0.0
+    for block in range(0, whole, SUMMED):
+        part = parts = splat(w, 0.0)
+        for i in range(block, min(block + SUMMED, whole), width):
+            v = load(w, i)
+            part, parts = part + v * (load(g, i) - rounded), parts + v
+        result, weight = result + total(part), weight + total(parts)
+    for i in range(whole, n):
+        result, weight = result + w[i] * (get(g, i) - rounded), weight + w[i]
+    return result - (mean - rounded) * weight
+
+
+# kernels: addresses; strides and sizes in elements; rows start to stop
+
+
+def _forward(dtype, computing):
+    """The forward kernel for scores whose bits are `dtype` (see simd.py), computed in `computing`."""
+
+    @njit(nogil=True, error_model="numpy", cache=True)
+    def forward(x_at, x_stride, p_at, m_at, delta_at, e_at, e_stride, e_value, n, start, stop, integer, steps, normalise):
+        like, acc = np.empty(0, dtype), np.empty(0, computing)
+        width = places(acc)
+        itemsize = like.itemsize
+        m, delta = array_at(m_at, stop, acc), array_at(delta_at, stop, acc)
+        e_rows = array_at(e_at, stop, acc)
+        z, weights = np.empty(LISTED * width, computing), np.empty(LISTED * width, computing)
+        index = np.empty(LISTED * width, np.int32)
+        long = n if n > LISTED else 0
+        long_z, long_weights = np.empty(long + width, computing), np.empty(long + width, computing)
+        long_reciprocals = np.empty(long + width, computing)
+        long_index = np.empty(long // 2 + 1, np.int32)
+        lane_count, lane_e = np.empty(width, computing), np.empty(width, computing)
+        lane_delta, lane_factor = np.empty(width, computing), np.empty(width, computing)
+        for base in range(start, stop, width):
+            rows = min(width, stop - base)
+            longest = 0
+            fill(z, min(n, LISTED) * width, DEAD, acc)
+            fill(lane_count, width, 0.0, acc)
+            fill(lane_e, width, 0.5, acc)
+            for lane in range(rows):
+                row = base + lane
+                x, p = array_at(x_at + row * x_stride * itemsize, n, like), array_at(p_at + row * n * itemsize, n, like)
+                e = e_rows[row * e_stride] if e_at != 0 else computing(e_value)
+                m[row], bad = top_of(x, n)
+                top = m[row]
+                delta[row] = 0.0
+                if bad or top == math.inf or not 0.0 <= e <= 1.0:
+                    m[row] = math.nan if bad else top
+                    delta[row] = math.nan
+                    fill(p, n, math.nan, acc)
+                    continue
+                if top == -math.inf:
+                    fill(p, n, 0.0, acc)
+                    continue
+                e = max(e, computing(MIN_E))
+                lane_e[lane] = e
+                count = listed(x, n, top, e, z, index, lane)
+                if count < 0:
+                    delta[row] = row_alone(
+                        x, p, n, top, e, integer, steps, normalise, long_z, long_weights, long_reciprocals, long_index
+                    )
+                else:
+                    lane_count[lane] = count
+                    longest = max(longest, count)
+            if longest == 0:
+                continue
+            deltas, sums = solve_group(z, weights, longest, load(lane_count, 0), load(lane_e, 0), integer, steps)
+            store(lane_delta, 0, deltas)
+            store(lane_factor, 0, 1.0 / sums if normalise else sums * 0.0 + 1.0)
+            for lane in range(rows):
+                count = int(lane_count[lane])
+                if count == 0:
+                    continue
+                row = base + lane
+                delta[row] = lane_delta[lane]
+                p = array_at(p_at + row * n * itemsize, n, like)
+                fill(p, n, 0.0, acc)
+                for i in range(count):
+                    put(p, index[lane * LISTED + i], weights[i * width + lane] * lane_factor[lane])
+
+    return forward
+
+
+def _backward(dtype, computing):
+    """The backward kernel. The address of what is not there (x, grad_e, e) is 0."""
+
+    @njit(nogil=True, error_model="numpy", cache=True)
+    def backward(
+        grad_at,
+        grad_stride,
+        p_at,
+        p_stride,
+        x_at,
+        x_stride,
+        m_at,
+        delta_at,
+        grad_x_at,
+        grad_e_at,
+        e_at,
+        e_stride,
+        e_value,
+        n,
+        start,
+        stop,
+    ):
+        like, acc = np.empty(0, dtype), np.empty(0, computing)
+        width = places(acc)
+        itemsize = like.itemsize
+        m, delta, e_rows = array_at(m_at, stop, acc), array_at(delta_at, stop, acc), array_at(e_at, stop, acc)
+        grad_e = array_at(grad_e_at, stop, acc)
+        s, w = np.empty(n + width, computing), np.empty(n + width, computing)
+        last, last_g = np.empty(width, computing), np.empty(width, computing)
+        whole = n // width * width
+        wants_alpha, from_scores = grad_e_at != 0, x_at != 0
+        square_roots = e_at == 0 and e_value == 0.5
+        for row in range(start, stop):
+            p, g = array_at(p_at + row * p_stride * itemsize, n, like), array_at(grad_at + row * grad_stride * itemsize, n, like)
+            x, grad_x = array_at(x_at + row * x_stride * itemsize, n, like), array_at(grad_x_at + row * n * itemsize, n, like)
+            if get(p, 0) != get(p, 0) or m[row] == -math.inf:  # rows are NaN as a whole; fully masked ones are 0
+                lost = math.nan if m[row] != -math.inf else 0.0
+                fill(grad_x, n, lost, acc)
+                if wants_alpha:
+                    grad_e[row] = lost
+                continue
+            e = splat(acc, max(e_rows[row * e_stride] if e_at != 0 else computing(e_value), computing(MIN_E)))
+            sum_s, sum_sg = 0.0, 0.0
+            for block in range(0, n, SUMMED):
+                stop_at = min(block + SUMMED, whole)
+                if from_scores:
+                    sums, products = score_sums(x, g, s, w, block, stop_at, e, m[row], delta[row])
+                elif wants_alpha:
+                    sums, products = slope_and_alpha_sums(p, g, s, w, block, stop_at, e)
+                else:
+                    sums, products = slope_sums(p, g, s, block, stop_at, e, square_roots)
+                sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
+            if whole < n:
+                source, beyond = (x, -math.inf) if from_scores else (p, 0.0)
+                for place in range(width):
+                    inside = whole + place < n
+                    last[place] = get(source, whole + place) if inside else beyond
+                    last_g[place] = get(g, whole + place) if inside else 0.0
+                end_s, end_w = s[whole:], w[whole:]
+                if from_scores:
+                    sums, products = score_sums(last, last_g, end_s, end_w, 0, width, e, m[row], delta[row])
+                elif wants_alpha:
+                    sums, products = slope_and_alpha_sums(last, last_g, end_s, end_w, 0, width, e)
+                else:
+                    sums, products = slope_sums(last, last_g, end_s, 0, width, e, square_roots)
+                sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
+            mean = sum_sg / sum_s if sum_s != 0.0 else 0.0
+            centred(s, g, grad_x, n, computing(mean))
+            if wants_alpha:
+                grad_e[row] = -centred_sum(w, g, n, mean, computing(mean))
+
+    return backward
+
+
+FORWARD = {
+    "float32": _forward(np.float32, np.float32),
+    "float64": _forward(np.float64, np.float64),
+    "bfloat16": _forward(np.uint16, np.float32),
+    "float16": _forward(np.int16, np.float32),
+}
+
+BACKWARD = {
+    "float32": _backward(np.float32, np.float32),
+    "float64": _backward(np.float64, np.float64),
+    "bfloat16": _backward(np.uint16, np.float32),
+    "float16": _backward(np.int16, np.float32),
+}

@@ -1,0 +1,431 @@
+"""Vectors of 64 bytes for Numba: a type, its operators, and what loads, stores and reduces it.
+
+LLVM splits a vector into what the processor has (AVX-512: one register, AVX2: two, NEON: four), so the same code is packed
+instructions everywhere, and which ones does not depend on what an automatic vectoriser makes of a loop.
+
+An array's dtype says how its elements are stored, and vectors of it hold the type that one computes in: float32 and float64
+as they are, uint16 for bfloat16 and int16 for float16 (torch's bits), both as float32.
+
+Numba's cache on disk looks at the file of the cached function alone: touch `compiled.py` after a change here.
+"""
+
+import operator
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.extending import intrinsic, overload, register_jitable, register_model
+from numba.core.datamodel import models
+
+BYTES = 64
+CONTRACT = ("contract",)  # a * b + c may be one fused multiply-add, where the processor has it
+
+
+class Vector(types.Type):
+    """`width` floats, integers of the same size, or booleans (a mask)."""
+
+    def __init__(self, element, width):
+        self.element, self.width = element, width
+        super().__init__(name=f"vector({element} x {width})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _llvm(fe_type))
+
+
+def _llvm(t):
+    if isinstance(t, Vector):
+        return ir.VectorType(_llvm(t.element), t.width)
+    if t == types.boolean:
+        return ir.IntType(1)
+    if isinstance(t, types.Integer):
+        return ir.IntType(t.bitwidth)
+    return ir.DoubleType() if t == types.float64 else ir.FloatType()
+
+
+def _vector_of(array):
+    element = types.float64 if array.dtype == types.float64 else types.float32
+    return Vector(element, BYTES * 8 // element.bitwidth)
+
+
+def _mask_of(vector):
+    return Vector(types.boolean, vector.width)
+
+
+def _is_float_vector(t):
+    return isinstance(t, Vector) and isinstance(t.element, types.Float)
+
+
+def _splat(builder, value, vector):
+    """A scalar of the vector's element type in every place."""
+    llvm = _llvm(vector)
+    single = builder.insert_element(ir.Constant(llvm, ir.Undefined), value, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector.width), [0] * vector.width)
+    return builder.shuffle_vector(single, ir.Constant(llvm, ir.Undefined), zeros)
+
+
+# operators
+
+
+def _common(a, b):
+    """The vector type of `a op b`, of which one may be a number; None if neither is a vector of floats."""
+    if _is_float_vector(a) and (a == b or isinstance(b, types.Number)):
+        return a
+    return b if _is_float_vector(b) and isinstance(a, types.Number) else None
+
+
+def _as_vector(context, builder, value, source, vector):
+    if source == vector:
+        return value
+    return _splat(builder, context.cast(builder, value, source, vector.element), vector)
+
+
+def _define_binary(symbol, emit, is_comparison=False):
+    @intrinsic
+    def call(typing_context, a, b):
+        vector = _common(a, b)
+        result = _mask_of(vector) if is_comparison else vector
+
+        def generate(context, builder, signature, arguments):
+            left, right = (
+                _as_vector(context, builder, value, source, vector)
+                for value, source in zip(arguments, signature.args, strict=True)
+            )
+            return emit(builder, left, right)
+
+        return result(a, b), generate
+
+    @overload(symbol)
+    def typed(a, b):
+        return (lambda a, b: call(a, b)) if _common(a, b) is not None else None
+
+
+_define_binary(operator.add, lambda b, x, y: b.fadd(x, y, flags=CONTRACT))
+_define_binary(operator.sub, lambda b, x, y: b.fsub(x, y, flags=CONTRACT))
+_define_binary(operator.mul, lambda b, x, y: b.fmul(x, y, flags=CONTRACT))
+_define_binary(operator.truediv, lambda b, x, y: b.fdiv(x, y))
+# NaN compares false
+_define_binary(operator.gt, lambda b, x, y: b.fcmp_ordered(">", x, y), is_comparison=True)
+_define_binary(operator.lt, lambda b, x, y: b.fcmp_ordered("<", x, y), is_comparison=True)
+_define_binary(operator.le, lambda b, x, y: b.fcmp_ordered("<=", x, y), is_comparison=True)
+
+
+def _define_mask_binary(symbol, emit):
+    @intrinsic
+    def call(typing_context, a, b):
+        return a(a, b), lambda context, builder, signature, arguments: emit(builder, *arguments)
+
+    @overload(symbol)
+    def typed(a, b):
+        return (lambda a, b: call(a, b)) if isinstance(a, Vector) and a.element == types.boolean and a == b else None
+
+
+_define_mask_binary(operator.or_, lambda b, x, y: b.or_(x, y))
+_define_mask_binary(operator.and_, lambda b, x, y: b.and_(x, y))
+
+
+@intrinsic
+def is_nan(typing_context, a):
+    """Mask of the places that hold NaN."""
+    return _mask_of(a)(a), lambda c, b, s, arguments: b.fcmp_unordered("uno", arguments[0], arguments[0])
+
+
+@intrinsic
+def select(typing_context, mask, a, b):
+    """`a` where the mask is set, else `b`; one of them may be a number."""
+    vector = _common(a, b)
+
+    def generate(context, builder, signature, arguments):
+        chosen, *values = arguments
+        left, right = (
+            _as_vector(context, builder, v, source, vector) for v, source in zip(values, signature.args[1:], strict=True)
+        )
+        return builder.select(chosen, left, right)
+
+    return vector(mask, a, b), generate
+
+
+@register_jitable(inline="always")
+def larger(a, b):
+    """Maximum; where `a` is NaN, `b`."""
+    return select(a > b, a, b)
+
+
+@register_jitable(inline="always")
+def smaller(a, b):
+    """Minimum; where `a` is NaN, `b`."""
+    return select(a < b, a, b)
+
+
+@intrinsic
+def bits(typing_context, mask):
+    """The mask as an integer, place 0 in the lowest bit."""
+
+    def generate(context, builder, signature, arguments):
+        packed = builder.bitcast(arguments[0], ir.IntType(mask.width))
+        return builder.zext(packed, ir.IntType(64))
+
+    return types.int64(mask), generate
+
+
+@intrinsic
+def square_root(typing_context, a):
+    """Square root."""
+
+    def generate(context, builder, signature, arguments):
+        llvm = _llvm(a)
+        name = f"llvm.sqrt.v{a.width}f{a.element.bitwidth}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(llvm, [llvm]), name)
+        return builder.call(function, arguments)
+
+    return a(a), generate
+
+
+@intrinsic
+def total(typing_context, a):
+    """Sum of all places, added pairwise."""
+
+    def generate(context, builder, signature, arguments):
+        vector, width = arguments[0], a.width
+        while width > 1:
+            width //= 2
+            halves = [
+                builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(ir.IntType(32), width), list(places)))
+                for places in (range(width), range(width, 2 * width))
+            ]
+            vector = builder.fadd(*halves)
+        return builder.extract_element(vector, ir.IntType(32)(0))
+
+    return a.element(a), generate
+
+
+@intrinsic
+def maximum(typing_context, a):
+    """Largest of all places, of which none may be NaN."""
+
+    def generate(context, builder, signature, arguments):
+        vector, width = arguments[0], a.width
+        while width > 1:
+            width //= 2
+            low, high = (
+                builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(ir.IntType(32), width), list(places)))
+                for places in (range(width), range(width, 2 * width))
+            )
+            vector = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(vector, ir.IntType(32)(0))
+
+    return a.element(a), generate
+
+
+@intrinsic
+def horner(typing_context, x, coefficients):
+    """The polynomial with these coefficients, the highest power first, at every place of x."""
+
+    def generate(context, builder, signature, arguments):
+        value, packed = arguments
+        sources = signature.args[1].types
+        constants = [
+            _as_vector(context, builder, c, source, x)
+            for c, source in zip(cgutils.unpack_tuple(builder, packed), sources, strict=True)
+        ]
+        result = constants[0]
+        for constant in constants[1:]:
+            result = builder.fadd(builder.fmul(result, value, flags=CONTRACT), constant, flags=CONTRACT)
+        return result
+
+    return x(x, coefficients), generate
+
+
+# the bits of a float: sign, exponent, mantissa
+
+_MANTISSA_BITS = {32: 23, 64: 52}
+_BIAS = {32: 127, 64: 1023}
+_SQRT_HALF_BITS = {32: 0x3F3504F3, 64: 0x3FE6A09E667F3BCD}
+
+
+@intrinsic
+def split_exponent(typing_context, u):
+    """(j, 2^-j) with u 2^-j between sqrt(1/2) and sqrt(2). u is positive and normal, j at most 126 (1022) in size."""
+
+    def generate(context, builder, signature, arguments):
+        size = u.element.bitwidth
+        integers = ir.VectorType(ir.IntType(size), u.width)
+
+        def constant(value):
+            return ir.Constant(integers, [value] * u.width)
+
+        shift = constant(_MANTISSA_BITS[size])
+        offset = builder.sub(builder.bitcast(arguments[0], integers), constant(_SQRT_HALF_BITS[size]))
+        j = builder.ashr(offset, shift)
+        scale = builder.sub(constant(_BIAS[size] << _MANTISSA_BITS[size]), builder.shl(j, shift))
+        parts = [builder.sitofp(j, _llvm(u)), builder.bitcast(scale, _llvm(u))]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return types.UniTuple(u, 2)(u), generate
+
+
+@intrinsic
+def nearest_integer(typing_context, y):
+    """(i, 2^i) with the integer i nearest to y, for y <= 0.5 whose 2^i is a normal number."""
+
+    def generate(context, builder, signature, arguments):
+        size = y.element.bitwidth
+        integers = ir.VectorType(ir.IntType(size), y.width)
+
+        def constant(value):
+            return ir.Constant(integers, [value] * y.width)
+
+        half = ir.Constant(_llvm(y), [0.5] * y.width)
+        i = builder.fptosi(builder.fsub(arguments[0], half), integers)  # towards 0, so to the nearest of a negative number
+        nearest = builder.sitofp(i, _llvm(y))
+        scale = builder.shl(builder.add(i, constant(_BIAS[size])), constant(_MANTISSA_BITS[size]))
+        return context.make_tuple(builder, signature.return_type, [nearest, builder.bitcast(scale, _llvm(y))])
+
+    return types.UniTuple(y, 2)(y), generate
+
+
+# memory
+
+
+def _widen(builder, stored, dtype, floats):
+    """What memory holds, one element or a vector of them, as `floats`."""
+    if dtype == types.uint16:
+        integers = ir.VectorType(ir.IntType(32), floats.count) if isinstance(floats, ir.VectorType) else ir.IntType(32)
+        sixteen = ir.Constant(integers, [16] * floats.count) if isinstance(floats, ir.VectorType) else integers(16)
+        return builder.bitcast(builder.shl(builder.zext(stored, integers), sixteen), floats)
+    if dtype == types.int16:
+        halves = ir.VectorType(ir.HalfType(), floats.count) if isinstance(floats, ir.VectorType) else ir.HalfType()
+        return builder.fpext(builder.bitcast(stored, halves), floats)
+    return stored
+
+
+def _narrow(builder, floats, dtype):
+    """The inverse of `_widen`, rounded to the nearest, ties to even."""
+    if dtype not in (types.uint16, types.int16):
+        return floats
+    count = floats.type.count if isinstance(floats.type, ir.VectorType) else None
+
+    def like(element):
+        return element if count is None else ir.VectorType(element, count)
+
+    def constant(value, element):
+        return element(value) if count is None else ir.Constant(like(element), [value] * count)
+
+    if dtype == types.int16:
+        return builder.bitcast(builder.fptrunc(floats, like(ir.HalfType())), like(ir.IntType(16)))
+    word = ir.IntType(32)
+    raw = builder.bitcast(floats, like(word))
+    sixteen = constant(16, word)
+    odd = builder.and_(builder.lshr(raw, sixteen), constant(1, word))
+    rounded = builder.lshr(builder.add(raw, builder.add(odd, constant(0x7FFF, word))), sixteen)
+    unordered = builder.fcmp_unordered("uno", floats, floats)
+    return builder.trunc(builder.select(unordered, constant(0x7FC0, word), rounded), like(ir.IntType(16)))
+
+
+def _pointer(context, builder, array_type, array, index, llvm):
+    data = cgutils.create_struct_proxy(array_type)(context, builder, value=array).data
+    return builder.bitcast(builder.gep(data, [index]), llvm.as_pointer())
+
+
+@intrinsic
+def load(typing_context, array, index):
+    """The vector that starts at array[index]."""
+    vector = _vector_of(array)
+
+    def generate(context, builder, signature, arguments):
+        stored = ir.VectorType(_llvm(array.dtype), vector.width)
+        pointer = _pointer(context, builder, array, arguments[0], arguments[1], stored)
+        return _widen(builder, builder.load(pointer, align=array.dtype.bitwidth // 8), array.dtype, _llvm(vector))
+
+    return vector(array, types.int64), generate
+
+
+@intrinsic
+def store(typing_context, array, index, vector):
+    """Write the vector to array[index] and what follows."""
+
+    def generate(context, builder, signature, arguments):
+        value = _narrow(builder, arguments[2], array.dtype)
+        builder.store(
+            value,
+            _pointer(context, builder, array, arguments[0], arguments[1], value.type),
+            align=array.dtype.bitwidth // 8,
+        )
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vector), generate
+
+
+@intrinsic
+def get(typing_context, array, index):
+    """array[index] in the type that one computes in."""
+    element = _vector_of(array).element
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, array, arguments[0], arguments[1], _llvm(array.dtype))
+        return _widen(builder, builder.load(pointer), array.dtype, _llvm(element))
+
+    return element(array, types.int64), generate
+
+
+@intrinsic
+def put(typing_context, array, index, value):
+    """array[index] = value, rounded."""
+    element = _vector_of(array).element
+
+    def generate(context, builder, signature, arguments):
+        narrow = _narrow(builder, context.cast(builder, arguments[2], value, element), array.dtype)
+        builder.store(narrow, _pointer(context, builder, array, arguments[0], arguments[1], narrow.type))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, value), generate
+
+
+@intrinsic
+def splat(typing_context, array, value):
+    """The vector, of the type that `load(array, ...)` gives, with the value in every place."""
+    vector = _vector_of(array)
+
+    def generate(context, builder, signature, arguments):
+        return _as_vector(context, builder, arguments[1], value, vector)
+
+    return vector(array, value), generate
+
+
+@intrinsic
+def array_at(typing_context, address, length, like):
+    """The array of `length` elements at an address; `like` gives its dtype."""
+    array = types.Array(like.dtype, 1, "C")
+
+    def generate(context, builder, signature, arguments):
+        proxy = context.make_array(array)(context, builder)
+        size = context.get_constant(types.intp, like.dtype.bitwidth // 8)
+        context.populate_array(
+            proxy,
+            data=builder.inttoptr(arguments[0], context.get_data_type(like.dtype).as_pointer()),
+            shape=cgutils.pack_array(builder, [arguments[1]]),
+            strides=cgutils.pack_array(builder, [size]),
+            itemsize=size,
+            meminfo=None,
+            parent=None,
+        )
+        return proxy._getvalue()
+
+    return array(types.int64, types.int64, like), generate
+
+
+@intrinsic
+def lowest_bit(typing_context, word):
+    """Position of the lowest bit that is set; the word is not 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def count_bits(typing_context, word):
+    """How many bits are set."""
+    return types.int64(types.int64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
