@@ -49,11 +49,11 @@ def diffmax_bisect_sharded(
             anything but the length along `dim` and the values of an alpha tensor. Then every rank raises.
         NotImplementedError: Forward-mode differentiation or a torch.func transform.
     Communication: With R rows, forward sends 11 integers (do the calls agree?), R maxima, and then, in every iteration of
-        Newton's method (Eq. 2), two numbers per row and one that says whether to go on: S and S_1, all-reduced. It takes 3 to
-        7 iterations on ordinary scores, and never more than newton_steps of Eq. 9. Backward sends two numbers per row (the
+        Newton's method (Eq. 2), two numbers per row, S and S_1, and one that says whether to go on. Ordinary scores take 2 to 7
+        such messages, and none take more than Eq. 9 allows. Backward sends two numbers per row (the
         sums of Eq. 3) and, where it is wanted, alpha's gradient. Gathering would bring n numbers per row to each rank.
     Numerics: Computes in float32, for float64 in float64; the same arithmetic as `diffmax.reference`. A second derivative is
-        exact, and sends two numbers per row for each row sum. Works under torch.compile, where it stays one operator.
+        exact, and sends such messages too. Works under torch.compile, where it stays one operator.
         The end of the iteration is read by the host, so that it cannot be captured in a CUDA graph.
     Source: docs/theory.md, docs/distributed.md. Written for diffmax.
     Example:
@@ -99,9 +99,9 @@ def _name_of(group: dist.ProcessGroup | DeviceMesh | None) -> str:
         group = group.get_group()
     if group is None:
         group = dist.group.WORLD
-    if group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]  # new_group returns it
-        raise ValueError("diffmax_bisect_sharded: this rank must be a member of group, got a group without it")
     if not isinstance(group, dist.ProcessGroup):
+        if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to the other ranks
+            raise ValueError("diffmax_bisect_sharded: this rank must be a member of group, got a group without it")
         raise TypeError(
             f"diffmax_bisect_sharded: group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}"
         )
