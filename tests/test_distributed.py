@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import entmax
@@ -294,6 +295,23 @@ def test_what_is_sent_is_what_the_documentation_says():
     assert 2 <= len(forward[2:]) <= 5 < newton_steps(50, 400, 0.15, torch.float32)
     assert backward == [(10, "sum"), (5, "sum")]
     assert sent[-1] == (10, "sum")
+
+
+@on_ranks(1)
+def test_the_number_of_evaluations_is_what_the_documentation_says():
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    table = [[float(cell) for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| 0\.\d+ \|.*$", page, re.MULTILINE)]
+    assert [row[0] for row in table] == [0.1, 0.5, 0.85, 0.99]
+    sent, real = [], _sharded._all_reduce
+    _sharded._all_reduce = lambda *message: (sent.append(message), real(*message))[1]
+    try:
+        for alpha, *documented in table:
+            for sigma, evaluations in zip((0.3, 1.0, 3.0, 10.0), documented, strict=True):
+                sent.clear()
+                diffmax_bisect_sharded(torch.randn(64, 4096) * sigma, alpha)
+                assert abs(len(sent) - 2 - evaluations) <= 1, f"alpha={alpha} sigma={sigma}: {len(sent) - 2}"
+    finally:
+        _sharded._all_reduce = real
 
 
 @on_ranks(4)

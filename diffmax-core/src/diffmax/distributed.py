@@ -49,9 +49,9 @@ def diffmax_bisect_sharded(
             anything but the length along `dim` and the values of an alpha tensor. Then every rank raises.
         NotImplementedError: Forward-mode differentiation or a torch.func transform.
     Communication: With R rows, forward sends 11 integers (do the calls agree?), R maxima, and then, in every iteration of
-        Newton's method (Eq. 2), two numbers per row, S and S_1, and one that says whether to go on. Ordinary scores take 2 to 7
-        such messages, and none take more than Eq. 9 allows. Backward sends two numbers per row (the
-        sums of Eq. 3) and, where it is wanted, alpha's gradient. Gathering would bring n numbers per row to each rank.
+        Newton's method (Eq. 2), two numbers per row, S and S_1, and one that says whether to go on. Ordinary scores take 3
+        to 12 such messages (docs/distributed.md has a table), and none take more than Eq. 9 allows. Backward sends two
+        numbers per row, the sums of Eq. 3, and alpha's gradient if it is learned. Gathering brings n numbers per row.
     Numerics: Computes in float32, for float64 in float64; the same arithmetic as `diffmax.reference`. A second derivative is
         exact, and sends such messages too. Works under torch.compile, where it stays one operator.
         The end of the iteration is read by the host, so that it cannot be captured in a CUDA graph.
