@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from diffmax import reference
 from diffmax._dispatch import kernel
+from diffmax._dtensor import register_rules
 from diffmax._numerics import accumulation_dtype
 
 _LIBRARY = torch.library.Library("diffmax", "DEF")
@@ -42,6 +43,7 @@ def _bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int,
 def _bisect_fake(
     x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    register_rules()  # DTensor comes here for shapes just before it looks for its rule
     row_shape = [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
     m = x.new_empty(row_shape, dtype=accumulation_dtype(x.dtype))
     return x.new_empty(x.shape), m, torch.empty_like(m)
@@ -75,6 +77,7 @@ def _bisect_backward_fake(
     needs_e: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    register_rules()  # DTensor comes here for shapes just before it looks for its rule
     return p.new_empty(p.shape), m.new_empty(m.shape if needs_e else (0,))
 
 
