@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = run((512,) if options.quick else CLASSES, rounds=1 if options.quick else 5)
+        rows = run((512,) if options.quick else CLASSES, rounds=1 if options.quick else 3)
     finally:
         torch.set_num_threads(threads)
     env["seconds"] = round(time.perf_counter() - started)
