@@ -161,6 +161,22 @@ def test_an_index_is_the_corner_of_the_simplex():
         torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("e", [1e-12, 0.15, 0.5, 0.9, 1.0])
+def test_eq_17_and_19_d_is_the_integral_and_its_series_ends_below_rounding(e):
+    for q in (1e-9, 1e-3, 0.1, 0.25, -0.1, -0.25):
+        with mpmath.workdps(50):
+            exact_e, r = mpmath.mpf(e), 1 - mpmath.mpf(q)
+            by_formula = (1 - r**exact_e) / exact_e - (1 - r ** (1 + exact_e)) / (1 + exact_e)
+            by_integral = mpmath.quad(lambda s, k=exact_e: s ** (k - 1) * (1 - s), [r, 1])
+            assert abs(by_formula / by_integral - 1) < 1e-20
+        for dtype in (torch.float32, torch.float64):
+            series = _loss_rows._near(torch.tensor(q, dtype=dtype), e).item()
+            with mpmath.workdps(50):
+                rounded = 1 - mpmath.mpf(torch.tensor(q, dtype=dtype).item())
+                exact = (1 - rounded**exact_e) / exact_e - (1 - rounded ** (1 + exact_e)) / (1 + exact_e)
+                assert abs(series / exact - 1) <= 4 * torch.finfo(dtype).eps
+
+
 # --- properties ---
 
 
@@ -489,6 +505,20 @@ def test_compiles_in_one_graph_forward_and_backward(compiler, dynamic, case):
         results = [[loss, *torch.autograd.grad(loss, (x, a))] for loss in (compiled(x, y, a), step(x, y, a))]
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_runs_on_fake_and_meta_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 3, dtype=torch.bfloat16, requires_grad=True)
+        alpha = torch.full((2, 1, 1), 0.5, requires_grad=True)
+        diffmax_loss(x, torch.zeros(2, 3, dtype=torch.int64), alpha).backward()
+        assert x.grad.shape == x.shape
+        assert alpha.grad.shape == alpha.shape
+    x, y = torch.empty(4, 6, device="meta", requires_grad=True), torch.empty(4, dtype=torch.int64, device="meta")
+    diffmax_loss(x, y, 0.5).backward()
+    assert x.grad.shape == x.shape
 
 
 def test_compiles_the_module_under_autocast():

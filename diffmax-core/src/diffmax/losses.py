@@ -110,7 +110,8 @@ def reduce_losses(losses: Tensor, share: Tensor | None, reduction: str, X: Tenso
         losses = losses.sum()
     elif reduction == "mean":
         losses = losses.mean() if share is None else losses.sum() / share.sum()
-    return losses if torch.is_autocast_enabled(X.device.type) else losses.to(X.dtype)
+    autocast = X.device.type != "meta" and torch.is_autocast_enabled(X.device.type)  # meta has none, and asking raises
+    return losses if autocast else losses.to(X.dtype)
 
 
 def _reweighted(target: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
