@@ -29,6 +29,7 @@ test: setup
 bench: setup
 	$(BIN)/python -m benchmarks.bench_forward
 	$(BIN)/python -m benchmarks.bench_backward
+	$(BIN)/python -m benchmarks.bench_loss
 
 # The pages of docs/ and the API from docstrings, as HTML in docs/_build; a warning is an error.
 docs: setup

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_import, contestants, memory, plots, report, runner, shapes
+from benchmarks import bench_import, bench_loss, contestants, memory, plots, report, runner, shapes
 from diffmax.cpu import rows as cpu_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,3 +167,33 @@ def test_import_and_call_overhead_are_measured(tmp_path, capsys):
     assert {"bare_operator", "softmax", "diffmax", "choice"} == set(result["calls"])
     assert [target["goal"] for target in result["targets"]] == [50, 2, 2]
     assert "targets:" in capsys.readouterr().out
+
+
+def test_the_loss_benchmark_writes_what_it_documents_and_names_no_machine(tmp_path, capsys):
+    path = tmp_path / "loss.json"
+    bench_loss.main(["--quick", "--output", str(path)])
+    result = json.loads(path.read_text())
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert {row["contestant"] for row in result["rows"]} >= {"cross_entropy", "diffmax_loss", "entmax_bisect_loss"}
+    for row in result["rows"]:
+        assert row["correct"], row
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+    assert all(field in readme for field in ("ratio_cross_entropy", "peak_tensors"))
+    assert "diffmax_loss" in capsys.readouterr().out
+    assert str(tmp_path) not in path.read_text()
+    assert os.uname().nodename not in path.read_text()
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_a_wrong_loss_turns_red_and_gets_no_number(wrong):
+    def loss(x, y):
+        right = bench_loss.diffmax.diffmax_loss(x, y, 0.5)
+        return right * 1.0001 if wrong == "gradient" else right.detach() * 1e-4 + right
+
+    case = {"n": 64, "rows": 8, "alpha": 0.5, "sigma": 1.0, "dtype": "float32", "threads": 1}
+    field = {"cross_entropy": torch.nn.functional.cross_entropy, "diffmax_loss": loss}
+    rows = {row["contestant"]: row for row in bench_loss.run_case(case, field, rounds=1)}
+    assert rows["cross_entropy"]["correct"]
+    assert "ulp, allowed 16" in rows["diffmax_loss"]["reason"]
+    assert "median_s" not in rows["diffmax_loss"]
+    assert "RED" in bench_loss.table(list(rows.values()))

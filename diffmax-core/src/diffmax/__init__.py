@@ -6,6 +6,7 @@ from diffmax._dispatch import register_backend, unregister_backend, use_backend
 from diffmax._inspect import backends, explain
 from diffmax.errors import BackendError, DiffmaxError, NoBackendError
 from diffmax.functional import diffmax_bisect
+from diffmax.losses import DiffmaxLoss, diffmax_loss
 from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
 from diffmax.nn import DiffmaxBisectModule
 
@@ -16,6 +17,7 @@ __all__ = [
     "BackendError",
     "DiffmaxBisectModule",
     "DiffmaxError",
+    "DiffmaxLoss",
     "ExpMap",
     "HillMap",
     "NoBackendError",
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "backends",
     "diffmax_bisect",
+    "diffmax_loss",
     "explain",
     "nn",
     "register_backend",

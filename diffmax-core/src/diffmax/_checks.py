@@ -63,18 +63,18 @@ def _alpha_hint(alpha: float, was_int: bool) -> str:
     return ""
 
 
-def check_alpha_tensor(name: str, X: Tensor, alpha: Tensor, dim: int) -> None:
-    """Check dtype, device and shape of a tensor that holds alpha, or what alpha is computed from."""
+def check_alpha_tensor(name: str, X: Tensor, alpha: Tensor, dim: int, what: str = "alpha") -> None:
+    """Check dtype, device and shape of a tensor with one number per row: alpha, what alpha is computed from, or `what`."""
     if not alpha.is_floating_point():
-        raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
+        raise TypeError(f"{name}: {what} must be of a floating dtype, got {_dtype(alpha)}")
     if alpha.device != X.device and not (alpha.ndim == 0 and alpha.device.type == "cpu"):
-        raise ValueError(f"{name}: alpha and X must be on one device, got {alpha.device} and {X.device}")
+        raise ValueError(f"{name}: {what} and X must be on one device, got {alpha.device} and {X.device}")
     padded = (1,) * (X.ndim - alpha.ndim) + tuple(alpha.shape)
     wanted = tuple(1 if axis == dim else size for axis, size in enumerate(X.shape))
     if len(padded) != len(wanted) or any(a not in (1, w) for a, w in zip(padded, wanted, strict=True)):
         raise ValueError(
-            f"{name}: alpha must broadcast against X with dim reduced to 1, got shape {_shape(alpha)}\n"
-            f"  X {_shape(X)}   dim {dim}   alpha must broadcast to {wanted}{_shape_hint(X, alpha, wanted)}"
+            f"{name}: {what} must broadcast against X with dim reduced to 1, got shape {_shape(alpha)}\n"
+            f"  X {_shape(X)}   dim {dim}   {what} must broadcast to {wanted}{_shape_hint(X, alpha, wanted, what)}"
         )
 
 
@@ -87,14 +87,14 @@ def _check_alpha_values(name: str, alpha: Tensor) -> None:
         )
 
 
-def _shape_hint(X: Tensor, alpha: Tensor, wanted: tuple[int, ...]) -> str:
+def _shape_hint(X: Tensor, alpha: Tensor, wanted: tuple[int, ...], what: str) -> str:
     """For an alpha of shape (H,): the shape that puts it on the one axis of its length, heads (axis 1 of 4) before others."""
     axes = [axis for axis, size in enumerate(wanted) if alpha.ndim == 1 and size == alpha.shape[0] and size != 1]
     if not axes:
         return ""
     axis = 1 if X.ndim == 4 and 1 in axes else axes[0]
     shape = (alpha.shape[0],) + (1,) * (X.ndim - axis - 1)
-    return f"\nfor one alpha per index of axis {axis}, pass alpha.view{shape}"
+    return f"\nfor one alpha per index of axis {axis}, pass {what}.view{shape}"
 
 
 def _readable(t: Tensor) -> bool:

@@ -1,0 +1,54 @@
+"""The public names of entmax 1.3 with their signatures: replace `import entmax` by `from diffmax.compat import entmax`.
+
+entmax's alpha' is 2 - alpha: 1 is softmax, 1.5 is entmax15, 2 is sparsemax. Over [1, 2] every function runs diffmax's operator
+on whichever backend is active, with its exact limits at both ends. docs/losses.md lists what differs from entmax on purpose.
+"""
+
+from diffmax.compat.entmax.activations import Entmax15, Sparsemax, entmax15, sparsemax
+from diffmax.compat.entmax.losses import (
+    Entmax15Loss,
+    EntmaxBisectLoss,
+    NormmaxBisectLoss,
+    SparsemaxBisectLoss,
+    SparsemaxLoss,
+    entmax15_loss,
+    entmax_bisect_loss,
+    normmax_bisect_loss,
+    sparsemax_bisect_loss,
+    sparsemax_loss,
+)
+from diffmax.compat.entmax.root_finding import (
+    BudgetBisect,
+    EntmaxBisect,
+    NormmaxBisect,
+    SparsemaxBisect,
+    budget_bisect,
+    entmax_bisect,
+    normmax_bisect,
+    sparsemax_bisect,
+)
+
+__all__ = [
+    "BudgetBisect",
+    "Entmax15",
+    "Entmax15Loss",
+    "EntmaxBisect",
+    "EntmaxBisectLoss",
+    "NormmaxBisect",
+    "NormmaxBisectLoss",
+    "Sparsemax",
+    "SparsemaxBisect",
+    "SparsemaxBisectLoss",
+    "SparsemaxLoss",
+    "budget_bisect",
+    "entmax15",
+    "entmax15_loss",
+    "entmax_bisect",
+    "entmax_bisect_loss",
+    "normmax_bisect",
+    "normmax_bisect_loss",
+    "sparsemax",
+    "sparsemax_bisect",
+    "sparsemax_bisect_loss",
+    "sparsemax_loss",
+]
