@@ -124,8 +124,8 @@ def test_is_listed_with_its_status_and_reason(outcome, plugin):
 
 
 def test_nothing_else_is_listed_and_core_works(outcome):
-    assert set(outcome["records"]) == {*EXPECTED, "cpu@diffmax-core", "reference@diffmax-core"}
-    assert outcome["records"]["cpu@diffmax-core"] == ["active", ""]
+    assert set(outcome["records"]) == {*EXPECTED, *(f"{name}@diffmax-core" for name in ("numba", "cpu", "reference"))}
+    assert outcome["records"]["numba@diffmax-core"] == ["active", ""]
     assert outcome["values"] == pytest.approx([0.8307, 0.1693, 0, 0], abs=1e-4)
 
 
@@ -174,7 +174,7 @@ def test_a_plugin_is_refused_without_an_error_where_warnings_are_errors(tmp_path
     add_plugin(tmp_path, "good")
     code = "import warnings; warnings.simplefilter('error')\nimport diffmax, json\n"
     code += "print(json.dumps({r.backend: r.status for r in diffmax.backends()}))"
-    expected = {"cpu": "active", "reference": "active", "good": "available", "broken": "failed"}
+    expected = {"numba": "active", "cpu": "available", "reference": "active", "good": "available", "broken": "failed"}
     assert run(code, tmp_path) == expected
 
 
@@ -199,8 +199,8 @@ def test_a_blocked_name_that_no_plugin_has_is_warned_about():
 def test_discovery_can_be_switched_off(tmp_path):
     add_plugin(tmp_path, "good")
     code = "import diffmax, json; print(json.dumps(sorted({r.backend for r in diffmax.backends()})))"
-    assert run(code, tmp_path) == ["cpu", "good", "reference"]
-    assert run(code, tmp_path, DIFFMAX_PLUGINS="0") == ["cpu", "reference"]
+    assert run(code, tmp_path) == ["cpu", "good", "numba", "reference"]
+    assert run(code, tmp_path, DIFFMAX_PLUGINS="0") == ["cpu", "numba", "reference"]
 
 
 @pytest.mark.parametrize(
@@ -221,4 +221,6 @@ def test_an_unknown_name_in_the_environment_is_an_error_at_the_first_call():
     code = "import diffmax, torch\nprint(len(diffmax.explain.__doc__) > 0)\ndiffmax.diffmax_bisect(torch.randn(3), 0.5)"
     result = run(code, check=False, DIFFMAX_BACKEND="cupu")
     assert result.stdout.strip() == "True"
-    assert "NoBackendError: no backend is named 'cupu'\n  loaded: cpu, reference\nrun `python -m diffmax`" in result.stderr
+    assert (
+        "NoBackendError: no backend is named 'cupu'\n  loaded: numba, cpu, reference\nrun `python -m diffmax`" in result.stderr
+    )
