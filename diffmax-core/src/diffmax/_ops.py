@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffmax import reference
+from diffmax import _flops, reference
 from diffmax._dispatch import kernel
 from diffmax._dtensor import register_rules
 from diffmax._numerics import accumulation_dtype
@@ -126,6 +126,8 @@ class _TransformableBisect(torch.autograd.Function):
 
 
 def _below_autograd(*arguments: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():  # inside torch.func.grad(torch.compile(f)): it cannot trace the guard below
+        return torch.ops.diffmax.bisect(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.bisect(*arguments)
 
@@ -272,6 +274,7 @@ torch.library.register_fake("diffmax::bisect", _bisect_fake, lib=_LIBRARY)
 _LIBRARY.impl("bisect_backward", _bisect_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("bisect_backward", _bisect_backward_autograd, "Autograd")
 torch.library.register_fake("diffmax::bisect_backward", _bisect_backward_fake, lib=_LIBRARY)
+_flops.register()
 if hasattr(torch.library, "register_vmap"):  # torch 2.5
     torch.library.register_vmap("diffmax::bisect", _bisect_vmap, lib=_LIBRARY)
     torch.library.register_vmap("diffmax::bisect_backward", _bisect_backward_vmap, lib=_LIBRARY)
