@@ -20,8 +20,8 @@ BACKWARD_FLOPS = 7
 
 def register() -> None:
     """Tell torch; the operators must have been defined."""
-    register_flop_formula(torch.ops.diffmax.bisect)(_bisect)  # type: ignore[no-untyped-call]
-    register_flop_formula(torch.ops.diffmax.bisect_backward)(_bisect_backward)  # type: ignore[no-untyped-call]
+    register_flop_formula(torch.ops.diffmax.bisect)(_bisect)
+    register_flop_formula(torch.ops.diffmax.bisect_backward)(_bisect_backward)
 
 
 def _bisect(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
