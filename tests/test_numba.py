@@ -132,6 +132,86 @@ def test_sums_of_very_long_rows_keep_their_digits():
     assert abs(float(p.double().sum()) - 1) < 1e-6
 
 
+# --- the equations of docs/theory.md, section 16 ---
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.85, 0.99])
+def test_the_start_from_the_mean_is_a_lower_bound(alpha):
+    """Eq. 26."""
+    e = 1 - alpha
+    for sigma in (0.1, 1, 5):
+        z = e * torch.randn(50, 200, dtype=torch.float64) * sigma
+        z = z - z.amax(1, keepdim=True)
+        live = z > -1
+        count = live.sum(1, keepdim=True)
+        high = -torch.expm1(-e * count.log())
+        low = (z * live).sum(1, keepdim=True) / count + high
+        delta = reference.bisect(z / e, e, 1, 200, True)[2]
+        assert (low <= delta + 1e-14).all()
+        assert (delta <= high + 1e-14).all()
+        assert ((z - low + 1).clamp_min(0) ** (1 / e)).sum(1).min() >= 1 - 1e-12
+
+
+def sums(z, t, k, count):
+    u = (z - t).clamp_min(0)
+    u = u[u > 0]
+    return [float((u ** (k - j)).sum()) for j in range(count)]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.85, 0.95])
+def test_halleys_step_is_that_of_the_norm_and_longer_than_newtons(alpha):
+    """Eq. 27, against derivatives of N by autograd; and `advance` takes it."""
+    e = 1 - alpha
+    z = e * torch.randn(100, dtype=torch.float64)
+    z -= z.max()
+    t = torch.tensor(-0.9, dtype=torch.float64, requires_grad=True)
+    norm = ((z - t).clamp_min(0) ** (1 / e)).sum() ** e - 1
+    first = torch.autograd.grad(norm, t, create_graph=True)[0]
+    second = torch.autograd.grad(first, t)[0]
+    expected = float((-norm / first / (1 - norm * second / (2 * first**2))).detach())
+    s0, s1, s2 = sums(z, -0.9, 1 / e, 3)
+    h = (s0 - s0**alpha) / s1
+    ours = h / (1 + 0.5 * (1 / e - 1) * (s1 / s0 - s2 / s1) * h)
+    assert ours == pytest.approx(expected, rel=1e-10)
+    assert ours > h > 0
+
+    @njit
+    def step(like, s0, s1, s2, e):
+        v = simd.splat(like, 0.0)
+        ahead, low = compiled.advance(v + s0, v + s1, v + s2, v + 0.1, v, v + 1.0, v + e, v + 1.0 / e, v > 0.0)
+        return simd.maximum(ahead), simd.maximum(low)
+
+    ahead, low = step(np.zeros(8), s0, s1, s2, e)
+    assert ahead == pytest.approx(0.1 + ours, rel=1e-12)
+    assert low == pytest.approx(0.1 + h, rel=2e-3)
+    assert low < 0.1 + h
+
+
+@pytest.mark.parametrize("alpha", [0.85, 0.95, 0.99])
+def test_the_step_on_the_logarithm_and_the_shift(alpha):
+    """Eq. 28: what the series gives for d and for the weights, against powers."""
+    e = 1 - alpha
+    k = 1 / e
+    z = e * torch.randn(512, dtype=torch.float64)
+    z -= z.max()
+    root = float(reference.bisect(z / e, e, 0, 200, True)[2]) - 1
+    t = root - 0.02 * e
+    d = compiled.step_on_log(*sums(z, t, k, 4), k)
+    assert t + d == pytest.approx(root, abs=1e-5 * e)
+    u = (z - t).clamp_min(0)
+    weights, reciprocals = (u**k).numpy(), (1 / u.clamp_min(1e-9)).numpy()
+
+    @njit
+    def shift(p, r, d, k):
+        return compiled.shift(p, r, 512, d, k)
+
+    total = shift(weights, reciprocals, d, k)
+    exact = (z - t - d).clamp_min(0) ** k
+    assert total == pytest.approx(float(exact.sum()), rel=1e-8)
+    assert abs(torch.from_numpy(weights) - exact).max() < 1e-9
+    assert (weights >= 0).all()
+
+
 # --- independence ---------------------------------------------------------------------------------------------------------
 
 

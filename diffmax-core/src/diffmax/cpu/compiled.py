@@ -228,7 +228,7 @@ def sweep(z, p, start, stop, step, delta, k, k_log2, integer, moments):
 
 @register_jitable
 def advance(s0, s1, s2, delta, low, high, e, k, plain):
-    """The next delta and lower bound: Newton's step on the norm (Eq. 2), lengthened to Halley's where S >= 1.
+    """The next delta and lower bound: Newton's step on the norm (Eq. 2), lengthened to Halley's where S >= 1 (Eq. 27).
 
     A lane in `plain` takes Newton's steps alone: from the first S < 1 on, after which they cannot pass the root again.
     """
@@ -268,7 +268,7 @@ def _places(array):
 
 @register_jitable
 def first_bounds(count, sum_z, e):
-    """Lower and upper bound of delta from the number and the sum of the candidates (Eq. 8)."""
+    """Lower and upper bound of delta from the number and the sum of the candidates (Eq. 26)."""
     high = 0.0 - exp_m1(0.0 - e * ln(count))
     return smaller(larger(sum_z / count * 1.01 + high, 0.0), high), high  # 1.01: sum_z is rounded
 
@@ -321,7 +321,7 @@ def deep_sweep(z, p, r, start, stop, delta, k, k_log2):
 
 @register_jitable
 def step_on_log(s0, s1, s2, s3, k):
-    """The d at which ln S(delta + d) = 0, from the value and three derivatives of ln S. All are scalars."""
+    """The d at which ln S(delta + d) = 0 (Eq. 28), from the value and three derivatives of ln S. All are scalars."""
     inverse = 1.0 / s0
     a = k * s1 * inverse
     b = k * (k - 1.0) * s2 * inverse
