@@ -1,6 +1,8 @@
 """torch.func, forward mode, second derivatives, export, FLOP counts and selective checkpointing."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -301,8 +303,20 @@ def test_aot_inductor(exported, tmp_path):
 
 
 @newer_torch
+@pytest.mark.parametrize(
+    "imports",
+    ["import torch.utils.flop_counter, diffmax", "import diffmax, torch.utils.flop_counter, diffmax.integrations.flop_counter"],
+)
+def test_the_flop_counter_is_told_in_a_fresh_process(imports):
+    code = f"{imports}; import torch; print(torch.ops.diffmax.bisect in torch.utils.flop_counter.flop_registry)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+@newer_torch
 def test_the_flop_counter_counts_it():
     from torch.utils.flop_counter import FlopCounterMode
+
+    import diffmax.integrations.flop_counter  # noqa: F401
 
     x = torch.randn(4, 100, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

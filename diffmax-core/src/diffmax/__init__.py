@@ -4,6 +4,7 @@ from diffmax import _dispatch, _older_project, nn
 from diffmax._discovery import CORE_VERSION as __version__  # noqa: N811
 from diffmax._dispatch import register_backend, unregister_backend, use_backend
 from diffmax._inspect import backends, explain
+from diffmax._warmup import warmup
 from diffmax.errors import BackendError, DiffmaxError, NoBackendError
 from diffmax.functional import diffmax_bisect
 from diffmax.losses import DiffmaxLoss, diffmax_loss
@@ -31,6 +32,7 @@ __all__ = [
     "register_backend",
     "unregister_backend",
     "use_backend",
+    "warmup",
 ]
 
 _dispatch.registry.discover()  # last: a plugin may import any of the names above

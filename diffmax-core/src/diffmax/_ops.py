@@ -6,13 +6,14 @@ key, so that torch.ops.diffmax.bisect called directly is as differentiable as th
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffmax import _flops, reference
+from diffmax import reference
 from diffmax._dispatch import kernel
 from diffmax._dtensor import register_rules
 from diffmax._numerics import accumulation_dtype
@@ -274,7 +275,8 @@ torch.library.register_fake("diffmax::bisect", _bisect_fake, lib=_LIBRARY)
 _LIBRARY.impl("bisect_backward", _bisect_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("bisect_backward", _bisect_backward_autograd, "Autograd")
 torch.library.register_fake("diffmax::bisect_backward", _bisect_backward_fake, lib=_LIBRARY)
-_flops.register()
+if "torch.utils.flop_counter" in sys.modules:
+    from diffmax.integrations import flop_counter  # noqa: F401
 if hasattr(torch.library, "register_vmap"):  # torch 2.5
     torch.library.register_vmap("diffmax::bisect", _bisect_vmap, lib=_LIBRARY)
     torch.library.register_vmap("diffmax::bisect_backward", _bisect_backward_vmap, lib=_LIBRARY)

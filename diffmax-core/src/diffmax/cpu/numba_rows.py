@@ -77,6 +77,14 @@ def bisect_backward(
     return grad_x if p_rows is p else from_rows(grad_x, shape, dim), grad_e
 
 
+def warmup(device: torch.device, dtype: torch.dtype, n: int, e: float | None, backward: bool) -> None:
+    """Have the kernels of a dtype compiled, or read from the cache: one serves every length, and e as a float or a tensor."""
+    x = torch.zeros(1, n, dtype=dtype)
+    residuals = bisect(x, 0.5 if e is None else e, 1, 50, True)
+    if backward:
+        bisect_backward(x, *residuals, None, 0.5 if e is None else e, 1, False)
+
+
 @functools.lru_cache(maxsize=1024)
 def _plan(n_iter: int, n: int, e: float, acc: torch.dtype) -> tuple[int, int]:
     """The largest number of steps, and k if it is a whole number.
