@@ -40,7 +40,7 @@ def _group(row: Row) -> tuple[int, str, str]:
 
 
 def targets(rows: list[Row], kernels: dict[str, str]) -> list[dict[str, Any]]:
-    """The goals that these rows can speak about. `kernels` says which contestant runs which kernel; "diffmax" is what users get."""
+    """The goals that these rows can speak about. `kernels`: what runs behind which contestant; "diffmax" is what users get."""
     pure = next((name for name, kernel in kernels.items() if kernel == PURE_KERNEL), "diffmax")
     at_1024 = {"operation": "forward", "n": 1024, "alpha": 0.85, "dtype": "float32", "threads": 1}
     small = [r for n in (16, 64, 336) for alpha in (0.1, 0.3) for r in _rows(rows, **{**at_1024, "n": n, "alpha": alpha})]

@@ -142,14 +142,30 @@ def test_the_start_from_the_mean_is_a_lower_bound(alpha):
     for sigma in (0.1, 1, 5):
         z = e * torch.randn(50, 200, dtype=torch.float64) * sigma
         z = z - z.amax(1, keepdim=True)
-        live = z > -1
-        count = live.sum(1, keepdim=True)
-        high = -torch.expm1(-e * count.log())
-        low = (z * live).sum(1, keepdim=True) / count + high
         delta = reference.bisect(z / e, e, 1, 200, True)[2]
-        assert (low <= delta + 1e-14).all()
-        assert (delta <= high + 1e-14).all()
-        assert ((z - low + 1).clamp_min(0) ** (1 / e)).sum(1).min() >= 1 - 1e-12
+        for above in (-1, -0.5, -0.2, -0.05):
+            some = z > above
+            count = some.sum(1, keepdim=True)
+            low = (z * some).sum(1, keepdim=True) / count - torch.expm1(-e * count.log())
+            assert (low <= delta + 1e-14).all()
+            assert ((z - low + 1).clamp_min(0) ** (1 / e)).sum(1).min() >= 1 - 1e-12
+        candidates = (z > -1).sum(1, keepdim=True)
+        assert (delta <= 1 - 1 / candidates + 1e-14).all()
+
+
+def test_the_rational_bounds():
+    """Eq. 28."""
+    s = torch.logspace(0, 6, 500, dtype=torch.float64)[1:]
+    assert (2 * (s - 1) / (s + 1) <= s.log()).all()
+    y = torch.logspace(-3, 2, 500, dtype=torch.float64)
+    assert (y / (1 + y) <= -torch.expm1(-y)).all()
+    assert (-torch.expm1(-y) <= 2 * y / (2 + y)).all()
+    small = y[y < 0.3]
+    assert ((2 * small / (2 + small) + torch.expm1(-small)) <= small**3 / 12).all()
+    below = torch.linspace(0.01, 1, 500, dtype=torch.float64)
+    assert ((below - 1) / below <= below.log()).all()
+    y = torch.linspace(-1.79, 0, 500, dtype=torch.float64)
+    assert (y - y**2 <= -torch.expm1(-y) + 1e-15).all()
 
 
 def sums(z, t, k, count):
@@ -182,14 +198,19 @@ def test_halleys_step_is_that_of_the_norm_and_longer_than_newtons(alpha):
         return simd.maximum(ahead), simd.maximum(low)
 
     ahead, low = step(np.zeros(8), s0, s1, s2, e)
-    assert ahead == pytest.approx(0.1 + ours, rel=1e-12)
-    assert low == pytest.approx(0.1 + h, rel=2e-3)
-    assert low < 0.1 + h
+    assert ahead == pytest.approx(0.1 + ours, abs=0.3 * ours)
+    assert 0.1 < low < 0.1 + h
+    small = (1.02 * s0 / s0, s1 / s0, s2 / s0, e)  # near the root the rational forms are the step itself, to third order
+    h = (small[0] - small[0] ** alpha) / small[1]
+    ahead, low = step(np.zeros(8), *small)
+    ours = h / (1 + 0.5 * (1 / e - 1) * (small[1] / small[0] - small[2] / small[1]) * h)
+    assert ahead == pytest.approx(0.1 + ours, rel=1e-5)
+    assert 0.1 + 0.97 * h < low < 0.1 + h
 
 
 @pytest.mark.parametrize("alpha", [0.85, 0.95, 0.99])
 def test_the_step_on_the_logarithm_and_the_shift(alpha):
-    """Eq. 28: what the series gives for d and for the weights, against powers."""
+    """Eq. 29: what the series gives for d and for the weights, against powers."""
     e = 1 - alpha
     k = 1 / e
     z = e * torch.randn(512, dtype=torch.float64)
@@ -205,9 +226,10 @@ def test_the_step_on_the_logarithm_and_the_shift(alpha):
     def shift(p, r, d, k):
         return compiled.shift(p, r, 512, d, k)
 
-    total = shift(weights, reciprocals, d, k)
+    total, slope = shift(weights, reciprocals, d, k)
     exact = (z - t - d).clamp_min(0) ** k
     assert total == pytest.approx(float(exact.sum()), rel=1e-8)
+    assert slope == pytest.approx(float(((z - t - d).clamp_min(0) ** (k - 1)).sum()), rel=1e-6)
     assert abs(torch.from_numpy(weights) - exact).max() < 1e-9
     assert (weights >= 0).all()
 

@@ -37,8 +37,8 @@ def diffmax_bisect(
             returns either. A tensor may require a gradient, and may hold 0 and 1 themselves, where a learned alpha can end:
             they give sparsemax and softmax. Under torch.compile every new float is a new graph: pass a tensor if it changes.
         dim: Axis that sums to one.
-        n_iter: The result is at least as accurate as after this many steps of bisection, in at most half as many steps of
-            Newton's method, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
+        n_iter: The result is at least as accurate as after this many steps of bisection. It bounds the solver's steps, of which
+            Newton's method needs half as many, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
         ensure_sum_one: Divide by the sum at the end. False gives the weights at the tau that was found.
         backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
             else the best one that can run the call.

@@ -47,9 +47,10 @@ LISTED = 128
 SPARSE_SHARE = 0.5
 # Entries whose sum is taken in the computing dtype, before it is added to the others in double precision.
 SUMMED = 1024
-# The first iterate comes from every SAMPLED-th vector, and aims at S = SHORT instead of 1.
-SAMPLED = 4
-SHORT = 1.3
+# The first iterate comes from the entries with z above one of these (Eq. 26), whichever is better: about where rows that are
+# normally distributed have the entries that matter; in short lists alpha is small, in long ones large.
+STARTS_OF_LISTS = (-0.55, -0.35)
+STARTS_OF_ROWS = (-0.32, -0.18)
 
 # Minimax polynomials on [sqrt(1/2) - 1, sqrt(2) - 1] and [-1/2, 1/2], highest power first, fitted by Remez's algorithm;
 # tests/test_numba.py measures their errors.
@@ -217,10 +218,11 @@ def sweep(z, p, start, stop, step, delta, k, k_log2, integer, moments):
             s0, s1, s2 = s0 + weight, s1 + slope, s2 + slope * reciprocal
     else:
         for i in range(start, stop, step):
-            u = larger(load(z, i) - delta + 1.0, 0.0)
+            w = larger(load(z, i) - delta, -1.0)
+            u = w + 1.0
             curvature = integer_power(u, integer)
             slope = curvature * u
-            weight = slope * u
+            weight = slope * (u + (w - (u - 1.0)) * k)  # what rounding took from u counts k times
             store(p, i, weight)
             s0, s1, s2 = s0 + weight, s1 + slope, s2 + curvature
     return s0, s1, s2
@@ -230,19 +232,20 @@ def sweep(z, p, start, stop, step, delta, k, k_log2, integer, moments):
 def advance(s0, s1, s2, delta, low, high, e, k, plain):
     """The next delta and lower bound: Newton's step on the norm (Eq. 2), lengthened to Halley's where S >= 1 (Eq. 27).
 
-    A lane in `plain` takes Newton's steps alone: from the first S < 1 on, after which they cannot pass the root again.
+    A lane in `plain` takes Newton's steps alone: from the first S < 1 on, after which they cannot pass the root again. The
+    logarithm and the exponential of the step are rational bounds (Eq. 28): right to the order that Halley's step is, and safe
+    for Newton's.
     """
-    log_s = ln(s0)
     above = s0 > 1.0
-    shrink = exp_m1(e * select(above, 0.0 - log_s, log_s))
-    s_alpha = exp2(smaller(log_s * LOG2_E, 0.0) * (1.0 - e))
-    # S - S^alpha, without cancellation: S (1 - S^-e) where S > 1, else S^alpha (S^e - 1)
-    newton = select(above, 0.0 - s0 * shrink, s_alpha * shrink) / s1
+    y = e * select(above, 2.0 * (s0 - 1.0) / (s0 + 1.0), (s0 - 1.0) / s0)  # at most e ln S
+    scale = s0 / s1
+    newton = scale * select(above, y / (y + 1.0), y - y * y)  # at most S/S_1 (1 - S^-e)
     # s1 is known to 0.03 %: a bound takes less of a step up, more of a step down
-    lower = larger(delta + newton * select(above, s0 * 0.0 + 0.999, 1.001), low)
-    curved = (k - 1.0) * (s1 / s0 - s2 / s1) * newton * 0.5 + 1.0
-    halley = delta + newton / larger(curved, 0.3)
-    ahead = smaller(larger(halley, lower), high)
+    bound = delta + newton * select(above, s0 * 0.0 + 0.999, 1.001)
+    lower = select(above, larger(bound, low), select(low < delta, larger(bound, low), bound))
+    h = scale * 2.0 * y / (y + 2.0)
+    curved = (k - 1.0) * (s1 / s0 - s2 / s1) * h * 0.5 + 1.0
+    ahead = smaller(larger(delta + h / larger(curved, 0.3), lower), high)
     return select(plain, larger(delta + newton, lower), ahead), lower
 
 
@@ -253,6 +256,26 @@ def tolerance(array):
 @overload(tolerance)
 def _tolerance(array):
     bound = float(np.finfo(np.float64).eps if array.dtype == types.float64 else 4 * np.finfo(np.float32).eps)
+    return lambda array: bound
+
+
+def reach(array):
+    """Up to this S the series of `shift` is long enough for the dtype."""
+
+
+@overload(reach)
+def _reach(array):
+    bound = 1.01 if array.dtype == types.float64 else 2.2
+    return lambda array: bound
+
+
+def nudged(array):
+    """Up to this |S - 1| the last step's second order is enough for the dtype."""
+
+
+@overload(nudged)
+def _nudged(array):
+    bound = 1e-7 if array.dtype == types.float64 else 2e-3
     return lambda array: bound
 
 
@@ -267,10 +290,40 @@ def _places(array):
 
 
 @register_jitable
-def first_bounds(count, sum_z, e):
-    """Lower and upper bound of delta from the number and the sum of the candidates (Eq. 26)."""
-    high = 0.0 - exp_m1(0.0 - e * ln(count))
-    return smaller(larger(sum_z / count * 1.01 + high, 0.0), high), high  # 1.01: sum_z is rounded
+def tally(v, tallies, starts):
+    """Add the entries v to the tallies: the number of candidates; number and sum of those above each of two `starts`."""
+    one, zero = v * 0.0 + 1.0, v * 0.0
+    count, count_1, sum_1, count_2, sum_2 = tallies
+    return (
+        count + select(v > -1.0, one, zero),
+        count_1 + select(v > starts[0], one, zero),
+        sum_1 + select(v > starts[0], v, zero),
+        count_2 + select(v > starts[1], one, zero),
+        sum_2 + select(v > starts[1], v, zero),
+    )
+
+
+@register_jitable
+def bound_of(count, sum_z, e):
+    """Lower bound of delta from the number and the sum of any entries (Eq. 26). The sum is rounded: take a little less."""
+    count = larger(count, 1.0)
+    return sum_z / count * (1.0 + 2.0**-10) - exp_m1(0.0 - e * ln(count))
+
+
+@register_jitable
+def first_bounds(tallies, e):
+    """Lower and upper bound of delta from the tallies. The upper one is 1 - c^-e with e taken as 1."""
+    count, count_1, sum_1, count_2, sum_2 = tallies
+    high = 1.0 - 1.0 / larger(count, 1.0)
+    low = larger(bound_of(count_1, sum_1, e), bound_of(count_2, sum_2, e))
+    return smaller(larger(low, 0.0), high), high
+
+
+@register_jitable
+def nudge(weight, reciprocal, d, k):
+    """weight (1 - d reciprocal)^k to the second order in d (Eq. 29)."""
+    y = reciprocal * (k * d)
+    return select(weight > 0.0, weight * ((y * (0.5 - 0.5 / k) - 1.0) * y + 1.0), 0.0)
 
 
 @register_jitable
@@ -280,26 +333,34 @@ def solve_group(z, p, longest, count, e, integer, steps):
     k = 1.0 / e
     k_log2 = k * LOG2_E
     zero = splat(z, 0.0)
-    sum_z = zero
+    tallies = (zero, zero, zero, zero, zero)
     for i in range(0, longest * width, width):
-        v = load(z, i)
-        sum_z = sum_z + select(v > -1.0, v, 0.0)
-    low, high = first_bounds(larger(count, 1.0), sum_z, e)
+        tallies = tally(load(z, i), tallies, STARTS_OF_LISTS)
+    low, high = first_bounds(tallies, e)
     delta = low
     solved = count < 0.5
     plain = near = delta < -1.0
+    enough = larger(smaller(exp2(e * math.log2(tolerance(z) / 2.0)), 400.0 * tolerance(z)), tolerance(z))
     step = 0
     while True:
         s0, s1, s2 = sweep(z, p, 0, longest * width, width, delta, k, k_log2, integer, (zero, zero, zero))
         distance = larger(s0 - 1.0, 1.0 - s0)
-        solved = solved | near | (distance <= tolerance(z))
+        solved = solved | near | (distance <= enough)
         if step == steps or bits(solved) == (1 << width) - 1:
-            return delta, s0
+            break
         near = distance <= 16.0 * tolerance(z)
         plain = plain | (s0 < 1.0)
         ahead, low = advance(s0, s1, s2, delta, low, high, e, k, plain)
         delta = select(solved, delta, ahead)
         step += 1
+    # The last small step needs no powers. Of an entry with less than d left it gets wrong at most d^k: hence `enough`.
+    d = select((distance <= enough) & (s1 > 0.0), (s0 - 1.0) / (s1 * k), 0.0)
+    s0 = zero
+    for i in range(0, longest * width, width):
+        weight = nudge(load(p, i), 1.0 / larger(load(z, i) - delta + 1.0, TINY), d, k)
+        store(p, i, weight)
+        s0 = s0 + weight
+    return delta + d, s0
 
 
 @register_jitable
@@ -321,7 +382,7 @@ def deep_sweep(z, p, r, start, stop, delta, k, k_log2):
 
 @register_jitable
 def step_on_log(s0, s1, s2, s3, k):
-    """The d at which ln S(delta + d) = 0 (Eq. 28), from the value and three derivatives of ln S. All are scalars."""
+    """The d at which ln S(delta + d) = 0 (Eq. 29), from the value and three derivatives of ln S. All are scalars."""
     inverse = 1.0 / s0
     a = k * s1 * inverse
     b = k * (k - 1.0) * s2 * inverse
@@ -336,7 +397,7 @@ def step_on_log(s0, s1, s2, s3, k):
 
 @register_jitable
 def shift(p, r, length, d, k):
-    """p = p (1 - d r)^k for a small d >= 0, which takes delta to delta + d; returns the sum of p.
+    """p = p (1 - d r)^k and r = r / (1 - d r) for a small d, which takes delta to delta + d; returns the sums of p and p r.
 
     The eighth power of (1 - d r)^(k/8), whose series needs few terms.
     """
@@ -346,44 +407,43 @@ def shift(p, r, length, d, k):
     b2 = h * (h - 1.0) / 2.0
     b3 = b2 * (h - 2.0) / 3.0
     c1, c2, c3, c4 = zero - h, zero + b2, zero - b3, zero + b3 * (h - 3.0) / 4.0
-    s = 0.0
+    s = slope = 0.0
     for block in range(0, length, SUMMED):
-        part = zero
+        part = slopes = zero
         for i in range(block, min(block + SUMMED, length), width):
             weight = load(p, i)
-            y = load(r, i) * d
-            root = larger((((c4 * y + c3) * y + c2) * y + c1) * y + 1.0, 0.001)
-            root = root * root
-            root = root * root
-            shifted = select((y < 1.0) & (weight > 0.0), weight * (root * root), 0.0)
+            reciprocal = load(r, i)
+            y = reciprocal * d
+            reciprocal = reciprocal * (((y + 1.0) * y + 1.0) * y + 1.0)
+            store(r, i, reciprocal)
+            change = larger((((c4 * y + c3) * y + c2) * y + c1) * y, -0.999)
+            change = change * (change + 2.0)  # (1 + change)^2 - 1: squares of numbers near 1 would lose digits
+            change = change * (change + 2.0)
+            change = change * (change + 2.0)
+            live = (y < 1.0) & (weight > 0.0)  # elsewhere r means nothing, and may have become infinite
+            shifted = select(live, weight + weight * change, 0.0)
             store(p, i, shifted)
-            part = part + shifted
-        s += total(part)
-    return s
+            part, slopes = part + shifted, slopes + select(live, shifted * reciprocal, 0.0)
+        s, slope = s + total(part), slope + total(slopes)
+    return s, slope
 
 
 @register_jitable
-def solve_alone(z, p, r, length, count, sum_z, e_value, integer, steps):
-    """Solve one row whose entries z[:length] lie side by side, padded to whole vectors. Returns delta and S as `solve_group`.
+def solve_alone(z, p, r, length, tallies, e_value, integer, steps):
+    """Solve one row whose entries z[:length] lie side by side, padded to whole vectors.
 
-    r is work space. Of a general exponent, a first iterate comes from a sample of the vectors, and the last small step is
-    taken on the weights themselves, without powers.
+    Of a general exponent the last small steps are taken on the weights themselves, without powers. Returns delta, S, and the
+    last d, which `write` is to apply to p with the reciprocals r.
     """
     width = places(z)
     zero = splat(z, 0.0)
     e = zero + e_value
     k = 1.0 / e
     k_log2 = k * LOG2_E
-    low, high = first_bounds(zero + count, zero + sum_z, e)
+    c, c1, s1, c2, s2 = tallies
+    low, high = first_bounds((zero + c, zero + c1, zero + s1, zero + c2, zero + s2), e)
     delta = low
     plain = delta < -1.0
-    if integer == 0 and length >= 4 * SAMPLED * width:
-        s0, s1, s2 = sweep(z, p, 0, length, SAMPLED * width, delta, k, k_log2, 0, (zero, zero, zero))
-        # a little short of the root, so that the last step leads upwards
-        share = (length // width) / ((length // width + SAMPLED - 1) // SAMPLED) / SHORT
-        s0, s1, s2 = zero + total(s0) * share, zero + total(s1) * share, zero + total(s2) * share
-        delta, _ = advance(s0, s1, s2, delta, low, high, e, k, plain)
-    reach = 2.0 if z.itemsize == 4 else 1.01  # a longer step needs more terms than `shift` has
     near = False
     step = 0
     while True:
@@ -399,25 +459,28 @@ def solve_alone(z, p, r, length, count, sum_z, e_value, integer, steps):
             sum1 += total(s1)
             sum2 += total(s2)
         if step == steps or near or abs(sum0 - 1.0) <= tolerance(z):
-            return maximum(delta), sum0
-        d = step_on_log(sum0, sum1, sum2, sum3, 1.0 / e_value) if integer == 0 and 1.0 < sum0 < reach else math.inf
-        # of an entry that has less than 2 d left, the series gives the order of magnitude alone: d^k must not count
-        if math.log(d) < e_value * math.log(tolerance(z) / 64.0):
-            delta = smaller(delta + d, high)
-            s = shift(p, r, length, d, 1.0 / e_value)
-            largest = maximum(power(zero - delta, k, k_log2)[0])
-            enough = tolerance(z) * min(max(1.0, 0.75 / largest), 32.0)
-            if enough < abs(s - 1.0) < 0.001:
-                d = (s - 1.0) * sum0 / sum1 * e_value
-                delta = delta + d
-                s = shift(p, r, length, d, 1.0 / e_value)
-            if abs(s - 1.0) <= enough:
-                return maximum(delta), s
-        else:
-            near = abs(sum0 - 1.0) <= 16.0 * tolerance(z)
-            s0 = zero + sum0
-            plain = plain | (s0 < 1.0)
-            delta, low = advance(s0, zero + sum1, zero + sum2, delta, low, high, e, k, plain)
+            return maximum(delta), sum0, 0.0
+        if integer == 0 and 1.0 < sum0 < reach(z):
+            d = step_on_log(sum0, sum1, sum2, sum3, 1.0 / e_value)
+            # of entries that have less than 2 d left, the series gives the first digits alone: all d^k together must not count
+            if d > 0.0 and math.log(d) < e_value * math.log(8.0 * tolerance(z) / c):
+                delta = smaller(delta + d, high)
+                s, slope = shift(p, r, length, d, 1.0 / e_value)
+                if abs(s - 1.0) > nudged(z):
+                    d = (s - 1.0) / slope * e_value
+                    delta = delta + d
+                    s, slope = shift(p, r, length, d, 1.0 / e_value)
+                if abs(s - 1.0) <= nudged(z):
+                    # where s - k d slope + k (k - 1) / 2 d^2 slope^2 / s, the sum of what `write` writes, is 1
+                    d = (s - 1.0) / slope * e_value
+                    d *= 1.0 + 0.5 * (1.0 - e_value) * (s - 1.0)
+                    return maximum(delta) + d, 1.0, d
+                step += 1
+                continue
+        near = abs(sum0 - 1.0) <= 16.0 * tolerance(z)
+        s0 = zero + sum0
+        plain = plain | (s0 < 1.0)
+        delta, low = advance(s0, zero + sum1, zero + sum2, delta, low, high, e, k, plain)
         step += 1
 
 
@@ -483,7 +546,7 @@ def listed(x, n, top, e, z, index, lane):
 
 @register_jitable
 def scaled(x, n, top, e, z):
-    """Write the row's z, padded to whole vectors; returns how many are candidates, and their sum."""
+    """Write the row's z, padded to whole vectors; returns its tallies."""
     width = places(z)
     padded = (n + width - 1) // width * width
     store(z, padded - width, splat(z, DEAD))
@@ -491,17 +554,16 @@ def scaled(x, n, top, e, z):
     for i in range(whole, n):
         value = (get(x, i) - top) * e
         z[i] = value if value > DEAD else DEAD
-    counts = sums = splat(z, 0.0)
-    for i in range(0, padded, width):
-        if i < whole:
-            v = larger((load(x, i) - top) * e, DEAD)
-            store(z, i, v)
-        else:
-            v = load(z, i)
-        live = v > -1.0
-        counts = counts + select(live, counts * 0.0 + 1.0, 0.0)
-        sums = sums + select(live, v, 0.0)
-    return total(counts), total(sums)
+    zero = splat(z, 0.0)
+    tallies = (zero, zero, zero, zero, zero)
+    for i in range(0, whole, width):
+        v = larger((load(x, i) - top) * e, DEAD)
+        store(z, i, v)
+        tallies = tally(v, tallies, STARTS_OF_ROWS)
+    if whole < n:
+        tallies = tally(load(z, whole), tallies, STARTS_OF_ROWS)
+    c, c1, s1, c2, s2 = tallies
+    return total(c), total(c1), total(s1), total(c2), total(s2)
 
 
 @register_jitable
@@ -546,20 +608,38 @@ def write(row, n, p, factor):
 
 
 @register_jitable
+def write_nudged(row, n, p, r, d, k):
+    """row[:n] = p (1 - d r)^k for a d that changes no weight by more than a thousandth."""
+    width = places(p)
+    whole = n // width * width
+    for i in range(0, whole, width):
+        store(row, i, nudge(load(p, i), load(r, i), d, k))
+    if whole < n:
+        store(p, whole, nudge(load(p, whole), load(r, whole), d, k))
+    for i in range(whole, n):
+        put(row, i, p[i])
+
+
+@register_jitable
 def row_alone(x, p, n, top, e, integer, steps, normalise, z, weights, reciprocals, index):
     """Solve and write a row that has too many candidates for a group; returns delta."""
-    count, sum_z = scaled(x, n, top, e, z)
+    tallies = scaled(x, n, top, e, z)
     width = places(z)
-    if count > n * SPARSE_SHARE:
-        delta, s = solve_alone(z, weights, reciprocals, (n + width - 1) // width * width, count, sum_z, e, integer, steps)
-        write(p, n, weights, 1.0 / s if normalise else 1.0)
-        return delta
-    kept = compacted(z, n, index)
-    delta, s = solve_alone(z, weights, reciprocals, (kept + width - 1) // width * width, count, sum_z, e, integer, steps)
+    dense = tallies[0] > n * SPARSE_SHARE
+    kept = n if dense else compacted(z, n, index)
+    length = (kept + width - 1) // width * width
+    delta, s, d = solve_alone(z, weights, reciprocals, length, tallies, e, integer, steps)
     factor = 1.0 / s if normalise else 1.0
-    fill(p, n, 0.0, z)
-    for i in range(kept):
-        put(p, index[i], weights[i] * factor)
+    if dense and d != 0.0:
+        write_nudged(p, n, weights, reciprocals, d, 1.0 / e)
+    elif dense:
+        write(p, n, weights, factor)
+    else:
+        if d != 0.0:
+            write_nudged(weights, length, weights, reciprocals, d, 1.0 / e)
+        fill(p, n, 0.0, z)
+        for i in range(kept):
+            put(p, index[i], weights[i] * factor)
     return delta
 
 

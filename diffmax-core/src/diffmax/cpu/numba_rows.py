@@ -89,9 +89,9 @@ def warmup(device: torch.device, dtype: torch.dtype, n: int, e: float | None, ba
 def _plan(n_iter: int, n: int, e: float, acc: torch.dtype) -> tuple[int, int]:
     """The largest number of steps, and k if it is a whole number.
 
-    Two more than Newton's method alone would need: where Halley's step passes the root, Newton's comes back to it.
+    Four times what Newton's method needs, whose proof does not cover the kernel's shorter steps; it takes two or three.
     """
-    return newton_steps(n_iter, n, e, acc) + 2, integer_exponent(e) if e < 1 else 0
+    return 4 * newton_steps(n_iter, n, e, acc), integer_exponent(e) if e < 1 else 0
 
 
 def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
