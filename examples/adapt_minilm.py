@@ -89,6 +89,10 @@ def sentences(modules: list) -> list[str]:
     return sorted(found)
 
 
+def training_texts() -> list[str]:
+    return sentences([importlib.import_module(name) for name in SOURCES])
+
+
 def tokenized(tokenizer, texts: list[str]) -> list:
     return [
         tokenizer(texts[i : i + BATCH], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
@@ -104,6 +108,7 @@ class Search:
         held_out = [text for text in sentences(list(MODULES)) if not any(text in document for document in texts)]
         random.Random(1).shuffle(held_out)
         texts, held_out = (texts[::8], held_out[:16]) if quick else (texts, held_out[:200])
+        self.texts = {*QUERIES, *held_out, *(text.partition(": ")[2] for text in texts)}
         self.documents, self.queries, self.sentences = (tokenized(tokenizer, t) for t in (texts, list(QUERIES), held_out))
         self.expected = self.vectors(teacher)
 
@@ -150,10 +155,10 @@ def run(arguments) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     teacher = AutoModel.from_pretrained(get_model_path(), attn_implementation="eager").eval()
     search = Search(tokenizer, teacher, arguments.quick)
-    steps, refitting = (4, 4) if arguments.quick else (arguments.steps, 50)
-    texts = sentences([importlib.import_module(name) for name in SOURCES])
+    calibration, refitting, steps = (1, 4, 3) if arguments.quick else (CALIBRATION, 50, arguments.steps)
+    texts = [text for text in training_texts() if text not in search.texts]
     random.Random(0).shuffle(texts)
-    needed = (CALIBRATION + refitting + steps) * BATCH
+    needed = (calibration + refitting + steps) * BATCH
     batches = tokenized(tokenizer, (texts * (1 + needed // len(texts)))[:needed])
     points = []
 
@@ -173,13 +178,13 @@ def run(arguments) -> dict:
         start = time.process_time()
         torch.manual_seed(0)
         chosen = calibrate(
-            teacher, batches[:CALIBRATION], zeros=zeros, output=lambda out, batch: embed(out, batch["attention_mask"])
+            teacher, batches[:calibration], zeros=zeros, output=lambda out, batch: embed(out, batch["attention_mask"])
         )
         model = replace(copy.deepcopy(teacher), chosen)
         spent = time.process_time() - start
         note(f"calibrated {zeros}", model, spent)
     start = time.process_time() - spent
-    refit(model, teacher, batches[CALIBRATION : CALIBRATION + refitting], LINEARS)
+    refit(model, teacher, batches[calibration : calibration + refitting], LINEARS)
     spent = time.process_time() - start
     note("refitted", model, spent)
     model.requires_grad_(False)
@@ -237,6 +242,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder to save the adapted model to")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = run(arguments)
     arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, arguments.output.with_suffix(".png"))

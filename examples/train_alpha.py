@@ -170,6 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     epochs, seeds = (1, SEEDS[:1]) if arguments.quick else (arguments.epochs, SEEDS)
     kept = arguments.output.with_suffix(".json")
+    kept.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(kept.read_text()) if kept.exists() else {"torch": torch.__version__, "epochs": epochs, "runs": {}}
     if result["epochs"] != epochs:
         parser.error(f"{kept} holds runs of {result['epochs']} epochs, not {epochs}: choose another --output, or remove it")
