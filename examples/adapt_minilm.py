@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--zeros", type=float, default=0.53, help="share of zeros to ask for (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="steps of distillation (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=5e-5, help="largest learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=6e-5, help="largest learning rate (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps on little text, to see that it runs")
     parser.add_argument(
         "--output", type=Path, default=Path("adapted"), help="name of the .json and .png (default: %(default)s)"
