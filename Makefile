@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # A thread that waits lets others run: where cores are shared, spinning makes small operators a hundred times slower.
-test demo example-backend: export OMP_WAIT_POLICY = passive
+test demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 
-.PHONY: setup check test bench bench-gpu docs demo packages example-backend floor clean
+.PHONY: setup check test bench bench-gpu docs demo train-alpha adapt packages example-backend floor clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,14 @@ docs: setup
 demo: setup
 	$(BIN)/python examples/demo.py
 
+# A small transformer from scratch on two real data sets: softmax, a fixed alpha, learned alphas. Goes on where it was stopped.
+train-alpha: setup
+	$(BIN)/python examples/train_alpha.py --output build/train_alpha
+
+# The demo's encoder adapted to diffmax: about ten minutes of one core.
+adapt: setup
+	$(BIN)/python examples/adapt_minilm.py --output build/adapt_minilm
+
 # The oldest Python and torch that diffmax-core claims, and the lowest bounds of its other requirements: about 3 GB to download.
 FLOOR_PYTHON ?= python3.10
 FLOOR := build/floor
@@ -53,8 +61,8 @@ floor:
 	$(FLOOR)/bin/python -m pip install --quiet torch==2.4.1 'numpy<2.3' pluggy==1.5.0 importlib-metadata==6.0 packaging==22.0 \
 		pytest hypothesis scipy mpmath entmax==1.3 --editable diffmax-core
 	$(FLOOR)/bin/python -m pytest tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
-		$(addprefix --ignore=tests/test_,benchmarks.py demo.py example_backend.py notebook.py packaging.py transformers.py \
-			triton_aot.py triton_rows.py vendors.py) \
+		$(addprefix --ignore=tests/test_,adapting.py benchmarks.py demo.py example_backend.py examples.py notebook.py packaging.py \
+			plot.py transformers.py triton_aot.py triton_rows.py vendors.py) \
 		--ignore=diffmax-core/src/diffmax/testing/ahead_of_time.py --ignore=diffmax-core/src/diffmax/testing/interpreter.py
 
 # Wheels and sdists, each installed alone into a fresh environment, and every install line that the README shows.

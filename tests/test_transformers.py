@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffmax import diffmax_bisect
-from diffmax.integrations import transformers as integration
+from diffmax.integrations.transformers import attention as integration
 from diffmax.integrations.transformers import register
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")

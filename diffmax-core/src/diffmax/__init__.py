@@ -9,6 +9,7 @@ from diffmax.errors import BackendError, DiffmaxError, NoBackendError
 from diffmax.functional import diffmax_bisect
 from diffmax.losses import DiffmaxLoss, diffmax_loss
 from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
+from diffmax.monitor import diffmax_bisect_monitored
 from diffmax.nn import DiffmaxBisectModule
 
 _older_project.warn_if_installed()
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "backends",
     "diffmax_bisect",
+    "diffmax_bisect_monitored",
     "diffmax_loss",
     "explain",
     "nn",

@@ -1,0 +1,6 @@
+"""Hugging Face transformers: diffmax as an attention implementation, and a recipe that adapts a pretrained model to it."""
+
+from diffmax.integrations.transformers.adapting import Heads, adapt, calibrate, distil, refit, replace
+from diffmax.integrations.transformers.attention import ModelAlpha, register
+
+__all__ = ["Heads", "ModelAlpha", "adapt", "calibrate", "distil", "refit", "register", "replace"]

@@ -1,0 +1,136 @@
+"""Pictures of sparse attention and of learned alphas. Needs matplotlib, which is imported on use; nothing is shown or saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def alpha_and_support(alpha: Tensor, support: Tensor, labels: Sequence[str] | None = None) -> Any:
+    """Each head's alpha against the size of its support; the layers differ in colour.
+
+    Args:
+        alpha: Of each head, shape (H,) or (layers, H).
+        support: The mean number of weights that are not 0, of the same shape.
+        labels: A name per layer.
+    Returns:
+        A matplotlib Figure.
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The shapes differ, or the labels are not one per layer.
+    Example:
+        >>> figure = alpha_and_support(torch.tensor([0.5, 0.9]), torch.tensor([3.0, 11.5]))
+        >>> figure.axes[0].get_xlabel()
+        'alpha'
+    """
+    if alpha.shape != support.shape or alpha.ndim not in (1, 2):
+        raise ValueError(
+            "alpha_and_support: alpha and support must have one shape, (H,) or (layers, H), got "
+            f"{tuple(alpha.shape)} and {tuple(support.shape)}"
+        )
+    rows, columns = (t.detach().cpu().reshape(-1, alpha.shape[-1]) for t in (alpha, support))
+    names = _labels("alpha_and_support", labels, len(rows), "layer")
+    figure = _figure()(figsize=(5, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, x, y in zip(names, rows, columns, strict=True):
+        axis.scatter(x.tolist(), y.tolist(), label=name)
+    axis.set(xlabel="alpha", ylabel="support", yscale="log")
+    if len(names) > 1:
+        axis.legend()
+    return figure
+
+
+def attention_maps(weights: Tensor, tokens: Sequence[str] | None = None, labels: Sequence[str] | None = None) -> Any:
+    """Attention weights as pictures, one per head, on a logarithmic scale; exact zeros stay blank.
+
+    Args:
+        weights: Shape (H, L, S): rows are queries, columns are keys.
+        tokens: The names of the keys, and of the queries where L = S.
+        labels: A title per head.
+    Returns:
+        A matplotlib Figure.
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The shape is another, or the tokens or labels are not as many as they should be.
+    Example:
+        >>> figure = attention_maps(torch.eye(3).expand(2, 3, 3), tokens=["a", "b", "c"])
+        >>> [axis.get_title() for axis in figure.axes[:2]]
+        ['head 1: 67 % zeros', 'head 2: 67 % zeros']
+    """
+    if weights.ndim != 3 or 0 in weights.shape:
+        raise ValueError(f"attention_maps: weights must have shape (H, L, S), got {tuple(weights.shape)}")
+    heads, length, keys = weights.shape
+    if tokens is not None and len(tokens) != keys:
+        raise ValueError(f"attention_maps: tokens must name {keys} keys, got {len(tokens)} names")
+    names = _labels("attention_maps", labels, heads, "head")
+    columns = min(heads, 4)
+    rows = math.ceil(heads / columns)
+    figure = _figure()(figsize=(3 * columns + 1, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    from matplotlib.colors import LogNorm
+
+    for axis, name, of_head in zip(axes, names, weights.detach().float().cpu(), strict=False):
+        shown = torch.where(of_head > 0, of_head.clamp_min(1e-4), torch.nan).numpy()
+        image = axis.imshow(shown, norm=LogNorm(vmin=1e-4, vmax=1), cmap="viridis")
+        axis.set_title(f"{name}: {100 * float((of_head == 0).float().mean()):.0f} % zeros", fontsize=9)
+        if tokens is not None:
+            axis.set_xticks(range(keys), tokens, rotation=90, fontsize=7)
+            if length == keys:
+                axis.set_yticks(range(length), tokens, fontsize=7)
+    for axis in axes[heads:]:
+        axis.set_axis_off()
+    figure.colorbar(image, ax=list(axes), label="weight (blank: exactly 0)", shrink=0.8)
+    return figure
+
+
+def alpha_curves(alphas: Tensor, steps: Sequence[int] | None = None, labels: Sequence[str] | None = None) -> Any:
+    """How alphas moved in training.
+
+    Args:
+        alphas: Shape (records, ...): at each record, alpha of each head, of any shape.
+        steps: The training step of each record. None counts them.
+        labels: A name per alpha.
+    Returns:
+        A matplotlib Figure.
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: There is no record, or the steps or labels are not as many as they should be.
+    Example:
+        >>> figure = alpha_curves(torch.tensor([[0.85, 0.85], [0.8, 0.9]]), steps=[0, 100])
+        >>> len(figure.axes[0].lines)
+        2
+    """
+    if alphas.ndim < 1 or alphas.numel() == 0:
+        raise ValueError(f"alpha_curves: alphas must have shape (records, ...), got {tuple(alphas.shape)}")
+    if steps is not None and len(steps) != len(alphas):
+        raise ValueError(f"alpha_curves: steps must be one per record, got {len(steps)} for {len(alphas)}")
+    curves = alphas.detach().cpu().reshape(len(alphas), -1).T
+    names = _labels("alpha_curves", labels, len(curves), "head")
+    figure = _figure()(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in zip(names, curves, strict=True):
+        axis.plot(range(len(alphas)) if steps is None else steps, curve.tolist(), label=name)
+    axis.set(xlabel="step", ylabel="alpha")
+    if 1 < len(names) <= 12:
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _labels(function: str, labels: Sequence[str] | None, wanted: int, what: str) -> Sequence[str]:
+    if labels is None:
+        return [f"{what} {i + 1}" for i in range(wanted)]
+    if len(labels) != wanted:
+        raise ValueError(f"{function}: labels must be one per {what}, got {len(labels)} for {wanted}")
+    return labels
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("diffmax.plot: matplotlib is needed, got none\npip install matplotlib") from error
+    return Figure

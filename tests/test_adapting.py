@@ -1,0 +1,268 @@
+"""The recipe of diffmax.integrations.transformers, on models small enough to check by hand."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
+import transformers
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaModel
+
+from diffmax import diffmax_bisect
+from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, replace
+from diffmax.integrations.transformers.adapting import _measure, final_output, relative_error
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+LINEARS = [f"encoder.layer.{i}.{name}.dense" for i in range(2) for name in ("attention.output", "output")]
+
+
+def bert(kind=BertModel):
+    torch.manual_seed(0)
+    return kind(BertConfig(**SIZES, initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).eval()
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 2, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaModel(LlamaConfig(**sizes)).eval()
+
+
+def batches(count=3, length=12):
+    made = []
+    for _ in range(count):
+        mask = torch.ones(4, length, dtype=torch.long)
+        mask[0, length // 2 :] = 0
+        made.append({"input_ids": torch.randint(3, 50, (4, length)), "attention_mask": mask})
+    return made
+
+
+def zeros_of(model, data):
+    """Share of exact zeros where a real query sees a real key."""
+    zeros = entries = 0
+    for batch in data:
+        real = batch["attention_mask"].bool()
+        pairs = (real[:, None, :, None] & real[:, None, None, :]).expand(-1, 4, -1, -1)
+        with torch.no_grad():
+            for weights in model(**batch, output_attentions=True).attentions:
+                if isinstance(model, LlamaModel):
+                    pairs = pairs & torch.ones_like(weights).bool().tril()
+                zeros += ((weights == 0) & pairs).sum().item()
+                entries += pairs.sum().item()
+    return zeros / entries
+
+
+def error(model, teacher, data):
+    with torch.no_grad():
+        return sum(relative_error(model(**batch), teacher(**batch), batch).item() for batch in data) / len(data)
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_the_share_of_zeros_that_was_asked_for_is_met_and_cheaper_than_a_bare_swap(make):
+    model, data = make(), batches()
+    before = copy.deepcopy(model.state_dict())
+    heads = calibrate(model, data, zeros=0.4)
+    assert model.config._attn_implementation == make().config._attn_implementation
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    adapted = replace(copy.deepcopy(model), heads)
+    found = zeros_of(adapted, data)
+    assert 0.35 < found < 0.5
+    # the bare swap with as many zeros, found by bisection over its one alpha
+    low, high = 0.01, 0.99
+    for _ in range(12):
+        alpha = (low + high) / 2
+        register("diffmax-bare-test", alpha)
+        bare = copy.deepcopy(model)
+        bare.set_attn_implementation("diffmax-bare-test")
+        low, high = (alpha, high) if zeros_of(bare, data) > found else (low, alpha)
+    assert error(adapted, model, data) < 0.7 * error(bare, model, data)
+
+
+def test_with_one_alpha_only_the_scales_are_chosen_and_they_help():
+    model, data = bert(), batches()
+    heads = calibrate(model, data, alpha=0.5)
+    assert {alpha for of_layer in heads.values() for alpha in of_layer["alpha"]} == {0.5}
+    plain = {name: {"alpha": [0.5] * 4, "scale": [1.0] * 4} for name in heads}
+    scaled, bare = (replace(copy.deepcopy(model), h) for h in (heads, plain))
+    assert error(scaled, model, data) < error(bare, model, data)
+
+
+def test_movement_is_the_true_one_where_the_output_is_linear_in_the_heads():
+    """With an output that reads the last layer's attention linearly, the first-order estimate has no error but its sampling."""
+    model = bert()
+    (batch,) = batches(1)
+    last = model.encoder.layer[1]
+    kept = []
+    last.attention.self.register_forward_hook(lambda *args: kept.append(args[2][0]))
+
+    def attention_output(_, __):
+        return kept[-1]
+
+    table = _measure(model, [batch], (0.5,), attention_output, probes=2000)
+    register("diffmax-half", 0.5)
+    with torch.no_grad():
+        model(**batch)
+        soft = kept[-1]
+        scores_only_last = copy.deepcopy(model)
+        scores_only_last.encoder.layer[1].attention.self.config = copy.deepcopy(model.config)
+        scores_only_last.encoder.layer[1].attention.self.config._attn_implementation = "diffmax-half"
+        kept.clear()
+        scores_only_last(**batch)
+        change = (kept[-1] - soft).unflatten(-1, (4, 8)).square().sum((0, 1, 3))
+    point = table.grid.index((0.5, 1.0))
+    torch.testing.assert_close(table.movement[4:, point], change.double(), rtol=0.15, atol=0)
+
+
+def test_the_attention_of_a_replaced_model_is_diffmax_of_scaled_scores():
+    model, (batch,) = bert(), batches(1)
+    heads = {"encoder.layer.0.attention.self": {"alpha": [0.2, 0.5, 0.8, 0.9], "scale": [0.5, 1.0, 2.0, 0.1]}}
+    heads["encoder.layer.1.attention.self"] = heads["encoder.layer.0.attention.self"]
+    replace(model, heads)
+    attention, x = model.encoder.layer[0].attention.self, model.embeddings(input_ids=batch["input_ids"])
+    q, k = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (attention.query, attention.key))
+    scale, alpha = torch.tensor([0.5, 1.0, 2.0, 0.1]).view(4, 1, 1), torch.tensor([0.2, 0.5, 0.8, 0.9]).view(4, 1, 1)
+    scores = (q @ k.mT * 8**-0.5 * scale).masked_fill(~batch["attention_mask"].bool()[:, None, None, :], -torch.inf)
+    weights = model(**batch, output_attentions=True).attentions[0]
+    torch.testing.assert_close(weights, diffmax_bisect(scores, alpha), rtol=1e-4, atol=1e-6)
+
+
+def test_a_small_share_is_near_softmax():
+    model, data = bert(), batches()
+    heads = calibrate(model, data, alpha=0.3)
+    near = replace(copy.deepcopy(model), heads, share=1e-4)
+    assert error(near, model, data) < 1e-5
+    assert zeros_of(near, data) == 0
+
+
+def test_refitting_and_distilling_bring_the_output_back():
+    model, data, held_out = bert(), batches(30), batches(4)
+    teacher = copy.deepcopy(model)
+    replace(model, calibrate(model, data[:3], zeros=0.5))
+    calibrated, zeros = error(model, teacher, held_out), zeros_of(model, held_out)
+    refit(model, teacher, data, LINEARS)
+    refitted = error(model, teacher, held_out)
+    assert refitted < 0.9 * calibrated
+    seen = []
+    distil(model, teacher, held_out * 15, steps=60, lr=1e-3, anneal=0.0, progress=lambda *args: seen.append(args))
+    assert error(model, teacher, held_out) < 0.7 * refitted
+    assert abs(zeros_of(model, held_out) - zeros) < 0.15
+    assert [step for step, _ in seen] == list(range(1, 61))
+
+
+def test_refitting_one_layer_is_the_least_squares_solution():
+    model, data = bert(), batches(8)
+    teacher = copy.deepcopy(model)
+    replace(model, calibrate(model, data[:3], zeros=0.6))
+    inputs, outputs = [], []
+    layer, original = model.encoder.layer[0].attention.output.dense, teacher.encoder.layer[0].attention.output.dense
+    hooks = [
+        layer.register_forward_hook(lambda _, x, __: inputs.append(x[0])),
+        original.register_forward_hook(lambda _, __, y: outputs.append(y)),
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(**batch), teacher(**batch)
+    for hook in hooks:
+        hook.remove()
+    real = torch.cat([batch["attention_mask"].bool() for batch in data])
+    x, y = torch.cat(inputs)[real].double(), torch.cat(outputs)[real].double()
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    expected = torch.linalg.lstsq(x, y).solution.T
+    refit(model, teacher, data, LINEARS[:1], ridge=1e-9)
+    torch.testing.assert_close(layer.weight.double(), expected[:, :-1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.bias.double(), expected[:, -1], rtol=1e-3, atol=1e-4)
+
+
+def test_annealing_starts_near_softmax_and_ends_at_the_heads():
+    model, data = bert(), batches(10)
+    teacher = copy.deepcopy(model)
+    heads = calibrate(model, data[:3], zeros=0.5)
+    replace(model, heads)
+    alphas = []
+    attention = model.encoder.layer[0].attention.self
+    attention.register_forward_hook(lambda *_: alphas.append(attention.diffmax_alpha.clone()))
+    distil(model, teacher, data, steps=10, anneal=0.5)
+    first, last = alphas[0], torch.tensor(heads["encoder.layer.0.attention.self"]["alpha"])
+    torch.testing.assert_close(1 - first, 0.2 * (1 - last))
+    torch.testing.assert_close(alphas[4], last)
+    torch.testing.assert_close(attention.diffmax_alpha, last)
+
+
+def test_saved_and_loaded_it_is_the_same_model(tmp_path):
+    data = batches(7)
+    model = adapt(bert(BertForMaskedLM), data, zeros=0.4, steps=2, calibration=2, refitting=3, linears=["bert." + LINEARS[0]])
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["diffmax"] == model.config.diffmax
+    loaded = replace(AutoModelForMaskedLM.from_pretrained(tmp_path).eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(**data[0]).logits, model(**data[0]).logits)
+        without_head = replace(AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval())
+        assert torch.equal(without_head(**data[0]).last_hidden_state, model.bert(**data[0]).last_hidden_state)
+
+
+def test_the_recipe_without_linears_anneals():
+    model = adapt(bert(), batches(6), alpha=0.6, steps=3)
+    assert {a for of_layer in model.config.diffmax.values() for a in of_layer["alpha"]} == {0.6}
+    assert model.config._attn_implementation == "diffmax-adapted"
+
+
+def test_the_final_output_is_zero_at_padding():
+    model, (batch,) = bert(), batches(1)
+    final = final_output(model(**batch), batch)
+    assert (final[0, 6:] == 0).all()
+    assert (final[0, :6] != 0).any()
+
+
+def test_an_adapted_model_that_was_loaded_but_not_replaced_says_so():
+    model, (batch,) = bert(), batches(1)
+    replace(bert(), calibrate(model, [batch], alpha=0.5))  # registers the name
+    model.set_attn_implementation("diffmax-adapted")
+    with pytest.raises(ValueError, match=r"has no heads yet\ncall .*replace\(model\)"):
+        model(**batch)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m, b: calibrate(m, b), "either zeros or alpha, got zeros None and alpha None"),
+        (lambda m, b: calibrate(m, b, zeros=0.5, alpha=0.5), "either zeros or alpha"),
+        (lambda m, b: calibrate(m, b, zeros=1.5), "zeros must lie strictly between 0 and 1, got 1.5"),
+        (lambda m, b: calibrate(m, b, alpha=1.5), "calibrate: alpha must lie strictly between 0 and 1"),
+        (lambda m, _: calibrate(m, [], alpha=0.5), "a batch is needed, got none"),
+        (lambda m, b: calibrate(m, b, zeros=0.999), r"no choice has a share of zeros of 0.999\nask for less"),
+        (lambda m, _: replace(m), r"heads must be given .* got none\n.*calibrate finds them"),
+        (lambda m, _: replace(m, {"x": {}}, share=0.0), "share must satisfy 0 < share <= 1, got 0"),
+        (lambda m, _: replace(m, {"x": {"alpha": [0.5]}}), r"BertModel must have one layer x, got 0\nis it another model"),
+        (lambda m, b: distil(m, m, b, steps=1), r"diffmax heads and a parameter to train, got none\ncall replace"),
+        (lambda m, b: refit(m, m, b, ["encoder"]), "linears must name nn.Linear layers of both models, got 'encoder'"),
+    ],
+)
+def test_bad_input(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(bert(), batches(1))
+
+
+def test_too_few_batches_to_distil():
+    model, data = bert(), batches(1)
+    teacher = copy.deepcopy(model)
+    replace(model, calibrate(model, data, alpha=0.5))
+    with pytest.raises(ValueError, match=r"a batch per step is needed, got 1 for 3 steps\npass more"):
+        distil(model, teacher, data, steps=3)
+
+
+def test_a_model_without_the_interface_is_refused():
+    class Other(transformers.PreTrainedModel):
+        config_class = BertConfig
+        _supports_attention_backend = True
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, **_):
+            return self.layer(torch.ones(1, 2))
+
+    with pytest.raises(ValueError, match="Other has no layer that calls the attention interface"):
+        calibrate(Other(BertConfig(**SIZES)), batches(1), alpha=0.5, output=lambda out, _: out)
