@@ -37,7 +37,11 @@ DIST = ROOT / "dist"
 SMOKE = ROOT / ".ci" / "smoke.py"
 
 # What a plain install may ask for, beside what those ask for themselves. A new entry needs a decision record.
-DIRECT_REQUIREMENTS = {"diffmax-core": {"torch", "pluggy", "importlib-metadata", "packaging"}}
+DIRECT_REQUIREMENTS = {
+    "diffmax-core": {"torch", "pluggy", "importlib-metadata", "packaging"},
+    "diffmax-cuda": {"diffmax-core"},
+    "diffmax-rocm": {"diffmax-core"},
+}
 COMES_WITH_VENV = {"pip", "setuptools"}
 
 WORKERS = 3

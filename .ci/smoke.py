@@ -1,5 +1,6 @@
 """What an installed diffmax-core must do: run by packages.py in a fresh environment, isolated from the repository."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -28,5 +29,11 @@ assert module.log_beta.grad.shape == (2, 1, 1)
 kernels = diffmax.backends()
 assert {record.backend for record in kernels} >= {"cpu", "reference"}, kernels
 assert any(record.status == "active" for record in kernels), kernels
+
+for name in ("cuda", "rocm"):
+    if importlib.util.find_spec(f"diffmax_{name}") is not None:
+        reasons = {record.reason for record in kernels if record.backend == name}
+        assert reasons, f"diffmax-{name} is installed and not listed"
+        assert torch.cuda.is_available() or all(reasons), f"diffmax-{name} gives no reason: {kernels}"
 
 print(f"import, forward, backward, module, backends(): fine on Python {sys.version.split()[0]}, torch {torch.__version__}")

@@ -1,11 +1,18 @@
 """Seeds every test, so that a failure repeats."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
+from diffmax._dispatch import registry
+
 # helpers for processes of their own: to collect the stand-in device is to import it, and to turn this process into its host
 collect_ignore = ["overlay.py", "ranks.py", "standin_device.py"]
+
+if os.environ.get("TRITON_INTERPRET") != "1":  # test_triton_rows.py runs it in a process of its own
+    collect_ignore += ["triton_interpreted.py", "triton_backend.py"]
 
 settings.register_profile("diffmax", max_examples=100, deadline=None)  # deadlines measure the machine, not the code
 settings.load_profile("diffmax")
@@ -14,3 +21,16 @@ settings.load_profile("diffmax")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# The vendors' distributions are installed beside core. Tests see what comes with core, unless they ask for `with_vendors`.
+_vendors = [plugin for plugin in registry.plugins if plugin.distribution in ("diffmax-cuda", "diffmax-rocm")]
+registry.plugins[:] = [plugin for plugin in registry.plugins if plugin not in _vendors]
+
+
+@pytest.fixture
+def with_vendors(monkeypatch):
+    monkeypatch.setattr(registry, "plugins", [*registry.plugins, *_vendors])
+    monkeypatch.setattr(registry, "kernels", {})
+    monkeypatch.setattr(registry, "probes", {})
+    monkeypatch.setattr(registry, "noticed", set())

@@ -87,7 +87,11 @@ def test_json_holds_the_same(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["diffmax-core"] == diffmax.__version__
     assert report["devices"][0]["device"] == "cpu"
-    assert {(r["backend"], r["status"]) for r in report["backends"]} >= {("cpu", "active"), ("reference", "active")}
+    assert {(r["backend"], r["status"]) for r in report["backends"]} >= {
+        ("numba", "active"),
+        ("cpu", "available"),
+        ("reference", "active"),
+    }
     assert set(report) == {"versions", "devices", "environment", "backends", "failures", "plugins", "advice", "problems"}
 
 
@@ -184,7 +188,7 @@ def test_gives_no_advice_where_there_is_no_hardware(machine, capsys):
 def test_fails_when_the_backend_of_the_environment_is_not_loaded(settings, capsys):
     settings(backend=("nope",))
     assert main([]) == 1
-    assert "DIFFMAX_BACKEND names 'nope', which is not loaded; loaded: cpu, reference" in capsys.readouterr().out
+    assert "DIFFMAX_BACKEND names 'nope', which is not loaded; loaded: numba, cpu, reference" in capsys.readouterr().out
 
 
 def test_fails_when_the_backend_of_the_environment_is_not_available(settings, register, capsys):
@@ -266,7 +270,7 @@ def test_selftest_fails_for_a_named_backend_that_cannot_run(register, capsys):
 
 def test_selftest_says_which_backends_and_devices_there_are(capsys):
     assert main(["selftest", "--backend", "nope"]) == 1
-    assert "selftest: no backend is named 'nope', loaded: cpu, reference" in capsys.readouterr().err
+    assert "selftest: no backend is named 'nope', loaded: numba, cpu, reference" in capsys.readouterr().err
     assert main(["selftest", "--device", "cuda:77"]) == 1
     assert "selftest: device must be one that torch sees, got 'cuda:77'\n  seen: cpu" in capsys.readouterr().err
 

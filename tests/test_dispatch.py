@@ -78,7 +78,7 @@ def test_argument_before_context_before_environment_before_priority(register, se
     def chosen(backend=None):
         return diffmax.explain("diffmax_bisect", X, 0.5, backend=backend)
 
-    assert (chosen().chosen, chosen().calls[0][-1]) == ("cpu", "priority")
+    assert (chosen().chosen, chosen().calls[0][-1]) == ("numba", "priority")
     settings(backend=("one",))
     assert (chosen().chosen, chosen().calls[0][-1]) == ("one", "DIFFMAX_BACKEND")
     with diffmax.use_backend("two"):
@@ -114,7 +114,7 @@ def test_a_named_backend_never_falls_back(register, settings):
 def test_reasons_of_the_backend_itself(register):
     register("acme", unsupported="fake_kernels:no_halves", priority=90)
     explanation = diffmax.explain("diffmax_bisect", X.half(), 0.5)
-    assert explanation.chosen == "cpu"
+    assert explanation.chosen == "numba"
     assert "  acme: no halves today" in repr(explanation).splitlines()
     register("broken", unsupported="fake_kernels:broken_check", priority=95)
     assert "  broken: its check of the call raised ZeroDivisionError: division by zero" in repr(
@@ -137,7 +137,7 @@ def test_determinism_is_a_need(register):
     assert diffmax.explain("diffmax_bisect", X).chosen == "fast"
     torch.use_deterministic_algorithms(True)
     try:
-        assert diffmax.explain("diffmax_bisect", X).chosen == "cpu"
+        assert diffmax.explain("diffmax_bisect", X).chosen == "numba"
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -295,7 +295,7 @@ def test_strict_makes_that_an_error(settings):
     with pytest.raises(NoBackendError, match=r"DIFFMAX_STRICT=1: bisect of float32 on cuda runs as plain PyTorch"):
         choose(describe("bisect", "cuda", torch.float32))
     assert choose(describe("bisect", "cuda", torch.float32), "reference").name == "reference"  # asked for
-    assert choose(describe("bisect", "cpu", torch.float32)).name == "cpu"
+    assert choose(describe("bisect", "cpu", torch.float32)).name == "numba"
 
 
 def test_statuses_of_a_table(register, settings):
@@ -318,8 +318,8 @@ def test_tables_have_an_html_form_that_escapes(register):
 
 def test_explain_covers_forward_and_backward():
     text = repr(diffmax.explain(diffmax_bisect, X.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True)))
-    assert text.splitlines()[0] == "bisect of float32 on cpu, needs tensor_alpha: cpu, by priority"
-    assert "bisect_backward of float32 on cpu, needs alpha_gradient, tensor_alpha: cpu, by priority" in text
+    assert text.splitlines()[0] == "bisect of float32 on cpu, needs tensor_alpha: numba, by priority"
+    assert "bisect_backward of float32 on cpu, needs alpha_gradient, tensor_alpha: numba, by priority" in text
     meta = diffmax.explain("diffmax_bisect", torch.empty(3, device="meta"))
     assert meta.chosen == "reference"
     assert "  cpu: serves cpu, not meta" in repr(meta).splitlines()
@@ -368,12 +368,12 @@ GOOD = {"name": "acme", "device_types": ("cpu",), "kernels": BOTH, "dtypes": (to
         (
             lambda: diffmax.use_backend("cupu").__enter__(),
             NoBackendError,
-            r"no backend is named 'cupu'\n  loaded: cpu, reference",
+            r"no backend is named 'cupu'\n  loaded: numba, cpu, reference",
         ),
         (
             lambda: diffmax_bisect(X, 0.5, backend="cupu"),
             NoBackendError,
-            r"no backend is named 'cupu'\n  loaded: cpu, reference",
+            r"no backend is named 'cupu'\n  loaded: numba, cpu, reference",
         ),
     ],
 )

@@ -32,7 +32,8 @@ def same_dtype_reference(x, alpha, dim=-1):
 
 def assert_passes_the_gate(x, alpha, dim=-1):
     exact = exact_reference(x, alpha, dim)
-    allowed = allowed_error(exact, same_dtype_reference(x, alpha, dim))
+    # in float64 the reference is the exact result itself: there the project's figure stands in for a measured error
+    allowed = 1e-13 if x.dtype == torch.float64 else allowed_error(exact, same_dtype_reference(x, alpha, dim))
     error = (diffmax_bisect(x, alpha, dim).double() - exact).abs().max()
     assert error <= allowed
 

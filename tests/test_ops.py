@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
@@ -134,17 +133,6 @@ def test_inference_mode_and_no_grad():
         plain = diffmax_bisect(x, 0.5)
     assert not plain.requires_grad
     assert torch.equal(inference, plain)
-
-
-def test_forward_mode_is_refused_and_not_silently_zero():
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"forward-mode .* not supported yet"):
-        diffmax_bisect(forward_ad.make_dual(torch.randn(4), torch.ones(4)), 0.5)
-
-
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
-def test_transforms_that_differentiate_are_refused_with_what_works(transform):
-    with pytest.raises(NotImplementedError, match=r"torch\.func transforms .* not supported yet\nuse torch\.autograd\.grad"):
-        transform(lambda x: diffmax_bisect(x, 0.5).square().sum())(torch.randn(4))
 
 
 def test_the_same_tensor_may_be_scores_and_alpha():

@@ -5,6 +5,7 @@ from diffmax._attention import AttentionStats, attention, attention_varlen
 from diffmax._discovery import CORE_VERSION as __version__  # noqa: N811
 from diffmax._dispatch import register_backend, unregister_backend, use_backend
 from diffmax._inspect import backends, explain
+from diffmax._warmup import warmup
 from diffmax.errors import BackendError, DiffmaxError, NoBackendError
 from diffmax.functional import diffmax_bisect
 from diffmax.losses import DiffmaxLoss, diffmax_loss
@@ -35,6 +36,7 @@ __all__ = [
     "register_backend",
     "unregister_backend",
     "use_backend",
+    "warmup",
 ]
 
 _dispatch.registry.discover()  # last: a plugin may import any of the names above

@@ -25,6 +25,7 @@ class CorePlugin:
                 priority=60,
                 probe="diffmax.cpu:numba_missing",
                 unsupported="diffmax.cpu:numba_cannot",
+                warmup="diffmax.cpu.numba_rows:warmup",
                 install_hint='run: pip install "diffmax-core[numba]"',
             ),
             Backend(

@@ -6,6 +6,7 @@ key, so that torch.ops.diffmax.bisect called directly is as differentiable as th
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -86,13 +87,9 @@ class _Bisect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, e: float, e_tensor: Tensor | None, dim: int, *rest: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            p, m, delta = torch.ops.diffmax.bisect(x, e, e_tensor, dim, *rest)
-        ctx.mark_non_differentiable(m, delta)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if x.dtype == torch.float16 else None, e_tensor, p, m, delta)
-        ctx.e, ctx.dim, ctx.backend = e, dim, rest[-1]
-        return p, m, delta
+        outputs = _below_autograd(x, e, e_tensor, dim, *rest)
+        _save(ctx, x, e, e_tensor, dim, rest[-1], outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -100,31 +97,100 @@ class _Bisect(torch.autograd.Function):
             return (None,) * 7
         x, e_tensor, p, m, delta = ctx.saved_tensors
         needs_x, _, needs_e, *_ = ctx.needs_input_grad
-        # under create_graph=True this operator's own Autograd key makes its result differentiable again
+        # where this is differentiated once more, the operator's own Autograd key makes its result differentiable
         grad_x, grad_e = torch.ops.diffmax.bisect_backward(grad, p, m, delta, x, ctx.e, e_tensor, ctx.dim, needs_e, ctx.backend)
         grad_e = grad_e.sum_to_size(e_tensor.shape) if needs_e else None
         return grad_x if needs_x else None, None, grad_e, None, None, None, None
+
+
+class _TransformableBisect(torch.autograd.Function):
+    """As `_Bisect`, in the form that torch.func and forward-mode differentiation need; calling it costs five times as much."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
+        return _below_autograd(x, e, e_tensor, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, e, e_tensor, dim, _, _, backend = inputs
+        _save(ctx, x, e, e_tensor, dim, backend, output)
+
+    backward = _Bisect.backward
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_x: Tensor | None, _: None, tangent_e: Tensor | None, *__: None) -> Any:
+        x, e_tensor, p, m, delta = ctx.saved_tensors
+        e = ctx.e if e_tensor is None else e_tensor
+        return reference.bisect_jvp(tangent_x, tangent_e, p, m, delta, x, e, ctx.dim), None, None
+
+
+def _below_autograd(*arguments: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():  # inside torch.func.grad(torch.compile(f)): it cannot trace the guard below
+        return torch.ops.diffmax.bisect(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.diffmax.bisect(*arguments)
+
+
+def _save(ctx: Any, x: Tensor, e: float, e_tensor: Tensor | None, dim: int, backend: str, outputs: Any) -> None:
+    p, m, delta = outputs
+    ctx.mark_non_differentiable(m, delta)
+    ctx.set_materialize_grads(False)
+    saved = (x if x.dtype == torch.float16 else None, e_tensor, p, m, delta)
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+    ctx.e, ctx.dim, ctx.backend = e, dim, backend
+
+
+def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str) -> Tensor:
+    """The weights by torch.ops.diffmax.bisect, on the shortest way there that differentiates what has to be."""
+    arguments = (x, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
+    if torch.compiler.is_compiling():  # the compiler sees the operator, and no autograd.Function
+        p: Tensor = torch.ops.diffmax.bisect(*arguments)[0]
+    elif _is_transformed():
+        p = (_retraced if _forward_levels() > 1 else _TransformableBisect.apply)(*arguments)[0]
+    elif _differentiates(x, e_tensor):
+        p = _Bisect.apply(*arguments)[0]
+    else:
+        p = _below_autograd(*arguments)[0]
+    return p
+
+
+def _is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _forward_levels() -> int:
+    """How many jvp transforms enclose the call. An autograd.Function knows of one: the tangents of a second are silently 0."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _bisect_autograd(x: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError(
-            "diffmax: forward-mode differentiation (jvp) is not supported yet\n"
-            "use reverse mode: torch.autograd.grad, torch.autograd.functional.jacobian"
-        )
-    if _differentiates(x, e_tensor):
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise NotImplementedError(
-                "diffmax: torch.func transforms that differentiate are not supported yet\n"
-                "use torch.autograd.grad, torch.autograd.functional.jacobian or hessian"
-            )
-        return _Bisect.apply(x, e, e_tensor, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.diffmax.bisect(x, e, e_tensor, *rest)
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation goes through one of them; compiled code enters it unseen by `forward_ad`."""
+    return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
+
+
+def _bisect_autograd(*arguments: Any) -> Any:
+    """torch.ops.diffmax.bisect as users, compilers and sharding rules call it."""
+    x, _, e_tensor, *_ = arguments
+    forward_mode = _has_tangent(x, e_tensor)
+    if not forward_mode and not _differentiates(x, e_tensor):
+        return _below_autograd(*arguments)
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # where no autograd.Function may be called
+        return _retraced(*arguments)
+    return (_TransformableBisect if forward_mode else _Bisect).apply(*arguments)
+
+
+def _retraced(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, m, delta = _below_autograd(x, e, e_tensor, dim, *rest)
+    return reference.retraced(x, e if e_tensor is None else e_tensor, m, delta, dim).to(x.dtype), m, delta
 
 
 def _bisect_backward_autograd(
@@ -139,16 +205,68 @@ def _bisect_backward_autograd(
     needs_e: bool,
     backend: str,
 ) -> Any:
-    if _differentiates(grad, p, e_tensor):
+    if _has_tangent(grad, p, e_tensor) or _differentiates(grad, p, e_tensor):
         # The second derivative: the reference consists of differentiable operators of grad, p and e, and p leads on to x.
         # It is not given x, because it would combine it with delta, which autograd takes for a constant; where p has lost
-        # its small weights, a p in float32 that leads to x takes its place.
+        # its small weights, one in float32 that leads to x takes its place.
         if x is not None:
-            p = torch.ops.diffmax.bisect(x.float(), e, e_tensor, dim, 50, True, backend)[0]
+            p = reference.retraced(x, e if e_tensor is None else e_tensor, m, delta, dim)
         grad_x, grad_e = reference.bisect_backward(grad, p, m, delta, None, e if e_tensor is None else e_tensor, dim, needs_e)
         return grad_x.to(grad.dtype), grad_e
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.bisect_backward(grad, p, m, delta, x, e, e_tensor, dim, needs_e, backend)
+
+
+# vmap: the batch becomes the first axis of every tensor
+
+
+def _bisect_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    e: float,
+    e_tensor: Tensor | None,
+    dim: int,
+    n_iter: int,
+    ensure_sum_one: bool,
+    backend: str,
+) -> Any:
+    ndim = x.ndim - (in_dims[0] is not None)
+    batch, batch_e = _batched(x, in_dims[0], ndim, info.batch_size), _batched(e_tensor, in_dims[2], ndim, None)
+    outputs = torch.ops.diffmax.bisect(batch, e, batch_e, dim + 1, n_iter, ensure_sum_one, backend)
+    return outputs, (0, 0, 0)
+
+
+def _bisect_backward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grad: Tensor,
+    p: Tensor,
+    m: Tensor,
+    delta: Tensor,
+    x: Tensor | None,
+    e: float,
+    e_tensor: Tensor | None,
+    dim: int,
+    needs_e: bool,
+    backend: str,
+) -> Any:
+    ndim = p.ndim - (in_dims[1] is not None)
+    tensors = [_batched(t, d, ndim, info.batch_size) for t, d in zip((grad, p, m, delta, x), in_dims[:5], strict=True)]
+    e_tensor = _batched(e_tensor, in_dims[6], ndim, None)
+    grad_x, grad_e = torch.ops.diffmax.bisect_backward(*tensors, e, e_tensor, dim + 1, needs_e, backend)
+    return (grad_x, grad_e), (0, 0 if needs_e else None)
+
+
+def _batched(t: Tensor | None, batch_dim: int | None, ndim: int, batch_size: int | None) -> Tensor | None:
+    """`t` with the batch in front and `ndim` axes behind it. Without a batch of its own, it is repeated if a size is given."""
+    if t is None:
+        return None
+    if batch_dim is None:
+        t = t.reshape(1, *(1,) * (ndim - t.ndim), *t.shape)
+        return t if batch_size is None else t.expand(batch_size, *t.shape[1:])
+    t = t.movedim(batch_dim, 0)
+    return t.reshape(t.shape[0], *(1,) * (ndim - t.ndim + 1), *t.shape[1:])
 
 
 _LIBRARY.impl("bisect", _bisect, "CompositeExplicitAutograd")
@@ -157,3 +275,8 @@ torch.library.register_fake("diffmax::bisect", _bisect_fake, lib=_LIBRARY)
 _LIBRARY.impl("bisect_backward", _bisect_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("bisect_backward", _bisect_backward_autograd, "Autograd")
 torch.library.register_fake("diffmax::bisect_backward", _bisect_backward_fake, lib=_LIBRARY)
+if "torch.utils.flop_counter" in sys.modules:
+    from diffmax.integrations import flop_counter  # noqa: F401
+if hasattr(torch.library, "register_vmap"):  # torch 2.5
+    torch.library.register_vmap("diffmax::bisect", _bisect_vmap, lib=_LIBRARY)
+    torch.library.register_vmap("diffmax::bisect_backward", _bisect_backward_vmap, lib=_LIBRARY)

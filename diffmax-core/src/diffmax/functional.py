@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
-from diffmax import _ops  # noqa: F401  (defines torch.ops.diffmax.*)
+from diffmax import _ops
 from diffmax._checks import check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
@@ -70,5 +69,4 @@ def normalize(
     """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
     if X.ndim == 0:
         return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
-    p: Tensor = torch.ops.diffmax.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), backend or selected())[0]
-    return p
+    return _ops.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), backend or selected())

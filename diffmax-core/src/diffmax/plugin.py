@@ -128,6 +128,8 @@ class Backend:
         install_hint: What the user can do when the probe says no.
         api_version: The `API_VERSION` it was written for.
         shared_kernels: The `SHARED_KERNELS_VERSION` it was written for, if it uses `diffmax.kernels`.
+        warmup: "module:function" of (device, dtype, n, e, backward) that compiles what calls on rows of length n need, with
+            e = 1 - alpha a float, or None for alpha as a tensor; None if nothing is compiled at run time. Since 1.1.
     Raises:
         TypeError, ValueError: A field is not as described.
     """
@@ -145,6 +147,7 @@ class Backend:
     install_hint: str = ""
     api_version: tuple[int, int] = API_VERSION
     shared_kernels: int | None = None
+    warmup: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -165,7 +168,7 @@ class Backend:
         version = self.api_version
         if not (isinstance(version, tuple) and len(version) == 2 and all(isinstance(part, int) for part in version)):
             raise TypeError(f"Backend {self.name}: api_version must be a pair of ints, got {version!r}")
-        for target in (*self.kernels.values(), self.probe, self.unsupported):
+        for target in (*self.kernels.values(), self.probe, self.unsupported, self.warmup):
             if target is not None and not re.fullmatch(r"[\w.]+:\w+", target):
                 raise ValueError(f"Backend {self.name}: functions are given as 'module:function', got {target!r}")
         wrong = [dtype for dtype in self.dtypes if not isinstance(dtype, torch.dtype)]

@@ -75,6 +75,61 @@ def bisect_backward(
 
     It is built from differentiable operators of grad, p and e, and so serves as the second derivative too.
     """
+    s, weights, log_p, row_e = _slopes(p, m, delta, x, e)
+    g = grad.to(s.dtype)
+    centred = g - _mean(s, g, dim)
+    grad_x = (s * centred).to(p.dtype)
+    if not needs_e:
+        return grad_x, m.new_empty(0)
+    return grad_x, -(alpha_weight(weights, log_p, row_e) * centred).sum(dim, keepdim=True)
+
+
+def bisect_jvp(
+    tangent_x: Tensor | None,
+    tangent_e: Tensor | None,
+    p: Tensor,
+    m: Tensor,
+    delta: Tensor,
+    x: Tensor | None,
+    e: float | Tensor,
+    dim: int,
+) -> Tensor:
+    """Derivative of the weights along tangents of x and e, of which one may be None; the rest as for `bisect_backward`.
+
+    The Jacobian in x is symmetric, so that part is Eq. 3 once more; in e it is the negative of w - s sum(w) / sum(s)  (Eq. 4).
+    """
+    s, weights, log_p, row_e = _slopes(p, m, delta, x, e)
+    tangent_p = torch.zeros_like(s)
+    if tangent_x is not None:
+        t = tangent_x.to(s.dtype)
+        tangent_p = s * (t - _mean(s, t, dim))
+    if tangent_e is not None:
+        w = alpha_weight(weights, log_p, row_e)
+        total = s.sum(dim, keepdim=True)
+        share = w.sum(dim, keepdim=True) / torch.where(total == 0, 1.0, total)
+        tangent_p = tangent_p - (w - s * share) * tangent_e
+    return tangent_p.to(p.dtype)
+
+
+def retraced(x: Tensor, e: float | Tensor, m: Tensor, delta: Tensor, dim: int) -> Tensor:
+    """The weights of x as a chain of differentiable operators, given constants m and delta that solve it.
+
+    Two of Newton's steps change no value, and as each doubles the order to which tau's derivatives are right, the derivatives
+    of the weights in x and e are right to the third. It costs several tensors of x's size; in float16 it returns float32.
+    """
+    row_e = clamp_e(e)
+    z = row_e * (x.to(accumulation_dtype(x.dtype)) - torch.where(m == -torch.inf, 0.0, m))
+    for _ in range(2):
+        powers, _, base = _power(z, delta, row_e)
+        slopes = (powers / base).sum(dim, keepdim=True)
+        delta = delta + row_e * (powers.sum(dim, keepdim=True) - 1) / torch.where(slopes == 0, 1.0, slopes)
+    return torch.where(m == -torch.inf, 0.0, _power(z, delta, row_e)[0])
+
+
+def _slopes(
+    p: Tensor, m: Tensor, delta: Tensor, x: Tensor | None, e: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
+    """s = p^alpha, 0 off the support; the weights and their logarithm, 0 off the support, as x gives them if it is there; e."""
     acc = accumulation_dtype(p.dtype)
     row_e = clamp_e(e)
     if x is None:
@@ -86,14 +141,13 @@ def bisect_backward(
         weights, log_p, _ = _power(row_e * (x.to(acc) - shift), delta, row_e)
         live = (weights != 0) | p.isnan()
         weights, log_p = (torch.where(p.isnan(), torch.nan, t) for t in (weights, log_p))
-    s = torch.where(live, torch.exp((1 - row_e) * log_p), 0.0)
+    return torch.where(live, torch.exp((1 - row_e) * log_p), 0.0), weights, log_p, row_e
+
+
+def _mean(s: Tensor, g: Tensor, dim: int) -> Tensor:
+    """The mean of g with the weights s; 0 where there are none."""
     total = s.sum(dim, keepdim=True)
-    g = grad.to(acc)
-    centred = g - (s * g).sum(dim, keepdim=True) / torch.where(total == 0, 1.0, total)
-    grad_x = (s * centred).to(p.dtype)
-    if not needs_e:
-        return grad_x, m.new_empty(0)
-    return grad_x, -(alpha_weight(weights, log_p, row_e) * centred).sum(dim, keepdim=True)
+    return (s * g).sum(dim, keepdim=True) / torch.where(total == 0, 1.0, total)
 
 
 def _power(z: Tensor, delta: Tensor, e: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

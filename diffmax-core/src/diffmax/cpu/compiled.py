@@ -1,16 +1,16 @@
 """The row operator for CPUs, compiled by Numba: what runs on each row. `numba_rows` is the way in.
 
 A row whose list of candidates (entries with z > -1, Eq. 2) is short joins a group: the lists of as many rows as a vector has
-places are solved together, one row per place. A longer one is solved alone, its entries side by side. Equations: docs/theory.md;
-what each step costs: docs/performance.md.
+places are solved together, one row per place. A longer one is solved alone, its entries side by side. Equations are those of
+docs/theory.md; what each step costs stands in docs/performance.md.
 """
 
 import math
 
 import numpy as np
 from numba import njit
-from numba.core.extending import overload, register_jitable
 from numba.core import types
+from numba.core.extending import overload, register_jitable
 
 from diffmax._numerics import MIN_E
 from diffmax.cpu.simd import (
@@ -25,12 +25,12 @@ from diffmax.cpu.simd import (
     load,
     lowest_bit,
     maximum,
+    nearest_integer,
     put,
     select,
     smaller,
     splat,
     split_exponent,
-    nearest_integer,
     square_root,
     store,
     total,
@@ -228,7 +228,7 @@ def sweep(z, p, start, stop, step, delta, k, k_log2, integer, moments):
 
 @register_jitable
 def advance(s0, s1, s2, delta, low, high, e, k, plain):
-    """The next delta and lower bound: Newton's step on the norm (Eq. 2), lengthened to Halley's where S >= 1.
+    """The next delta and lower bound: Newton's step on the norm (Eq. 2), lengthened to Halley's where S >= 1 (Eq. 27).
 
     A lane in `plain` takes Newton's steps alone: from the first S < 1 on, after which they cannot pass the root again.
     """
@@ -252,7 +252,7 @@ def tolerance(array):
 
 @overload(tolerance)
 def _tolerance(array):
-    bound = 4 * float(np.finfo(np.float64 if array.dtype == types.float64 else np.float32).eps)
+    bound = float(np.finfo(np.float64).eps if array.dtype == types.float64 else 4 * np.finfo(np.float32).eps)
     return lambda array: bound
 
 
@@ -268,14 +268,14 @@ def _places(array):
 
 @register_jitable
 def first_bounds(count, sum_z, e):
-    """Lower and upper bound of delta from the number and the sum of the candidates (Eq. 8)."""
+    """Lower and upper bound of delta from the number and the sum of the candidates (Eq. 26)."""
     high = 0.0 - exp_m1(0.0 - e * ln(count))
     return smaller(larger(sum_z / count * 1.01 + high, 0.0), high), high  # 1.01: sum_z is rounded
 
 
 @register_jitable
 def solve_group(z, p, longest, count, e, integer, steps):
-    """Solve one row per lane: entry j of every row is in the vector at j * width. Returns delta and S; p as `sweep` leaves it."""
+    """Solve one row per lane: entry j of each is in the vector at j * width. Returns delta and S; p is as `sweep` leaves it."""
     width = places(z)
     k = 1.0 / e
     k_log2 = k * LOG2_E
@@ -321,7 +321,7 @@ def deep_sweep(z, p, r, start, stop, delta, k, k_log2):
 
 @register_jitable
 def step_on_log(s0, s1, s2, s3, k):
-    """The d at which ln S(delta + d) = 0, from the value and three derivatives of ln S. All are scalars."""
+    """The d at which ln S(delta + d) = 0 (Eq. 28), from the value and three derivatives of ln S. All are scalars."""
     inverse = 1.0 / s0
     a = k * s1 * inverse
     b = k * (k - 1.0) * s2 * inverse
@@ -567,21 +567,21 @@ def row_alone(x, p, n, top, e, integer, steps, normalise, z, weights, reciprocal
 
 
 @register_jitable
-def power_of_two(j, l, factor):
-    """2^(factor (j + l / ln 2)) for a result below 1, without rounding the exponent: fused, only its fraction is rounded."""
-    by_l = factor * LOG2_E
-    rounded = l * by_l + j * factor
-    i, scale = nearest_integer(larger(rounded, lowest_exponent(l)))
-    return scale + scale * exp2_m1(larger(l * by_l + (j * factor - i), -0.5))
+def power_of_two(j, log_f, factor):
+    """2^(factor (j + log_f / ln 2)) for a result below 1. The exponent is fused, so that only its fraction is rounded."""
+    by_log = factor * LOG2_E
+    rounded = log_f * by_log + j * factor
+    i, scale = nearest_integer(larger(rounded, lowest_exponent(log_f)))
+    return scale + scale * exp2_m1(larger(log_f * by_log + (j * factor - i), -0.5))
 
 
 @register_jitable
 def slopes_from_weights(weights, e):
-    """s = p^alpha, and ln p as j and l with ln p = j ln 2 + l; where p is 0, s is 0 and ln p finite."""
+    """s = p^alpha, and ln p as j and log_f with ln p = j ln 2 + log_f; where p is 0, s is 0 and ln p finite."""
     normal = larger(weights, smallest_normal(weights))
     j, scale = split_exponent(normal)
-    l = ln_1p(normal * scale - 1.0)
-    return select(weights > 0.0, power_of_two(j, l, 1.0 - e), 0.0), j, l
+    log_f = ln_1p(normal * scale - 1.0)
+    return select(weights > 0.0, power_of_two(j, log_f, 1.0 - e), 0.0), j, log_f
 
 
 def smallest_normal(v):
@@ -599,9 +599,14 @@ def slopes_from_scores(w, e, k):
     """s, p, and ln p as `slopes_from_weights`, from w = z - delta, for weights that p's own dtype has flushed to zero."""
     inside = larger(w, -1.0)
     j, scale = split_exponent(larger(inside + 1.0, TINY))
-    j, l = j * k, ln_1p(inside * scale + (scale - 1.0)) * k
+    j, log_f = j * k, ln_1p(inside * scale + (scale - 1.0)) * k
     live = w > -1.0
-    return select(live, power_of_two(j, l, 1.0 - e), 0.0), select(live, power_of_two(j, l, e * 0.0 + 1.0), 0.0), j, l
+    return (
+        select(live, power_of_two(j, log_f, 1.0 - e), 0.0),
+        select(live, power_of_two(j, log_f, e * 0.0 + 1.0), 0.0),
+        j,
+        log_f,
+    )
 
 
 def phi_series(v):
@@ -616,12 +621,12 @@ def _phi_series(v):
 
 
 @register_jitable
-def alpha_weight(p, j, l, e):
+def alpha_weight(p, j, log_f, e):
     """w = p phi(ln p) (Eq. 6): a series where v = -e ln p is small, so that no digit is lost as alpha -> 1."""
-    log_p = j * LN_2 + l
+    log_p = j * LN_2 + log_f
     v = 0.0 - log_p * e
     i, scale = nearest_integer(0.0 - v * LOG2_E)
-    exp_v = (1.0 + exp2_m1((i - j * e) - l * (e * LOG2_E))) / scale
+    exp_v = (1.0 + exp2_m1((i - j * e) - log_f * (e * LOG2_E))) / scale
     far = (exp_v - 1.0 - v) / (e * e)
     return p * select(v < 1.0, log_p * log_p * phi_series(smaller(v, 1.0)), far)
 
@@ -652,8 +657,8 @@ def slope_and_alpha_sums(p, g, s, w, start, stop, e):
         weights = load(p, i)
         slopes = of_alpha = zero
         if bits(weights > 0.0) != 0:
-            slopes, j, l = slopes_from_weights(weights, e)
-            of_alpha = alpha_weight(weights, j, l, e)
+            slopes, j, log_f = slopes_from_weights(weights, e)
+            of_alpha = alpha_weight(weights, j, log_f, e)
             sums, products = sums + slopes, products + slopes * load(g, i)
         store(s, i, slopes)
         store(w, i, of_alpha)
@@ -667,10 +672,10 @@ def score_sums(x, g, s, w, start, stop, e, top, delta):
     sums = products = splat(s, 0.0)
     k = 1.0 / e
     for i in range(start, stop, width):
-        slopes, weights, j, l = slopes_from_scores((load(x, i) - top) * e - delta, e, k)
+        slopes, weights, j, log_f = slopes_from_scores((load(x, i) - top) * e - delta, e, k)
         sums, products = sums + slopes, products + slopes * load(g, i)
         store(s, i, slopes)
-        store(w, i, alpha_weight(weights, j, l, e))
+        store(w, i, alpha_weight(weights, j, log_f, e))
     return sums, products
 
 
@@ -806,7 +811,10 @@ def _backward(dtype, computing):
         wants_alpha, from_scores = grad_e_at != 0, x_at != 0
         square_roots = e_at == 0 and e_value == 0.5
         for row in range(start, stop):
-            p, g = array_at(p_at + row * p_stride * itemsize, n, like), array_at(grad_at + row * grad_stride * itemsize, n, like)
+            p, g = (
+                array_at(p_at + row * p_stride * itemsize, n, like),
+                array_at(grad_at + row * grad_stride * itemsize, n, like),
+            )
             x, grad_x = array_at(x_at + row * x_stride * itemsize, n, like), array_at(grad_x_at + row * n * itemsize, n, like)
             if get(p, 0) != get(p, 0) or m[row] == -math.inf:  # rows are NaN as a whole; fully masked ones are 0
                 lost = math.nan if m[row] != -math.inf else 0.0

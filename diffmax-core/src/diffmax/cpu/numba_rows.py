@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,31 +27,22 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
     """Forward kernel; arguments and results as `diffmax.reference.bisect`."""
     shape = x.shape
     n = shape[dim]
-    row_shape = [*shape[:dim], 1, *shape[dim + 1 :]]
     acc = accumulation_dtype(x.dtype)
-    m, delta = torch.empty(row_shape, dtype=acc), torch.empty(row_shape, dtype=acc)
+    m = x.new_empty((*shape[:dim], 1, *shape[dim + 1 :]), dtype=None if acc == x.dtype else acc)
+    delta = torch.empty_like(m)
     if x.numel() == 0:
         return torch.empty(shape, dtype=x.dtype), m.fill_(-torch.inf), delta.zero_()
 
     rows, x_stride = _rows(x, dim, n)
     p = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if isinstance(e, Tensor):
-        e_rows, e_stride = _per_row(e, row_shape)
-        e_at, e_value, integer = e_rows.data_ptr(), 0.0, 0
-        steps = newton_steps(n_iter, n, 1.0, acc)
+        e_rows, e_stride = _per_row(e, m.shape)
+        e_at, e_value, (steps, integer) = e_rows.data_ptr(), 0.0, _plan(n_iter, n, 1.0, acc)
     else:
-        e_at, e_stride, e_value, integer = 0, 0, e, integer_exponent(e)
-        steps = newton_steps(n_iter, n, e, acc)
-    kernel, x_at, p_at, m_at, delta_at = FORWARD[_NAMES[x.dtype]], rows.data_ptr(), p.data_ptr(), m.data_ptr(), delta.data_ptr()
-
-    def run(start: int, stop: int) -> None:
-        # two steps more: where Halley's step passes the root, Newton's comes back to it
-        kernel(
-            x_at, x_stride, p_at, m_at, delta_at, e_at, e_stride, e_value, n, start, stop, integer, steps + 2, ensure_sum_one
-        )
-
-    _share(run, m.numel(), n)
-    return p if p.shape == shape else from_rows(p, shape, dim), m, delta
+        e_at, e_stride, e_value, (steps, integer) = 0, 0, e, _plan(n_iter, n, e, acc)
+    addresses = (rows.data_ptr(), x_stride, p.data_ptr(), m.data_ptr(), delta.data_ptr(), e_at, e_stride, e_value, n)
+    _share(FORWARD[_NAMES[x.dtype]], addresses, (integer, steps, ensure_sum_one), m.numel(), n)
+    return p if rows is x else from_rows(p, shape, dim), m, delta
 
 
 def bisect_backward(
@@ -74,16 +66,32 @@ def bisect_backward(
     m, delta = m.contiguous(), delta.contiguous()
     grad_x = torch.empty_like(p_rows, memory_format=torch.contiguous_format)
     grad_e = torch.empty_like(m) if needs_e else m.new_empty(0)
-    e_rows, e_stride = _per_row(e, [*m.shape]) if isinstance(e, Tensor) else (None, 0)
-    kernel = BACKWARD[_NAMES[p.dtype]]
+    e_rows, e_stride = _per_row(e, m.shape) if isinstance(e, Tensor) else (None, 0)
     addresses = (
         *(grad_rows.data_ptr(), grad_stride, p_rows.data_ptr(), p_stride),
         *(0 if x_rows is None else x_rows.data_ptr(), x_stride, m.data_ptr(), delta.data_ptr(), grad_x.data_ptr()),
         *(grad_e.data_ptr() if needs_e else 0, 0 if e_rows is None else e_rows.data_ptr(), e_stride),
+        *(0.0 if isinstance(e, Tensor) else e, n),
     )
-    e_value = 0.0 if isinstance(e, Tensor) else e
-    _share(lambda start, stop: kernel(*addresses, e_value, n, start, stop), m.numel(), n)
-    return grad_x if grad_x.shape == shape else from_rows(grad_x, shape, dim), grad_e
+    _share(BACKWARD[_NAMES[p.dtype]], addresses, (), m.numel(), n)
+    return grad_x if p_rows is p else from_rows(grad_x, shape, dim), grad_e
+
+
+def warmup(device: torch.device, dtype: torch.dtype, n: int, e: float | None, backward: bool) -> None:
+    """Have the kernels of a dtype compiled, or read from the cache: one serves every length, and e as a float or a tensor."""
+    x = torch.zeros(1, n, dtype=dtype)
+    residuals = bisect(x, 0.5 if e is None else e, 1, 50, True)
+    if backward:
+        bisect_backward(x, *residuals, None, 0.5 if e is None else e, 1, False)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(n_iter: int, n: int, e: float, acc: torch.dtype) -> tuple[int, int]:
+    """The largest number of steps, and k if it is a whole number.
+
+    Two more than Newton's method alone would need: where Halley's step passes the root, Newton's comes back to it.
+    """
+    return newton_steps(n_iter, n, e, acc) + 2, integer_exponent(e) if e < 1 else 0
 
 
 def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
@@ -96,7 +104,7 @@ def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def _per_row(e: Tensor, row_shape: list[int]) -> tuple[Tensor, int]:
+def _per_row(e: Tensor, row_shape: torch.Size) -> tuple[Tensor, int]:
     """e for every row and the step from one to the next: 0 if there is only one e."""
     return (e.contiguous(), 0) if e.numel() == 1 else (e.expand(row_shape).contiguous(), 1)
 
@@ -104,17 +112,21 @@ def _per_row(e: Tensor, row_shape: list[int]) -> tuple[Tensor, int]:
 _pool: ThreadPoolExecutor | None = None
 
 
-def _share(run: Callable[[int, int], None], n_rows: int, n: int) -> None:
-    """Run the rows on as many threads as torch would use, of which the calling one is the first."""
+def _share(kernel: Callable[..., None], before: tuple[object, ...], after: tuple[object, ...], n_rows: int, n: int) -> None:
+    """Call kernel(*before, start, stop, *after) for all rows, on as many threads as torch would use.
+
+    The calling thread is the first of them.
+    """
     if n_rows * n < 2 * THREAD_ELEMENTS or (threads := _useful_threads(n_rows, n)) < 2:
-        run(0, n_rows)
+        kernel(*before, 0, n_rows, *after)
         return
     global _pool
     if _pool is None:
         _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="diffmax")
     height = -(-n_rows // threads // ROWS_TOGETHER) * ROWS_TOGETHER
-    others = [_pool.submit(run, start, min(start + height, n_rows)) for start in range(height, n_rows, height)]
-    run(0, min(height, n_rows))
+    shares = [(start, min(start + height, n_rows)) for start in range(0, n_rows, height)]
+    others = [_pool.submit(kernel, *before, *share, *after) for share in shares[1:]]
+    kernel(*before, *shares[0], *after)
     for other in others:
         other.result()
 

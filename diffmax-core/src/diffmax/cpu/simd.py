@@ -13,8 +13,8 @@ import operator
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.extending import intrinsic, overload, register_jitable, register_model
 from numba.core.datamodel import models
+from numba.core.extending import intrinsic, overload, register_jitable, register_model
 
 BYTES = 64
 CONTRACT = ("contract",)  # a * b + c may be one fused multiply-add, where the processor has it

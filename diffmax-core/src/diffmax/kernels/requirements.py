@@ -1,0 +1,30 @@
+"""What shared kernels need of this machine, asked without importing a kernel: for the probes of backends."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from importlib_metadata import packages_distributions, version
+from packaging.version import Version
+
+OLDEST_TRITON = "3.6"
+
+
+def triton_problem(compiler: str) -> str | None:
+    """Why Triton cannot compile here for `compiler` ("nvidia", "amd"); None if it can.
+
+    Several distributions bring a package `triton`, each for its own devices: the one that is found is named.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with a torch built for the device, else: pip install triton"
+    flavours = sorted(set(packages_distributions().get("triton", ["triton"])))
+    found = f"{' and '.join(flavours)} {version(flavours[0])}" if len(flavours) == 1 else " and ".join(flavours)
+    import triton  # a probe is asked once, late
+
+    if Version(triton.__version__).release < Version(OLDEST_TRITON).release:
+        return f"Triton is too old: {found} has version {triton.__version__}, needed is {OLDEST_TRITON} or newer"
+    from triton.backends import backends
+
+    if compiler not in backends:
+        return f"this Triton ({found}) does not compile for {compiler}, only for {', '.join(sorted(backends)) or 'nothing'}"
+    return None

@@ -1,0 +1,38 @@
+"""Whether this machine can run the kernels, and if not, why: the build of torch, the driver, Triton, the architecture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from diffmax.kernels.requirements import triton_problem
+
+OLDEST = (7, 5)  # what Triton still compiles for
+
+
+def probe() -> str | None:
+    """None if the backend can run, else the first thing that is missing."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return _no_device()
+    return triton_problem("nvidia") or _architecture_problem()
+
+
+def _no_device() -> str:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"torch sees no device, with CUDA_VISIBLE_DEVICES={hidden!r}"
+    if Path("/dev/nvidia0").exists():
+        return "torch sees no device although /dev/nvidia0 is there: check the driver's version against torch's CUDA"
+    return "torch sees no NVIDIA device: there is none, or its driver is not loaded"
+
+
+def _architecture_problem() -> str | None:
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) >= OLDEST:
+        return None
+    name = torch.cuda.get_device_name()
+    return f"{name} has compute capability {major}.{minor}, needed is {OLDEST[0]}.{OLDEST[1]} or newer"

@@ -1,0 +1,37 @@
+"""Whether this machine can run the kernels, and if not, why: the build of torch, the driver, Triton, the architecture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from diffmax.kernels.requirements import triton_problem
+
+ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
+
+
+def probe() -> str | None:
+    """None if the backend can run, else the first thing that is missing."""
+    if torch.version.hip is None:
+        return f"torch {torch.__version__} is built without ROCm"
+    if not torch.cuda.is_available():
+        return _no_device()
+    return triton_problem("amd") or _architecture_problem()
+
+
+def _no_device() -> str:
+    hidden = os.environ.get("HIP_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"torch sees no device, with HIP_VISIBLE_DEVICES={hidden!r}"
+    if Path("/dev/kfd").exists():
+        return "torch sees no device although /dev/kfd is there: check the driver's version against torch's ROCm"
+    return "torch sees no AMD device: there is none, or its driver is not loaded"
+
+
+def _architecture_problem() -> str | None:
+    found = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName).partition(":")[0]
+    if found in ARCHITECTURES:
+        return None
+    return f"{torch.cuda.get_device_name()} is {found}; the kernels are compiled and checked for {', '.join(ARCHITECTURES)}"

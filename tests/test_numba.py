@@ -1,0 +1,383 @@
+"""The compiled CPU kernel: its digits, code, threads and cache. That it computes the operator, test_conformance shows."""
+
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+import diffmax
+from diffmax import diffmax_bisect, reference
+from diffmax.cpu import compiled, numba_cannot, numba_missing, numba_rows, simd
+from diffmax.plugin import CallSpec
+from diffmax.testing.gate import allowed_error
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    ).stdout
+
+
+# --- digits ---------------------------------------------------------------------------------------------------------------
+
+
+def applied(function, values):
+    """A vector function of compiled.py at every value."""
+
+    @njit
+    def loop(x, y):
+        for i in range(0, x.size, simd.BYTES // x.itemsize):
+            simd.store(y, i, function(simd.load(x, i)))
+
+    padded = np.resize(values, -(-len(values) // 16) * 16)
+    result = np.empty_like(padded)
+    loop(padded, result)
+    return result[: len(values)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("name", "exact", "low", "high"),
+    [
+        ("ln_1p", mpmath.log1p, 2**-0.5 - 1, 2**0.5 - 1),
+        ("exp2_m1", lambda f: mpmath.expm1(f * mpmath.log(2)), -0.5, 0.5),
+        ("exp2", lambda y: mpmath.power(2, y), -60, 0),
+        ("exp_m1", mpmath.expm1, -40, 0),
+        ("ln", mpmath.log, 2**-20, 2**20),
+    ],
+)
+def test_elementary_functions_are_right_to_a_few_ulp(name, exact, low, high, dtype):
+    values = np.concatenate([np.linspace(low, high, 997), [v for v in (-1e-9, 1e-9, 1 - 1e-6, 1 + 1e-6) if low <= v <= high]])
+    values = values.astype(dtype)[np.abs(values) > 0]
+    result = applied(getattr(compiled, name), values)
+    with mpmath.workdps(40):
+        truth = [exact(mpmath.mpf(float(v))) for v in values]
+        # of 2^y the digits are lost with y's: half an ulp of y, times ln 2
+        slack = [4 + (abs(float(v)) if name == "exp2" else 0) for v in values]
+        errors = [abs(float((mpmath.mpf(float(r)) - t) / t)) if t else 0.0 for r, t in zip(result, truth, strict=True)]
+    assert max(e / s for e, s in zip(errors, slack, strict=True)) <= np.finfo(dtype).eps
+
+
+def test_halves_are_converted_like_torch_does():
+    """All 65536 bit patterns of both, and the rounding of numbers between them."""
+
+    @njit
+    def widen(x, y):
+        for i in range(0, x.size, 16):
+            simd.store(y, i, simd.load(x, i))
+
+    for dtype, bits in ((torch.bfloat16, np.uint16), (torch.float16, np.int16)):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        wide, back = np.empty(2**16, np.float32), np.empty(2**16, bits)
+        widen(every.view(torch.int16).numpy().view(bits), wide)
+        torch.testing.assert_close(torch.from_numpy(wide), every.float(), rtol=0, atol=0, equal_nan=True)
+        numbers = torch.cat(
+            [torch.randn(2**15) * 2.0 ** torch.randint(-30, 18, (2**15,)), every.float()[: 2**15] * (1 + 2**-9)]
+        )
+        widen(numbers.numpy(), back)
+        torch.testing.assert_close(
+            torch.from_numpy(back.view(np.int16)).view(dtype), numbers.to(dtype), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("alpha", [0.6, 0.8, 0.85, 0.9, 0.95, 0.99, 0.999])
+@pytest.mark.parametrize("kind", ["normal", "one peak", "two levels", "sorted", "ties", "half masked"])
+def test_long_rows_whose_sample_misleads_pass_the_gate(kind, alpha):
+    """The first iterate comes from every fourth vector: here the others are unlike it."""
+    x = torch.randn(6, 3000)
+    if kind == "one peak":
+        x[:, 17] += 30
+    elif kind == "two levels":
+        x[:, :64] += 20
+    elif kind == "sorted":
+        x = (3 * x).sort(-1).values
+    elif kind == "ties":
+        x = x.round()
+    elif kind == "half masked":
+        x[:, ::2] = -torch.inf
+    exact = reference.bisect(x.double(), 1 - alpha, 1, 200, True)
+    yardstick = reference.bisect(x, 1 - alpha, 1, 50, True)
+    p, _, delta = torch.ops.diffmax.bisect(x, 1 - alpha, None, 1, 50, True, "numba")
+    assert (p.double() - exact[0]).abs().max() <= allowed_error(exact[0], yardstick[0])
+    assert (delta.double() - exact[2]).abs().max() <= 2 * allowed_error(exact[2], yardstick[2])
+    assert torch.equal(p == 0, p.double() * exact[0] == 0) or ((p == 0) != (exact[0] == 0)).sum() <= 2  # at the edge
+
+
+def test_where_halley_and_newton_would_go_back_and_forth():
+    """Rows of few entries at small alpha, where Halley's step leaves the support that it was computed on."""
+    for alpha in (0.01, 0.05, 0.1, 0.2):
+        x = torch.rand(4000, 5) * torch.tensor([0.1, 1, 1, 1, 2]) + torch.tensor([1.0, 0, 0, 0, 0])
+        exact = reference.bisect(x.double(), 1 - alpha, 1, 200, True)[0]
+        yardstick = reference.bisect(x, 1 - alpha, 1, 50, True)[0]
+        p = diffmax_bisect(x, alpha, backend="numba")
+        assert (p.double() - exact).abs().max() <= allowed_error(exact, yardstick)
+
+
+def test_sums_of_very_long_rows_keep_their_digits():
+    x = torch.randn(1, 3_000_000)
+    p = diffmax_bisect(x, 0.97, backend="numba")
+    exact = reference.bisect(x.double(), 0.03, 1, 200, True)[0]
+    yardstick = reference.bisect(x, 0.03, 1, 50, True)[0]
+    assert (p.double() - exact).abs().max() <= allowed_error(exact, yardstick)
+    assert abs(float(p.double().sum()) - 1) < 1e-6
+
+
+# --- the equations of docs/theory.md, section 16 ---
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.85, 0.99])
+def test_the_start_from_the_mean_is_a_lower_bound(alpha):
+    """Eq. 26."""
+    e = 1 - alpha
+    for sigma in (0.1, 1, 5):
+        z = e * torch.randn(50, 200, dtype=torch.float64) * sigma
+        z = z - z.amax(1, keepdim=True)
+        live = z > -1
+        count = live.sum(1, keepdim=True)
+        high = -torch.expm1(-e * count.log())
+        low = (z * live).sum(1, keepdim=True) / count + high
+        delta = reference.bisect(z / e, e, 1, 200, True)[2]
+        assert (low <= delta + 1e-14).all()
+        assert (delta <= high + 1e-14).all()
+        assert ((z - low + 1).clamp_min(0) ** (1 / e)).sum(1).min() >= 1 - 1e-12
+
+
+def sums(z, t, k, count):
+    u = (z - t).clamp_min(0)
+    u = u[u > 0]
+    return [float((u ** (k - j)).sum()) for j in range(count)]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.85, 0.95])
+def test_halleys_step_is_that_of_the_norm_and_longer_than_newtons(alpha):
+    """Eq. 27, against derivatives of N by autograd; and `advance` takes it."""
+    e = 1 - alpha
+    z = e * torch.randn(100, dtype=torch.float64)
+    z -= z.max()
+    t = torch.tensor(-0.9, dtype=torch.float64, requires_grad=True)
+    norm = ((z - t).clamp_min(0) ** (1 / e)).sum() ** e - 1
+    first = torch.autograd.grad(norm, t, create_graph=True)[0]
+    second = torch.autograd.grad(first, t)[0]
+    expected = float((-norm / first / (1 - norm * second / (2 * first**2))).detach())
+    s0, s1, s2 = sums(z, -0.9, 1 / e, 3)
+    h = (s0 - s0**alpha) / s1
+    ours = h / (1 + 0.5 * (1 / e - 1) * (s1 / s0 - s2 / s1) * h)
+    assert ours == pytest.approx(expected, rel=1e-10)
+    assert ours > h > 0
+
+    @njit
+    def step(like, s0, s1, s2, e):
+        v = simd.splat(like, 0.0)
+        ahead, low = compiled.advance(v + s0, v + s1, v + s2, v + 0.1, v, v + 1.0, v + e, v + 1.0 / e, v > 0.0)
+        return simd.maximum(ahead), simd.maximum(low)
+
+    ahead, low = step(np.zeros(8), s0, s1, s2, e)
+    assert ahead == pytest.approx(0.1 + ours, rel=1e-12)
+    assert low == pytest.approx(0.1 + h, rel=2e-3)
+    assert low < 0.1 + h
+
+
+@pytest.mark.parametrize("alpha", [0.85, 0.95, 0.99])
+def test_the_step_on_the_logarithm_and_the_shift(alpha):
+    """Eq. 28: what the series gives for d and for the weights, against powers."""
+    e = 1 - alpha
+    k = 1 / e
+    z = e * torch.randn(512, dtype=torch.float64)
+    z -= z.max()
+    root = float(reference.bisect(z / e, e, 0, 200, True)[2]) - 1
+    t = root - 0.02 * e
+    d = compiled.step_on_log(*sums(z, t, k, 4), k)
+    assert t + d == pytest.approx(root, abs=1e-5 * e)
+    u = (z - t).clamp_min(0)
+    weights, reciprocals = (u**k).numpy(), (1 / u.clamp_min(1e-9)).numpy()
+
+    @njit
+    def shift(p, r, d, k):
+        return compiled.shift(p, r, 512, d, k)
+
+    total = shift(weights, reciprocals, d, k)
+    exact = (z - t - d).clamp_min(0) ** k
+    assert total == pytest.approx(float(exact.sum()), rel=1e-8)
+    assert abs(torch.from_numpy(weights) - exact).max() < 1e-9
+    assert (weights >= 0).all()
+
+
+# --- independence ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [5, 16, 40, 300, 1500])
+def test_a_row_does_not_depend_on_its_neighbours(n, dtype):
+    """Short rows are solved sixteen at a time: bit for bit what each gives alone."""
+    x = (torch.randn(37, n) * torch.linspace(0.1, 8, 37)[:, None]).to(dtype)
+    for alpha in (0.15, 0.5, 0.85):
+        together = diffmax_bisect(x, alpha, backend="numba")
+        alone = torch.cat([diffmax_bisect(row[None], alpha, backend="numba") for row in x])
+        assert torch.equal(together, alone)
+
+
+def test_threads_change_no_bit_and_are_those_of_torch(monkeypatch):
+    x = torch.randn(1000, 300, requires_grad=True)
+    alpha = torch.full((1000, 1), 0.7, requires_grad=True)
+    starts = []
+    share = numba_rows._share
+
+    def spy(kernel, before, after, n_rows, n):
+        def noted(*arguments):
+            starts.append(arguments[len(before)])
+            kernel(*arguments)
+
+        share(noted, before, after, n_rows, n)
+
+    monkeypatch.setattr(numba_rows, "_share", spy)
+    results = {}
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            starts.clear()
+            p = diffmax_bisect(x, alpha, backend="numba")
+            results[count] = (p, *torch.autograd.grad(p.square().sum(), (x, alpha)))
+            assert len(set(starts)) == len(starts) // 2 == count  # forward and backward
+    finally:
+        torch.set_num_threads(threads)
+    for count in (2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(results[1], results[count], strict=True))
+
+
+def test_calls_from_many_python_threads():
+    """Numba's own thread layers abort the process here, or in a forked child."""
+    xs = [torch.randn(200, 400) for _ in range(16)]
+    expected = [diffmax_bisect(x, 0.7, backend="numba") for x in xs]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda x: diffmax_bisect(x, 0.7, backend="numba"), xs * 3))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected * 3, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_starts_threads_of_its_own():
+    code = """
+import os, torch, diffmax
+torch.set_num_threads(2)
+x = torch.randn(500, 400)
+expected = diffmax.diffmax_bisect(x, 0.5, backend="numba")
+from diffmax.cpu import numba_rows
+assert numba_rows._pool is not None
+child = os.fork()
+if child == 0:
+    assert numba_rows._pool is None
+    result = diffmax.diffmax_bisect(x, 0.5, backend="numba")
+    os._exit(0 if torch.equal(result, expected) and numba_rows._pool is not None else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run(code).strip() == "0"
+
+
+# --- code -----------------------------------------------------------------------------------------------------------------
+
+
+def loops(assembly):
+    """The innermost loops: each a list of instructions."""
+    lines = assembly.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L\w+):", line))}
+    for i, line in enumerate(lines):
+        jump = re.match(r"\s+j\w+\s+(\.L\w+)", line)
+        if jump and labels.get(jump[1], i) < i:
+            body = lines[labels[jump[1]] + 1 : i + 1]
+            if not any(re.match(r"\.L\w+:", inner) for inner in body):
+                yield [inner.strip() for inner in body if inner.startswith("\t") and not inner.startswith("\t.")]
+
+
+@pytest.mark.skipif("x86" not in os.uname().machine, reason="reads x86 assembly")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_hot_loops_are_packed(dtype, monkeypatch, tmp_path):
+    """In the loops that take powers, every floating-point instruction works on a whole vector, and none calls a function."""
+    code = f"""
+import torch, diffmax
+x = torch.randn(4, 300).to(torch.{dtype}).requires_grad_()
+a = torch.full((4, 1), 0.7, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, requires_grad=True)
+diffmax.diffmax_bisect(x, a, backend="numba").sum().backward()
+from diffmax.cpu.compiled import BACKWARD, FORWARD
+for kernels in (FORWARD, BACKWARD):
+    print("\\n".join(kernels["{dtype}"].inspect_asm().values()))
+"""
+    assembly = run(code, NUMBA_CACHE_DIR=str(tmp_path))  # a cache of its own: code that is read from one cannot be inspected
+    suffix = "pd" if dtype == "float64" else "ps"
+    writes = re.compile(r"v?mov\S+\s+%[xyz]mm\d+, \S*\((?!%rsp|%rbp)")  # a vector, and not into the stack
+    hot = [
+        loop for loop in loops(assembly) if sum("fmadd" in i or "mulp" in i for i in loop) >= 8 and any(map(writes.match, loop))
+    ]
+    assert len(hot) >= 5
+    for loop in hot:
+        scalar = [i for i in loop if re.match(r"v?(add|sub|mul|div|fn?m(add|sub)\d+|sqrt|max|min)s[sd]\b", i)]
+        assert not scalar
+        assert not [i for i in loop if i.startswith("call")]
+        packed = [i for i in loop if re.match(rf"v?(add|mul|fn?m(add|sub)\d+){suffix}\b", i)]
+        assert len(packed) >= 8
+
+
+def test_the_kernels_are_kept_on_disk_and_shared_between_processes(tmp_path):
+    code = """
+import torch, diffmax
+from numba.core import event
+compiled = []
+class Listener(event.Listener):
+    def on_start(self, event): compiled.append(event.data["dispatcher"].__name__)
+    def on_end(self, event): pass
+event.register("numba:compile", Listener())
+x = torch.randn(20, 30, requires_grad=True)
+diffmax.diffmax_bisect(x, 0.7, backend="numba").square().sum().backward()
+print(sorted(set(compiled) & {"forward", "backward"}))
+"""
+    assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "['backward', 'forward']"
+    assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "[]"
+    assert list(tmp_path.rglob("*.nbc"))
+
+
+# --- without numba --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["raise ImportError('Numba needs NumPy 2.2 or less. Got NumPy 9.9.')", "1 / 0"])
+def test_a_numba_that_cannot_be_imported_leaves_the_plain_kernels(fault, tmp_path):
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text(fault)
+    code = """
+import torch, diffmax
+print(diffmax.diffmax_bisect(torch.tensor([3.0, 0.0]), 0.5).tolist())
+print([(r.status, r.reason) for r in diffmax.backends() if r.backend == "numba"][0])
+print([r.status for r in diffmax.backends() if r.backend == "cpu"][0])
+"""
+    values, numba, cpu = run(code, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])).splitlines()
+    assert values == "[1.0, 0.0]"
+    assert "'unavailable'" in numba
+    assert ("Numba needs NumPy 2.2 or less" in numba) or ("division by zero" in numba)
+    assert "pip install" in numba
+    assert cpu == "active"
+
+
+def test_float16_needs_the_processors_conversions(monkeypatch):
+    from llvmlite import binding
+
+    assert numba_missing() is None
+    spec = CallSpec("bisect", "cpu", "cpu", torch.float16)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"avx": True})
+    assert "F16C" in numba_cannot(spec)[0]
+    assert numba_cannot(CallSpec("bisect", "cpu", "cpu", torch.float32)) == []
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: {"f16c": True})
+    assert numba_cannot(spec) == []
+
+
+def test_is_chosen_when_it_is_there():
+    assert diffmax.explain("diffmax_bisect", torch.zeros(3)).chosen == "numba"
+    assert Path(compiled.__file__).name == "compiled.py"

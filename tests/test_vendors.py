@@ -1,0 +1,211 @@
+"""diffmax-cuda and diffmax-rocm without their devices: listed with the reason, chosen by runtime, breaking nothing."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+import diffmax
+import diffmax_cuda._plugin
+import diffmax_cuda.configs
+import diffmax_cuda.probe
+import diffmax_rocm._plugin
+import diffmax_rocm.configs
+import diffmax_rocm.probe
+from diffmax import _warmup
+from diffmax._dispatch import choose, describe
+from diffmax.errors import NoBackendError
+from diffmax.kernels import requirements
+from diffmax.kernels.triton.tuning import Table, read_tables, write_tables
+from diffmax.plugin import FEATURES
+
+ROOT = Path(__file__).parents[1]
+PROBES = {"cuda": diffmax_cuda.probe, "rocm": diffmax_rocm.probe}
+BUILDS = {"cuda": ("cuda", "12.9"), "rocm": ("hip", "6.4")}
+
+
+class Machine:
+    """Fakes what the probes look at: torch's build, the devices that it sees, their architecture."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    def build(self, vendor):
+        for name, version in BUILDS.values():
+            self.monkeypatch.setattr(torch.version, name, version if name == BUILDS[vendor][0] else None)
+
+    def device(self, capability=(9, 0), architecture="gfx942:sramecc+:xnack-"):
+        properties = type("Properties", (), {"gcnArchName": architecture, "multi_processor_count": 132})()
+        for name, value in {
+            "is_available": True,
+            "current_device": 0,
+            "get_device_name": "Some GPU",
+            "get_device_capability": capability,
+            "get_device_properties": properties,
+        }.items():
+            self.monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return Machine(monkeypatch)
+
+
+@pytest.mark.usefixtures("with_vendors")
+def test_both_are_listed_as_unavailable_with_the_reason():
+    records = {record.backend: record for record in diffmax.backends() if record.operator == "bisect"}
+    for name, build in (("cuda", "CUDA"), ("rocm", "ROCm")):
+        assert records[name].distribution == f"diffmax-{name}"
+        assert records[name].status == "unavailable"
+        assert f"torch {torch.__version__} is built without {build}" in records[name].reason
+        assert "pytorch.org" in records[name].reason
+    assert records["numba"].status == "active"
+
+
+@pytest.mark.usefixtures("with_vendors")
+def test_named_without_a_device_it_raises_with_the_reason():
+    with pytest.raises(NoBackendError, match=r"cuda: serves cuda, not cpu"):
+        diffmax.diffmax_bisect(torch.zeros(3), 0.5, backend="cuda")
+    with pytest.raises(NoBackendError, match=r"cuda: torch .* is built without CUDA"):
+        choose(describe("bisect", "cuda", torch.float32), "cuda")
+
+
+@pytest.mark.usefixtures("with_vendors")
+@pytest.mark.parametrize("vendor", ["cuda", "rocm"])
+@pytest.mark.parametrize("operator", ["bisect", "bisect_backward"])
+def test_the_runtime_chooses_between_the_two(vendor, operator, machine):
+    machine.build(vendor)
+    machine.device()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert choose(describe(operator, "cuda", dtype, frozenset(FEATURES))).name == vendor
+    other = {"cuda": "rocm", "rocm": "cuda"}[vendor]
+    with pytest.raises(NoBackendError, match=f"{other}: needs the .* runtime, this is"):
+        choose(describe(operator, "cuda", torch.float32), other)
+
+
+@pytest.mark.usefixtures("with_vendors")
+def test_an_integer_dtype_is_refused_with_a_reason(machine):
+    machine.build("cuda")
+    machine.device()
+    with pytest.raises(NoBackendError, match=r"cuda: takes float16, bfloat16, float32, float64, not float8_e5m2"):
+        choose(describe("bisect", "cuda", torch.float8_e5m2), "cuda")
+
+
+@pytest.mark.parametrize("vendor", ["cuda", "rocm"])
+def test_the_probe_says_what_is_missing(vendor, machine, monkeypatch):
+    probe = PROBES[vendor].probe
+    machine.build({"cuda": "rocm", "rocm": "cuda"}[vendor])
+    assert "is built without" in probe()
+    machine.build(vendor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    variable = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "HIP_VISIBLE_DEVICES"}[vendor]
+    monkeypatch.delenv(variable, raising=False)
+    assert "there is none, or its driver is not loaded" in probe()
+    monkeypatch.setattr(PROBES[vendor].Path, "exists", lambda path: True)
+    assert "check the driver's version" in probe()
+    monkeypatch.setenv(variable, "")
+    assert f"{variable}=''" in probe()
+    machine.device()
+    assert probe() is None
+
+
+def test_the_probe_names_an_architecture_that_is_too_old(machine):
+    machine.build("cuda")
+    machine.device(capability=(7, 0))
+    assert diffmax_cuda.probe.probe() == "Some GPU has compute capability 7.0, needed is 7.5 or newer"
+    machine.build("rocm")
+    machine.device(architecture="gfx906:sramecc-:xnack-")
+    assert "Some GPU is gfx906; the kernels are compiled and checked for gfx90a" in diffmax_rocm.probe.probe()
+
+
+def test_what_is_wrong_with_triton_is_named(monkeypatch):
+    assert requirements.triton_problem("nvidia") is None
+    assert requirements.triton_problem("amd") is None
+    assert "does not compile for ascend, only for amd, nvidia" in requirements.triton_problem("ascend")
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert re.search(r"Triton is too old: .* has version 3.2.0, needed is 3.6 or newer", requirements.triton_problem("nvidia"))
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+    assert "Triton is not installed" in requirements.triton_problem("nvidia")
+
+
+def test_importing_diffmax_with_both_installed_imports_no_triton_and_no_kernel():
+    code = (
+        "import sys, diffmax\n"
+        "loaded = [m for m in sys.modules if m == 'triton' or m.startswith(('diffmax.kernels', 'diffmax_cuda.rows'))]\n"
+        "assert not loaded, loaded\n"
+        "assert {'diffmax_cuda._plugin', 'diffmax_rocm._plugin'} <= set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_architecture_gets_the_nearest_table():
+    cuda, rocm = diffmax_cuda.configs, diffmax_rocm.configs
+    assert cuda.table(9, 0) is cuda.tables()["9.0"]
+    assert cuda.table(8, 9) is cuda.tables()["8.0"]
+    assert cuda.table(12, 0) is cuda.tables()["10.0"]
+    assert cuda.table(7, 0) is cuda.tables()["7.5"]
+    assert rocm.table("gfx942:sramecc+:xnack-") is rocm.tables()["gfx942"]
+    assert rocm.table("gfx90a") is rocm.tables()["gfx942"]
+    assert rocm.table("gfx1201") is rocm.tables()["gfx1100"]
+    for table in (*cuda.tables().values(), *rocm.tables().values()):
+        assert all(n == 1 << (n.bit_length() - 1) for n in table.forward)
+        assert table.origin
+
+
+def test_tables_survive_writing_and_reading(tmp_path):
+    tables = diffmax_cuda.configs.tables()
+    write_tables(tmp_path / "tables.json", tables)
+    assert read_tables(tmp_path / "tables.json") == tables
+    assert Table.of(tables["9.0"].plain()) == tables["9.0"]
+
+
+def test_the_launchers_know_their_device(machine):
+    from diffmax_cuda import rows as cuda_rows
+    from diffmax_rocm import rows as rocm_rows
+
+    machine.device()
+    device = torch.device("cuda", 0)
+    for rows in (cuda_rows, rocm_rows):
+        assert rows.processors.__wrapped__(device) == 132
+        assert rows.operator.ptx == (rows is cuda_rows)
+    assert cuda_rows.table.__wrapped__(device) is diffmax_cuda.configs.tables()["9.0"]
+    assert rocm_rows.table.__wrapped__(device) is diffmax_rocm.configs.tables()["gfx942"]
+
+
+def test_both_have_the_same_files():
+    """What differs between the vendors is inside files of one name."""
+    names = [sorted(p.name for p in (ROOT / f"diffmax-{v}" / "src" / f"diffmax_{v}").iterdir() if p.is_file()) for v in PROBES]
+    assert names[0] == names[1]
+
+
+def test_warmup_checks_its_arguments_and_passes_over_who_compiles_nothing():
+    assert diffmax.warmup([1024], (torch.float32, torch.float64)) == {"numba": 2}
+    with pytest.raises(ValueError, match=r"warmup: lengths must be at least 1, got 0"):
+        diffmax.warmup([0])
+    with pytest.raises(ValueError, match=r"warmup: alphas must lie between 0 and 1, or be None for a tensor, got 1.0"):
+        diffmax.warmup([8], alphas=(1.0,))
+    with pytest.raises(NoBackendError, match="no backend is named 'nope'"):
+        diffmax.warmup([8], backend="nope")
+
+
+@pytest.mark.usefixtures("with_vendors")
+def test_warmup_calls_the_backend_of_the_device(machine, monkeypatch):
+    calls = []
+    machine.build("cuda")
+    machine.device()
+    monkeypatch.setattr(_warmup, "import_function", lambda target: lambda *arguments: calls.append((target, *arguments)))
+    assert diffmax.warmup([64, 4096], (torch.bfloat16,), (0.5, None), device="cuda") == {"cuda": 4}
+    assert ("diffmax_cuda.rows:warmup", torch.device("cuda", 0), torch.bfloat16, 64, 0.5, True) in calls
+    assert calls[-1][3:] == (4096, None, True)
+
+
+def test_bench_gpu_refuses_a_machine_without_a_gpu():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.bench_gpu"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert "bench_gpu: torch sees no GPU here" in done.stderr
+    assert "nothing was measured" in done.stderr
