@@ -10,6 +10,7 @@ live tiles alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,14 +36,16 @@ def attention(
     u = torch.zeros_like(out) if keep else out.new_empty(0)
     live = torch.zeros(live_shape(query, key, call) if keep or stats else (0,), dtype=torch.int32)
     support = torch.zeros(shape if stats else (0,), dtype=torch.int32)
+    scratch, work = _Scratch(acc), _Scratch(acc)
     for part in parts(query, key, call):
         keys, values = part.keys_of(key), part.keys_of(value)
         for block in part.blocks(call):
             v = values[:, block.first : block.last]
-            scores = block.rows_of(query).mul_(call.scale) @ keys[:, block.first : block.last].mT
+            q, k = block.rows_of(query).mul_(call.scale), keys[:, block.first : block.last]
+            scores = torch.matmul(q, k.mT, out=scratch.of(q.shape[0], q.shape[1], k.shape[1]))
             block.hide(scores, call)
             e = block.e_of(call.e)
-            columns = _candidate_columns(scores[0], e) if part.heads == 1 else None
+            columns = _candidate_columns(scores[0], e, work) if part.heads == 1 else None
             if columns is not None:
                 scores, v = scores[:, :, columns], v[:, columns]
             p, row_m, row_delta = _weights(scores, e, solve)
@@ -75,6 +78,7 @@ def attention_backward(
     """Backward kernel; arguments and results as `diffmax.reference_attention.attention_backward`."""
     grad_query, grad_key, grad_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
     grad_e = torch.zeros(m.shape if needs_e else (0,), dtype=m.dtype)
+    scratch = [_Scratch(m.dtype) for _ in range(4)]
     for part in parts(query, key, call):
         keys, values = part.keys_of(key), part.keys_of(value)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -83,11 +87,12 @@ def attention_backward(
             span = slice(block.first, block.last)
             k, v = (t[:, span] if columns is None else t[:, span][:, columns] for t in (keys, values))
             q, g = block.rows_of(query).mul_(call.scale), block.rows_of(grad)
-            scores = q @ k.mT
-            block.hide(scores, call, columns)
+            scores, d_p, p, s = (memory.of(q.shape[0], q.shape[1], k.shape[1]) for memory in scratch)
+            block.hide(torch.matmul(q, k.mT, out=scores), call, columns)
             mean = (g * block.rows_of(u)).sum(2).view(-1, 1)
-            centred = (g @ v.mT).view(mean.shape[0], -1).sub_(mean)
-            p, s, of_alpha = _weights_again(scores, block, m, delta, call, needs_e)
+            centred = torch.matmul(g, v.mT, out=d_p).view(mean.shape[0], -1).sub_(mean)
+            p, s = p.view(centred.shape), s.view(centred.shape)
+            of_alpha = _weights_again(scores, p, s, block, m, delta, call, needs_e)
             if of_alpha is not None:
                 block.write(grad_e, (of_alpha * centred).sum(1, keepdim=True).neg_())
             d_s = s.mul_(centred).view(scores.shape)
@@ -102,11 +107,25 @@ def attention_backward(
     return grad_query, grad_key, grad_value, grad_e
 
 
-def _candidate_columns(scores: Tensor, e: float | Tensor) -> Tensor | None:
+class _Scratch:
+    """Memory that every block uses again: fresh pages cost more than what is computed in them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.memory = torch.empty(0, dtype=dtype)
+
+    def of(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of this shape; the last one is given up."""
+        size = math.prod(shape)
+        if size > self.memory.numel():
+            self.memory = torch.empty(size, dtype=self.memory.dtype)
+        return self.memory[:size].view(shape)
+
+
+def _candidate_columns(scores: Tensor, e: float | Tensor, work: _Scratch) -> Tensor | None:
     """The columns with a score above its row's candidates' bound; None where too many are."""
     top = scores.amax(1, keepdim=True)
     # a row without a finite largest score has no candidates; but what makes it NaN is NaN here too, and keeps its column
-    below = scores - top.masked_fill(~top.isfinite(), torch.inf)
+    below = torch.sub(scores, top.masked_fill(~top.isfinite(), torch.inf), out=work.of(*scores.shape))
     reach = -1.0 if isinstance(e, Tensor) else -1 / clamp_e(e)
     if isinstance(e, Tensor):
         below.mul_(clamp_e(e))
@@ -131,13 +150,12 @@ def _support(scores: Tensor, m: Tensor, delta: Tensor, e: float | Tensor) -> Ten
 
 
 def _weights_again(
-    scores: Tensor, block: Block, m: Tensor, delta: Tensor, call: AttentionCall, needs_e: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From scores, which are given up, p and s = p^alpha, and where it is wanted the w of Eq. 6; all as rows."""
+    scores: Tensor, p: Tensor, s: Tensor, block: Block, m: Tensor, delta: Tensor, call: AttentionCall, needs_e: bool
+) -> Tensor | None:
+    """From scores, which are given up, write p and s = p^alpha; return the w of Eq. 6 where it is wanted. All are rows."""
     e, row_m, row_delta = clamp_e(block.e_of(call.e)), block.row_values_of(m), block.row_values_of(delta)
     z = scores.view(row_m.shape[0], -1).sub_(row_m.masked_fill(row_m == -torch.inf, 0.0)).mul_(e)
     k = 0 if isinstance(e, Tensor) else integer_exponent(e)
-    p, s = torch.empty_like(z), torch.empty_like(z)
     if k:
         rows._integer_powers(z, row_delta, k, p, s)
     else:
@@ -147,7 +165,7 @@ def _weights_again(
         p.masked_fill_(bad, torch.nan)
         s.masked_fill_(bad, torch.nan)
     if not needs_e:
-        return p, s, None
+        return None
     live = z > row_delta - 1
     log_p = torch.log1p(torch.where(live, z - row_delta, 0.0)) / e
-    return p, s, alpha_weight(p.masked_fill(~live, 0.0), log_p, e)
+    return alpha_weight(p.masked_fill(~live, 0.0), log_p, e)
