@@ -109,7 +109,7 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
     """The factor of the scores, 1 / sqrt(D) by default."""
     if scale is None:
         return 1 / math.sqrt(query.shape[-1])
-    if isinstance(scale, bool | Tensor) or not isinstance(scale, float | int | torch.SymFloat):
+    if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (float, int, torch.SymFloat)):
         raise TypeError(f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}")
     return scale if isinstance(scale, torch.SymFloat) else float(scale)
 
@@ -134,8 +134,8 @@ def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int
     """How many keys a query sees to its left and right, -1 for all."""
     if window_size is None:
         window_size = (-1, -1)
-    whole = isinstance(window_size, tuple | list) and len(window_size) == 2
-    if not whole or not all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) for n in window_size):
+    whole = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not whole or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in window_size):
         hint = f"\nto see the last {window_size} keys, the own one among them, pass ({window_size} - 1, 0)"
         raise TypeError(
             f"{name}: window_size must be a pair of ints (left, right), got {window_size!r}"
@@ -158,7 +158,7 @@ def check_packing(name: str, what: str, cu_seqlens: Tensor, longest: int, total:
         )
     if cu_seqlens.device != device:
         raise ValueError(f"{name}: cu_seqlens_{what} and query must be on one device, got {cu_seqlens.device} and {device}")
-    if not isinstance(longest, int | torch.SymInt) or isinstance(longest, bool):
+    if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
         raise TypeError(f"{name}: max_seqlen_{what} must be an int, got {longest!r} of type {type(longest).__name__}")
     if longest < 0:
         raise ValueError(f"{name}: max_seqlen_{what} must not be negative, got {longest}")
