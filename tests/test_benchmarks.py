@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_import, bench_loss, contestants, memory, plots, report, runner, shapes
+from benchmarks import bench_attention, bench_import, bench_loss, contestants, memory, plots, report, runner, shapes
 from diffmax.cpu import rows as cpu_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,3 +197,13 @@ def test_a_wrong_loss_turns_red_and_gets_no_number(wrong):
     assert "ulp, allowed 16" in rows["diffmax_loss"]["reason"]
     assert "median_s" not in rows["diffmax_loss"]
     assert "RED" in bench_loss.table(list(rows.values()))
+
+
+def test_attention_runs_and_who_is_wrong_gets_no_number():
+    case = {"length": 130, "kind": "local", "alpha": 0.5, "causal": True, "operation": "both", "threads": 1}
+    field = bench_attention.contestants(0.5, True) | {"wrong": lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v}
+    rows = {row["contestant"]: row for row in bench_attention.run_case(case, field, rounds=1)}
+    assert [name for name, row in rows.items() if not row["correct"]] == ["wrong"]
+    assert "the output errs by" in rows["wrong"]["reason"]
+    assert all(rows[name]["median_s"] > 0 for name in ("sdpa", "unfused", "cpu", "numba"))
+    assert "wrong RED" in bench_attention.table(list(rows.values()))

@@ -1,6 +1,7 @@
 """diffmax: a sparse, power-law alternative to softmax for attention."""
 
 from diffmax import _dispatch, _older_project, nn
+from diffmax._attention import AttentionStats, attention, attention_varlen
 from diffmax._discovery import CORE_VERSION as __version__  # noqa: N811
 from diffmax._dispatch import register_backend, unregister_backend, use_backend
 from diffmax._inspect import backends, explain
@@ -16,6 +17,7 @@ _older_project.warn_if_installed()
 
 __all__ = [
     "AlphaMap",
+    "AttentionStats",
     "BackendError",
     "DiffmaxBisectModule",
     "DiffmaxError",
@@ -25,6 +27,8 @@ __all__ = [
     "NoBackendError",
     "TanhMap",
     "__version__",
+    "attention",
+    "attention_varlen",
     "backends",
     "diffmax_bisect",
     "diffmax_bisect_monitored",

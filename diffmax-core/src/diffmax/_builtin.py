@@ -17,6 +17,8 @@ class CorePlugin:
                 kernels={
                     "bisect": "diffmax.cpu.numba_rows:bisect",
                     "bisect_backward": "diffmax.cpu.numba_rows:bisect_backward",
+                    "attention": "diffmax.cpu.numba_attention:attention",
+                    "attention_backward": "diffmax.cpu.numba_attention:attention_backward",
                 },
                 dtypes=FLOAT_DTYPES,
                 features=frozenset(FEATURES),
@@ -29,14 +31,24 @@ class CorePlugin:
             Backend(
                 name="cpu",
                 device_types=("cpu",),
-                kernels={"bisect": "diffmax.cpu.rows:bisect", "bisect_backward": "diffmax.cpu.rows:bisect_backward"},
+                kernels={
+                    "bisect": "diffmax.cpu.rows:bisect",
+                    "bisect_backward": "diffmax.cpu.rows:bisect_backward",
+                    "attention": "diffmax.cpu.attention:attention",
+                    "attention_backward": "diffmax.cpu.attention:attention_backward",
+                },
                 dtypes=FLOAT_DTYPES,
                 features=frozenset(FEATURES),
             ),
             Backend(
                 name="reference",
                 device_types=("*",),
-                kernels={"bisect": "diffmax.reference:bisect", "bisect_backward": "diffmax.reference:bisect_backward"},
+                kernels={
+                    "bisect": "diffmax.reference:bisect",
+                    "bisect_backward": "diffmax.reference:bisect_backward",
+                    "attention": "diffmax.reference_attention:attention",
+                    "attention_backward": "diffmax.reference_attention:attention_backward",
+                },
                 dtypes=FLOAT_DTYPES,
                 features=frozenset(FEATURES),
                 priority=0,

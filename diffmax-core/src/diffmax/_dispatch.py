@@ -98,29 +98,46 @@ _selection.name = ""
 
 
 def kernel(
-    operator: str, scores: Tensor, backend: str, *, tensor_alpha: bool = False, alpha_gradient: bool = False
+    operator: str,
+    scores: Tensor,
+    backend: str,
+    *,
+    tensor_alpha: bool = False,
+    alpha_gradient: bool = False,
+    attention: tuple[frozenset[str], int, int] | None = None,
 ) -> Callable[..., Any]:
     """The function that computes `operator` for these scores: of the named backend, or of the best one for backend "".
+
+    `attention` has what the choice of an attention kernel depends on besides: features, the size of a query, and of a value.
 
     Raises:
         NoBackendError: No backend can, or the named one cannot.
         BackendError: The chosen kernel cannot be imported.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    key = (operator, scores.device.type, scores.dtype, backend, tensor_alpha, alpha_gradient, deterministic)
+    key = (operator, scores.device.type, scores.dtype, backend, tensor_alpha, alpha_gradient, deterministic, attention)
     found = registry.kernels.get(key)
     if found is None:
         wanted = {"tensor_alpha": tensor_alpha, "alpha_gradient": alpha_gradient, "deterministic": deterministic}
-        spec = describe(operator, scores.device.type, scores.dtype, frozenset(name for name, on in wanted.items() if on))
+        needed, *sizes = attention or (frozenset[str](), 0, 0)
+        needed |= {name for name, on in wanted.items() if on}
+        spec = describe(operator, scores.device.type, scores.dtype, needed, *sizes)
         with registry.lock:  # or a backend that is unregistered meanwhile would stay
             found = registry.kernels[key] = _load_kernel(choose(spec, backend), operator)
     return found
 
 
-def describe(operator: str, device_type: str, dtype: torch.dtype, features: frozenset[str] = frozenset()) -> CallSpec:
+def describe(
+    operator: str,
+    device_type: str,
+    dtype: torch.dtype,
+    features: frozenset[str] = frozenset(),
+    head_dim: int = 0,
+    value_dim: int = 0,
+) -> CallSpec:
     """A CallSpec, with the runtime that drives the device type in this process."""
     runtime = {"cuda": "hip" if torch.version.hip else "cuda", "npu": "cann"}.get(device_type, device_type)
-    return CallSpec(operator, device_type, runtime, dtype, features)
+    return CallSpec(operator, device_type, runtime, dtype, features, head_dim, value_dim)
 
 
 def choose(spec: CallSpec, backend: str = "") -> Backend:

@@ -64,8 +64,8 @@ def backends() -> KernelTable:
         "failed": it raised; "blocked": by DIFFMAX_BLOCK; "shadowed": its name is taken.
     Example:
         >>> import diffmax
-        >>> [record.status for record in diffmax.backends() if record.backend == "reference"]
-        ['active', 'active']
+        >>> {record.status for record in diffmax.backends() if record.backend == "reference"}
+        {'active'}
     """
     records = []
     for backend in _dispatch.registry.backends():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pluggy
 import torch
+from torch import Tensor
 
 API_VERSION = (1, 1)
 """Interface version. A larger minor adds; a larger major changes the hooks, the fields or the kernels' signatures."""
@@ -26,11 +27,21 @@ FEATURES = {
     "tensor_alpha": "alpha as a tensor: per row, per head",
     "alpha_gradient": "the backward gives the gradient for alpha",
     "deterministic": "the same input gives the same bits",
+    "causal": "attention in which a query sees no later key",
+    "window": "attention in which a query sees the keys of a window",
+    "mask": "attention with a boolean mask",
+    "gqa": "attention with fewer key heads than query heads",
+    "varlen": "attention over packed sequences",
+    "value_dim": "attention whose values have another size than its keys",
+    "attention_stats": "attention that reports support sizes and live tiles",
 }
 """What a call may need beyond an operator, a device type and a dtype. A backend must claim it to be chosen for such a call."""
 
-OPERATORS = ("bisect", "bisect_backward")
-"""What a backend can provide kernels for; `diffmax.reference` has their signatures."""
+OPERATORS = ("bisect", "bisect_backward", "attention", "attention_backward")
+"""What a backend can provide kernels for; `diffmax.reference` and `diffmax.reference_attention` have their signatures."""
+
+TILE = 64
+"""Queries and keys of one tile of attention: what a bit of `live` stands for, see `diffmax.reference_attention`."""
 
 hookspec = pluggy.HookspecMarker("diffmax")
 hookimpl = pluggy.HookimplMarker("diffmax")
@@ -46,6 +57,7 @@ class CallSpec:
         runtime: What drives that device here: "cpu", "cuda", "hip" (both have device type "cuda"), "cann", or the type itself.
         dtype: Dtype of the scores.
         features: Those of `FEATURES` that the call needs.
+        head_dim, value_dim: For attention, the sizes of a query and of a value; else 0.
     """
 
     operator: str
@@ -53,11 +65,46 @@ class CallSpec:
     runtime: str
     dtype: torch.dtype
     features: frozenset[str] = frozenset()
+    head_dim: int = 0
+    value_dim: int = 0
 
     def __str__(self) -> str:
+        size = f", head size {self.head_dim}" if self.head_dim else ""
+        size += f" and {self.value_dim}" if self.value_dim != self.head_dim else ""
         needs = f", needs {', '.join(sorted(self.features))}" if self.features else ""
         where = self.device_type if self.runtime == self.device_type else f"{self.device_type} ({self.runtime})"
-        return f"{self.operator} of {str(self.dtype).removeprefix('torch.')} on {where}{needs}"
+        return f"{self.operator} of {str(self.dtype).removeprefix('torch.')} on {where}{size}{needs}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionCall:
+    """What an attention kernel computes, besides its three tensors.
+
+    A later version adds fields with defaults, each behind a feature: a kernel that does not claim the feature is never given
+    the field, and needs no change.
+
+    Attributes:
+        scale: The scores are scale * (query . key).
+        e: 1 - alpha: a float in (0, 1], or, for a backend that claims "tensor_alpha", a tensor (H,) in the accumulation dtype
+            on the query's device. Heads whose entry lies outside [0, 1] are NaN.
+        mask: Boolean, (B, H, L, S) with any of them 1; True marks what is visible.
+        lower_right: Query i of L stands at key i + S - L; else at key i.
+        left, right: How many keys before and after its own place a query sees; -1: all of them. Causal is right = 0.
+        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), where each of the packed sequences begins, and the end. Then B = 1, and L
+            and S above are a sequence's own lengths.
+        max_seqlen_q, max_seqlen_k: No packed sequence is longer.
+    """
+
+    scale: float
+    e: float | Tensor
+    mask: Tensor | None = None
+    lower_right: bool = False
+    left: int = -1
+    right: int = -1
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -35,10 +35,8 @@ def _dtype_id(dtype: torch.dtype) -> str:
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=_dtype_id)
 
 
-class BackendConformance:
-    """Tests of one backend on one device.
-
-    A dtype that the backend does not claim is not skipped: the test then asks that it is refused with a reason.
+class Kit:
+    """What the conformance classes share.
 
     Attributes:
         backend: Name, as `diffmax.backends()` lists it.
@@ -64,6 +62,18 @@ class BackendConformance:
         known = {backend.name: backend for backend in _dispatch.registry.backends()}
         assert self.backend in known, f"no backend is named {self.backend!r}, loaded: {', '.join(known)}"
         return known[self.backend]
+
+    def test_expected_failures_name_tests_of_this_kit(self) -> None:
+        """A misspelt name would hide nothing and say nothing."""
+        unknown = [name for name in self.expected_failures if not hasattr(self, name.partition("[")[0])]
+        assert not unknown
+
+
+class BackendConformance(Kit):
+    """Tests of one backend's row operator on one device; `diffmax.testing.attention_conformance` has those of its attention.
+
+    A dtype that the backend does not claim is not skipped: the test then asks that it is refused with a reason.
+    """
 
     def claims(self, dtype: torch.dtype) -> bool:
         """Whether the dtype is claimed; if not, check that a call is refused with a reason."""
@@ -105,11 +115,6 @@ class BackendConformance:
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-
-    def test_expected_failures_name_tests_of_this_kit(self) -> None:
-        """A misspelt name would hide nothing and say nothing."""
-        unknown = [name for name in self.expected_failures if not hasattr(self, name.partition("[")[0])]
-        assert not unknown
 
     # forward
 

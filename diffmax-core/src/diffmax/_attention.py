@@ -1,0 +1,284 @@
+"""`attention` and `attention_varlen`: what they mean, and their arguments checked. `_attention_ops` is the next step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from diffmax import _attention_checks as checks
+from diffmax import _attention_ops  # noqa: F401  (defines torch.ops.diffmax.attention)
+from diffmax._dispatch import selected
+from diffmax._numerics import clamp_e
+from diffmax.plugin import TILE, AttentionCall
+from diffmax.reference_attention import live_shape, unpacked_bits
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
+
+
+class AttentionStats(NamedTuple):
+    """What an attention call found on its way. None of it has a gradient.
+
+    Attributes:
+        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf where nothing is seen. For packed
+            sequences (T, H).
+        support_size: Like tau, int32: how many keys have a score above tau.
+        tile_sparsity: (B, H), for packed sequences (H,), float32: of the 64 x 64 tiles of queries and keys that causality and
+            window leave, the share without a single weight. Tiles that a mask hides count as such.
+    """
+
+    tau: Tensor
+    support_size: Tensor
+    tile_sparsity: Tensor
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | CausalBias | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    alpha: float | Tensor = 0.9,
+    window_size: tuple[int, int] | None = None,
+    causal_alignment: str = "upper_left",
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | CausalBias | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    alpha: float | Tensor = 0.9,
+    window_size: tuple[int, int] | None = None,
+    causal_alignment: str = "upper_left",
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, AttentionStats]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | CausalBias | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    alpha: float | Tensor = 0.9,
+    window_size: tuple[int, int] | None = None,
+    causal_alignment: str = "upper_left",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """Attention with diffmax weights: `torch.nn.functional.scaled_dot_product_attention`, and alpha.
+
+    out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1, Eq. 5)
+
+    Scores and weights are not held in memory (the `reference` backend does), and where weights are zero work is skipped.
+
+    Args:
+        query: (B, H, L, D), any strides. float16, bfloat16, float32 or float64. Under autocast it is converted as torch would.
+        key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be one tensor, and the query too.
+        attn_mask: Boolean, True where a key is seen; broadcasts to (B, H, L, S). It holds together with `is_causal` and
+            `window_size`. Or one of torch.nn.attention.bias's `causal_upper_left(L, S)` and `causal_lower_right(L, S)`.
+        dropout_p: 0; other values are not supported yet.
+        is_causal: Query i sees the keys 0 to i, or i + S - L with `causal_alignment="lower_right"`.
+        scale: Factor of the scores; None: 1 / sqrt(D).
+        enable_gqa: key and value may have H_kv heads, of which H is a multiple; query head h reads head h // (H / H_kv).
+        alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float; or a tensor () or (H,), one per head, that may
+            require a gradient and may hold 0 and 1 themselves (sparsemax and softmax). Under torch.compile every new float is a
+            new graph: pass a tensor if it changes.
+        window_size: (left, right): how many keys before and after its own place a query sees, -1 for all. Its place is
+            aligned like causality's. `is_causal` makes right 0.
+        causal_alignment: "upper_left", where query i stands at key i, as in torch; or "lower_right", where the last query
+            stands at the last key, as in flash-attn.
+        return_stats: Whether to return an `AttentionStats` too: thresholds, support sizes, the share of empty tiles.
+        backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
+            else the best one that can run the call.
+    Returns:
+        (B, H, L, D_v), contiguous, in query's dtype; and the stats, if asked for. A query that sees no key gets zeros, and
+        passes no gradient on. A query with NaN or +inf among the scores that it sees gets NaN.
+    Raises:
+        TypeError: An argument has the wrong type, or the dtypes differ.
+        ValueError: Shapes, devices or values do not fit. The values of an alpha that lives on an accelerator, or under
+            torch.compile, are not read: heads whose alpha lies outside [0, 1] are NaN.
+        NotImplementedError: dropout_p is not 0; or forward-mode differentiation or a torch.func transform is at work.
+        NoBackendError: No backend can run the call, or the named one cannot.
+    Numerics: Scores, weights and sums are computed in float32, for float64 in float64, from inputs as they are. Gradients by
+        Eq. 5, for a tensor alpha too. Second derivatives are right, and computed with all scores in memory. On the CPU the
+        same input gives the same bits.
+    Source: docs/attention.md, docs/theory.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> query, key, value = torch.randn(3, 2, 4, 100, 16).mul(3).unbind()
+        >>> out, stats = diffmax.attention(query, key, value, is_causal=True, alpha=0.5, return_stats=True)
+        >>> out.shape, stats.support_size.shape
+        (torch.Size([2, 4, 100, 16]), torch.Size([2, 4, 100]))
+    """
+    name = "diffmax.attention"
+    checks.check_dropout(name, dropout_p)
+    query, key, value = _autocast(query, key, value)
+    checks.check_tensors(name, query, key, value, "BHLD")
+    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
+    e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
+    lower_right = checks.check_alignment(name, causal_alignment)
+    variant = getattr(attn_mask, "variant", None)  # of torch's CausalBias, a Tensor that must not be looked into
+    if attn_mask is not None and variant is not None:
+        if is_causal:
+            raise ValueError(f"{name}: is_causal=True and a CausalBias as attn_mask exclude each other\npass one of them")
+        is_causal, lower_right, attn_mask = True, variant.name == "LOWER_RIGHT", None
+    left, right = checks.check_window(name, window_size, is_causal)
+    call = AttentionCall(
+        scale=checks.check_scale(name, query, scale),
+        e=e if e_tensor is None else e_tensor,
+        mask=None if attn_mask is None else checks.check_mask(name, query, key, attn_mask),
+        lower_right=lower_right,
+        left=left,
+        right=right,
+    )
+    out, stats = _attend(query, key, value, call, e, e_tensor, return_stats, backend)
+    return out if stats is None else (out, stats)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    alpha: float | Tensor = 0.9,
+    window_size: tuple[int, int] | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """`attention` over packed sequences, each on its own: flash-attn's `flash_attn_varlen_func`, and alpha.
+
+    Args:
+        query: (T_q, H, D): the tokens of all sequences, one after the other.
+        key, value: (T_k, H_kv, D) and (T_k, H_kv, D_v).
+        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), on query's device: where each sequence begins, and the end: 0, then sums of
+            lengths. A sequence may have 0 tokens.
+        max_seqlen_q, max_seqlen_k: At least the longest sequence's length. A larger number costs nothing but memory in
+            `reference`.
+        is_causal, window_size: As in `attention`, where the last query stands at the last key of its sequence.
+        scale, enable_gqa, alpha, return_stats, backend: As in `attention`.
+    Returns:
+        (T_q, H, D_v), contiguous; and the stats, if asked for.
+    Raises:
+        TypeError, ValueError, NotImplementedError, NoBackendError: As in `attention`; or cu_seqlens do not ascend from 0 to
+            the number of tokens, which is looked at on the CPU alone. The second derivative is not supported.
+    Numerics: As in `attention`.
+    Source: docs/attention.md, docs/theory.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> tokens = torch.randn(12, 4, 16)  # sequences of 5 and 7 tokens, 4 heads
+        >>> ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+        >>> diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 7, 7, is_causal=True).shape
+        torch.Size([12, 4, 16])
+    """
+    name = "diffmax.attention_varlen"
+    query, key, value = _autocast(query, key, value)
+    checks.check_tensors(name, query, key, value, "THD")
+    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
+    e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
+    left, right = checks.check_window(name, window_size, is_causal)
+    cu_seqlens_q = checks.check_packing(name, "q", cu_seqlens_q, max_seqlen_q, query.shape[0], query.device)
+    cu_seqlens_k = checks.check_packing(name, "k", cu_seqlens_k, max_seqlen_k, key.shape[0], query.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"{name}: cu_seqlens_q and cu_seqlens_k must count the same sequences, got {cu_seqlens_q.shape[0] - 1} and "
+            f"{cu_seqlens_k.shape[0] - 1}"
+        )
+    call = AttentionCall(
+        scale=checks.check_scale(name, query, scale),
+        e=e if e_tensor is None else e_tensor,
+        lower_right=True,
+        left=left,
+        right=right,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    out, stats = _attend(query, key, value, call, e, e_tensor, return_stats, backend)
+    out = out[0].transpose(0, 1).contiguous()
+    if stats is None:
+        return out
+    return out, AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: AttentionCall,
+    e: float,
+    e_tensor: Tensor | None,
+    return_stats: bool,
+    backend: str | None,
+) -> tuple[Tensor, AttentionStats | None]:
+    out, m, delta, _, live, support = torch.ops.diffmax.attention(
+        *(query, key, value, False, bool(return_stats), call.scale, e, e_tensor, call.mask, call.lower_right),
+        *(call.left, call.right, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k),
+        backend or selected(),
+    )
+    if not return_stats:
+        return out, None
+    row_e = clamp_e(call.e.detach().unsqueeze(1) if isinstance(call.e, Tensor) else call.e)
+    return out, AttentionStats(m - (1 - delta) / row_e, support, _tile_sparsity(query, key, live, call))
+
+
+def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall) -> Tensor:
+    """The share of empty tiles, by head, of those that causality and window leave."""
+    if live.numel() == 0 and 0 not in live_shape(query, key, call):
+        return torch.full(query.shape[:2], torch.nan, device=query.device)  # this backend does not know
+    row = torch.arange(live.shape[2], device=query.device)
+    if call.cu_seqlens_q is None:
+        length, keys, tile = torch.full_like(row, query.shape[2]), torch.full_like(row, key.shape[2]), row
+    else:
+        first = call.cu_seqlens_q[:-1] // TILE + torch.arange(len(call.cu_seqlens_q) - 1, device=query.device)
+        sequence = (torch.searchsorted(first, row, right=True) - 1).clamp_min(0)
+        length, keys = (ends.diff()[sequence] for ends in (call.cu_seqlens_q, call.cu_seqlens_k) if ends is not None)
+        tile = row - first[sequence]
+    last_row = torch.minimum(tile * TILE + TILE, length) - 1
+    shift = keys - length if call.lower_right else torch.zeros_like(row)
+    low = tile * TILE + shift - call.left if call.left >= 0 else torch.zeros_like(tile)
+    high = last_row + shift + call.right if call.right >= 0 else keys
+    low, high = low.clamp_min(0), torch.minimum(high, keys - 1)
+    left = torch.where((high >= low) & (tile * TILE <= last_row), high // TILE - low // TILE + 1, 0).sum()
+    full = unpacked_bits(live).sum((2, 3))
+    return 1 - full / left.clamp_min(1).float()
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What torch's own attention computes with under autocast."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)

@@ -1,0 +1,178 @@
+"""The argument checks of `diffmax.attention` and `diffmax.attention_varlen`, which run before any backend is chosen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmax._checks import _check_alpha_values, _dtype, _readable, _shape, one_minus_alpha
+from diffmax._numerics import FLOAT_DTYPES, accumulation_dtype
+
+ALIGNMENTS = ("upper_left", "lower_right")
+
+
+def check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
+    """Check types, dtypes, devices and shapes; `layout` is the axes' names, such as "BHLD"."""
+    given = {"query": query, "key": key, "value": value}
+    for what, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(t).__name__}")
+    if query.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name}: query must be float16, bfloat16, float32 or float64, got {_dtype(query)}\n"
+            "convert it first, for instance with query.float()"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"{name}: query, key and value must have one dtype, got\n{_facts(query, key, value)}\nconvert two of them"
+        )
+    if not query.device == key.device == value.device:
+        raise ValueError(f"{name}: query, key and value must be on one device, got\n{_facts(query, key, value)}")
+    if any(t.ndim != len(layout) for t in given.values()):
+        axes = ", ".join(layout)
+        raise ValueError(
+            f"{name}: query, key and value must have {len(layout)} dimensions ({axes}), got\n{_facts(query, key, value)}"
+        )
+    facts = (query, key, value)
+    heads, length = layout.index("H"), layout.index("L" if "L" in layout else "T")
+    if key.shape[length] != value.shape[length]:
+        lengths = f"{key.shape[length]} and {value.shape[length]}"
+        raise ValueError(f"{name}: key and value must have the same length, got {lengths}\n{_facts(*facts)}")
+    if key.shape[heads] != value.shape[heads]:
+        counts = f"{key.shape[heads]} and {value.shape[heads]}"
+        raise ValueError(f"{name}: key and value must have the same number of heads, got {counts}\n{_facts(*facts)}")
+    if "B" in layout and not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"{name}: query, key and value must have one batch size, got\n{_facts(*facts)}")
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        sizes = f"{query.shape[-1]} and {key.shape[-1]}"
+        raise ValueError(f"{name}: query and key must have the same head size, at least 1, got {sizes}\n{_facts(*facts)}")
+
+
+def _facts(query: Tensor, key: Tensor, value: Tensor) -> str:
+    named = (("query", query), ("key", key), ("value", value))
+    return "  " + "   ".join(f"{name} {_shape(t)} {_dtype(t)} {t.device}" for name, t in named)
+
+
+def check_heads(name: str, heads: int, kv_heads: int, enable_gqa: bool) -> None:
+    """Check that query heads share key heads evenly, and only where that is wanted."""
+    if heads != kv_heads and not enable_gqa:
+        raise ValueError(
+            f"{name}: query and key must have the same number of heads, got {heads} and {kv_heads}\n"
+            "for grouped query heads, pass enable_gqa=True"
+        )
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"{name}: the query heads must be a multiple of the key heads, got {heads} and {kv_heads}")
+
+
+def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> tuple[float, Tensor | None]:
+    """Check alpha and turn it into e = 1 - alpha: as a float, or as a tensor (H,) with a gradient."""
+    if not isinstance(alpha, Tensor):
+        return one_minus_alpha(name, query, alpha, query.ndim - 1)
+    if not alpha.is_floating_point():
+        raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
+    if alpha.shape not in ((), (1,), (heads,)):
+        hint = f"\nfor one alpha per head, pass alpha.view({heads})" if alpha.numel() == heads else ""
+        raise ValueError(f"{name}: alpha must be a float or of shape () or ({heads},), got shape {_shape(alpha)}{hint}")
+    if alpha.device != query.device and not (alpha.ndim == 0 and alpha.device.type == "cpu"):
+        raise ValueError(f"{name}: alpha and query must be on one device, got {alpha.device} and {query.device}")
+    _check_alpha_values(name, alpha)
+    acc = accumulation_dtype(query.dtype)
+    e_tensor = (1 - alpha.to(torch.promote_types(alpha.dtype, acc))).to(device=query.device, dtype=acc)
+    return 0.0, e_tensor.expand(heads).contiguous()
+
+
+def check_mask(name: str, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+    """Check a boolean mask and give it four dimensions."""
+    wanted = (*query.shape[:3], key.shape[2])
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: attn_mask must be a boolean tensor or a CausalBias, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name}: attn_mask must be boolean, True where a key is seen, got {_dtype(mask)}\n"
+            "a mask of 0 and -inf is attn_mask > -inf; what adds other numbers to the scores needs diffmax_bisect"
+        )
+    if mask.device != query.device:
+        raise ValueError(f"{name}: attn_mask and query must be on one device, got {mask.device} and {query.device}")
+    padded = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if len(padded) != 4 or any(a not in (1, w) for a, w in zip(padded, wanted, strict=True)):
+        raise ValueError(
+            f"{name}: attn_mask must broadcast to (B, H, L, S), got shape {_shape(mask)}\n"
+            f"  query {_shape(query)}   key {_shape(key)}   attn_mask must broadcast to {wanted}"
+        )
+    return mask.view(padded)
+
+
+def check_scale(name: str, query: Tensor, scale: float | None) -> float:
+    """The factor of the scores, 1 / sqrt(D) by default."""
+    if scale is None:
+        return 1 / math.sqrt(query.shape[-1])
+    if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (float, int, torch.SymFloat)):
+        raise TypeError(f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}")
+    return scale if isinstance(scale, torch.SymFloat) else float(scale)
+
+
+def check_dropout(name: str, dropout_p: float) -> None:
+    """Dropout is not there yet."""
+    if dropout_p != 0:
+        raise NotImplementedError(
+            f"{name}: dropout of the weights is not supported yet, got dropout_p {dropout_p}\n"
+            "pass dropout_p=0.0, or compute the weights with diffmax_bisect and drop them yourself"
+        )
+
+
+def check_alignment(name: str, causal_alignment: str) -> bool:
+    """Whether the alignment is the lower right."""
+    if causal_alignment not in ALIGNMENTS:
+        raise ValueError(f"{name}: causal_alignment must be one of {', '.join(ALIGNMENTS)}, got {causal_alignment!r}")
+    return causal_alignment == "lower_right"
+
+
+def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int]:
+    """How many keys a query sees to its left and right, -1 for all."""
+    if window_size is None:
+        window_size = (-1, -1)
+    whole = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not whole or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in window_size):
+        hint = f"\nto see the last {window_size} keys, the own one among them, pass ({window_size} - 1, 0)"
+        raise TypeError(
+            f"{name}: window_size must be a pair of ints (left, right), got {window_size!r}"
+            f"{hint if isinstance(window_size, int) else ''}"
+        )
+    left, right = window_size
+    if left < -1 or right < -1:
+        raise ValueError(f"{name}: window_size must be at least 0, or -1 for no bound, got {tuple(window_size)}")
+    return left, 0 if is_causal else right
+
+
+def check_packing(name: str, what: str, cu_seqlens: Tensor, longest: int, total: int, device: torch.device) -> Tensor:
+    """Check where packed sequences begin and end; values are looked at on the CPU alone."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        got = f"{_shape(cu_seqlens)} {_dtype(cu_seqlens)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{name}: cu_seqlens_{what} must be an int32 tensor of one dimension, got {got}")
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{name}: cu_seqlens_{what} must have an entry more than there are sequences, got {_shape(cu_seqlens)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"{name}: cu_seqlens_{what} and query must be on one device, got {cu_seqlens.device} and {device}")
+    if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
+        raise TypeError(f"{name}: max_seqlen_{what} must be an int, got {longest!r} of type {type(longest).__name__}")
+    if longest < 0:
+        raise ValueError(f"{name}: max_seqlen_{what} must not be negative, got {longest}")
+    if _readable(cu_seqlens):
+        steps = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((steps < 0).any()):
+            raise ValueError(
+                f"{name}: cu_seqlens_{what} must ascend from 0 to the number of tokens, {total}, got {_few(cu_seqlens)}"
+            )
+        if longest < steps.max():
+            raise ValueError(f"{name}: max_seqlen_{what} must be at least the longest length, {steps.max()}, got {longest}")
+    return cu_seqlens.to(torch.int32)
+
+
+def _few(t: Tensor) -> str:
+    values = t.tolist()
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"

@@ -1,0 +1,168 @@
+"""AdaSplash's names and signatures over diffmax: `from diffmax.compat import adasplash` for code written for the package.
+
+alpha is entmax's alpha' = 2 - alpha, in (1, 2]. What AdaSplash limits is lifted: any length, any head size, fewer queries than
+keys, grouped heads and every alpha in every function; alpha may also be a tensor, one number per head, with a gradient.
+`niter`, `n_iter`, `use_histogram` and `fast_math` are accepted and change nothing: thresholds are always solved to the dtype's
+last digits.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmax._attention import attention
+from diffmax._checks import check_scores
+from diffmax.functional import diffmax_bisect, normalize
+
+__all__ = [
+    "adasplash",
+    "adasplash2",
+    "adasplash_no_block_mask",
+    "adasplash_v1",
+    "adasplash_v2",
+    "triton_entmax",
+    "triton_entmax15",
+    "triton_entmax_v1",
+    "triton_entmax_v2",
+    "triton_sparsemax",
+]
+
+
+def adasplash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = True,
+    varlen: Tensor | None = None,
+    niter: int | None = None,
+) -> Tensor:
+    """Attention with alpha'-entmax weights, scaled by 1 / sqrt(D): `diffmax.attention` with alpha = 2 - alpha'.
+
+    Args:
+        q: (B, H, N, D), any strides.
+        k, v: (B, H_kv, M, D), where H is a multiple of H_kv.
+        alpha: alpha', in (1, 2]; 2 is sparsemax. A tensor () or (H,) may require a gradient.
+        is_causal: Query i sees the keys 0 to i.
+        varlen: (B,), int32 or int64: how many tokens of each sequence count, the rest is padding on the right. Queries there
+            get 0.
+        niter: No effect.
+    Returns:
+        (B, H, N, D), like q.
+    Raises:
+        TypeError, ValueError: As `diffmax.attention`; or alpha or varlen does not fit.
+    Source: docs/attention.md; the signature is AdaSplash's (BSD-3-Clause). Written for diffmax.
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 4, 100, 24)
+        >>> adasplash(x, x, x, alpha=1.75, varlen=torch.tensor([100, 60]))[1, :, 60:].abs().max()
+        tensor(0.)
+    """
+    name = "adasplash"
+    mask = None if varlen is None else _inside(name, q, k, varlen)
+    out = attention(
+        q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1], alpha=_our_alpha(name, alpha, q.device)
+    )
+    if varlen is None:
+        return out
+    beyond = torch.arange(q.shape[2], device=q.device).view(-1, 1) >= varlen.view(-1, 1, 1, 1)
+    return out.masked_fill(beyond, 0.0)
+
+
+def adasplash_v1(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    niter: int = 10,
+) -> Tensor:
+    """`adasplash`, by default not causal."""
+    return adasplash(q, k, v, alpha, is_causal, varlen, niter)
+
+
+def adasplash_no_block_mask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    varlen: Tensor | None = None,
+    niter: int = 10,
+) -> Tensor:
+    """`adasplash_v1`."""
+    return adasplash(q, k, v, alpha, is_causal, varlen, niter)
+
+
+def adasplash_v2(q: Tensor, k: Tensor, v: Tensor, niter: int = 1, varlen: Tensor | None = None) -> Tensor:
+    """`adasplash`, causal and with alpha' = 1.5."""
+    return adasplash(q, k, v, 1.5, True, varlen, niter)
+
+
+adasplash2 = adasplash_v2
+
+
+def triton_entmax(
+    x: Tensor, alpha: float | Tensor = 1.5, n_iter: int = 2, use_histogram: bool = True, fast_math: bool = False
+) -> Tensor:
+    """alpha'-entmax of the last dimension: `diffmax_bisect` with alpha = 2 - alpha'.
+
+    Args:
+        x: Scores, any shape and strides.
+        alpha: alpha', in (1, 2]; or a tensor that broadcasts against x with its last dimension reduced to 1.
+        n_iter, use_histogram, fast_math: No effect.
+    Raises:
+        TypeError, ValueError: As `diffmax_bisect`.
+    Example:
+        >>> import torch
+        >>> triton_entmax(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+        tensor([0.8307, 0.1693, 0.0000, 0.0000])
+    """
+    ours = _our_alpha("triton_entmax", alpha, None)
+    if isinstance(ours, Tensor) and not isinstance(alpha, Tensor):
+        return normalize(x, 1.0, None, check_scores("triton_entmax", x, -1, 50), 50, True)
+    return diffmax_bisect(x, ours)
+
+
+triton_entmax_v2 = triton_entmax
+
+
+def triton_entmax_v1(x: Tensor, alpha: float | Tensor = 1.5, n_iter: int = 10, fast_math: bool = True) -> Tensor:
+    """`triton_entmax`."""
+    return triton_entmax(x, alpha)
+
+
+def triton_sparsemax(x: Tensor, **kwargs: Any) -> Tensor:
+    """`triton_entmax` with alpha' = 2."""
+    return triton_entmax(x, 2.0, **kwargs)
+
+
+def triton_entmax15(x: Tensor, **kwargs: Any) -> Tensor:
+    """`triton_entmax` with alpha' = 1.5."""
+    return triton_entmax(x, 1.5, **kwargs)
+
+
+def _our_alpha(name: str, alpha: float | Tensor, device: torch.device | None) -> float | Tensor:
+    """2 - alpha'; for sparsemax a tensor, because diffmax takes the limit alpha = 0 in that form alone."""
+    if isinstance(alpha, Tensor):
+        return 2 - alpha
+    if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
+        raise TypeError(f"{name}: alpha must be a float or a tensor, got {alpha!r} of type {type(alpha).__name__}")
+    if not 1 < alpha <= 2:
+        raise ValueError(
+            f"{name}: alpha must lie in (1, 2], got {alpha}\nit is entmax's: 2 is sparsemax, and the limit 1 is torch.softmax"
+        )
+    return torch.zeros((), device=device) if alpha == 2 else 2 - float(alpha)
+
+
+def _inside(name: str, q: Tensor, k: Tensor, varlen: Tensor) -> Tensor:
+    """Which keys are no padding, as a mask."""
+    if varlen.dtype not in (torch.int32, torch.int64) or varlen.shape != (q.shape[0],):
+        got = f"{tuple(varlen.shape)} {str(varlen.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{name}: varlen must be int32 or int64 of shape ({q.shape[0]},), one length per sequence, got {got}")
+    return torch.arange(k.shape[2], device=k.device) < varlen.view(-1, 1, 1, 1)

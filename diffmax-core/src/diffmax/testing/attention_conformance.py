@@ -1,0 +1,113 @@
+"""The conformance kit for attention: subclass `AttentionConformance`, name the backend, run pytest.
+
+    from diffmax.testing.attention_conformance import AttentionConformance
+
+    class TestAcmeAttention(AttentionConformance):
+        backend = "acme"
+        device = "cuda"
+
+What the backend does not claim is not skipped: the test then asks that it is refused with a reason.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffmax import attention
+from diffmax.errors import NoBackendError
+from diffmax.testing import attention_checks as checks
+from diffmax.testing.conformance import DTYPES, Kit, _dtype_id, every_dtype
+
+every_case = pytest.mark.parametrize("case", checks.CASES.values(), ids=[name.replace(" ", "-") for name in checks.CASES])
+low = pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize < 8], ids=_dtype_id)
+
+
+class AttentionConformance(Kit):
+    """Tests of one backend's attention on one device."""
+
+    def claims(self, dtype: torch.dtype, *features: str) -> bool:
+        """Whether dtype and features are claimed; if not, check that a call is refused with a reason."""
+        description = self.description
+        if "attention" not in description.kernels:
+            raise AssertionError(f"{self.backend} provides no attention: this kit is not for it")
+        lacking = sorted(set(features) - description.features)
+        if dtype in description.dtypes and not lacking:
+            return True
+        reason = f"lacks {lacking[0]}" if lacking else f"not {_dtype_id(dtype)}"
+        if not lacking:
+            x = torch.zeros(1, 1, 2, 16, dtype=dtype, device=self.device)
+            with pytest.raises(NoBackendError, match=f"{self.backend}: .*{reason}"):
+                attention(x, x, x, backend=self.backend)
+        return False
+
+    @every_dtype
+    @every_case
+    def test_forward(self, case: checks.Case, dtype: torch.dtype) -> None:
+        """Every feature alone, and the pairs that interact, through the gate."""
+        if self.claims(dtype, *case.features()):
+            checks.forward_passes_the_gate(self.backend, self.device, case, dtype)
+        elif dtype in self.description.dtypes:
+            with pytest.raises(NoBackendError, match=f"{self.backend}: .*lacks"):
+                checks.forward_passes_the_gate(self.backend, self.device, case, dtype)
+
+    @every_dtype
+    @every_case
+    def test_gradients(self, case: checks.Case, dtype: torch.dtype) -> None:
+        """For query, key, value and, where claimed, alpha; what the backend does not provide comes from the next one."""
+        if self.claims(dtype, *case.features()):
+            checks.gradients_are_right_on_average(self.backend, self.device, case, dtype)
+
+    @every_dtype
+    @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.85, 0.99])
+    def test_nasty_rows(self, alpha: float, dtype: torch.dtype) -> None:
+        """Ties, offsets of 1e9, masks, as scores."""
+        if self.claims(dtype):
+            checks.nasty_rows_pass_the_gate(self.backend, self.device, dtype, alpha)
+
+    @every_dtype
+    def test_packed_sequences(self, dtype: torch.dtype) -> None:
+        """Each on its own."""
+        if self.claims(dtype, "varlen"):
+            checks.packed_sequences_are_each_on_their_own(self.backend, self.device, dtype)
+
+    @every_dtype
+    def test_masked_and_bad_queries(self, dtype: torch.dtype) -> None:
+        """Zeros without a gradient; NaN stays in its row."""
+        if self.claims(dtype):
+            checks.masked_and_bad_queries(self.backend, self.device, dtype)
+
+    @every_dtype
+    def test_residuals_are_exchangeable(self, dtype: torch.dtype) -> None:
+        """Its forward with the reference's backward, and the other way round."""
+        if self.claims(dtype):
+            checks.residuals_are_exchangeable(self.backend, self.device, dtype)
+
+    def test_statistics(self) -> None:
+        """tau, support sizes, empty tiles."""
+        if self.claims(torch.float32, "attention_stats"):
+            checks.statistics_are_right(self.backend, self.device, torch.float32)
+
+    @every_dtype
+    def test_one_tensor_for_all(self, dtype: torch.dtype) -> None:
+        """attention(x, x, x)."""
+        if self.claims(dtype):
+            checks.one_tensor_for_all(self.backend, self.device, dtype)
+
+    @every_dtype
+    def test_repeatable(self, dtype: torch.dtype) -> None:
+        """Bit for bit, where claimed."""
+        if self.claims(dtype, "deterministic"):
+            checks.is_repeatable(self.backend, self.device, dtype)
+
+    @every_dtype
+    def test_opcheck(self, dtype: torch.dtype) -> None:
+        """torch's own check of operators."""
+        if self.claims(dtype):
+            checks.passes_opcheck(self.backend, self.device, dtype)
+
+    @low
+    def test_compiles_in_one_graph_with_dynamic_shapes(self, dtype: torch.dtype) -> None:
+        """torch.compile, forward and backward."""
+        if self.claims(dtype, "tensor_alpha"):
+            checks.compiles_in_one_graph(self.backend, self.device, dtype)

@@ -1,0 +1,363 @@
+"""diffmax.attention against independent truths, what it refuses, and how it behaves inside torch."""
+
+import math
+
+import entmax
+import pytest
+import torch
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import diffmax
+from benchmarks.memory import peak_bytes
+from diffmax import attention, attention_varlen, diffmax_bisect, reference_attention
+from diffmax.testing import solve_exactly
+
+BACKENDS = ("reference", "cpu", "numba")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def unfused(query, key, value, mask=None, alpha=0.7):
+    """Scores, weights and output one after the other, heads repeated."""
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).mT / math.sqrt(query.shape[3])
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    alpha = alpha.view(-1, 1, 1) if isinstance(alpha, torch.Tensor) else alpha
+    return diffmax_bisect(scores, alpha, n_iter=200) @ value.repeat_interleave(group, 1)
+
+
+def tensors(length, keys, *, batch=2, heads=2, kv_heads=None, size=8, spread=2.0, dtype=torch.float64, grad=False):
+    shapes = [(batch, heads, length, size), *[(batch, kv_heads or heads, keys, size)] * 2]
+    return [(torch.randn(shape, dtype=dtype) * spread).requires_grad_(grad) for shape in shapes]
+
+
+# the oracle
+
+
+@every_backend
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.85, 0.99])
+def test_weights_are_exact_to_forty_digits_solved_by_other_means(backend, alpha):
+    query, key, _ = tensors(3, 9, batch=1, heads=1)
+    weights = attention(query, key, torch.eye(9, dtype=torch.float64).view(1, 1, 9, 9), alpha=alpha, backend=backend)[0, 0]
+    scores = (query @ key.mT / math.sqrt(8))[0, 0]
+    for ours, row in zip(weights, scores, strict=True):
+        assert max(abs(float(p) - q) for p, q in zip(solve_exactly(row.tolist(), alpha), ours.tolist(), strict=True)) < 1e-13
+
+
+@every_backend
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.9])
+def test_agrees_with_entmax_and_a_product(backend, alpha):
+    query, key, value = tensors(70, 200)
+    exact = entmax.entmax_bisect(query @ key.mT / math.sqrt(8), 2 - alpha, dim=-1, n_iter=100) @ value
+    assert (attention(query, key, value, alpha=alpha, backend=backend) - exact).abs().max() < 1e-12
+
+
+@every_backend
+def test_agrees_with_the_unfused_operator_in_every_gradient(backend):
+    query, key, value = tensors(130, 200, heads=4, kv_heads=2, grad=True)
+    alpha = torch.tensor([0.2, 0.5, 0.8, 0.97], dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 1, 130, 200) > 0.3
+    mask[0, 0, 3] = False
+    options = {"is_causal": True, "enable_gqa": True, "alpha": alpha, "backend": backend}
+    ours = attention(query, key, value, mask, **options)
+    theirs = unfused(query, key, value, mask & torch.ones(130, 200, dtype=torch.bool).tril(), alpha)
+    assert (ours - theirs).abs().max() < 1e-12
+    grad, leaves = torch.randn_like(ours), (query, key, value, alpha)
+    for a, b in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad), strict=True):
+        assert (a - b).abs().max() < 1e-11 * max(1.0, b.abs().max().item())
+
+
+@every_backend
+def test_gradcheck_for_query_key_value_and_alpha(backend):
+    leaves = [*tensors(5, 6, batch=1, heads=2, kv_heads=1, size=3, spread=1.0, grad=True)]
+    alpha = torch.tensor([0.6, 0.9], dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(5, 6, dtype=torch.bool).tril(1)
+
+    def call(query, key, value, alpha):
+        return attention(query, key, value, mask, enable_gqa=True, alpha=alpha, backend=backend)
+
+    assert torch.autograd.gradcheck(call, (*leaves, alpha))
+
+
+@every_backend
+def test_second_derivatives_by_finite_differences(backend):
+    leaves = tensors(3, 4, batch=1, heads=1, size=2, spread=1.0, grad=True)
+    alpha = torch.tensor([0.8], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda q, k, v, a: attention(q, k, v, alpha=a, backend=backend), (*leaves, alpha))
+
+
+@every_backend
+def test_packed_gradcheck(backend):
+    query, key, value = (torch.randn(7, 1, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    ends = torch.tensor([0, 3, 7], dtype=torch.int32)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: attention_varlen(*qkv, ends, ends, 4, 4, is_causal=True, alpha=0.7, backend=backend), (query, key, value)
+    )
+
+
+# what SDPA's names mean
+
+
+@every_backend
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}])
+def test_alpha_of_one_is_torchs_own_attention(backend, options):
+    query, key, value = tensors(70, 100, heads=4, kv_heads=2 if "enable_gqa" in options else 4)
+    ours = attention(query, key, value, alpha=torch.tensor(1.0, dtype=torch.float64), backend=backend, **options)
+    assert (ours - scaled_dot_product_attention(query, key, value, **options)).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("shape", [(70, 100), (2, 70, 100), (2, 3, 70, 100), (3, 1, 100), (2, 1, 1, 100), (1, 1)])
+def test_masks_broadcast_as_in_torch(shape):
+    query, key, value = tensors(70, 100, heads=3) if shape[0] != 2 or len(shape) == 4 else tensors(70, 100, heads=2)
+    mask = torch.rand(shape) > 0.3
+    mask[..., 0] = True
+    ours = attention(query, key, value, mask, alpha=torch.tensor(1.0, dtype=torch.float64))
+    assert (ours - scaled_dot_product_attention(query, key, value, mask)).abs().max() < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs")  # in torch's own attention
+@pytest.mark.parametrize(("length", "keys"), [(70, 100), (100, 70)])
+def test_causal_bias_objects_and_alignments(length, keys):
+    query, key, value = tensors(length, keys)
+    for bias, options in (
+        (causal_upper_left(length, keys), {"is_causal": True}),
+        (causal_lower_right(length, keys), {"is_causal": True, "causal_alignment": "lower_right"}),
+    ):
+        by_object = attention(query, key, value, bias, alpha=0.6)
+        seen = torch.ones(length, keys, dtype=torch.bool).tril(keys - length if len(options) == 2 else 0)
+        assert torch.equal(by_object, attention(query, key, value, alpha=0.6, **options))
+        assert (by_object - unfused(query, key, value, seen, 0.6)).abs().max() < 1e-13
+
+
+def test_a_window_is_what_a_mask_says():
+    query, key, value = tensors(150, 130)
+    distance = torch.arange(130) - torch.arange(150).unsqueeze(1)
+    for left, right in ((20, 5), (-1, 3), (7, -1), (0, 0)):
+        mask = ((distance >= -left) | (left < 0)) & ((distance <= right) | (right < 0))
+        ours = attention(query, key, value, alpha=0.6, window_size=(left, right))
+        assert (ours - unfused(query, key, value, mask, 0.6)).abs().max() < 1e-13
+
+
+def test_autocast_computes_in_its_dtype_and_sums_in_float32():
+    query, key, value = tensors(40, 50, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attention(query, key, value, alpha=0.6)
+    low = [t.bfloat16() for t in (query, key, value)]
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, attention(*low, alpha=0.6))
+
+
+# inside torch
+
+
+def test_checkpointing_gives_the_same_gradients_and_a_policy_can_keep_the_result():
+    leaves = tensors(70, 70, grad=True)
+    calls = []
+
+    def block(*qkv):
+        calls.append(None)
+        return attention(*qkv, is_causal=True, alpha=0.5)
+
+    def keep(context, operator, *args, **kwargs):
+        kept = operator is torch.ops.diffmax.attention.default
+        policy = torch.utils.checkpoint.CheckpointPolicy
+        return policy.MUST_SAVE if kept else policy.PREFER_RECOMPUTE
+
+    expected = torch.autograd.grad(block(*leaves).square().sum(), leaves)
+    for options in ({}, {"context_fn": lambda: create_selective_checkpoint_contexts(keep)}):
+        out = checkpoint(block, *leaves, use_reentrant=False, **options)
+        for a, b in zip(torch.autograd.grad(out.square().sum(), leaves), expected, strict=True):
+            assert torch.equal(a, b)
+    assert len(calls) == 5
+
+
+def test_varlen_compiles_in_one_graph():
+    ends = torch.tensor([0, 30, 100], dtype=torch.int32)
+
+    def call(x, ends):
+        return attention_varlen(x, x, x, ends, ends, 70, 70, is_causal=True, alpha=0.5).sum()
+
+    x = torch.randn(100, 2, 8, requires_grad=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    a, b = (torch.autograd.grad(f(x, ends), x)[0] for f in (compiled, call))
+    assert torch.equal(a, b)
+
+
+def test_transforms_are_refused_with_the_way_out():
+    query, key, value = tensors(4, 4)
+    with pytest.raises(NotImplementedError, match=r"use torch\.autograd\.grad"):
+        torch.func.grad(lambda q: attention(q, key, value).sum())(query)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: attention(q, key, value), (query,), (query,))
+
+
+def test_second_derivatives_of_packed_sequences_are_refused():
+    x = torch.randn(5, 1, 4, requires_grad=True)
+    ends = torch.tensor([0, 5], dtype=torch.int32)
+    first = torch.autograd.grad(attention_varlen(x, x, x, ends, ends, 5, 5, alpha=0.5).square().sum(), x, create_graph=False)[0]
+    assert first.isfinite().all()
+    with pytest.raises(NotImplementedError, match="second derivative is not supported for packed"):
+        torch.autograd.grad(attention_varlen(x, x, x, ends, ends, 5, 5, alpha=0.5).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "numba"])
+def test_no_score_matrix_is_held(backend):
+    leaves = tensors(16384, 16384, batch=1, heads=1, size=16, dtype=torch.float32, grad=True)
+
+    def step():
+        return torch.autograd.grad(attention(*leaves, alpha=0.5, backend=backend).sum(), leaves)
+
+    assert peak_bytes(step) < 1e8  # the scores alone would be 1e9
+
+
+def test_inference_keeps_nothing_for_a_backward():
+    query, key, value = tensors(70, 70)
+    shared = (0.3, 0.5, None, None, False, -1, -1, None, None, 0, 0, "")
+    *_, u, live, support = torch.ops.diffmax.attention(query, key, value, False, False, *shared)
+    assert u.numel() == live.numel() == support.numel() == 0
+
+
+def shaped(length):
+    """Queries that look at keys near their own place: most tiles are empty."""
+    place = torch.arange(length) / 8
+    waves = place.unsqueeze(1) * torch.linspace(0.05, 1, 16)
+    x = torch.cat([waves.cos(), waves.sin()], 1).view(1, 1, length, 32) * 4
+    return x, x.clone(), torch.randn(1, 1, length, 32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "numba"])
+def test_skipped_tiles_change_nothing(backend):
+    query, key, value = (t.double().requires_grad_() for t in shaped(1024))
+    out, stats = attention(query, key, value, alpha=0.5, return_stats=True, backend=backend)
+    dense = unfused(query, key, value, None, 0.5)
+    assert stats.tile_sparsity > 0.5
+    assert (out - dense).abs().max() < 1e-13
+    grad = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad(o, (query, key, value), grad) for o in (out, dense)), strict=True):
+        assert (a - b).abs().max() < 1e-12 * max(1.0, b.abs().max().item())
+
+
+@every_backend
+def test_packed_statistics_are_those_of_each_sequence(backend):
+    query, key, value = (t[0].transpose(0, 1) for t in shaped(400))
+    ends = torch.tensor([0, 130, 400], dtype=torch.int32)
+    _, packed = attention_varlen(query, key, value, ends, ends, 270, 270, alpha=0.5, return_stats=True, backend=backend)
+    live = left = 0.0
+    for start, stop in ((0, 130), (130, 400)):
+        alone = [t[start:stop].transpose(0, 1).unsqueeze(0) for t in (query, key, value)]
+        _, stats = attention(*alone, alpha=0.5, return_stats=True, backend=backend)
+        assert torch.equal(stats.support_size[0].T, packed.support_size[start:stop])
+        assert (stats.tau[0].T - packed.tau[start:stop]).abs().max() < 1e-4
+        tiles = math.ceil((stop - start) / 64) ** 2
+        live, left = live + (1 - stats.tile_sparsity.item()) * tiles, left + tiles
+    assert packed.tile_sparsity.item() == pytest.approx(1 - live / left, abs=1e-5)
+
+
+@every_backend
+def test_tau_and_support_size_are_those_of_the_weights(backend):
+    query, key, _ = tensors(70, 90, batch=1)
+    eye = torch.eye(90, dtype=torch.float64).expand(1, 2, 90, 90)
+    weights, stats = attention(query, key, eye, alpha=0.5, return_stats=True, backend=backend)
+    assert torch.equal(stats.support_size.long(), (weights > 0).sum(-1))
+    scores = query @ key.mT / math.sqrt(8)
+    assert ((0.5 * (scores - stats.tau.unsqueeze(3))).clamp_min(0).square() - weights).abs().max() < 1e-12
+
+
+def test_live_bits_survive_packing_and_unpacking():
+    tiles = torch.rand(3, 2, 70) > 0.5
+    tiles[0, 0, 31] = True  # the sign bit
+    words = reference_attention.packed_bits(tiles)
+    assert words.dtype == torch.int32
+    assert torch.equal(reference_attention.unpacked_bits(words)[..., :70], tiles)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0)])
+def test_empty_tensors(backend, shape):
+    batch, heads, length, keys = shape
+    query, key, value = tensors(length, keys, batch=batch, heads=heads, grad=True)
+    out, stats = attention(query, key, value, return_stats=True, backend=backend)
+    assert out.shape == query.shape
+    assert (out == 0).all()
+    assert stats.tile_sparsity.shape == (batch, heads)
+    out.sum().backward()
+    assert (query.grad == 0).all()
+
+
+def test_a_bad_alpha_of_one_head_spoils_that_head_alone():
+    query, key, value = tensors(70, 70)
+    shared = (0.3, 0.0, torch.tensor([0.5, 1.5], dtype=torch.float64), None, False, -1, -1, None, None, 0, 0)
+    for backend in BACKENDS:
+        out = torch.ops.diffmax.attention(query, key, value, False, False, *shared, backend)[0]
+        assert out[:, 1].isnan().all()
+        assert out[:, 0].isfinite().all()
+
+
+# what is refused
+
+X = torch.zeros(2, 4, 6, 8)
+ENDS = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, "query must be a torch.Tensor, got list", {"query": [1.0]}),
+        (TypeError, "query must be float16, bfloat16, float32 or float64, got int64", {"query": X.long()}),
+        (TypeError, "must have one dtype", {"key": X.double()}),
+        (ValueError, "must be on one device", {"key": X.to("meta")}),
+        (ValueError, r"must have 4 dimensions \(B, H, L, D\)", {"query": X[0]}),
+        (ValueError, "key and value must have the same length, got 6 and 5", {"value": X[:, :, :5]}),
+        (ValueError, "key and value must have the same number of heads, got 4 and 2", {"value": X[:, :2]}),
+        (ValueError, "must have one batch size", {"query": X[:1]}),
+        (ValueError, "query and key must have the same head size, at least 1, got 8 and 7", {"key": X[..., :7]}),
+        (ValueError, "pass enable_gqa=True", {"key": X[:, :2], "value": X[:, :2]}),
+        (ValueError, "must be a multiple", {"key": X[:, :3], "value": X[:, :3], "enable_gqa": True}),
+        (ValueError, "alpha must lie strictly between 0 and 1, got 1.5", {"alpha": 1.5}),
+        (ValueError, "alpha must lie between 0 and 1, got values from 2 to 2", {"alpha": torch.tensor(2.0)}),
+        (ValueError, r"of shape \(\) or \(4,\), got shape \(3,\)", {"alpha": torch.full((3,), 0.5)}),
+        (ValueError, r"pass alpha.view\(4\)", {"alpha": torch.full((4, 1, 1), 0.5)}),
+        (TypeError, "alpha must be of a floating dtype", {"alpha": torch.ones(4, dtype=torch.int64)}),
+        (ValueError, "alpha and query must be on one device", {"alpha": torch.full((4,), 0.5, device="meta")}),
+        (TypeError, "attn_mask must be a boolean tensor", {"attn_mask": [True]}),
+        (TypeError, "attn_mask must be boolean.*got float32", {"attn_mask": torch.zeros(6, 6)}),
+        (ValueError, r"attn_mask must broadcast to \(B, H, L, S\), got shape \(5,\)", {"attn_mask": torch.ones(5, dtype=bool)}),
+        (ValueError, "attn_mask and query must be on one device", {"attn_mask": torch.ones(6, 6, dtype=bool, device="meta")}),
+        (ValueError, "exclude each other", {"attn_mask": causal_upper_left(6, 6), "is_causal": True}),
+        (NotImplementedError, "got dropout_p 0.1", {"dropout_p": 0.1}),
+        (TypeError, "scale must be a float, got '2'", {"scale": "2"}),
+        (ValueError, "causal_alignment must be one of upper_left, lower_right, got 'left'", {"causal_alignment": "left"}),
+        (TypeError, r"pair of ints \(left, right\), got 5\nto see the last 5 keys", {"window_size": 5}),
+        (ValueError, "window_size must be at least 0, or -1 for no bound", {"window_size": (-2, 0)}),
+        (diffmax.NoBackendError, "no backend is named 'acme'", {"backend": "acme"}),
+    ],
+)
+def test_says_what_is_wrong(error, words, arguments):
+    with pytest.raises(error, match=words):
+        attention(**{"query": X, "key": X, "value": X, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (ValueError, r"must have 3 dimensions \(T, H, D\)", {"query": X}),
+        (TypeError, "cu_seqlens_q must be an int32 tensor of one dimension, got list", {"cu_seqlens_q": [0, 6]}),
+        (ValueError, "must have an entry more than there are sequences", {"cu_seqlens_k": ENDS[:1]}),
+        (ValueError, "cu_seqlens_k and query must be on one device", {"cu_seqlens_k": ENDS.to("meta")}),
+        (ValueError, r"must ascend from 0 to the number of tokens, 6, got \[0, 4, 2, 6\]", {"cu_seqlens_q": [0, 4, 2, 6]}),
+        (ValueError, r"must ascend .*got \[0, 1, 2, 3, 4, 5, ..., 5\]", {"cu_seqlens_q": [0, 1, 2, 3, 4, 5, 5, 5, 5]}),
+        (ValueError, "max_seqlen_q must be at least the longest length, 4, got 3", {"max_seqlen_q": 3}),
+        (TypeError, "max_seqlen_k must be an int, got 4.0", {"max_seqlen_k": 4.0}),
+        (ValueError, "max_seqlen_k must not be negative", {"max_seqlen_k": -1}),
+        (ValueError, "must count the same sequences, got 2 and 1", {"cu_seqlens_k": torch.tensor([0, 6]), "max_seqlen_k": 6}),
+    ],
+)
+def test_varlen_says_what_is_wrong(error, words, arguments):
+    ends = arguments.get("cu_seqlens_q")
+    if isinstance(ends, list) and len(ends) > 2:
+        arguments = arguments | {"cu_seqlens_q": torch.tensor(ends)}
+    x = X[0].transpose(0, 1)
+    packing = {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 4, "max_seqlen_k": 4}
+    with pytest.raises(error, match=words):
+        attention_varlen(**{"query": x, "key": x, "value": x, **packing, **arguments})

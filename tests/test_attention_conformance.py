@@ -1,0 +1,38 @@
+"""diffmax-core's own attention through the kit that vendors use."""
+
+import pytest
+import torch
+
+import diffmax
+from diffmax.plugin import Backend
+from diffmax.testing.attention_conformance import AttentionConformance
+
+
+class TestNumba(AttentionConformance):
+    backend = "numba"
+
+
+class TestCpu(AttentionConformance):
+    backend = "cpu"
+
+
+class TestReference(AttentionConformance):
+    backend = "reference"
+
+
+@pytest.fixture
+def _partial():
+    """Right, but less than all: no feature, one dtype, no backward."""
+    kernels = {"attention": "diffmax.reference_attention:attention"}
+    diffmax.register_backend(
+        Backend(name="partial", device_types=("cpu",), kernels=kernels, dtypes=(torch.float32,), automatic=False)
+    )
+    yield
+    diffmax.unregister_backend("partial")
+
+
+@pytest.mark.usefixtures("_partial")
+class TestPartial(AttentionConformance):
+    """What is not claimed is refused, and what is provided is tested; the backward comes from the next backend."""
+
+    backend = "partial"
