@@ -33,15 +33,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, ke
         keep: Whether a backward follows.
         stats: Whether support sizes and live tiles are asked for.
     Returns:
-        out: (B, H, L, D_v), contiguous, in value's dtype. A query that sees nothing gets zeros.
-        m, delta: (B, H, L), contiguous, in the accumulation dtype: each query's largest score, and its delta, with
-            tau = m - (1 - delta) / e. A query that sees nothing has -inf and 0; one whose result is NaN has delta NaN.
-        u: U of Eq. 5, like out; (0,) if not `keep`.
-        live: int32 (B, H, ceil(L / TILE), ceil(S / TILE / WORD)): bit b of word w is clear only if no weight of that tile of
-            queries with key tile w * WORD + b differs from 0. Of packed sequences, tiles begin with each sequence: tile i of
-            sequence n has row cu_seqlens_q[n] // TILE + n + i of T // TILE + N, and max_seqlen_k takes S's place.
-            (0,) if neither `keep` nor `stats`, or where the kernel does not know; a backward has to do without it.
-        support: int32 (B, H, L), how many scores lie above tau; (0,) if not `stats`.
+        A `Forward`, contiguous tensors:
+
+        - out (B, H, L, D_v), in value's dtype. A query that sees nothing gets zeros.
+        - m, delta (B, H, L), in the accumulation dtype: each query's largest score, and its delta, with tau = m - (1 - delta) / e.
+          A query that sees nothing has -inf and 0; one whose result is NaN has delta NaN.
+        - u, U of Eq. 5, like out; (0,) if not `keep`.
+        - live, int32 (B, H, ceil(L / TILE), ceil(S / TILE / WORD)): bit b of word w is clear only if no weight of that tile of
+          queries with key tile w * WORD + b differs from 0. Of packed sequences, tiles begin with each sequence: tile i of
+          sequence n has row cu_seqlens_q[n] // TILE + n + i of T // TILE + N, and max_seqlen_k takes S's place.
+          (0,) if neither `keep` nor `stats`, or where the kernel does not know; a backward has to do without it.
+        - support, int32 (B, H, L), how many scores lie above tau; (0,) if not `stats`.
     """
     if call.cu_seqlens_q is not None:
         return _packed_forward(query, key, value, call, keep, stats)
