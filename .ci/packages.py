@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -201,7 +202,7 @@ def run_install_line(line: str, folder: Path, distributions: dict[str, Distribut
 
     Returns what was done.
     """
-    requested = Requirement(line.split("pip install ")[1].strip("\"'"))
+    requested = Requirement(shlex.split(line, comments=True)[-1])
     distribution = distributions.get(canonicalize_name(requested.name))
     if distribution is None:
         raise PackagingError(f"{line}: the workspace has no {requested.name}, only {', '.join(distributions)}")

@@ -36,8 +36,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, ke
         A `Forward`, contiguous tensors:
 
         - out (B, H, L, D_v), in value's dtype. A query that sees nothing gets zeros.
-        - m, delta (B, H, L), in the accumulation dtype: each query's largest score, and its delta, with tau = m - (1 - delta) / e.
-          A query that sees nothing has -inf and 0; one whose result is NaN has delta NaN.
+        - m, delta (B, H, L), in the accumulation dtype: each query's largest score, and its delta, with
+          tau = m - (1 - delta) / e. A query that sees nothing has -inf and 0; one whose result is NaN has delta NaN.
         - u, U of Eq. 5, like out; (0,) if not `keep`.
         - live, int32 (B, H, ceil(L / TILE), ceil(S / TILE / WORD)): bit b of word w is clear only if no weight of that tile of
           queries with key tile w * WORD + b differs from 0. Of packed sequences, tiles begin with each sequence: tile i of
