@@ -192,7 +192,7 @@ def print_verdict(runs: dict[str, Run]) -> None:
         print(f"{label}: {zeros:.0f} % of the weights are exactly zero, and {100 * kept:.0f} % of the top 10 stay.")
     print(
         "So a bare swap costs quality: this encoder was trained with softmax and has never seen a zero. A recipe for adapting\n"
-        "a model to diffmax comes later. The swap saves no time either: the attention is unfused, and finding the threshold\n"
+        "a model is in docs/adapting.md (`make adapt`). The swap saves no time either: the attention is unfused, and finding the threshold\n"
         "costs more than an exponential."
     )
 
