@@ -191,9 +191,9 @@ def print_verdict(runs: dict[str, Run]) -> None:
         zeros = 100 * runs[label].zero_share.mean().item()
         print(f"{label}: {zeros:.0f} % of the weights are exactly zero, and {100 * kept:.0f} % of the top 10 stay.")
     print(
-        "So a bare swap costs quality: this encoder was trained with softmax and has never seen a zero. A recipe for adapting\n"
-        "a model is in docs/adapting.md (`make adapt`). The swap saves no time either: the attention is unfused, and finding the threshold\n"
-        "costs more than an exponential."
+        "So a bare swap costs quality: this encoder was trained with softmax and has never seen a zero. docs/adapting.md has\n"
+        "a recipe for adapting a model (`make adapt`). The swap saves no time either: the attention is unfused, and finding\n"
+        "the threshold costs more than an exponential."
     )
 
 
