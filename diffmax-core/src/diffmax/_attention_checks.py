@@ -115,10 +115,10 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
 
 
 def check_dropout(name: str, dropout_p: float) -> None:
-    """Dropout is not there yet."""
+    """Refuse dropout of the weights."""
     if dropout_p != 0:
         raise NotImplementedError(
-            f"{name}: dropout of the weights is not supported yet, got dropout_p {dropout_p}\n"
+            f"{name}: dropout of the weights is not supported, got dropout_p {dropout_p}\n"
             "pass dropout_p=0.0, or compute the weights with diffmax_bisect and drop them yourself"
         )
 
