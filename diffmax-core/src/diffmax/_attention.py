@@ -99,7 +99,7 @@ def attention(
         key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be one tensor, and the query too.
         attn_mask: Boolean, True where a key is seen; broadcasts to (B, H, L, S). It holds together with `is_causal` and
             `window_size`. Or one of torch.nn.attention.bias's `causal_upper_left(L, S)` and `causal_lower_right(L, S)`.
-        dropout_p: 0; other values are not supported yet.
+        dropout_p: 0; other values are refused.
         is_causal: Query i sees the keys 0 to i, or i + S - L with `causal_alignment="lower_right"`.
         scale: Factor of the scores; None: 1 / sqrt(D).
         enable_gqa: key and value may have H_kv heads, of which H is a multiple; query head h reads head h // (H / H_kv).
