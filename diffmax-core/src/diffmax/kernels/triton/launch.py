@@ -1,8 +1,8 @@
 """The row operator's launcher: memory, tile, grid. A vendor's distribution makes one `RowOperator` from its tuning tables.
 
 Nothing here waits for the device, so that a call can be captured into a CUDA graph once its kernels are compiled (`warmup`).
-Kernels are compiled for a bounded number of cases: dtype, padded length, layout, whether alpha is a tensor, and five integer
-exponents; not for each length, stride or alpha.
+Kernels are compiled for a bounded number of cases: dtype, padded length, layout, whether alpha is a tensor, above or below 1/2,
+and five integer exponents; not for each length, stride or alpha.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from diffmax._numerics import MIN_E, accumulation_dtype, newton_steps
 from diffmax.kernels.triton import geometry
 from diffmax.kernels.triton.geometry import Geometry, View
 from diffmax.kernels.triton.long_bwd import bisect_bwd_long_kernel
+from diffmax.kernels.triton.numerics import HARDWARE_ALL, HARDWARE_ALL_SMALL_K, HARDWARE_FIRST, HARDWARE_NONE
 from diffmax.kernels.triton.rows_bwd import bisect_bwd_rows_kernel
 from diffmax.kernels.triton.rows_fwd import bisect_rows_kernel
 from diffmax.kernels.triton.split_fwd import (
@@ -123,7 +124,8 @@ class RowOperator:
                 )  # fmt: skip
                 return p, m, delta
             block = table.stream_block // (2 if acc == torch.float64 else 1)
-            fixed |= {"HARDWARE": _hardware(exponent, x.dtype) // 2 * 2, "BLOCK": block}
+            hardware = _hardware(exponent, x.dtype)
+            fixed |= {"HARDWARE": HARDWARE_NONE if hardware == HARDWARE_FIRST else hardware, "BLOCK": block}
             call = _LongCall(x, p, m, delta, e_tensor, shape, n, scalars, limits, fixed, table.stream_warps)
             chunks = self._chunks(x.device, shape.rows, -(-n // block))
             if chunks == 1:
@@ -311,10 +313,12 @@ def _e_strides(shape: Geometry) -> dict[str, int]:
 
 
 def _hardware(exponent: Exponent, dtype: torch.dtype) -> int:
-    """Where the hardware's logarithm serves: nowhere, in the first evaluation, everywhere (`numerics.HARDWARE_*`)."""
+    """Where the hardware's logarithm serves (`numerics.HARDWARE_*`)."""
     if exponent.tensor or exponent.integer or exponent.e < SMALLEST_E_FOR_HARDWARE or dtype == torch.float64:
-        return 0
-    return 1 if dtype == torch.float32 else 2
+        return int(HARDWARE_NONE)
+    if dtype == torch.float32:
+        return int(HARDWARE_FIRST if exponent.k > 2 else HARDWARE_NONE)
+    return int(HARDWARE_ALL if exponent.k > 2 else HARDWARE_ALL_SMALL_K)
 
 
 def _expected_iterates(exponent: Exponent) -> int:

@@ -31,9 +31,11 @@ _LARGEST_HALLEY_K = tl.constexpr(512.0)
 # The first iterate is the root of the entries above this score alone, as if they were equal: see `first_iterate`
 START_CUT = tl.constexpr(-0.35)
 
+# Where the logarithm of the device serves; its base 0 gives the weight 0 without a comparison where k > 2
 HARDWARE_NONE = tl.constexpr(0)
-HARDWARE_FIRST = tl.constexpr(1)
-HARDWARE_ALL = tl.constexpr(2)
+HARDWARE_FIRST = tl.constexpr(1)  # in the first evaluation, for k > 2
+HARDWARE_ALL = tl.constexpr(2)  # for k > 2
+HARDWARE_ALL_SMALL_K = tl.constexpr(3)
 
 
 @triton.jit
@@ -43,16 +45,20 @@ def hardware_log2(w):
 
 
 @triton.jit
-def log2_1p(u, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """log2(1 + u) for u > -1, with the digits that 1 + u loses; HARDWARE: by the special-function unit, to 2^-22 absolute."""
+def log2_by_hardware(w, PTX: tl.constexpr):
+    """log2(w) of float32 by the special-function unit, to 2^-22 absolute; -inf for 0."""
+    if PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [w], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return hardware_log2(w)
+
+
+@triton.jit
+def log2_1p(u):
+    """log2(1 + u) for u > -1, with the digits that 1 + u loses."""
     w = 1.0 + u
     if u.dtype == tl.float64:
         return (tl.log(w) + (u - (w - 1.0)) / w) * _LOG2_E
-    elif HARDWARE:
-        if PTX:
-            return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [w], dtype=tl.float32, is_pure=True, pack=1)
-        else:
-            return hardware_log2(w)
     else:
         # 1 + u = 2^j (1 + f) with f in [sqrt(1/2) - 1, sqrt(2) - 1]; the fused multiply-add leaves f one rounding
         j = (w.to(tl.int32, bitcast=True) - 0x3F3504F3) & -8388608
@@ -126,28 +132,64 @@ def scaled_scores(x, m, e):
 
 
 @triton.jit
+def raised(z):
+    """[z + 1]_+, of which [z - t]_+ = [. - delta]_+ follows.
+
+    What `powers` and `weights_at` take where a power is cheap, K > 0 or HARDWARE > 0: k is small there, and this rounding no
+    worse than the weight's.
+    """
+    return tl.maximum(z + 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sums_near_top(z, RAISED: tl.constexpr):
+    """Sum and number of the entries with z > START_CUT, each (ROWS,). With RAISED, z is `raised`."""
+    if RAISED:
+        near = (z > 1.0 + START_CUT).to(z.dtype)
+        count = tl.sum(near, axis=1)
+        return tl.sum(near * z, axis=1) - count, count
+    else:
+        near = z > START_CUT
+        return tl.sum(tl.where(near, z, 0.0), axis=1), tl.sum(near.to(z.dtype), axis=1)
+
+
+@triton.jit
+def sums(b, r):
+    """S, S_1 and the sum of [z - t]^(k-2), each (ROWS,)."""
+    slopes = r * b
+    return tl.sum(slopes * b, axis=1), tl.sum(slopes, axis=1), tl.sum(r, axis=1)
+
+
+@triton.jit
 def powers(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
     """b = [z - t]_+ and r = b^(k-2), 0 off the support. Then r*b is the slope's term and r*b*b the weight.
 
-    K is k as an integer where it is one of those with a chain of multiplications, else 0.
+    K is k as an integer where it is one of those with a chain of multiplications, else 0. Where a power is cheap, z is
+    `raised`.
     """
-    u = z - delta[:, None]
-    dead = u <= -1.0
-    b = tl.where(dead, 0.0, u + 1.0)
-    if K == 2:
-        r = tl.where(dead, 0.0, 1.0).to(z.dtype)
-    elif K == 3:
-        r = b
-    elif K == 4:
-        r = b * b
-    elif K == 5:
-        r = b * b * b
-    elif K == 10:
-        r = b * b
-        r = r * r
-        r = r * r
+    if K > 0 or HARDWARE > 0:
+        b = tl.maximum(z - delta[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if K == 2:
+            r = tl.minimum(b * 2.0**100, 1.0)  # not a comparison: its predicates cost more
+        elif K == 3:
+            r = b
+        elif K == 4:
+            r = b * b
+        elif K == 5:
+            r = b * b * b
+        elif K == 10:
+            r = b * b
+            r = r * r
+            r = r * r
+        else:
+            r = exp2_of((k[:, None] - 2.0) * log2_by_hardware(b, PTX), PTX)
+            if HARDWARE != HARDWARE_ALL:  # else k > 2, and the logarithm of 0 gives 0
+                r = tl.where(b <= 0.0, 0.0, r)
     else:
-        r = tl.where(dead, 0.0, exp2_of((k[:, None] - 2.0) * log2_1p(u, HARDWARE, PTX), PTX))
+        u = z - delta[:, None]
+        dead = u <= -1.0
+        b = tl.where(dead, 0.0, u + 1.0)
+        r = tl.where(dead, 0.0, exp2_of((k[:, None] - 2.0) * log2_1p(u), PTX))
     return b, r
 
 
@@ -222,6 +264,27 @@ def finishing(delta, total, slope, curve, e, k, size, CUT: tl.constexpr, ENSURE_
 
 
 @triton.jit
+def weights_at(z, delta, k, scale, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
+    """p = [z - t]^k at the last threshold, where a power is cheap, from `raised` scores."""
+    b = tl.maximum(z - delta[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if K == 0:
+        return exp2_of(k[:, None] * log2_by_hardware(b, PTX), PTX) * scale[:, None]
+    square = b * b
+    if K == 2:
+        p = square
+    elif K == 3:
+        p = square * b
+    elif K == 4:
+        p = square * square
+    elif K == 5:
+        p = square * square * b
+    else:
+        p = square * square
+        p = p * p * square
+    return p * scale[:, None]
+
+
+@triton.jit
 def weights(z, delta, r, k, step, scale):
     """p from the last iterate's r and what `finishing` returned: [b - dt]^k without another power.
 
@@ -229,11 +292,11 @@ def weights(z, delta, r, k, step, scale):
     slope p^alpha of the backward is steep there. A step to the left brings entries back that were dead, with b > dt.
     """
     b = z - delta[:, None] + 1.0
-    near = b - step[:, None]
-    far = b - ((k - 1.0) * step)[:, None]
+    near = tl.maximum(b - step[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    far = tl.maximum(b - ((k - 1.0) * step)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     dead_r = tl.exp2((k - 2.0) * tl.log2(tl.maximum(tl.abs(step), 1e-30)))
     r = tl.where(b <= 0.0, dead_r[:, None], r)
-    return r * tl.where(near <= 0.0, 0.0, near) * tl.where(far <= 0.0, 0.0, far) * scale[:, None]
+    return r * near * far * scale[:, None]
 
 
 @triton.jit

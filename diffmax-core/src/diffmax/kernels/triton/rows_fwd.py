@@ -6,15 +6,19 @@ import triton.language as tl
 from diffmax.kernels.triton.layout import columns, load_e, place, row_starts, whole_vectors
 from diffmax.kernels.triton.numerics import (
     HALLEY_STEPS,
-    START_CUT,
+    HARDWARE_ALL,
     expm1_of,
     finishing,
     first_iterate,
     next_iterate,
     powers,
+    raised,
     scaled_scores,
+    sums,
+    sums_near_top,
     unsolved,
     weights,
+    weights_at,
 )
 
 
@@ -44,15 +48,22 @@ def bisect_rows_kernel(
 
     m = tl.max(x, axis=1)
     z = scaled_scores(x, m, row_e)
-    near = z > START_CUT
-    delta = first_iterate(tl.sum(tl.where(near, z, 0.0), axis=1), tl.sum(near.to(ACC), axis=1), row_e)
+    LOGARITHM: tl.constexpr = 0 if HARDWARE == 1 else HARDWARE
+    CHEAP: tl.constexpr = K > 0 or LOGARITHM > 0
+    if CHEAP:
+        z = raised(z)
+    z_sum, count = sums_near_top(z, CHEAP)
+    delta = first_iterate(z_sum, count, row_e)
     size = n.to(ACC)
     high = -expm1_of(-row_e * tl.log(size))  # delta <= 1 - n^-e, Eq. 7
     delta = tl.minimum(delta, high)
     low = delta
 
-    first_b, r = powers(z, delta, row_k, K, HARDWARE >= 1, PTX)
-    total, slope, curve = tl.sum(r * first_b * first_b, axis=1), tl.sum(r * first_b, axis=1), tl.sum(r, axis=1)
+    if HARDWARE == 1:
+        first_b, r = powers(z + 1.0, delta, row_k, K, HARDWARE_ALL, PTX)
+    else:
+        first_b, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
+    total, slope, curve = sums(first_b, r)
     if HARDWARE == 1:  # these sums are good for a step, not for weights
         going = total > 0.0
     else:
@@ -65,15 +76,18 @@ def bisect_rows_kernel(
         low = tl.where(going, lower, low)
         stuck = moved == delta
         delta = tl.where(going, moved, delta)
-        b, r = powers(z, delta, row_k, K, HARDWARE == 2, PTX)
-        total, slope, curve = tl.sum(r * b * b, axis=1), tl.sum(r * b, axis=1), tl.sum(r, axis=1)
+        b, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
+        total, slope, curve = sums(b, r)
         going = unsolved(total, slope, curve, delta, row_e, row_k, size, CUT) & going & (stuck == 0)
         steps += 1
 
     step, scale, final = finishing(delta, total, slope, curve, row_e, row_k, size, CUT, ENSURE_SUM_ONE)
-    if not KEEP or K > 0:
-        _, r = powers(z, delta, row_k, K, HARDWARE == 2, PTX)
-    p = weights(z, delta, r, row_k, step, scale)
+    if CHEAP:
+        p = weights_at(z, final, row_k, scale, K, LOGARITHM, PTX)
+    else:
+        if not KEEP:
+            _, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
+        p = weights(z, delta, r, row_k, step, scale)
     starts = row_starts(index_0, index_1, rows, p_0, p_1, p_2, P_LAYOUT, VECTOR)
     p_ptrs = p_ptr + starts[:, None] + columns(cols, p_col, P_LAYOUT)[None, :]
     tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=inside)
