@@ -16,7 +16,7 @@ def slopes(p, x, m, delta, e, FROM_X: tl.constexpr, PTX: tl.constexpr):
         spoilt = p != p
         u = e[:, None] * (x - tl.where(m == -float("inf"), 0.0, m)[:, None]) - delta[:, None]
         live = u > -1.0
-        log_p = tl.where(live, log2_1p(u), 0.0) / e[:, None]
+        log_p = tl.where(live, log2_1p(u, False, PTX), 0.0) / e[:, None]
         weight = tl.where(spoilt, p, tl.where(live, exp2_of(log_p, PTX), 0.0))
         live = live | spoilt
         log_p = tl.where(spoilt, p, log_p)

@@ -20,7 +20,7 @@ from diffmax._numerics import MIN_E, accumulation_dtype, newton_steps
 from diffmax.kernels.triton import geometry
 from diffmax.kernels.triton.geometry import Geometry, View
 from diffmax.kernels.triton.long_bwd import bisect_bwd_long_kernel
-from diffmax.kernels.triton.numerics import HARDWARE_ALL, HARDWARE_ALL_SMALL_K, HARDWARE_FIRST, HARDWARE_NONE
+from diffmax.kernels.triton.numerics import ABOVE_2, ANY_K, HARDWARE_ALL, HARDWARE_FIRST, HARDWARE_NONE
 from diffmax.kernels.triton.rows_bwd import bisect_bwd_rows_kernel
 from diffmax.kernels.triton.rows_fwd import bisect_rows_kernel
 from diffmax.kernels.triton.split_fwd import (
@@ -106,7 +106,7 @@ class RowOperator:
         limits = {"newton_steps": newton_steps(200, n, 1.0 if exponent.tensor else exponent.e, acc)}
         fixed = {
             "E_TENSOR": exponent.tensor,
-            "K": exponent.integer,
+            "K": exponent.integer or int(ANY_K if exponent.tensor or exponent.k <= 2 else ABOVE_2),
             "CUT": SOLVED[x.dtype],
             "PTX": self.ptx,
             "X_LAYOUT": shape.views[0].layout,
@@ -316,9 +316,7 @@ def _hardware(exponent: Exponent, dtype: torch.dtype) -> int:
     """Where the hardware's logarithm serves (`numerics.HARDWARE_*`)."""
     if exponent.tensor or exponent.integer or exponent.e < SMALLEST_E_FOR_HARDWARE or dtype == torch.float64:
         return int(HARDWARE_NONE)
-    if dtype == torch.float32:
-        return int(HARDWARE_FIRST if exponent.k > 2 else HARDWARE_NONE)
-    return int(HARDWARE_ALL if exponent.k > 2 else HARDWARE_ALL_SMALL_K)
+    return int(HARDWARE_FIRST if dtype == torch.float32 else HARDWARE_ALL)
 
 
 def _expected_iterates(exponent: Exponent) -> int:

@@ -31,11 +31,14 @@ _LARGEST_HALLEY_K = tl.constexpr(512.0)
 # The first iterate is the root of the entries above this score alone, as if they were equal: see `first_iterate`
 START_CUT = tl.constexpr(-0.35)
 
-# Where the logarithm of the device serves; its base 0 gives the weight 0 without a comparison where k > 2
+# Where the logarithm of the device serves: nowhere, in the first evaluation, everywhere
 HARDWARE_NONE = tl.constexpr(0)
-HARDWARE_FIRST = tl.constexpr(1)  # in the first evaluation, for k > 2
-HARDWARE_ALL = tl.constexpr(2)  # for k > 2
-HARDWARE_ALL_SMALL_K = tl.constexpr(3)
+HARDWARE_FIRST = tl.constexpr(1)
+HARDWARE_ALL = tl.constexpr(2)
+
+# As K: an exponent given at run time, any or above 2
+ANY_K = tl.constexpr(0)
+ABOVE_2 = tl.constexpr(-1)
 
 
 @triton.jit
@@ -54,11 +57,13 @@ def log2_by_hardware(w, PTX: tl.constexpr):
 
 
 @triton.jit
-def log2_1p(u):
-    """log2(1 + u) for u > -1, with the digits that 1 + u loses."""
+def log2_1p(u, HARDWARE: tl.constexpr, PTX: tl.constexpr):
+    """log2(1 + u) for u > -1, with the digits that 1 + u loses unless HARDWARE."""
     w = 1.0 + u
     if u.dtype == tl.float64:
         return (tl.log(w) + (u - (w - 1.0)) / w) * _LOG2_E
+    elif HARDWARE:
+        return log2_by_hardware(w, PTX)
     else:
         # 1 + u = 2^j (1 + f) with f in [sqrt(1/2) - 1, sqrt(2) - 1]; the fused multiply-add leaves f one rounding
         j = (w.to(tl.int32, bitcast=True) - 0x3F3504F3) & -8388608
@@ -135,8 +140,7 @@ def scaled_scores(x, m, e):
 def raised(z):
     """[z + 1]_+, of which [z - t]_+ = [. - delta]_+ follows.
 
-    What `powers` and `weights_at` take where a power is cheap, K > 0 or HARDWARE > 0: k is small there, and this rounding no
-    worse than the weight's.
+    Where a power is cheap (K > 0 or HARDWARE > 0) k is small, and this rounding no worse than the weight's.
     """
     return tl.maximum(z + 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
@@ -161,36 +165,42 @@ def sums(b, r):
 
 
 @triton.jit
+def powers_of_raised(w, delta, k, K: tl.constexpr, PTX: tl.constexpr):
+    """`powers` of w = `raised` scores, where a power is cheap."""
+    b = tl.maximum(w - delta[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if K == 2:
+        r = tl.minimum(b * 2.0**100, 1.0)  # not a comparison: its predicates cost more
+    elif K == 3:
+        r = b
+    elif K == 4:
+        r = b * b
+    elif K == 5:
+        r = b * b * b
+    elif K == 10:
+        r = b * b
+        r = r * r
+        r = r * r
+    else:
+        r = exp2_of((k[:, None] - 2.0) * log2_by_hardware(b, PTX), PTX)
+        if K != ABOVE_2:  # where the logarithm of 0 gives 0
+            r = tl.where(b <= 0.0, 0.0, r)
+    return b, r
+
+
+@triton.jit
 def powers(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
     """b = [z - t]_+ and r = b^(k-2), 0 off the support. Then r*b is the slope's term and r*b*b the weight.
 
-    K is k as an integer where it is one of those with a chain of multiplications, else 0. Where a power is cheap, z is
-    `raised`.
+    K is k as an integer where it is one of those with a chain of multiplications, else `ANY_K` or `ABOVE_2`.
     """
     if K > 0 or HARDWARE > 0:
-        b = tl.maximum(z - delta[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-        if K == 2:
-            r = tl.minimum(b * 2.0**100, 1.0)  # not a comparison: its predicates cost more
-        elif K == 3:
-            r = b
-        elif K == 4:
-            r = b * b
-        elif K == 5:
-            r = b * b * b
-        elif K == 10:
-            r = b * b
-            r = r * r
-            r = r * r
-        else:
-            r = exp2_of((k[:, None] - 2.0) * log2_by_hardware(b, PTX), PTX)
-            if HARDWARE != HARDWARE_ALL:  # else k > 2, and the logarithm of 0 gives 0
-                r = tl.where(b <= 0.0, 0.0, r)
+        return powers_of_raised(raised(z), delta, k, K, PTX)
     else:
         u = z - delta[:, None]
         dead = u <= -1.0
         b = tl.where(dead, 0.0, u + 1.0)
-        r = tl.where(dead, 0.0, exp2_of((k[:, None] - 2.0) * log2_1p(u), PTX))
-    return b, r
+        r = tl.where(dead, 0.0, exp2_of((k[:, None] - 2.0) * log2_1p(u, False, PTX), PTX))
+        return b, r
 
 
 @triton.jit
@@ -264,10 +274,10 @@ def finishing(delta, total, slope, curve, e, k, size, CUT: tl.constexpr, ENSURE_
 
 
 @triton.jit
-def weights_at(z, delta, k, scale, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """p = [z - t]^k at the last threshold, where a power is cheap, from `raised` scores."""
-    b = tl.maximum(z - delta[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if K == 0:
+def weights_at(w, delta, k, scale, K: tl.constexpr, PTX: tl.constexpr):
+    """p = [z - t]^k at the last threshold, where a power is cheap, from w = `raised` scores."""
+    b = tl.maximum(w - delta[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if K <= 0:
         return exp2_of(k[:, None] * log2_by_hardware(b, PTX), PTX) * scale[:, None]
     square = b * b
     if K == 2:

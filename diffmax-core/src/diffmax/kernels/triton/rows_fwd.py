@@ -6,12 +6,12 @@ import triton.language as tl
 from diffmax.kernels.triton.layout import columns, load_e, place, row_starts, whole_vectors
 from diffmax.kernels.triton.numerics import (
     HALLEY_STEPS,
-    HARDWARE_ALL,
     expm1_of,
     finishing,
     first_iterate,
     next_iterate,
     powers,
+    powers_of_raised,
     raised,
     scaled_scores,
     sums,
@@ -60,7 +60,9 @@ def bisect_rows_kernel(
     low = delta
 
     if HARDWARE == 1:
-        first_b, r = powers(z + 1.0, delta, row_k, K, HARDWARE_ALL, PTX)
+        first_b, r = powers_of_raised(z + 1.0, delta, row_k, K, PTX)
+    elif CHEAP:
+        first_b, r = powers_of_raised(z, delta, row_k, K, PTX)
     else:
         first_b, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
     total, slope, curve = sums(first_b, r)
@@ -76,14 +78,17 @@ def bisect_rows_kernel(
         low = tl.where(going, lower, low)
         stuck = moved == delta
         delta = tl.where(going, moved, delta)
-        b, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
+        if CHEAP:
+            b, r = powers_of_raised(z, delta, row_k, K, PTX)
+        else:
+            b, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
         total, slope, curve = sums(b, r)
         going = unsolved(total, slope, curve, delta, row_e, row_k, size, CUT) & going & (stuck == 0)
         steps += 1
 
     step, scale, final = finishing(delta, total, slope, curve, row_e, row_k, size, CUT, ENSURE_SUM_ONE)
     if CHEAP:
-        p = weights_at(z, final, row_k, scale, K, LOGARITHM, PTX)
+        p = weights_at(z, final, row_k, scale, K, PTX)
     else:
         if not KEEP:
             _, r = powers(z, delta, row_k, K, LOGARITHM, PTX)

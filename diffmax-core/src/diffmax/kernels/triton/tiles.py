@@ -63,8 +63,6 @@ def solver_sums(
         # written so that NaN counts as live
         if tl.max((top - delta[:, None] <= -1.0).to(tl.int32)) == 0:
             z = scaled_scores(load_tile(x_ptr, start, tile * BLOCK, n, x_col, ACC, LAYOUT, BLOCK), m, e)
-            if K > 0 or HARDWARE > 0:
-                z = raised(z)
             b, r = powers(z, delta, k, K, HARDWARE, PTX)
             slopes = r * b
             total += slopes * b
@@ -88,7 +86,7 @@ def store_weights(
         if tl.max((top - last_delta[:, None] <= -1.0).to(tl.int32)) == 0:
             z = scaled_scores(load_tile(x_ptr, start, tile * BLOCK, n, x_col, ACC, LAYOUT, BLOCK), m, e)
             if K > 0 or HARDWARE > 0:
-                p = weights_at(raised(z), tl.maximum(delta + step, 0.0), k, scale, K, HARDWARE, PTX)
+                p = weights_at(raised(z), tl.maximum(delta + step, 0.0), k, scale, K, PTX)
             else:
                 _, r = powers(z, delta, k, K, HARDWARE, PTX)
                 p = weights(z, delta, r, k, step, scale)
