@@ -1,24 +1,26 @@
 """docs/attention.md says what the backends declare."""
 
-import re
+import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from diffmax._dispatch import registry
-from diffmax.plugin import FEATURES
-
-PAGE = (Path(__file__).parents[1] / "docs" / "attention.md").read_text(encoding="utf-8")
-HEADER = re.search(r"^\| feature \|(.*)\|$", PAGE, re.MULTILINE)
-COLUMNS = re.findall(r"`(\w+)`", HEADER[1])
-ROWS = {name: cells.split("|")[:-1] for name, cells in re.findall(r"^\| `(\w+)` \|(.*)$", PAGE, re.MULTILINE)}
+ROOT = Path(__file__).parents[1]
+_SPEC = importlib.util.spec_from_file_location("support_matrix", ROOT / ".ci" / "support_matrix.py")
+support_matrix = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(support_matrix)
 
 
-def test_every_backend_of_core_with_attention_has_a_column():
-    assert set(COLUMNS) == {b.name for b in registry.backends() if "attention" in b.kernels}
+def test_the_table_is_what_the_backends_declare():
+    page = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+    assert support_matrix.table() in page, "run: python .ci/support_matrix.py"
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_the_table_is_what_the_backends_declare(feature):
-    declared = {backend.name: feature in backend.features for backend in registry.backends()}
-    assert [("✓" in cell) for cell in ROWS[feature]] == [declared[name] for name in COLUMNS]
+def test_a_cell_tells_what_is_not_there():
+    whole = next(backend for backend in support_matrix.backends() if backend.name == "cpu")
+    without = replace(whole, features=whole.features - {"sink"})
+    forward = replace(whole, kernels={"attention": whole.kernels["attention"]})
+    assert support_matrix.cell(whole, "sink") == "✓"
+    assert support_matrix.cell(without, "sink") == ""
+    assert support_matrix.cell(forward, "sink") == "forward only"
+    assert support_matrix.cell(forward, "alpha_gradient") == ""
+    assert support_matrix.cell(forward, "attention_stats") == "✓"

@@ -164,10 +164,23 @@ def test_composed_operators_use_the_row_operator_of_the_named_backend(register, 
     query = torch.randn(1, 2, 5, 4, requires_grad=True)
     with diffmax.use_backend("acme"):
         weights = diffmax.DiffmaxBisectModule(0.85, alpha_map=diffmax.HillMap(0.3))(query @ query.mT)
-        output, _ = attention_function()(torch.nn.Module(), query, query, query, None)
+        output, _ = attention_function()(torch.nn.Module(), query, query, query, None, output_attentions=True)
     assert calls == ["forward", "forward"]
     (weights.square().sum() + output.square().sum()).backward()
     assert calls == ["forward", "forward", "backward", "backward"]
+
+
+def test_attention_that_no_fused_kernel_serves_has_its_rows_from_the_best_row_kernel(register, calls, settings):
+    """As on GPUs that are too old for the fused kernels."""
+    settings(backend=("rows", "reference"))
+    register("rows", priority=90)
+    query = torch.randn(1, 2, 5, 4, requires_grad=True)
+    out = diffmax.attention(query, query, query, alpha=torch.tensor([0.5, 1.0]), is_causal=True)
+    assert calls == ["forward"]
+    (grad,) = torch.autograd.grad(out.square().sum(), query)
+    out = diffmax.attention(query, query, query, alpha=torch.tensor([0.5, 1.0]), is_causal=True, backend="reference")
+    assert calls == ["forward"]
+    torch.testing.assert_close(grad, torch.autograd.grad(out.square().sum(), query)[0])
 
 
 def attention_function():

@@ -563,11 +563,15 @@ assert asked == [("bisect", "reference")] * 4, asked
 
 
 def test_forward_mode_and_torch_func_are_refused_clearly():
+    """Compiled code too, whose forward mode torch.autograd.forward_ad does not know of."""
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         diffmax_loss(forward_ad.make_dual(x, torch.ones_like(x)), y, 0.5)
     with pytest.raises(NotImplementedError, match=r"torch\.func transforms are not supported"):
         torch.func.grad(lambda x: diffmax_loss(x, y, 0.5))(x)
+    compiled = torch.compile(lambda x, t: torch.func.jvp(lambda x: diffmax_loss(x, y, 0.5), (x,), (t,))[1], backend="aot_eager")
+    with pytest.raises(Exception, match=r"forward-mode differentiation and .* are not supported"):
+        compiled(x, torch.ones_like(x))
 
 
 def test_the_module_is_the_function_and_can_be_copied_and_saved():

@@ -1,6 +1,7 @@
 """The compiled CPU kernel: its digits, code, threads and cache. That it computes the operator, test_conformance shows."""
 
 import concurrent.futures
+import ctypes
 import os
 import re
 import subprocess
@@ -11,20 +12,27 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from numba import njit
+from numba import cfunc, njit
+from numba.core import types
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
 from diffmax import diffmax_bisect, reference
-from diffmax.cpu import compiled, numba_cannot, numba_missing, numba_rows, simd
+from diffmax._dispatch import registry
+from diffmax._plain import is_plain
+from diffmax.cpu import compiled, numba_cannot, numba_missing, numba_rows, simd, threads
 from diffmax.plugin import CallSpec
 from diffmax.testing.gate import allowed_error
+
+needs_keys = pytest.mark.skipif(not hasattr(torch._C.DispatchKeySet, "raw_repr"), reason="torch shows no dispatch keys")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def run(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300, env={**os.environ, **environment}
     ).stdout
 
 
@@ -248,33 +256,107 @@ def test_a_row_does_not_depend_on_its_neighbours(n, dtype):
         assert torch.equal(together, alone)
 
 
-def test_threads_change_no_bit_and_are_those_of_torch(monkeypatch):
-    x = torch.randn(1000, 300, requires_grad=True)
-    alpha = torch.full((1000, 1), 0.7, requires_grad=True)
-    starts = []
-    share = numba_rows._share
+@pytest.mark.parametrize("on_torchs", [True, False])
+@pytest.mark.parametrize(("rows", "n"), [(1000, 300), (5, 40000)])
+def test_threads_change_no_bit_and_are_as_many_as_torchs(rows, n, on_torchs, monkeypatch):
+    x = torch.randn(rows, n, requires_grad=True)
+    alpha = torch.full((rows, 1), 0.7, requires_grad=True)
+    if not on_torchs:
+        monkeypatch.setattr(threads, "torchs_threads", lambda: None)
+    counts = []
 
-    def spy(kernel, before, after, n_rows, n):
-        def noted(*arguments):
-            starts.append(arguments[len(before)])
-            kernel(*arguments)
+    def spy(kernel, address, job, count):
+        counts.append(count)
+        threads.run_on_threads(kernel, address, job, count)
 
-        share(noted, before, after, n_rows, n)
-
-    monkeypatch.setattr(numba_rows, "_share", spy)
+    monkeypatch.setattr(numba_rows, "run_on_threads", spy)
     results = {}
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            starts.clear()
             p = diffmax_bisect(x, alpha, backend="numba")
             results[count] = (p, *torch.autograd.grad(p.square().sum(), (x, alpha)))
-            assert len(set(starts)) == len(starts) // 2 == count  # forward and backward
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+    assert counts == [2, 2, 3, 3]  # forward and backward
     for count in (2, 3):
         assert all(torch.equal(a, b) for a, b in zip(results[1], results[count], strict=True))
+
+
+@cfunc(types.int64(types.intp))
+def enter(job):
+    """Counts who enters in the first word, and waits until as many are there as the second word says."""
+    words = simd.array_at(job, 2, np.int64)
+    simd.fetch_add(words, 0, 1)
+    while simd.fetch_add(words, 0, 0) < words[1]:
+        pass
+    return 0
+
+
+@pytest.mark.parametrize("on_torchs", [True, False])
+def test_a_job_is_given_to_as_many_threads_at_once(on_torchs, monkeypatch):
+    if not on_torchs:
+        monkeypatch.setattr(threads, "torchs_threads", lambda: None)
+    job = np.array([0, 3])
+    threads.run_on_threads(enter.ctypes, enter.address, job.ctypes.data, 3)
+    assert job[0] == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the entry into torch's OpenMP library is looked for on Linux")
+def test_the_threads_are_torchs():
+    """No thread is started where torch has started as many."""
+    code = """
+import os, torch, diffmax
+diffmax.diffmax_bisect(torch.randn(4), 0.5, backend="numba")  # imports libraries that have threads of their own
+torch.set_num_threads(3)
+x = torch.randn(500, 4000)
+torch.softmax(x, -1)
+before = set(os.listdir("/proc/self/task"))
+p = diffmax.diffmax_bisect(x, 0.5, backend="numba")
+print(before == set(os.listdir("/proc/self/task")))
+"""
+    assert run(code).strip() == "True"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the entry into torch's OpenMP library is looked for on Linux")
+def test_a_call_inside_a_parallel_region_stays_on_its_thread():
+    """Each of OpenMP's threads enters Python in turn and makes a call that is large enough to be shared out."""
+    x = torch.randn(500, 400)
+    expected = diffmax_bisect(x, 0.5, backend="numba")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    results = []
+    region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: results.append(diffmax_bisect(x, 0.5, backend="numba")))
+    try:
+        threads.torchs_threads()(ctypes.cast(region, ctypes.c_void_p).value, 0, 2, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert len(results) == 2
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_without_torchs_openmp_there_are_threads_all_the_same(monkeypatch):
+    for owner, name, value in (
+        (sys, "platform", "darwin"),
+        (torch.backends.openmp, "is_available", lambda: False),
+        (torch, "__file__", "/nowhere/__init__.py"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            threads._openmp_entry.cache_clear()
+            assert threads.torchs_threads() is None
+    threads._openmp_entry.cache_clear()
+
+
+def test_a_thread_without_memory_is_an_error_and_no_silent_result(monkeypatch):
+    monkeypatch.setattr(numba_rows, "_kernel", lambda name, dtype: (lambda job: 0, 0))
+    monkeypatch.setattr(numba_rows, "_small_plan", lambda *call: (lambda job: 0, 1, 0))
+    monkeypatch.setattr(numba_rows, "run_on_threads", lambda *job: None)
+    for rows in (1, 1000):
+        for x in (torch.randn(rows, 400), torch.randn(400, rows).T):
+            with pytest.raises(MemoryError, match="no memory to solve rows of 400 entries"):
+                diffmax_bisect(x, 0.5, backend="numba")
 
 
 def test_calls_from_many_python_threads():
@@ -288,21 +370,81 @@ def test_calls_from_many_python_threads():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_starts_threads_of_its_own():
+    """OpenMP's threads stay in the parent, and OpenMP does not notice: torch's own operators would wait for them for ever."""
     code = """
 import os, torch, diffmax
 torch.set_num_threads(2)
 x = torch.randn(500, 400)
 expected = diffmax.diffmax_bisect(x, 0.5, backend="numba")
-from diffmax.cpu import numba_rows
-assert numba_rows._pool is not None
+from diffmax.cpu import threads
+assert threads._pool is None or threads.torchs_threads() is None
 child = os.fork()
 if child == 0:
-    assert numba_rows._pool is None
+    assert threads._pool is None and threads.torchs_threads() is None
     result = diffmax.diffmax_bisect(x, 0.5, backend="numba")
-    os._exit(0 if torch.equal(result, expected) and numba_rows._pool is not None else 1)
+    same = (result.numpy() == expected.numpy()).all()
+    os._exit(0 if same and threads._pool is not None else 1)
 print(os.waitpid(child, 0)[1])
 """
     assert run(code).strip() == "0"
+
+
+# --- the short way past the dispatcher ---
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), str(function)]
+        return function(*args, **(kwargs or {}))
+
+
+class SeenAsFunction(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), str(function)]
+        return function(*args, **(kwargs or {}))
+
+
+@needs_keys
+@pytest.mark.parametrize("shape", [(8,), (3, 1, 40), (2, 300, 5), (0, 4), (2, 3000)])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_the_short_way_gives_the_same_bits(shape, dim):
+    x = torch.randn(shape)
+    e, dim = 1.0 - 0.7, dim % len(shape)
+    assert is_plain(x)
+    p = diffmax_bisect(x, 0.7, dim, backend="numba")
+    expected = torch.ops.diffmax.bisect(x, e, None, dim, 50, True, "numba")[0]
+    assert torch.equal(p, expected)
+    assert (p.stride(), p.dtype) == (expected.stride(), expected.dtype)
+    with torch.inference_mode():
+        assert torch.equal(diffmax_bisect(x, 0.7, dim, backend="numba"), expected)
+        assert is_plain(torch.ones(2))
+
+
+@needs_keys
+def test_whoever_has_a_part_in_operators_still_gets_it(monkeypatch):
+    x = torch.randn(3, 8)
+    taken = []
+    monkeypatch.setattr(registry, "kernels", {})  # which remembers what was offered before
+    monkeypatch.setattr(numba_rows.bisect, "weights", lambda *arguments: taken.append(arguments))
+    with Seen() as mode:
+        diffmax_bisect(x, 0.7)
+    assert "diffmax.bisect.default" in mode.names
+    with SeenAsFunction() as mode:
+        diffmax_bisect(x, 0.7)
+    assert "diffmax.bisect" in mode.names
+    with torch.profiler.profile() as profile:
+        diffmax_bisect(x, 0.7)
+    assert "diffmax::bisect" in [event.name for event in profile.events()]
+    torch.vmap(lambda x: diffmax_bisect(x, 0.7))(x)
+    diffmax_bisect(torch.nn.Parameter(x), 0.7)
+    diffmax_bisect(torch.randn(3, 8, requires_grad=True), 0.7).square().sum().backward()
+    imaginary = torch.randn(8, dtype=torch.complex64).conj().imag
+    assert imaginary.is_neg()
+    p = diffmax_bisect(imaginary, 0.7)
+    assert not taken
+    assert torch.equal(p, torch.ops.diffmax.bisect(imaginary.resolve_neg(), 1 - 0.7, None, 0, 50, True, "numba")[0])
+    diffmax_bisect(x, 0.7)
+    assert len(taken) == 1
 
 
 # --- code -----------------------------------------------------------------------------------------------------------------
@@ -329,9 +471,9 @@ import torch, diffmax
 x = torch.randn(4, 300).to(torch.{dtype}).requires_grad_()
 a = torch.full((4, 1), 0.7, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, requires_grad=True)
 diffmax.diffmax_bisect(x, a, backend="numba").sum().backward()
-from diffmax.cpu.compiled import BACKWARD, FORWARD
-for kernels in (FORWARD, BACKWARD):
-    print("\\n".join(kernels["{dtype}"].inspect_asm().values()))
+from diffmax.cpu.compiled import compiled
+for name in ("forward", "backward"):
+    print(compiled(name, x.dtype)._library.get_asm_str())
 """
     assembly = run(code, NUMBA_CACHE_DIR=str(tmp_path))  # a cache of its own: code that is read from one cannot be inspected
     suffix = "pd" if dtype == "float64" else "ps"
@@ -351,18 +493,13 @@ for kernels in (FORWARD, BACKWARD):
 def test_the_kernels_are_kept_on_disk_and_shared_between_processes(tmp_path):
     code = """
 import torch, diffmax
-from numba.core import event
-compiled = []
-class Listener(event.Listener):
-    def on_start(self, event): compiled.append(event.data["dispatcher"].__name__)
-    def on_end(self, event): pass
-event.register("numba:compile", Listener())
 x = torch.randn(20, 30, requires_grad=True)
 diffmax.diffmax_bisect(x, 0.7, backend="numba").square().sum().backward()
-print(sorted(set(compiled) & {"forward", "backward"}))
+from diffmax.cpu.compiled import compiled
+print([compiled(name, x.dtype).cache_hits for name in ("forward", "backward")])
 """
-    assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "['backward', 'forward']"
-    assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "[]"
+    assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "[0, 0]"
+    assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "[1, 1]"
     assert list(tmp_path.rglob("*.nbc"))
 
 

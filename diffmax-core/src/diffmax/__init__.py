@@ -1,10 +1,13 @@
 """diffmax: a sparse, power-law alternative to softmax for attention."""
 
+import sys
+
 from diffmax import _dispatch, _older_project, nn
 from diffmax._attention import AttentionStats, attention, attention_varlen
 from diffmax._discovery import CORE_VERSION as __version__  # noqa: N811
 from diffmax._dispatch import register_backend, unregister_backend, use_backend
 from diffmax._inspect import backends, explain
+from diffmax._kvcache import KVCacheStats, PageBounds, attention_with_kvcache, page_bounds
 from diffmax._warmup import warmup
 from diffmax.errors import BackendError, DiffmaxError, NoBackendError
 from diffmax.functional import diffmax_bisect
@@ -14,6 +17,8 @@ from diffmax.monitor import diffmax_bisect_monitored
 from diffmax.nn import DiffmaxBisectModule
 
 _older_project.warn_if_installed()
+if "torch.utils.flop_counter" in sys.modules:  # it imports triton: whoever wants it has imported it
+    from diffmax.integrations import flop_counter  # noqa: F401
 
 __all__ = [
     "AlphaMap",
@@ -24,17 +29,21 @@ __all__ = [
     "DiffmaxLoss",
     "ExpMap",
     "HillMap",
+    "KVCacheStats",
     "NoBackendError",
+    "PageBounds",
     "TanhMap",
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_with_kvcache",
     "backends",
     "diffmax_bisect",
     "diffmax_bisect_monitored",
     "diffmax_loss",
     "explain",
     "nn",
+    "page_bounds",
     "register_backend",
     "unregister_backend",
     "use_backend",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _attention_checks as checks
-from diffmax import _attention_ops  # noqa: F401  (defines torch.ops.diffmax.attention)
+from diffmax import _attention_ops
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
 from diffmax.plugin import TILE, AttentionCall
@@ -48,6 +48,9 @@ def attention(
     alpha: float | Tensor = 0.9,
     window_size: tuple[int, int] | None = None,
     causal_alignment: str = "upper_left",
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
     return_stats: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -67,6 +70,9 @@ def attention(
     alpha: float | Tensor = 0.9,
     window_size: tuple[int, int] | None = None,
     causal_alignment: str = "upper_left",
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
     return_stats: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, AttentionStats]: ...
@@ -85,6 +91,9 @@ def attention(
     alpha: float | Tensor = 0.9,
     window_size: tuple[int, int] | None = None,
     causal_alignment: str = "upper_left",
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
@@ -92,14 +101,20 @@ def attention(
 
     out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1, Eq. 5)
 
+    Scores are scaled, then capped, then added to (`attn_mask`, `alibi_slopes`), then hidden. The weights are solved, the sink
+    among them, and dropped last.
+
     Scores and weights are not held in memory (the `reference` backend does), and where weights are zero work is skipped.
 
     Args:
         query: (B, H, L, D), any strides. float16, bfloat16, float32 or float64. Under autocast it is converted as torch would.
         key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be one tensor, and the query too.
-        attn_mask: Boolean, True where a key is seen; broadcasts to (B, H, L, S). It holds together with `is_causal` and
-            `window_size`. Or one of torch.nn.attention.bias's `causal_upper_left(L, S)` and `causal_lower_right(L, S)`.
-        dropout_p: 0; other values are refused.
+        attn_mask: Broadcasts to (B, H, L, S) and holds together with `is_causal` and `window_size`. Boolean: True where a key
+            is seen. Floating, in query's dtype or float32: added to the scores, where -inf hides; may require a gradient. Or
+            one of torch.nn.attention.bias's `causal_upper_left(L, S)` and `causal_lower_right(L, S)`.
+        dropout_p: Probability, less than 1, with which a weight is set to 0; the others are divided by 1 - dropout_p. Which
+            ones follows from two numbers that torch's generator draws, and is the same on every backend. Like torch's own
+            attention this drops whenever it is not 0: pass 0.0 in evaluation.
         is_causal: Query i sees the keys 0 to i, or i + S - L with `causal_alignment="lower_right"`.
         scale: Factor of the scores; None: 1 / sqrt(D).
         enable_gqa: key and value may have H_kv heads, of which H is a multiple; query head h reads head h // (H / H_kv).
@@ -110,6 +125,11 @@ def attention(
             aligned like causality's. `is_causal` makes right 0.
         causal_alignment: "upper_left", where query i stands at key i, as in torch; or "lower_right", where the last query
             stands at the last key, as in flash-attn.
+        alibi_slopes: (H,) or (B, H): key j loses slope * abs(i' - j) of its score, where i' is query i's place, aligned like
+            causality's. No gradient: for slopes that learn pass the bias as attn_mask.
+        softcap: A score x becomes softcap * tanh(x / softcap), which lies between the two signs of softcap; 0: off.
+        sink: (H,): a score that every query of a head sees besides the keys', and whose weight goes to no value; may require a
+            gradient. It is not scaled, capped or masked. A null slot is `torch.zeros(H)`.
         return_stats: Whether to return an `AttentionStats` too: thresholds, support sizes, the share of empty tiles.
         backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
             else the best one that can run the call.
@@ -120,11 +140,10 @@ def attention(
         TypeError: An argument has the wrong type, or the dtypes differ.
         ValueError: Shapes, devices or values do not fit. The values of an alpha that lives on an accelerator, or under
             torch.compile, are not read: heads whose alpha lies outside [0, 1] are NaN.
-        NotImplementedError: dropout_p is not 0; or forward-mode differentiation or a torch.func transform is at work.
         NoBackendError: No backend can run the call, or the named one cannot.
     Numerics: Scores, weights and sums are computed in float32, for float64 in float64, from inputs as they are. Gradients by
-        Eq. 5, for a tensor alpha too. Second derivatives are right, and computed with all scores in memory. On the CPU the
-        same input gives the same bits.
+        Eq. 5, for a tensor alpha too. Second derivatives, forward mode, and gradients under torch.func are right, and computed
+        with all scores in memory (docs/transforms.md). On the CPU the same input gives the same bits.
     Source: docs/attention.md, docs/theory.md. Written for diffmax.
     Example:
         >>> import torch, diffmax
@@ -133,28 +152,16 @@ def attention(
         >>> out.shape, stats.support_size.shape
         (torch.Size([2, 4, 100, 16]), torch.Size([2, 4, 100]))
     """
-    name = "diffmax.attention"
-    checks.check_dropout(name, dropout_p)
-    query, key, value = _autocast(query, key, value)
-    checks.check_tensors(name, query, key, value, "BHLD")
-    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
-    e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
-    lower_right = checks.check_alignment(name, causal_alignment)
-    variant = getattr(attn_mask, "variant", None)  # of torch's CausalBias, a Tensor that must not be looked into
-    if attn_mask is not None and variant is not None:
-        if is_causal:
-            raise ValueError(f"{name}: is_causal=True and a CausalBias as attn_mask exclude each other\npass one of them")
-        is_causal, lower_right, attn_mask = True, variant.name == "LOWER_RIGHT", None
-    left, right = checks.check_window(name, window_size, is_causal)
-    call = AttentionCall(
-        scale=checks.check_scale(name, query, scale),
-        e=e if e_tensor is None else e_tensor,
-        mask=None if attn_mask is None else checks.check_mask(name, query, key, attn_mask),
-        lower_right=lower_right,
-        left=left,
-        right=right,
+    query, key, value, call = checked(
+        *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
+        alpha=alpha,
+        window_size=window_size,
+        causal_alignment=causal_alignment,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sink=sink,
     )
-    out, stats = _attend(query, key, value, call, e, e_tensor, return_stats, backend)
+    out, stats = _attend(query, key, value, call, return_stats, backend)
     return out if stats is None else (out, stats)
 
 
@@ -167,11 +174,15 @@ def attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     alpha: float | Tensor = 0.9,
     window_size: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
@@ -185,12 +196,13 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: At least the longest sequence's length. A larger number costs nothing but memory in
             `reference`.
         is_causal, window_size: As in `attention`, where the last query stands at the last key of its sequence.
-        scale, enable_gqa, alpha, return_stats, backend: As in `attention`.
+        alibi_slopes: (H,), as in `attention`, with the same places.
+        dropout_p, scale, enable_gqa, alpha, softcap, sink, return_stats, backend: As in `attention`.
     Returns:
         (T_q, H, D_v), contiguous; and the stats, if asked for.
     Raises:
-        TypeError, ValueError, NotImplementedError, NoBackendError: As in `attention`; or cu_seqlens do not ascend from 0 to
-            the number of tokens, which is looked at on the CPU alone. The second derivative is not supported.
+        TypeError, ValueError, NoBackendError: As in `attention`; or cu_seqlens do not ascend from 0 to
+            the number of tokens, which is looked at on the CPU alone.
     Numerics: As in `attention`.
     Source: docs/attention.md, docs/theory.md. Written for diffmax.
     Example:
@@ -200,9 +212,101 @@ def attention_varlen(
         >>> diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 7, 7, is_causal=True).shape
         torch.Size([12, 4, 16])
     """
+    query, key, value, call = checked_varlen(
+        *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        alpha=alpha,
+        window_size=window_size,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sink=sink,
+    )
+    out, stats = _attend(query, key, value, call, return_stats, backend)
+    out = out[0].transpose(0, 1).contiguous()
+    if stats is None:
+        return out
+    return out, AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+
+
+def checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | CausalBias | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    alpha: float | Tensor,
+    window_size: tuple[int, int] | None,
+    causal_alignment: str,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sink: Tensor | None,
+    draws: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
+    """The tensors and the call that `attention`'s arguments mean. `draws`: whether dropout's seed is drawn."""
+    name = "diffmax.attention"
+    query, key, value = _autocast(query, key, value)
+    checks.check_tensors(name, query, key, value, "BHLD")
+    dropout_p = checks.check_dropout(name, dropout_p)
+    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
+    e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
+    lower_right = checks.check_alignment(name, causal_alignment)
+    variant = getattr(attn_mask, "variant", None)  # of torch's CausalBias, a Tensor that must not be looked into
+    if attn_mask is not None and variant is not None:
+        if is_causal:
+            raise ValueError(f"{name}: is_causal=True and a CausalBias as attn_mask exclude each other\npass one of them")
+        is_causal, lower_right, attn_mask = True, variant.name == "LOWER_RIGHT", None
+    left, right = checks.check_window(name, window_size, is_causal)
+    mask = None if attn_mask is None else checks.check_mask(name, query, key, attn_mask)
+    boolean = mask is not None and mask.dtype == torch.bool
+    call = AttentionCall(
+        scale=checks.check_scale(name, query, scale),
+        e=e if e_tensor is None else e_tensor,
+        mask=mask if boolean else None,
+        lower_right=lower_right,
+        left=left,
+        right=right,
+        bias=None if boolean else mask,
+        alibi=checks.check_alibi(name, query, alibi_slopes, (query.shape[0], query.shape[1])),
+        softcap=checks.check_softcap(name, softcap),
+        sink=checks.check_sink(name, query, sink, query.shape[1]),
+        dropout_p=dropout_p,
+        seed=_seed(dropout_p, query.device) if draws else None,
+    )
+    return query, key, value, call
+
+
+def checked_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    alpha: float | Tensor,
+    window_size: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    softcap: float,
+    sink: Tensor | None,
+    draws: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
+    """As `checked`, of `attention_varlen`'s; the tensors are (1, H, T, D)."""
     name = "diffmax.attention_varlen"
     query, key, value = _autocast(query, key, value)
     checks.check_tensors(name, query, key, value, "THD")
+    dropout_p = checks.check_dropout(name, dropout_p)
     checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
     e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
     left, right = checks.check_window(name, window_size, is_causal)
@@ -223,34 +327,31 @@ def attention_varlen(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        alibi=checks.check_alibi(name, query, alibi_slopes, (query.shape[1],)),
+        softcap=checks.check_softcap(name, softcap),
+        sink=checks.check_sink(name, query, sink, query.shape[1]),
+        dropout_p=dropout_p,
+        seed=_seed(dropout_p, query.device) if draws else None,
     )
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    out, stats = _attend(query, key, value, call, e, e_tensor, return_stats, backend)
-    out = out[0].transpose(0, 1).contiguous()
-    if stats is None:
-        return out
-    return out, AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+    return query, key, value, call
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    call: AttentionCall,
-    e: float,
-    e_tensor: Tensor | None,
-    return_stats: bool,
-    backend: str | None,
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, return_stats: bool, backend: str | None
 ) -> tuple[Tensor, AttentionStats | None]:
-    out, m, delta, _, live, support = torch.ops.diffmax.attention(
-        *(query, key, value, False, bool(return_stats), call.scale, e, e_tensor, call.mask, call.lower_right),
-        *(call.left, call.right, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k),
-        backend or selected(),
+    out, m, delta, _, live, support = _attention_ops.attention(
+        query, key, value, bool(return_stats), call, backend or selected()
     )
     if not return_stats:
         return out, None
     row_e = clamp_e(call.e.detach().unsqueeze(1) if isinstance(call.e, Tensor) else call.e)
     return out, AttentionStats(m - (1 - delta) / row_e, support, _tile_sparsity(query, key, live, call))
+
+
+def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """What decides which weights are dropped, from torch's generator of the device."""
+    return torch.randint(2**32, (2,), dtype=torch.int64, device=device) if dropout_p > 0 else None
 
 
 def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall) -> Tensor:

@@ -85,14 +85,15 @@ def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> 
 
 
 def check_mask(name: str, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """Check a boolean mask and give it four dimensions."""
+    """Check a mask, boolean or of numbers to be added, and give it four dimensions."""
     wanted = (*query.shape[:3], key.shape[2])
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: attn_mask must be a boolean tensor or a CausalBias, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: attn_mask must be a boolean or floating tensor or a CausalBias, got {type(mask).__name__}")
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise TypeError(
-            f"{name}: attn_mask must be boolean, True where a key is seen, got {_dtype(mask)}\n"
-            "a mask of 0 and -inf is attn_mask > -inf; what adds other numbers to the scores needs diffmax_bisect"
+            f"{name}: attn_mask must be boolean, or floating and of query's dtype or float32, got {_dtype(mask)}\n"
+            f"  query is {_dtype(query)}\n"
+            "a boolean mask is True where a key is seen; a floating one is added to the scores"
         )
     if mask.device != query.device:
         raise ValueError(f"{name}: attn_mask and query must be on one device, got {mask.device} and {query.device}")
@@ -105,6 +106,50 @@ def check_mask(name: str, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     return mask.view(padded)
 
 
+def check_alibi(name: str, query: Tensor, slopes: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
+    """Check ALiBi's slopes, of shape `sizes` or its last, and convert them to the accumulation dtype."""
+    if slopes is None:
+        return None
+    _check_floating(name, "alibi_slopes", slopes, query)
+    if tuple(slopes.shape) not in (sizes, sizes[-1:]):
+        wanted = " or ".join(str(shape) for shape in dict.fromkeys((sizes[-1:], sizes)))
+        raise ValueError(f"{name}: alibi_slopes must have one number per head, shape {wanted}, got {_shape(slopes)}")
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: alibi_slopes have no gradient, got some that require one\n"
+            "pass alibi_slopes.detach(), or the bias itself as attn_mask, which has one"
+        )
+    return slopes.detach().to(accumulation_dtype(query.dtype))
+
+
+def check_sink(name: str, query: Tensor, sink: Tensor | None, heads: int) -> Tensor | None:
+    """Check the sink's scores, one per head, and convert them to the accumulation dtype."""
+    if sink is None:
+        return None
+    _check_floating(name, "sink", sink, query)
+    if tuple(sink.shape) != (heads,):
+        hint = f"\npass sink.view({heads})" if sink.numel() == heads else f"\na null slot is torch.zeros({heads})"
+        raise ValueError(f"{name}: sink must have one number per head, shape ({heads},), got {_shape(sink)}{hint}")
+    return sink.to(accumulation_dtype(query.dtype))
+
+
+def _check_floating(name: str, what: str, t: Tensor, query: Tensor) -> None:
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        got = _dtype(t) if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name}: {what} must be a floating tensor, got {got}")
+    if t.device != query.device:
+        raise ValueError(f"{name}: {what} and query must be on one device, got {t.device} and {query.device}")
+
+
+def check_softcap(name: str, softcap: float) -> float:
+    """The bound of the scores, 0 for none."""
+    if isinstance(softcap, (bool, Tensor)) or not isinstance(softcap, (float, int, torch.SymFloat)):
+        raise TypeError(f"{name}: softcap must be a float, got {softcap!r} of type {type(softcap).__name__}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"{name}: softcap must be positive and finite, or 0 for none, got {softcap}")
+    return softcap if isinstance(softcap, torch.SymFloat) else float(softcap)
+
+
 def check_scale(name: str, query: Tensor, scale: float | None) -> float:
     """The factor of the scores, 1 / sqrt(D) by default."""
     if scale is None:
@@ -114,13 +159,13 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
     return scale if isinstance(scale, torch.SymFloat) else float(scale)
 
 
-def check_dropout(name: str, dropout_p: float) -> None:
-    """Refuse dropout of the weights."""
-    if dropout_p != 0:
-        raise NotImplementedError(
-            f"{name}: dropout of the weights is not supported, got dropout_p {dropout_p}\n"
-            "pass dropout_p=0.0, or compute the weights with diffmax_bisect and drop them yourself"
-        )
+def check_dropout(name: str, dropout_p: float) -> float:
+    """The share of weights to drop."""
+    if isinstance(dropout_p, (bool, Tensor)) or not isinstance(dropout_p, (float, int, torch.SymFloat)):
+        raise TypeError(f"{name}: dropout_p must be a float, got {dropout_p!r} of type {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{name}: dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    return dropout_p if isinstance(dropout_p, torch.SymFloat) else float(dropout_p)
 
 
 def check_alignment(name: str, causal_alignment: str) -> bool:

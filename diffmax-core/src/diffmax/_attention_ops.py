@@ -6,13 +6,15 @@ Wired like the operators of `_ops`. The arithmetic is in the kernel that `_dispa
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffmax import _ops, reference_attention
+from diffmax import _attention_composed, _ops, reference_attention
 from diffmax._dispatch import kernel
 from diffmax._numerics import accumulation_dtype
 from diffmax.plugin import AttentionCall
@@ -20,12 +22,31 @@ from diffmax.plugin import AttentionCall
 _LIBRARY = torch.library.Library("diffmax", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-# What both operators share is what `AttentionCall` holds, with e and e_tensor as for bisect and e_tensor of shape (H,).
-# Later arguments are appended to it with defaults, so that calls written today stay valid.
-_CALL = (
-    "float scale, float e, Tensor? e_tensor, Tensor? mask, bool lower_right, SymInt left, SymInt right, Tensor? cu_seqlens_q,"
-    " Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, str backend"
-)
+_TYPES = {"float": "float", "bool": "bool", "int": "SymInt", "Tensor | None": "Tensor?"}
+
+
+def _arguments() -> dict[str, str]:
+    """What both operators share, name to declaration: the fields of `AttentionCall`, e as for bisect in two, and the backend.
+
+    A field that a later version adds comes behind the backend, with its default: calls written today stay valid.
+    """
+    declared: dict[str, str] = {}
+    for field in fields(AttentionCall):
+        kind = _TYPES.get(str(field.type), "")
+        if field.name == "e":
+            declared |= {"e": "float e", "e_tensor": "Tensor? e_tensor"}
+        elif "backend" in declared:
+            declared[field.name] = f"{kind} {field.name}={field.default}"
+        else:
+            declared[field.name] = f"{kind} {field.name}"
+        if field.name == "max_seqlen_k":
+            declared["backend"] = 'str backend=""'
+    return declared
+
+
+_CALL = ", ".join(_arguments().values())
+_NAMES = tuple(_arguments())
+_PLACES = {name: place for place, name in enumerate(_NAMES)}
 _LIBRARY.define(
     f"attention(Tensor query, Tensor key, Tensor value, bool keep, bool stats, {_CALL})"
     " -> (Tensor out, Tensor m, Tensor delta, Tensor u, Tensor live, Tensor support)",
@@ -33,38 +54,32 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor m, Tensor delta, Tensor u, Tensor live,"
-    f" bool needs_e, {_CALL}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_e)",
+    f" bool needs_e, {_CALL}, bool needs_bias=False, bool needs_sink=False)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_e, Tensor grad_bias, Tensor grad_sink)",
     tags=_TAGS,
 )
-_E_TENSOR, _BACKEND = 2, 11  # places in _CALL
 
 
-def _call(
-    scale: float,
-    e: float,
-    e_tensor: Tensor | None,
-    mask: Tensor | None,
-    lower_right: bool,
-    left: int,
-    right: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    backend: str,
-) -> AttentionCall:
-    return AttentionCall(
-        scale=scale,
-        e=e if e_tensor is None else e_tensor,
-        mask=mask,
-        lower_right=lower_right,
-        left=left,
-        right=right,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-    )
+def packed(call: AttentionCall, backend: str) -> tuple[Any, ...]:
+    """What the operators take for `call`."""
+    e_tensor = call.e if isinstance(call.e, Tensor) else None
+    given = {"e": call.e if e_tensor is None else 0.0, "e_tensor": e_tensor, "backend": backend}
+    return tuple(given[name] if name in given else getattr(call, name) for name in _NAMES)
+
+
+def unpacked(rest: tuple[Any, ...]) -> tuple[AttentionCall, str]:
+    """The reverse of `packed`. torch leaves defaults at the end out."""
+    given = dict(zip(_NAMES, rest, strict=False))
+    backend, e_tensor = given.pop("backend", ""), given.pop("e_tensor")
+    if e_tensor is not None:
+        given["e"] = e_tensor
+    return AttentionCall(**given), backend
+
+
+def _split(rest: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool, bool]:
+    """The call's arguments, needs_bias and needs_sink of attention_backward's last arguments."""
+    needs_bias, needs_sink, *_ = (*rest[len(_NAMES) :], False, False)
+    return rest[: len(_NAMES)], needs_bias, needs_sink
 
 
 def features(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, stats: bool) -> frozenset[str]:
@@ -77,14 +92,21 @@ def features(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, sta
         "varlen": call.cu_seqlens_q is not None,
         "value_dim": value.shape[3] != key.shape[3],
         "attention_stats": stats,
+        "bias": call.bias is not None,
+        "alibi": call.alibi is not None,
+        "softcap": call.softcap > 0,
+        "sink": call.sink is not None,
+        "dropout": call.dropout_p > 0,
     }
     return frozenset(name for name, needed in needs.items() if needed)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, keep: bool, stats: bool, *rest: Any) -> Any:
-    call = _call(*rest)
+    call, backend = unpacked(rest)
     choice = (features(query, key, value, call, stats), query.shape[3], value.shape[3])
-    run = kernel("attention", query, rest[_BACKEND], tensor_alpha=isinstance(call.e, Tensor), attention=choice)
+    run = kernel("attention", query, backend, tensor_alpha=isinstance(call.e, Tensor), attention=choice)
+    if run is reference_attention.attention and not backend:  # no fused kernel serves the call; a row kernel may
+        run = partial(run, solve=_attention_composed.row_operator(""))
     with torch._C._DisableAutocast():  # a kernel's products are of the dtypes that it chose
         return run(query, key, value, call, keep, stats)
 
@@ -92,7 +114,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, keep: bool, stats: boo
 def _attention_fake(
     query: Tensor, key: Tensor, value: Tensor, keep: bool, stats: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _call(*rest)
+    call, _ = unpacked(rest)
     rows = query.shape[:3]
     out = value.new_empty((*rows, value.shape[3]))
     m = query.new_empty(rows, dtype=accumulation_dtype(query.dtype))
@@ -113,17 +135,20 @@ def _attention_backward(
     needs_e: bool,
     *rest: Any,
 ) -> Any:
-    call = _call(*rest)
+    rest, *more = _split(rest)
+    call, backend = unpacked(rest)
     run = kernel(
         "attention_backward",
         query,
-        rest[_BACKEND],
+        backend,
         tensor_alpha=isinstance(call.e, Tensor),
         alpha_gradient=needs_e,
         attention=(features(query, key, value, call, False), query.shape[3], value.shape[3]),
     )
     with torch._C._DisableAutocast():
-        return run(grad, query, key, value, m, delta, u, live, call, needs_e)
+        grads = run(grad, query, key, value, m, delta, u, live, call, needs_e, *(more if any(more) else ()))
+    nothing = m.new_empty(0), m.new_empty(0)
+    return (*grads, *nothing[: 6 - len(grads)])  # a kernel of an older interface gives four
 
 
 def _attention_backward_fake(
@@ -137,57 +162,105 @@ def _attention_backward_fake(
     live: Tensor,
     needs_e: bool,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = (t.new_empty(t.shape) for t in (query, key, value))
-    return (*gradients, m.new_empty(m.shape if needs_e else (0,)))  # type: ignore[return-value]  # they are three
+) -> tuple[Tensor, ...]:
+    rest, needs_bias, needs_sink = _split(rest)
+    bias = unpacked(rest)[0].bias
+    return (
+        *(t.new_empty(t.shape) for t in (query, key, value)),
+        m.new_empty(m.shape if needs_e else (0,)),
+        m.new_empty(bias.shape if needs_bias and bias is not None else (0,)),
+        m.new_empty(m.shape if needs_sink else (0,)),
+    )
 
 
 class _Attention(torch.autograd.Function):
-    """The gradient of torch.ops.diffmax.attention in query, key, value and e (Eq. 5)."""
+    """The gradient of torch.ops.diffmax.attention in query, key, value, e (Eq. 5), bias and sink."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, e_tensor: Tensor | None, stats: bool, *rest: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            results = torch.ops.diffmax.attention(query, key, value, True, stats, *rest)
-        _, m, delta, u, live, support = results
-        ctx.mark_non_differentiable(m, delta, u, live, support)
-        ctx.set_materialize_grads(False)
-        ctx.tensor_places = [place for place, given in enumerate(rest) if isinstance(given, Tensor)]
-        ctx.save_for_backward(query, key, value, m, delta, u, live, *(rest[place] for place in ctx.tensor_places))
-        ctx.rest = [None if isinstance(given, Tensor) else given for given in rest]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, stats: bool, *rest: Any) -> Any:
+        results = _below_autograd(query, key, value, True, stats, *rest)
+        _save(ctx, query, key, value, rest, results)
         return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (1 + len(ctx.rest))
+        of_rest: list[Tensor | None] = [None] * len(ctx.rest)
         if grad is None:
-            return (None,) * 4 + nothing
+            return (None,) * 4 + tuple(of_rest)
         saved, rest = ctx.saved_tensors, list(ctx.rest)  # checkpointing lets them be read once
         saved, given_tensors = saved[:7], saved[7:]
         for place, given in zip(ctx.tensor_places, given_tensors, strict=True):
             rest[place] = given
-        needs_e = ctx.needs_input_grad[3]
+        needed = ctx.needs_input_grad
+        places = [_PLACES[name] for name in ("e_tensor", "bias", "sink")]
+        needs_e, needs_bias, needs_sink = (place < len(rest) and needed[4 + place] for place in places)
         # under create_graph=True this operator's own Autograd key makes its results differentiable again
-        *grads, grad_e = torch.ops.diffmax.attention_backward(grad, *saved, needs_e, *rest)
-        grads = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*grads, grad_e.sum((0, 2)) if needs_e else None, *nothing)
-
-
-def _refuse_transforms() -> None:
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            "diffmax.attention: forward-mode differentiation and torch.func transforms are not supported\n"
-            "use torch.autograd.grad, torch.autograd.functional.jacobian or hessian"
+        *grads, grad_e, grad_bias, grad_sink = torch.ops.diffmax.attention_backward(
+            grad, *saved, needs_e, *rest, needs_bias=needs_bias, needs_sink=needs_sink
         )
+        if needs_e:
+            of_rest[places[0]] = grad_e.sum((0, 2))
+        if needs_bias:
+            of_rest[places[1]] = grad_bias.to(rest[places[1]].dtype)
+        if needs_sink:
+            of_rest[places[2]] = grad_sink.sum((0, 2))
+        return (*(g if wanted else None for g, wanted in zip(grads, needed, strict=False)), None, *of_rest)
+
+
+class _TransformableAttention(torch.autograd.Function):
+    """As `_Attention`, in the form that torch.func needs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, stats: bool, *rest: Any) -> Any:
+        return _below_autograd(query, key, value, True, stats, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        query, key, value, _, *rest = inputs
+        _save(ctx, query, key, value, tuple(rest), output)
+
+    backward = _Attention.backward
+
+
+def _below_autograd(*arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.diffmax.attention(*arguments)
+
+
+def _save(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, ...], results: Any) -> None:
+    _, m, delta, u, live, support = results
+    ctx.mark_non_differentiable(m, delta, u, live, support)
+    ctx.set_materialize_grads(False)
+    ctx.tensor_places = [place for place, given in enumerate(rest) if isinstance(given, Tensor)]
+    ctx.save_for_backward(query, key, value, m, delta, u, live, *(rest[place] for place in ctx.tensor_places))
+    ctx.rest = [None if isinstance(given, Tensor) else given for given in rest]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, stats: bool, call: AttentionCall, backend: str) -> Any:
+    """What torch.ops.diffmax.attention gives, by a way that torch.func can transform."""
+    rest = packed(call, backend)
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed and forward_ad._current_level < 0:
+        return _TransformableAttention.apply(query, key, value, stats, *rest)
+    return torch.ops.diffmax.attention(query, key, value, False, stats, *rest)
+
+
+def _differentiable(rest: tuple[Any, ...]) -> list[Tensor | None]:
+    """What of a call may have a gradient, besides query, key and value."""
+    return [rest[_PLACES[name]] for name in ("e_tensor", "bias", "sink") if _PLACES[name] < len(rest)]
 
 
 def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, keep: bool, stats: bool, *rest: Any) -> Any:
-    _refuse_transforms()
-    e_tensor = rest[_E_TENSOR]
-    if _ops._differentiates(query, key, value, e_tensor):
-        return _Attention.apply(query, key, value, e_tensor, stats, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.diffmax.attention(query, key, value, keep, stats, *rest)
+    tensors = (query, key, value, *_differentiable(rest))
+    forward_mode = _ops._has_tangent(*tensors)
+    if not forward_mode and not _ops._differentiates(*tensors):
+        return _below_autograd(query, key, value, keep, stats, *rest)
+    if forward_mode or torch._C._functorch.peek_interpreter_stack() is not None:  # where no autograd.Function may be called
+        call, backend = unpacked(rest)
+        return _attention_composed.forward(query, key, value, call, stats, _rows_backend(backend))
+    return _Attention.apply(query, key, value, stats, *rest)
 
 
 def _attention_backward_autograd(
@@ -202,37 +275,62 @@ def _attention_backward_autograd(
     needs_e: bool,
     *rest: Any,
 ) -> Any:
-    e_tensor = rest[_E_TENSOR]
-    if _ops._differentiates(grad, query, key, value, e_tensor):
-        return _composed_backward(grad, query, key, value, needs_e, *rest)
+    tensors = (grad, query, key, value, *_differentiable(rest))
+    if _ops._has_tangent(*tensors) or _ops._differentiates(*tensors):
+        rest, needs_bias, needs_sink = _split(rest)
+        call, backend = unpacked(rest)
+        needs = (needs_e, needs_bias, needs_sink)
+        return _attention_composed.backward(grad, query, key, value, call, *needs, _rows_backend(backend))
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.attention_backward(grad, query, key, value, m, delta, u, live, needs_e, *rest)
 
 
-def _composed_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, needs_e: bool, *rest: Any) -> Any:
-    """The second derivative: the same gradients from differentiable operators, with all scores and weights in memory."""
-    call, backend = _call(*rest), rest[_BACKEND]
-    if call.cu_seqlens_q is not None:
-        raise NotImplementedError(
-            "diffmax.attention_varlen: the second derivative is not supported for packed sequences\n"
-            "use diffmax.attention, with a mask where sequences have different lengths"
-        )
-    acc = accumulation_dtype(query.dtype)
-    scores = reference_attention.masked_scores(query, key, call)
-    e_tensor = reference_attention.per_head(call.e) if isinstance(call.e, Tensor) else None
-    e = 0.0 if isinstance(call.e, Tensor) else call.e
-    by_name = backend if backend == "reference" else ""  # the scores live where the query does: some row kernel serves them
-    p, m, delta = torch.ops.diffmax.bisect(scores, e, e_tensor, 3, 200, True, by_name)
-    g, groups = grad.to(acc), key.shape[1]
-    d_p = (reference_attention.grouped(g, groups) @ value.to(acc).mT).view(p.shape)
-    d_s, grad_e = torch.ops.diffmax.bisect_backward(d_p, p, m, delta, None, e, e_tensor, 3, needs_e, by_name)
-    d_s = reference_attention.grouped(d_s, groups) * call.scale
-    return (
-        (d_s @ key.to(acc)).view(query.shape).to(query.dtype),
-        (d_s.mT @ reference_attention.grouped(query.to(acc), groups)).to(key.dtype),
-        (reference_attention.grouped(p, groups).mT @ reference_attention.grouped(g, groups)).to(value.dtype),
-        grad_e.squeeze(3) if needs_e else grad_e,
+def _rows_backend(backend: str) -> str:
+    """Where scores are held, they live where the query does: some row kernel serves them."""
+    return backend if backend == "reference" else ""
+
+
+# vmap: a batch of queries, keys and values alone lies beside the call's own; of anything else, one after the other
+
+
+def _attention_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    return _vmapped(torch.ops.diffmax.attention, 3, 5, info.batch_size, in_dims, arguments)
+
+
+def _attention_backward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    return _vmapped(torch.ops.diffmax.attention_backward, 8, 9, info.batch_size, in_dims, arguments)
+
+
+def _vmapped(
+    operator: Any, tensors: int, call_at: int, size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    dims = [dim if isinstance(given, Tensor) else None for given, dim in zip(arguments, in_dims, strict=True)]
+    if any(dim is not None for dim in dims[tensors:]) or not _widens(arguments[call_at:]):
+        each = [
+            operator(*(given if dim is None else given.select(dim, n) for given, dim in zip(arguments, dims, strict=True)))
+            for n in range(size)
+        ]
+        results = tuple(torch.stack(entries) for entries in zip(*each, strict=True))
+        return results, (0,) * len(results)
+    wide = []
+    for t, dim in zip(arguments[:tensors], dims, strict=False):
+        t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        wide.append(t.flatten(0, 1) if t.ndim > 2 else t[0])  # of what is not there, (0,)
+    results = operator(*wide, *arguments[tensors:])
+    there = [t.ndim > 1 for t in results]
+    unfolded = (
+        t.unflatten(0, (size, t.shape[0] // size)) if is_there else t for t, is_there in zip(results, there, strict=True)
     )
+    return tuple(unfolded), tuple(0 if is_there else None for is_there in there)
+
+
+def _widens(rest: tuple[Any, ...]) -> bool:
+    """Whether the call says the same of every entry of a batch."""
+    rest, needs_bias, _ = _split(rest)
+    call, _ = unpacked(rest)
+    alike = all(t is None or t.shape[0] == 1 for t in (call.mask, call.bias))
+    slopes = call.alibi is None or call.alibi.ndim == 1
+    return alike and slopes and not needs_bias and call.cu_seqlens_q is None and call.dropout_p == 0
 
 
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
@@ -241,3 +339,6 @@ torch.library.register_fake("diffmax::attention", _attention_fake, lib=_LIBRARY)
 _LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", _attention_backward_autograd, "Autograd")
 torch.library.register_fake("diffmax::attention_backward", _attention_backward_fake, lib=_LIBRARY)
+if hasattr(torch.library, "register_vmap"):  # torch 2.5
+    torch.library.register_vmap("diffmax::attention", _attention_vmap, lib=_LIBRARY)
+    torch.library.register_vmap("diffmax::attention_backward", _attention_backward_vmap, lib=_LIBRARY)

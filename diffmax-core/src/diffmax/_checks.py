@@ -21,7 +21,7 @@ def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
         )
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"{name}: dim must be an int, got {dim!r} of type {type(dim).__name__}")
-    ndim = max(X.ndim, 1)
+    ndim = X.ndim or 1
     if not -ndim <= dim < ndim:
         raise ValueError(f"{name}: dim must lie in [{-ndim}, {ndim - 1}] for X of shape {_shape(X)}, got {dim}")
     if not isinstance(n_iter, int) or isinstance(n_iter, bool):
@@ -33,6 +33,8 @@ def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
 
 def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int) -> tuple[float, Tensor | None]:
     """Check alpha and turn it into e = 1 - alpha, without losing digits: as a float, or as a tensor with a gradient."""
+    if type(alpha) is float and 0 < alpha < 1:
+        return 1.0 - alpha, None
     if isinstance(alpha, Tensor):
         check_alpha_tensor(name, X, alpha, dim)
         _check_alpha_values(name, alpha)

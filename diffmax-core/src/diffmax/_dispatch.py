@@ -32,7 +32,7 @@ class Registry:
         self.settings = _env.Settings()
         self.manager = _discovery.make_plugin_manager()
         self.plugins: list[Plugin] = []
-        self.kernels: dict[tuple[object, ...], Callable[..., Any]] = {}
+        self.kernels: dict[tuple[object, ...], Callable[..., Any] | None] = {}
         self.probes: dict[str, tuple[str, str]] = {}
         self.noticed: set[str] = set()
         self.lock = threading.RLock()
@@ -125,6 +125,15 @@ def kernel(
         with registry.lock:  # or a backend that is unregistered meanwhile would stay
             found = registry.kernels[key] = _load_kernel(choose(spec, backend), operator)
     return found
+
+
+def weights_kernel(scores: Tensor, backend: str) -> Callable[..., Tensor] | None:
+    """What the chosen kernel offers for scores on the CPU of which the weights alone are wanted; None if it offers nothing."""
+    key = (scores.dtype, backend, torch.are_deterministic_algorithms_enabled())
+    if key not in registry.kernels:
+        with registry.lock:
+            registry.kernels[key] = getattr(kernel("bisect", scores, backend), "weights", None)
+    return registry.kernels[key]
 
 
 def describe(
@@ -261,11 +270,13 @@ def _reasons_against(backend: Backend, spec: CallSpec, named: bool) -> list[str]
     reasons = backend.reasons_against(spec)
     if not backend.automatic and not named:
         reasons.append("is used only when asked for by name")
-    if reasons:
-        return reasons
+    if reasons:  # the device's own backend may know what to do about them
+        return reasons + (_asked(backend, spec) if spec.device_type in backend.device_types else [])
     _, reason = registry.probe(backend)
-    if reason:
-        return [reason]
+    return [reason] if reason else _asked(backend, spec)
+
+
+def _asked(backend: Backend, spec: CallSpec) -> list[str]:
     if backend.unsupported is None:
         return []
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax import _dispatch
+from diffmax import _attention, _attention_ops, _dispatch
 from diffmax._checks import check_scores, one_minus_alpha
 from diffmax.errors import NoBackendError
 from diffmax.plugin import Backend, CallSpec
@@ -137,24 +138,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    op: str | Callable[..., Any],
-    X: Tensor,
-    alpha: Any = 0.9,
-    dim: int = -1,
-    n_iter: int = 50,
-    ensure_sum_one: bool = True,
-    *,
-    backend: str | None = None,
-) -> Explanation:
+def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
     """Say which backend a call would go to, and for each other one why not.
 
-    Nothing is computed, so X may live on the meta device.
+    Nothing is computed, so tensors may live on the meta device.
 
     Args:
-        op: `diffmax.diffmax_bisect` or "diffmax_bisect".
-        X, alpha, dim, n_iter, ensure_sum_one, backend: The call's arguments; X and alpha are checked as the call would. The
-            backward is explained too if X or alpha requires a gradient and gradients are enabled.
+        op: `diffmax.diffmax_bisect`, `diffmax.attention` or `diffmax.attention_varlen`, or one of these names.
+        arguments, options: The call's arguments, which are checked as the call would. The backward is explained too if one of
+            them requires a gradient and gradients are enabled.
     Raises:
         TypeError, ValueError: diffmax has no such operator, or the call would be refused.
         NoBackendError: `backend` or DIFFMAX_BACKEND names one that is not loaded.
@@ -165,10 +157,28 @@ def explain(
           numba: can run it
           cpu: can run it
           reference: can run it
+        >>> x = torch.randn(1, 2, 100, 64)
+        >>> diffmax.explain(diffmax.attention, x, x, x, is_causal=True, backend="cpu")
+        attention of float32 on cpu, head size 64, needs causal: cpu, by the backend argument
+          cpu: can run it
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in OPERATORS:
-        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(OPERATORS)}")
+    explained = {**dict.fromkeys(OPERATORS, _explain_bisect), **dict.fromkeys(_ATTENTION, _explain_attention)}
+    if name not in explained:
+        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(explained)}")
+    return explained[name](name, *arguments, **options)
+
+
+def _explain_bisect(
+    name: str,
+    X: Tensor,
+    alpha: Any = 0.9,
+    dim: int = -1,
+    n_iter: int = 50,
+    ensure_sum_one: bool = True,
+    *,
+    backend: str | None = None,
+) -> Explanation:
     alpha = alpha() if callable(alpha) else alpha
     one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
     learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
@@ -183,6 +193,33 @@ def explain(
     )
 
 
+def _explain_attention(name: str, *arguments: Any, **options: Any) -> Explanation:
+    function, check = _ATTENTION[name]
+    bound = inspect.signature(function).bind(*arguments, **options)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    stats, backend = bool(given.pop("return_stats")), given.pop("backend")
+    places = [given.pop(parameter) for parameter in list(given) if _is_positional(function, parameter)]
+    query, key, value, call = check(*places, **given, draws=False)
+    learned = [t for t in (query, key, value, call.e, call.bias, call.sink) if isinstance(t, Tensor) and t.requires_grad]
+    return explain_call(
+        "attention",
+        query.device.type,
+        query.dtype,
+        tensor_alpha=isinstance(call.e, Tensor),
+        alpha_gradient=isinstance(call.e, Tensor) and call.e.requires_grad,
+        backward=torch.is_grad_enabled() and bool(learned),
+        backend=backend,
+        features=_attention_ops.features(query, key, value, call, stats),
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+    )
+
+
+def _is_positional(function: Callable[..., Any], parameter: str) -> bool:
+    return inspect.signature(function).parameters[parameter].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
 def explain_call(
     operator: str,
     device_type: str,
@@ -192,19 +229,26 @@ def explain_call(
     alpha_gradient: bool = False,
     backward: bool = False,
     backend: str | None = None,
+    features: frozenset[str] = frozenset(),
+    head_dim: int = 0,
+    value_dim: int = 0,
 ) -> Explanation:
     """`explain` for a call that is described, not given: no tensor and no device is needed."""
-    features = {"tensor_alpha"} if tensor_alpha else set()
+    needed = {"tensor_alpha", *features} if tensor_alpha else {*features}
     if torch.are_deterministic_algorithms_enabled():
-        features.add("deterministic")
-    specs = [_dispatch.describe(operator, device_type, dtype, frozenset(features))]
+        needed.add("deterministic")
+    specs = [_dispatch.describe(operator, device_type, dtype, frozenset(needed), head_dim, value_dim)]
     if backward:
-        features |= {"alpha_gradient"} if alpha_gradient else set()
-        specs.append(_dispatch.describe(f"{operator}_backward", device_type, dtype, frozenset(features)))
+        needed = (needed | {"alpha_gradient"} if alpha_gradient else needed) - {"attention_stats"}
+        specs.append(_dispatch.describe(f"{operator}_backward", device_type, dtype, frozenset(needed), head_dim, value_dim))
     return Explanation(tuple(_explain_one(spec, backend or _dispatch.selected(), bool(backend)) for spec in specs))
 
 
 OPERATORS = {"diffmax_bisect": "bisect", "bisect": "bisect"}
+_ATTENTION: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (_attention.attention, _attention.checked),
+    "attention_varlen": (_attention.attention_varlen, _attention.checked_varlen),
+}
 
 
 def _explain_one(

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from diffmax import _loss_rows as rows
-from diffmax import _ops  # noqa: F401  (defines torch.ops.diffmax.bisect)
+from diffmax import _ops
 from diffmax._numerics import accumulation_dtype, clamp_e
 
 _LIBRARY = torch.library.Library("diffmax", "FRAGMENT")
@@ -88,7 +87,7 @@ def _differentiates(*tensors: Tensor | None) -> bool:
 
 
 def _loss_autograd(x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _ops._has_tangent(x, target, e_tensor) or torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
             "diffmax_loss: forward-mode differentiation and torch.func transforms are not supported\n"
             "use torch.autograd.grad, torch.autograd.functional.jacobian or hessian"

@@ -6,17 +6,18 @@ key, so that torch.ops.diffmax.bisect called directly is as differentiable as th
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from diffmax import reference
-from diffmax._dispatch import kernel
+from diffmax._dispatch import kernel, weights_kernel
 from diffmax._dtensor import register_rules
 from diffmax._numerics import accumulation_dtype
+from diffmax._plain import is_plain
 
 _LIBRARY = torch.library.Library("diffmax", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -98,7 +99,9 @@ class _Bisect(torch.autograd.Function):
         x, e_tensor, p, m, delta = ctx.saved_tensors
         needs_x, _, needs_e, *_ = ctx.needs_input_grad
         # where this is differentiated once more, the operator's own Autograd key makes its result differentiable
-        grad_x, grad_e = torch.ops.diffmax.bisect_backward(grad, p, m, delta, x, ctx.e, e_tensor, ctx.dim, needs_e, ctx.backend)
+        plain = not torch.is_grad_enabled() and not _is_transformed() and is_plain(grad) and is_plain(p)
+        run = _bisect_backward if plain else torch.ops.diffmax.bisect_backward
+        grad_x, grad_e = run(grad, p, m, delta, x, ctx.e, e_tensor, ctx.dim, needs_e, ctx.backend)
         grad_e = grad_e.sum_to_size(e_tensor.shape) if needs_e else None
         return grad_x if needs_x else None, None, grad_e, None, None, None, None
 
@@ -152,6 +155,8 @@ def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, 
         p = (_retraced if _forward_levels() > 1 else _TransformableBisect.apply)(*arguments)[0]
     elif _differentiates(x, e_tensor):
         p = _Bisect.apply(*arguments)[0]
+    elif e_tensor is None and is_plain(x) and (weights := weights_kernel(x, backend)):
+        p = weights(x, e, dim, n_iter, ensure_sum_one)
     else:
         p = _below_autograd(*arguments)[0]
     return p
@@ -159,7 +164,7 @@ def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, 
 
 def _is_transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is under way."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def _forward_levels() -> int:
@@ -183,7 +188,7 @@ def _bisect_autograd(*arguments: Any) -> Any:
     forward_mode = _has_tangent(x, e_tensor)
     if not forward_mode and not _differentiates(x, e_tensor):
         return _below_autograd(*arguments)
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # where no autograd.Function may be called
+    if peek_interpreter_stack() is not None:  # where no autograd.Function may be called
         return _retraced(*arguments)
     return (_TransformableBisect if forward_mode else _Bisect).apply(*arguments)
 
@@ -275,8 +280,6 @@ torch.library.register_fake("diffmax::bisect", _bisect_fake, lib=_LIBRARY)
 _LIBRARY.impl("bisect_backward", _bisect_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("bisect_backward", _bisect_backward_autograd, "Autograd")
 torch.library.register_fake("diffmax::bisect_backward", _bisect_backward_fake, lib=_LIBRARY)
-if "torch.utils.flop_counter" in sys.modules:
-    from diffmax.integrations import flop_counter  # noqa: F401
 if hasattr(torch.library, "register_vmap"):  # torch 2.5
     torch.library.register_vmap("diffmax::bisect", _bisect_vmap, lib=_LIBRARY)
     torch.library.register_vmap("diffmax::bisect_backward", _bisect_backward_vmap, lib=_LIBRARY)

@@ -15,7 +15,7 @@ import pluggy
 import torch
 from torch import Tensor
 
-API_VERSION = (1, 1)
+API_VERSION = (1, 2)
 """Interface version. A larger minor adds; a larger major changes the hooks, the fields or the kernels' signatures."""
 
 SHARED_KERNELS_VERSION = 1
@@ -31,14 +31,22 @@ FEATURES = {
     "window": "attention in which a query sees the keys of a window",
     "mask": "attention with a boolean mask",
     "gqa": "attention with fewer key heads than query heads",
+    "kv_cache": "attention over a cache, to which new keys and values are appended",
+    "paged": "attention over a cache whose pages lie anywhere",
     "varlen": "attention over packed sequences",
     "value_dim": "attention whose values have another size than its keys",
     "attention_stats": "attention that reports support sizes and live tiles",
+    "bias": "attention with numbers added to the scores, and their gradient",
+    "alibi": "attention with ALiBi's slopes",
+    "softcap": "attention with capped scores",
+    "sink": "attention with a learned sink, and its gradient",
+    "dropout": "attention with dropout of the weights",
 }
 """What a call may need beyond an operator, a device type and a dtype. A backend must claim it to be chosen for such a call."""
 
-OPERATORS = ("bisect", "bisect_backward", "attention", "attention_backward")
-"""What a backend can provide kernels for; `diffmax.reference` and `diffmax.reference_attention` have their signatures."""
+OPERATORS = ("bisect", "bisect_backward", "attention", "attention_backward", "attention_kvcache")
+"""What a backend can provide kernels for. `diffmax.reference`, `.reference_attention` and `.reference_kvcache` have their
+signatures."""
 
 TILE = 64
 """Queries and keys of one tile of attention: what a bit of `live` stands for, see `diffmax.reference_attention`."""
@@ -81,7 +89,7 @@ class AttentionCall:
     """What an attention kernel computes, besides its three tensors.
 
     A later version adds fields with defaults, each behind a feature: a kernel that does not claim the feature is never given
-    the field, and needs no change.
+    the field, and needs no change. The operators' schemas are made from these fields, in this order.
 
     Attributes:
         scale: The scores are scale * (query . key).
@@ -93,6 +101,15 @@ class AttentionCall:
         cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), where each of the packed sequences begins, and the end. Then B = 1, and L
             and S above are a sequence's own lengths.
         max_seqlen_q, max_seqlen_k: No packed sequence is longer.
+        bias: Added to the scores: (B, H, L, S) with any of them 1, any strides, in query's dtype or float32;
+            -inf hides. Not with packed sequences.
+        alibi: Slopes (H,) or (B, H), (H,) for packed sequences, in the accumulation dtype: key j loses slope * abs(i' - j) of
+            its score, where i' is the place at which query i stands.
+        softcap: c > 0 makes c * tanh(score / c) of the scores, before anything is added to them; 0: off.
+        sink: (H,), in the accumulation dtype: one more score for each row, which nothing scales, caps or hides, and whose
+            weight goes to no value. m is the largest score, the sink's among them; `live` and `support` count keys alone.
+        dropout_p: The share of weights that are dropped once they are solved; the others are divided by 1 - dropout_p. 0: off.
+        seed: int64 (2,), on query's device: which ones, see `diffmax.reference_attention.kept`.
     """
 
     scale: float
@@ -105,6 +122,50 @@ class AttentionCall:
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    bias: Tensor | None = None
+    alibi: Tensor | None = None
+    softcap: float = 0.0
+    sink: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KVCacheCall:
+    """What a kernel of "attention_kvcache" computes, besides its queries and the two caches.
+
+    Attributes:
+        scale, e, softcap, sink: As of attention; e and sink, in the accumulation dtype, have an entry per query head.
+        cache_seqlens: int32 (B,), how many tokens each sequence has in the cache before the call.
+        k, v: New tokens (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), of the caches' dtype, or None: the kernel writes them
+            behind the others and attends over all. Tokens beyond the cache's end are neither written nor seen.
+        cache_batch_idx: int32 (B,), the cache's row that holds each sequence; None: sequence b has row b.
+        block_table: int32 (B, pages), each sequence's pages in order, for a cache in pages. Entries behind a sequence's end
+            may be anything.
+        low, high: The smallest and the largest keys of each page, entry by entry: (num_blocks, H_kv, D) for a cache in pages,
+            else (B_cache, ceil(S / page_size), H_kv, D), of the cache's dtype; None: unknown. The kernel keeps them up to date
+            as it appends. A page whose first token is among the new ones starts afresh. Pages in use have right bounds.
+        page_size: Tokens of a page; where the cache is not in pages, of a page of the bounds.
+        left, right: How many keys before and after its own place a query sees, -1: all of them. The last query stands at the
+            last key.
+        alibi: (B or 1, H), in the accumulation dtype: slope * abs(distance) is taken from scores, after the softcap; or None.
+    """
+
+    scale: float
+    e: float | Tensor
+    cache_seqlens: Tensor
+    k: Tensor | None = None
+    v: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    block_table: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    page_size: int = TILE
+    left: int = -1
+    right: int = -1
+    softcap: float = 0.0
+    alibi: Tensor | None = None
+    sink: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,6 +6,7 @@ section 11.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,16 +15,21 @@ from torch.nn.functional import pad
 
 from diffmax import reference
 from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e
+from diffmax._packing import Packing, packings
 from diffmax.plugin import TILE, AttentionCall
+from diffmax.reference_dropout import kept
 
 # Tiles whose bits share one int32 of `live`.
 WORD = 32
 
+Solve = Callable[[Tensor, "float | Tensor", int, int, bool], tuple[Tensor, Tensor, Tensor]]
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Backward = tuple[Tensor, Tensor, Tensor, Tensor]
+Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool, solve: Solve = reference.bisect
+) -> Forward:
     """Forward kernel.
 
     Args:
@@ -32,13 +38,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, ke
         call: Scale, alpha, and who sees whom.
         keep: Whether a backward follows.
         stats: Whether support sizes and live tiles are asked for.
+        solve: The row operator. One that autograd differentiates makes all of this differentiable.
     Returns:
         A `Forward`, contiguous tensors:
 
         - out (B, H, L, D_v), in value's dtype. A query that sees nothing gets zeros.
-        - m, delta (B, H, L), in the accumulation dtype: each query's largest score, and its delta, with
-          tau = m - (1 - delta) / e. A query that sees nothing has -inf and 0; one whose result is NaN has delta NaN.
-        - u, U of Eq. 5, like out; (0,) if not `keep`.
+        - m, delta (B, H, L), in the accumulation dtype: each query's largest score, the sink's among them, and its delta,
+          with tau = m - (1 - delta) / e. A query that sees nothing, without a sink, has -inf and 0; one whose result
+          is NaN has delta NaN.
+        - u, U of Eq. 5, like out; (0,) if not `keep`. A sink counts in the sum of s; dropout, in the values' weights alone.
         - live, int32 (B, H, ceil(L / TILE), ceil(S / TILE / WORD)): bit b of word w is clear only if no weight of that tile of
           queries with key tile w * WORD + b differs from 0. Of packed sequences, tiles begin with each sequence: tile i of
           sequence n has row cu_seqlens_q[n] // TILE + n + i of T // TILE + N, and max_seqlen_k takes S's place.
@@ -46,21 +54,22 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, ke
         - support, int32 (B, H, L), how many scores lie above tau; (0,) if not `stats`.
     """
     if call.cu_seqlens_q is not None:
-        return _packed_forward(query, key, value, call, keep, stats)
+        return _packed_forward(query, key, value, call, keep, stats, solve)
     scores = masked_scores(query, key, call)
-    e = per_head(call.e)
-    p, m, delta = reference.bisect(scores, e, 3, 200, True)
+    e, keys = per_head(call.e), key.shape[2]
+    p, m, delta = solve(with_sink(scores, call), e, 3, 200, True)
     m, delta = m.squeeze(3), delta.squeeze(3)
     row_e = e.squeeze(2) if isinstance(e, Tensor) else torch.full((), e, dtype=m.dtype, device=m.device)
     delta = delta.masked_fill(m.isnan() | (m == torch.inf) | ~((row_e >= 0) & (row_e <= 1)), torch.nan)
 
-    out = weighted(p, value).to(value.dtype)
+    passed = dropped(scores, call)
+    out = weighted(times(p[..., :keys], passed), value).to(value.dtype)
     u = live = support = out.new_empty(0)
     if keep:
         s = torch.where(p != 0, torch.exp((1 - clamp_e(e)) * torch.where(p != 0, p, 1.0).log()), 0.0)
         total = s.sum(3, keepdim=True)
-        u = weighted(s / torch.where(total == 0, 1.0, total), value).to(value.dtype)
-    live = packed_bits(tiles_with(p != 0)) if keep or stats else live.int()
+        u = weighted(times(s[..., :keys] / torch.where(total == 0, 1.0, total), passed), value).to(value.dtype)
+    live = packed_bits(tiles_with(p[..., :keys] != 0)) if keep or stats else live.int()
     if stats:
         shift = torch.where(m == -torch.inf, 0.0, m)
         support = (clamp_e(e) * (scores - shift.unsqueeze(3)) > delta.unsqueeze(3) - 1).sum(3, dtype=torch.int32)
@@ -78,6 +87,8 @@ def attention_backward(
     live: Tensor,
     call: AttentionCall,
     needs_e: bool,
+    needs_bias: bool = False,
+    needs_sink: bool = False,
 ) -> Backward:
     """Backward kernel: Eq. 5.
 
@@ -85,36 +96,98 @@ def attention_backward(
         grad: Gradient for out, any strides.
         query, key, value, call: As for the forward.
         m, delta, u, live: What any forward kernel returned for them.
-        needs_e: Whether the gradient for e is wanted.
+        needs_e, needs_bias, needs_sink: Whether the gradient for e, the bias or the sink is wanted.
     Returns:
-        Gradients for query, key and value, contiguous, in their dtypes; and for e per query, like m, or (0,) if not wanted.
+        A `Backward`: gradients for query, key and value, contiguous, in their dtypes; for e per query, like m; for the bias, of
+        its own shape, in the accumulation dtype; for the sink per query, like m. The last three are (0,) where not wanted.
+        A query whose weights are all 0 passes nothing on, whatever it holds.
     """
     if call.cu_seqlens_q is not None:
-        return _packed_backward(grad, query, key, value, m, delta, u, call, needs_e)
-    acc, groups = m.dtype, key.shape[1]
+        return _packed_backward(grad, query, key, value, m, delta, u, call, needs_e, needs_sink)
+    acc, groups, keys = m.dtype, key.shape[1], key.shape[2]
     e = clamp_e(per_head(call.e))
     m, delta = m.unsqueeze(3), delta.unsqueeze(3)
-    p, log_p, base = reference._power(e * (masked_scores(query, key, call) - torch.where(m == -torch.inf, 0.0, m)), delta, e)
+    capped = capped_scores(query, key, call)
+    scores = with_sink(masked_scores(query, key, call, capped), call)
+    p, log_p, base = reference._power(e * (scores - torch.where(m == -torch.inf, 0.0, m)), delta, e)
     p, s = (weights.masked_fill(delta.isnan(), torch.nan) for weights in (p, p / base))
-    g = grad.to(acc)
-    d_p = grouped(g, groups) @ value.to(acc).mT
-    centred = d_p.view(p.shape) - (g * u.to(acc)).sum(3, keepdim=True)
-    d_s = grouped(s * centred, groups) * call.scale
-    grad_query = (d_s @ key.to(acc)).view(query.shape).to(query.dtype)
-    grad_key = (d_s.mT @ grouped(query.to(acc), groups)).to(key.dtype)
-    grad_value = (grouped(p, groups).mT @ grouped(g, groups)).to(value.dtype)
-    grad_e = -(alpha_weight(p, log_p, e) * centred).sum(3) if needs_e else m.new_empty(0)
-    return grad_query, grad_key, grad_value, grad_e
+    silent = (s[..., :keys] == 0).all(3, keepdim=True)
+    q, g = (t.to(acc).masked_fill(silent, 0.0) for t in (query, grad))
+    passed = dropped(capped, call)
+    d_p = times((grouped(g, groups) @ value.to(acc).mT).view(capped.shape), passed)
+    centred = pad(d_p, (0, s.shape[3] - keys)) - (g * u.to(acc)).sum(3, keepdim=True)  # the sink has no value
+    d_s = s * centred
+    grad_bias = grad_sink = grad_e = m.new_empty(0)
+    if needs_e:
+        grad_e = -(alpha_weight(p, log_p, e) * centred).sum(3)
+    if needs_sink:
+        grad_sink = d_s[..., keys].contiguous()
+    d_s = d_s[..., :keys]
+    if needs_bias and call.bias is not None:
+        grad_bias = d_s.sum_to_size(call.bias.shape).contiguous()
+    d_raw = grouped(d_s if call.softcap == 0 else d_s * cap_slope(capped, call).masked_fill(silent, 0.0), groups) * call.scale
+    return (
+        (d_raw @ key.to(acc)).view(query.shape).to(query.dtype),
+        (d_raw.mT @ grouped(q, groups)).to(key.dtype),
+        (grouped(times(p[..., :keys], passed), groups).mT @ grouped(g, groups)).to(value.dtype),
+        grad_e,
+        grad_bias,
+        grad_sink,
+    )
 
 
-def masked_scores(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
-    """(B, H, L, S) in the accumulation dtype, -inf where nothing is to be seen."""
+def capped_scores(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
+    """(B, H, L, S) in the accumulation dtype: what queries and keys say, scaled and capped."""
     acc = accumulation_dtype(query.dtype)
     scores = (grouped(query.to(acc), key.shape[1]) @ key.to(acc).mT * call.scale).view(*query.shape[:3], key.shape[2])
+    return scores if call.softcap == 0 else call.softcap * (scores / call.softcap).tanh()
+
+
+def cap_slope(capped: Tensor, call: AttentionCall) -> Tensor:
+    """The derivative of `capped_scores` in the scores before the cap."""
+    return 1 - (capped / call.softcap).square()
+
+
+def masked_scores(query: Tensor, key: Tensor, call: AttentionCall, capped: Tensor | None = None) -> Tensor:
+    """`capped_scores`, if they are not given, with what is added to them; -inf where nothing is to be seen."""
+    scores = capped_scores(query, key, call) if capped is None else capped
+    if call.bias is not None:
+        scores = scores + call.bias.to(scores.dtype)
+    if call.alibi is not None:
+        scores = scores + alibi_scores(call, call.alibi, query.shape[2], key.shape[2], query.device)
     seen = in_window(call, query.shape[2], key.shape[2], query.device)
     if call.mask is not None:
         seen = call.mask if seen is None else call.mask & seen
     return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+
+
+def with_sink(scores: Tensor, call: AttentionCall) -> Tensor:
+    """The scores with the sink's behind them, if there is one."""
+    if call.sink is None:
+        return scores
+    return torch.cat([scores, call.sink.view(-1, 1, 1).expand(*scores.shape[:3], 1)], 3)
+
+
+def dropped(scores: Tensor, call: AttentionCall) -> Tensor | None:
+    """What dropout multiplies the weights of these scores by; None: nothing is dropped."""
+    return kept(call, scores.shape, scores.dtype) if call.dropout_p > 0 else None
+
+
+def times(weights: Tensor, factors: Tensor | None) -> Tensor:
+    """The weights, multiplied if there are factors."""
+    return weights if factors is None else weights * factors
+
+
+def alibi_scores(call: AttentionCall, slopes: Tensor, length: int | Tensor, keys: int | Tensor, device: torch.device) -> Tensor:
+    """What ALiBi adds to the scores, to broadcast against (B, H, L, S); lengths as for `in_window`."""
+    return -slopes.reshape(-1, slopes.shape[-1], 1, 1) * distances(call, length, keys, device).abs()
+
+
+def distances(call: AttentionCall, length: int | Tensor, keys: int | Tensor, device: torch.device) -> Tensor:
+    """How far each key lies behind the place at which each query stands; lengths as for `in_window`."""
+    i = torch.arange(call.max_seqlen_q if isinstance(length, Tensor) else length, device=device).unsqueeze(1)
+    j = torch.arange(call.max_seqlen_k if isinstance(keys, Tensor) else keys, device=device)
+    return j - i - (keys - length if call.lower_right else 0)
 
 
 def in_window(call: AttentionCall, length: int | Tensor, keys: int | Tensor, device: torch.device) -> Tensor | None:
@@ -125,10 +198,10 @@ def in_window(call: AttentionCall, length: int | Tensor, keys: int | Tensor, dev
     """
     if isinstance(length, int | torch.SymInt) and call.left < 0 and call.right < 0:
         return None
-    i = torch.arange(call.max_seqlen_q if isinstance(length, Tensor) else length, device=device).unsqueeze(1)
-    j = torch.arange(call.max_seqlen_k if isinstance(keys, Tensor) else keys, device=device)
-    distance = j - i - (keys - length if call.lower_right else 0)
-    seen = (i < length) & (j < keys)
+    distance = distances(call, length, keys, device)
+    seen = (torch.arange(distance.shape[-2], device=device).unsqueeze(1) < length) & (
+        torch.arange(distance.shape[-1], device=device) < keys
+    )
     if call.left >= 0:
         seen = seen & (distance >= -call.left)
     if call.right >= 0:
@@ -187,12 +260,14 @@ def unpacked_bits(words: Tensor) -> Tensor:
 # packed sequences: laid side by side in a batch, each padded to the longest
 
 
-def _packed_forward(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
-    queries, keys = _packings(call)
+def _packed_forward(
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool, solve: Solve
+) -> Forward:
+    queries, keys = packings(call)
     if not (query.shape[2] and key.shape[2]):
         return _nothing_seen(query, value, queries, call, keep, stats)
     padded = (queries.pad(query), keys.pad(key), keys.pad(value))
-    *rows, live, support = attention(*padded, _alone(call, queries, keys), keep, stats)
+    *rows, live, support = attention(*padded, alone(call, queries, keys), keep, stats, solve)
     out, m, delta = (queries.unpad(t, query.shape[2]) for t in rows[:3])
     m = torch.where(queries.inside(query.shape[2]), m, -torch.inf)
     u = queries.unpad(rows[3], query.shape[2]) if keep else rows[3]
@@ -200,10 +275,12 @@ def _packed_forward(query: Tensor, key: Tensor, value: Tensor, call: AttentionCa
     return out, m, delta, u, live, queries.unpad(support, query.shape[2]) if stats else support
 
 
-def _nothing_seen(query: Tensor, value: Tensor, queries: _Packing, call: AttentionCall, keep: bool, stats: bool) -> Forward:
+def _nothing_seen(query: Tensor, value: Tensor, queries: Packing, call: AttentionCall, keep: bool, stats: bool) -> Forward:
     rows = query.shape[:3]
     out = value.new_zeros((*rows, value.shape[3]))
     m = query.new_full(rows, -torch.inf, dtype=accumulation_dtype(query.dtype))
+    if call.sink is not None:
+        m = torch.where(queries.inside(query.shape[2]), call.sink.view(-1, 1), m)
     words = -(-call.max_seqlen_k // (TILE * WORD))
     live = m.new_zeros((*rows[:2], rows[2] // TILE + len(queries.starts), words), dtype=torch.int32)
     nothing = live.new_empty(0)
@@ -222,13 +299,15 @@ def _packed_backward(
     u: Tensor,
     call: AttentionCall,
     needs_e: bool,
+    needs_sink: bool,
 ) -> Backward:
-    queries, keys = _packings(call)
-    if not (query.shape[2] and key.shape[2]):
-        nothing = torch.zeros_like(m) if needs_e else m.new_empty(0)
+    queries, keys = packings(call)
+    length, many = query.shape[2], key.shape[2]
+    if not (length and many):
+        nothing = (torch.zeros_like(m) if needed else m.new_empty(0) for needed in (needs_e, False, needs_sink))
         grads = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
-        return (*grads, nothing)  # type: ignore[return-value]  # they are three
-    grad_query, grad_key, grad_value, grad_e = attention_backward(
+        return (*grads, *nothing)  # type: ignore[return-value]  # they are six
+    grad_query, grad_key, grad_value, grad_e, grad_bias, grad_sink = attention_backward(
         queries.pad(grad),
         queries.pad(query),
         keys.pad(key),
@@ -237,62 +316,32 @@ def _packed_backward(
         queries.pad(delta.unsqueeze(3)).squeeze(3),
         queries.pad(u),
         m.new_empty(0),
-        _alone(call, queries, keys),
+        alone(call, queries, keys),
         needs_e,
+        False,
+        needs_sink,
     )
     return (
-        queries.unpad(grad_query, query.shape[2]),
-        keys.unpad(grad_key, key.shape[2]),
-        keys.unpad(grad_value, key.shape[2]),
-        queries.unpad(grad_e, query.shape[2]) if needs_e else grad_e,
+        queries.unpad(grad_query, length),
+        keys.unpad(grad_key, many),
+        keys.unpad(grad_value, many),
+        queries.unpad(grad_e, length) if needs_e else grad_e,
+        grad_bias,
+        queries.unpad(grad_sink, length) if needs_sink else grad_sink,
     )
 
 
-def _alone(call: AttentionCall, queries: _Packing, keys: _Packing) -> AttentionCall:
-    """The call for padded sequences: their lengths, causality and window become a mask."""
+def alone(call: AttentionCall, queries: Packing, keys: Packing) -> AttentionCall:
+    """The call for padded sequences: their lengths, causality and window become a mask, and ALiBi a bias."""
     length, many = (packing.lengths.view(-1, 1, 1, 1) for packing in (queries, keys))
-    seen = in_window(call, length, many, queries.starts.device)
-    return replace(call, mask=seen, left=-1, right=-1, cu_seqlens_q=None, cu_seqlens_k=None)
-
-
-def _packings(call: AttentionCall) -> tuple[_Packing, _Packing]:
-    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        raise ValueError("attention: cu_seqlens_q and cu_seqlens_k are given together or not at all, got one of them")
-    return _Packing(call.cu_seqlens_q, call.max_seqlen_q), _Packing(call.cu_seqlens_k, call.max_seqlen_k)
-
-
-class _Packing:
-    """Where N packed sequences lie, and the way to a padded batch and back."""
-
-    def __init__(self, cu_seqlens: Tensor, longest: int) -> None:
-        self.starts, self.ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        self.lengths, self.longest = self.ends - self.starts, longest
-
-    def pad(self, t: Tensor) -> Tensor:
-        """(1, H, T, n) as (N, H, longest, n), 0 beyond a sequence's end."""
-        place = torch.arange(self.longest, device=t.device)
-        inside = place < self.lengths.unsqueeze(1)
-        index = torch.where(inside, self.starts.unsqueeze(1) + place, 0)
-        return torch.where(inside.unsqueeze(2), t[0][:, index], 0).transpose(0, 1)
-
-    def unpad(self, t: Tensor, total: int) -> Tensor:
-        """(N, H, longest, ...) as (1, H, total, ...), 0 beyond the last sequence."""
-        place = torch.arange(total, device=t.device)
-        sequence = torch.searchsorted(self.ends, place, right=True).clamp_max(len(self.ends) - 1)
-        rows = t.transpose(1, 2)[sequence, (place - self.starts[sequence]).clamp(0, self.longest - 1)]
-        inside = self.inside(total).view(-1, *(1,) * (rows.ndim - 1))
-        return torch.where(inside, rows, torch.zeros_like(rows)).transpose(0, 1).unsqueeze(0).contiguous()
-
-    def inside(self, total: int) -> Tensor:
-        """Which of `total` places belong to a sequence."""
-        return torch.arange(total, device=self.ends.device) < self.ends[-1]
-
-    def unpad_tiles(self, live: Tensor, total: int) -> Tensor:
-        """(N, H, tiles, words) in the order of `live`'s contract."""
-        first = self.starts // TILE + torch.arange(len(self.starts), device=live.device)
-        row = torch.arange(total // TILE + len(self.starts), device=live.device)
-        sequence = (torch.searchsorted(first, row, right=True) - 1).clamp_min(0)
-        tile = row - first[sequence]
-        rows = live.transpose(1, 2)[sequence, tile.clamp(0, live.shape[2] - 1)]
-        inside = (tile >= 0) & (tile * TILE < self.lengths[sequence])
-        return torch.where(inside.view(-1, 1, 1), rows, 0).transpose(0, 1).unsqueeze(0).contiguous()
+    device = queries.starts.device
+    return replace(
+        call,
+        mask=in_window(call, length, many, device),
+        left=-1,
+        right=-1,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        bias=None if call.alibi is None else alibi_scores(call, call.alibi, length, many, device),
+        alibi=None,
+    )

@@ -11,28 +11,40 @@ live tiles alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent
-from diffmax.cpu import rows
-from diffmax.cpu.attention_blocks import SPARSE_SHARE, Block, parts
+from diffmax.cpu import dropout, rows
+from diffmax.cpu.attention_blocks import SPARSE_SHARE, Block, Factors, parts
 from diffmax.plugin import AttentionCall
-from diffmax.reference_attention import Backward, Forward, live_shape
-
-Solve = Callable[[Tensor, "float | Tensor", int, int, bool], tuple[Tensor, Tensor, Tensor]]
+from diffmax.reference_attention import Backward, Forward, Solve, live_shape
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool, solve: Solve = rows.bisect
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: AttentionCall,
+    keep: bool,
+    stats: bool,
+    solve: Solve = rows.bisect,
+    factors: Factors = dropout.factors,
 ) -> Forward:
-    """Forward kernel; arguments and results as `diffmax.reference_attention.attention`. `solve` is a row operator's kernel."""
+    """Forward kernel; arguments and results as `diffmax.reference_attention.attention`.
+
+    `solve` is a row operator's kernel, `factors` computes what dropout multiplies weights by.
+    """
     acc = accumulation_dtype(query.dtype)
     shape = query.shape[:3]
     out = torch.zeros(*shape, value.shape[3], dtype=value.dtype)
     m, delta = torch.full(shape, -torch.inf, dtype=acc), torch.zeros(shape, dtype=acc)
+    if call.sink is not None:  # all that a query sees for which there is no block
+        m.copy_(call.sink.view(-1, 1).expand(shape))
+        spoilt = m.isnan() | (m == torch.inf)
+        delta.masked_fill_(spoilt, torch.nan)
+        out.masked_fill_(spoilt.unsqueeze(3), torch.nan)
     u = torch.zeros_like(out) if keep else out.new_empty(0)
     live = torch.zeros(live_shape(query, key, call) if keep or stats else (0,), dtype=torch.int32)
     support = torch.zeros(shape if stats else (0,), dtype=torch.int32)
@@ -43,23 +55,30 @@ def attention(
             v = values[:, block.first : block.last]
             q, k = block.rows_of(query).mul_(call.scale), keys[:, block.first : block.last]
             scores = torch.matmul(q, k.mT, out=scratch.of(q.shape[0], q.shape[1], k.shape[1]))
-            block.hide(scores, call)
-            e = block.e_of(call.e)
-            columns = _candidate_columns(scores[0], e, work) if part.heads == 1 else None
+            if call.softcap > 0:
+                scores.div_(call.softcap).tanh_().mul_(call.softcap)
+            block.complete(scores, call)
+            e, sink = block.e_of(call.e), None if call.sink is None else block.of_heads(call.sink)
+            columns = _candidate_columns(scores[0], e, sink, work) if part.heads == 1 else None
             if columns is not None:
                 scores, v = scores[:, :, columns], v[:, columns]
-            p, row_m, row_delta = _weights(scores, e, solve)
-            block.write(out, p @ v)
+            p, row_m, row_delta = _weights(scores, e, sink, solve)
+            of_keys = p[..., : scores.shape[2]]
             block.write(m, row_m)
             block.write(delta, row_delta)
+            if keep or stats:
+                block.write_live(live, of_keys, columns)
+            if stats:
+                block.write(support, _support(scores, row_m, row_delta, e))
+            passed = block.dropped_by(p, call, columns, factors) if call.dropout_p > 0 else None
             if keep:
                 s = rows._slopes(p.view(row_m.shape[0], -1), e)
                 total = s.sum(1, keepdim=True).view(*p.shape[:2], 1)
-                block.write(u, (s.view(p.shape) @ v).div_(total.masked_fill_(total == 0, 1.0)))
-            if keep or stats:
-                block.write_live(live, p, columns)
-            if stats:
-                block.write(support, _support(scores, row_m, row_delta, e))
+                s = (s.view(p.shape) if passed is None else s.view(p.shape).mul_(passed))[..., : scores.shape[2]]
+                block.write(u, (s @ v).div_(total.masked_fill_(total == 0, 1.0)))
+            if passed is not None:
+                p.mul_(passed)
+            block.write(out, of_keys @ v)
     return out, m, delta, u, live, support
 
 
@@ -74,11 +93,15 @@ def attention_backward(
     live: Tensor,
     call: AttentionCall,
     needs_e: bool,
+    needs_bias: bool = False,
+    needs_sink: bool = False,
+    factors: Factors = dropout.factors,
 ) -> Backward:
     """Backward kernel; arguments and results as `diffmax.reference_attention.attention_backward`."""
     grad_query, grad_key, grad_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
-    grad_e = torch.zeros(m.shape if needs_e else (0,), dtype=m.dtype)
-    scratch = [_Scratch(m.dtype) for _ in range(4)]
+    grad_e, grad_sink = (torch.zeros(m.shape if needed else (0,), dtype=m.dtype) for needed in (needs_e, needs_sink))
+    grad_bias = torch.zeros(call.bias.shape if needs_bias and call.bias is not None else (0,), dtype=m.dtype)
+    scratch = [_Scratch(m.dtype) for _ in range(5)]
     for part in parts(query, key, call):
         keys, values = part.keys_of(key), part.keys_of(value)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -87,24 +110,38 @@ def attention_backward(
             span = slice(block.first, block.last)
             k, v = (t[:, span] if columns is None else t[:, span][:, columns] for t in (keys, values))
             q, g = block.rows_of(query).mul_(call.scale), block.rows_of(grad)
-            scores, d_p, p, s = (memory.of(q.shape[0], q.shape[1], k.shape[1]) for memory in scratch)
-            block.hide(torch.matmul(q, k.mT, out=scores), call, columns)
-            mean = (g * block.rows_of(u)).sum(2).view(-1, 1)
-            centred = torch.matmul(g, v.mT, out=d_p).view(mean.shape[0], -1).sub_(mean)
-            p, s = p.view(centred.shape), s.view(centred.shape)
+            scores, d_p, p, s = (memory.of(q.shape[0], q.shape[1], k.shape[1]) for memory in scratch[:4])
+            torch.matmul(q, k.mT, out=scores)
+            slope = _cap(scores, call.softcap, scratch[4]) if call.softcap > 0 else None
+            block.complete(scores, call, columns)
             of_alpha = _weights_again(scores, p, s, block, m, delta, call, needs_e)
+            torch.matmul(g, v.mT, out=d_p)
+            if call.dropout_p > 0:
+                passed = block.dropped_by(s, call, columns, factors)
+                p.mul_(passed)
+                d_p.mul_(passed)
+            mean = (g * block.rows_of(u)).sum(2, keepdim=True)
+            _silence(q, g, s, d_p, mean, slope)
+            centred = d_p.sub_(mean)
+            of_sink, sinks_share = _sink_again(block, m, delta, call, mean, needs_e)
             if of_alpha is not None:
-                block.write(grad_e, (of_alpha * centred).sum(1, keepdim=True).neg_())
-            d_s = s.mul_(centred).view(scores.shape)
+                block.write(grad_e, (of_alpha * centred.view(of_alpha.shape)).sum(1, keepdim=True).neg_().add_(sinks_share))
+            if needs_sink:
+                block.write(grad_sink, of_sink)
+            d_s = s.mul_(centred)
+            if needs_bias:
+                block.add_to_bias(grad_bias, d_s, columns)
+            if slope is not None:
+                d_s.mul_(slope)
             block.write(grad_query, (d_s @ k).mul_(call.scale))
-            for total, share in ((grad_keys, d_s.mT @ q), (grad_values, p.view(scores.shape).mT @ g)):
+            for total, share in ((grad_keys, d_s.mT @ q), (grad_values, p.mT @ g)):
                 if columns is None:
                     total[:, span].add_(share)
                 else:
                     total[0, span].index_add_(0, columns, share[0])
         part.write_keys(grad_key, grad_keys)
         part.write_keys(grad_value, grad_values)
-    return grad_query, grad_key, grad_value, grad_e
+    return grad_query, grad_key, grad_value, grad_e, grad_bias, grad_sink
 
 
 class _Scratch:
@@ -121,9 +158,29 @@ class _Scratch:
         return self.memory[:size].view(shape)
 
 
-def _candidate_columns(scores: Tensor, e: float | Tensor, work: _Scratch) -> Tensor | None:
+def _cap(scores: Tensor, softcap: float, memory: _Scratch) -> Tensor:
+    """Cap the scores in place, and return the derivative."""
+    scores.div_(softcap).tanh_()
+    slope = torch.mul(scores, scores, out=memory.of(*scores.shape)).neg_().add_(1.0)
+    scores.mul_(softcap)
+    return slope
+
+
+def _silence(q: Tensor, g: Tensor, s: Tensor, d_p: Tensor, mean: Tensor, slope: Tensor | None) -> None:
+    """Keep what is not finite in a query, or in the gradient for its output, from the keys' gradients if it has no weight."""
+    finite = q.isfinite().all(2, keepdim=True) & g.isfinite().all(2, keepdim=True)
+    if finite.all():
+        return
+    silent = ~finite & (s == 0).all(2, keepdim=True)
+    for t in (q, g, d_p, mean, *(() if slope is None else (slope,))):
+        t.masked_fill_(silent, 0.0)
+
+
+def _candidate_columns(scores: Tensor, e: float | Tensor, sink: Tensor | None, work: _Scratch) -> Tensor | None:
     """The columns with a score above its row's candidates' bound; None where too many are."""
     top = scores.amax(1, keepdim=True)
+    if sink is not None:
+        top = torch.maximum(top, sink)
     # a row without a finite largest score has no candidates; but what makes it NaN is NaN here too, and keeps its column
     below = torch.sub(scores, top.masked_fill(~top.isfinite(), torch.inf), out=work.of(*scores.shape))
     reach = -1.0 if isinstance(e, Tensor) else -1 / clamp_e(e)
@@ -138,10 +195,24 @@ def _candidate_columns(scores: Tensor, e: float | Tensor, work: _Scratch) -> Ten
     return columns.nonzero().squeeze(1)
 
 
-def _weights(scores: Tensor, e: float | Tensor, solve: Solve) -> tuple[Tensor, Tensor, Tensor]:
-    """p like the scores, and for every row m and delta, which is NaN where p is."""
-    p, m, delta = solve(scores.view(-1, scores.shape[2]), e, 1, 200, True)
-    return p.view(scores.shape), m, delta.masked_fill(p[:, :1].isnan(), torch.nan)
+def _weights(scores: Tensor, e: float | Tensor, sink: Tensor | None, solve: Solve) -> tuple[Tensor, Tensor, Tensor]:
+    """p like the scores, with the sink's behind it, and for every row m and delta, which is NaN where p is."""
+    given = scores.view(-1, scores.shape[2])
+    p, m, delta = solve(given if sink is None else torch.cat([given, sink], 1), e, 1, 200, True)
+    return p.view(*scores.shape[:2], -1), m, delta.masked_fill(p[:, :1].isnan(), torch.nan)
+
+
+def _sink_again(
+    block: Block, m: Tensor, delta: Tensor, call: AttentionCall, mean: Tensor, needs_e: bool
+) -> tuple[Tensor, Tensor]:
+    """For every row the sink's gradient, and its share of the gradient for e: it has no value, so its dP is 0."""
+    if call.sink is None:
+        return mean.new_zeros(()), mean.new_zeros(())
+    score = block.of_heads(call.sink).clone()
+    p, s = torch.empty_like(score), torch.empty_like(score)
+    of_alpha = _weights_again(score, p, s, block, m, delta, call, needs_e)
+    column = mean.view(-1, 1)
+    return s.mul_(column).neg_(), s if of_alpha is None else of_alpha * column
 
 
 def _support(scores: Tensor, m: Tensor, delta: Tensor, e: float | Tensor) -> Tensor:
@@ -154,7 +225,8 @@ def _weights_again(
 ) -> Tensor | None:
     """From scores, which are given up, write p and s = p^alpha; return the w of Eq. 6 where it is wanted. All are rows."""
     e, row_m, row_delta = clamp_e(block.e_of(call.e)), block.row_values_of(m), block.row_values_of(delta)
-    z = scores.view(row_m.shape[0], -1).sub_(row_m.masked_fill(row_m == -torch.inf, 0.0)).mul_(e)
+    p, s = p.view(row_m.shape[0], -1), s.view(row_m.shape[0], -1)
+    z = scores.view(p.shape).sub_(row_m.masked_fill(row_m == -torch.inf, 0.0)).mul_(e)
     k = 0 if isinstance(e, Tensor) else integer_exponent(e)
     if k:
         rows._integer_powers(z, row_delta, k, p, s)

@@ -5,7 +5,7 @@ What a kernel does with a block is in `diffmax.cpu.attention`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from diffmax._numerics import accumulation_dtype
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import WORD, packed_bits, unpacked_bits
 
+# `diffmax.cpu.dropout.factors`, or the compiled one.
+Factors = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
 # Scores of one block: several heads where they are short, else some rows of one, but never fewer rows than a tile has.
 BLOCK_ELEMENTS = 1 << 19
 # Leaving columns out costs a copy of the others. It pays where this share or less is left.
@@ -23,10 +26,11 @@ SPARSE_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Sequence:
-    """Where one sequence's queries, keys and tiles begin in the tensors, and its lengths."""
+    """Where one sequence's queries, keys and tiles begin in the tensors, its lengths, and its number among the packed."""
 
     length: int
     keys: int
+    number: int = 0
     query_at: int = 0
     key_at: int = 0
     tile_at: int = 0
@@ -45,12 +49,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Part:
-    """Some key heads of some batch entries, of one sequence, with the query heads that read them."""
+    """Some key heads of some batch entries, of one sequence, with the query heads that read them, of so many in all."""
 
     sequence: Sequence
     batch: slice
     kv_heads: slice
     group: int
+    query_heads: int
 
     @property
     def heads(self) -> int:
@@ -121,21 +126,28 @@ class Block:
 
     def e_of(self, e: float | Tensor) -> float | Tensor:
         """e; where heads differ, one for each row, as a column."""
-        if not isinstance(e, Tensor):
-            return e
+        return self.of_heads(e) if isinstance(e, Tensor) else e
+
+    def of_heads(self, t: Tensor) -> Tensor:
+        """Of numbers per head, (H,), that of each row, as a column."""
         batch = self.part.batch.stop - self.part.batch.start
-        return e[self.heads].view(1, -1, 1).expand(batch, -1, self.stop - self.start).reshape(-1, 1)
+        return t[self.heads].view(1, -1, 1).expand(batch, -1, self.stop - self.start).reshape(-1, 1)
 
     def write(self, t: Tensor, rows: Tensor) -> None:
         """Put the block's rows into (B, H, L, n) or (B, H, L)."""
         view = self._view(t)
         view.copy_(rows.view(view.shape))
 
-    def hide(self, scores: Tensor, call: AttentionCall, columns: Tensor | None = None) -> None:
-        """Set to -inf what causality, window or mask hide in (key heads, rows, keys), of all keys or of these columns."""
-        view = scores.view(self.part.batch.stop - self.part.batch.start, -1, self.stop - self.start, scores.shape[2])
-        place = torch.arange(self.first, self.last) if columns is None else columns + self.first
+    def complete(self, scores: Tensor, call: AttentionCall, columns: Tensor | None = None) -> None:
+        """Add bias and ALiBi to (key heads, rows, keys), of all keys or of these columns, and hide what is not seen."""
+        view, place = self._by_head(scores), self._places(columns)
         row = torch.arange(self.start, self.stop).unsqueeze(1) + self.part.sequence.shift(call)
+        if call.bias is not None:
+            view.add_(self._of_keys(call.bias, columns))
+        if call.alibi is not None:
+            slopes = call.alibi.reshape(-1, call.alibi.shape[-1])
+            slopes = slopes[self.part.batch if len(slopes) > 1 else slice(None), self.heads, None, None]
+            view.addcmul_(slopes, (place - row).abs().to(view.dtype), value=-1)
         if call.right >= 0:
             # keys before this one are seen by every row
             edge = int(row[0]) + call.right + 1 if columns is None else self.first
@@ -146,12 +158,50 @@ class Block:
             some = slice(0, max(edge - self.first, 0))
             view[..., some].masked_fill_(place[some] < row - call.left, -torch.inf)
         if call.mask is not None:
-            view.masked_fill_(~self._mask(call.mask, place), -torch.inf)
+            view.masked_fill_(~self._of_keys(call.mask, columns), -torch.inf)
 
-    def _mask(self, mask: Tensor, place: Tensor) -> Tensor:
+    def add_to_bias(self, total: Tensor, d_s: Tensor, columns: Tensor | None) -> None:
+        """Add (key heads, rows, keys) to what has the bias's shape, summed where that is 1."""
+        view = self._by_head(d_s)
+        alone = [axis for axis, size in enumerate(total.shape) if size == 1]
+        share = view.sum(alone, keepdim=True) if alone else view
+        target = self._rows_of_mask(total)
+        if total.shape[3] == 1:
+            target.add_(share)
+        elif columns is None:
+            target[..., self.first : self.last].add_(share)
+        else:
+            target.index_add_(3, columns + self.first, share)
+
+    def dropped_by(self, weights: Tensor, call: AttentionCall, columns: Tensor | None, factors: Factors) -> Tensor:
+        """What dropout multiplies (key heads, rows, keys) by; the keys may have the sink behind them."""
+        if call.seed is None:
+            raise ValueError("attention: dropout_p comes with a seed, got dropout_p alone")
+        place = self._places(columns)
+        place = torch.cat([place, place.new_zeros(weights.shape[2] - len(place))])
+        batch = torch.arange(self.part.batch.start, self.part.batch.stop) + self.part.sequence.number
+        row = torch.arange(self.start, self.stop)
+        head = (batch * self.part.query_heads).view(-1, 1, 1) + torch.arange(self.heads.start, self.heads.stop).view(-1, 1)
+        shape = (len(batch), self.heads.stop - self.heads.start, len(row))
+        head, row = (t.expand(shape).reshape(-1) for t in (head, row))
+        rows = weights.view(len(head), -1)
+        return factors(rows, head, row, place, call.seed, call.dropout_p).view(weights.shape)
+
+    def _by_head(self, scores: Tensor) -> Tensor:
+        return scores.view(self.part.batch.stop - self.part.batch.start, -1, self.stop - self.start, scores.shape[2])
+
+    def _places(self, columns: Tensor | None) -> Tensor:
+        return torch.arange(self.first, self.last) if columns is None else columns + self.first
+
+    def _rows_of_mask(self, mask: Tensor) -> Tensor:
         parts = (self.part.batch, self.heads, slice(self.start, self.stop))
-        mask = mask[tuple(part if size > 1 else slice(None) for part, size in zip(parts, mask.shape, strict=False))]
-        return mask if mask.shape[3] == 1 else mask[..., place]
+        return mask[tuple(part if size > 1 else slice(None) for part, size in zip(parts, mask.shape, strict=False))]
+
+    def _of_keys(self, mask: Tensor, columns: Tensor | None) -> Tensor:
+        mask = self._rows_of_mask(mask)
+        if mask.shape[3] == 1:
+            return mask
+        return mask[..., self.first : self.last] if columns is None else mask[..., columns + self.first]
 
     def _live_view(self, live: Tensor) -> Tensor:
         at = self.part.sequence.tile_at
@@ -162,7 +212,7 @@ class Block:
         view = self._live_view(live)
         strips = torch.split(p.view(*view.shape[:2], self.stop - self.start, -1), TILE, 2)
         touched = torch.stack([strip.amax(2) != 0 for strip in strips], 2)  # NaN counts: it has to reach the gradient
-        place = torch.arange(self.first, self.last) if columns is None else columns + self.first
+        place = self._places(columns)
         counts = torch.zeros(*view.shape[:3], live.shape[3] * WORD, dtype=torch.int32)
         view.copy_(packed_bits(counts.index_add_(3, place // TILE, touched.int()) > 0))
 
@@ -188,7 +238,7 @@ def parts(query: Tensor, key: Tensor, call: AttentionCall) -> Iterator[Part]:
         else:
             heads = [slice(h, min(h + together, kv_heads)) for h in range(0, kv_heads, together)]
             spans = [(slice(b, b + 1), some) for b in range(batch) for some in heads]
-        yield from (Part(sequence, *span, group) for span in spans if kv_heads)
+        yield from (Part(sequence, *span, group, query.shape[1]) for span in spans if kv_heads)
 
 
 def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Iterator[Sequence]:
@@ -197,4 +247,4 @@ def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Iterator[Sequ
         return
     ends_q, ends_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     for n, (query_at, key_at) in enumerate(zip(ends_q[:-1], ends_k[:-1], strict=True)):
-        yield Sequence(ends_q[n + 1] - query_at, ends_k[n + 1] - key_at, query_at, key_at, query_at // TILE + n)
+        yield Sequence(ends_q[n + 1] - query_at, ends_k[n + 1] - key_at, n, query_at, key_at, query_at // TILE + n)

@@ -5,11 +5,15 @@ places are solved together, one row per place. A longer one is solved alone, its
 docs/theory.md; what each step costs stands in docs/performance.md.
 """
 
+import functools
 import math
+from struct import Struct
 
 import numpy as np
-from numba import njit
+import torch
+from numba import cfunc
 from numba.core import types
+from numba.core.ccallback import CFunc
 from numba.core.extending import overload, register_jitable
 
 from diffmax._numerics import MIN_E
@@ -18,6 +22,7 @@ from diffmax.cpu.simd import (
     array_at,
     bits,
     count_bits,
+    fetch_add,
     get,
     horner,
     is_nan,
@@ -27,12 +32,14 @@ from diffmax.cpu.simd import (
     maximum,
     nearest_integer,
     put,
+    round_shifted,
     select,
     smaller,
     splat,
     split_exponent,
     square_root,
     store,
+    times_power,
     total,
 )
 
@@ -43,6 +50,7 @@ DEAD = -2.0  # z of an entry that weighs nothing
 
 # Entries of the longest list that joins a group. A group's lists then take half of a cache of 32 KiB.
 LISTED = 128
+PAGE = 4096  # bytes: what the low bits of an address tell apart
 # A longer row is solved on its candidates alone where they are this share of it or less.
 SPARSE_SHARE = 0.5
 # Entries whose sum is taken in the computing dtype, before it is added to the others in double precision.
@@ -142,8 +150,8 @@ def _lowest_exponent(y):
 def exp2(y):
     """2^y for y <= 0.5; below the normal numbers the least of them."""
     y = larger(y, lowest_exponent(y))
-    i, scale = nearest_integer(y)
-    return scale + scale * exp2_m1(y - i)
+    i, shifted = round_shifted(y)
+    return times_power(exp2_m1(y - i) + 1.0, shifted)
 
 
 @register_jitable
@@ -488,6 +496,15 @@ def solve_alone(z, p, r, length, tallies, e_value, integer, steps):
         step += 1
 
 
+@register_jitable
+def first_aligned(array, beside):
+    """Index of the first element at a line of the cache a quarter of a page behind one that `beside` may have (see `apart`).
+
+    A vector that starts there lies in one line.
+    """
+    return ((beside // BYTES + 16) * BYTES - array.ctypes.data) % PAGE // array.itemsize
+
+
 # one row: its maximum, its candidates, its output
 
 
@@ -655,8 +672,8 @@ def power_of_two(j, log_f, factor):
     """2^(factor (j + log_f / ln 2)) for a result below 1. The exponent is fused, so that only its fraction is rounded."""
     by_log = factor * LOG2_E
     rounded = log_f * by_log + j * factor
-    i, scale = nearest_integer(larger(rounded, lowest_exponent(log_f)))
-    return scale + scale * exp2_m1(larger(log_f * by_log + (j * factor - i), -0.5))
+    i, shifted = round_shifted(larger(rounded, lowest_exponent(log_f)))
+    return times_power(exp2_m1(larger(log_f * by_log + (j * factor - i), -0.5)) + 1.0, shifted)
 
 
 @register_jitable
@@ -791,164 +808,215 @@ def centred_sum(w, g, n, mean, rounded):
     return result - (mean - rounded) * weight
 
 
-# kernels: addresses; strides and sizes in elements; rows start to stop
+# kernels: they are C functions of one address, where a job stands as words of 8 bytes. They return how many rows they did. Any
+# number of threads may run one job: each takes the next chunk of rows that none has taken. A job that is one chunk is for one
+# thread and is read only. Strides and sizes are in elements; what is not there has address 0.
+
+# The first words of every job: the next row to take, rows done, all rows, and how many are taken at a time.
+NEXT, DONE, STOP, CHUNK = range(4)
+FORWARD_JOB = Struct("=15qd")  # then x, x_stride, p, m, delta, e, e_stride, n, integer, steps, normalise, e_value
+BACKWARD_JOB = Struct(
+    "=17qd"
+)  # then grad, its stride, p, its stride, x, its stride, m, delta, grad_x, grad_e, e, e_stride, n, e_value
+KERNEL = types.int64(types.intp)
+
+
+@register_jitable
+def apart(size, width):
+    """At least `size`, so that arrays which follow each other at this distance do not share the low bits of their addresses.
+
+    A processor takes a load for one of what it has just stored where the last twelve bits are those, and waits.
+    """
+    page = PAGE // BYTES * width
+    return (size + page - 1) // page * page + page // 3 // width * width
+
+
+@register_jitable
+def next_chunk(words):
+    """The first row of a chunk that no other thread does; past the last row if there is none."""
+    return fetch_add(words, NEXT, words[CHUNK])
+
+
+@register_jitable
+def keep(at, row, value, computing):
+    """Write a number of a row, if there is somewhere to."""
+    if at != 0:
+        array_at(at, row + 1, computing)[row] = value
 
 
 def _forward(dtype, computing):
     """The forward kernel for scores whose bits are `dtype` (see simd.py), computed in `computing`."""
+    itemsize, line = np.dtype(dtype).itemsize, BYTES // np.dtype(computing).itemsize
 
-    @njit(nogil=True, error_model="numpy", cache=True)
-    def forward(x_at, x_stride, p_at, m_at, delta_at, e_at, e_stride, e_value, n, start, stop, integer, steps, normalise):
-        like, acc = np.empty(0, dtype), np.empty(0, computing)
-        width = places(acc)
-        itemsize = like.itemsize
-        m, delta = array_at(m_at, stop, acc), array_at(delta_at, stop, acc)
-        e_rows = array_at(e_at, stop, acc)
-        z, weights = np.empty(LISTED * width, computing), np.empty(LISTED * width, computing)
-        index = np.empty(LISTED * width, np.int32)
-        long = n if n > LISTED else 0
-        long_z, long_weights = np.empty(long + width, computing), np.empty(long + width, computing)
-        long_reciprocals = np.empty(long + width, computing)
-        long_index = np.empty(long // 2 + 1, np.int32)
-        lane_count, lane_e = np.empty(width, computing), np.empty(width, computing)
-        lane_delta, lane_factor = np.empty(width, computing), np.empty(width, computing)
-        for base in range(start, stop, width):
-            rows = min(width, stop - base)
-            longest = 0
-            fill(z, min(n, LISTED) * width, DEAD, acc)
-            fill(lane_count, width, 0.0, acc)
-            fill(lane_e, width, 0.5, acc)
-            for lane in range(rows):
-                row = base + lane
-                x, p = array_at(x_at + row * x_stride * itemsize, n, like), array_at(p_at + row * n * itemsize, n, like)
-                e = e_rows[row * e_stride] if e_at != 0 else computing(e_value)
-                m[row], bad = top_of(x, n)
-                top = m[row]
-                delta[row] = 0.0
-                if bad or top == math.inf or not 0.0 <= e <= 1.0:
-                    m[row] = math.nan if bad else top
-                    delta[row] = math.nan
-                    fill(p, n, math.nan, acc)
+    def forward(job):
+        words, numbers = array_at(job, 16, np.int64), array_at(job, 16, np.float64)
+        stop, chunk = words[STOP], words[CHUNK]
+        x_at, x_stride, p_at, m_at, delta_at, e_at, e_stride, n = (
+            *(words[4], words[5], words[6], words[7]),
+            *(words[8], words[9], words[10], words[11]),
+        )
+        integer, steps, normalise, e_value = words[12], words[13], words[14] != 0, numbers[15]
+        e_rows = array_at(e_at, stop, computing)
+        width = line
+        long = apart(n + width, width) if n > LISTED else 0
+        lists = min(n, LISTED) * width
+        memory = np.empty(2 * lists + 3 * long + 4 * width + PAGE // itemsize, computing)
+        scratch = memory[first_aligned(memory, x_at) :]
+        acc = scratch[:width]
+        lane_count, lane_e, lane_delta, lane_factor = acc, scratch[width:], scratch[2 * width :], scratch[3 * width :]
+        z, weights = scratch[4 * width :], scratch[4 * width + lists :]
+        long_z = scratch[4 * width + 2 * lists :]
+        long_weights, long_reciprocals = long_z[long:], long_z[2 * long :]
+        indices = np.empty(LISTED * width + long // 2, np.int32)
+        index, long_index = indices[: LISTED * width], indices[LISTED * width :]
+        shared = chunk < stop
+        done, start = 0, next_chunk(words) if shared else 0
+        while start < stop:
+            end = min(start + chunk, stop)
+            for base in range(start, end, width):
+                rows = min(width, end - base)
+                longest = 0
+                fill(z, lists, DEAD, acc)
+                fill(lane_count, width, 0.0, acc)
+                fill(lane_e, width, 0.5, acc)
+                for lane in range(rows):
+                    row = base + lane
+                    x = array_at(x_at + row * x_stride * itemsize, n, dtype)
+                    p = array_at(p_at + row * n * itemsize, n, dtype)
+                    e = e_rows[row * e_stride] if e_at != 0 else computing(e_value)
+                    top, bad = top_of(x, n)
+                    if bad or top == math.inf or not 0.0 <= e <= 1.0:
+                        keep(m_at, row, math.nan if bad else top, computing)
+                        keep(delta_at, row, math.nan, computing)
+                        fill(p, n, math.nan, acc)
+                        continue
+                    keep(m_at, row, top, computing)
+                    if top == -math.inf:
+                        keep(delta_at, row, 0.0, computing)
+                        fill(p, n, 0.0, acc)
+                        continue
+                    e = max(e, computing(MIN_E))
+                    lane_e[lane] = e
+                    count = listed(x, n, top, e, z, index, lane)
+                    if count < 0:
+                        delta = row_alone(
+                            x, p, n, top, e, integer, steps, normalise, long_z, long_weights, long_reciprocals, long_index
+                        )
+                        keep(delta_at, row, delta, computing)
+                    else:
+                        lane_count[lane] = count
+                        longest = max(longest, count)
+                if longest == 0:
                     continue
-                if top == -math.inf:
+                deltas, sums = solve_group(z, weights, longest, load(lane_count, 0), load(lane_e, 0), integer, steps)
+                store(lane_delta, 0, deltas)
+                store(lane_factor, 0, 1.0 / sums if normalise else sums * 0.0 + 1.0)
+                for lane in range(rows):
+                    count = int(lane_count[lane])
+                    if count == 0:
+                        continue
+                    row = base + lane
+                    keep(delta_at, row, lane_delta[lane], computing)
+                    p = array_at(p_at + row * n * itemsize, n, dtype)
                     fill(p, n, 0.0, acc)
-                    continue
-                e = max(e, computing(MIN_E))
-                lane_e[lane] = e
-                count = listed(x, n, top, e, z, index, lane)
-                if count < 0:
-                    delta[row] = row_alone(
-                        x, p, n, top, e, integer, steps, normalise, long_z, long_weights, long_reciprocals, long_index
-                    )
-                else:
-                    lane_count[lane] = count
-                    longest = max(longest, count)
-            if longest == 0:
-                continue
-            deltas, sums = solve_group(z, weights, longest, load(lane_count, 0), load(lane_e, 0), integer, steps)
-            store(lane_delta, 0, deltas)
-            store(lane_factor, 0, 1.0 / sums if normalise else sums * 0.0 + 1.0)
-            for lane in range(rows):
-                count = int(lane_count[lane])
-                if count == 0:
-                    continue
-                row = base + lane
-                delta[row] = lane_delta[lane]
-                p = array_at(p_at + row * n * itemsize, n, like)
-                fill(p, n, 0.0, acc)
-                for i in range(count):
-                    put(p, index[lane * LISTED + i], weights[i * width + lane] * lane_factor[lane])
+                    for i in range(count):
+                        put(p, index[lane * LISTED + i], weights[i * width + lane] * lane_factor[lane])
+            done += end - start
+            start = next_chunk(words) if shared else stop
+        if shared:
+            fetch_add(words, DONE, done)
+        return done
 
     return forward
 
 
 def _backward(dtype, computing):
-    """The backward kernel. The address of what is not there (x, grad_e, e) is 0."""
+    """The backward kernel."""
+    itemsize, line = np.dtype(dtype).itemsize, BYTES // np.dtype(computing).itemsize
 
-    @njit(nogil=True, error_model="numpy", cache=True)
-    def backward(
-        grad_at,
-        grad_stride,
-        p_at,
-        p_stride,
-        x_at,
-        x_stride,
-        m_at,
-        delta_at,
-        grad_x_at,
-        grad_e_at,
-        e_at,
-        e_stride,
-        e_value,
-        n,
-        start,
-        stop,
-    ):
-        like, acc = np.empty(0, dtype), np.empty(0, computing)
-        width = places(acc)
-        itemsize = like.itemsize
-        m, delta, e_rows = array_at(m_at, stop, acc), array_at(delta_at, stop, acc), array_at(e_at, stop, acc)
-        grad_e = array_at(grad_e_at, stop, acc)
-        s, w = np.empty(n + width, computing), np.empty(n + width, computing)
-        last, last_g = np.empty(width, computing), np.empty(width, computing)
-        whole = n // width * width
+    def backward(job):
+        words, numbers = array_at(job, 18, np.int64), array_at(job, 18, np.float64)
+        stop, chunk = words[STOP], words[CHUNK]
+        grad_at, grad_stride, p_at, p_stride, x_at, x_stride = words[4], words[5], words[6], words[7], words[8], words[9]
+        m_at, delta_at, grad_x_at, grad_e_at = words[10], words[11], words[12], words[13]
+        e_at, e_stride, n, e_value = words[14], words[15], words[16], numbers[17]
+        m, delta, e_rows = array_at(m_at, stop, computing), array_at(delta_at, stop, computing), array_at(e_at, stop, computing)
+        width = line
         wants_alpha, from_scores = grad_e_at != 0, x_at != 0
+        padded = (n + width - 1) // width * width
+        second = padded if wants_alpha or from_scores else 0
+        memory = np.empty(padded + second + 2 * width + PAGE // itemsize, computing)
+        scratch = memory[first_aligned(memory, p_at) :]
+        last, last_g = scratch[:width], scratch[width:]
+        acc, s, w = last, scratch[2 * width :], scratch[2 * width + (padded if second else 0) :]
+        whole = n // width * width
         square_roots = e_at == 0 and e_value == 0.5
-        for row in range(start, stop):
-            p, g = (
-                array_at(p_at + row * p_stride * itemsize, n, like),
-                array_at(grad_at + row * grad_stride * itemsize, n, like),
-            )
-            x, grad_x = array_at(x_at + row * x_stride * itemsize, n, like), array_at(grad_x_at + row * n * itemsize, n, like)
-            if get(p, 0) != get(p, 0) or m[row] == -math.inf:  # rows are NaN as a whole; fully masked ones are 0
-                lost = math.nan if m[row] != -math.inf else 0.0
-                fill(grad_x, n, lost, acc)
+        shared = chunk < stop
+        done, start = 0, next_chunk(words) if shared else 0
+        while start < stop:
+            end = min(start + chunk, stop)
+            for row in range(start, end):
+                p, g = (
+                    array_at(p_at + row * p_stride * itemsize, n, dtype),
+                    array_at(grad_at + row * grad_stride * itemsize, n, dtype),
+                )
+                x = array_at(x_at + row * x_stride * itemsize, n, dtype)
+                grad_x = array_at(grad_x_at + row * n * itemsize, n, dtype)
+                if get(p, 0) != get(p, 0) or m[row] == -math.inf:  # rows are NaN as a whole; fully masked ones are 0
+                    lost = math.nan if m[row] != -math.inf else 0.0
+                    fill(grad_x, n, lost, acc)
+                    keep(grad_e_at, row, lost, computing)
+                    continue
+                e = splat(acc, max(e_rows[row * e_stride] if e_at != 0 else computing(e_value), computing(MIN_E)))
+                sum_s, sum_sg = 0.0, 0.0
+                for block in range(0, n, SUMMED):
+                    stop_at = min(block + SUMMED, whole)
+                    if from_scores:
+                        sums, products = score_sums(x, g, s, w, block, stop_at, e, m[row], delta[row])
+                    elif wants_alpha:
+                        sums, products = slope_and_alpha_sums(p, g, s, w, block, stop_at, e)
+                    else:
+                        sums, products = slope_sums(p, g, s, block, stop_at, e, square_roots)
+                    sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
+                if whole < n:
+                    source, beyond = (x, -math.inf) if from_scores else (p, 0.0)
+                    for place in range(width):
+                        inside = whole + place < n
+                        last[place] = get(source, whole + place) if inside else beyond
+                        last_g[place] = get(g, whole + place) if inside else 0.0
+                    end_s, end_w = s[whole:], w[whole:]
+                    if from_scores:
+                        sums, products = score_sums(last, last_g, end_s, end_w, 0, width, e, m[row], delta[row])
+                    elif wants_alpha:
+                        sums, products = slope_and_alpha_sums(last, last_g, end_s, end_w, 0, width, e)
+                    else:
+                        sums, products = slope_sums(last, last_g, end_s, 0, width, e, square_roots)
+                    sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
+                mean = sum_sg / sum_s if sum_s != 0.0 else 0.0
+                centred(s, g, grad_x, n, computing(mean))
                 if wants_alpha:
-                    grad_e[row] = lost
-                continue
-            e = splat(acc, max(e_rows[row * e_stride] if e_at != 0 else computing(e_value), computing(MIN_E)))
-            sum_s, sum_sg = 0.0, 0.0
-            for block in range(0, n, SUMMED):
-                stop_at = min(block + SUMMED, whole)
-                if from_scores:
-                    sums, products = score_sums(x, g, s, w, block, stop_at, e, m[row], delta[row])
-                elif wants_alpha:
-                    sums, products = slope_and_alpha_sums(p, g, s, w, block, stop_at, e)
-                else:
-                    sums, products = slope_sums(p, g, s, block, stop_at, e, square_roots)
-                sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
-            if whole < n:
-                source, beyond = (x, -math.inf) if from_scores else (p, 0.0)
-                for place in range(width):
-                    inside = whole + place < n
-                    last[place] = get(source, whole + place) if inside else beyond
-                    last_g[place] = get(g, whole + place) if inside else 0.0
-                end_s, end_w = s[whole:], w[whole:]
-                if from_scores:
-                    sums, products = score_sums(last, last_g, end_s, end_w, 0, width, e, m[row], delta[row])
-                elif wants_alpha:
-                    sums, products = slope_and_alpha_sums(last, last_g, end_s, end_w, 0, width, e)
-                else:
-                    sums, products = slope_sums(last, last_g, end_s, 0, width, e, square_roots)
-                sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
-            mean = sum_sg / sum_s if sum_s != 0.0 else 0.0
-            centred(s, g, grad_x, n, computing(mean))
-            if wants_alpha:
-                grad_e[row] = -centred_sum(w, g, n, mean, computing(mean))
+                    keep(grad_e_at, row, -centred_sum(w, g, n, mean, computing(mean)), computing)
+            done += end - start
+            start = next_chunk(words) if shared else stop
+        if shared:
+            fetch_add(words, DONE, done)
+        return done
 
     return backward
 
 
-FORWARD = {
-    "float32": _forward(np.float32, np.float32),
-    "float64": _forward(np.float64, np.float64),
-    "bfloat16": _forward(np.uint16, np.float32),
-    "float16": _forward(np.int16, np.float32),
+# dtype -> what its bits are stored as, and what one computes in
+_STORED = {
+    torch.float32: (np.float32, np.float32),
+    torch.float64: (np.float64, np.float64),
+    torch.bfloat16: (np.uint16, np.float32),
+    torch.float16: (np.int16, np.float32),
 }
 
-BACKWARD = {
-    "float32": _backward(np.float32, np.float32),
-    "float64": _backward(np.float64, np.float64),
-    "bfloat16": _backward(np.uint16, np.float32),
-    "float16": _backward(np.int16, np.float32),
-}
+
+@functools.cache
+def compiled(name: str, dtype: torch.dtype) -> CFunc:
+    """The kernel "forward" or "backward" for a dtype, compiled now or read from the cache on disk."""
+    make = {"forward": _forward, "backward": _backward}[name]
+    kernel: CFunc = cfunc(KERNEL, error_model="numpy", cache=True)(make(*_STORED[dtype]))
+    return kernel

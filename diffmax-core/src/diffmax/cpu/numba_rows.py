@@ -1,48 +1,79 @@
-"""The compiled row operator's way in: tensors become addresses, rows are shared among threads. `compiled` has the loops."""
+"""The compiled row operator's way in: tensors become addresses in a job. `compiled` has the loops, `threads` runs them."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from struct import Struct
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from diffmax import reference
 from diffmax._numerics import accumulation_dtype, integer_exponent, newton_steps
-from diffmax.cpu.compiled import BACKWARD, FORWARD
+from diffmax.cpu.compiled import BACKWARD_JOB, DONE, FORWARD_JOB, compiled
 from diffmax.cpu.rows import from_rows
+from diffmax.cpu.threads import Kernel, run_on_threads
 
-# Elements that occupy a thread for longer than it takes to wake one, about 20 us.
-THREAD_ELEMENTS = 1 << 15
-# Rows are shared out in multiples of the rows that are solved together.
+# Elements that occupy a thread for longer than it takes to wake one.
+THREAD_ELEMENTS = 1 << 14
+# Rows are taken in multiples of the rows that are solved together, unless they are long.
 ROWS_TOGETHER = 16
+# A thread that finishes first takes more: the rows are shared out in this many chunks per thread.
+CHUNKS_PER_THREAD = 4
 
-_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_NO_MEMORY = "diffmax: no memory to solve rows of {} entries in"
+_pack_forward = FORWARD_JOB.pack
 
 
 def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Forward kernel; arguments and results as `diffmax.reference.bisect`."""
-    shape = x.shape
-    n = shape[dim]
     acc = accumulation_dtype(x.dtype)
-    m = x.new_empty((*shape[:dim], 1, *shape[dim + 1 :]), dtype=None if acc == x.dtype else acc)
+    m = x.new_empty((*x.shape[:dim], 1, *x.shape[dim + 1 :]), dtype=None if acc == x.dtype else acc)
     delta = torch.empty_like(m)
     if x.numel() == 0:
-        return torch.empty(shape, dtype=x.dtype), m.fill_(-torch.inf), delta.zero_()
+        return torch.empty(x.shape, dtype=x.dtype), m.fill_(-torch.inf), delta.zero_()
+    return _weights(x, e, dim, n_iter, ensure_sum_one, m.data_ptr(), delta.data_ptr()), m, delta
 
+
+def weights(x: Tensor, e: float, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:
+    """The first result of `bisect` alone, where nothing is to be differentiated. Small tensors have a shorter way."""
+    size = x.numel()
+    if size == 0:
+        return torch.empty(x.shape, dtype=x.dtype)
+    if size >= 2 * THREAD_ELEMENTS or dim != x.ndim - 1 or not x.is_contiguous():
+        return _weights(x, e, dim, n_iter, ensure_sum_one, 0, 0)
+    n = x.shape[dim]
+    n_rows = size // n
+    p = torch.empty_like(x)
+    kernel, steps, integer = _small_plan(n_iter, n, e, x.dtype)
+    job = _pack_forward(
+        *(0, 0, n_rows, n_rows, x.data_ptr(), n, p.data_ptr(), 0, 0, 0, 0, n, integer, steps, ensure_sum_one, e)
+    )
+    if kernel(job) != n_rows:
+        raise MemoryError(_NO_MEMORY.format(n))
+    return p
+
+
+bisect.weights = weights  # type: ignore[attr-defined]  # for `_ops`: a call that takes this way does without the dispatcher
+
+
+def _weights(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: bool, m_at: int, delta_at: int) -> Tensor:
+    """The weights; m and delta go to their addresses, if those are not 0."""
+    shape = x.shape
+    n = shape[dim]
     rows, x_stride = _rows(x, dim, n)
-    p = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    p = torch.empty_like(x) if rows is x else torch.empty_like(rows, memory_format=torch.contiguous_format)
     if isinstance(e, Tensor):
-        e_rows, e_stride = _per_row(e, m.shape)
-        e_at, e_value, (steps, integer) = e_rows.data_ptr(), 0.0, _plan(n_iter, n, 1.0, acc)
+        e_rows, e_stride = _per_row(e, (*shape[:dim], 1, *shape[dim + 1 :]))
+        e_at, e_value, (steps, integer) = e_rows.data_ptr(), 0.0, _plan(n_iter, n, 1.0, x.dtype)
     else:
-        e_at, e_stride, e_value, (steps, integer) = 0, 0, e, _plan(n_iter, n, e, acc)
-    addresses = (rows.data_ptr(), x_stride, p.data_ptr(), m.data_ptr(), delta.data_ptr(), e_at, e_stride, e_value, n)
-    _share(FORWARD[_NAMES[x.dtype]], addresses, (integer, steps, ensure_sum_one), m.numel(), n)
-    return p if rows is x else from_rows(p, shape, dim), m, delta
+        e_at, e_stride, e_value, (steps, integer) = 0, 0, e, _plan(n_iter, n, e, x.dtype)
+    addresses = (rows.data_ptr(), x_stride, p.data_ptr(), m_at, delta_at, e_at, e_stride)
+    _run("forward", x.dtype, FORWARD_JOB, x.numel() // n, n, *addresses, n, integer, steps, ensure_sum_one, e_value)
+    return p if rows is x else from_rows(p, shape, dim)
 
 
 def bisect_backward(
@@ -71,9 +102,8 @@ def bisect_backward(
         *(grad_rows.data_ptr(), grad_stride, p_rows.data_ptr(), p_stride),
         *(0 if x_rows is None else x_rows.data_ptr(), x_stride, m.data_ptr(), delta.data_ptr(), grad_x.data_ptr()),
         *(grad_e.data_ptr() if needs_e else 0, 0 if e_rows is None else e_rows.data_ptr(), e_stride),
-        *(0.0 if isinstance(e, Tensor) else e, n),
     )
-    _share(BACKWARD[_NAMES[p.dtype]], addresses, (), m.numel(), n)
+    _run("backward", p.dtype, BACKWARD_JOB, m.numel(), n, *addresses, n, 0.0 if isinstance(e, Tensor) else e)
     return grad_x if p_rows is p else from_rows(grad_x, shape, dim), grad_e
 
 
@@ -86,12 +116,18 @@ def warmup(device: torch.device, dtype: torch.dtype, n: int, e: float | None, ba
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(n_iter: int, n: int, e: float, acc: torch.dtype) -> tuple[int, int]:
+def _plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int]:
     """The largest number of steps, and k if it is a whole number.
 
     Four times what Newton's method needs, whose proof does not cover the kernel's shorter steps; it takes two or three.
     """
-    return 4 * newton_steps(n_iter, n, e, acc), integer_exponent(e) if e < 1 else 0
+    return 4 * newton_steps(n_iter, n, e, dtype), integer_exponent(e) if e < 1 else 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _small_plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[Kernel, int, int]:
+    """The forward kernel and its `_plan`: one look-up."""
+    return _kernel("forward", dtype)[0], *_plan(n_iter, n, e, dtype)
 
 
 def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
@@ -104,41 +140,40 @@ def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def _per_row(e: Tensor, row_shape: torch.Size) -> tuple[Tensor, int]:
+def _per_row(e: Tensor, row_shape: Sequence[int]) -> tuple[Tensor, int]:
     """e for every row and the step from one to the next: 0 if there is only one e."""
     return (e.contiguous(), 0) if e.numel() == 1 else (e.expand(row_shape).contiguous(), 1)
 
 
-_pool: ThreadPoolExecutor | None = None
+def _run(name: str, dtype: torch.dtype, layout: Struct, n_rows: int, n: int, *words: float) -> None:
+    """Run a kernel on all rows, on as many threads as torch would use.
 
-
-def _share(kernel: Callable[..., None], before: tuple[object, ...], after: tuple[object, ...], n_rows: int, n: int) -> None:
-    """Call kernel(*before, start, stop, *after) for all rows, on as many threads as torch would use.
-
-    The calling thread is the first of them.
+    Raises:
+        MemoryError: A thread found no memory to work in.
     """
-    if n_rows * n < 2 * THREAD_ELEMENTS or (threads := _useful_threads(n_rows, n)) < 2:
-        kernel(*before, 0, n_rows, *after)
-        return
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="diffmax")
-    height = -(-n_rows // threads // ROWS_TOGETHER) * ROWS_TOGETHER
-    shares = [(start, min(start + height, n_rows)) for start in range(0, n_rows, height)]
-    others = [_pool.submit(kernel, *before, *share, *after) for share in shares[1:]]
-    kernel(*before, *shares[0], *after)
-    for other in others:
-        other.result()
+    kernel, address = _kernel(name, dtype)
+    threads = torch.get_num_threads() if n_rows * n >= 2 * THREAD_ELEMENTS else 1
+    chunk = n_rows if threads == 1 else _chunk(n_rows, n, threads)
+    job = layout.pack(0, 0, n_rows, chunk, *words)
+    if chunk >= n_rows:
+        done = kernel(job)
+    else:
+        shared = ctypes.create_string_buffer(job)
+        run_on_threads(kernel, address, ctypes.addressof(shared), threads)
+        done = int(layout.unpack_from(shared)[DONE])
+    if done != n_rows:
+        raise MemoryError(_NO_MEMORY.format(n))
 
 
-def _useful_threads(n_rows: int, n: int) -> int:
-    return min(torch.get_num_threads(), n_rows * n // THREAD_ELEMENTS, -(-n_rows // ROWS_TOGETHER))
+def _chunk(n_rows: int, n: int, threads: int) -> int:
+    """How many rows a thread takes at a time. That changes no bit of the result."""
+    least = ROWS_TOGETHER if n * ROWS_TOGETHER < THREAD_ELEMENTS or n_rows >= threads * ROWS_TOGETHER else 1
+    share = -(-n_rows // (threads * CHUNKS_PER_THREAD))
+    return -(-share // least) * least
 
 
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # its threads live in the parent only
+@functools.cache
+def _kernel(name: str, dtype: torch.dtype) -> tuple[Kernel, int]:
+    """A compiled kernel, to be called with a job or its address, and where its machine code is."""
+    address = cast("int", compiled(name, dtype).address)
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address), address

@@ -285,6 +285,32 @@ def nearest_integer(typing_context, y):
     return types.UniTuple(y, 2)(y), generate
 
 
+@intrinsic
+def round_shifted(typing_context, y):
+    """(i, t) with the integer i nearest to y, |y| below 2^21, and t from which `times_power` takes i."""
+
+    def generate(context, builder, signature, arguments):
+        magic = ir.Constant(_llvm(y), [1.5 * 2.0 ** _MANTISSA_BITS[y.element.bitwidth]] * y.width)
+        shifted = builder.fadd(arguments[0], magic)  # its last bits are i
+        return context.make_tuple(builder, signature.return_type, [builder.fsub(shifted, magic), shifted])
+
+    return types.UniTuple(y, 2)(y), generate
+
+
+@intrinsic
+def times_power(typing_context, q, t):
+    """q 2^i for the i of which `round_shifted` made t; q and the result are normal numbers."""
+
+    def generate(context, builder, signature, arguments):
+        size = q.element.bitwidth
+        integers = ir.VectorType(ir.IntType(size), q.width)
+        value, shifted = (builder.bitcast(argument, integers) for argument in arguments)
+        i = builder.shl(shifted, ir.Constant(integers, [_MANTISSA_BITS[size]] * q.width))  # added to the exponent
+        return builder.bitcast(builder.add(value, i), _llvm(q))
+
+    return q(q, t), generate
+
+
 # memory
 
 
@@ -394,16 +420,27 @@ def splat(typing_context, array, value):
 
 
 @intrinsic
-def array_at(typing_context, address, length, like):
-    """The array of `length` elements at an address; `like` gives its dtype."""
-    array = types.Array(like.dtype, 1, "C")
+def fetch_add(typing_context, array, index, value):
+    """array[index] += value, so that no thread comes between; returns what was there before. Integers of 64 bits."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, array, arguments[0], arguments[1], ir.IntType(64))
+        return builder.atomic_rmw("add", pointer, arguments[2], "seq_cst")
+
+    return types.int64(array, types.int64, types.int64), generate
+
+
+@intrinsic
+def array_at(typing_context, address, length, dtype):
+    """The array of `length` elements of a NumPy dtype at an address."""
+    array = types.Array(dtype.dtype, 1, "C")
 
     def generate(context, builder, signature, arguments):
         proxy = context.make_array(array)(context, builder)
-        size = context.get_constant(types.intp, like.dtype.bitwidth // 8)
+        size = context.get_constant(types.intp, array.dtype.bitwidth // 8)
         context.populate_array(
             proxy,
-            data=builder.inttoptr(arguments[0], context.get_data_type(like.dtype).as_pointer()),
+            data=builder.inttoptr(arguments[0], context.get_data_type(array.dtype).as_pointer()),
             shape=cgutils.pack_array(builder, [arguments[1]]),
             strides=cgutils.pack_array(builder, [size]),
             itemsize=size,
@@ -412,7 +449,7 @@ def array_at(typing_context, address, length, like):
         )
         return proxy._getvalue()
 
-    return array(types.int64, types.int64, like), generate
+    return array(types.int64, types.int64, dtype), generate
 
 
 @intrinsic

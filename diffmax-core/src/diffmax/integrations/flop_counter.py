@@ -6,6 +6,10 @@ imports triton, which an import of diffmax must not.
 Forward, per score: the maximum, a subtraction and a product; four evaluations of a difference, two powers and two sums (the
 iterations of a row with unit variance, docs/performance.md); the division. Backward: a power, two products, two sums, a
 difference and a product.
+
+Attention counts as torch's fused own does, whatever a mask or alpha leaves to skip: its dense matrix products, two forward and
+five backward; of packed sequences each one's own, of caches over their whole length. Its row operator is not counted,
+as softmax is not.
 """
 
 from __future__ import annotations
@@ -15,7 +19,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from diffmax._attention_ops import unpacked
 
 FORWARD_FLOPS = 3 + 4 * 5 + 1
 BACKWARD_FLOPS = 7
@@ -29,6 +37,48 @@ def _bisect_backward(grad_shape: Sequence[int], *_: Any, **__: Any) -> int:
     return BACKWARD_FLOPS * math.prod(grad_shape)
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, _keep: bool, _stats: bool, *rest: Any, **__: Any) -> int:
+    return 2 * _pairs(query, key, rest) * (query.shape[3] + value.shape[3])
+
+
+def _attention_backward(
+    _grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _m: Any,
+    _delta: Any,
+    _u: Any,
+    _live: Any,
+    _: bool,
+    *rest: Any,
+    **__: Any,
+) -> int:
+    # scores once more, and the gradients of query and key; those of weights and value
+    return 2 * _pairs(query, key, rest) * (3 * query.shape[3] + 2 * value.shape[3])
+
+
+def _attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **__: Any) -> int:
+    block_table = rest[4]
+    keys = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    return 2 * math.prod(query.shape[:3]) * keys * (query.shape[3] + v_cache.shape[3])
+
+
+def _pairs(query: Tensor, key: Tensor, rest: tuple[Any, ...]) -> int:
+    """Of a query and a key in one sequence, over all heads."""
+    call, _ = unpacked(rest)
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        return math.prod(query.shape[:3]) * key.shape[2]
+    offsets = (call.cu_seqlens_q, call.cu_seqlens_k)
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in offsets):  # lengths are not known: all have the longest
+        return query.shape[1] * (len(offsets[0]) - 1) * call.max_seqlen_q * call.max_seqlen_k
+    lengths_q, lengths_k = (t.diff().long() for t in offsets)
+    return query.shape[1] * int((lengths_q * lengths_k).sum())
+
+
 if torch.ops.diffmax.bisect not in flop_registry:
     register_flop_formula(torch.ops.diffmax.bisect)(_bisect)
     register_flop_formula(torch.ops.diffmax.bisect_backward)(_bisect_backward)
+    register_flop_formula(torch.ops.diffmax.attention, get_raw=True)(_attention)
+    register_flop_formula(torch.ops.diffmax.attention_backward, get_raw=True)(_attention_backward)
+    register_flop_formula(torch.ops.diffmax.attention_kvcache, get_raw=True)(_attention_kvcache)

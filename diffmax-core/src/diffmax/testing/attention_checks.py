@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
-from diffmax import AttentionStats
+from diffmax import AttentionStats, _attention
 from diffmax._dispatch import registry
-from diffmax.testing.checks import _expect, _gate, _grad, _poisoned_memory, _within, inf, nan
+from diffmax.plugin import AttentionCall
+from diffmax.reference_dropout import kept
+from diffmax.testing.checks import _expect, _grad, _poisoned_memory, _within, inf, nan
+from diffmax.testing.gate import allowed_error, allowed_error_in_float64
 from diffmax.testing.rows import NASTY_ROWS
 
 # what they return depends on return_stats, which is passed among other keywords here
@@ -27,7 +31,10 @@ attention_varlen: Callable[..., Any] = diffmax.attention_varlen
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and features of one attention call; `sigma` is the spread of queries and keys."""
+    """Sizes and features of one attention call; `sigma` is the spread of queries and keys.
+
+    `masked` and `bias` are the axes of (B, H, L, S) along which mask and bias vary, `alibi` those of the slopes: "H" or "BH".
+    """
 
     batch: int = 2
     heads: int = 2
@@ -39,6 +46,9 @@ class Case:
     sigma: float = 1.5
     alpha: float | tuple[float, ...] = 0.7
     masked: str = ""
+    bias: str = ""
+    alibi: str = ""
+    sink: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,13 +62,33 @@ class Case:
 
     def mask(self) -> Tensor | None:
         """A mask that hides a third of the keys, and everything from one query; None if the case has none."""
-        if not self.masked:
-            return None
-        shape = {"B": self.batch, "H": self.heads, "L": self.length, "S": self.keys}
-        mask = torch.rand([size if axis in self.masked else 1 for axis, size in shape.items()]) > 1 / 3
-        if "L" in self.masked:
+        return self._hides(self.masked) if self.masked else None
+
+    def _hides(self, axes: str) -> Tensor:
+        mask = torch.rand(self._shape(axes)) > 1 / 3
+        if "L" in axes:
             mask[..., self.length // 2, :] = False
         return mask
+
+    def _shape(self, axes: str) -> list[int]:
+        sizes = {"B": self.batch, "H": self.heads, "L": self.length, "S": self.keys}
+        return [size if axis in axes else 1 for axis, size in sizes.items()]
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of `diffmax.attention` that are tensors, and alpha."""
+        query, key, value = self.tensors(dtype)
+        given: dict[str, Any] = {"query": query, "key": key, "value": value, "attn_mask": self.mask()}
+        given["alpha"] = torch.tensor(self.alpha, dtype=torch.float64) if isinstance(self.alpha, tuple) else self.alpha
+        if self.bias:
+            bias = torch.randn(self._shape(self.bias)).to(dtype)
+            given["attn_mask"] = bias.masked_fill(~self._hides(self.bias), -inf) if "S" in self.bias else bias
+        if self.alibi:
+            heads = 0.5 ** torch.arange(1.0, self.heads + 1)
+            entries = 1 + torch.arange(self.batch).view(-1, 1) / 2
+            given["alibi_slopes"] = heads * entries if self.alibi == "BH" else heads
+        if self.sink:
+            given["sink"] = torch.randn(self.heads).double()  # its gradient too, to compare it with its terms
+        return given
 
     def features(self) -> set[str]:
         """Those of `diffmax.plugin.FEATURES` that the call needs."""
@@ -67,6 +97,11 @@ class Case:
             "causal": causal or window[1] == 0,
             "window": window[0] >= 0 or (window[1] > 0 and not causal),
             "mask": bool(self.masked),
+            "bias": bool(self.bias),
+            "alibi": bool(self.alibi),
+            "sink": self.sink,
+            "softcap": "softcap" in self.options,
+            "dropout": "dropout_p" in self.options,
             "gqa": self.heads != self.kv_heads,
             "value_dim": self.value_dim not in (0, self.head_dim),
             "tensor_alpha": isinstance(self.alpha, tuple),
@@ -121,42 +156,73 @@ CASES: dict[str, Case] = {
         heads=4, kv_heads=2, alpha=(0.2, 0.5, 0.8, 0.97), options={"is_causal": True}
     ),
     "grouped heads, mask, window": Case(heads=4, kv_heads=1, masked="HLS", options={"window_size": (40, 40)}),
+    "bias": Case(bias="BHLS"),
+    "bias of queries and keys": Case(bias="LS", sigma=3.0, alpha=0.5),
+    "bias of heads and keys": Case(heads=4, kv_heads=2, bias="HS"),
+    "bias of queries": Case(bias="BL"),
+    "bias, causal window": Case(keys=65, bias="HLS", options={"is_causal": True, "window_size": (30, -1)}),
+    "ALiBi": Case(length=130, keys=200, alibi="H", sigma=2.5, alpha=0.5),
+    "ALiBi by sequence, causal, lower right": Case(heads=4, kv_heads=2, alibi="BH", options=_lower_right(is_causal=True)),
+    "softcap": Case(sigma=3.0, options={"softcap": 4.0}),
+    "softcap, bias, ALiBi": Case(sigma=3.0, bias="LS", alibi="H", options={"softcap": 3.0}),
+    "sink": Case(sink=True),
+    "sink, everything hidden": Case(masked="BHLS", sink=True, sigma=3.0, alpha=0.5),
+    "sink, sparsemax and softmax heads": Case(alpha=(0.0, 1.0), sink=True),
+    "sink, causal, grouped heads": Case(heads=4, kv_heads=1, sink=True, alpha=0.5, options={"is_causal": True}),
+    "dropout": Case(options={"dropout_p": 0.3}),
+    "dropout, causal, grouped heads": Case(
+        heads=4, kv_heads=2, length=130, keys=200, sigma=3.0, alpha=0.5, options={"dropout_p": 0.6, "is_causal": True}
+    ),
+    "dropout, sink, window, value size 24": Case(
+        length=140, keys=140, value_dim=24, sink=True, options={"dropout_p": 0.2, "window_size": (20, 5)}
+    ),
+    "everything": Case(
+        heads=4,
+        kv_heads=2,
+        length=130,
+        keys=150,
+        value_dim=8,
+        alpha=(0.0, 0.5, 0.9, 1.0),
+        bias="HLS",
+        alibi="H",
+        sink=True,
+        options=_lower_right(is_causal=True, window_size=(90, -1), softcap=5.0, dropout_p=0.2),
+    ),
 }
 
 
 def forward_passes_the_gate(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
     """The output is as near to the truth as the gate asks."""
-    query, key, value, mask, alpha = _inputs(case, dtype)
-    exact, yardstick = (
-        _call("reference", case, query.to(kind), key.to(kind), value.to(kind), mask, alpha) for kind in (torch.float64, dtype)
-    )
-    ours = _call(backend, case, *_moved(device, query, key, value, mask, alpha))
+    inputs = case.inputs(dtype)
+    exact, yardstick = (_call("reference", case, _cast(inputs, kind)) for kind in (torch.float64, _measured(dtype)))
+    ours = _call(backend, case, _moved(device, inputs))
     _expect(ours.dtype == dtype and ours.shape == exact.shape and ours.is_contiguous(), f"got {ours.dtype} {tuple(ours.shape)}")
-    _within(ours, exact, _gate(exact, yardstick), "output")
+    _within(ours, exact, _allowed(dtype, exact, yardstick), "output")
 
 
 def gradients_are_right_on_average(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
-    """Forward and backward through autograd, for query, key, value and, where it can be, alpha.
+    """Forward and backward through autograd, for query, key, value, bias, sink and, where it can be, alpha.
 
-    The gate holds for the mean error, for the reason that `checks.gradients_are_right_on_average` gives; of alpha, for the mean
-    over queries, before they are summed to one number per head.
+    The gate holds for the mean error, for the reason that `checks.gradients_are_right_on_average` gives; of alpha and the sink,
+    for the mean over queries, before they are summed to one number per head.
     """
-    query, key, value, mask, alpha = _inputs(case, dtype)
+    inputs = case.inputs(dtype)
+    if gives_alpha_gradient(backend) and not isinstance(case.alpha, tuple):
+        inputs["alpha"] = torch.full((case.heads,), case.alpha, dtype=torch.float64)
+    grad = torch.randn(case.batch, case.heads, case.length, inputs["value"].shape[3]).to(dtype)
     learns = gives_alpha_gradient(backend)
-    if learns:
-        alpha = alpha if isinstance(alpha, Tensor) else torch.full((case.heads,), alpha, dtype=torch.float64)
-    grad = torch.randn(case.batch, case.heads, case.length, value.shape[3]).to(dtype)
     truth, yardstick = (
-        _gradients("reference", "cpu", case, query, key, value, mask, alpha, grad, k) for k in (torch.float64, dtype)
+        _gradients("reference", "cpu", case, _cast(inputs, kind), grad.to(kind), learns)
+        for kind in (torch.float64, _measured(dtype))
     )
-    ours = _gradients(backend, device, case, query, key, value, mask, alpha, grad, dtype)
-    for what, got, exact, measured in zip(("query", "key", "value", "alpha"), ours, truth, yardstick, strict=False):
-        error, own = (float((t.cpu().double() - exact).abs().mean()) for t in (got, measured))
+    ours = _gradients(backend, device, case, inputs, grad, learns)
+    ratio = torch.finfo(dtype).eps / torch.finfo(_measured(dtype)).eps
+    for what, got in ours.items():
+        exact = truth[what]
+        error, own = (float((t.cpu().double() - exact).abs().mean()) for t in (got, yardstick[what]))
         ulp = torch.finfo(dtype).eps * max(1.0, float(exact.abs().mean()))
-        allowed = 1e-12 * max(1.0, float(exact.abs().mean())) if dtype == torch.float64 else 2 * own + 2 * ulp
-        _expect(
-            error <= 2 * allowed + 2 * ulp, f"gradient for {what}: mean error {error:.3g}, allowed {2 * allowed + 2 * ulp:.3g}"
-        )
+        allowed = 2 * (2 * ratio * own + 2 * ulp) + 2 * ulp
+        _expect(error <= allowed, f"gradient for {what}: mean error {error:.3g}, allowed {allowed:.3g}")
 
 
 def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -204,16 +270,17 @@ def masked_and_bad_queries(backend: str, device: str, dtype: torch.dtype) -> Non
     if "mask" in claimed(backend):
         mask = torch.ones(70, 70, dtype=torch.bool, device=device)
         mask[:10], mask[:, 5], mask[66] = False, False, False
-        query = query.nan_to_num(posinf=0.0)  # 0 times NaN is NaN in the gradient of every key, as with softmax
         leaves = [t.clone().requires_grad_() for t in (query, key, value)]
         hidden = attention(*leaves, mask, **options)
-        hidden.backward(torch.randn(hidden.shape).to(dtype).to(device))
-        empty = [*range(10), 66]
+        grad = torch.randn(hidden.shape).to(dtype).to(device)
+        grad[..., 4, :] = nan
+        hidden.backward(grad)
+        empty = [*range(10), 66]  # the two queries of NaN and inf, and the gradient of NaN, among them
         _expect(bool((hidden[0, 0, empty] == 0).all()), "a query that sees nothing is not zero")
         grads = [_grad(leaf).cpu()[0, 0] for leaf in leaves]
         _expect(bool((grads[0][empty] == 0).all()), "a query that sees nothing has a gradient")
         _expect(bool((grads[1][5] == 0).all() and (grads[2][5] == 0).all()), "a key that nobody sees has a gradient")
-        _expect(all(bool(g.isfinite().all()) for g in grads), "a gradient is not finite")
+        _expect(all(bool(g.isfinite().all()) for g in grads), "what a query that sees nothing holds reached a gradient")
 
 
 def nasty_rows_pass_the_gate(backend: str, device: str, dtype: torch.dtype, alpha: float) -> None:
@@ -231,14 +298,34 @@ def nasty_rows_pass_the_gate(backend: str, device: str, dtype: torch.dtype, alph
             query, key = (torch.nn.functional.pad(t, (0, len(row) - 1)) for t in (query, key))
         mask = None if not bool(hidden.any()) else ~hidden.view(1, 1, 1, -1)
         case = Case(alpha=alpha, options={"scale": 1.0})
-        exact = _call("reference", case, query.double(), key.double(), value.double(), mask, alpha)
-        yardstick = _call("reference", case, query, key, value, mask, alpha)
+        inputs = {"query": query, "key": key, "value": value, "attn_mask": mask, "alpha": alpha}
+        exact, yardstick = (_call("reference", case, _cast(inputs, kind)) for kind in (torch.float64, _measured(dtype)))
         try:
-            _within(
-                _call(backend, case, *_moved(device, query, key, value, mask, alpha)), exact, _gate(exact, yardstick), "weights"
-            )
+            _within(_call(backend, case, _moved(device, inputs)), exact, _allowed(dtype, exact, yardstick), "weights")
         except AssertionError as error:
             raise AssertionError(f"row {name!r}: {error}") from None
+
+
+def dropout_keeps_what_the_contract_says(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Bit for bit the weights that `reference_dropout.kept` keeps, forward and backward, drawn from torch's generator."""
+    batch, heads, length, keys, share = 2, 3, 70, 90, 0.4
+    query = torch.zeros(batch, heads, length, keys, dtype=dtype, device=device)  # all weights are 1 / keys
+    key = torch.zeros(batch, heads, keys, keys, dtype=dtype, device=device)
+    value = torch.eye(keys, dtype=dtype, device=device).expand(batch, heads, keys, keys).clone().requires_grad_()
+
+    torch.manual_seed(5)
+    seed = _attention._seed(share, query.device)
+    torch.manual_seed(5)
+    out = attention(query, key, value, dropout_p=share, alpha=0.5, backend=backend)
+    call = AttentionCall(scale=1.0, e=0.5, dropout_p=share, seed=seed)
+    expected = kept(call, (batch, heads, length, keys), torch.float32).cpu() != 0
+    _expect(torch.equal(out.detach().cpu() != 0, expected), "not the weights are dropped that the contract says")
+    again = attention(query, key, value, dropout_p=share, alpha=0.5, backend=backend)
+    _expect(not torch.equal(again, out), "a second call drops the same weights")
+    out.backward(torch.ones_like(out))
+    sums = (expected.double() / keys / (1 - share)).sum(2).unsqueeze(3).expand(value.shape)
+    slack = length * torch.finfo(dtype).eps
+    _within(_grad(value), sums, slack * float(sums.max()), "the value's gradient under the same mask")
 
 
 def residuals_are_exchangeable(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -363,61 +450,78 @@ def gives_alpha_gradient(backend: str) -> bool:
     return "tensor_alpha" in description.features and ("alpha_gradient" in description.features or not provides)
 
 
-def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
-    alpha = torch.tensor(case.alpha, dtype=torch.float64) if isinstance(case.alpha, tuple) else case.alpha
-    return *case.tensors(dtype), case.mask(), alpha
+def _measured(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype the reference's error is measured: float64's is that of float32, scaled."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
-def _moved(device: str, *arguments: Any) -> list[Any]:
+def _allowed(dtype: torch.dtype, exact: Tensor, yardstick: Tensor) -> float:
+    return (allowed_error_in_float64 if dtype == torch.float64 else allowed_error)(exact, yardstick)
+
+
+# what has query's dtype; alpha is converted by `attention`, slopes and sink hold the same numbers in every dtype
+_OF_QUERYS_DTYPE = ("query", "key", "value", "attn_mask")
+
+
+def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def cast(name: str, given: Any) -> Any:
+        floating = isinstance(given, Tensor) and given.is_floating_point()
+        return given.to(dtype) if floating and name in _OF_QUERYS_DTYPE else given
+
+    return {name: cast(name, given) for name, given in inputs.items()}
+
+
+def _moved(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
     # alpha in float64 where the device has it, so that 0.999 is 0.999
     wide = torch.device(device).type in ("cpu", "cuda")
-    moved = [t.to(device if wide or t.dtype != torch.float64 else "cpu") if isinstance(t, Tensor) else t for t in arguments]
-    return moved if wide else [t.float().to(device) if isinstance(t, Tensor) and t.dtype == torch.float64 else t for t in moved]
+
+    def move(given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        return given.to(device) if wide or given.dtype != torch.float64 else given.float().to(device)
+
+    return {name: move(given) for name, given in inputs.items()}
 
 
-def _call(
-    backend: str, case: Case, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, alpha: float | Tensor
-) -> Tensor:
-    out: Tensor = attention(query, key, value, mask, alpha=alpha, enable_gqa=True, backend=backend, **case.options)
+def _same_dropout(dropout_p: float, device: torch.device) -> Tensor | None:
+    # generators of different devices draw different numbers
+    return torch.tensor([123456789, 987654321], device=device) if dropout_p > 0 else None
+
+
+def _call(backend: str, case: Case, inputs: dict[str, Any]) -> Tensor:
+    with mock.patch.object(_attention, "_seed", _same_dropout):
+        out: Tensor = attention(**inputs, enable_gqa=True, backend=backend, **case.options)
     return out
 
 
 def _gradients(
-    backend: str,
-    device: str,
-    case: Case,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    alpha: float | Tensor,
-    grad: Tensor,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    tensors = [t.to(dtype) for t in (query, key, value)]
-    *tensors, mask, alpha, grad = _moved(device, *tensors, mask, alpha, grad.to(dtype))
-    leaves = [t.clone().requires_grad_() for t in (*tensors, *([alpha] if isinstance(alpha, Tensor) else []))]
-    learns = gives_alpha_gradient(backend) and isinstance(alpha, Tensor)
-    out = _call(backend, case, leaves[0], leaves[1], leaves[2], mask, leaves[3] if learns else alpha)
+    backend: str, device: str, case: Case, inputs: dict[str, Any], grad: Tensor, learns_alpha: bool
+) -> dict[str, Tensor]:
+    inputs, grad = _moved(device, inputs), grad.to(device)
+    wanted = [name for name in ("query", "key", "value", "attn_mask", "sink", "alpha") if isinstance(inputs.get(name), Tensor)]
+    wanted = [name for name in wanted if inputs[name].is_floating_point() and (learns_alpha or name != "alpha")]
+    leaves = {name: inputs[name].clone().requires_grad_() for name in wanted}
+    out = _call(backend, case, inputs | leaves)
     with _Recorder() as recorder:
         out.backward(grad)
-    gradients = [_grad(leaf).detach() for leaf in leaves[:3]]
-    if learns:
-        per_query = -recorder.grad_e
-        total, summed = per_query.sum((0, 2)).double(), _grad(leaves[3]).double()
-        slack = 64 * torch.finfo(per_query.dtype).eps * max(1.0, float(per_query.abs().sum((0, 2)).max()))
-        _within(summed, total.cpu(), slack, "alpha's gradient against its sum over the queries")
-        gradients.append(per_query)
+    gradients = {name: _grad(leaf).detach() for name, leaf in leaves.items()}
+    for name, sign, per_query in (("alpha", -1, recorder.grad_e), ("sink", 1, recorder.grad_sink)):
+        if name in leaves:
+            total, summed = sign * per_query.sum((0, 2)).double(), gradients[name].double()
+            slack = 64 * torch.finfo(per_query.dtype).eps * max(1.0, float(per_query.abs().sum((0, 2)).max()))
+            _within(summed, total.cpu(), slack, f"{name}'s gradient against its sum over the queries")
+            gradients[name] = sign * per_query
     return gradients
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes the gradient for e that attention's backward computed for every query."""
+    """Notes the gradients for e and the sink that attention's backward computed for every query."""
 
     grad_e: Tensor
+    grad_sink: Tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         if func is torch.ops.diffmax.attention_backward.default:
-            self.grad_e = results[3]
+            self.grad_e, self.grad_sink = results[3], results[5]
         return results

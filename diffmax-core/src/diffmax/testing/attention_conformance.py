@@ -54,7 +54,7 @@ class AttentionConformance(Kit):
     @every_dtype
     @every_case
     def test_gradients(self, case: checks.Case, dtype: torch.dtype) -> None:
-        """For query, key, value and, where claimed, alpha; what the backend does not provide comes from the next one."""
+        """For all that has one; what the backend does not provide comes from the next one."""
         if self.claims(dtype, *case.features()):
             checks.gradients_are_right_on_average(self.backend, self.device, case, dtype)
 
@@ -64,6 +64,12 @@ class AttentionConformance(Kit):
         """Ties, offsets of 1e9, masks, as scores."""
         if self.claims(dtype):
             checks.nasty_rows_pass_the_gate(self.backend, self.device, dtype, alpha)
+
+    @every_dtype
+    def test_dropout(self, dtype: torch.dtype) -> None:
+        """The weights that the contract names, from torch's generator, the same in the backward."""
+        if self.claims(dtype, "dropout"):
+            checks.dropout_keeps_what_the_contract_says(self.backend, self.device, dtype)
 
     @every_dtype
     def test_packed_sequences(self, dtype: torch.dtype) -> None:

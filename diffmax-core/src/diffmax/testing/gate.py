@@ -13,5 +13,23 @@ def allowed_error(exact: Tensor, same_dtype: Tensor) -> float:
     Returns:
         The largest error that a kernel may have on that input.
     """
-    ulp = torch.finfo(same_dtype.dtype).eps * max(1.0, float(exact.abs().nan_to_num().max()) if exact.numel() else 0.0)
-    return 2 * float((same_dtype.double() - exact).abs().nan_to_num().max() if exact.numel() else 0.0) + 2 * ulp
+    return 2 * _error(exact, same_dtype) + 2 * _ulp(exact, same_dtype.dtype)
+
+
+def allowed_error_in_float64(exact: Tensor, in_float32: Tensor) -> float:
+    """How far two float64 computations may be apart: each by as many ulp as the reference errs by in float32.
+
+    Args:
+        exact: The result in float64, with an error of its own.
+        in_float32: What the reference returns for the same input in float32.
+    """
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return 2 * (2 * ratio * _error(exact, in_float32) + 2 * _ulp(exact, torch.float64))
+
+
+def _error(exact: Tensor, other: Tensor) -> float:
+    return float((other.double() - exact).detach().abs().nan_to_num().max()) if exact.numel() else 0.0
+
+
+def _ulp(exact: Tensor, dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps * max(1.0, float(exact.detach().abs().nan_to_num().max()) if exact.numel() else 0.0)

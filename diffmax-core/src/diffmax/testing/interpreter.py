@@ -1,4 +1,4 @@
-"""Triton's interpreter made right and strict, for tests: bfloat16 as hardware has it, checked bounds, noticed races.
+"""Triton's interpreter made right and strict, for tests: bfloat16 as hardware has it, in products too, checked bounds, races.
 
 Set TRITON_INTERPRET=1 before Triton is imported, then call `harden()` once. Triton's own interpreter (3.6 to 3.9) truncates to
 bfloat16 where hardware rounds to nearest even, reads and writes beyond a tensor without a word, and runs programs one after
@@ -25,6 +25,7 @@ def harden() -> None:
     interpreter._convert_float = _rounding(interpreter._convert_float)
     for name in ("binary_op", "unary_op"):
         setattr(builder, name, _refusing_bfloat16(getattr(builder, name)))
+    builder.create_dot = _widening(builder.create_dot)
     interpreter.GridExecutor._init_args_hst = _noting_extents(interpreter.GridExecutor._init_args_hst)
     builder.create_masked_load = _checked_load(builder.create_masked_load)
     builder.create_masked_store = _checked_store(builder.create_masked_store)
@@ -50,6 +51,19 @@ def _refusing_bfloat16(operation: Any) -> Any:
         return operation(self, first, *rest)
 
     return checked
+
+
+def _widening(dot: Any) -> Any:
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (interpreter.TensorHandle(_float_of_bits(t.data), tl.float32) for t in (a, b))
+        return dot(self, a, b, *rest)
+
+    return create_dot
+
+
+def _float_of_bits(data: Any) -> Any:
+    return (np.ascontiguousarray(data).astype(np.uint32) << 16).view(np.float32)
 
 
 class _Extents:

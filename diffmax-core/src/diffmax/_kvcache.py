@@ -1,0 +1,193 @@
+"""`attention_with_kvcache` and `page_bounds`: what they mean. `_kvcache_ops` is the next step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from diffmax import (
+    _attention_checks,
+    _kvcache_ops,  # noqa: F401  (defines torch.ops.diffmax.attention_kvcache)
+    reference_kvcache,
+)
+from diffmax import _kvcache_checks as checks
+from diffmax._attention import _autocast
+from diffmax._dispatch import selected
+from diffmax._numerics import clamp_e
+from diffmax.plugin import TILE, KVCacheCall
+
+
+class PageBounds(NamedTuple):
+    """The smallest and the largest keys of a cache's pages, entry by entry: what lets decoding leave a page unread.
+
+    `attention_with_kvcache` keeps them up to date as it appends. Keys that are written into the cache in another way need
+    `page_bounds` again. A sequence that is cut back needs nothing: bounds that are too wide stay right.
+
+    Attributes:
+        low, high: Of the cache's dtype: (num_blocks, H_kv, D) for a cache in pages, else (B_cache, pages, H_kv, D).
+        page_size: Tokens of a page.
+    """
+
+    low: Tensor
+    high: Tensor
+    page_size: int
+
+
+class KVCacheStats(NamedTuple):
+    """What a decoding call found on its way.
+
+    Attributes:
+        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf where nothing is seen.
+        support_size: Like tau, int32: how many keys have a score above tau.
+        pages_read: int32 (B, H_kv), how many pages of keys were read. A chunk of many queries counts each page once for every
+            block of queries that a kernel takes together, of which the largest count is given.
+    """
+
+    tau: Tensor
+    support_size: Tensor
+    pages_read: Tensor
+
+
+def page_bounds(
+    k_cache: Tensor, cache_seqlens: int | Tensor, block_table: Tensor | None = None, page_size: int = TILE
+) -> PageBounds:
+    """The bounds of a cache that is filled already, for `attention_with_kvcache(..., page_bounds=...)`.
+
+    Args:
+        k_cache, cache_seqlens, block_table: As in `attention_with_kvcache`; sequence b has row b of a cache not in pages.
+        page_size: Tokens of a page, for a cache that is not in pages; with `block_table` the pages' own size is taken. Smaller
+            pages have tighter bounds, and more of them.
+    Returns:
+        A `PageBounds`, on the cache's device. Pages without a token have bounds of 0.
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, shape, device or value.
+    Numerics: Exact. Where a key holds NaN so do the bounds, and the page is always read.
+    Source: docs/decoding.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> k_cache = torch.randn(2, 1000, 4, 16)
+        >>> diffmax.page_bounds(k_cache, torch.tensor([1000, 3], dtype=torch.int32)).low.shape
+        torch.Size([2, 16, 4, 16])
+    """
+    name = "diffmax.page_bounds"
+    checks.check_cache(name, "k_cache", k_cache)
+    block_table = checks.check_block_table(name, block_table, k_cache, None)
+    page_size = k_cache.shape[1] if block_table is not None else checks.check_page_size(name, page_size)
+    batch = k_cache.shape[0] if block_table is None else block_table.shape[0]
+    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    call = KVCacheCall(
+        scale=1.0,
+        e=1.0,
+        cache_seqlens=checks.check_lengths(name, cache_seqlens, batch, room, 0, k_cache.device),
+        block_table=block_table,
+        page_size=page_size,
+    )
+    return PageBounds(*reference_kvcache.bounds_of(k_cache.detach(), call), page_size)
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    alpha: float | Tensor = 0.9,
+    sink: Tensor | None = None,
+    page_bounds: PageBounds | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, KVCacheStats]:
+    """Attention of new tokens over a cache of keys and values: flash-attn's `flash_attn_with_kvcache`, and alpha.
+
+    out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1)
+
+    With `k` and `v` the caches are changed in place: the new tokens are written behind each sequence's others, and then seen.
+    With `page_bounds`, a page of keys that cannot hold a weight is not read; the result is the same without.
+
+    Args:
+        q: (B, L, H, D), one new token or a chunk. float16, bfloat16, float32 or float64.
+        k_cache, v_cache: (B_cache, S, H_kv, D) and (B_cache, S, H_kv, D_v), of q's dtype, any strides; with `block_table`
+            (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv, D_v). H is a multiple of H_kv, and query head h
+            reads key head h // (H / H_kv). What lies behind a sequence's end is never looked at.
+        k, v: (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), or None: new tokens, mostly those of q.
+        cache_seqlens: int32 (B,), or one int for all: tokens in the cache before the call. None: the cache is full.
+        cache_batch_idx: int32 (B,), the row of the cache that holds each sequence, all different; None: sequence b has row b.
+            Not with `block_table`.
+        block_table: int32 (B, pages), the pages of each sequence in order. Entries behind its last page may be anything. A
+            page that new tokens are written to belongs to one sequence.
+        softmax_scale: Factor of the scores; None: 1 / sqrt(D).
+        causal: Each query sees the keys up to its own place, where the last query stands at the last key.
+        window_size: (left, right), how many keys before and after its own place a query sees; -1 is all.
+        softcap: c > 0 replaces each score x by c * tanh(x / c); 0: off.
+        alibi_slopes: float32 (H,) or (B, H): slope * abs(distance) is taken from the scores.
+        alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float, or a tensor () or (H,), which may hold 0 and 1.
+        sink: (H,), one more score per query, whose weight is lost; or None.
+        page_bounds: What `diffmax.page_bounds` returned for this cache, or None: then all keys are read.
+        return_stats: Whether to return a `KVCacheStats` too.
+        backend: A name from `diffmax.backends()`, which never falls back. None: the best one that can run the call.
+    Returns:
+        (B, L, H, D_v), contiguous, in q's dtype; and the stats, if asked for. A query that sees no key gets zeros. A query with
+        NaN or +inf among the scores that it sees gets NaN.
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, shape, device or value, or new tokens do not fit. Values that
+            live on an accelerator are not read: tokens that do not fit are then neither written nor seen.
+        NotImplementedError: An argument requires a gradient, and gradients are on.
+        NoBackendError: No backend can run the call, or the named one cannot.
+    Numerics: As of `diffmax.attention`. Exact with and without bounds: a page is left out only where a bound proves that its
+        scores lie below a lower bound of tau, with room for rounding.
+    Source: docs/decoding.md. Written for diffmax; the argument names are flash-attn's.
+    Example:
+        >>> import torch, diffmax
+        >>> k_cache, v_cache = torch.zeros(2, 2, 512, 4, 16).unbind()
+        >>> q, k, v = torch.randn(2, 1, 8, 16), *torch.randn(2, 2, 1, 4, 16).unbind()
+        >>> lengths = torch.tensor([100, 7], dtype=torch.int32)
+        >>> diffmax.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
+        torch.Size([2, 1, 8, 16])
+    """
+    name = "diffmax.attention_with_kvcache"
+    checks.check_cache(name, "q", q)
+    checks.check_cache(name, "k_cache", k_cache)
+    q = _as_cached(q, k_cache)
+    k, v = (t if t is None else _as_cached(t, k_cache) for t in (k, v))
+    checks.check_tensors(name, q, k_cache, v_cache, k, v, block_table is not None)
+    checks.check_gradients(q, k_cache, v_cache, k, v, alpha, sink, alibi_slopes)
+    batch, _, heads, _ = q.shape
+    e, e_tensor = _attention_checks.check_alpha(name, q, alpha, heads)
+    left, right = _attention_checks.check_window(name, window_size, causal)
+    block_table = checks.check_block_table(name, block_table, k_cache, batch)
+    new = 0 if k is None else k.shape[1]
+    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    slopes = _attention_checks.check_alibi(name, q, alibi_slopes, (batch, heads))
+    low, high, page_size = checks.check_bounds(name, page_bounds, k_cache, block_table)
+    out, m, delta, support, pages = torch.ops.diffmax.attention_kvcache(
+        *(q, k_cache, v_cache, k, v),
+        checks.check_lengths(name, room - new if cache_seqlens is None else cache_seqlens, batch, room, new, q.device),
+        checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table),
+        *(block_table, low, high, page_size, bool(return_stats), _attention_checks.check_scale(name, q, softmax_scale)),
+        *(e, e_tensor, left, right, _attention_checks.check_softcap(name, softcap)),
+        slopes if slopes is None else slopes.view(-1, heads),
+        _attention_checks.check_sink(name, q, sink, heads),
+        backend or selected(),
+    )
+    out = cast(Tensor, out)
+    if not return_stats:
+        return out
+    row_e = clamp_e(e_tensor.unsqueeze(1) if e_tensor is not None else e)
+    return out, KVCacheStats(m - (1 - delta) / row_e, support, pages)
+
+
+def _as_cached(t: Tensor, k_cache: Tensor) -> Tensor:
+    """What autocast makes of new tokens, where that is what the cache holds."""
+    (converted,) = _autocast(t)
+    return converted if isinstance(t, Tensor) and converted.dtype == k_cache.dtype else t

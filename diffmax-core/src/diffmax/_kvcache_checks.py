@@ -1,0 +1,178 @@
+"""The argument checks of `diffmax.attention_with_kvcache`, which run before any backend is chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffmax import _kvcache_ops
+from diffmax._checks import _dtype, _readable, _shape
+from diffmax._numerics import FLOAT_DTYPES
+from diffmax.plugin import TILE
+
+if TYPE_CHECKING:
+    from diffmax._kvcache import PageBounds
+
+
+def check_cache(name: str, what: str, t: Tensor) -> None:
+    """Check one tensor on its own."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: {what} must be float16, bfloat16, float32 or float64, got {_dtype(t)}")
+    if t.ndim != 4:
+        raise ValueError(f"{name}: {what} must have 4 dimensions (batch, tokens, heads, size), got shape {_shape(t)}")
+
+
+def check_tensors(
+    name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, paged: bool
+) -> None:
+    """Check what queries, caches and new tokens have to have in common."""
+    check_cache(name, "v_cache", v_cache)
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    if (k is None) != (v is None):
+        raise ValueError(f"{name}: k and v are given together or not at all, got {'v' if k is None else 'k'} alone")
+    for what, t in (("k", k), ("v", v)):
+        if t is not None:
+            check_cache(name, what, t)
+            given[what] = t
+    facts = "\n  " + "   ".join(f"{what} {_shape(t)} {_dtype(t)} {t.device}" for what, t in given.items())
+    if len({t.dtype for t in given.values()}) > 1:
+        raise TypeError(
+            f"{name}: q, the caches, k and v must have one dtype, got{facts}\nconvert q, k and v to the caches' dtype"
+        )
+    if len({t.device for t in given.values()}) > 1:
+        raise ValueError(f"{name}: q, the caches, k and v must be on one device, got{facts}")
+    if q.shape[3] != k_cache.shape[3] or q.shape[3] == 0:
+        raise ValueError(
+            f"{name}: q and k_cache must have the same head size, at least 1, got {q.shape[3]} and {k_cache.shape[3]}{facts}"
+        )
+    heads, kv_heads = q.shape[2], k_cache.shape[2]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"{name}: the query heads must be a multiple of the key heads, got {heads} and {kv_heads}{facts}")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"{name}: k_cache and v_cache must have the same batch, tokens and heads, got{facts}")
+    if k is not None and v is not None:
+        for what, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+            wanted = (q.shape[0], k.shape[1], *cache.shape[2:])
+            if new.shape != wanted:
+                raise ValueError(f"{name}: {what} must have shape {tuple(wanted)}, got {_shape(new)}{facts}")
+        if _same_memory(k_cache, v_cache):
+            raise ValueError(f"{name}: k_cache and v_cache must be two tensors where k and v are appended, got one{facts}")
+    if not paged and q.shape[0] > k_cache.shape[0]:
+        hint = "\nfor a cache in pages, pass block_table"
+        raise ValueError(
+            f"{name}: the caches must have a row for each sequence, got {k_cache.shape[0]} for {q.shape[0]}{facts}{hint}"
+        )
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if a is b or not (_readable(a) and _readable(b) and a.numel()):
+        return a is b
+    return a.data_ptr() == b.data_ptr()
+
+
+def check_gradients(*arguments: Any) -> None:
+    """Refuse what a gradient should flow through."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        raise NotImplementedError(_kvcache_ops.NO_GRADIENT)
+
+
+def check_lengths(name: str, lengths: int | Tensor, batch: int, room: int, new: int, device: torch.device) -> Tensor:
+    """cache_seqlens as int32 (B,) on the device; values are looked at where that is free."""
+    if isinstance(lengths, bool) or not isinstance(lengths, (int, torch.SymInt, Tensor)):
+        raise TypeError(f"{name}: cache_seqlens must be an int or an int32 tensor, got {type(lengths).__name__}")
+    if not isinstance(lengths, Tensor):
+        if not torch.compiler.is_compiling():
+            _check_room(name, lengths, lengths, room, new)
+        return torch.full((batch,), lengths, dtype=torch.int32, device=device)
+    _check_index(name, "cache_seqlens", lengths, (batch,), device)
+    if _readable(lengths) and batch:
+        _check_room(name, int(lengths.min()), int(lengths.max()), room, new)
+    return lengths.to(torch.int32)
+
+
+def _check_room(name: str, least: int, most: int, room: int, new: int) -> None:
+    if least < 0 or most + new > room:
+        got = f"{least}" if least < 0 else f"{most}"
+        added = f" with {new} new ones" if new else ""
+        raise ValueError(f"{name}: cache_seqlens must be at least 0, and fit{added} into the cache's {room} tokens, got {got}")
+
+
+def _check_index(name: str, what: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: {what} must be an int32 tensor, got {_dtype(t)}")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: {what} must have shape {shape}, got {_shape(t)}")
+    if t.device != device:
+        raise ValueError(f"{name}: {what} and the caches must be on one device, got {t.device} and {device}")
+
+
+def check_rows(name: str, rows: Tensor | None, batch: int, k_cache: Tensor, block_table: Tensor | None) -> Tensor | None:
+    """Check cache_batch_idx."""
+    if rows is None:
+        return None
+    if block_table is not None:
+        raise ValueError(f"{name}: cache_batch_idx and block_table exclude each other, got both\npass the table of those rows")
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name}: cache_batch_idx must be an int32 tensor, got {type(rows).__name__}")
+    _check_index(name, "cache_batch_idx", rows, (batch,), k_cache.device)
+    if _readable(rows) and batch:
+        least, most = int(rows.min()), int(rows.max())
+        if least < 0 or most >= k_cache.shape[0]:
+            raise ValueError(f"{name}: cache_batch_idx must lie between 0 and {k_cache.shape[0] - 1}, got {least} to {most}")
+        if len(set(rows.tolist())) < batch:
+            raise ValueError(f"{name}: cache_batch_idx must have no row twice, got {rows.tolist()}")
+    return rows.to(torch.int32)
+
+
+def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: int | None) -> Tensor | None:
+    """Check block_table; which entries are in use depends on the lengths, so their values are not looked at."""
+    if table is None:
+        return None
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name}: block_table must be an int32 tensor, got {type(table).__name__}")
+    if table.ndim != 2 or (batch is not None and table.shape[0] != batch):
+        rows = "B" if batch is None else batch
+        raise ValueError(f"{name}: block_table must have shape ({rows}, pages), got {_shape(table)}")
+    _check_index(name, "block_table", table, tuple(table.shape), k_cache.device)
+    return table.to(torch.int32)
+
+
+def check_page_size(name: str, page_size: int) -> int:
+    """Check a page size."""
+    if not isinstance(page_size, int) or isinstance(page_size, bool):
+        raise TypeError(f"{name}: page_size must be an int, got {page_size!r} of type {type(page_size).__name__}")
+    if page_size < 1:
+        raise ValueError(f"{name}: page_size must be at least 1, got {page_size}")
+    return page_size
+
+
+def check_bounds(
+    name: str, bounds: PageBounds | None, k_cache: Tensor, block_table: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Check the pages' bounds; return them and the size of a page."""
+    paged = block_table is not None
+    if bounds is None:
+        return None, None, k_cache.shape[1] if paged else TILE
+    if not isinstance(bounds, tuple) or len(bounds) != 3:
+        raise TypeError(f"{name}: page_bounds must be what diffmax.page_bounds returns, got {type(bounds).__name__}")
+    low, high, page_size = bounds
+    check_page_size(name, page_size)
+    rows, tokens, *rest = k_cache.shape
+    wanted = (rows, *rest) if paged else (rows, -(-tokens // page_size), *rest)
+    if paged and page_size != tokens:
+        raise ValueError(f"{name}: page_bounds must have the pages' size, got {page_size} for pages of {tokens}")
+    for what, t in (("low", low), ("high", high)):
+        if isinstance(t, Tensor) and not t.is_contiguous():
+            raise ValueError(
+                f"{name}: page_bounds.{what} must be contiguous, as diffmax.page_bounds makes it, got {t.stride()}"
+            )
+        if t.shape != wanted or t.dtype != k_cache.dtype or t.device != k_cache.device:
+            raise ValueError(
+                f"{name}: page_bounds.{what} must be {tuple(wanted)} {_dtype(k_cache)} {k_cache.device}, "
+                f"got {_shape(t)} {_dtype(t)} {t.device}\nmake the bounds of this cache with diffmax.page_bounds"
+            )
+    return low, high, page_size

@@ -1,0 +1,39 @@
+"""Whether a call is so plain that torch's dispatcher would have nothing to decide, and need not be paid for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _dispatch_keys, _dispatch_tls_local_include_set, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+
+
+def _keys(*names: str) -> int:
+    """A set of dispatch keys, as the dispatcher writes it."""
+    keys = torch._C.DispatchKeySet.from_raw_repr(0)
+    for name in names:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+# A strided tensor on the CPU, made outside and inside of torch.inference_mode; and a thread that is in no mode, likewise.
+_KEYS_ARE_SHOWN = hasattr(torch._C.DispatchKeySet, "raw_repr")  # not in torch 2.4, where no call is plain
+if _KEYS_ARE_SHOWN:
+    _TENSORS = (_keys("CPU", "AutocastCPU", "AutogradCPU", "ADInplaceOrView"), _keys("CPU", "AutocastCPU"))
+    _STATES = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x lies on the CPU and nobody but the kernel has a part in an operator of it.
+
+    Others are subclasses, modes, tracers, profilers, functionalization, and a sign that is to be applied later. Gradients and
+    torch.func are the caller's to check.
+    """
+    return (
+        type(x) is Tensor
+        and _KEYS_ARE_SHOWN
+        and _dispatch_keys(x).raw_repr() in _TENSORS
+        and _dispatch_tls_local_include_set().raw_repr() in _STATES
+        and _len_torch_function_stack() == 0
+        and not _profiler_enabled()
+    )

@@ -1,0 +1,76 @@
+"""Runs a compiled kernel on every thread that torch would use: on torch's own threads, or else on some of Python's.
+
+A kernel is a C function of one address, where it finds a job; threads that are given the same job share it out themselves.
+Two pools of threads would take the processor from each other, since OpenMP's keep it for a while after each of torch's
+operators. So the job is handed to the OpenMP library that torch has loaded, if that can be found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+Kernel = Callable[[bytes | int], int]
+_Team = Callable[[int, int, int, int], None]
+
+_pool: ThreadPoolExecutor | None = None
+_is_forked_child = False
+
+
+def run_on_threads(kernel: Kernel, address: int, job: int, count: int) -> None:
+    """Call kernel(job), whose machine code is at `address`, on `count` threads, of which the calling one is the first.
+
+    Inside a parallel region of torch's, OpenMP gives it the calling thread alone.
+    """
+    team = torchs_threads()
+    if team is not None:
+        team(address, job, count, 0)
+        return
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="diffmax")
+    others = [_pool.submit(kernel, job) for _ in range(count - 1)]
+    kernel(job)
+    for other in others:
+        other.result()
+
+
+def torchs_threads() -> _Team | None:
+    """GOMP_parallel(function, data, threads, flags) of the OpenMP library behind torch's operators, None if it has none.
+
+    That entry is GNU's; LLVM's and Intel's libraries have it too on Linux. In a forked child the threads are gone, and
+    OpenMP would wait for them for ever.
+    """
+    return None if _is_forked_child else _openmp_entry()
+
+
+@functools.cache
+def _openmp_entry() -> _Team | None:
+    if sys.platform != "linux" or not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
+        return None
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        # a library that is loaded already; a symbol is looked for in it and in those that it needs
+        entry = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    entry.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    entry.restype = None
+    team: _Team = entry
+    return team
+
+
+def _after_fork() -> None:
+    global _pool, _is_forked_child
+    _pool, _is_forked_child = None, True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,203 @@
+"""Decoding over a cache: the reference against entmax, the public function's checks, page bounds, compiled code."""
+
+import itertools
+
+import pytest
+import torch
+from entmax import entmax_bisect
+
+import diffmax
+from diffmax import attention_with_kvcache, page_bounds
+from diffmax.testing import kvcache_checks as checks
+from diffmax.testing.kvcache_checks import CASES, Case
+
+inf = torch.inf
+
+
+def by_entmax(case, given):
+    """The output of every query on its own, from entmax's weights."""
+    q, options, table = given.q, case.options, given.keywords.get("block_table")
+    rows = given.keywords.get("cache_batch_idx", range(len(case.lengths)))
+    left, right = options.get("window_size", (-1, -1))
+    right = 0 if options.get("causal") else right
+    alphas = case.alpha if isinstance(case.alpha, tuple) else (case.alpha,) * case.heads
+    out = torch.zeros(*q.shape[:3], given.v_cache.shape[3], dtype=q.dtype)
+    for b, i, h in itertools.product(range(q.shape[0]), range(q.shape[1]), range(q.shape[2])):
+        held = []
+        for cache, new in ((given.k_cache, given.k), (given.v_cache, given.v)):
+            before = int(given.keywords["cache_seqlens"][b])
+            if table is None:
+                t = cache[int(rows[b]), :before]
+            else:
+                pages = -(-before // case.page_size)
+                t = cache[table[b, :pages].long()].flatten(0, 1)[:before]
+            held.append(torch.cat([t, new[b]]) if new is not None else t)
+        g = h // (case.heads // case.kv_heads)
+        key, value = held[0][:, g], held[1][:, g]
+        scores = key @ q[b, i, h] * options.get("softmax_scale", case.head_dim**-0.5)
+        if "softcap" in options:
+            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+        away = torch.arange(len(key)) - (len(key) - q.shape[1] + i)
+        if case.slopes:
+            scores = scores - given.keywords["alibi_slopes"][b, h].to(q.dtype) * away.abs()
+        seen = (away >= -left if left >= 0 else away == away) & (away <= right if right >= 0 else away == away)
+        scores, value = scores[seen], value[seen]
+        if case.sink:
+            scores = torch.cat([scores, given.keywords["sink"][h : h + 1].to(q.dtype)])
+            value = torch.cat([value, torch.zeros_like(given.v_cache[0, :1, 0])])
+        if len(scores):
+            alpha = alphas[h]
+            p = scores.softmax(0) if alpha == 1 else entmax_bisect(scores, 2 - alpha, n_iter=200)
+            out[b, i, h] = p @ value
+    return out
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=[name.replace(" ", "-") for name in CASES])
+def test_the_reference_agrees_with_entmax(case):
+    given = checks.inputs(case, torch.float64)
+    exact = by_entmax(case, given)
+    assert (given.run("reference") - exact).abs().max() <= 2e-12 * max(1.0, float(exact.abs().max()))
+
+
+def test_one_sequence_equals_attention():
+    q, k, v = torch.randn(3, 2, 3, 90, 16).double()
+    exact = diffmax.attention(q[:, :, -7:], k, v, is_causal=True, causal_alignment="lower_right", alpha=0.6)
+    rows = [t.transpose(1, 2).contiguous() for t in (q[:, :, -7:], k, v)]
+    ours = attention_with_kvcache(*rows, causal=True, alpha=0.6, backend="reference")
+    assert torch.allclose(ours.transpose(1, 2), exact, atol=1e-13)
+
+
+def test_bounds_are_the_pages_extremes():
+    k_cache = torch.randn(2, 70, 3, 4)
+    k_cache[1, 9:] = torch.nan
+    bounds = page_bounds(k_cache, torch.tensor([70, 9]), page_size=8)
+    assert bounds.low.shape == (2, 9, 3, 4)
+    assert torch.equal(bounds.low[0, 8], k_cache[0, 64:].amin(0))
+    assert torch.equal(bounds.high[1, 1], k_cache[1, 8])
+    assert (bounds.high[1, 2:] == 0).all()
+
+
+def test_a_shorter_sequence_needs_no_new_bounds():
+    """A draft's tokens are thrown away: bounds that are too wide stay right, and a page that is begun again starts afresh."""
+    given = checks.inputs(Case(lengths=(100,), room=128, bounds=16, new=20), torch.float64)
+    given.run("cpu")
+    for again in (97, 81, 79):
+        given.keywords["cache_seqlens"] = torch.tensor([again], dtype=torch.int32)
+        exact = given.to("cpu", torch.float64).run("reference", page_bounds=None)
+        assert torch.allclose(given.run("cpu"), exact, atol=1e-13)
+    wanted = page_bounds(given.k_cache, 99, page_size=16)
+    assert torch.equal(given.bounds.low[0, 5:7], wanted.low[0, 5:7])
+
+
+def test_a_length_may_be_an_int_or_left_out():
+    q, cache = torch.randn(2, 1, 2, 8), torch.randn(2, 2, 30, 2, 8)
+    by_tensor = attention_with_kvcache(q, *cache, cache_seqlens=torch.tensor([30, 30]))
+    assert torch.equal(attention_with_kvcache(q, *cache, cache_seqlens=30), by_tensor)
+    assert torch.equal(attention_with_kvcache(q, *cache), by_tensor)
+
+
+def test_autocast_converts_new_tokens_to_the_caches_dtype():
+    q, k, v = torch.randn(3, 1, 1, 2, 8).unbind()
+    cache = torch.zeros(2, 1, 30, 2, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_with_kvcache(q, *cache, k, v, cache_seqlens=3).dtype == torch.bfloat16
+
+
+def test_no_gradient_is_refused_not_forgotten():
+    q, cache = torch.randn(1, 1, 2, 8, requires_grad=True), torch.randn(2, 1, 30, 2, 8)
+    with pytest.raises(NotImplementedError, match="it has no gradient, and an argument requires one"):
+        attention_with_kvcache(q, *cache)
+    lengths = torch.tensor([3], dtype=torch.int32)
+    tensors = (q, *cache, None, None, lengths, None, None, None, None)
+    with pytest.raises(NotImplementedError, match="it has no gradient"):
+        torch.ops.diffmax.attention_kvcache(*tensors, 64, False, 0.3, 0.5, None, -1, -1, 0.0, None, None, "")
+    with torch.no_grad():
+        assert not attention_with_kvcache(q, *cache).requires_grad
+    with torch.inference_mode():
+        assert attention_with_kvcache(q, *cache.clone(), q.detach(), q.detach(), cache_seqlens=3).shape == q.shape
+
+
+def test_an_append_is_seen_by_autograd_as_a_change():
+    """What a backward saved of a cache may not be used after the call has written to it."""
+    cache = torch.randn(2, 1, 30, 2, 8)
+    factor = torch.ones((), requires_grad=True)
+    product = (factor * cache[0]).sum()
+    new = torch.randn(1, 1, 2, 8)
+    attention_with_kvcache(new, cache[0], cache[1], new, new, cache_seqlens=3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_what_does_not_fit_on_an_accelerator_is_dropped():
+    """Where lengths are not looked at, tokens behind the cache's end are neither written nor seen."""
+    from diffmax.plugin import KVCacheCall
+    from diffmax.reference_kvcache import append
+
+    k_cache, v_cache, k = torch.zeros(2, 10, 1, 4), torch.zeros(2, 10, 1, 4), torch.ones(2, 4, 1, 4)
+    append(k_cache, v_cache, KVCacheCall(scale=1.0, e=0.5, cache_seqlens=torch.tensor([8, 12]), k=k, v=k))
+    assert k_cache.sum() == 8
+    assert k_cache[0, 8:].eq(1).all()
+
+
+q4, cache4 = torch.zeros(2, 1, 4, 8), torch.zeros(2, 30, 2, 8)
+new4, table4 = torch.zeros(2, 1, 2, 8), torch.zeros(2, 3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "error", "message"),
+    [
+        (([1], cache4, cache4), {}, TypeError, "q must be a torch.Tensor, got list"),
+        ((q4.int(), cache4, cache4), {}, TypeError, "q must be float16, .* got int32"),
+        ((q4[0], cache4, cache4), {}, ValueError, "q must have 4 dimensions .* got shape"),
+        ((q4.double(), cache4, cache4), {}, TypeError, "must have one dtype, got\n"),
+        ((q4[..., :7], cache4, cache4), {}, ValueError, "the same head size, at least 1, got 7 and 8"),
+        ((q4[:, :, :3], cache4, cache4), {}, ValueError, "a multiple of the key heads, got 3 and 2"),
+        ((q4, cache4, cache4[:, :9]), {}, ValueError, "the same batch, tokens and heads"),
+        ((q4, cache4, cache4, new4), {}, ValueError, "together or not at all, got k alone"),
+        ((q4, cache4, cache4 + 0, new4, new4[:, :, :1]), {}, ValueError, "v must have shape"),
+        ((q4, cache4, cache4, new4, new4), {}, ValueError, "must be two tensors where k and v are appended"),
+        ((q4, cache4[:1], cache4[:1]), {}, ValueError, "a row for each sequence, got 1 for 2"),
+        ((q4, cache4, cache4), {"cache_seqlens": 31}, ValueError, "fit into the cache's 30 tokens, got 31"),
+        ((q4, cache4, cache4), {"cache_seqlens": -1}, ValueError, "at least 0"),
+        ((q4, cache4, cache4 + 0, new4, new4), {"cache_seqlens": 30}, ValueError, "fit with 1 new ones"),
+        ((q4, cache4, cache4), {"cache_seqlens": 1.0}, TypeError, "an int or an int32 tensor, got float"),
+        ((q4, cache4, cache4), {"cache_seqlens": torch.zeros(2)}, TypeError, "must be an int32 tensor, got float32"),
+        ((q4, cache4, cache4), {"cache_seqlens": torch.zeros(3).int()}, ValueError, r"must have shape \(2,\), got \(3,\)"),
+        ((q4, cache4, cache4), {"cache_batch_idx": torch.tensor([0, 5])}, ValueError, "between 0 and 1, got 0 to 5"),
+        ((q4, cache4, cache4), {"cache_batch_idx": torch.tensor([1, 1])}, ValueError, "no row twice"),
+        ((q4, cache4, cache4), {"cache_batch_idx": 3}, TypeError, "cache_batch_idx must be an int32 tensor, got int"),
+        ((q4, cache4, cache4), {"cache_batch_idx": table4[:, 0], "block_table": table4}, ValueError, "exclude each other"),
+        ((q4, cache4, cache4), {"block_table": table4[0]}, ValueError, r"block_table must have shape \(2, pages\)"),
+        ((q4, cache4, cache4), {"block_table": 5}, TypeError, "block_table must be an int32 tensor, got int"),
+        ((q4, cache4, cache4), {"page_bounds": 5}, TypeError, "what diffmax.page_bounds returns, got int"),
+        ((q4, cache4, cache4), {"page_bounds": page_bounds(cache4[:1], 30)}, ValueError, "page_bounds.low must be"),
+        ((q4, cache4, cache4), {"page_bounds": page_bounds(cache4, 3), "block_table": table4}, ValueError, "the pages' size"),
+        (
+            (q4, cache4, cache4),
+            {"page_bounds": page_bounds(cache4, 30)._replace(low=torch.zeros(8, 2, 2, 1).movedim(3, 1).mT)},
+            ValueError,
+            "page_bounds.low must be",
+        ),
+        (
+            (q4, cache4, cache4),
+            {"page_bounds": page_bounds(cache4, 30)._replace(high=torch.zeros(8, 2, 1, 2).permute(3, 2, 1, 0))},
+            ValueError,
+            "page_bounds.high must be contiguous",
+        ),
+        ((q4, cache4, cache4), {"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ((q4, cache4, cache4), {"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes must"),
+        ((q4, cache4, cache4), {"sink": torch.zeros(3)}, ValueError, "sink must"),
+        ((q4, cache4, cache4), {"alpha": 1.5}, ValueError, "alpha must lie strictly between 0 and 1"),
+        ((q4, cache4, cache4), {"window_size": 3}, TypeError, "window_size must be a pair"),
+        ((q4, cache4, cache4), {"softmax_scale": "1"}, TypeError, "scale must be a float"),
+    ],
+)
+def test_bad_arguments(arguments, keywords, error, message):
+    with pytest.raises(error, match=message):
+        attention_with_kvcache(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(("page_size", "error"), [(0, ValueError), (2.5, TypeError)])
+def test_bad_page_sizes(page_size, error):
+    with pytest.raises(error, match="page_size must be"):
+        page_bounds(cache4, 3, page_size=page_size)
