@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import diffmax
+from benchmarks import gpu_attention, gpu_decode
 
 ROOT = Path(__file__).resolve().parents[1]
 ELEMENTS = 1 << 26
@@ -42,12 +43,32 @@ class TestDevice(BackendConformance):
     backend = "{backend}"
     device = "cuda"
 """
+ATTENTION_KIT = """
+from diffmax.testing.attention_conformance import AttentionConformance
+class TestDevice(AttentionConformance):
+    backend = "{backend}"
+    device = "cuda"
+"""
+DECODE_KIT = """
+from diffmax.testing.kvcache_conformance import KVCacheConformance
+class TestDevice(KVCacheConformance):
+    backend = "{backend}"
+    device = "cuda"
+"""
+ATTENTION_TESTS = "bfloat16 and (forward or gradients or packed or masked)"  # each case compiles its kernels
+# what is measured -> its kit: the name in the result, and which tests of it
+KITS = {
+    "rows": ("conformance", KIT, "test"),
+    "attention": ("attention_conformance", ATTENTION_KIT, ATTENTION_TESTS),
+    "decode": ("decode_conformance", DECODE_KIT, "test"),
+}
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--resume", type=Path, help="a result file of this script to go on with")
     parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="the time for everything")
+    parser.add_argument("--only", choices=tuple(KITS), help="measure one of the operators")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         message = (
@@ -65,25 +86,36 @@ def main(arguments: list[str]) -> int:
         return 1
     path = options.resume or result_path()
     result = json.loads(path.read_text()) if options.resume else {"environment": environment(backend), "rows": []}
-    if not result.get("conformance", {}).get("passed"):
-        result["conformance"] = conformance(backend)
+    sections = [options.only] if options.only else list(KITS)
+    for name, *kit in (KITS[section] for section in sections):
+        if result.get(name, {}).get("passed"):
+            continue
+        result[name] = conformance(backend, *kit)
         write(path, result)
-        if not result["conformance"]["passed"]:
-            print(result["conformance"]["output"], file=sys.stderr)
-            print("bench_gpu: the conformance tests failed on this device: no times were measured", file=sys.stderr)
+        if not result[name]["passed"]:
+            print(result[name]["output"], file=sys.stderr)
+            print(f"bench_gpu: the tests of {name} failed on this device: no times were measured", file=sys.stderr)
             return 1
-    measure(result, path, deadline)
-    print(table(result["rows"]))
+    if "rows" in sections:
+        measure(result, path, deadline)
+        print(table(result["rows"]))
+    if "attention" in sections:
+        attention_rows = result.setdefault("attention", [])
+        gpu_attention.measure(attention_rows, lambda: write(path, result), deadline, timed)
+        print(gpu_attention.table(attention_rows))
+    if "decode" in sections:
+        result["decode"] = gpu_decode.measure(timed, backend, deadline)
+        write(path, result)
     print(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name}: {len(result['rows'])} rows")
     return 0 if all(row["correct"] for row in result["rows"] if row["contestant"] == "diffmax") else 1
 
 
-def conformance(backend: str) -> dict[str, Any]:
+def conformance(backend: str, kit: str, which: str) -> dict[str, Any]:
     """The kit on the device, in a process of its own."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "test_device.py").write_text(KIT.format(backend=backend))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_device.py"]
+        Path(folder, "test_device.py").write_text(kit.format(backend=backend))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", which, "test_device.py"]
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=CONFORMANCE_SECONDS)
             passed, output = done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

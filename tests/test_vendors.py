@@ -17,7 +17,7 @@ import diffmax_rocm._plugin
 import diffmax_rocm.configs
 import diffmax_rocm.probe
 from diffmax import _warmup
-from diffmax._dispatch import choose, describe
+from diffmax._dispatch import choose, describe, registry
 from diffmax.errors import NoBackendError
 from diffmax.kernels import requirements
 from diffmax.kernels.triton.tuning import Table, read_tables, write_tables
@@ -85,6 +85,37 @@ def test_the_runtime_chooses_between_the_two(vendor, operator, machine):
     other = {"cuda": "rocm", "rocm": "cuda"}[vendor]
     with pytest.raises(NoBackendError, match=f"{other}: needs the .* runtime, this is"):
         choose(describe(operator, "cuda", torch.float32), other)
+
+
+@pytest.mark.usefixtures("with_vendors")
+@pytest.mark.parametrize("vendor", ["cuda", "rocm"])
+@pytest.mark.parametrize("operator", ["attention", "attention_backward"])
+def test_attention_goes_to_the_vendor_and_says_what_it_does_not_take(vendor, operator, machine):
+    machine.build(vendor)
+    machine.device()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert choose(describe(operator, "cuda", dtype, frozenset({"causal", "gqa"}), 64, 256)).name == vendor
+    for spec in (
+        describe(operator, "cuda", torch.float64, frozenset(), 64, 64),
+        describe(operator, "cuda", torch.float16, frozenset(), 64, 272),
+    ):
+        with pytest.warns(RuntimeWarning, match="plain PyTorch"):
+            assert choose(spec).name == "reference"
+        with pytest.raises(NoBackendError, match=r"not float64|heads of at most 256 entries, not 272"):
+            choose(spec, vendor)
+        registry.noticed.clear()
+
+
+@pytest.mark.usefixtures("with_vendors")
+def test_attention_on_an_old_architecture_goes_to_the_reference(machine):
+    machine.build("cuda")
+    machine.device(capability=(7, 5))
+    assert choose(describe("bisect", "cuda", torch.float16)).name == "cuda"
+    spec = describe("attention", "cuda", torch.float16, frozenset(), 64, 64)
+    with pytest.raises(NoBackendError, match=r"its attention needs compute capability 8.0 or newer, this device has 7.5"):
+        choose(spec, "cuda")
+    with pytest.warns(RuntimeWarning, match="plain PyTorch"):
+        assert choose(spec).name == "reference"
 
 
 @pytest.mark.usefixtures("with_vendors")
@@ -165,7 +196,9 @@ def test_tables_survive_writing_and_reading(tmp_path):
 
 
 def test_the_launchers_know_their_device(machine):
+    from diffmax_cuda import attention as cuda_attention
     from diffmax_cuda import rows as cuda_rows
+    from diffmax_rocm import attention as rocm_attention
     from diffmax_rocm import rows as rocm_rows
 
     machine.device()
@@ -173,6 +206,8 @@ def test_the_launchers_know_their_device(machine):
     for rows in (cuda_rows, rocm_rows):
         assert rows.processors.__wrapped__(device) == 132
         assert rows.operator.ptx == (rows is cuda_rows)
+    assert cuda_attention.architecture.__wrapped__(device) == "sm90"
+    assert rocm_attention.architecture.__wrapped__(device) == "gfx942"
     assert cuda_rows.table.__wrapped__(device) is diffmax_cuda.configs.tables()["9.0"]
     assert rocm_rows.table.__wrapped__(device) is diffmax_rocm.configs.tables()["gfx942"]
 

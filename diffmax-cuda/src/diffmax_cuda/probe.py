@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-from diffmax.kernels.requirements import triton_problem
+from diffmax.kernels.requirements import attention_reasons, triton_problem
+from diffmax.plugin import CallSpec
 
 OLDEST = (7, 5)  # what Triton still compiles for
+OLDEST_FOR_ATTENTION = (8, 0)  # whose matrix cores take bfloat16, and copy to shared memory on their own
 
 
 def probe() -> str | None:
@@ -19,6 +21,18 @@ def probe() -> str | None:
     if not torch.cuda.is_available():
         return _no_device()
     return triton_problem("nvidia") or _architecture_problem()
+
+
+def unsupported(spec: CallSpec) -> list[str]:
+    """Reasons against a call."""
+    reasons = attention_reasons(spec)
+    if not (spec.operator.startswith("attention") and torch.cuda.is_available()):
+        return reasons
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < OLDEST_FOR_ATTENTION:
+        needed = "{}.{}".format(*OLDEST_FOR_ATTENTION)
+        reasons.append(f"its attention needs compute capability {needed} or newer, this device has {major}.{minor}")
+    return reasons
 
 
 def _no_device() -> str:

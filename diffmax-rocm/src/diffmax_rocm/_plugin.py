@@ -18,13 +18,20 @@ class Plugin:
                 name="rocm",
                 device_types=("cuda",),  # torch's name for AMD devices too: the runtime tells them apart
                 runtime="hip",
-                kernels={"bisect": "diffmax_rocm.rows:bisect", "bisect_backward": "diffmax_rocm.rows:bisect_backward"},
+                kernels={
+                    "bisect": "diffmax_rocm.rows:bisect",
+                    "bisect_backward": "diffmax_rocm.rows:bisect_backward",
+                    "attention": "diffmax_rocm.attention:attention",
+                    "attention_backward": "diffmax_rocm.attention:attention_backward",
+                    "attention_kvcache": "diffmax_rocm.kvcache:attention_kvcache",
+                },
                 dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
                 features=frozenset(FEATURES),
                 probe="diffmax_rocm.probe:probe",
+                unsupported="diffmax_rocm.probe:unsupported",
                 install_hint="install a torch built for ROCm (pytorch.org, Get Started)",
                 warmup="diffmax_rocm.rows:warmup",
-                api_version=(1, 1),
+                api_version=(1, 2),
                 shared_kernels=1,
             ),
         )

@@ -99,7 +99,9 @@ def _log2_of_parts(j, f):
 @triton.jit
 def exp2_of(y, PTX: tl.constexpr):
     """2^y; on NVIDIA in float32 the bare instruction, which flushes what is subnormal."""
-    if y.dtype == tl.float64 or not PTX:
+    if not PTX:  # noqa: SIM114  (Triton 3.2, which is Triton-Ascend's, cannot say "or" of the two)
+        return tl.exp2(y)
+    elif y.dtype == tl.float64:
         return tl.exp2(y)
     else:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1)
@@ -252,7 +254,7 @@ def next_iterate(delta, low, high, total, slope, curve, e, k, bends):
     low = tl.maximum(low, delta + newton)
     bend = -0.5 * (k - 1.0) * excess * (curve * total / (slope * slope) - 1.0)
     bend = tl.minimum(tl.maximum(bend, -0.5), 0.5)
-    bend = tl.where(bends & (k >= 2.0) & (k <= _LARGEST_HALLEY_K), bend, 0.0)
+    bend = tl.where((k >= 2.0) & (k <= _LARGEST_HALLEY_K) & bends, bend, 0.0)
     return tl.minimum(tl.maximum(delta + newton / (1.0 - bend), low), high), low
 
 

@@ -1,0 +1,205 @@
+"""Attention's launcher: memory, strides, grids. A vendor's distribution makes one `AttentionOperator`.
+
+Two launches forward; the backward's are in `attention_bwd_launch`. Nothing here waits for the device. Kernels are compiled for
+a bounded number of cases: dtype, head sizes, which features, five integer exponents; not for each length, stride, number of
+heads or alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmax._numerics import newton_steps
+from diffmax.kernels.triton import attention_bwd_launch
+from diffmax.kernels.triton.attention_bwd_launch import Backward, _aligned, _hardware, _layout, _padded, _rows_of_entries
+from diffmax.kernels.triton.attention_bwd_tuning import Blocks, backward_blocks
+from diffmax.kernels.triton.attention_fwd_out import attention_out_kernel
+from diffmax.kernels.triton.attention_fwd_solve import attention_solve_kernel
+from diffmax.kernels.triton.attention_tiles import NO_LIMIT
+from diffmax.kernels.triton.attention_tuning import Settings, forward_settings
+from diffmax.kernels.triton.launch import SOLVED, Exponent, _on
+from diffmax.plugin import TILE, AttentionCall
+from diffmax.reference_attention import Forward, live_shape
+from diffmax.reference_dropout import threshold
+
+# How far from its root, in units of the slope, the threshold may be when the output is computed: `attention_steps.good_enough`
+CUT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
+
+Names = dict[str, Any]
+
+
+class AttentionOperator:
+    """`attention` and `attention_backward` for one vendor, with the signatures of `diffmax.reference_attention`.
+
+    Args:
+        architecture: Of a device, such as "sm90" or "gfx942".
+        processors: How many multiprocessors (compute units) a device has.
+        ptx: Whether the compiler takes NVIDIA's assembly.
+    """
+
+    def __init__(
+        self, architecture: Callable[[torch.device], str], processors: Callable[[torch.device], int], *, ptx: bool
+    ) -> None:
+        self.architecture = architecture
+        self.processors = processors
+        self.ptx = ptx
+        self.precision = "ieee"  # of products of float32 in the backward
+        self.forward_precision = "tf32x3" if ptx else "ieee"  # three products on matrix cores; AMD's take float32 itself
+
+    def forward_settings(
+        self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall
+    ) -> tuple[Settings, Settings]:
+        """How the two forward kernels are launched, for heads of `size` entries."""
+        extras = any(t is not None for t in (call.mask, call.bias, call.alibi)) or call.softcap > 0 or call.dropout_p > 0
+        return forward_settings(self.architecture(device), dtype, size, extras)
+
+    def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int) -> Blocks:
+        """The backward's tiles, likewise."""
+        return backward_blocks(self.architecture(device), dtype, size)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
+        """Forward kernel; arguments and results as `diffmax.reference_attention.attention`."""
+        rows, device = query.shape[:3], query.device
+        out = value.new_empty((*rows, value.shape[3]))
+        m = torch.empty(rows, dtype=torch.float32, device=device)
+        delta = torch.empty_like(m)
+        u = torch.empty_like(out) if keep else out.new_empty(0)
+        live = torch.empty(live_shape(query, key, call), dtype=torch.int32, device=device)
+        support = torch.empty(rows if stats else (0,), dtype=torch.int32, device=device)
+        if m.numel() > 0:
+            self._launch(query, key, value, call, out, m, delta, u, live, support)
+        return out, m, delta, u, live if keep or stats else live.new_empty(0), support
+
+    def attention_backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        m: Tensor,
+        delta: Tensor,
+        u: Tensor,
+        live: Tensor,
+        call: AttentionCall,
+        needs_e: bool,
+        needs_bias: bool = False,
+        needs_sink: bool = False,
+    ) -> Backward:
+        """Backward kernel; arguments and results as `diffmax.reference_attention.attention_backward`."""
+        return attention_bwd_launch.attention_backward(
+            self, grad, query, key, value, m, delta, u, live, call, needs_e, needs_bias, needs_sink
+        )
+
+    def _launch(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: AttentionCall,
+        out: Tensor,
+        m: Tensor,
+        delta: Tensor,
+        u: Tensor,
+        live: Tensor,
+        support: Tensor,
+    ) -> None:
+        query, key, value = (_rows_of_entries(t) for t in (query, key, value))
+        device, dtype, keep = query.device, query.dtype, u.numel() > 0
+        size = max(_padded(query.shape[3]), _padded(value.shape[3]))
+        solver, writer = self.forward_settings(device, dtype, size, call)
+        tensors, shared = self._shared(query, key, call)
+        items = query.shape[0] * query.shape[1] * shared["blocks"]
+        shared |= {
+            "items": items, "words": live.shape[3], "most_tiles": _most_tiles(key.shape[2], call),
+            "ALIGNED": all(_aligned(t) for t in (query, key, value)),
+        }  # fmt: skip
+        keys = call.max_seqlen_k if call.cu_seqlens_k is not None else key.shape[2]
+        e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
+
+        def scratch(settings: Settings, per_tile: int, kind: torch.dtype) -> tuple[int, Tensor]:
+            programs = min(items, self.processors(device) * settings.programs)
+            return programs, torch.empty(programs * shared["most_tiles"] * per_tile, dtype=kind, device=device)
+
+        start = torch.empty_like(delta)
+        with _on(device):
+            programs, tops = scratch(solver, TILE, torch.float32)
+            attention_solve_kernel[(programs,)](
+                query, key, m, start, live, **tensors, tops_ptr=tops, list_ptr=scratch(solver, 1, torch.int32)[1], **shared,
+                newton_steps=newton_steps(200, keys + 1, e, torch.float32), LINEAR=keep, CUT=CUT[dtype],
+                CHUNK=min(solver.chunk, shared["BLOCK_D"]), num_warps=solver.warps, num_stages=solver.stages,
+            )  # fmt: skip
+            programs, listed = scratch(writer, 1, torch.int32)
+            attention_out_kernel[(programs,)](
+                query, key, value, out, u if keep else out, m, start, delta, live, support if support.numel() else live,
+                **tensors, list_ptr=listed, seed_ptr=live if call.seed is None else call.seed,
+                v_b=value.stride(0), v_h=value.stride(1), v_row=value.stride(2), **shared, **_dropout(call),
+                VALUE_DIM=value.shape[3], BLOCK_V=min(writer.values, _padded(value.shape[3])),
+                KEEP=keep, SUPPORT=support.numel() > 0, CUT=CUT[dtype], SOLVED=SOLVED[dtype],
+                KEYS=writer.keys, PARTS=TILE // writer.keys, CHUNK=min(writer.chunk, shared["BLOCK_D"]),
+                num_warps=writer.warps, num_stages=writer.stages,
+            )  # fmt: skip
+
+    def _shared(self, query: Tensor, key: Tensor, call: AttentionCall) -> tuple[Names, Names]:
+        """What both kernels are told of the call: tensors, and the rest."""
+        exponent: Exponent = Exponent.of(call.e)
+        alibi = None if call.alibi is None else call.alibi.contiguous()
+        packed = call.cu_seqlens_q is not None
+        length = query.shape[2]
+        n_sequences = call.cu_seqlens_q.shape[0] - 1 if call.cu_seqlens_q is not None else 0
+
+        def given(t: Tensor | None) -> Tensor:
+            return query if t is None else t
+
+        tensors = {
+            "e_ptr": given(call.e if isinstance(call.e, Tensor) else None),
+            "mask_ptr": given(None if call.mask is None else call.mask.view(torch.uint8)), "bias_ptr": given(call.bias),
+            "alibi_ptr": given(alibi), "sink_ptr": given(call.sink),
+            "cu_q_ptr": given(call.cu_seqlens_q), "cu_k_ptr": given(call.cu_seqlens_k),
+        }  # fmt: skip
+        # what a kernel is compiled for: WINDOW, MASK, SOFTCAP, ALIBI, BIAS, PRECISION, PACKED, LOWER_RIGHT
+        options = (
+            call.left >= 0 or call.right >= 0, _layout(call.mask), call.softcap > 0, alibi is not None, _layout(call.bias),
+            self.forward_precision if query.dtype == torch.float32 else "ieee", packed, call.lower_right,
+        )  # fmt: skip
+        return tensors, {
+            "q_b": query.stride(0), "q_h": query.stride(1), "q_row": query.stride(2),
+            "k_b": key.stride(0), "k_h": key.stride(1), "k_row": key.stride(2),
+            **_beside("mask", call.mask), **_beside("bias", call.bias),
+            "alibi_b": alibi.stride(0) if alibi is not None and alibi.ndim == 2 else 0,
+            "heads": query.shape[1], "group": query.shape[1] // key.shape[1], "length": length, "n_keys": key.shape[2],
+            "n_sequences": n_sequences, "blocks": length // TILE + n_sequences + 1 if packed else -(-length // TILE),
+            "left": call.left if call.left >= 0 else NO_LIMIT.value, "right": call.right if call.right >= 0 else NO_LIMIT.value,
+            "scale": call.scale, "softcap": call.softcap, "e": exponent.e, "k": exponent.k,
+            "HEAD_DIM": query.shape[3], "BLOCK_D": _padded(query.shape[3]), "OPTIONS": options,
+            "E_TENSOR": exponent.tensor, "K": exponent.integer, "SINK": call.sink is not None,
+            "HARDWARE": _hardware(exponent, query.dtype), "PTX": self.ptx,
+            # a * b + c in one rounding, said aloud: Triton's default is about to change
+            "enable_fp_fusion": True,
+        }  # fmt: skip
+
+
+def _most_tiles(n_keys: int, call: AttentionCall) -> int:
+    """How many tiles of keys one block of queries can meet."""
+    tiles = -(-(call.max_seqlen_k if call.cu_seqlens_k is not None else n_keys) // TILE)
+    if call.left >= 0 and call.right >= 0:
+        tiles = min(tiles, (call.left + call.right + 2 * TILE - 2) // TILE + 1)
+    return max(tiles, 1)
+
+
+def _beside(name: str, t: Tensor | None) -> Names:
+    """A mask's or a bias's strides, 0 where it is broadcast."""
+    steps = (0, 0, 0, 0) if t is None else (0 if size == 1 else t.stride(axis) for axis, size in enumerate(t.shape))
+    return dict(zip((f"{name}_{axis}" for axis in ("b", "h", "row", "key")), steps, strict=True))
+
+
+def _dropout(call: AttentionCall) -> Names:
+    """The smallest random word that is kept, as the int32 with its bits, and what weights are multiplied by."""
+    least = threshold(call.dropout_p)
+    return {
+        "least": least - (1 << 32) if least >= 1 << 31 else least, "DROPOUT": call.dropout_p > 0,
+        "unkept": 1 / (1 - call.dropout_p) if call.dropout_p < 1 else 0.0,
+    }  # fmt: skip

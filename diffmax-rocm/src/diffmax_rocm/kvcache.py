@@ -1,0 +1,9 @@
+"""Decoding over a cache on AMD GPUs: core's shared kernels."""
+
+from __future__ import annotations
+
+from diffmax.kernels.triton.kvcache_launch import Decoder
+from diffmax_rocm.rows import processors
+
+decoder = Decoder(processors, ptx=False)
+attention_kvcache = decoder.attention_kvcache

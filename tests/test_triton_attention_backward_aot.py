@@ -1,0 +1,133 @@
+"""Attention's Triton backward, compiled ahead of time from its real launch code, for each architecture, with the shipped tiles.
+
+Nothing runs: `diffmax.testing.ahead_of_time` stands in for the driver. The budget is zero bytes spilled, and shared memory
+within the device's limit.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from diffmax.kernels.triton import attention_bwd_dbias, attention_bwd_dkv, attention_bwd_dq, attention_tiles
+from diffmax.kernels.triton.attention_bwd_launch import attention_backward
+from diffmax.kernels.triton.attention_bwd_tuning import backward_blocks
+from diffmax.plugin import TILE, AttentionCall
+from diffmax.reference_attention import WORD
+from diffmax.testing.ahead_of_time import TARGETS, recording
+
+KERNELS = (
+    attention_bwd_dq.attention_bwd_dq_kernel,
+    attention_bwd_dkv.attention_bwd_dkv_kernel,
+    attention_bwd_dbias.attention_bwd_dbias_kernel,
+)
+MATRIX_INSTRUCTIONS = {"cuda": ("mma.sync", "wgmma.mma_async", "tcgen05.mma"), "hip": ("v_mfma_", "v_wmma_")}
+
+
+@dataclass
+class Operator:
+    target: str
+
+    @property
+    def ptx(self):
+        return TARGETS[self.target].backend == "cuda"
+
+    def architecture(self, device):
+        return self.target
+
+
+def launches(target, dtype, size, e=None, more=None, needs_bias=False):
+    """What a backward under causality launches, for alpha as a tensor, with its gradient, or e."""
+    x, m = torch.zeros(1, 2, 128, size, dtype=dtype), torch.zeros(1, 2, 128)
+    live = torch.zeros(1, 2, 2, 1, dtype=torch.int32)
+    needs_e, e = e is None, torch.full((2,), 0.3) if e is None else e
+    call = AttentionCall(scale=0.1, e=e, right=0, **(more or {}))
+    with recording(target, *KERNELS) as launched:
+        attention_backward(Operator(target), x, x, x, x, m, m, x, live, call, needs_e, needs_bias)
+    return launched
+
+
+def check_budget(launched):
+    assert launched
+    for compiled in launched:
+        found = compiled.resources
+        assert found["spilled"] == 0, f"{compiled.name} spills {found['spilled']} bytes: {found}"
+        assert found["shared"] <= compiled.target.shared, f"{compiled.name}: {found}"
+
+
+# the compiler's way to each target differs; sizes and dtypes are spread over them
+CASES = [
+    *((target, torch.bfloat16, 128) for target in TARGETS if target != "sm75"),
+    *((target, torch.float32, 64) for target in ("sm80", "sm90", "gfx942", "gfx1100")),
+    *((target, torch.float16, 64) for target in ("sm86", "sm90", "gfx942", "gfx1100")),
+    *((target, torch.bfloat16, 256) for target in ("sm90", "gfx942")),
+    ("sm90", torch.float32, 128),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "size"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+def test_the_shipped_tiles_spill_nothing(target, dtype, size, record_property):
+    launched = launches(target, dtype, size)
+    assert [compiled.name for compiled in launched] == [kernel.__name__ for kernel in KERNELS[:2]]
+    check_budget(launched)
+    for compiled in launched:
+        record_property(f"{compiled.name} {target} {dtype} {size}", str(compiled.resources))
+        if dtype != torch.float32:
+            assert any(name in compiled.text for name in MATRIX_INSTRUCTIONS[compiled.target.backend])
+
+
+ENDS = torch.tensor([0, 100, 128], dtype=torch.int32)
+DROPOUT = {"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64)}
+PACKED = {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 100, "max_seqlen_k": 100, "alibi": torch.rand(2)}
+BESIDE = {"mask": torch.ones(1, 1, 1, 128, dtype=torch.bool), "bias": torch.zeros(1, 2, 128, 128), "softcap": 3.0}
+
+
+@pytest.mark.parametrize(("target", "more"), [("sm90", BESIDE), ("gfx942", PACKED), ("sm90", PACKED | DROPOUT)])
+def test_options_compile_into_the_budget_of_shared_memory(target, more):
+    """They take registers, so that some values may be spilled; a bias adds the third kernel."""
+    launched = launches(target, torch.bfloat16, 64, more=more, needs_bias="bias" in more)
+    assert [compiled.name for compiled in launched] == [kernel.__name__ for kernel in KERNELS[: 3 if "bias" in more else 2]]
+    for compiled in launched:
+        assert compiled.resources["shared"] <= compiled.target.shared
+
+
+def test_lengths_heads_windows_and_alphas_share_their_binaries():
+    """One binary per kernel, whatever the lengths, the number of heads, and alpha with a run-time exponent."""
+    seen = {}
+    launched = []
+    for length, heads, e in ((128, 2, 0.15), (1000, 3, 0.31), (64, 1, 0.7), (77, 5, 0.24)):
+        operator, call = Operator("sm90"), AttentionCall(scale=0.1 * heads, e=e, left=length // 3, lower_right=True)
+        query, m = torch.zeros(2, heads, length, 64, dtype=torch.bfloat16), torch.zeros(2, heads, length)
+        live = torch.zeros(2, heads, -(-length // 64), 1, dtype=torch.int32)
+        with recording("sm90", *(KERNELS if not launched else ())) as some:
+            attention_backward(operator, query, query, query, query, m, m, query, live, call, False)
+        launched += some
+    check_budget(launched)
+    for compiled in launched:
+        seen.setdefault(compiled.name, set()).add(id(compiled.kernel))
+    assert {name: len(binaries) for name, binaries in seen.items()} == {kernel.__name__: 1 for kernel in KERNELS[:2]}
+
+
+@pytest.mark.parametrize("target", ["sm90", "gfx942"])
+def test_aligned_rows_are_loaded_16_bytes_at_a_time(target):
+    launched = launches(target, torch.bfloat16, 128, e=0.5)
+    check_budget(launched)
+    for compiled in launched:
+        assert compiled.resources["wide_loads"] >= 2 or "cp.async.cg" in compiled.text
+
+
+def test_the_tiles_are_those_of_the_contract():
+    assert attention_tiles.TILE.value == TILE
+    assert attention_tiles.WORD.value == WORD
+
+
+def test_every_architecture_has_tiles_that_fit_together():
+    """Pieces divide a tile, or are a multiple of it; new architectures are like their nearest."""
+    for architecture in (*TARGETS, "sm89", "sm103", "sm121", "gfx1201", "gfx1030"):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for size in (16, 40, 64, 80, 128, 192, 256):
+                blocks = backward_blocks(architecture, dtype, size)
+                assert TILE % blocks.queries.keys == 0
+                assert TILE % blocks.queries.rows == 0 or blocks.queries.rows % TILE == 0
+                for block in (blocks.keys, blocks.bias):
+                    assert TILE % block.rows == TILE % block.keys == 0

@@ -1,0 +1,54 @@
+"""The shared Triton backward of attention as backends for CPU tensors, behind the forward of the reference.
+
+`triton-backward` steps through whole tiles; `triton-backward-pieces` cuts them into pieces, and takes two tiles of
+queries at once; `triton-backward-small` has the smallest pieces, of heads too.
+"""
+
+import torch
+
+import diffmax
+from diffmax.kernels.triton import attention_bwd_launch
+from diffmax.kernels.triton.attention_bwd_tuning import Block, Blocks
+from diffmax.plugin import FEATURES, Backend
+
+BLOCKS = {
+    "triton-backward": Blocks(Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 1)),
+    "triton-backward-pieces": Blocks(Block(128, 32, 4, 2), Block(32, 64, 4, 2), Block(32, 32, 4, 1)),
+    "triton-backward-small": Blocks(Block(32, 32, 4, 1, 16), Block(16, 32, 4, 1, 16), Block(64, 32, 4, 1, 16)),
+}
+attention_bwd_launch.backward_blocks = lambda architecture, dtype, size: BLOCKS[architecture]
+
+
+class Operator:
+    ptx = False
+
+    def __init__(self, name):
+        self.name = name
+
+    def architecture(self, device):
+        return self.name
+
+    def attention_backward(self, *arguments):
+        return attention_bwd_launch.attention_backward(self, *arguments)
+
+
+OPERATORS = {name: Operator(name) for name in BLOCKS}
+for _name, _operator in OPERATORS.items():
+    globals()[_name.replace("-", "_")] = _operator.attention_backward
+
+
+def register():
+    for name in OPERATORS:
+        diffmax.register_backend(
+            Backend(
+                name=name,
+                device_types=("cpu",),
+                kernels={
+                    "attention": "diffmax.reference_attention:attention",
+                    "attention_backward": f"{__name__}:{name.replace('-', '_')}",
+                },
+                dtypes=(torch.float16, torch.bfloat16, torch.float32),
+                features=frozenset(FEATURES),
+                automatic=False,
+            )
+        )

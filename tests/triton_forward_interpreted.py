@@ -1,0 +1,169 @@
+"""Attention's Triton forward under Triton's interpreter: `test_triton_attention_forward.py` runs this file."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmax import reference_attention as reference
+from diffmax.kernels.triton import attention_fwd_out, attention_scores
+from diffmax.plugin import AttentionCall
+from diffmax.testing import attention_checks as checks
+from diffmax.testing.gate import allowed_error
+from diffmax.testing.interpreter import harden, quicken
+
+harden()
+quicken()
+
+sys.path.insert(0, str(Path(__file__).parent))
+import triton_forward_backend as backend
+
+backend.register()
+WHOLE, PIECES = backend.OPERATORS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),  # NumPy, standing in for tl.max
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # Triton 3.6's loops
+]
+
+# an interpreter takes tens of milliseconds for a tile: one batch entry, and no near duplicates
+LEFT_OUT = {
+    "one query", "long", "scale", "causal", "causal, lower right", "window to the right", "mask of queries and keys",
+    "grouped heads", "bias", "bias of queries", "softcap", "dropout",
+}  # fmt: skip
+CASES = {
+    name: replace(case, batch=1 if case.alibi != "BH" else case.batch)
+    for name, case in checks.CASES.items()
+    if name not in LEFT_OUT
+}
+# every chain of multiplications
+CASES |= {f"alpha {alpha}": replace(checks.CASES["63 by 127"], alpha=alpha, batch=1) for alpha in (2 / 3, 0.75, 0.8, 0.9)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward(name):
+    checks.forward_passes_the_gate(WHOLE, "cpu", CASES[name], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dense", "sparse", "alpha 0.5", "alpha 0.999", "alpha 0.01", "one of each", "head size 80"])
+def test_forward_of_narrow_numbers(name, dtype):
+    checks.forward_passes_the_gate(WHOLE, "cpu", CASES[name], dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("dropout, sink, window, value size 24", torch.float32),
+        ("head size 40", torch.bfloat16),
+        ("alpha per head", torch.float16),
+        ("grouped heads, mask, window", torch.float32),
+    ],
+)
+def test_forward_in_pieces(name, dtype):
+    checks.forward_passes_the_gate(PIECES, "cpu", CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sparse", "alpha 0.5", "causal, more queries", "sink", "dense"])
+def test_forward_and_backward_together(name, dtype):
+    """U and delta, which the backward reads, are as good as the reference's."""
+    checks.gradients_are_right_on_average(WHOLE, "cpu", replace(CASES[name], length=65, keys=100), dtype)
+
+
+def test_packed_sequences():
+    checks.packed_sequences_are_each_on_their_own(WHOLE, "cpu", torch.float32)
+
+
+def test_masked_and_bad_queries():
+    checks.masked_and_bad_queries(WHOLE, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nasty_rows(dtype):
+    checks.nasty_rows_pass_the_gate(WHOLE, "cpu", dtype, 0.5)
+    checks.nasty_rows_pass_the_gate(WHOLE, "cpu", dtype, 0.85)
+
+
+def test_statistics():
+    checks.statistics_are_right(WHOLE, "cpu", torch.float32)
+
+
+def test_dropout_keeps_what_the_contract_says():
+    checks.dropout_keeps_what_the_contract_says(WHOLE, "cpu", torch.float32)
+
+
+def test_any_strides():
+    checks.forward_passes_the_gate(WHOLE, "cpu", CASES["63 by 127"], torch.float32)
+    query, key, value = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in CASES["63 by 127"].tensors(torch.float32))
+    call = AttentionCall(scale=0.25, e=0.4)
+    ours = backend.OPERATORS[WHOLE].attention(query, key[:, :1].expand_as(key), value, call, False, False)
+    theirs = reference.attention(query, key[:, :1].expand_as(key), value, call, False, False)
+    assert (ours[0] - theirs[0]).abs().max() <= 1e-5
+
+
+def test_alpha_outside_its_range_spoils_its_head_alone():
+    query, key, value = replace(CASES["63 by 127"], heads=3, kv_heads=3).tensors(torch.float32)
+    e = torch.tensor([-0.1, 0.5, 1.1])
+    out, _, delta, *_ = backend.OPERATORS[WHOLE].attention(query, key, value, AttentionCall(scale=0.25, e=e), True, False)
+    assert out[:, [0, 2]].isnan().all()
+    assert delta[:, [0, 2]].isnan().all()
+    assert out[:, 1].isfinite().all()
+
+
+class Counted:
+    """Stands in for a function of the kernels, and counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments, **keywords):
+        self.calls += 1
+        return self.function(*arguments, **keywords)
+
+
+def shaped(length, living, size=16):
+    """Queries and keys for which each block of 64 queries has its weights in `living` blocks of keys."""
+    blocks = length // 64
+    centres = torch.nn.functional.normalize(torch.randn(blocks, size), dim=1) * 30
+    query = torch.stack([centres[torch.arange(i, i + living) % blocks].mean(0) for i in range(blocks)])
+    key = centres.repeat_interleave(64, 0) + torch.randn(length, size) * 0.05
+    return query.repeat_interleave(64, 0).view(1, 1, length, size) * 3, key.view(1, 1, length, size)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_skipped_tiles_change_nothing(keep, monkeypatch):
+    """The output kernel visits the live tiles and no other, and visiting all gives the same bits."""
+    query, key = shaped(384, 1)
+    value, call = torch.randn(1, 1, 384, 16), AttentionCall(scale=1.0, e=0.5)
+    operator = backend.OPERATORS[WHOLE]
+    exact = reference.attention(query.double(), key.double(), value.double(), call, True, True)
+    live = int(reference.unpacked_bits(exact[4]).sum())
+    assert live <= 18  # of 36
+
+    counted = Counted(attention_scores.products)
+    monkeypatch.setattr(attention_scores, "products", counted)
+    sparse = operator.attention(query, key, value, call, keep, False)
+    visited = counted.calls
+    everything = Counted(attention_fwd_out.list_set_bits)
+
+    def all_of_them(live_ptr, list_ptr, words, wanted):
+        everything.calls += 1
+        count = 0
+        for tile in range(6):
+            attention_fwd_out.tl.store(list_ptr + tile, tile)
+            count = count + 1
+        return words * 0 + count
+
+    monkeypatch.setattr(attention_fwd_out, "list_set_bits", all_of_them)
+    counted.calls = 0
+    dense = operator.attention(query, key, value, call, keep, False)
+    assert everything.calls == 6
+    assert counted.calls - visited == 36 - live
+    assert visited < 36 + 36 + live
+    for ours, whole in zip(sparse[:4], dense[:4], strict=True):
+        assert torch.equal(ours, whole)
+    same_dtype = reference.attention(query, key, value, call, True, True)[0]
+    assert (sparse[0].double() - exact[0]).abs().max() <= allowed_error(exact[0], same_dtype)
