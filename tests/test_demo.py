@@ -1,5 +1,6 @@
 """examples/demo.py: its parts; `make demo` runs the whole."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -54,6 +55,38 @@ def test_agreement_counts_what_stays_of_the_top_ten(demo):
     cosine, kept = demo.agreement(opposite, baseline)
     assert cosine < 0
     assert kept == 0
+
+
+@torch.inference_mode()
+def test_fused_and_unfused_agree_on_the_real_model_within_the_gate(demo, capsys):
+    """The fused way may be off from the unfused one in float64 at most twice as far as the unfused one is, and two ulp."""
+    for alpha in demo.ALPHAS:
+        demo.register(f"diffmax-{alpha}", alpha)
+    path = demo.get_model_path()
+    model = demo.AutoModel.from_pretrained(path, attn_implementation="eager").eval()
+    texts = sorted(demo.documents().values(), key=len)[::24]
+    (batch,) = demo.batches(demo.AutoTokenizer.from_pretrained(path), texts)
+    runs = demo.measure(model, [batch])
+    exact_model = copy.deepcopy(model).double()
+    for label, run in runs.items():
+        exact, same = (
+            demo.timed(exact_model, batch, demo.SETTINGS[label], True)[0],
+            demo.timed(model, batch, demo.SETTINGS[label], True)[0],
+        )
+        fused = demo.timed(model, batch, demo.FUSED[label], False)[0]
+        mask = batch["attention_mask"]
+        largest = exact.last_hidden_state.abs().max().item()
+        allowed = 2 * demo.difference(exact, same, mask) + 2 * torch.finfo(torch.float32).eps * max(1.0, largest)
+        assert demo.difference(exact, fused, mask) <= allowed
+        assert 0 < run.difference <= 2 * allowed
+        assert run.seconds > 0
+        assert run.fused_seconds > 0
+    demo.print_times(runs)
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    for row, (label, run) in zip(rows, runs.items(), strict=True):
+        assert row.startswith(label)
+        assert row.count("ms (") == 2
+        assert row.endswith(f"{run.difference:.1e}")
 
 
 def test_the_picture_is_drawn(demo, tmp_path):

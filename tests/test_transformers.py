@@ -300,13 +300,8 @@ def call(**kwargs):
 @pytest.mark.parametrize(
     ("name", "given", "words"),
     [
-        ("softcap", 50.0, "softcap is not implemented, got 50.0\nload this model with attn_implementation=.eager."),
-        ("s_aux", torch.zeros(4), "s_aux is not implemented, got a tensor of shape .4,.\nload"),
-        ("position_bias", torch.zeros(1, 4, 5, 5), "position_bias is not implemented"),
-        ("cu_seq_lens_q", torch.tensor([0, 5]), "cu_seq_lens_q is not implemented, .*\nleave it out and pass position_ids"),
-        ("cu_seq_lens_k", torch.tensor([0, 5]), "cu_seq_lens_k is not implemented, .*\nleave it out and pass position_ids"),
-        ("cache", "paged", "cache is not implemented, .*\ncontinuous batching .* call model.generate"),
-        ("block_indices", torch.zeros(1), "block_indices is not implemented"),
+        ("cache", "paged", r"cache is not implemented, got 'paged'\ncontinuous batching .* call model.generate"),
+        ("block_indices", torch.zeros(1), r"block_indices is not implemented, got a tensor of shape \(1,\)\nload .*eager"),
     ],
 )
 def test_refuses_by_name_what_would_change_the_weights(name, given, words):
@@ -315,21 +310,29 @@ def test_refuses_by_name_what_would_change_the_weights(name, given, words):
     call(**{name: None})
 
 
+def test_refuses_packed_sequences_in_more_than_one_row():
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"must come as one row, .* got 2 rows, some cu_seq_lens_q and some cu_seq_lens_k"):
+        call(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    with pytest.raises(ValueError, match="got 2 rows, some cu_seq_lens_q and no cu_seq_lens_k"):
+        call(cu_seq_lens_q=ends)
+
+
 def test_accepts_bookkeeping_arguments():
     call(position_ids=torch.arange(5), cache_position=torch.arange(5), output_attentions=True, use_cache=True, max_length_q=5)
 
 
-@pytest.mark.parametrize("family", ["Gemma2", "GptOss"])
-def test_refuses_models_that_need_more(family):
-    model = decoder(family, **({"num_local_experts": 2, "num_experts_per_tok": 1} if family == "GptOss" else {}))
-    with pytest.raises(ValueError, match="softcap" if family == "Gemma2" else "s_aux"):
-        model(tokens())
-
-
-def test_refuses_a_binding_window_without_a_mask():
+def test_a_window_without_a_mask_is_honoured_where_it_is_causal_and_refused_elsewhere():
+    places = torch.arange(5)
+    mask = ((places <= places.view(-1, 1)) & (places > places.view(-1, 1) - 3)).expand(2, 1, 5, 5)
+    torch.manual_seed(3)
+    expected = call(attention_mask=mask)[0]
+    for asked in (False, True):
+        torch.manual_seed(3)
+        close(call(sliding_window=3, output_attentions=asked)[0], expected)
     with pytest.raises(ValueError, match=r"sliding_window 3, 5 keys and no mask\nregister both"):
-        call(sliding_window=3)
-    call(sliding_window=5)
+        call(sliding_window=3, is_causal=False)
+    call(sliding_window=5, is_causal=False)
 
 
 def test_refuses_masks_of_integers():
@@ -357,13 +360,14 @@ def test_boolean_and_additive_masks_agree_and_rows_that_see_nothing_are_zero():
     visible = torch.rand(2, 1, 5, 5) < 0.6
     visible[0, 0, 2] = False
     torch.manual_seed(3)
-    by_bool, weights = call(attention_mask=visible)
+    by_bool, nothing = call(attention_mask=visible)
     assert by_bool.shape == (2, 5, 4, 6)
+    assert nothing is None
     assert (by_bool[0, 2] == 0).all()
-    assert (weights[0, :, 2] == 0).all()
+    assert (call(attention_mask=visible, output_attentions=True)[1][0, :, 2] == 0).all()
     for hidden in (-torch.inf, torch.finfo(torch.float32).min):
         torch.manual_seed(3)
-        assert torch.equal(call(attention_mask=torch.where(visible, 0.0, hidden))[0], by_bool)
+        close(call(attention_mask=torch.where(visible, 0.0, hidden))[0], by_bool)
     torch.manual_seed(3)
     biased, _ = call(attention_mask=torch.where(visible, 1.0, -torch.inf) * torch.arange(1.0, 6.0))
     assert (biased - by_bool).abs().max() > 0.01
@@ -377,7 +381,11 @@ def test_causal_as_transformers_means_it():
 
     def weights(module, **kwargs):
         torch.manual_seed(3)
-        return call(module=module, **kwargs)[1]
+        fused = call(module=module, **kwargs)[0]
+        torch.manual_seed(3)
+        unfused, weights = call(module=module, output_attentions=True, **kwargs)
+        close(fused, unfused)
+        return weights
 
     assert torch.equal(weights(causal), weights(bidirectional, attention_mask=lower))
     assert torch.equal(weights(bidirectional), weights(causal, attention_mask=full))  # a mask says it all
@@ -403,13 +411,19 @@ def test_half_precision_stays_half_and_finite(dtype):
     assert logits.isfinite().all()
 
 
-def test_compiles_without_a_graph_break():
-    attend = torch.compile(
-        lambda q, k, v, m: integration._attend(q, k, v, m, 0.0, False, None, 0.8), backend="eager", fullgraph=True
-    )
+@pytest.mark.parametrize("asked", [False, True])
+def test_compiles_without_a_graph_break(asked):
+    model, ids = decoder().float(), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    attend = transformers.AttentionInterface()["diffmax"]
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-    assert torch.equal(attend(q, k, k, mask)[0], integration._attend(q, k, k, mask, 0.0, False, None, 0.8)[0])
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    module = model.model.layers[0].self_attn
+    assert torch.equal(
+        compiled(module, q, k, k, mask, output_attentions=asked)[0], attend(module, q, k, k, mask, output_attentions=asked)[0]
+    )
 
 
 def test_importing_diffmax_does_not_import_transformers():

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from diffmax._checks import one_minus_alpha
 from diffmax.functional import diffmax_bisect
-from diffmax.integrations.transformers.attention import _attention_forward, _import_transformers, _mask
+from diffmax.integrations.transformers.attention import _attention_forward, _import_transformers
+from diffmax.integrations.transformers.unfused import masked, merged_mask
 
 # Of each attention layer, by its name in the model: the alpha of each head, and what its scores are multiplied by.
 Heads: TypeAlias = "dict[str, dict[str, list[float]]]"
@@ -162,7 +163,8 @@ def distil(
         raise ValueError(
             "distil: the model must have diffmax heads and a parameter to train, got none\ncall replace(model, heads)"
         )
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
     source = iter(batches)
     for step in range(steps):
         batch = next(source, None)
@@ -380,7 +382,11 @@ def _record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[_Call]
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        scores = _mask(query @ key.mT * scale, attention_mask, causal and attention_mask is None and query.shape[2] > 1)
+        for name in ("softcap", "s_aux", "cu_seq_lens_q"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"calibrate: {name} is not implemented, got {type(module).__name__} with one")
+        causal = causal and attention_mask is None and query.shape[2] > 1
+        scores = masked(query @ key.mT * scale, merged_mask(attention_mask, kwargs.get("position_bias")), causal)
         # a row that sees nothing would be NaN; it is 0, as it will be with diffmax
         weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores).softmax(-1)
         weights = weights.masked_fill(scores == -torch.inf, 0.0)
@@ -420,7 +426,7 @@ def _of_call(call: _Call, projections: Tensor, grid: list[tuple[float, float]], 
 
 def _attend_adapted(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of a module that `replace` gave alphas and scales of shape (H,)."""
     alpha, scale = getattr(module, "diffmax_alpha", None), getattr(module, "diffmax_scale", None)
     if not isinstance(alpha, Tensor) or not isinstance(scale, Tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,8 +11,10 @@ from importlib_metadata import PackageNotFoundError, version
 from packaging.version import Version
 from torch import Tensor, nn
 
+from diffmax._attention import attention, attention_varlen
 from diffmax._checks import one_minus_alpha
-from diffmax.functional import diffmax_bisect
+from diffmax._kvcache import attention_with_kvcache
+from diffmax.integrations.transformers.unfused import attend_with_weights, merged_mask
 
 ModelAlpha: TypeAlias = "float | Tensor | Callable[[nn.Module], float | Tensor]"
 
@@ -25,8 +26,6 @@ _BOOKKEEPING = {
     "cache_position",
     "deterministic",
     "logits_to_keep",
-    "max_length_k",
-    "max_length_q",
     "num_items_in_batch",
     "output_attentions",
     "output_hidden_states",
@@ -37,15 +36,7 @@ _BOOKKEEPING = {
     "use_cache",
 }
 
-_UNPACK = (
-    "leave it out and pass position_ids that restart at 0, no attention_mask and use_cache=False: transformers then separates "
-    "the sequences with a mask"
-)
-_WHAT_TO_DO = {
-    "cache": "continuous batching keeps its own paged cache: call model.generate instead",
-    "cu_seq_lens_k": _UNPACK,
-    "cu_seq_lens_q": _UNPACK,
-}
+_WHAT_TO_DO = {"cache": "continuous batching keeps its own paged cache: call model.generate instead"}
 
 
 def register(name: str = "diffmax", alpha: ModelAlpha = 0.9) -> None:
@@ -65,11 +56,11 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9) -> None:
         TypeError: alpha is of another type.
         ValueError: alpha lies outside (0, 1), or transformers would read another meaning into `name`.
 
-    In a model: boolean and additive masks, causal and bidirectional attention, grouped query heads, KV caches and sliding
-    windows (which arrive as a mask) are supported. Dropout acts on the weights. The weights are returned too, so that
-    `output_attentions=True` works. A token that sees nothing gets zeros. What would change the weights and is not
-    implemented (softcap, s_aux, position_bias, cu_seq_lens_q, any argument of unknown meaning) raises a ValueError. Scores
-    (B, H, L, S) are held in memory.
+    In a model: the attention is `diffmax.attention`, which holds no scores in memory, except where `output_attentions=True`
+    asks for the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
+    KV caches, sliding windows, softcap, sinks (s_aux) and dropout are supported; so are sequences packed into one row, by
+    position_ids or cu_seq_lens_q and cu_seq_lens_k. A token that sees nothing gets zeros. What would change the weights and is
+    not implemented (any argument of unknown meaning) raises a ValueError.
 
     Example:
         >>> register("diffmax-sparser", alpha=0.5)
@@ -118,36 +109,67 @@ def _attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     *,
     alpha: ModelAlpha,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """What transformers calls: query (B, H, L, D), key and value (B, H_kv, S, D) to output (B, L, H, D) and weights."""
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls: query (B, H, L, D), key and value (B, H_kv, S, D) to output (B, L, H, D) and weights or None."""
     _refuse_what_changes_the_weights(kwargs)
-    length = query.shape[2]
+    length, heads = query.shape[2], query.shape[1]
     # as transformers' own SDPA function reads them: a single new token sees the whole cache, and a mask says it all
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    is_causal = is_causal and attention_mask is None and length > 1
+    is_causal = bool(is_causal and attention_mask is None and length > 1)
     if is_causal:
         # the rest is the empty part of a static cache, which no query sees: save the work
         key, value = key[:, :, :length], value[:, :, :length]
-    if sliding_window is not None and attention_mask is None and key.shape[2] > sliding_window:
-        raise ValueError(
-            f"diffmax attention: a sliding window that hides keys must arrive as a mask, got sliding_window {sliding_window}, "
-            f"{key.shape[2]} keys and no mask\nregister both functions, with diffmax.integrations.transformers.register"
-        )
-    output, weights = _attend(
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout_p=dropout if module.training else 0.0,
-        is_causal=is_causal,
-        scale=scaling,
-        alpha=alpha(module) if callable(alpha) else alpha,
+        position_bias = None if position_bias is None else position_bias[..., :length]
+    window = _window(sliding_window, attention_mask, key.shape[2], is_causal)
+    settings: dict[str, Any] = {
+        "dropout_p": dropout if module.training else 0.0,
+        "is_causal": is_causal,
+        "scale": scaling,
+        "alpha": _checked(alpha(module) if callable(alpha) else alpha, heads),
+        "window_size": window,
+        "softcap": softcap or 0.0,
+        "sink": s_aux,
+    }
+    packing = _packing(query, key, cu_seq_lens_q, cu_seq_lens_k)
+    wants_weights = _wants_weights(module, kwargs)
+    if packing is not None and attention_mask is None and position_bias is None and not wants_weights:
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        longest = max_length_q or length, max_length_k or key.shape[2]
+        out: Any = attention_varlen(q, k, v, *packing, *longest, enable_gqa=True, **settings)
+        return out.unsqueeze(0), None
+    if packing is not None:
+        attention_mask = _together(attention_mask, packing, length, key.shape[2])
+    mask = merged_mask(attention_mask, position_bias)
+    if wants_weights:
+        output, weights = attend_with_weights(query, key, value, mask, **settings)
+        return output.transpose(1, 2).contiguous(), weights
+    if mask is None and length == 1 and settings["dropout_p"] == 0 and not torch.is_grad_enabled():
+        return _decoded(query, key, value, settings), None
+    return attention(query, key, value, mask, enable_gqa=True, **settings).transpose(1, 2).contiguous(), None
+
+
+def _decoded(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:
+    """A new token that sees the whole cache: the operator that splits its work over the cache, and not over queries."""
+    out: Any = attention_with_kvcache(
+        *(t.transpose(1, 2) for t in (query, key, value)),
+        softmax_scale=settings["scale"],
+        alpha=settings["alpha"],
+        softcap=settings["softcap"],
+        sink=settings["sink"],
     )
-    return output.transpose(1, 2).contiguous(), weights
+    result: Tensor = out
+    return result
 
 
 def _refuse_what_changes_the_weights(kwargs: dict[str, Any]) -> None:
@@ -158,57 +180,51 @@ def _refuse_what_changes_the_weights(kwargs: dict[str, Any]) -> None:
             raise ValueError(f"diffmax attention: {name} is not implemented, got {got}\n{action}")
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    alpha: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Unfused attention with the arguments of `torch.nn.functional.scaled_dot_product_attention`; output and weights.
-
-    The query heads of a group are laid below one another: one product per key head serves them, and no key is repeated.
-    """
-    batch, heads, length, head_dim = query.shape
-    kv_heads = key.shape[1]
-    grouped_query = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = grouped_query @ key.transpose(2, 3) * (1 / math.sqrt(head_dim) if scale is None else scale)
-    scores = _mask(scores.view(-1, heads, length, key.shape[2]), attn_mask, is_causal)
-    weights = diffmax_bisect(scores, _per_head(alpha, heads)).to(value.dtype)
-    weights = nn.functional.dropout(weights, dropout_p)
-    output = weights.view(-1, kv_heads, grouped_query.shape[2], key.shape[2]) @ value
-    return output.view(-1, heads, length, value.shape[3]), weights
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """As transformers decides what to collect: by the argument, which it hands down, or else by the configuration."""
+    asked = kwargs.get("output_attentions")
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked)
 
 
-def _mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """The scores, with -inf where nothing is to be seen."""
-    if attn_mask is None:
-        if not is_causal:
-            return scores
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    elif attn_mask.dtype == torch.bool:
-        visible = attn_mask
-    elif attn_mask.is_floating_point():
-        # transformers writes "hidden" as the most negative number: added to a whole row, it would not hide anything
-        visible = attn_mask > torch.finfo(attn_mask.dtype).min
-        scores = scores + attn_mask
-    else:
+def _window(sliding_window: int | None, mask: Tensor | None, keys: int, is_causal: bool) -> tuple[int, int] | None:
+    """The window of a causal attention without a mask; with one, the mask has it."""
+    if sliding_window is None or mask is not None or keys <= sliding_window:
+        return None
+    if not is_causal:
         raise ValueError(
-            f"diffmax attention: a mask must be boolean or floating, got {attn_mask.dtype}\n"
-            "convert it first: True marks what is visible, and a floating mask is added to the scores"
+            f"diffmax attention: a sliding window that hides keys must arrive as a mask, got sliding_window {sliding_window}, "
+            f"{keys} keys and no mask\nregister both functions, with diffmax.integrations.transformers.register"
         )
-    return scores.masked_fill(~visible, -torch.inf)
+    return sliding_window - 1, 0
 
 
-def _per_head(alpha: float | Tensor, heads: int) -> float | Tensor:
-    if not isinstance(alpha, Tensor):
-        return alpha
-    if alpha.shape not in ((), (heads,)):
+def _packing(query: Tensor, key: Tensor, of_queries: Tensor | None, of_keys: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Where the sequences begin that are packed into one row."""
+    if of_queries is None and of_keys is None:
+        return None
+    if of_queries is None or of_keys is None or query.shape[0] != 1:
+        given = ["no" if t is None else "some" for t in (of_queries, of_keys)]
+        raise ValueError(
+            "diffmax attention: packed sequences must come as one row, with cu_seq_lens_q and cu_seq_lens_k, got "
+            f"{query.shape[0]} rows, {given[0]} cu_seq_lens_q and {given[1]} cu_seq_lens_k"
+        )
+    return of_queries, of_keys
+
+
+def _together(mask: Tensor | None, packing: tuple[Tensor, Tensor], queries: int, keys: int) -> Tensor:
+    """A mask that hides other sequences' keys too."""
+    places = (torch.arange(n, device=ends.device) for n, ends in zip((queries, keys), packing, strict=True))
+    q, k = (torch.searchsorted(ends[1:].contiguous(), at, right=True) for at, ends in zip(places, packing, strict=True))
+    same = (q.unsqueeze(1) == k)[None, None]
+    if mask is None:
+        return same
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
+
+
+def _checked(alpha: float | Tensor, heads: int) -> float | Tensor:
+    if isinstance(alpha, Tensor) and alpha.shape not in ((), (heads,)):
         raise ValueError(
             f"diffmax attention: a tensor alpha must have shape () or ({heads},), got {tuple(alpha.shape)}\n"
             f"the layer has {heads} query heads; for other alphas in other layers, register a function of the attention module"
         )
-    return alpha.reshape(-1, 1, 1)
+    return alpha

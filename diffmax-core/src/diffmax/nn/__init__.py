@@ -1,0 +1,21 @@
+"""Modules: the operator, multi-head attention, and what recent papers put around an attention's weights or output."""
+
+from diffmax.nn.affine import AffineScale
+from diffmax.nn.attention import DiffmaxAttention
+from diffmax.nn.bisect import DiffmaxBisectModule
+from diffmax.nn.elastic import Elastic
+from diffmax.nn.gate import HeadGate
+from diffmax.nn.length import LengthScale
+from diffmax.nn.position import RelativePositionBias
+from diffmax.nn.sink import Sink
+
+__all__ = [
+    "AffineScale",
+    "DiffmaxAttention",
+    "DiffmaxBisectModule",
+    "Elastic",
+    "HeadGate",
+    "LengthScale",
+    "RelativePositionBias",
+    "Sink",
+]

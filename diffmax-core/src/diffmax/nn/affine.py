@@ -1,0 +1,73 @@
+"""Attention weights that a token scales and shifts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffmax.nn._shapes import check_heads
+
+
+class AffineScale(nn.Module):
+    """out = [a P + (m - a) / N] V, from the output P V alone: a * (P V) + (m - a) * mean of the values that are seen.
+
+    a = clamp(0.1 (W x + b) + 0.5, 0, 1) is of each token and head, m is the moving average of a over the batches of training,
+    and N is the number of keys that the query sees. Rows then sum to m, and weights may be negative. The second part has no
+    zeros among its weights: with `offset=False` it is left out, and what is sparse stays sparse.
+
+    Args:
+        embed_dim: Size of the tokens x.
+        heads: H.
+        offset: Whether to add the second part.
+        momentum: Share of the old m in the new one, in [0, 1); m starts at 0, in the buffer `average` (H,).
+    Raises:
+        ValueError: momentum is out of range, shapes do not fit, or a boolean mask and is_causal are both given.
+    Source: Affine-Scaled Attention (arXiv:2602.23057), with N the number of visible keys and not of all: otherwise hidden ones
+        would be read. Written for diffmax.
+    Example:
+        >>> scale, x = AffineScale(16, 4), torch.randn(2, 5, 16)
+        >>> out, value = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+        >>> scale(out, value, x, is_causal=True).shape
+        torch.Size([2, 4, 5, 8])
+    """
+
+    average: Tensor
+
+    def __init__(self, embed_dim: int, heads: int, offset: bool = True, momentum: float = 0.9) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"AffineScale: momentum must satisfy 0 <= momentum < 1, got {momentum}")
+        self.project, self.offset, self.momentum = nn.Linear(embed_dim, heads), offset, momentum
+        self.register_buffer("average", torch.zeros(heads))
+
+    def forward(
+        self, out: Tensor, value: Tensor, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """The scaled output of an attention (B, H, L, D) over values (B, H_kv, S, D), with queries from tokens x (B, L, E).
+
+        attn_mask is boolean, True where a key is seen; is_causal is aligned at the upper left, as in `diffmax.attention`.
+        """
+        check_heads("AffineScale", out, self.project.out_features, "out")
+        a = (0.1 * self.project(x) + 0.5).clamp(0, 1).mT
+        if self.training:
+            with torch.no_grad():
+                self.average.lerp_(a.mean((0, 2)).to(self.average.dtype), 1 - self.momentum)
+        scaled: Tensor = out * a.unsqueeze(3).to(out.dtype)
+        if not self.offset:
+            return scaled
+        shift: Tensor = (self.average.unsqueeze(1) - a).unsqueeze(3).to(out.dtype)
+        value = value.repeat_interleave(out.shape[1] // value.shape[1], dim=1)
+        return scaled + shift * _mean_of_seen(value, out.shape[2], attn_mask, is_causal)
+
+
+def _mean_of_seen(value: Tensor, queries: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Per query the mean of the values it sees, (B, H, L, D) or with L = 1; 0 where it sees none."""
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError("AffineScale: attn_mask and is_causal=True exclude each other\npass one mask that holds both")
+        seen = attn_mask.to(value.dtype)
+        return (seen @ value) / seen.sum(-1, keepdim=True).clamp_min(1)
+    if not is_causal:
+        return value.mean(2, keepdim=True)
+    last = torch.arange(queries, device=value.device).clamp_max(value.shape[2] - 1)
+    return value.cumsum(2)[:, :, last] / (last + 1).to(value.dtype).unsqueeze(1)

@@ -1,0 +1,52 @@
+"""A second threshold, on the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from diffmax.nn._shapes import check_heads
+
+
+class Elastic(nn.Module):
+    """weights = [P - c / n]_+ for P = normalize(x), n the number of keys that the query sees, and c in (0, 1) learned per head.
+
+    What is below c times the uniform weight becomes exactly zero, with softmax too. Zeros stay zeros, and as c < 1 no row loses
+    all of its weight: the largest of n weights that sum to 1 is at least 1 / n.
+
+    Args:
+        normalize: From scores to weights along the last axis, such as a `DiffmaxBisectModule`.
+        heads: H, of scores (B, H, L, S). The parameter `logit` (H,) holds ln(c / (1 - c)).
+        start: What c starts at.
+        renormalize: Whether to divide by the sum. Without, rows sum to less than 1.
+    Raises:
+        ValueError: start is not in (0, 1), or the scores have other than `heads` heads.
+    Source: Elastic-Softmax (arXiv:2601.00919), with its offset bounded: at c = 1 the first row of a causal attention would die,
+        and a negative c would let hidden keys in. Written for diffmax.
+    Example:
+        >>> weights = Elastic(lambda x: x.softmax(-1), heads=1)(torch.tensor([[[[3.0, 2.0, 0.0, -1.0]]]]))
+        >>> weights
+        tensor([[[[0.5714, 0.1312, 0.0000, 0.0000]]]], grad_fn=<ReluBackward0>)
+    """
+
+    def __init__(
+        self, normalize: Callable[[Tensor], Tensor], heads: int, start: float = 0.5, renormalize: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0 < start < 1:
+            raise ValueError(f"Elastic: start must lie strictly between 0 and 1, got {start}")
+        self.normalize, self.renormalize = normalize, renormalize
+        self.logit = nn.Parameter(torch.full((heads,), start).logit())
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Weights of scores (B, H, L, S), in which -inf marks what is hidden; a row that sees nothing is 0."""
+        check_heads("Elastic", scores, len(self.logit), "scores")
+        visible = scores != -torch.inf
+        empty = ~visible.any(-1, keepdim=True)
+        threshold = self.logit.sigmoid().view(-1, 1, 1) / visible.sum(-1, keepdim=True).clamp_min(1)
+        # softmax of a row that sees nothing would be NaN, and so would its gradient
+        weights = self.normalize(scores.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
+        weights = (weights - threshold.to(weights.dtype)).relu()
+        return weights / weights.sum(-1, keepdim=True).masked_fill(empty, 1.0) if self.renormalize else weights

@@ -1,0 +1,39 @@
+"""A factor per head and token on the output of attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffmax.nn._shapes import check_heads
+
+
+class HeadGate(nn.Module):
+    """Each head's output times 2 sigmoid(W x + b), a factor in (0, 2) that the query's token decides.
+
+    A head can so say nothing, or more. In effect the weights of a row no longer sum to 1, which takes away the reason for
+    attention sinks and for outliers in the activations. W and b start at 0, where every factor is 1.
+
+    Args:
+        embed_dim: Size of the tokens x.
+        heads: H.
+        bias: Whether there is a b.
+    Source: "Systematic Outliers in Large Language Models" (An et al., 2025), its context-aware scale; "Gated Attention" (Qiu et
+        al., 2025). Written for diffmax.
+    Example:
+        >>> gate, out, x = HeadGate(16, 4), torch.randn(2, 4, 5, 8), torch.randn(2, 5, 16)
+        >>> torch.equal(gate(out, x), out)
+        True
+    """
+
+    def __init__(self, embed_dim: int, heads: int, bias: bool = True) -> None:
+        super().__init__()
+        self.project = nn.Linear(embed_dim, heads, bias=bias)
+        nn.init.zeros_(self.project.weight)
+        if bias:
+            nn.init.zeros_(self.project.bias)
+
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        """The gated output (B, H, L, D) of an attention whose queries come from tokens x (B, L, embed_dim)."""
+        check_heads("HeadGate", out, self.project.out_features, "out")
+        return out * (2 * torch.sigmoid(self.project(x))).mT.unsqueeze(3).to(out.dtype)

@@ -1,0 +1,73 @@
+"""What a score gains or loses by the distance of its key, learned."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class RelativePositionBias(nn.Embedding):
+    """T5's relative position bias, for `diffmax.attention`'s `attn_mask`: a learned number per head and bucket of distances.
+
+    Half of the buckets hold one distance each; the others grow with the logarithm of the distance, up to `max_distance`, and
+    the last holds what lies beyond.
+
+    Args:
+        num_heads: H.
+        num_buckets: Rows of the table; its `weight` is (num_buckets, H), like that of T5's `relative_attention_bias`.
+        max_distance: Distances from here on share a bucket.
+        bidirectional: Whether keys behind the query have buckets of their own, half of all, as in T5's encoder. If not, they
+            count as distance 0, as in its decoder, whose attention is causal.
+    Raises:
+        ValueError: There are too few buckets: four if bidirectional, else two; or max_distance is not larger than the number
+            of distances that have a bucket each.
+    Source: Raffel et al., "Exploring the limits of transfer learning", arXiv:1910.10683, section 2.1; the buckets are those of
+        its released models. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> place, x = RelativePositionBias(4), torch.randn(1, 4, 10, 16)
+        >>> diffmax.attention(x, x, x, place(10, 10), alpha=0.85).shape
+        torch.Size([1, 4, 10, 16])
+    """
+
+    def __init__(self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> None:
+        one_way = num_buckets // 2 if bidirectional else num_buckets
+        if one_way < 2:
+            raise ValueError(
+                f"RelativePositionBias: num_buckets must be at least {4 if bidirectional else 2}, got {num_buckets}"
+            )
+        if max_distance <= one_way // 2:
+            raise ValueError(
+                f"RelativePositionBias: max_distance must be larger than {one_way // 2}, got {max_distance}\n"
+                f"  of {num_buckets} buckets so many hold one distance each"
+            )
+        super().__init__(num_buckets, num_heads)
+        self.max_distance, self.bidirectional = max_distance, bidirectional
+
+    def forward(self, length: int, keys: int, first: int = 0) -> Tensor:  # type: ignore[override]  # sizes, not indices
+        """The bias (1, H, length, keys) of queries at the places from `first` on, for keys at the places from 0 on."""
+        query = torch.arange(first, first + length, device=self.weight.device).unsqueeze(1)
+        key = torch.arange(keys, device=self.weight.device)
+        return super().forward(self.buckets(key - query)).permute(2, 0, 1).unsqueeze(0)
+
+    def buckets(self, ahead: Tensor) -> Tensor:
+        """The rows of the table for keys that lie so many places behind the query's (negative: before it)."""
+        one_way, first = self.num_embeddings, torch.zeros_like(ahead)
+        if self.bidirectional:
+            one_way //= 2
+            first = torch.where(ahead > 0, one_way, 0)
+            distance = ahead.abs()
+        else:
+            distance = (-ahead).clamp_min(0)
+        alone = one_way // 2
+        # in float32 and in this order, as the released models do: where the logarithm is whole, rounding decides
+        octaves = torch.log(distance.clamp_min(1).float() / alone) / math.log(self.max_distance / alone)
+        shared = (alone + (octaves * (one_way - alone)).long()).clamp_max(one_way - 1)
+        return first + torch.where(distance < alone, distance, shared)
+
+    def extra_repr(self) -> str:
+        """What repr shows between the brackets."""
+        shape = f"num_heads={self.embedding_dim}, num_buckets={self.num_embeddings}"
+        return f"{shape}, max_distance={self.max_distance}, bidirectional={self.bidirectional}"

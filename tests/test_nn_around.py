@@ -1,0 +1,222 @@
+"""What diffmax.nn puts around the operator: each module against the identity that defines it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from diffmax import DiffmaxBisectModule, HillMap, attention, diffmax_bisect
+from diffmax.nn import AffineScale, Elastic, HeadGate, LengthScale, Sink
+
+B, H, L, S, D, E = 2, 4, 5, 7, 8, 12
+NORMALIZERS = {
+    "fixed": lambda: DiffmaxBisectModule(0.5),
+    "learned": lambda: DiffmaxBisectModule(torch.full((H, 1, 1), 0.7), alpha_map=HillMap(0.6)),
+    "softmax": lambda: lambda x: x.softmax(-1),
+}
+close = torch.testing.assert_close
+
+
+def scores(scale=2.0):
+    return torch.randn(B, H, L, S, dtype=torch.float64) * scale
+
+
+def filled(module):
+    """The module in float64, with parameters that are not where they start."""
+    module = module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 2)
+    return module
+
+
+def check_gradients(module, x):
+    """Every parameter of the module has a true gradient."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(*values):
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    values = tuple(p.detach().clone().requires_grad_() for p in module.parameters())
+    assert torch.autograd.gradcheck(run, values)
+
+
+@pytest.mark.parametrize("sink", [-1.0, 0.0, 0.7])
+def test_a_sink_takes_its_own_power_of_the_distance_to_the_threshold(sink):
+    """Keys and slot share one tau: p = [(1 - alpha) (x - tau)]^(1 / (1 - alpha)) for both, and they sum to 1 (Eq. 1)."""
+    module = Sink(DiffmaxBisectModule(0.5), H).double()
+    nn.init.constant_(module.sink, sink)
+    x = scores()
+    weights = module(x)
+    tau = (x - weights.sqrt() / 0.5).masked_fill(weights == 0, torch.nan).nanmean(-1)
+    slot = (0.5 * (sink - tau)).clamp_min(0).square()
+    close(weights.sum(-1) + torch.nan_to_num(slot), torch.ones(B, H, L, dtype=torch.float64))
+    assert (slot > 0).any()
+
+
+def test_a_sink_that_is_far_below_changes_nothing_and_far_above_takes_all():
+    x = scores()
+    module = Sink(DiffmaxBisectModule(0.5), H).double()
+    nn.init.constant_(module.sink, float(x.min()) - 3)
+    close(module(x), diffmax_bisect(x, 0.5))
+    nn.init.constant_(module.sink, float(x.max()) + 2)  # 1 / (1 - alpha)
+    assert (module(x) == 0).all()
+
+
+def test_the_null_slot_of_softmax_is_softmax_one():
+    x = scores()
+    close(Sink(lambda x: x.softmax(-1))(x), x.exp() / (1 + x.exp().sum(-1, keepdim=True)))
+    assert not list(Sink(DiffmaxBisectModule(0.5)).parameters())
+
+
+@pytest.mark.parametrize("made", NORMALIZERS.values(), ids=NORMALIZERS)
+def test_sinks_compose_with_any_normalizer_and_learn(made):
+    module = filled(Sink(made(), H))
+    x = scores().requires_grad_()
+    close(module(x), (module.normalize(torch.cat([x, module.sink.view(-1, 1, 1).expand(B, H, L, 1)], -1)))[..., :-1])
+    check_gradients(module, scores())
+
+
+@pytest.mark.parametrize("causal", [False, "upper_left", "lower_right"])
+def test_a_length_scale_is_a_temperature_for_each_row_of_any_attention(causal):
+    module = filled(LengthScale(H))
+    query, key, value = (torch.randn(B, H, n, D, dtype=torch.float64) for n in (L, S, S))
+    how = {"is_causal": bool(causal), "causal_alignment": causal or "upper_left"}
+    out = attention(module(query, S, **how), key, value, alpha=0.5, **how)
+    seen = [S if not causal else i + 1 + (S - L if causal == "lower_right" else 0) for i in range(L)]
+    factor = 1 + torch.exp(-module.log_decay.exp()).view(-1, 1, 1) * torch.tensor(seen, dtype=torch.float64).log().view(-1, 1)
+    hidden = torch.arange(S) >= torch.tensor(seen).unsqueeze(1)
+    expected = diffmax_bisect((query @ key.mT / math.sqrt(D) * factor).masked_fill(hidden, -torch.inf), 0.5) @ value
+    close(out, expected)
+
+
+def test_a_length_scale_of_softmax_raises_n_to_the_scores():
+    module = LengthScale(1, start=-50.0).double()  # the factor is 1 + ln n
+    x, one = torch.randn(1, 1, 1, S, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    powers = S**x * x.exp()
+    close((module(one, S) * x).softmax(-1), powers / powers.sum())
+    close(LengthScale(1).double()(one, 1), one)
+
+
+@pytest.mark.parametrize("made", NORMALIZERS.values(), ids=NORMALIZERS)
+def test_a_head_gate_scales_the_rows_of_the_weights(made):
+    normalize, module = made(), filled(HeadGate(E, H))
+    x, value, p = torch.randn(B, L, E).double(), torch.randn(B, H, S, D).double(), None
+    p = normalize(scores())
+    gate = 2 * torch.sigmoid(module.project(x)).mT.unsqueeze(3)
+    close(module(p @ value, x), (gate * p) @ value)
+    out = torch.randn(B, H, L, D)
+    assert torch.equal(HeadGate(E, H)(out, torch.randn(B, L, E)), out)
+
+
+@pytest.mark.parametrize("how", ["full", "causal", "masked"])
+@pytest.mark.parametrize("made", NORMALIZERS.values(), ids=NORMALIZERS)
+def test_affine_scaled_attention_is_an_affine_map_of_the_weights(made, how):
+    normalize, module = made(), filled(AffineScale(E, H)).eval()
+    module.average.uniform_()
+    x, value = torch.randn(B, L, E).double(), torch.randn(B, H // 2, S, D).double()
+    seen = {
+        "full": torch.ones(1, 1, L, S, dtype=torch.bool),
+        "causal": torch.ones(1, 1, L, S, dtype=torch.bool).tril(),
+        "masked": torch.rand(B, 1, L, S) < 0.6,
+    }[how]
+    seen[..., 0] = True
+    p = normalize(scores().masked_fill(~seen, -torch.inf))
+    wide = value.repeat_interleave(2, 1)
+    a = (0.1 * module.project(x) + 0.5).clamp(0, 1).mT.unsqueeze(3)
+    average = module.average.view(-1, 1, 1)
+    uniform = seen / seen.sum(-1, keepdim=True)
+    weights = a * p + (average - a) * uniform
+    close(weights.sum(-1), average.squeeze(-1).expand(B, H, L))
+    given = {"is_causal": True} if how == "causal" else {"attn_mask": seen} if how == "masked" else {}
+    close(module(p @ wide, value, x, **given), weights @ wide)
+    module.offset = False
+    close(module(p @ wide, value, x), a * (p @ wide))
+
+
+def test_affine_scaled_attention_averages_while_it_trains():
+    module = filled(AffineScale(E, H, momentum=0.9))
+    x, out = torch.randn(B, L, E).double(), torch.randn(B, H, L, D).double()
+    expected = torch.zeros(H, dtype=torch.float64)
+    for _ in range(3):
+        module(out, out, x)
+        expected = 0.9 * expected + 0.1 * (0.1 * module.project(x) + 0.5).clamp(0, 1).mean((0, 1))
+    close(module.average, expected)
+    module.eval()(out, out, x)
+    close(module.average, expected)
+
+
+@pytest.mark.parametrize("made", NORMALIZERS.values(), ids=NORMALIZERS)
+def test_elastic_keeps_zeros_and_never_a_row_without_weight(made):
+    """n relu(p - c / n) = relu(n p - c); the largest of n weights is at least 1 / n, so it stays."""
+    x, lower = scores(), torch.ones(L, S, dtype=torch.bool).tril()
+    x = x.masked_fill(~lower, -torch.inf)
+    normalize = made()
+    module, n = filled(Elastic(normalize, H)), torch.arange(1, L + 1).view(-1, 1)
+    p, weights = normalize(x), module(x)
+    c = module.logit.sigmoid().view(-1, 1, 1)
+    close(n * weights, (n * p - c).relu())
+    assert (weights[p == 0] == 0).all()
+    assert (weights.sum(-1) > 0).all()
+    assert (weights == 0).sum() > (p == 0).sum()
+    module.renormalize = True
+    close(module(x), weights / weights.sum(-1, keepdim=True))
+    with torch.no_grad():
+        module.logit.fill_(-50)
+    close(module(x), p, rtol=1e-12, atol=1e-12)
+    check_gradients(Elastic(normalize, H).double(), scores())
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_an_elastic_row_that_sees_nothing_is_zero_with_zero_gradient(renormalize):
+    x = scores()
+    x[0, 0, 1] = -torch.inf
+    x.requires_grad_()
+    weights = Elastic(lambda x: x.softmax(-1), H, renormalize=renormalize).double()(x)
+    assert (weights[0, 0, 1] == 0).all()
+    weights.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad[0, 0, 1] == 0).all()
+
+
+def test_sink_and_elastic_go_together():
+    module = filled(Elastic(Sink(DiffmaxBisectModule(0.5), H), H))
+    x = scores()
+    close(module(x), (module.normalize(x) - module.logit.sigmoid().view(-1, 1, 1) / S).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_half(dtype):
+    x, value, tokens = scores().to(dtype), torch.randn(B, H, L, D).to(dtype), torch.randn(B, L, E).to(dtype)
+    results = [
+        Sink(DiffmaxBisectModule(0.5), H)(x),
+        Elastic(DiffmaxBisectModule(0.5), H)(x),
+        LengthScale(H)(value, L),
+        HeadGate(E, H).to(dtype)(value, tokens),
+        AffineScale(E, H).to(dtype)(value, value, tokens, is_causal=True),
+    ]
+    assert {t.dtype for t in results} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Sink(DiffmaxBisectModule(), 3)(torch.randn(B, H, L, S)), "Sink: scores must .* 3 heads, got"),
+        (lambda: Elastic(DiffmaxBisectModule(), 3)(torch.randn(B, H, L, S)), "Elastic: scores must .* 3 heads, got"),
+        (lambda: LengthScale(3)(torch.randn(B, H, L, D), S), "LengthScale: query must .* 3 heads, got"),
+        (lambda: HeadGate(E, 3)(torch.randn(B, H, L, D), torch.randn(B, L, E)), "HeadGate: out must .* 3 heads, got"),
+        (lambda: AffineScale(E, 3)(torch.randn(B, H, L, D), 0, 0), "AffineScale: out must .* 3 heads, got"),
+        (lambda: AffineScale(E, H, momentum=1.0), "momentum must satisfy 0 <= momentum < 1, got 1.0"),
+        (lambda: Elastic(DiffmaxBisectModule(), H, start=1.0), "start must lie strictly between 0 and 1, got 1.0"),
+        (
+            lambda: AffineScale(E, H)(
+                torch.randn(B, H, L, D), torch.randn(B, H, S, D), torch.randn(B, L, E), torch.ones(L, S).bool(), True
+            ),
+            "exclude each other\npass one mask",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
