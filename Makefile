@@ -6,12 +6,14 @@ STAMP := $(VENV)/.installed
 
 # A thread that waits lets others run: where cores are shared, spinning makes small operators a hundred times slower.
 test demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
+# Two processes of tests: one thread each leaves no core to two of them.
+test: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check test bench bench-gpu docs demo train-alpha adapt packages example-backend floor clean
+.PHONY: setup check check-npu test bench bench-gpu bench-npu docs demo train-alpha adapt packages example-backend floor clean
 
 setup: $(STAMP)
 
-DISTRIBUTIONS := diffmax-core diffmax-cuda diffmax-rocm
+DISTRIBUTIONS := diffmax-core diffmax-cuda diffmax-rocm diffmax-npu
 
 $(STAMP): requirements.txt $(DISTRIBUTIONS:%=%/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "make setup needs Python 3.11 to 3.13, got " + sys.version.split()[0] + "; pass another with make PYTHON=...")'
@@ -26,7 +28,7 @@ check: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench_forward
@@ -37,6 +39,16 @@ bench: setup
 # conformance kit on the device first, then the benchmarks, in less than ten minutes, to one JSON.
 bench-gpu:
 	PYTHONPATH=diffmax-core/src:diffmax-cuda/src:diffmax-rocm/src $(PYTHON) -m benchmarks.bench_gpu
+
+# On a machine with an Ascend NPU, in its own Python, which has torch_npu: the kit on the device, then the benchmarks, to one JSON.
+bench-npu:
+	PYTHONPATH=diffmax-core/src:diffmax-npu/src $(PYTHON) -m benchmarks.bench_npu
+
+# diffmax-npu's Triton kernels through Triton-Ascend's compiler, without a device; skipped, with the reason, where its wheel cannot be
+# had. `make check-npu STUBS=--stubs` asks torch_npu too.
+STUBS :=
+check-npu: setup
+	$(BIN)/python .ci/check_npu.py $(STUBS)
 
 # The pages of docs/ and the API from docstrings, as HTML in docs/_build; a warning is an error.
 docs: setup
@@ -62,7 +74,7 @@ floor:
 		pytest hypothesis scipy mpmath entmax==1.3 --editable diffmax-core
 	$(FLOOR)/bin/python -m pytest tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
 		$(addprefix --ignore=tests/test_,adapting.py benchmarks.py demo.py example_backend.py examples.py notebook.py packaging.py \
-			plot.py transformers.py triton_aot.py triton_rows.py vendors.py) \
+			plot.py transformers.py npu.py vendors.py) --ignore-glob='*/test_triton_*' \
 		--ignore=diffmax-core/src/diffmax/testing/ahead_of_time.py --ignore=diffmax-core/src/diffmax/testing/interpreter.py
 
 # Wheels and sdists, each installed alone into a fresh environment, and every install line that the README shows.

@@ -42,6 +42,7 @@ DIRECT_REQUIREMENTS = {
     "diffmax-core": {"torch", "pluggy", "importlib-metadata", "packaging"},
     "diffmax-cuda": {"diffmax-core"},
     "diffmax-rocm": {"diffmax-core"},
+    "diffmax-npu": {"diffmax-core"},
 }
 COMES_WITH_VENV = {"pip", "setuptools"}
 

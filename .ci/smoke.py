@@ -30,10 +30,12 @@ kernels = diffmax.backends()
 assert {record.backend for record in kernels} >= {"cpu", "reference"}, kernels
 assert any(record.status == "active" for record in kernels), kernels
 
-for name in ("cuda", "rocm"):
+for name in ("cuda", "rocm", "npu"):
     if importlib.util.find_spec(f"diffmax_{name}") is not None:
         reasons = {record.reason for record in kernels if record.backend == name}
         assert reasons, f"diffmax-{name} is installed and not listed"
-        assert torch.cuda.is_available() or all(reasons), f"diffmax-{name} gives no reason: {kernels}"
+        assert (name != "npu" and torch.cuda.is_available()) or hasattr(torch, "npu") or all(reasons), (
+            f"diffmax-{name} gives no reason: {kernels}"
+        )
 
 print(f"import, forward, backward, module, backends(): fine on Python {sys.version.split()[0]}, torch {torch.__version__}")

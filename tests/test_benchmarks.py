@@ -9,7 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_import, bench_loss, contestants, memory, plots, report, runner, shapes
+from benchmarks import (
+    bench_attention,
+    bench_attention_options,
+    bench_decode,
+    bench_e2e_attention,
+    bench_import,
+    bench_loss,
+    contestants,
+    count_products,
+    gpu_attention,
+    memory,
+    plots,
+    report,
+    runner,
+    shapes,
+)
 from diffmax.cpu import rows as cpu_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +127,7 @@ def test_a_wrong_kernel_turns_red_and_gets_no_number(monkeypatch, operation):
     monkeypatch.setattr(
         contestants.diffmax._ops, "kernel", lambda name, *_, **__: wrong if name == function else right_kernel(name)
     )
+    monkeypatch.setattr(contestants.diffmax._ops, "weights_kernel", lambda *_: None)
     right_kernel = {"bisect": cpu_rows.bisect, "bisect_backward": cpu_rows.bisect_backward}.__getitem__
     rows = run_case(shapes.Case(operation, 64, 32, 0.85, 1.0, "float32", 1), "softmax", "diffmax")
     assert rows["softmax"]["correct"]
@@ -164,7 +180,7 @@ def test_import_and_call_overhead_are_measured(tmp_path, capsys):
     bench_import.main(["--quick", "--output", str(path)])
     result = json.loads(path.read_text())
     assert result["import"]["heavy"] == []
-    assert {"bare_operator", "softmax", "diffmax", "choice"} == set(result["calls"])
+    assert {"bare_operator", "bare_schema", "softmax", "diffmax", "choice"} == set(result["calls"])
     assert [target["goal"] for target in result["targets"]] == [50, 2, 2]
     assert "targets:" in capsys.readouterr().out
 
@@ -207,3 +223,59 @@ def test_attention_runs_and_who_is_wrong_gets_no_number():
     assert "the output errs by" in rows["wrong"]["reason"]
     assert all(rows[name]["median_s"] > 0 for name in ("sdpa", "unfused", "cpu", "numba"))
     assert "wrong RED" in bench_attention.table(list(rows.values()))
+
+
+def test_options_of_attention_are_checked_and_compared_with_the_plain_call():
+    options = bench_attention_options.OPTIONS | {"wrong": lambda n: {"scale": torch.rand(()).item()}}
+    rows = {row["option"]: row for row in bench_attention_options.run_cell("numba", "sharp", "both", 64, 1, options)}
+    assert [name for name, row in rows.items() if not row["correct"]] == ["wrong"]
+    assert all(rows[name]["ratio_plain"] > 0 for name in bench_attention_options.OPTIONS)
+    assert "wrong RED: the output errs by" in bench_attention_options.table(list(rows.values()))
+
+
+def test_decoding_runs_and_who_is_wrong_gets_no_number():
+    case = {"length": 4096, "kind": "needles", "group": 2, "threads": 1}
+    field = bench_decode.contestants("needles") | {"wrong": lambda q, k_cache, v_cache, bounds: q}
+    rows = {row["contestant"]: row for row in bench_decode.run_case(case, field, rounds=1)}
+    assert [name for name, row in rows.items() if not row["correct"]] == ["wrong"]
+    assert rows["cpu, bounds"]["pages_read"] < rows["cpu"]["pages"] / 4
+    assert all(rows[name]["median_s"] > 0 for name in ("sdpa", "cpu", "cpu, bounds"))
+    assert "wrong RED" in bench_decode.table(list(rows.values()))
+
+
+def test_a_decoder_learns_with_every_attention(tmp_path, capsys):
+    path = tmp_path / "e2e.json"
+    small = ["--length", "64", "--batch", "1", "--width", "64", "--heads", "2", "--layers", "1", "--steps", "2"]
+    assert bench_e2e_attention.main(["--device", "cpu", *small, "--output", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["contestant"] for row in rows] == ["sdpa", "diffmax 0.5", "diffmax 0.9"]
+    assert all(0 < row["loss"] < 8 and row["median_ms"] > 0 for row in rows)
+    assert "x sdpa" in capsys.readouterr().out
+
+
+def test_the_band_has_the_share_of_empty_tiles_that_is_asked_for():
+    for sparsity in (0.25, 0.7):
+        case = {"length": 2048, "alpha": 0.5, "scores": "band", "sparsity": sparsity, "heads": 1, "head_dim": 64}
+        query, key, value = gpu_attention.tensors(case | {"dtype": "float32"}, "cpu")
+        _, stats = gpu_attention.diffmax.attention(query, key, value, is_causal=True, alpha=0.5, return_stats=True)
+        assert abs(float(stats.tile_sparsity.mean()) - sparsity) < 0.15
+
+
+def test_the_attention_sweep_measures_each_pass_and_says_who_failed():
+    def times(call):
+        call()
+        return {"median_ms": 1.0}
+
+    case = {"length": 128, "alpha": 0.5, "scores": "randn", "sparsity": 0.0, "heads": 2, "head_dim": 16, "dtype": "float32"}
+    row = gpu_attention.measured(gpu_attention.contestants(case)["diffmax"], *gpu_attention.tensors(case, "cpu"), times)
+    assert {f"{name}_median_ms" for name in gpu_attention.PASSES} | {"first_call_s"} == set(row)
+    lines = gpu_attention.table([{"contestant": "diffmax", "empty_tiles": 0.1, **case, **row}])
+    assert " nan" in lines
+
+
+def test_products_are_counted_as_the_kernels_visit_tiles():
+    live, solver, inference, training = count_products.mean_counts("70 %", 0.5, "bfloat16", 2048, 2)
+    assert 0 < live < 0.6
+    assert 1 <= solver <= 4
+    assert inference < training <= solver + 3 * live + 1e-9
+    assert count_products.mean_counts("randn 1", 0.9, "bfloat16", 1024, 1)[0] == 1.0

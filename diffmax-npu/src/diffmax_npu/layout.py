@@ -1,0 +1,31 @@
+"""A tensor along any dimension as a matrix of rows, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows(t: Tensor, dim: int) -> Tensor:
+    """`t` as a matrix whose rows run along `dim`: a view where the strides allow it."""
+    return t.movedim(dim, -1).reshape(-1, t.shape[dim])
+
+
+def unrows(matrix: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """The contiguous tensor of `shape` that `rows` makes a matrix of.
+
+    It is no view for autograd: the result of an operator that is one cannot be changed in place.
+    """
+    whole = matrix.view([*shape[:dim], *shape[dim + 1 :], shape[dim]]).movedim(-1, dim).contiguous()
+    unviewed: Tensor = torch.ops.aten._unsafe_view(whole, shape)
+    return unviewed
+
+
+def per_row(e: float | Tensor, row_shape: list[int] | torch.Size) -> float | Tensor:
+    """e, one for each row of such a matrix if it is a tensor."""
+    return e.expand(row_shape).reshape(-1, 1) if isinstance(e, Tensor) else e
+
+
+def take(e_rows: float | Tensor, block: slice) -> float | Tensor:
+    """The e of some rows."""
+    return e_rows[block] if isinstance(e_rows, Tensor) else e_rows
