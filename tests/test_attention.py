@@ -289,6 +289,25 @@ def test_live_bits_survive_packing_and_unpacking():
     assert torch.equal(reference_attention.unpacked_bits(words)[..., :70], tiles)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "numba", "reference"])
+@pytest.mark.parametrize("kind", ["padding", "sink", "packed"])
+def test_blocks_without_a_weight_pass_no_gradient_on(backend, kind):
+    """One key head, so that columns are left out: here all of them."""
+    x = torch.randn(1, 1, 700, 8, requires_grad=True)
+    alpha, sink = torch.full((1,), 0.5, requires_grad=True), torch.full((1,), 500.0, requires_grad=True)
+    if kind == "padding":
+        seen = torch.arange(700) < 0
+        out = attention(x, x, x, seen, alpha=alpha, sink=sink, backend=backend)
+    elif kind == "sink":
+        out = attention(x, x, x, alpha=alpha, sink=sink, is_causal=True, backend=backend)
+    else:
+        packed, ends = x[0].transpose(0, 1), torch.tensor([0, 300, 700], dtype=torch.int32)
+        out = attention_varlen(packed, packed, packed, ends, ends, 400, 400, alpha=alpha, sink=sink, backend=backend)
+    assert not out.any()
+    for grad in torch.autograd.grad(out.sum(), (x, alpha, sink)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
 @every_backend
 @pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0)])
 def test_empty_tensors(backend, shape):
@@ -400,9 +419,19 @@ ENDS = torch.tensor([0, 2, 6], dtype=torch.int32)
         (ValueError, r"pass sink.view\(4\)", {"sink": torch.ones(1, 4)}),
         (ValueError, "sink and query must be on one device", {"sink": torch.ones(4, device="meta")}),
         (TypeError, "scale must be a float, got '2'", {"scale": "2"}),
+        (ValueError, "scale must be finite, got nan", {"scale": float("nan")}),
+        (ValueError, "from 0 to 2.*, got .9223372036854775808, 0.", {"window_size": (2**63, 0)}),
+        (TypeError, "alpha must be a float or a tensor, got <function", {"alpha": lambda: 0.5}),
+        (ValueError, "got 0.0\nthe limit alpha -> 0 is sparsemax", {"alpha": 0}),
+        (TypeError, "backend must be a name from .*got 3 of type int", {"backend": 3}),
+        (
+            ValueError,
+            "contradicts attn_mask, a causal_upper_left",
+            {"attn_mask": causal_upper_left(6, 6), "causal_alignment": "lower_right"},
+        ),
         (ValueError, "causal_alignment must be one of upper_left, lower_right, got 'left'", {"causal_alignment": "left"}),
         (TypeError, r"pair of ints \(left, right\), got 5\nto see the last 5 keys", {"window_size": 5}),
-        (ValueError, "window_size must be at least 0, or -1 for no bound", {"window_size": (-2, 0)}),
+        (ValueError, "window_size must be from 0 to 2.*or -1 for no bound", {"window_size": (-2, 0)}),
         (diffmax.NoBackendError, "no backend is named 'acme'", {"backend": "acme"}),
     ],
 )

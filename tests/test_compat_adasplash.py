@@ -84,9 +84,32 @@ def test_rows_agree_with_entmax(alpha):
         (ValueError, r"alpha must lie in \(1, 2\], got 0.5", {"alpha": 0.5}),
         (TypeError, "alpha must be a float or a tensor, got 'x'", {"alpha": "x"}),
         (ValueError, r"varlen must be int32 or int64 of shape \(1,\).*got \(2,\) int64", {"varlen": torch.tensor([1, 2])}),
+        (ValueError, r"varlen must be int32 or int64 of shape \(1,\).*got list", {"varlen": [3]}),
+        (ValueError, r"varlen must lie between 0 and the sequences' length, 4, got \[5\]", {"varlen": torch.tensor([5])}),
+        (ValueError, r"alpha must lie in \[1, 2\], got values from 0.5 to 0.5", {"alpha": torch.tensor(0.5)}),
     ],
 )
 def test_says_what_is_wrong(error, words, arguments):
     x = torch.zeros(1, 1, 4, 4)
     with pytest.raises(error, match=words):
         compat.adasplash(x, x, x, **arguments)
+
+
+def test_says_what_is_wrong_in_its_own_name():
+    with pytest.raises(TypeError, match=r"adasplash: query must be a torch.Tensor, got list"):
+        compat.adasplash([1.0], torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
+    with pytest.raises(TypeError, match="triton_entmax: X must be float16"):
+        compat.triton_entmax(torch.ones(3, dtype=torch.int64))
+
+
+def test_padding_may_hold_anything():
+    x = torch.randn(2, 1, 9, 4)
+    varlen = torch.tensor([9, 5])
+    expected = compat.adasplash(x, x, x, varlen=varlen)
+    x[1, :, 5:] = torch.nan
+    x.requires_grad_()
+    out = compat.adasplash(x, x, x, varlen=varlen)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[1, :, 5:].any()

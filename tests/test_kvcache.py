@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from entmax import entmax_bisect
+from torch.autograd import forward_ad
 
 import diffmax
 from diffmax import attention_with_kvcache, page_bounds
@@ -75,6 +76,53 @@ def test_bounds_are_the_pages_extremes():
     assert torch.equal(bounds.low[0, 8], k_cache[0, 64:].amin(0))
     assert torch.equal(bounds.high[1, 1], k_cache[1, 8])
     assert (bounds.high[1, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_bounds_of_a_page_that_sequences_share_are_those_of_all_its_keys(order):
+    """A prefix in common: the one sequence ends inside of a page that the other fills."""
+    k_cache, v_cache = torch.randn(40, 16, 1, 8) * 0.1, torch.randn(40, 16, 1, 8)
+    k_cache[5, 12], k_cache[20, 3] = 9.0, 8.0
+    table, ends = torch.arange(40).repeat(2, 1).int(), torch.tensor([640, 5 * 16 + 4], dtype=torch.int32)[order]
+    bounds = page_bounds(k_cache, ends, table)
+    assert torch.equal(bounds.high, k_cache.amax(1))
+    assert torch.equal(bounds.low, k_cache.amin(1))
+    q, options = torch.ones(2, 1, 1, 8), {"cache_seqlens": ends, "block_table": table, "alpha": 0.5}
+    out, stats = attention_with_kvcache(q, k_cache, v_cache, page_bounds=bounds, return_stats=True, **options)
+    torch.testing.assert_close(out, attention_with_kvcache(q, k_cache, v_cache, **options))
+    assert int(stats.pages_read[order.index(0)]) < 40
+
+
+def test_a_page_that_was_never_given_is_not_written_to():
+    cache, q = torch.randn(6, 4, 1, 8), torch.randn(1, 1, 1, 8)
+    before, table = cache.clone(), torch.tensor([[3, -1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="got -1\ngive a sequence its pages before its tokens"):
+        attention_with_kvcache(q, cache, cache.clone(), q, q, block_table=table, cache_seqlens=4)
+    assert torch.equal(cache, before)
+    attention_with_kvcache(q, cache, cache.clone(), q, q, block_table=table, cache_seqlens=3)
+    with pytest.raises(ValueError, match="block_table must have pages from 0 to 5"):
+        page_bounds(cache, 8, torch.tensor([[3, 99]], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "numba", "reference"])
+@pytest.mark.parametrize(("batch", "length", "heads", "room"), [(0, 1, 2, 9), (2, 0, 2, 9), (2, 1, 0, 9), (2, 1, 2, 0)])
+def test_empty_tensors(backend, batch, length, heads, room):
+    cache = torch.zeros(batch, room, heads, 4)
+    slopes = torch.ones(heads)
+    q = torch.randn(batch, length, heads, 4)
+    out = attention_with_kvcache(q, cache, cache, cache_seqlens=min(room, 3), alibi_slopes=slopes, backend=backend)
+    assert out.shape == q.shape
+    assert not out.any()
+
+
+def test_forward_mode_is_refused_not_lost():
+    q, cache = torch.randn(1, 1, 2, 4), torch.randn(1, 9, 2, 4)
+    with pytest.raises(NotImplementedError, match="it has no gradient"):
+        torch.func.jvp(lambda q: attention_with_kvcache(q, cache, cache), (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="it has no gradient"):
+        attention_with_kvcache(forward_ad.make_dual(q, q), cache, cache)
+    with pytest.raises(NotImplementedError, match=r"torch.vmap cannot batch it|Batching rule not implemented"):
+        torch.vmap(lambda q: attention_with_kvcache(q, cache, cache))(torch.stack([q, q]))
 
 
 def test_a_shorter_sequence_needs_no_new_bounds():
@@ -160,6 +208,11 @@ new4, table4 = torch.zeros(2, 1, 2, 8), torch.zeros(2, 3, dtype=torch.int32)
         ((q4, cache4, cache4), {"cache_seqlens": 31}, ValueError, "fit into the cache's 30 tokens, got 31"),
         ((q4, cache4, cache4), {"cache_seqlens": -1}, ValueError, "at least 0"),
         ((q4, cache4, cache4 + 0, new4, new4), {"cache_seqlens": 30}, ValueError, "fit with 1 new ones"),
+        ((q4, cache4, cache4 + 0, new4, new4), {"cache_seqlens": None}, ValueError, "with k and v, cache_seqlens must say"),
+        ((q4, cache4[:1].expand(2, -1, -1, -1), cache4, new4, new4), {"cache_seqlens": 3}, ValueError, "its own memory"),
+        ((q4, (cache4 * 1j).conj().imag, cache4), {}, ValueError, "k_cache must not be a negated view"),
+        ((q4, cache4, cache4), {"block_table": table4 + 2}, ValueError, "pages from 0 to 1 up to each sequence's end, got 2"),
+        ((q4, cache4, cache4), {"block_table": table4 - 1, "cache_seqlens": 31}, ValueError, "got -1"),
         ((q4, cache4, cache4), {"cache_seqlens": 1.0}, TypeError, "an int or an int32 tensor, got float"),
         ((q4, cache4, cache4), {"cache_seqlens": torch.zeros(2)}, TypeError, "must be an int32 tensor, got float32"),
         ((q4, cache4, cache4), {"cache_seqlens": torch.zeros(3).int()}, ValueError, r"must have shape \(2,\), got \(3,\)"),

@@ -596,7 +596,7 @@ SOFT = torch.full((3, 4), 0.25)
     [
         (([1.0], Y), TypeError, r"diffmax_loss: X must be a torch\.Tensor, got list"),
         ((X.long(), Y), TypeError, r"X must be float16, bfloat16, float32 or float64, got int64"),
-        ((torch.zeros(()), Y), ValueError, r"dim must lie in"),
+        ((torch.zeros(()), Y), ValueError, r"X must have a dimension of classes"),
         ((torch.zeros(3, 0), Y), ValueError, r"X must have at least one class, got shape \(3, 0\)"),
         ((X, [0, 1, 2]), TypeError, r"target must be a torch\.Tensor, got list"),
         ((X, Y.int()), TypeError, r"class indices as int64.*got int32\n.*target\.long\(\)"),

@@ -261,6 +261,11 @@ def checked(
     if attn_mask is not None and variant is not None:
         if is_causal:
             raise ValueError(f"{name}: is_causal=True and a CausalBias as attn_mask exclude each other\npass one of them")
+        if lower_right and variant.name != "LOWER_RIGHT":
+            raise ValueError(
+                f'{name}: causal_alignment="lower_right" contradicts attn_mask, a causal_upper_left\n'
+                "pass torch.nn.attention.bias.causal_lower_right, or is_causal=True"
+            )
         is_causal, lower_right, attn_mask = True, variant.name == "LOWER_RIGHT", None
     left, right = checks.check_window(name, window_size, is_causal)
     mask = None if attn_mask is None else checks.check_mask(name, query, key, attn_mask)
@@ -340,9 +345,7 @@ def checked_varlen(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, return_stats: bool, backend: str | None
 ) -> tuple[Tensor, AttentionStats | None]:
-    out, m, delta, _, live, support = _attention_ops.attention(
-        query, key, value, bool(return_stats), call, backend or selected()
-    )
+    out, m, delta, _, live, support = _attention_ops.attention(query, key, value, bool(return_stats), call, selected(backend))
     if not return_stats:
         return out, None
     row_e = clamp_e(call.e.detach().unsqueeze(1) if isinstance(call.e, Tensor) else call.e)

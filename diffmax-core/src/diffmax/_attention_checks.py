@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ def check_heads(name: str, heads: int, kv_heads: int, enable_gqa: bool) -> None:
 def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> tuple[float, Tensor | None]:
     """Check alpha and turn it into e = 1 - alpha: as a float, or as a tensor (H,) with a gradient."""
     if not isinstance(alpha, Tensor):
-        return one_minus_alpha(name, query, alpha, query.ndim - 1)
+        if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
+            raise TypeError(f"{name}: alpha must be a float or a tensor, got {alpha!r} of type {type(alpha).__name__}")
+        return one_minus_alpha(name, query, float(alpha), query.ndim - 1)
     if not alpha.is_floating_point():
         raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
     if alpha.shape not in ((), (1,), (heads,)):
@@ -154,8 +157,10 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
     """The factor of the scores, 1 / sqrt(D) by default."""
     if scale is None:
         return 1 / math.sqrt(query.shape[-1])
-    if isinstance(scale, (bool, Tensor)) or not isinstance(scale, (float, int, torch.SymFloat)):
+    if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}")
+    if not isinstance(scale, torch.SymFloat) and not math.isfinite(scale):
+        raise ValueError(f"{name}: scale must be finite, got {scale}")
     return scale if isinstance(scale, torch.SymFloat) else float(scale)
 
 
@@ -187,8 +192,8 @@ def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int
             f"{hint if isinstance(window_size, int) else ''}"
         )
     left, right = window_size
-    if left < -1 or right < -1:
-        raise ValueError(f"{name}: window_size must be at least 0, or -1 for no bound, got {tuple(window_size)}")
+    if left < -1 or right < -1 or left >= 2**31 or right >= 2**31:
+        raise ValueError(f"{name}: window_size must be from 0 to 2**31 - 1, or -1 for no bound, got {tuple(window_size)}")
     return left, 0 if is_causal else right
 
 

@@ -185,9 +185,14 @@ def judge(spec: CallSpec, names: Sequence[str] = ()) -> list[tuple[Backend, list
     return [(candidate, _reasons_against(candidate, spec, bool(names))) for candidate in candidates]
 
 
-def selected() -> str:
-    """What `use_backend` set in this thread, or ""."""
-    return getattr(_selection, "name", "")
+def selected(backend: str | None = None) -> str:
+    """The backend of a call: the argument, else what `use_backend` set in this thread, else ""."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(
+            f"diffmax: backend must be a name from diffmax.backends(), got {backend!r} of type {type(backend).__name__}"
+        )
+    used_here: str = getattr(_selection, "name", "")
+    return backend or used_here
 
 
 @contextmanager

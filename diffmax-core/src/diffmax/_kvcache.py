@@ -77,10 +77,12 @@ def page_bounds(
     page_size = k_cache.shape[1] if block_table is not None else checks.check_page_size(name, page_size)
     batch = k_cache.shape[0] if block_table is None else block_table.shape[0]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    lengths = checks.check_lengths(name, cache_seqlens, batch, room, None, k_cache.device)
+    checks.check_pages(name, block_table, lengths, 0, k_cache)
     call = KVCacheCall(
         scale=1.0,
         e=1.0,
-        cache_seqlens=checks.check_lengths(name, cache_seqlens, batch, room, 0, k_cache.device),
+        cache_seqlens=lengths,
         block_table=block_table,
         page_size=page_size,
     )
@@ -121,11 +123,12 @@ def attention_with_kvcache(
             (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv, D_v). H is a multiple of H_kv, and query head h
             reads key head h // (H / H_kv). What lies behind a sequence's end is never looked at.
         k, v: (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), or None: new tokens, mostly those of q.
-        cache_seqlens: int32 (B,), or one int for all: tokens in the cache before the call. None: the cache is full.
+        cache_seqlens: int32 (B,), or one int for all: tokens in the cache before the call. None: the cache is full
+            (not with `k` and `v`).
         cache_batch_idx: int32 (B,), the row of the cache that holds each sequence, all different; None: sequence b has row b.
             Not with `block_table`.
-        block_table: int32 (B, pages), the pages of each sequence in order. Entries behind its last page may be anything. A
-            page that new tokens are written to belongs to one sequence.
+        block_table: int32 (B, pages), the pages of each sequence in order. Entries behind its last page may be anything.
+            Sequences may share pages, but not one that new tokens are written to.
         softmax_scale: Factor of the scores; None: 1 / sqrt(D).
         causal: Each query sees the keys up to its own place, where the last query stands at the last key.
         window_size: (left, right), how many keys before and after its own place a query sees; -1 is all.
@@ -166,19 +169,21 @@ def attention_with_kvcache(
     e, e_tensor = _attention_checks.check_alpha(name, q, alpha, heads)
     left, right = _attention_checks.check_window(name, window_size, causal)
     block_table = checks.check_block_table(name, block_table, k_cache, batch)
-    new = 0 if k is None else k.shape[1]
+    new = None if k is None else k.shape[1]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     slopes = _attention_checks.check_alibi(name, q, alibi_slopes, (batch, heads))
     low, high, page_size = checks.check_bounds(name, page_bounds, k_cache, block_table)
+    lengths = checks.check_lengths(name, cache_seqlens, batch, room, new, q.device)
+    checks.check_pages(name, block_table, lengths, new or 0, k_cache)
     out, m, delta, support, pages = torch.ops.diffmax.attention_kvcache(
         *(q, k_cache, v_cache, k, v),
-        checks.check_lengths(name, room - new if cache_seqlens is None else cache_seqlens, batch, room, new, q.device),
+        lengths,
         checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table),
         *(block_table, low, high, page_size, bool(return_stats), _attention_checks.check_scale(name, q, softmax_scale)),
         *(e, e_tensor, left, right, _attention_checks.check_softcap(name, softcap)),
-        slopes if slopes is None else slopes.view(-1, heads),
+        slopes if slopes is None or slopes.ndim == 2 else slopes.unsqueeze(0),
         _attention_checks.check_sink(name, q, sink, heads),
-        backend or selected(),
+        selected(backend),
     )
     out = cast(Tensor, out)
     if not return_stats:

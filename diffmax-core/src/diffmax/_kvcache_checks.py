@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from diffmax import _kvcache_ops
+from diffmax import _kvcache_ops, _ops
 from diffmax._checks import _dtype, _readable, _shape
 from diffmax._numerics import FLOAT_DTYPES
 from diffmax.plugin import TILE
@@ -45,6 +46,13 @@ def check_tensors(
         )
     if len({t.device for t in given.values()}) > 1:
         raise ValueError(f"{name}: q, the caches, k and v must be on one device, got{facts}")
+    for what in ("k_cache", "v_cache"):
+        if (
+            not torch.compiler.is_compiling() and given[what].is_neg()
+        ):  # torch would negate a copy and lose what is written to it
+            raise ValueError(
+                f"{name}: {what} must not be a negated view, got one\nmake it contiguous first, with resolve_neg()"
+            )
     if q.shape[3] != k_cache.shape[3] or q.shape[3] == 0:
         raise ValueError(
             f"{name}: q and k_cache must have the same head size, at least 1, got {q.shape[3]} and {k_cache.shape[3]}{facts}"
@@ -59,6 +67,12 @@ def check_tensors(
             wanted = (q.shape[0], k.shape[1], *cache.shape[2:])
             if new.shape != wanted:
                 raise ValueError(f"{name}: {what} must have shape {tuple(wanted)}, got {_shape(new)}{facts}")
+        for what, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+                raise ValueError(
+                    f"{name}: {what} must have its own memory for each token where k and v are appended, got an expanded one, "
+                    f"of strides {cache.stride()}\nmake it contiguous first"
+                )
         if _same_memory(k_cache, v_cache):
             raise ValueError(f"{name}: k_cache and v_cache must be two tensors where k and v are appended, got one{facts}")
     if not paged and q.shape[0] > k_cache.shape[0]:
@@ -76,17 +90,25 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 def check_gradients(*arguments: Any) -> None:
     """Refuse what a gradient should flow through."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+    if _ops._differentiates(*(t for t in arguments if isinstance(t, Tensor))):
         raise NotImplementedError(_kvcache_ops.NO_GRADIENT)
 
 
-def check_lengths(name: str, lengths: int | Tensor, batch: int, room: int, new: int, device: torch.device) -> Tensor:
-    """cache_seqlens as int32 (B,) on the device; values are looked at where that is free."""
-    if isinstance(lengths, bool) or not isinstance(lengths, (int, torch.SymInt, Tensor)):
+def check_lengths(
+    name: str, lengths: int | Tensor | None, batch: int, room: int, new: int | None, device: torch.device
+) -> Tensor:
+    """cache_seqlens as int32 (B,) on the device, `new` tokens to come; values are looked at where that is free."""
+    if lengths is None and new is not None:
+        raise ValueError(
+            f"{name}: with k and v, cache_seqlens must say how many tokens are in the cache before them, got None\n"
+            "for an empty cache pass cache_seqlens=0"
+        )
+    lengths, new = room if lengths is None else lengths, new or 0
+    if isinstance(lengths, bool) or not isinstance(lengths, (numbers.Integral, torch.SymInt, Tensor)):
         raise TypeError(f"{name}: cache_seqlens must be an int or an int32 tensor, got {type(lengths).__name__}")
     if not isinstance(lengths, Tensor):
         if not torch.compiler.is_compiling():
-            _check_room(name, lengths, lengths, room, new)
+            _check_room(name, int(lengths), int(lengths), room, new)
         return torch.full((batch,), lengths, dtype=torch.int32, device=device)
     _check_index(name, "cache_seqlens", lengths, (batch,), device)
     if _readable(lengths) and batch:
@@ -129,7 +151,7 @@ def check_rows(name: str, rows: Tensor | None, batch: int, k_cache: Tensor, bloc
 
 
 def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: int | None) -> Tensor | None:
-    """Check block_table; which entries are in use depends on the lengths, so their values are not looked at."""
+    """Check block_table on its own; `check_pages` looks at its entries."""
     if table is None:
         return None
     if not isinstance(table, Tensor):
@@ -139,6 +161,19 @@ def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: i
         raise ValueError(f"{name}: block_table must have shape ({rows}, pages), got {_shape(table)}")
     _check_index(name, "block_table", table, tuple(table.shape), k_cache.device)
     return table.to(torch.int32)
+
+
+def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_cache: Tensor) -> None:
+    """Check the entries of block_table that the sequences use, new tokens among them, where looking at them is free."""
+    if table is None or not (_readable(table) and _readable(lengths)):
+        return
+    used = table[torch.arange(table.shape[1]) * k_cache.shape[1] < (lengths + new).view(-1, 1)]
+    wrong = used[(used < 0) | (used >= k_cache.shape[0])]
+    if len(wrong):
+        raise ValueError(
+            f"{name}: block_table must have pages from 0 to {k_cache.shape[0] - 1} up to each sequence's end, got {wrong[0]}\n"
+            "give a sequence its pages before its tokens"
+        )
 
 
 def check_page_size(name: str, page_size: int) -> int:

@@ -104,7 +104,7 @@ def _attention_kvcache_fake(query: Tensor, k_cache: Tensor, v_cache: Tensor, *re
 
 def _attention_kvcache_autograd(*arguments: Any) -> Any:
     tensors = [t for t in arguments if isinstance(t, Tensor)]
-    if _ops._differentiates(*tensors):
+    if _ops._differentiates(*tensors) or _ops._has_tangent(*tensors):
         raise NotImplementedError(NO_GRADIENT)
     _, k_cache, v_cache, k, _, _, _, _, low, high = arguments[:10]
     if k is not None:
@@ -116,6 +116,15 @@ def _attention_kvcache_autograd(*arguments: Any) -> Any:
         return torch.ops.diffmax.attention_kvcache(*arguments)
 
 
+def _attention_kvcache_vmap(*_: Any) -> Any:
+    raise NotImplementedError(
+        "diffmax.attention_with_kvcache: torch.vmap cannot batch it, since it changes the caches in place\n"
+        "its own batch is the first dimension of q: put the sequences there"
+    )
+
+
 _LIBRARY.impl("attention_kvcache", _attention_kvcache, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_kvcache", _attention_kvcache_autograd, "Autograd")
 torch.library.register_fake("diffmax::attention_kvcache", _attention_kvcache_fake, lib=_LIBRARY)
+if hasattr(torch.library, "register_vmap"):  # torch 2.5
+    torch.library.register_vmap("diffmax::attention_kvcache", _attention_kvcache_vmap, lib=_LIBRARY)

@@ -54,7 +54,7 @@ def warmup(
         for alpha in alphas:
             features = frozenset({"tensor_alpha"} if alpha is None else set())
             spec = describe("bisect", place.type, dtype, features)
-            chosen = choose(spec, backend or selected())
+            chosen = choose(spec, selected(backend))
             prepared.setdefault(chosen.name, 0)
             if chosen.warmup is not None:
                 compile_ahead = import_function(chosen.warmup)

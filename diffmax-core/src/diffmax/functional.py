@@ -69,4 +69,4 @@ def normalize(
     """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
     if X.ndim == 0:
         return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
-    return _ops.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), backend or selected())
+    return _ops.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), selected(backend))

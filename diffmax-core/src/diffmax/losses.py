@@ -66,6 +66,8 @@ def diffmax_loss(
     """
     name = "diffmax_loss"
     check_reduction(name, reduction)
+    if isinstance(X, Tensor) and X.ndim == 0:
+        raise ValueError(f"{name}: X must have a dimension of classes, shape (C,), (N, C) or (N, C, ...), got shape ()")
     dim = 0 if isinstance(X, Tensor) and X.ndim == 1 else 1
     dim = check_scores(name, X, dim, n_iter)
     check_target(name, X, target, dim, ignore_index)
@@ -91,7 +93,7 @@ def fenchel_young(
         X, target, dim = X.unsqueeze(0), target.unsqueeze(0), 1
         losses = fenchel_young(X, target, e, e_tensor, dim, weight, ignore_index, reduction, n_iter, backend)
         return losses.squeeze(0) if reduction == "none" else losses
-    name = backend or selected()
+    name = selected(backend)
     if target.is_floating_point():
         target, mass = (target, None) if weight is None else _reweighted(target, weight, dim)
         losses = torch.ops.diffmax.loss(X, target, e, e_tensor, dim, n_iter, name)[0].squeeze(dim)

@@ -133,7 +133,7 @@ def _logged(
 
     watched = torch.is_grad_enabled() and (X.requires_grad or (e_tensor is not None and e_tensor.requires_grad))
     x, row_e = _Watch.apply(X, e_tensor, gradients, send_gradients) if watched else (X, e_tensor)
-    p, m, delta = torch.ops.diffmax.bisect(x, e, row_e, dim, n_iter, bool(ensure_sum_one), backend or selected())
+    p, m, delta = torch.ops.diffmax.bisect(x, e, row_e, dim, n_iter, bool(ensure_sum_one), selected(backend))
     if watched:
         p.register_hook(keep_size)
     with torch.no_grad():

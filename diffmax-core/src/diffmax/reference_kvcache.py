@@ -51,8 +51,8 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     delta = delta.masked_fill(m.isnan() | (m == torch.inf) | ~((row_e >= 0) & (row_e <= 1)), torch.nan)
     p = p[..., : keys.shape[1]]
     values = torch.where((place < ends.view(-1, 1))[..., None, None], values, 0).to(acc).transpose(1, 2)
-    groups = p.reshape(batch, keys.shape[2], -1, keys.shape[1])
-    out = (groups @ values).view(batch, heads, length, -1).transpose(1, 2).to(query.dtype).contiguous()
+    groups = p.reshape(batch, keys.shape[2], heads // max(keys.shape[2], 1) * length, keys.shape[1])
+    out = (groups @ values).view(batch, heads, length, values.shape[3]).transpose(1, 2).to(query.dtype).contiguous()
     support, pages = (torch.empty(0, dtype=torch.int32, device=query.device) for _ in range(2))
     if stats:
         shift = torch.where(m == -torch.inf, 0.0, m)
@@ -164,23 +164,24 @@ def _widen_bounds(k: Tensor, call: KVCacheCall, low: Tensor, high: Tensor, start
 
 def bounds_of(k_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, Tensor]:
     """The smallest and the largest keys of each page that holds a token; 0 for the others."""
-    keys, size = pages_of(k_cache, call), call.page_size
-    batch, tokens, kv_heads, head_dim = keys.shape
-    count = -(-tokens // size)
-    filled = torch.arange(count * size, device=keys.device) < call.cache_seqlens.view(-1, 1)
-    filled = filled.view(batch, count, size, 1, 1)
-    keys = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, count * size - tokens)).view(batch, count, size, kv_heads, head_dim)
-    used = filled.any(2)
-    bounds = []
-    for reduce, outside in ((torch.amin, torch.inf), (torch.amax, -torch.inf)):
-        bound = torch.where(used, reduce(torch.where(filled, keys, outside), 2), 0)
-        if call.block_table is not None:
-            # pages that no sequence has reached write to a row of their own, which is dropped
-            blocks = torch.where(used.view(batch, count), call.block_table.long(), k_cache.shape[0])
-            rows = bound.new_zeros(k_cache.shape[0] + 1, kv_heads, head_dim)
-            bound = rows.index_put((blocks,), bound)[:-1].contiguous()
-        bounds.append(bound)
-    return bounds[0], bounds[1]
+    size = call.page_size
+    if call.block_table is None:
+        rows, tokens, *rest = k_cache.shape
+        count = -(-tokens // size)
+        keys = torch.nn.functional.pad(k_cache, (0, 0, 0, 0, 0, count * size - tokens)).view(rows * count, size, *rest)
+        filled = (call.cache_seqlens.view(-1, 1) - torch.arange(count, device=keys.device) * size).flatten()
+    else:
+        keys, pages = k_cache, torch.arange(call.block_table.shape[1], device=k_cache.device)
+        filled = (call.cache_seqlens.view(-1, 1) - pages * size).flatten()
+        # pages that a sequence has not reached count for one that is dropped; of those that sequences share the fullest counts
+        blocks = torch.where(filled > 0, call.block_table.flatten().long(), len(keys))
+        filled = filled.new_zeros(len(keys) + 1).scatter_reduce(0, blocks, filled, "amax")[:-1]
+    inside = (torch.arange(size, device=keys.device) < filled.unsqueeze(1))[..., None, None]
+    low, high = (
+        torch.where(inside[:, 0], reduce(torch.where(inside, keys, outside), 1), 0)
+        for reduce, outside in ((torch.amin, torch.inf), (torch.amax, -torch.inf))
+    )
+    return (low, high) if call.block_table is not None else (low.view(rows, count, *rest), high.view(rows, count, *rest))
 
 
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from diffmax._attention import attention
-from diffmax._checks import check_scores
+from diffmax._attention_checks import check_tensors
+from diffmax._checks import _dtype, _readable, _shape, check_scores
 from diffmax.functional import diffmax_bisect, normalize
 
 __all__ = [
@@ -63,14 +64,16 @@ def adasplash(
         tensor(0.)
     """
     name = "adasplash"
-    mask = None if varlen is None else _inside(name, q, k, varlen)
+    check_tensors(name, q, k, v, "BHLD")
+    mask = None
+    if varlen is not None:
+        queries, keys = _inside(name, varlen, q.shape, k.shape[2])
+        # padding may hold anything, and 0 times NaN is NaN
+        q, k, v, mask = q.masked_fill(~queries, 0), k.masked_fill(~keys, 0), v.masked_fill(~keys, 0), keys.mT
     out = attention(
         q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1], alpha=_our_alpha(name, alpha, q.device)
     )
-    if varlen is None:
-        return out
-    beyond = torch.arange(q.shape[2], device=q.device).view(-1, 1) >= varlen.view(-1, 1, 1, 1)
-    return out.masked_fill(beyond, 0.0)
+    return out if varlen is None else out.masked_fill(~queries, 0)
 
 
 def adasplash_v1(
@@ -123,9 +126,10 @@ def triton_entmax(
         >>> triton_entmax(torch.tensor([3.0, 2.0, 1.0, 0.0]))
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    dim = check_scores("triton_entmax", x, -1, 50)
     ours = _our_alpha("triton_entmax", alpha, None)
     if isinstance(ours, Tensor) and not isinstance(alpha, Tensor):
-        return normalize(x, 1.0, None, check_scores("triton_entmax", x, -1, 50), 50, True)
+        return normalize(x, 1.0, None, dim, 50, True)
     return diffmax_bisect(x, ours)
 
 
@@ -150,6 +154,9 @@ def triton_entmax15(x: Tensor, **kwargs: Any) -> Tensor:
 def _our_alpha(name: str, alpha: float | Tensor, device: torch.device | None) -> float | Tensor:
     """2 - alpha'; for sparsemax a tensor, because diffmax takes the limit alpha = 0 in that form alone."""
     if isinstance(alpha, Tensor):
+        if _readable(alpha) and not bool(((alpha >= 1) & (alpha <= 2)).all()):
+            low, high = alpha.detach().aminmax()
+            raise ValueError(f"{name}: alpha must lie in [1, 2], got values from {low.item():g} to {high.item():g}")
         return 2 - alpha
     if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
         raise TypeError(f"{name}: alpha must be a float or a tensor, got {alpha!r} of type {type(alpha).__name__}")
@@ -160,9 +167,15 @@ def _our_alpha(name: str, alpha: float | Tensor, device: torch.device | None) ->
     return torch.zeros((), device=device) if alpha == 2 else 2 - float(alpha)
 
 
-def _inside(name: str, q: Tensor, k: Tensor, varlen: Tensor) -> Tensor:
-    """Which keys are no padding, as a mask."""
-    if varlen.dtype not in (torch.int32, torch.int64) or varlen.shape != (q.shape[0],):
-        got = f"{tuple(varlen.shape)} {str(varlen.dtype).removeprefix('torch.')}"
-        raise ValueError(f"{name}: varlen must be int32 or int64 of shape ({q.shape[0]},), one length per sequence, got {got}")
-    return torch.arange(k.shape[2], device=k.device) < varlen.view(-1, 1, 1, 1)
+def _inside(name: str, varlen: Tensor, shape: torch.Size, keys: int) -> tuple[Tensor, Tensor]:
+    """Which queries and which keys are no padding, (B, 1, N, 1) and (B, 1, M, 1)."""
+    batch, _, length, _ = shape
+    if not isinstance(varlen, Tensor) or varlen.dtype not in (torch.int32, torch.int64) or varlen.shape != (batch,):
+        got = f"{_shape(varlen)} {_dtype(varlen)}" if isinstance(varlen, Tensor) else type(varlen).__name__
+        raise ValueError(f"{name}: varlen must be int32 or int64 of shape ({batch},), one length per sequence, got {got}")
+    longest = max(length, keys)
+    if _readable(varlen) and not bool(((varlen >= 0) & (varlen <= longest)).all()):
+        raise ValueError(f"{name}: varlen must lie between 0 and the sequences' length, {longest}, got {varlen.tolist()}")
+    lengths = varlen.view(-1, 1, 1, 1)
+    queries, seen = (torch.arange(n, device=varlen.device).view(-1, 1) < lengths for n in (length, keys))
+    return queries, seen

@@ -107,6 +107,8 @@ def attention_backward(
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         for block in part.blocks(call):
             columns = block.live_columns(live)
+            if columns is not None and len(columns) == 0:
+                continue
             span = slice(block.first, block.last)
             k, v = (t[:, span] if columns is None else t[:, span][:, columns] for t in (keys, values))
             q, g = block.rows_of(query).mul_(call.scale), block.rows_of(grad)

@@ -118,7 +118,7 @@ class Block:
         """The block's rows of (B, H, L, n) as (key heads, rows, n), in the accumulation dtype; a copy."""
         view = self._view(t)
         copy = torch.empty(view.shape, dtype=accumulation_dtype(t.dtype)).copy_(view)
-        return copy.view(self.part.heads, -1, t.shape[3])
+        return copy.view(self.part.heads, view.shape[:3].numel() // self.part.heads, t.shape[3])
 
     def row_values_of(self, t: Tensor) -> Tensor:
         """The block's rows of (B, H, L) as one column."""
@@ -238,7 +238,7 @@ def parts(query: Tensor, key: Tensor, call: AttentionCall) -> Iterator[Part]:
         else:
             heads = [slice(h, min(h + together, kv_heads)) for h in range(0, kv_heads, together)]
             spans = [(slice(b, b + 1), some) for b in range(batch) for some in heads]
-        yield from (Part(sequence, *span, group, query.shape[1]) for span in spans if kv_heads)
+        yield from (Part(sequence, *span, group, query.shape[1]) for span in spans if kv_heads and group)
 
 
 def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Iterator[Sequence]:
