@@ -128,7 +128,8 @@ def attention_with_kvcache(
         cache_batch_idx: int32 (B,), the row of the cache that holds each sequence, all different; None: sequence b has row b.
             Not with `block_table`.
         block_table: int32 (B, pages), the pages of each sequence in order. Entries behind its last page may be anything.
-            Sequences may share pages, but not one that new tokens are written to.
+            Sequences may share pages, but not one that new tokens are written to. On an accelerator the entries in use are not
+            checked.
         softmax_scale: Factor of the scores; None: 1 / sqrt(D).
         causal: Each query sees the keys up to its own place, where the last query stands at the last key.
         window_size: (left, right), how many keys before and after its own place a query sees; -1 is all.
