@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,14 +80,17 @@ class _Head:
         self.first = max(self.end - self.length - left, 0) if left >= 0 else 0
         self.blocks = None if call.block_table is None else call.block_table[self.b, : -(-self.end // call.page_size)].long()
         self.row = self.b if call.cache_batch_idx is None else int(call.cache_batch_idx[self.b])
-        # row r of the queries is query r % length of head r // length
-        self.place = torch.arange(self.end - self.length, self.end).repeat(self.q.shape[0] // self.length).unsqueeze(1)
         self.e: float | Tensor = self._per_row(call.e) if isinstance(call.e, Tensor) else call.e
         self.slopes = None
         if call.alibi is not None:
             self.slopes = self._per_row(call.alibi[self.b if call.alibi.shape[0] > 1 else 0])
         self.needs_places = call.alibi is not None or call.left >= 0 or (call.right >= 0 and self.length > 1)
         self.sink = None if call.sink is None else self._per_row(call.sink)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(R, 1): row r of the queries is query r % length of head r // length."""
+        return torch.arange(self.end - self.length, self.end).repeat(self.q.shape[0] // self.length).unsqueeze(1)
 
     def _per_row(self, per_head: Tensor) -> Tensor:
         return per_head[self.heads].repeat_interleave(self.length).unsqueeze(1).to(self.q.dtype)
@@ -96,8 +100,8 @@ class _Head:
         chosen = self._pages_that_matter() if self.call.low is not None and self.end > self.first else None
         if chosen is None:
             tokens = None
-            places = torch.arange(self.first, self.end) if self.needs_places else self.place
-            scores = self._hidden(self._biased(self._all_scores(), places), places)
+            scores, places = self._all_scores(), torch.arange(self.first, self.end) if self.needs_places else None
+            scores = self._hidden(self._biased(scores, places), places)
             self.pages_read = -(-self.end // self.call.page_size) - self.first // self.call.page_size
         else:
             tokens, scores = chosen
@@ -148,18 +152,18 @@ class _Head:
         size = self.call.page_size
         return cache[self.blocks[tokens // size], tokens % size, self.g].to(self.q.dtype)
 
-    def _biased(self, scores: Tensor, places: Tensor) -> Tensor:
-        """Softcap and ALiBi, in place."""
+    def _biased(self, scores: Tensor, places: Tensor | None) -> Tensor:
+        """Softcap and ALiBi, in place; the places of the keys, where something needs them."""
         if self.call.softcap:
             scores.div_(self.call.softcap).tanh_().mul_(self.call.softcap)
-        if self.slopes is not None:
+        if self.slopes is not None and places is not None:
             scores.sub_(self.slopes * (places - self.place).abs())
         return scores
 
-    def _hidden(self, scores: Tensor, places: Tensor) -> Tensor:
+    def _hidden(self, scores: Tensor, places: Tensor | None) -> Tensor:
         """-inf where causality or the window hides a key, in place."""
         left, right = self.call.left, self.call.right
-        if left >= 0 or (right >= 0 and self.length > 1):
+        if places is not None and (left >= 0 or (right >= 0 and self.length > 1)):
             away = places - self.place
             if left >= 0:
                 scores.masked_fill_(away < -left, -torch.inf)
