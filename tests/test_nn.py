@@ -113,3 +113,13 @@ def test_repr_names_what_matters():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_with_a_map_it_is_made_on_the_device_meta(tensor):
+    """As from_pretrained makes modules. The check of the range looked at values."""
+    with torch.device("meta"):
+        module = DiffmaxBisectModule(torch.full((3, 1), 0.85) if tensor else 0.85, alpha_map=HillMap(0.3))
+        assert HillMap(0.3)(1.0) == 0.85
+    assert module.log_beta.is_meta
+    assert module.log_beta.shape == ((3, 1) if tensor else ())

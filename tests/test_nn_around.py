@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from diffmax import DiffmaxBisectModule, HillMap, attention, diffmax_bisect
 from diffmax.nn import AffineScale, Elastic, HeadGate, LengthScale, Sink
@@ -91,6 +92,52 @@ def test_a_length_scale_is_a_temperature_for_each_row_of_any_attention(causal):
     close(out, expected)
 
 
+def seen_by(how, mask):
+    """Which keys each query sees, written out."""
+    shift = S - L if how.get("causal_alignment") == "lower_right" else 0
+    distance = torch.arange(S) - torch.arange(L).unsqueeze(1) - shift
+    left, right = how.get("window_size", (-1, -1))
+    seen = torch.ones(L, S, dtype=torch.bool) if mask is None else mask if mask.dtype == torch.bool else mask > -torch.inf
+    seen = seen & (distance >= -left) if left >= 0 else seen
+    seen = seen & (distance <= right) if right >= 0 else seen
+    return seen & (distance <= 0) if how.get("is_causal") else seen
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "boolean", "floating", "one row"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"window_size": (1, 2)},
+        {"window_size": (0, -1), "causal_alignment": "lower_right"},
+        {"is_causal": True, "window_size": (2, 1)},
+        {"is_causal": True, "causal_alignment": "lower_right"},
+    ],
+    ids=str,
+)
+def test_a_length_scale_counts_the_keys_that_a_query_sees(how, mask):
+    """Windows and masks were not counted: padding changed the result of tokens that do not see it."""
+    given = {
+        "none": None,
+        "padding": torch.rand(B, 1, 1, S) < 0.7,
+        "boolean": torch.rand(B, H, L, S) < 0.7,
+        "floating": torch.randn(L, S).masked_fill(torch.rand(L, S) < 0.3, -torch.inf),
+        "one row": torch.rand(S) < 0.7,
+    }[mask]
+    module, query = filled(LengthScale(H)), torch.randn(B, H, L, D, dtype=torch.float64)
+    n = seen_by(how, given).sum(-1, keepdim=True).clamp_min(1).double()
+    factor = 1 + torch.exp(-module.log_decay.exp()).view(-1, 1, 1) * n.log()
+    close(module(query, S, **how, attn_mask=given), query * factor)
+
+
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+def test_a_length_scale_reads_torchs_causal_biases(make):
+    module, query = filled(LengthScale(H)), torch.randn(B, H, L, D, dtype=torch.float64)
+    alignment = make.__name__.removeprefix("causal_")
+    expected = module(query, S, is_causal=True, causal_alignment=alignment)
+    assert torch.equal(module(query, S, attn_mask=make(L, S)), expected)
+
+
 def test_a_length_scale_of_softmax_raises_n_to_the_scores():
     module = LengthScale(1, start=-50.0).double()  # the factor is 1 + ln n
     x, one = torch.randn(1, 1, 1, S, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -133,6 +180,24 @@ def test_affine_scaled_attention_is_an_affine_map_of_the_weights(made, how):
     close(module(p @ wide, value, x, **given), weights @ wide)
     module.offset = False
     close(module(p @ wide, value, x), a * (p @ wide))
+
+
+@pytest.mark.parametrize("how", ["full", "causal", "masked"])
+def test_affine_scaled_attention_averages_large_values_of_float16(how):
+    """Their sum is beyond float16: the mean was inf."""
+    module = AffineScale(E, H).eval()
+    x, value = torch.randn(1, 9, E), torch.full((1, H, 9, D), 3e4)
+    given = {"is_causal": True} if how == "causal" else {"attn_mask": torch.ones(9, 9).bool()} if how == "masked" else {}
+    expected = module(torch.zeros(1, H, 9, D), value, x, **given)
+    got = module.half()(torch.zeros(1, H, 9, D).half(), value.half(), x.half(), **given)
+    assert (got - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+def test_affine_scaled_attention_refuses_masks_of_numbers():
+    """They were used as weights of the values."""
+    out = torch.randn(B, H, L, D)
+    with pytest.raises(TypeError, match=r"attn_mask must be boolean, .* got torch.float32\nof a mask .* != -torch.inf"):
+        AffineScale(E, H)(out, out, torch.randn(B, L, E), torch.zeros(L, L))
 
 
 def test_affine_scaled_attention_averages_while_it_trains():
@@ -180,6 +245,18 @@ def test_an_elastic_row_that_sees_nothing_is_zero_with_zero_gradient(renormalize
     assert (x.grad[0, 0, 1] == 0).all()
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_an_elastic_row_that_a_sink_took_is_zero_with_zero_gradient(renormalize):
+    """The slot takes all of the weight, there is nothing to divide by: this was NaN."""
+    x = torch.tensor([[[[-3.0, -4.0, -5.0], [3.0, 2.0, 1.0]]]], requires_grad=True)
+    weights = Elastic(Sink(DiffmaxBisectModule(0.5)), 1, renormalize=renormalize)(x)
+    assert (weights[0, 0, 0] == 0).all()
+    assert (weights[0, 0, 1] > 0).any()
+    weights.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad[0, 0, 0] == 0).all()
+
+
 def test_sink_and_elastic_go_together():
     module = filled(Elastic(Sink(DiffmaxBisectModule(0.5), H), H))
     x = scores()
@@ -207,6 +284,10 @@ def test_half_precision_stays_half(dtype):
         (lambda: LengthScale(3)(torch.randn(B, H, L, D), S), "LengthScale: query must .* 3 heads, got"),
         (lambda: HeadGate(E, 3)(torch.randn(B, H, L, D), torch.randn(B, L, E)), "HeadGate: out must .* 3 heads, got"),
         (lambda: AffineScale(E, 3)(torch.randn(B, H, L, D), 0, 0), "AffineScale: out must .* 3 heads, got"),
+        (
+            lambda: LengthScale(H)(torch.randn(B, H, L, D), S, window_size=(-2, 0)),
+            "LengthScale: window_size must be at least 0",
+        ),
         (lambda: AffineScale(E, H, momentum=1.0), "momentum must satisfy 0 <= momentum < 1, got 1.0"),
         (lambda: Elastic(DiffmaxBisectModule(), H, start=1.0), "start must lie strictly between 0 and 1, got 1.0"),
         (

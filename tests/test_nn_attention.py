@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 from diffmax import HillMap, diffmax_bisect
@@ -22,10 +23,11 @@ def by_hand(module, query, key, value, seen, alpha, bias=0.0):
     )
     k, v = (t.repeat_interleave(module.num_heads // module.num_kv_heads, 1) for t in (k, v))
     if module.length_scale is not None:
-        q = module.length_scale(q, k.shape[2])
+        q = module.length_scale(q, k.shape[2], attn_mask=seen)
     scores = (q @ k.mT / math.sqrt(module.head_dim) + bias).masked_fill(~seen, -torch.inf)
-    if module.sink is not None:
-        scores = torch.cat([scores, module.sink.view(-1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    if module.sink is not None or module.null_sink:
+        sink = torch.zeros(module.num_heads) if module.null_sink else module.sink
+        scores = torch.cat([scores, sink.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     weights = diffmax_bisect(scores, alpha.view(-1, 1, 1) if isinstance(alpha, torch.Tensor) else alpha)[..., : k.shape[2]]
     out = weights @ v
     if module.gate is not None:
@@ -54,6 +56,11 @@ CASES = {
     "null slot": ({"sink": "null"}, {"is_causal": True}),
     "learned sink": ({"sink": "learned", "num_kv_heads": 2}, {"key_padding_mask": padding()}),
     "gate and length": ({"head_gate": True, "length_scale": True}, {}),
+    "length, window and padding": ({"length_scale": True, "window_size": (2, 1)}, {"key_padding_mask": padding()}),
+    "length, bias and padding": (
+        {"length_scale": True},
+        {"attn_mask": torch.randn(L, S).double(), "key_padding_mask": padding()},
+    ),
 }
 
 
@@ -206,6 +213,42 @@ def test_compiles_without_a_graph_break_and_checkpoints():
             close(got, wanted)
 
 
+def test_padding_changes_nothing_of_the_other_tokens():
+    """A length scale counted the padding too."""
+    module, x = randomized(DiffmaxAttention(E, H, length_scale=True)), tokens(S)
+    with torch.no_grad():
+        module.length_scale.log_decay.fill_(-1.0)
+    close(module(x, key_padding_mask=padding())[0, :-3], module(x[:1, :-3])[0])
+
+
+def test_a_null_slot_is_zero_also_after_to_empty():
+    """It was a buffer that no state dict holds: on the way from the device "meta" it became what was in memory."""
+    expected = DiffmaxAttention(E, H, sink="null")
+    with torch.device("meta"):
+        module = DiffmaxAttention(E, H, sink="null")
+    module.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    assert not list(module.buffers())
+    x = tokens().float()
+    assert torch.equal(module(x), expected(x))
+
+
+@pytest.mark.parametrize("alpha", [0.7, "tensor"])
+def test_with_a_map_it_is_made_on_the_device_meta_as_from_pretrained_does(alpha):
+    def make():
+        given = torch.full((H,), 0.7) if alpha == "tensor" else alpha
+        return nn.Sequential(DiffmaxAttention(E, H, alpha=given, alpha_map=HillMap(0.5)))
+
+    with torch.device("meta"):
+        module = make()
+        with pytest.raises(ValueError, match=r"the range of c = 0\.3, got 0\.6"):
+            DiffmaxAttention(E, H, alpha=0.6, alpha_map=HillMap(0.3))
+    assert module[0].log_beta.is_meta
+    expected = make()
+    module.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    x = tokens().float()
+    assert torch.equal(module(x), expected(x))
+
+
 def test_repr_names_what_matters():
     assert repr(DiffmaxAttention(E, H, 2, alpha=0.5)).startswith("DiffmaxAttention(\n  32, 4, num_kv_heads=2, alpha=0.5\n")
     assert "alpha_map=HillMap(c=0.5, beta0=1.0)" in repr(DiffmaxAttention(E, H, alpha_map=HillMap(0.5)))
@@ -220,6 +263,23 @@ def test_repr_names_what_matters():
             "embed_dim must be a multiple of num_heads, got 32 and 5\n.*pass head_dim",
         ),
         (lambda: DiffmaxAttention(E, 4, 3), ValueError, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        (lambda: DiffmaxAttention(E, H, head_dim=0), ValueError, "head_dim must be at least 1, got 32 and 0"),
+        (lambda: DiffmaxAttention(E, H, head_dim=-2), ValueError, "head_dim must be at least 1, got 32 and -2"),
+        (
+            lambda: DiffmaxAttention(E, H)(tokens().float(), key_padding_mask=padding(L), attn_mask=torch.ones(L, L).long()),
+            TypeError,
+            "attn_mask must be boolean or floating, got torch.int64\na boolean mask is True",
+        ),
+        (
+            lambda: DiffmaxAttention(E, H)(tokens().float(), key_padding_mask=padding(L), attn_mask=causal_upper_left(L, L)),
+            ValueError,
+            "CausalBias and key_padding_mask exclude each other\npass is_causal=True instead",
+        ),
+        (
+            lambda: DiffmaxAttention(E, H, length_scale=True)(tokens().float(), attn_mask=torch.ones(L, 3).bool()),
+            ValueError,
+            r"DiffmaxAttention: attn_mask must broadcast to \(B, H, L, S\), got shape \(6, 3\)",
+        ),
         (lambda: DiffmaxAttention(E, H, dropout=1.0), ValueError, "dropout must satisfy 0 <= dropout < 1, got 1.0"),
         (lambda: DiffmaxAttention(E, H, sink="zero"), ValueError, 'sink must be None, "null" or "learned", got .zero'),
         (lambda: DiffmaxAttention(E, H, alpha=1.5), ValueError, "alpha must lie strictly between 0 and 1, got 1.5"),
@@ -233,7 +293,7 @@ def test_repr_names_what_matters():
         (
             lambda: DiffmaxAttention(E, H, alpha=0.5, alpha_map=HillMap(0.3)),
             ValueError,
-            r"range of c = 0\.3, got values from 0.5 to 0.5",
+            r"range of c = 0\.3, got 0.5",
         ),
         (
             lambda: DiffmaxAttention(E, H)(tokens().float(), need_weights=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diffmax._numerics import accumulation_dtype
 from diffmax.nn._shapes import check_heads
 
 
@@ -21,7 +22,9 @@ class AffineScale(nn.Module):
         offset: Whether to add the second part.
         momentum: Share of the old m in the new one, in [0, 1); m starts at 0, in the buffer `average` (H,).
     Raises:
-        ValueError: momentum is out of range, shapes do not fit, or a boolean mask and is_causal are both given.
+        ValueError: momentum is out of range, shapes do not fit, or a mask and is_causal are both given.
+        TypeError: attn_mask is not boolean.
+    Numerics: the mean of the values is computed in float32, for float64 in float64.
     Source: Affine-Scaled Attention (arXiv:2602.23057), with N the number of visible keys and not of all: otherwise hidden ones
         would be read. Written for diffmax.
     Example:
@@ -57,14 +60,20 @@ class AffineScale(nn.Module):
             return scaled
         shift: Tensor = (self.average.unsqueeze(1) - a).unsqueeze(3).to(out.dtype)
         value = value.repeat_interleave(out.shape[1] // value.shape[1], dim=1)
-        return scaled + shift * _mean_of_seen(value, out.shape[2], attn_mask, is_causal)
+        return scaled + (shift * _mean_of_seen(value, out.shape[2], attn_mask, is_causal)).to(out.dtype)
 
 
 def _mean_of_seen(value: Tensor, queries: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Per query the mean of the values it sees, (B, H, L, D) or with L = 1; 0 where it sees none."""
+    value = value.to(accumulation_dtype(value.dtype))  # a sum of values may be too large for float16
     if attn_mask is not None:
         if is_causal:
             raise ValueError("AffineScale: attn_mask and is_causal=True exclude each other\npass one mask that holds both")
+        if attn_mask.dtype != torch.bool:
+            raise TypeError(
+                f"AffineScale: attn_mask must be boolean, True where a key is seen, got {attn_mask.dtype}\n"
+                "of a mask that is added to the scores it is attn_mask != -torch.inf"
+            )
         seen = attn_mask.to(value.dtype)
         return (seen @ value) / seen.sum(-1, keepdim=True).clamp_min(1)
     if not is_causal:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffmax._attention import attention
+from diffmax._attention_checks import check_mask
 from diffmax._checks import one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
@@ -88,11 +90,8 @@ class DiffmaxAttention(nn.Module):
         self.v_proj = nn.Linear(vdim or embed_dim, num_kv_heads * self.head_dim, bias=bias)
         self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias)
         self._set_alpha(alpha, alpha_map)
-        self.sink: Tensor | None
-        if sink == "learned":
-            self.sink = nn.Parameter(torch.zeros(num_heads))
-        else:
-            self.register_buffer("sink", None if sink is None else torch.zeros(num_heads), persistent=False)
+        self.sink = nn.Parameter(torch.zeros(num_heads)) if sink == "learned" else None
+        self.null_sink = sink == "null"
         self.gate = HeadGate(embed_dim, num_heads) if head_gate else None
         self.length_scale = LengthScale(num_heads) if length_scale else None
 
@@ -109,8 +108,11 @@ class DiffmaxAttention(nn.Module):
         else:
             one_minus_alpha(_NAME, torch.empty(1), alpha, 0)
         if alpha_map is not None:
-            start = torch.as_tensor(alpha, dtype=torch.float64).detach().expand(self.num_heads)
-            self.log_beta = nn.Parameter(alpha_map.inverse(start).log().float())
+            if isinstance(alpha, Tensor):
+                start = alpha_map.inverse(alpha.detach().double()).log()
+            else:
+                start = torch.tensor(math.log(alpha_map.inverse(float(alpha))))
+            self.log_beta = nn.Parameter(start.float().expand(self.num_heads).clone())
         elif isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
             self.register_buffer("alpha", alpha)
         else:
@@ -167,20 +169,22 @@ class DiffmaxAttention(nn.Module):
         q, k, v = (
             projection(tokens).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for tokens, projection in given.values()
         )
+        mask = _both(attn_mask, key_padding_mask, k)
         if self.length_scale is not None:
-            q = self.length_scale(q, k.shape[2], is_causal, causal_alignment)
+            mask = mask if mask is None or hasattr(mask, "variant") else check_mask(_NAME, q, k, mask)
+            q = self.length_scale(q, k.shape[2], is_causal, causal_alignment, self.window_size, mask)
         out = attention(
             q,
             k,
             v,
-            _both(attn_mask, key_padding_mask, k),
+            mask,
             self.dropout if self.training else 0.0,
             is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads,
             alpha=self._alpha_for(q),
             window_size=self.window_size,
             causal_alignment=causal_alignment,
-            sink=self.sink,
+            sink=q.new_zeros(self.num_heads) if self.null_sink else self.sink,
             backend=self.backend,
         )
         if self.gate is not None:
@@ -233,6 +237,8 @@ def _check_sizes(embed_dim: int, heads: int, kv_heads: int, head_dim: int | None
             f"{_NAME}: embed_dim must be a multiple of num_heads, got {embed_dim} and {heads}\n"
             "take another number of heads, or pass head_dim"
         )
+    if (embed_dim if head_dim is None else head_dim) < 1:
+        raise ValueError(f"{_NAME}: embed_dim and head_dim must be at least 1, got {embed_dim} and {head_dim}")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{_NAME}: num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}")
 
@@ -252,4 +258,11 @@ def _both(attn_mask: Tensor | None, key_padding_mask: Tensor | None, key: Tensor
     seen = ~key_padding_mask[:, None, None, :]
     if attn_mask is None:
         return seen
+    if hasattr(attn_mask, "variant"):  # torch's CausalBias, which must not be looked into
+        raise ValueError(f"{_NAME}: a CausalBias and key_padding_mask exclude each other\npass is_causal=True instead")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(
+            f"{_NAME}: attn_mask must be boolean or floating, got {attn_mask.dtype}\n"
+            "a boolean mask is True where a key is seen; a floating one is added to the scores"
+        )
     return attn_mask & seen if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~seen, -torch.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -54,8 +56,10 @@ class DiffmaxBisectModule(nn.Module):
             raise TypeError(
                 f"DiffmaxBisectModule: with an alpha_map, alpha must be a float or a tensor to start from, got {alpha!r}"
             )
-        beta = alpha_map.inverse(torch.as_tensor(alpha, dtype=torch.float64))
-        self.log_beta = nn.Parameter(beta.log().to(alpha.dtype if isinstance(alpha, Tensor) else torch.float32))
+        if isinstance(alpha, Tensor):
+            self.log_beta = nn.Parameter(alpha_map.inverse(alpha.double()).log().to(alpha.dtype))
+        else:
+            self.log_beta = nn.Parameter(torch.tensor(math.log(alpha_map.inverse(alpha)), dtype=torch.float32))
 
     @property
     def current_alpha(self) -> float | Tensor:

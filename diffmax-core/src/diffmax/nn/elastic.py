@@ -14,7 +14,8 @@ class Elastic(nn.Module):
     """weights = [P - c / n]_+ for P = normalize(x), n the number of keys that the query sees, and c in (0, 1) learned per head.
 
     What is below c times the uniform weight becomes exactly zero, with softmax too. Zeros stay zeros, and as c < 1 no row loses
-    all of its weight: the largest of n weights that sum to 1 is at least 1 / n.
+    all of its weight: the largest of n weights that sum to 1 is at least 1 / n. After a `Sink`, which takes weight away, rows
+    may be all 0.
 
     Args:
         normalize: From scores to weights along the last axis, such as a `DiffmaxBisectModule`.
@@ -49,4 +50,7 @@ class Elastic(nn.Module):
         # softmax of a row that sees nothing would be NaN, and so would its gradient
         weights = self.normalize(scores.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
         weights = (weights - threshold.to(weights.dtype)).relu()
-        return weights / weights.sum(-1, keepdim=True).masked_fill(empty, 1.0) if self.renormalize else weights
+        if not self.renormalize:
+            return weights
+        total = weights.sum(-1, keepdim=True)
+        return weights / total.masked_fill(total == 0, 1.0)

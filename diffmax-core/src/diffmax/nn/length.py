@@ -5,15 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diffmax._attention_checks import check_window
 from diffmax.nn._shapes import check_heads
 
 
-def visible_keys(queries: int, keys: int, is_causal: bool, causal_alignment: str, device: torch.device | None) -> Tensor:
-    """How many keys each query sees, (L,), float32; at least 1."""
-    if not is_causal:
-        return torch.full((queries,), float(max(keys, 1)), device=device)
-    shift = keys - queries if causal_alignment == "lower_right" else 0
-    return torch.arange(1 + shift, 1 + shift + queries, device=device).clamp(1, max(keys, 1)).float()
+def visible_keys(
+    queries: int,
+    keys: int,
+    is_causal: bool,
+    causal_alignment: str,
+    window_size: tuple[int, int] | None,
+    attn_mask: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """How many keys each query sees, (L,) or with a mask (..., L), float32; at least 1."""
+    left, right = check_window("LengthScale", window_size, is_causal)
+    place = torch.arange(queries, device=device) + (keys - queries if causal_alignment == "lower_right" else 0)
+    first = torch.zeros_like(place) if left < 0 else (place - left).clamp(0, keys)
+    end = torch.full_like(place, keys) if right < 0 else (place + right + 1).clamp(0, keys)
+    if attn_mask is None:
+        return (end - first).clamp_min(1).float()
+    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+    # from a sum over the keys so far, and not of the mask of each query: padding has one row for all of them
+    before = nn.functional.pad(seen.expand(*seen.shape[:-1], keys).cumsum(-1), (1, 0)).expand(*seen.shape[:-2], queries, -1)
+    counts = [before.gather(-1, at.unsqueeze(1).expand(*before.shape[:-1], 1)) for at in (first, end)]
+    return (counts[1] - counts[0]).squeeze(-1).clamp_min(1).float()
 
 
 class LengthScale(nn.Module):
@@ -21,7 +37,7 @@ class LengthScale(nn.Module):
 
     The maximum of n random scores grows like sqrt(2 ln n), and the support of a row with it: at a fixed temperature attention
     spreads as sequences become longer. A query that is multiplied by a number has all of its scores multiplied by it, so
-    this goes before any attention, fused or not.
+    this goes before any attention, fused or not. Keys that causality, a window or a mask hides do not count.
 
     Args:
         heads: H. The parameter `log_decay` (b, of shape (H,)) has one entry per head.
@@ -41,9 +57,20 @@ class LengthScale(nn.Module):
         super().__init__()
         self.log_decay = nn.Parameter(torch.full((heads,), float(start)))
 
-    def forward(self, query: Tensor, keys: int, is_causal: bool = False, causal_alignment: str = "upper_left") -> Tensor:
-        """The scaled query (B, H, L, D); `keys` is S, and causality as in `diffmax.attention`."""
+    def forward(
+        self,
+        query: Tensor,
+        keys: int,
+        is_causal: bool = False,
+        causal_alignment: str = "upper_left",
+        window_size: tuple[int, int] | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The scaled query (B, H, L, D); `keys` is S, and what says which of them are seen is as in `diffmax.attention`."""
         check_heads("LengthScale", query, len(self.log_decay), "query")
-        seen = visible_keys(query.shape[2], keys, is_causal, causal_alignment, query.device)
+        variant = getattr(attn_mask, "variant", None)  # of torch's CausalBias, which must not be looked into
+        if variant is not None:
+            is_causal, causal_alignment, attn_mask = True, variant.name.lower(), None
+        seen = visible_keys(query.shape[2], keys, is_causal, causal_alignment, window_size, attn_mask, query.device)
         factor = 1 + torch.exp(-self.log_decay.exp()).unsqueeze(1) * seen.log()
-        return query * factor.unsqueeze(2).to(query.dtype)
+        return query * factor.unsqueeze(-1).to(query.dtype)
