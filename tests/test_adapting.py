@@ -9,11 +9,34 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
 import transformers
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5Model,
+)
 
 from diffmax import diffmax_bisect
 from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, replace
-from diffmax.integrations.transformers.adapting import _measure, final_output, relative_error
+from diffmax.integrations.transformers.adapting import (
+    _Call,
+    _device,
+    _mask_for,
+    _measure,
+    _of_layer,
+    final_output,
+    relative_error,
+)
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 LINEARS = [f"encoder.layer.{i}.{name}.dense" for i in range(2) for name in ("attention.output", "output")]
@@ -28,6 +51,12 @@ def llama():
     torch.manual_seed(0)
     sizes = {**SIZES, "num_key_value_heads": 2, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
     return LlamaModel(LlamaConfig(**sizes)).eval()
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 50, "dropout_rate": 0.0}
+    return T5Model(T5Config(**sizes, decoder_start_token_id=0)).eval()
 
 
 def batches(count=3, length=12):
@@ -175,6 +204,127 @@ def test_refitting_one_layer_is_the_least_squares_solution():
     torch.testing.assert_close(layer.bias.double(), expected[:, -1], rtol=1e-3, atol=1e-4)
 
 
+def test_refitting_a_layer_without_a_bias_is_the_least_squares_solution_too():
+    """It was solved with a bias, which was then thrown away."""
+
+    class Model(nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.linear, self.shift = nn.Linear(4, 2, bias=False), shift
+
+        def forward(self, x):
+            return self.linear(x + self.shift)
+
+    teacher = Model(0.0)
+    student = copy.deepcopy(teacher)
+    student.shift = 3.0
+    data = [{"x": torch.randn(5, 7, 4)} for _ in range(4)]
+    with torch.no_grad():
+        x, y = (torch.cat([f(batch["x"]) for batch in data]).flatten(0, 1) for f in (lambda x: x + 3, teacher))
+    refit(student, teacher, data, ["linear"], ridge=1e-9)
+    torch.testing.assert_close(student.linear.weight.mT, torch.linalg.lstsq(x, y).solution, rtol=1e-4, atol=1e-5)
+
+
+def encoder_and_decoder_batch(seen=4):
+    """Inputs of one length on both sides, so that either mask would fit the other."""
+    mask = torch.zeros(2, 10, dtype=torch.long)
+    mask[:, :seen] = 1
+    return {
+        "input_ids": torch.randint(3, 50, (2, 10)),
+        "attention_mask": mask,
+        "decoder_input_ids": torch.randint(3, 50, (2, 10)),
+    }
+
+
+def test_the_encoders_padding_hides_nothing_of_the_decoder():
+    model, batch = t5(), encoder_and_decoder_batch()
+    out = model(**batch)
+    assert torch.equal(final_output(out, batch), out.last_hidden_state)
+    of_decoder = torch.ones(2, 10, dtype=torch.long)
+    of_decoder[0, 7:] = 0
+    final = final_output(out, {**batch, "decoder_attention_mask": of_decoder})
+    assert torch.equal(final[of_decoder.bool()], out.last_hidden_state[of_decoder.bool()])
+    assert (final[0, 7:] == 0).all()
+    batch["decoder_attention_mask"] = of_decoder
+    decoder = model.decoder.block[0].layer
+    for part in (decoder[0].SelfAttention, decoder[1].EncDecAttention, decoder[2].DenseReluDense.wo):
+        assert _mask_for(model, part, batch) is of_decoder
+    assert _mask_for(model, model.encoder.block[1].layer[0].SelfAttention, batch) is batch["attention_mask"]
+
+
+def test_zeros_of_the_decoder_are_counted_for_all_of_its_queries():
+    model, batch = t5(), encoder_and_decoder_batch()
+    other = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    tables = [_measure(model, [given], (0.5,), final_output, probes=1) for given in (batch, other)]
+    first = [name for name, _ in tables[0].layers].index("decoder.block.0.layer.0.SelfAttention")  # sees no encoder
+    rows = slice(4 * first, 4 * first + 4)
+    assert torch.equal(tables[0].zeros[rows], tables[1].zeros[rows])
+    assert not torch.equal(tables[0].zeros, tables[1].zeros)
+
+
+def test_refitting_a_decoder_reads_all_of_its_tokens():
+    model, data = t5(), [encoder_and_decoder_batch(1) for _ in range(8)]
+    teacher, name = copy.deepcopy(model), "decoder.block.0.layer.2.DenseReluDense.wo"
+    replace(model, calibrate(model, data[:2], alpha=0.3))
+    inputs, outputs = [], []
+    layer = model.get_submodule(name)
+    hooks = [
+        layer.register_forward_hook(lambda _, x, __: inputs.append(x[0])),
+        teacher.get_submodule(name).register_forward_hook(lambda _, __, y: outputs.append(y)),
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(**batch), teacher(**batch)
+    for hook in hooks:
+        hook.remove()
+    x, y = (torch.cat(kept).flatten(0, 1).double() for kept in (inputs, outputs))
+    refit(model, teacher, data, [name], ridge=1e-9)
+    torch.testing.assert_close(layer.weight.double().mT, torch.linalg.lstsq(x, y).solution, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_that_runs_several_times_is_one_layer():
+    """As ALBERT's one layer: its name came once for each run, with the heads of the last; and refit failed."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 3, "embedding_size": 16, "initializer_range": 0.3}
+    model, data = AlbertModel(AlbertConfig(**sizes, classifier_dropout_prob=0.0)).eval(), batches(6)
+    teacher = copy.deepcopy(model)
+    table = _measure(model, data[:1], (0.5,), final_output, probes=1)
+    ((_, heads),) = table.layers
+    assert len(table.zeros) == heads == 4
+    replace(model, calibrate(model, data[:3], zeros=0.4))
+    assert 0.3 < zeros_of(model, data) < 0.55
+    before = error(model, teacher, data)
+    refit(model, teacher, data, ["encoder.albert_layer_groups.0.albert_layers.0.ffn_output"], ridge=0.001)
+    assert error(model, teacher, data) < 0.9 * before
+
+
+def test_the_movement_of_a_layer_that_runs_several_times_is_that_of_the_sum_of_its_runs():
+    """Runs add up before the square: here each doubles the other, and the output moves four times as much, not twice."""
+    scores, values, output = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 3)
+    run = _Call(nn.Module(), scores, values, output), torch.randn(7, 2, 4, 5, 3)
+    once, twice = (_of_layer([run] * n, [(0.5, 0.7)], None) for n in (1, 2))
+    torch.testing.assert_close(twice[0], 4 * once[0])
+    assert torch.equal(twice[1], 2 * once[1])
+    assert torch.equal(twice[2], 2 * once[2])
+
+
+def test_calibrating_leaves_the_modes_and_implementations_of_all_parts():
+    vision = {**SIZES, "image_size": 8, "patch_size": 4}
+    text = {**SIZES, "max_position_embeddings": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
+    model.train()
+    model.vision_model.eval()
+    model.text_model.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    batch = {"input_ids": torch.randint(3, 50, (2, 6)), "pixel_values": torch.randn(2, 3, 8, 8)}
+    heads = calibrate(model, [batch], alpha=0.5, output=lambda out, _: out.logits_per_image)
+    assert len(heads) == 4
+    assert [module.training for module in model.modules()] == modes
+    assert model.text_model.config._attn_implementation == "sdpa"
+    assert model.vision_model.config._attn_implementation == "eager"
+
+
 def test_annealing_starts_near_softmax_and_ends_at_the_heads():
     model, data = bert(), batches(10)
     teacher = copy.deepcopy(model)
@@ -182,12 +332,12 @@ def test_annealing_starts_near_softmax_and_ends_at_the_heads():
     replace(model, heads)
     alphas = []
     attention = model.encoder.layer[0].attention.self
-    attention.register_forward_hook(lambda *_: alphas.append(attention.diffmax_alpha.clone()))
+    attention.register_forward_hook(lambda *_: alphas.append(attention.diffmax_heads.alpha.clone()))
     distil(model, teacher, data, steps=10, anneal=0.5)
     first, last = alphas[0], torch.tensor(heads["encoder.layer.0.attention.self"]["alpha"])
     torch.testing.assert_close(1 - first, 0.2 * (1 - last))
     torch.testing.assert_close(alphas[4], last)
-    torch.testing.assert_close(attention.diffmax_alpha, last)
+    torch.testing.assert_close(attention.diffmax_heads.alpha, last)
 
 
 def test_saved_and_loaded_it_is_the_same_model(tmp_path):
@@ -200,6 +350,83 @@ def test_saved_and_loaded_it_is_the_same_model(tmp_path):
         assert torch.equal(loaded(**data[0]).logits, model(**data[0]).logits)
         without_head = replace(AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval())
         assert torch.equal(without_head(**data[0]).last_hidden_state, model.bert(**data[0]).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_alphas_stay_exact_in_half_precision_in_either_order(dtype):
+    """They were rounded by .bfloat16(), where 1 - alpha can so become its double."""
+    heads = {f"encoder.layer.{i}.attention.self": {"alpha": [0.997, 0.5, 0.9, 0.99], "scale": [0.3] * 4} for i in range(2)}
+    models = replace(bert(), heads).to(dtype), replace(bert().to(dtype), heads)
+    for model in models:
+        buffers = model.encoder.layer[1].attention.self.diffmax_heads
+        assert torch.equal(buffers.alpha, torch.tensor([0.997, 0.5, 0.9, 0.99]))
+        assert torch.equal(buffers.scale, torch.full((4,), 0.3))
+    first, second = (model(**batch).last_hidden_state for model in models for batch in [encoder_batch()])
+    assert first.dtype == dtype
+    assert torch.equal(first, second)
+
+
+def encoder_batch():
+    return {"input_ids": torch.arange(3, 15).view(2, 6)}
+
+
+def test_the_heads_of_a_layer_are_on_its_device():
+    """As with device_map="auto": all were on the device of the first parameter."""
+    model, heads = bert(), {"encoder.layer.1.attention.self": GOOD}
+    attention = model.encoder.layer[1].attention.self
+    with FakeTensorMode():
+        elsewhere = nn.ParameterList([torch.empty(2, device="cuda")])
+    assert _device(elsewhere, model).type == "cuda"
+    attention.to("meta")  # as accelerate leaves what it keeps elsewhere between calls
+    replace(model, heads)
+    assert attention.diffmax_heads.alpha.device.type == "cpu"
+
+
+GOOD = {"alpha": [0.5] * 4, "scale": [1.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (
+            {"alphas": [0.5] * 4},
+            r"heads of encoder.layer.1.attention.self must be a dictionary of alpha and scale, got \['alphas'\]",
+        ),
+        ([0.5], "must be a dictionary of alpha and scale, got list"),
+        ({**GOOD, "alpha": [0.5, 1.5, 0.5, 0.5]}, "each alpha of encoder.layer.1.attention.self must lie .* 0 and 1, got 1.5"),
+        ({**GOOD, "scale": [0.5, -1.0, 0.5, 0.5]}, "each scale of .* must be positive, got -1.0"),
+        ({"alpha": [0.5] * 3, "scale": [0.5] * 3}, "an alpha and a scale per head, got 3 and 3 for 4 heads"),
+        ({**GOOD, "scale": [0.5] * 2}, "an alpha and a scale per head, got 4 and 2 for 4 heads"),
+    ],
+)
+def test_wrong_heads_are_refused_before_anything_changes(bad, words):
+    model = bert()
+    implementation = model.config._attn_implementation
+    with pytest.raises(ValueError, match=words):
+        replace(model, {"encoder.layer.0.attention.self": GOOD, "encoder.layer.1.attention.self": bad})
+    with pytest.raises(ValueError, match="must have one layer x, got 0"):
+        replace(model, {"encoder.layer.0.attention.self": GOOD, "x": GOOD})
+    assert not hasattr(model.config, "diffmax")
+    assert model.config._attn_implementation == implementation
+    assert not list(model.encoder.layer[0].attention.self.buffers())
+
+
+def test_a_layer_that_does_not_say_how_many_heads_it_has():
+    model = bert()
+    attention = model.encoder.layer[0].attention.self
+    del attention.num_attention_heads
+    attention.config = None
+    with pytest.raises(ValueError, match="an alpha and a scale per head, got 4 and 3"):
+        replace(model, {"encoder.layer.0.attention.self": {**GOOD, "scale": [1.0] * 3}})
+    replace(model, {"encoder.layer.0.attention.self": GOOD})
+
+
+def test_what_the_replaced_model_would_refuse_is_refused_by_calibrate():
+    """calibrate did not look at it, and the model that it had chosen for could not run."""
+    model = bert()
+    (batch,) = batches(1)
+    with pytest.raises(ValueError, match=r"block_indices is not implemented, got 'x'\nload"):
+        calibrate(model, [{**batch, "block_indices": "x"}], alpha=0.5)
 
 
 def test_the_recipe_without_linears_anneals():
@@ -236,6 +463,10 @@ def test_an_adapted_model_that_was_loaded_but_not_replaced_says_so():
         (lambda m, _: replace(m, {"x": {}}, share=0.0), "share must satisfy 0 < share <= 1, got 0"),
         (lambda m, _: replace(m, {"x": {"alpha": [0.5]}}), r"BertModel must have one layer x, got 0\nis it another model"),
         (lambda m, b: distil(m, m, b, steps=1), r"diffmax heads and a parameter to train, got none\ncall replace"),
+        (
+            lambda m, b: (m.add_module("unused", nn.Linear(2, 2)), refit(m, m, b, ["unused"])),
+            "that the models run, got 'unused'",
+        ),
         (lambda m, b: refit(m, m, b, ["encoder"]), "linears must name nn.Linear layers of both models, got 'encoder'"),
     ],
 )
@@ -250,6 +481,26 @@ def test_too_few_batches_to_distil():
     replace(model, calibrate(model, data, alpha=0.5))
     with pytest.raises(ValueError, match=r"a batch per step is needed, got 1 for 3 steps\npass more"):
         distil(model, teacher, data, steps=3)
+    with pytest.raises(ValueError, match=r"adapt: 66 batches are needed, got 1\npass more"):
+        adapt(bert(), data, alpha=0.5, steps=3, linears=LINEARS)
+
+
+def test_a_distillation_that_fails_leaves_the_heads_where_they_are_to_be():
+    """They stayed where annealing had come to, beside a configuration that said otherwise."""
+    model, data = bert(), batches(2)
+    teacher = copy.deepcopy(model)
+    heads = calibrate(model, data, alpha=0.5)
+    replace(model, heads)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="got 2 for 10 steps"):
+        distil(model, teacher, data, steps=10, anneal=0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())  # known before the first step
+    with pytest.raises(ValueError, match="got 2 for 10 steps"):
+        distil(model, teacher, iter(data), steps=10, anneal=0.5)
+    for name, of_layer in heads.items():
+        buffers = model.get_submodule(name).diffmax_heads
+        assert torch.equal(buffers.alpha, torch.tensor(of_layer["alpha"]))
+        torch.testing.assert_close(buffers.scale, torch.tensor(of_layer["scale"]))
 
 
 def test_a_model_without_the_interface_is_refused():

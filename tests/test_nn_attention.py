@@ -9,7 +9,7 @@ from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 from diffmax import HillMap, diffmax_bisect
-from diffmax.nn import DiffmaxAttention
+from diffmax.nn import DiffmaxAttention, DiffmaxBisectModule
 
 B, L, S, E, H = 2, 6, 9, 32, 4
 close = torch.testing.assert_close
@@ -176,6 +176,19 @@ def test_a_learned_alpha_in_half_precision_is_computed_in_float32():
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert module.log_beta.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16)])
+def test_a_fixed_alpha_per_head_is_not_rounded_to_half_precision(change):
+    """At 0.997 bfloat16 has 1 - alpha a third too large."""
+    alpha = torch.tensor([0.997, 0.99, 0.9, 0.7])
+    module = change(nn.Sequential(DiffmaxAttention(E, H, alpha=alpha.clone()), DiffmaxBisectModule(alpha.view(-1, 1, 1))))
+    assert torch.equal(module[0].alpha, alpha)
+    assert torch.equal(module[1].alpha, alpha.view(-1, 1, 1))
+    x = tokens().to(module[0].q_proj.weight.dtype)
+    assert module[0](x).dtype == module[1](torch.randn(B, H, L, L).to(x.dtype)).dtype == x.dtype != torch.float32
+    assert module.double()[0].alpha.dtype == torch.float64
+    assert module.to("meta")[0].alpha.is_meta
 
 
 def test_dropout_acts_in_training_only():

@@ -13,6 +13,7 @@ from diffmax._attention_checks import check_mask
 from diffmax._checks import one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
+from diffmax.nn._precision import PreciseBuffers
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
 
@@ -20,7 +21,7 @@ _NAME = "DiffmaxAttention"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class DiffmaxAttention(nn.Module):
+class DiffmaxAttention(PreciseBuffers):
     """Multi-head attention with diffmax weights: torch.nn.MultiheadAttention, and an alpha per head, fixed or learned.
 
     Tokens come batch first, and only the output is returned. Its layers are `q_proj`, `k_proj`, `v_proj` and `out_proj`. A
@@ -31,7 +32,8 @@ class DiffmaxAttention(nn.Module):
         embed_dim: Size of the query's tokens and of the output.
         num_heads: H.
         num_kv_heads: H_kv, of which H is a multiple: grouped query heads. Default: H.
-        alpha: As for `diffmax.attention`. A tensor () or (H,) becomes a buffer, an nn.Parameter a parameter of the module.
+        alpha: As for `diffmax.attention`. A tensor () or (H,) becomes a buffer, which keeps its dtype where the module becomes
+            float16 or bfloat16; an nn.Parameter becomes a parameter of the module.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: one trainable parameter, `log_beta` (H,),
             with which every head starts at `alpha`.
         kdim, vdim: Sizes of key and value tokens. Default: embed_dim.

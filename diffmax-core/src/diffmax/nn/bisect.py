@@ -11,13 +11,15 @@ from diffmax._checks import check_alpha_tensor, check_scores
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import Alpha, diffmax_bisect, normalize
 from diffmax.maps import AlphaMap
+from diffmax.nn._precision import PreciseBuffers
 
 
-class DiffmaxBisectModule(nn.Module):
+class DiffmaxBisectModule(PreciseBuffers):
     """`diffmax_bisect` as a module, with an alpha that is fixed, given from outside, or learned.
 
     Args:
-        alpha: As for `diffmax_bisect`. A tensor becomes a buffer, an nn.Parameter a parameter of the module.
+        alpha: As for `diffmax_bisect`. A tensor becomes a buffer, which keeps its dtype where the module becomes float16 or
+            bfloat16; an nn.Parameter becomes a parameter of the module.
         dim, n_iter, ensure_sum_one: As for `diffmax_bisect`.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: the module has one trainable parameter,
             `log_beta`, of alpha's shape (a tensor alpha of shape (H, 1, 1): one per head), and starts at `alpha`.

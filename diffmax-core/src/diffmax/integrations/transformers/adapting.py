@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -21,8 +21,13 @@ from torch import Tensor, nn
 
 from diffmax._checks import one_minus_alpha
 from diffmax.functional import diffmax_bisect
-from diffmax.integrations.transformers.attention import _attention_forward, _import_transformers
+from diffmax.integrations.transformers.attention import (
+    _attention_forward,
+    _import_transformers,
+    _refuse_what_changes_the_weights,
+)
 from diffmax.integrations.transformers.unfused import masked, merged_mask
+from diffmax.nn._precision import PreciseBuffers
 
 # Of each attention layer, by its name in the model: the alpha of each head, and what its scores are multiplied by.
 Heads: TypeAlias = "dict[str, dict[str, list[float]]]"
@@ -33,16 +38,34 @@ Loss: TypeAlias = "Callable[[Any, Any, Batch], Tensor]"
 NAME = "diffmax-adapted"
 _RECORDING = "diffmax-recording"
 
+# What attention layers hand over and the measurement knows what to do with: refuse it, or nothing.
+_MEASURED = {
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "dropout",
+    "is_causal",
+    "max_length_k",
+    "max_length_q",
+    "position_bias",
+    "s_aux",
+    "scaling",
+    "sliding_window",
+    "softcap",
+}
+
 # What calibrate chooses from. A low alpha on flattened scores is where most of the zeros for the least change are found.
 ALPHAS = (0.99, 0.97, 0.93, 0.88, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0)
 
 
+_TOO_FEW = "distil: a batch per step is needed, got {} for {} steps\npass more, or fewer steps"
+
+
 def final_output(output: Any, batch: Batch) -> Tensor:
-    """A model's logits, or else its last hidden state; 0 at padding."""
+    """A model's logits, or else its last hidden state; 0 at padding. Of an encoder-decoder model these are the decoder's."""
     final: Tensor = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
-    mask = batch.get("attention_mask")
-    return final if mask is None or mask.shape != final.shape[:2] else final * mask.unsqueeze(-1).to(final.dtype)
+    mask = batch.get("decoder_attention_mask" if hasattr(output, "encoder_last_hidden_state") else "attention_mask")
+    return final if mask is None or mask.shape != final.shape[:-1] else final * mask.unsqueeze(-1).to(final.dtype)
 
 
 def relative_error(student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -78,7 +101,8 @@ def calibrate(
         For `replace`.
     Raises:
         ValueError: `zeros` and `alpha` are both given or both missing, or out of range; there is no batch; no layer calls
-            the attention interface of transformers; or the share of zeros cannot be reached.
+            the attention interface of transformers, or one is given what diffmax cannot do; or the share of zeros cannot be
+            reached.
     Source: written for diffmax.
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -109,7 +133,9 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     Returns:
         The model.
     Raises:
-        ValueError: `heads` names a layer that the model lacks, the model holds none, or share is out of range.
+        ValueError: `heads` names a layer that the model lacks, or holds other than an alpha in (0, 1) and a positive scale for
+            each head; the model holds none; or share is out of range. The model is then as it was.
+    Numerics: alphas and scales stay float32 where the model becomes float16 or bfloat16, before or after.
     """
     if not 0 < share <= 1:
         raise ValueError(f"replace: share must satisfy 0 < share <= 1, got {share}")
@@ -120,13 +146,18 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             "replace: heads must be given for a model that was not adapted before, got none\n"
             "diffmax.integrations.transformers.calibrate finds them"
         )
+    modules = {name: _module(model, name) for name in heads}
+    for name, of_layer in heads.items():
+        _check_heads(name, modules[name], of_layer)
     _register(NAME, _attend_adapted)
     for name, of_layer in heads.items():
-        module = _module(model, name)
+        module: Any = modules[name]
+        if not hasattr(module, "diffmax_heads"):
+            module.diffmax_heads = PreciseBuffers()
         for what, values in of_layer.items():
             # a buffer follows the model to its device; the configuration is where it is saved
-            tensor = 1 - share * (1 - torch.tensor(values, dtype=torch.float32))
-            module.register_buffer(f"diffmax_{what}", tensor.to(next(model.parameters()).device), persistent=False)
+            tensor = 1 - share * (1 - torch.tensor(values, dtype=torch.float32, device="cpu"))
+            module.diffmax_heads.register_buffer(what, tensor.to(_device(module, model)), persistent=False)
     config.diffmax = heads
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     return model
@@ -155,8 +186,11 @@ def distil(
         loss: From the student's output, the teacher's, and the inputs, what is minimised.
         progress: Called with the number of steps done and the loss, which waits for the device.
     Raises:
-        ValueError: There are fewer batches than steps, the model was not replaced, or nothing is to be trained.
+        ValueError: There are fewer batches than steps, the model was not replaced, or nothing is to be trained. The heads are
+            then where they are to be; the parameters stay as the steps so far have left them.
     """
+    if isinstance(batches, Sized) and len(batches) < steps:
+        raise ValueError(_TOO_FEW.format(len(batches), steps))
     heads = getattr(model.config, "diffmax", None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not heads or not trained:
@@ -166,23 +200,25 @@ def distil(
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
     source = iter(batches)
-    for step in range(steps):
-        batch = next(source, None)
-        if batch is None:
-            raise ValueError(f"distil: a batch per step is needed, got {step} for {steps} steps\npass more, or fewer steps")
-        if step < anneal * steps:
-            replace(model, heads, min(1.0, (step + 1) / max(1.0, anneal * steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, 20 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        with torch.no_grad():
-            wanted = teacher(**batch)
-        value = loss(model(**batch), wanted, batch)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        if progress is not None:
-            progress(step + 1, float(value.detach()))
-    replace(model, heads)
+    try:
+        for step in range(steps):
+            batch = next(source, None)
+            if batch is None:
+                raise ValueError(_TOO_FEW.format(step, steps))
+            if step < anneal * steps:
+                replace(model, heads, min(1.0, (step + 1) / max(1.0, anneal * steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, 20 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            with torch.no_grad():
+                wanted = teacher(**batch)
+            value = loss(model(**batch), wanted, batch)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            if progress is not None:
+                progress(step + 1, float(value.detach()))
+    finally:
+        replace(model, heads)
 
 
 @torch.no_grad()
@@ -201,55 +237,71 @@ def refit(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], linear
         linears: Names of nn.Linear layers, in the order in which the model runs them.
         ridge: Pull towards the present weights, relative to the mean square of the inputs.
     Raises:
-        ValueError: A name is no nn.Linear of both models.
+        ValueError: A name is no nn.Linear of both models, or a model does not run it.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    wanted: dict[str, list[Tensor]] = {name: [] for name in linears}
+    wanted: dict[str, list[list[Tensor]]] = {name: [] for name in linears}  # of each batch, of each call of the layer
     originals = dict(teacher.named_modules())
     for name in linears:
         if name not in modules or not isinstance(originals.get(name), nn.Linear):
             raise ValueError(f"refit: linears must name nn.Linear layers of both models, got {name!r}")
     hooks = [
-        originals[name].register_forward_hook(lambda _, __, output, kept=wanted[name]: kept.append(output)) for name in linears
+        originals[name].register_forward_hook(lambda _, __, output, kept=wanted[name]: kept[-1].append(output))
+        for name in linears
     ]
     for batch in batches:
+        for kept in wanted.values():
+            kept.append([])
         teacher(**batch)
     for hook in hooks:
         hook.remove()
     for name in linears:
+        if not all(wanted[name]):
+            raise ValueError(f"refit: linears must name layers that the models run, got {name!r}")
         _refit_one(model, modules[name], batches, wanted.pop(name), ridge)
 
 
-def _refit_one(model: nn.Module, linear: nn.Linear, batches: Sequence[Batch], wanted: list[Tensor], ridge: float) -> None:
-    """Least squares for the change of [weight, bias], with the normal equations in float64."""
+def _refit_one(model: nn.Module, linear: nn.Linear, batches: Sequence[Batch], wanted: list[list[Tensor]], ridge: float) -> None:
+    """Least squares for the change of [weight, bias], or of the weight alone, with the normal equations in float64."""
     gram = torch.zeros((), dtype=torch.float64, device=linear.weight.device)
     moment = torch.zeros_like(gram)
-    for batch, target in zip(batches, wanted, strict=True):
-        inputs, present = _input_of(model, linear, batch)
-        mask = batch.get("attention_mask")
-        real = mask.bool() if mask is not None and mask.shape == inputs.shape[:-1] else torch.ones_like(inputs[..., 0]).bool()
-        x = inputs[real].double()
-        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-        gram = gram + x.T @ x
-        moment = moment + x.T @ (target - present)[real].double()
-    pull = ridge * gram.diagonal()[:-1].mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for batch, targets in zip(batches, wanted, strict=True):
+        mask = _mask_for(model, linear, batch)
+        for (inputs, present), target in zip(_calls_of(model, linear, batch, len(targets)), targets, strict=True):
+            every = torch.ones_like(inputs[..., 0]).bool()
+            real = every if mask is None or mask.shape != every.shape else mask.bool()
+            x = inputs[real].double()
+            if linear.bias is not None:
+                x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+            gram = gram + x.T @ x
+            moment = moment + x.T @ (target - present)[real].double()
+    of_inputs = gram.diagonal()[: linear.in_features]
+    pull = ridge * of_inputs.mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     change = torch.linalg.solve(gram + pull, moment).T
-    linear.weight.add_(change[:, :-1].to(linear.weight.dtype))
+    linear.weight.add_(change[:, : linear.in_features].to(linear.weight.dtype))
     if linear.bias is not None:
         linear.bias.add_(change[:, -1].to(linear.bias.dtype))
+
+
+def _mask_for(model: nn.Module, part: nn.Module, batch: Batch) -> Tensor | None:
+    """The mask of the tokens that a part of the model works on: the decoder of an encoder-decoder model has its own."""
+    of_pair: Any = model if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    in_decoder = of_pair is not None and all(part is not module for module in of_pair.get_encoder().modules())
+    return batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
 
 
 class _SeenError(Exception):
     """Stops a forward pass where enough of it has run."""
 
 
-def _input_of(model: nn.Module, linear: nn.Linear, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the layer gets and gives in the model; what comes after it is not run."""
-    seen: list[Tensor] = []
+def _calls_of(model: nn.Module, linear: nn.Linear, batch: Batch, count: int) -> list[tuple[Tensor, Tensor]]:
+    """What the layer gets and gives in its calls in the model; what comes after the last of them is not run."""
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        seen.extend((inputs[0], output))
-        raise _SeenError
+        seen.append((inputs[0], output))
+        if len(seen) == count:
+            raise _SeenError
 
     hook = linear.register_forward_hook(keep)
     try:
@@ -258,7 +310,7 @@ def _input_of(model: nn.Module, linear: nn.Linear, batch: Batch) -> tuple[Tensor
         pass
     finally:
         hook.remove()
-    return seen[0], seen[1]
+    return seen
 
 
 def adapt(
@@ -289,6 +341,9 @@ def adapt(
     Returns:
         The model; `save_pretrained` writes it, and `replace(AutoModel.from_pretrained(path))` loads it.
     """
+    needed = calibration + (refitting if linears else 0) + steps
+    if isinstance(batches, Sized) and len(batches) < needed:
+        raise ValueError(f"adapt: {needed} batches are needed, got {len(batches)}\npass more, or fewer steps")
     source = iter(batches)
     heads = calibrate(model, list(islice(source, calibration)), zeros=zeros, alpha=alpha, output=output)
     teacher = copy.deepcopy(model).eval()
@@ -358,11 +413,13 @@ def _measure(model: nn.Module, batches: Iterable[Batch], alphas: tuple[float, ..
         calls, final = _record(model, batch, output)
         outputs = [call.output for call in calls]
         projections = [torch.autograd.grad(final, outputs, torch.randn_like(final), retain_graph=True) for _ in range(probes)]
-        layers = [(names[c.module], c.scores.shape[1]) for c in calls]
+        of_module: dict[nn.Module, list[tuple[_Call, Tensor]]] = {}
+        for call, of_call in zip(calls, zip(*projections, strict=True), strict=True):
+            of_module.setdefault(call.module, []).append((call, torch.stack(of_call)))
+        layers = [(names[module], module_calls[0][0].scores.shape[1]) for module, module_calls in of_module.items()]
         with torch.no_grad():
             per_layer = [
-                _of_call(call, torch.stack(of_call), grid, batch.get("attention_mask"))
-                for call, of_call in zip(calls, zip(*projections, strict=True), strict=True)
+                _of_layer(module_calls, grid, _mask_for(model, module, batch)) for module, module_calls in of_module.items()
             ]
         moved, zero, visible = (torch.cat(parts).double().cpu() for parts in zip(*per_layer, strict=True))
         movement, zeros, entries = movement + moved, zeros + zero, entries + visible
@@ -378,11 +435,12 @@ def _record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[_Call]
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
+        _refuse_what_changes_the_weights({name: given for name, given in kwargs.items() if name not in _MEASURED})
         scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        for name in ("softcap", "s_aux", "cu_seq_lens_q"):
+        for name in ("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"calibrate: {name} is not implemented, got {type(module).__name__} with one")
         causal = causal and attention_mask is None and query.shape[2] > 1
@@ -410,30 +468,47 @@ def _record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[_Call]
     return calls, final
 
 
-def _of_call(call: _Call, projections: Tensor, grid: list[tuple[float, float]], mask: Tensor | None) -> tuple[Tensor, ...]:
-    """Movement (H, grid), zeros (H, grid) and visible entries (H,) of one layer; projections are (probes, B, H, L, D)."""
-    visible = call.scores != -torch.inf
-    if mask is not None and mask.shape == (visible.shape[0], visible.shape[2]):
-        visible = visible & mask.bool()[:, None, :, None]
+def _of_layer(
+    calls: list[tuple[_Call, Tensor]], grid: list[tuple[float, float]], mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Movement (H, grid), zeros (H, grid) and visible entries (H,) of a layer, from its calls and their projections.
+
+    Projections are (probes, B, H, L, D). A layer that is called several times, as ALBERT's is, moves the output by the sum.
+    """
     moved, zeros = [], []
+    visible = [_visible(call, mask) for call, _ in calls]
     for alpha, scale in grid:
-        weights = diffmax_bisect(call.scores * scale, alpha)
-        change = weights @ call.values - call.output
-        moved.append((projections * change).sum((-1, -2)).square().mean(0).sum(0))
-        zeros.append(((weights == 0) & visible).sum((0, 2, 3)))
-    return torch.stack(moved, 1), torch.stack(zeros, 1), visible.sum((0, 2, 3))
+        by, zero = torch.zeros(()), torch.zeros(())
+        for (call, projections), seen in zip(calls, visible, strict=True):
+            weights = diffmax_bisect(call.scores * scale, alpha)
+            by = by + (projections * (weights @ call.values - call.output)).sum((-1, -2))
+            zero = zero + ((weights == 0) & seen).sum((0, 2, 3))
+        moved.append(by.square().mean(0).sum(0))
+        zeros.append(zero)
+    entries = torch.stack([seen.sum((0, 2, 3)) for seen in visible]).sum(0)
+    return torch.stack(moved, 1), torch.stack(zeros, 1), entries
+
+
+def _visible(call: _Call, mask: Tensor | None) -> Tensor:
+    """Where a query that is no padding sees a key."""
+    visible = call.scores != -torch.inf
+    if mask is None or mask.shape != (visible.shape[0], visible.shape[2]):
+        return visible
+    return visible & mask.bool()[:, None, :, None]
 
 
 def _attend_adapted(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a module that `replace` gave alphas and scales of shape (H,)."""
-    alpha, scale = getattr(module, "diffmax_alpha", None), getattr(module, "diffmax_scale", None)
-    if not isinstance(alpha, Tensor) or not isinstance(scale, Tensor):
+    heads = getattr(module, "diffmax_heads", None)
+    if heads is None:
         raise ValueError(
             f"diffmax attention: {type(module).__name__} has no heads yet\n"
             "call diffmax.integrations.transformers.replace(model) after from_pretrained"
         )
+    # on another device only where the layer's parameters come to theirs for the call, as accelerate lets them
+    alpha, scale = (t.to(query.device) for t in (heads.alpha, heads.scale))
     query = query * scale.to(query.dtype).view(-1, 1, 1)
     return _attention_forward(module, query, key, value, attention_mask, alpha=alpha, **kwargs)
 
@@ -446,14 +521,57 @@ def _register(name: str, attend: Callable[..., Any]) -> None:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo what is done to the model's mode and attention implementation."""
-    config: Any = model.config
-    training, implementation = model.training, config._attn_implementation
+    """Undo what is done to the modes and attention implementations of the model and its parts."""
+    modes = [(module, module.training) for module in model.modules()]
+    configs = [config for module in model.modules() for config in _configs(getattr(module, "config", None))]
+    implementations = [(config, config._attn_implementation) for config in configs]
     try:
         yield
     finally:
-        model.train(training)
-        model.set_attn_implementation(implementation)  # type: ignore[operator]
+        for module, training in modes:
+            module.training = training
+        for config, implementation in implementations:
+            # not by the property without "_internal", which writes to the configurations inside too
+            config._attn_implementation_internal = implementation
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A transformers configuration, and those inside it."""
+    if hasattr(config, "_attn_implementation"):
+        yield config
+        for name in config.sub_configs:
+            yield from _configs(getattr(config, name, None))
+
+
+def _check_heads(name: str, module: nn.Module, of_layer: Mapping[str, Sequence[float]]) -> None:
+    """An alpha and a scale for each head of the layer."""
+    if not isinstance(of_layer, Mapping) or set(of_layer) != {"alpha", "scale"}:
+        got = sorted(map(str, of_layer)) if isinstance(of_layer, Mapping) else type(of_layer).__name__
+        raise ValueError(f"replace: the heads of {name} must be a dictionary of alpha and scale, got {got}")
+    for what, rule, largest in (("alpha", "lie strictly between 0 and 1", 1.0), ("scale", "be positive", math.inf)):
+        wrong = [number for number in of_layer[what] if not 0 < number < largest]
+        if wrong:
+            raise ValueError(f"replace: each {what} of {name} must {rule}, got {wrong[0]}")
+    given = len(of_layer["alpha"]), len(of_layer["scale"])
+    heads = _head_count(module)
+    if given != (given[0] if heads is None else heads,) * 2:
+        raise ValueError(
+            f"replace: {name} must have an alpha and a scale per head, got {given[0]} and {given[1]}"
+            f"{'' if heads is None else f' for {heads} heads'}"
+        )
+
+
+def _head_count(module: nn.Module) -> int | None:
+    """How many query heads an attention layer says that it has."""
+    config = getattr(module, "config", None)
+    said = [getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads")]
+    return next((n for n in (*said, getattr(config, "num_attention_heads", None)) if isinstance(n, int)), None)
+
+
+def _device(module: nn.Module, model: nn.Module) -> torch.device:
+    """Where the layer is; where its parameters are elsewhere between calls, on the device "meta", where the model begins."""
+    places = (parameter.device for part in (module, model) for parameter in part.parameters())
+    return next((place for place in places if place.type != "meta"), torch.device("cpu"))
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
