@@ -109,9 +109,10 @@ def test_the_share_of_zeros_that_was_asked_for_is_met_and_cheaper_than_a_bare_sw
     assert error(adapted, model, data) < 0.7 * error(bare, model, data)
 
 
-def test_with_one_alpha_only_the_scales_are_chosen_and_they_help():
+@pytest.mark.parametrize("alpha", [0.5, torch.tensor(0.5)])
+def test_with_one_alpha_only_the_scales_are_chosen_and_they_help(alpha):
     model, data = bert(), batches()
-    heads = calibrate(model, data, alpha=0.5)
+    heads = calibrate(model, data, alpha=alpha)
     assert {alpha for of_layer in heads.values() for alpha in of_layer["alpha"]} == {0.5}
     plain = {name: {"alpha": [0.5] * 4, "scale": [1.0] * 4} for name in heads}
     scaled, bare = (replace(copy.deepcopy(model), h) for h in (heads, plain))

@@ -261,6 +261,15 @@ def test_a_table_of_relative_positions_learns_through_attention():
     agree(ours, oracle, leaves, randn(2, 4, 30, 6))
 
 
+def test_a_table_of_relative_positions_is_made_from_one_that_is_given():
+    """What torch.nn.Embedding has for this raised an error about an argument that nobody gave."""
+    theirs = RelativePositionBias(4, 8, 20, bidirectional=False)
+    ours = RelativePositionBias.from_pretrained(theirs.weight, max_distance=20, bidirectional=False)
+    assert torch.equal(ours(30, 40), theirs(30, 40))
+    assert not ours.weight.requires_grad
+    assert RelativePositionBias.from_pretrained(theirs.weight.detach(), freeze=False).weight.requires_grad
+
+
 def test_a_table_of_relative_positions_says_what_is_wrong():
     assert repr(RelativePositionBias(4)) == (
         "RelativePositionBias(num_heads=4, num_buckets=32, max_distance=128, bidirectional=True)"

@@ -343,7 +343,7 @@ BAD_INPUT = {
     "entmax's alpha": ((X4, 1.5), ValueError, r"got 1\.5\nif that is entmax's alpha, its equal here is 2 - 1\.5 = 0\.5"),
     "a negative alpha": ((X4, -0.5), ValueError, r"between 0 and 1, got -0\.5$"),
     "alpha = NaN": ((X4, nan), ValueError, "between 0 and 1, got nan"),
-    "alpha = True": ((X4, True), TypeError, r"alpha must be a float, a tensor, or a function .* got True of type bool"),
+    "alpha = True": ((X4, True), TypeError, r"alpha must be a float or a tensor, or a function .* got True of type bool"),
     "alpha a string": ((X4, "0.5"), TypeError, "got '0.5' of type str"),
     "a function that returns None": ((X4, lambda: None), TypeError, "got None of type NoneType"),
     "an integer alpha tensor": ((X4, torch.tensor(1)), TypeError, "alpha must be of a floating dtype, got int64"),

@@ -220,6 +220,21 @@ def test_bad_input(kwargs, error, words):
         diffmax_bisect_monitored(torch.randn(3, 4), **kwargs)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f: torch.func.grad(lambda x: f(x).square().sum())(torch.randn(3, 4)),
+        lambda f: torch.func.vmap(f)(torch.randn(3, 4)),
+        lambda f: f(torch.randn(3, 4, device="meta")),
+    ],
+    ids=["grad", "vmap", "meta"],
+)
+def test_where_there_are_no_numbers_to_log_it_says_so(call):
+    with pytest.raises(NotImplementedError, match=r'under torch\.func and on the device "meta", got step 7 .*\npass step=None'):
+        call(lambda x: diffmax_bisect_monitored(x, 0.5, step=7, log=Kept()))
+    call(lambda x: diffmax_bisect_monitored(x, 0.5, step=None, log=Kept()))
+
+
 def test_without_swanlab_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "swanlab", None)
     with pytest.raises(ImportError, match=r'swanlab is needed .* got none\npip install "diffmax-core\[monitoring\]", or pass'):

@@ -121,6 +121,15 @@ def test_at_alpha_one_it_is_torchs_module_with_its_weights(sizes):
     close(ours(query, key, value, key_padding_mask=padding(), attn_mask=~mask), expected)
 
 
+def test_a_null_slot_is_torchs_zero_attn():
+    theirs = nn.MultiheadAttention(E, H, batch_first=True, add_zero_attn=True).double()
+    x = tokens()
+    for sink, same in ((None, False), ("null", True)):
+        ours = DiffmaxAttention(E, H, alpha=torch.ones(H), sink=sink).double()
+        ours.load_state_dict(theirs.state_dict())
+        assert torch.allclose(ours(x), theirs(x, x, x, need_weights=False)[0], atol=1e-9) == same
+
+
 def test_torchs_weights_load_inside_a_larger_model_and_leave_what_torch_does_not_have():
     theirs = nn.Sequential(nn.Linear(E, E), nn.MultiheadAttention(E, H, bias=False))
     learned = DiffmaxAttention(E, H, alpha=0.6, alpha_map=HillMap(0.9), bias=False, head_gate=True, sink="learned")
@@ -297,6 +306,7 @@ def test_repr_names_what_matters():
         (lambda: DiffmaxAttention(E, H, sink="zero"), ValueError, 'sink must be None, "null" or "learned", got .zero'),
         (lambda: DiffmaxAttention(E, H, alpha=1.5), ValueError, "alpha must lie strictly between 0 and 1, got 1.5"),
         (lambda: DiffmaxAttention(E, H, alpha="0.5"), TypeError, "alpha must be a float"),
+        (lambda: DiffmaxAttention(E, H, alpha=lambda: 0.5), TypeError, "alpha must be a float or a tensor, got <function"),
         (
             lambda: DiffmaxAttention(E, H, alpha=torch.ones(3)),
             ValueError,

@@ -26,8 +26,23 @@ def test_maps_leave_exact_zeros_blank_and_say_how_many():
     for axis, of_head in zip(figure.axes, weights, strict=False):
         shown = torch.as_tensor(axis.images[0].get_array().filled(0))
         assert torch.equal(shown > 0, of_head > 0)
-        assert axis.get_title().endswith(f"{100 * (of_head == 0).float().mean():.0f} % zeros")
+        assert axis.get_title().endswith(f" {1000 * (of_head == 0).sum() // 36 / 10:.1f} % zeros")
         assert [tick.get_text() for tick in axis.get_xticklabels()] == list("abcdef")
+
+
+def test_100_percent_of_zeros_are_all_of_them():
+    weights = torch.zeros(3, 20, 20, dtype=torch.float64)
+    weights[0, 3, 3] = 1
+    weights[1, 3, 3] = 1e-60  # no zero, though it would be one in float32
+    titles = [axis.get_title() for axis in plot.attention_maps(weights).axes[:3]]
+    assert titles == ["head 1: 99.7 % zeros", "head 2: 99.7 % zeros", "head 3: 100.0 % zeros"]
+
+
+def test_lists_and_arrays_are_taken_as_tensors_are():
+    axis = plot.alpha_and_support([0.5, 0.25], torch.tensor([2.0, 9.0]).numpy()).axes[0]
+    assert axis.collections[0].get_offsets().tolist() == [[0.5, 2.0], [0.25, 9.0]]
+    assert plot.alpha_curves([[0.5, 0.25], [0.75, 0.5]]).axes[0].lines[0].get_ydata().tolist() == [0.5, 0.75]
+    assert plot.attention_maps([[[1.0, 0.0]]]).axes[0].get_title() == "head 1: 50.0 % zeros"
 
 
 def test_curves_follow_the_records():
@@ -42,6 +57,7 @@ def test_curves_follow_the_records():
     ("call", "words"),
     [
         (lambda: plot.alpha_and_support(torch.ones(3), torch.ones(2)), r"alpha_and_support: .* got \(3,\) and \(2,\)"),
+        (lambda: plot.alpha_and_support(torch.ones(0), torch.ones(0)), r"alpha_and_support: .* got \(0,\) and \(0,\)"),
         (lambda: plot.alpha_and_support(torch.ones(3), torch.ones(3), ["a", "b"]), "labels must be one per layer, got 2 for 1"),
         (lambda: plot.attention_maps(torch.ones(3, 3)), r"attention_maps: .* \(H, L, S\), got \(3, 3\)"),
         (lambda: plot.attention_maps(torch.ones(1, 3, 3), tokens=["a"]), "tokens must name 3 keys, got 1"),

@@ -255,6 +255,8 @@ def test_packed_sequences_are_separated_by_their_position_ids():
     packed = model(ids, position_ids=position_ids, use_cache=False).logits
     close(packed[:, :4], model(ids[:, :4]).logits)
     close(packed[:, 4:], model(ids[:, 4:]).logits)
+    with_a_cache = model(ids, position_ids=position_ids, use_cache=True).logits  # as the docstring of register warns
+    assert (with_a_cache[:, 4:] - packed[:, 4:]).abs().max() > 0.01
 
 
 def test_gradients_reach_the_weights_and_a_learned_alpha_per_layer_and_head():
@@ -349,8 +351,12 @@ def test_refuses_alphas_of_the_wrong_shape():
 def test_refuses_alphas_and_names_when_registering():
     with pytest.raises(ValueError, match=r"register: alpha must lie strictly between 0 and 1, got 1.5"):
         register(alpha=1.5)
-    with pytest.raises(TypeError, match="register: alpha must be"):
+    with pytest.raises(TypeError, match="register: alpha must be a float or a tensor, or a function of the attention module"):
         register(alpha="0.5")
+    with pytest.raises(
+        TypeError, match=r"register: name must be a string, got 0\.5\nfor an alpha, write register\(alpha=0\.5\)"
+    ):
+        register(0.5)
     for name in ("sdpa", "diffmax_flash", "someone/diffmax"):
         with pytest.raises(ValueError, match=f"register: name must not contain .*{name}.*\n.*take another"):
             register(name)

@@ -31,7 +31,11 @@ def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
     return dim % ndim
 
 
-def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int) -> tuple[float, Tensor | None]:
+# What else alpha may be where it is called before it is checked.
+OR_FUNCTION = ", or a function of no arguments that returns one"
+
+
+def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int, or_else: str = "") -> tuple[float, Tensor | None]:
     """Check alpha and turn it into e = 1 - alpha, without losing digits: as a float, or as a tensor with a gradient."""
     if type(alpha) is float and 0 < alpha < 1:
         return 1.0 - alpha, None
@@ -42,10 +46,7 @@ def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int) -> tu
         e_tensor = (1 - alpha.to(torch.promote_types(alpha.dtype, acc))).to(acc)
         return 0.0, e_tensor if e_tensor.device == X.device else e_tensor.to(X.device)
     if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
-        raise TypeError(
-            f"{name}: alpha must be a float, a tensor, or a function of no arguments that returns one, got {alpha!r} of type "
-            f"{type(alpha).__name__}"
-        )
+        raise TypeError(f"{name}: alpha must be a float or a tensor{or_else}, got {alpha!r} of type {type(alpha).__name__}")
     if not 0 < alpha < 1:
         raise ValueError(
             f"{name}: alpha must lie strictly between 0 and 1, got {alpha}{_alpha_hint(float(alpha), isinstance(alpha, int))}"

@@ -86,6 +86,6 @@ def _check_probabilities(name: str, X: Tensor, target: Tensor, dim: int, ignore_
         low, sums = target.min(), target.sum(dim, dtype=torch.float64)
         if not bool((low >= 0) & ((sums - 1).abs() <= _SUM_SLACK).all()):
             raise ValueError(
-                f"{name}: probabilities must not be negative and must sum to 1 along dim {dim}, got a least one of "
+                f"{name}: probabilities must not be negative and must sum to 1 along dim {dim}, got a smallest of "
                 f"{low.item():g} and sums from {sums.min().item():g} to {sums.max().item():g}"
             )

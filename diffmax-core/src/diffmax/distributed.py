@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmax import _sharded
-from diffmax._checks import check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax.functional import Alpha
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def diffmax_bisect_sharded(
     if X.ndim == 0:
         raise ValueError(f"{name}: X must have a dimension to be sharded along, got a scalar")
     group_name = _name_of(group)
-    e, e_tensor = one_minus_alpha(name, X, alpha() if callable(alpha) else alpha, dim)
+    e, e_tensor = one_minus_alpha(name, X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     p: Tensor = torch.ops.diffmax.bisect_sharded(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), group_name)[0]
     return p
 

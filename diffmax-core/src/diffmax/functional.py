@@ -8,7 +8,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from diffmax import _ops
-from diffmax._checks import check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
 Alpha: TypeAlias = "float | Tensor | Callable[[], float | Tensor]"
@@ -59,7 +59,7 @@ def diffmax_bisect(
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
     dim = check_scores("diffmax_bisect", X, dim, n_iter)
-    e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim)
+    e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
 
 

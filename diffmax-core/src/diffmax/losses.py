@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmax import _loss_ops  # noqa: F401  (defines torch.ops.diffmax.loss)
-from diffmax._checks import check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 from diffmax._loss_checks import check_reduction, check_target, check_weight
 from diffmax.functional import Alpha
@@ -72,7 +72,7 @@ def diffmax_loss(
     dim = check_scores(name, X, dim, n_iter)
     check_target(name, X, target, dim, ignore_index)
     check_weight(name, X, weight, dim)
-    e, e_tensor = one_minus_alpha(name, X, alpha() if callable(alpha) else alpha, dim)
+    e, e_tensor = one_minus_alpha(name, X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     return fenchel_young(X, target, e, e_tensor, dim, weight, ignore_index, reduction, n_iter, backend)
 
 

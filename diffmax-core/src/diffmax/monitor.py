@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
-from diffmax._checks import check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 from diffmax._monitor_metrics import alpha_metrics, convergence_metrics, forward_metrics
 from diffmax._numerics import accumulation_dtype
@@ -51,6 +52,7 @@ def diffmax_bisect_monitored(
         ImportError: Something is to be logged, `log` is None and swanlab is not installed.
         TypeError, ValueError: `step` or `every` is no such number; and as for `diffmax_bisect`.
         RuntimeError: From swanlab, if no run was started.
+        NotImplementedError: Something is to be logged under torch.func, or of scores on the device "meta".
 
     The metrics, over the rows that see something and hold no NaN:
 
@@ -76,7 +78,7 @@ def diffmax_bisect_monitored(
         tensor([[0.8307, 0.1693, 0.0000, 0.0000]])
     """
     dim = check_scores("diffmax_bisect_monitored", X, dim, n_iter)
-    e, e_tensor = one_minus_alpha("diffmax_bisect_monitored", X, alpha() if callable(alpha) else alpha, dim)
+    e, e_tensor = one_minus_alpha("diffmax_bisect_monitored", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     _check_step(step, every)
     if step is None or step % every != 0:
         return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
@@ -117,6 +119,11 @@ def _logged(
     step: int,
     log: Log,
 ) -> Tensor:
+    if X.is_meta or peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            'diffmax_bisect_monitored: no numbers can be read under torch.func and on the device "meta", got step '
+            f"{step} to log\npass step=None there, which logs nothing"
+        )
     if X.ndim == 0:
         one_entry = (X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend, prefix, step, log)
         return _logged(*one_entry).reshape(())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+Numbers: TypeAlias = "Tensor | Sequence[Any]"  # lists of lists and arrays too, as torch.as_tensor takes them
 
-def alpha_and_support(alpha: Tensor, support: Tensor, labels: Sequence[str] | None = None) -> Any:
+
+def alpha_and_support(alpha: Numbers, support: Numbers, labels: Sequence[str] | None = None) -> Any:
     """Each head's alpha against the size of its support; the layers differ in colour.
 
     Args:
@@ -21,13 +23,14 @@ def alpha_and_support(alpha: Tensor, support: Tensor, labels: Sequence[str] | No
         A matplotlib Figure.
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: The shapes differ, or the labels are not one per layer.
+        ValueError: The shapes differ, there is no head, or the labels are not one per layer.
     Example:
         >>> figure = alpha_and_support(torch.tensor([0.5, 0.9]), torch.tensor([3.0, 11.5]))
         >>> figure.axes[0].get_xlabel()
         'alpha'
     """
-    if alpha.shape != support.shape or alpha.ndim not in (1, 2):
+    alpha, support = torch.as_tensor(alpha), torch.as_tensor(support)
+    if alpha.shape != support.shape or alpha.ndim not in (1, 2) or alpha.numel() == 0:
         raise ValueError(
             "alpha_and_support: alpha and support must have one shape, (H,) or (layers, H), got "
             f"{tuple(alpha.shape)} and {tuple(support.shape)}"
@@ -44,7 +47,7 @@ def alpha_and_support(alpha: Tensor, support: Tensor, labels: Sequence[str] | No
     return figure
 
 
-def attention_maps(weights: Tensor, tokens: Sequence[str] | None = None, labels: Sequence[str] | None = None) -> Any:
+def attention_maps(weights: Numbers, tokens: Sequence[str] | None = None, labels: Sequence[str] | None = None) -> Any:
     """Attention weights as pictures, one per head, on a logarithmic scale; exact zeros stay blank.
 
     Args:
@@ -59,8 +62,9 @@ def attention_maps(weights: Tensor, tokens: Sequence[str] | None = None, labels:
     Example:
         >>> figure = attention_maps(torch.eye(3).expand(2, 3, 3), tokens=["a", "b", "c"])
         >>> [axis.get_title() for axis in figure.axes[:2]]
-        ['head 1: 67 % zeros', 'head 2: 67 % zeros']
+        ['head 1: 66.6 % zeros', 'head 2: 66.6 % zeros']
     """
+    weights = torch.as_tensor(weights)
     if weights.ndim != 3 or 0 in weights.shape:
         raise ValueError(f"attention_maps: weights must have shape (H, L, S), got {tuple(weights.shape)}")
     heads, length, keys = weights.shape
@@ -73,10 +77,11 @@ def attention_maps(weights: Tensor, tokens: Sequence[str] | None = None, labels:
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     from matplotlib.colors import LogNorm
 
-    for axis, name, of_head in zip(axes, names, weights.detach().float().cpu(), strict=False):
-        shown = torch.where(of_head > 0, of_head.clamp_min(1e-4), torch.nan).numpy()
+    for axis, name, of_head in zip(axes, names, weights.detach().cpu(), strict=False):
+        shown = torch.where(of_head > 0, of_head.clamp_min(1e-4), torch.nan).float().numpy()
         image = axis.imshow(shown, norm=LogNorm(vmin=1e-4, vmax=1), cmap="viridis")
-        axis.set_title(f"{name}: {100 * float((of_head == 0).float().mean()):.0f} % zeros", fontsize=9)
+        tenths = 1000 * int((of_head == 0).sum()) // of_head.numel()  # rounded down: 100 % are all
+        axis.set_title(f"{name}: {tenths / 10} % zeros", fontsize=9)
         if tokens is not None:
             axis.set_xticks(range(keys), tokens, rotation=90, fontsize=7)
             if length == keys:
@@ -87,7 +92,7 @@ def attention_maps(weights: Tensor, tokens: Sequence[str] | None = None, labels:
     return figure
 
 
-def alpha_curves(alphas: Tensor, steps: Sequence[int] | None = None, labels: Sequence[str] | None = None) -> Any:
+def alpha_curves(alphas: Numbers, steps: Sequence[int] | None = None, labels: Sequence[str] | None = None) -> Any:
     """How alphas moved in training.
 
     Args:
@@ -104,6 +109,7 @@ def alpha_curves(alphas: Tensor, steps: Sequence[int] | None = None, labels: Seq
         >>> len(figure.axes[0].lines)
         2
     """
+    alphas = torch.as_tensor(alphas)
     if alphas.ndim < 1 or alphas.numel() == 0:
         raise ValueError(f"alpha_curves: alphas must have shape (records, ...), got {tuple(alphas.shape)}")
     if steps is not None and len(steps) != len(alphas):

@@ -26,7 +26,8 @@ class DiffmaxAttention(PreciseBuffers):
 
     Tokens come batch first, and only the output is returned. Its layers are `q_proj`, `k_proj`, `v_proj` and `out_proj`. A
     state dict of torch.nn.MultiheadAttention loads too: `in_proj_weight` and `in_proj_bias` are split, and what that module
-    does not have (alphas, sinks, gates) stays as it is.
+    does not have (alphas, sinks, gates) stays as it is. Its `add_zero_attn`, a key and a value that are 0, does not show in the
+    state dict: make this module with `sink="null"` then, which is the same.
 
     Args:
         embed_dim: Size of the query's tokens and of the output.

@@ -46,6 +46,15 @@ class RelativePositionBias(nn.Embedding):
         super().__init__(num_buckets, num_heads)
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the sizes of an embedding do not say how distances fall into buckets
+        cls, embeddings: Tensor, freeze: bool = True, max_distance: int = 128, bidirectional: bool = True
+    ) -> RelativePositionBias:
+        """A bias whose `weight` is a given table (num_buckets, H), such as one of T5's; it is not trained if `freeze`."""
+        bias = cls(embeddings.shape[1], embeddings.shape[0], max_distance, bidirectional)
+        bias.weight = nn.Parameter(embeddings, requires_grad=not freeze)
+        return bias
+
     def forward(self, length: int, keys: int, first: int = 0) -> Tensor:  # type: ignore[override]  # sizes, not indices
         """The bias (1, H, length, keys) of queries at the places from `first` on, for keys at the places from 0 on."""
         query = torch.arange(first, first + length, device=self.weight.device).unsqueeze(1)

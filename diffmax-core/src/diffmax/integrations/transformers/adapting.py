@@ -117,7 +117,7 @@ def calibrate(
         raise ValueError(f"calibrate: zeros must lie strictly between 0 and 1, got {zeros}")
     if alpha is not None:
         one_minus_alpha("calibrate", torch.empty(1), alpha, 0)
-    table = _measure(model, batches, ALPHAS if alpha is None else (alpha,), output, probes)
+    table = _measure(model, batches, ALPHAS if alpha is None else (float(alpha),), output, probes)
     chosen = table.cheapest(0.0) if zeros is None else table.with_zeros(zeros)
     return table.heads(chosen)
 

@@ -53,14 +53,15 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9) -> None:
             forward pass, it gives each layer its own (`lambda module: alphas[module.layer_idx]`).
     Raises:
         ImportError: transformers is missing or too old.
-        TypeError: alpha is of another type.
+        TypeError: name or alpha is of another type.
         ValueError: alpha lies outside (0, 1), or transformers would read another meaning into `name`.
 
     In a model: the attention is `diffmax.attention`, which holds no scores in memory, except where `output_attentions=True`
     asks for the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
     KV caches, sliding windows, softcap, sinks (s_aux) and dropout are supported; so are sequences packed into one row, by
-    position_ids or cu_seq_lens_q and cu_seq_lens_k. A token that sees nothing gets zeros. What would change the weights and is
-    not implemented (any argument of unknown meaning) raises a ValueError.
+    cu_seq_lens_q and cu_seq_lens_k, or by position_ids with `use_cache=False`: with a cache, transformers does not look for
+    packed sequences, and each token sees the ones before. A token that sees nothing gets zeros. What would change the weights
+    and is not implemented (any argument of unknown meaning) raises a ValueError.
 
     Example:
         >>> register("diffmax-sparser", alpha=0.5)
@@ -71,13 +72,15 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9) -> None:
         >>> model(torch.tensor([[1, 2, 3, 4]])).last_hidden_state.shape
         torch.Size([1, 4, 8])
     """
+    if not isinstance(name, str):
+        raise TypeError(f"register: name must be a string, got {name!r}\nfor an alpha, write register(alpha={name!r})")
     if any(word in name for word in _RESERVED):
         raise ValueError(
             f"register: name must not contain {', '.join(_RESERVED)}, got {name!r}\n"
             'transformers gives these a meaning of their own: take another name, such as "diffmax"'
         )
     if not callable(alpha) and not isinstance(alpha, Tensor):
-        one_minus_alpha("register", torch.empty(1), alpha, 0)
+        one_minus_alpha("register", torch.empty(1), alpha, 0, ", or a function of the attention module that returns one")
     attention_interface, mask_interface, mask_function = _import_transformers()
     attention_interface.register(name, partial(_attention_forward, alpha=alpha))
     mask_interface.register(name, mask_function)
