@@ -27,7 +27,8 @@ def visible_keys(
         return (end - first).clamp_min(1).float()
     seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
     # from a sum over the keys so far, and not of the mask of each query: padding has one row for all of them
-    before = nn.functional.pad(seen.expand(*seen.shape[:-1], keys).cumsum(-1), (1, 0)).expand(*seen.shape[:-2], queries, -1)
+    so_far = seen.expand(*seen.shape[:-1], keys).cumsum(-1, dtype=torch.int32)
+    before = nn.functional.pad(so_far, (1, 0)).expand(*seen.shape[:-2], queries, -1)
     counts = [before.gather(-1, at.unsqueeze(1).expand(*before.shape[:-1], 1)) for at in (first, end)]
     return (counts[1] - counts[0]).squeeze(-1).clamp_min(1).float()
 

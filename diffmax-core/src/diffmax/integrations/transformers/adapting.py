@@ -233,8 +233,10 @@ def refit(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], linear
         model: The student, in place.
         teacher: The softmax model.
         batches: Inputs, read once for the teacher and once per layer: some ten thousand tokens. The teacher's outputs of all
-            named layers are held in memory.
-        linears: Names of nn.Linear layers, in the order in which the model runs them.
+            named layers are held in memory. Padding is left out, by `attention_mask`, or `decoder_attention_mask` for layers of
+            an encoder-decoder model's decoder.
+        linears: Names of nn.Linear layers, in the order in which the model runs them. Not the keys and values of
+            cross-attention, which a decoder computes from the encoder's tokens.
         ridge: Pull towards the present weights, relative to the mean square of the inputs.
     Raises:
         ValueError: A name is no nn.Linear of both models, or a model does not run it.
