@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import diffmax
 from benchmarks.memory import peak_bytes
 from diffmax import attention, attention_varlen, diffmax_bisect, reference_attention
+from diffmax.cpu import attention_blocks
+from diffmax.plugin import TILE, AttentionCall
 from diffmax.testing import solve_exactly
 from diffmax.testing.gate import allowed_error_in_float64
 
@@ -223,6 +225,15 @@ def test_no_score_matrix_is_held(backend):
         return torch.autograd.grad(attention(*leaves, alpha=0.5, backend=backend).sum(), leaves)
 
     assert peak_bytes(step) < 1e8  # the scores alone would be 1e9
+
+
+@pytest.mark.parametrize("left", [0, 16, 1000])
+def test_a_window_costs_about_what_it_sees(left):
+    query = torch.empty(1, 2, 8192, 4)
+    call = AttentionCall(scale=1.0, e=0.5, left=left, right=0)
+    blocks = [block for part in attention_blocks.parts(query, query, call) for block in part.blocks(call)]
+    scores = sum((block.stop - block.start) * (block.last - block.first) for block in blocks)
+    assert scores <= 2 * 8192 * (2 * left + attention_blocks.LEAST_ROWS + TILE)
 
 
 def test_inference_keeps_nothing_for_a_backward():

@@ -20,6 +20,8 @@ Factors = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 # Scores of one block: several heads where they are short, else some rows of one, but never fewer rows than a tile has.
 BLOCK_ELEMENTS = 1 << 19
+# Rows of a block of few keys: fewer cost more in calls than they save in scores.
+LEAST_ROWS = 4 * TILE
 # Leaving columns out costs a copy of the others. It pays where this share or less is left.
 SPARSE_SHARE = 0.6
 
@@ -83,6 +85,8 @@ class Part:
         if self.heads == 1:
             limit = max(TILE, BLOCK_ELEMENTS // max(1, self._width(call)))
             height = min(length, limit // TILE * TILE)
+            if call.left >= 0 and call.right >= 0:  # a block sees as many keys more as it has rows
+                height = min(height, max(LEAST_ROWS, -(-(call.left + call.right + 1) // TILE) * TILE))
             together = min(heads, max(1, limit // max(1, length)))
         for head in range(first, first + heads, together):
             for start in range(0, length, max(1, height)):
