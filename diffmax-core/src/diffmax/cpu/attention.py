@@ -17,9 +17,30 @@ from torch import Tensor
 
 from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent
 from diffmax.cpu import dropout, rows
-from diffmax.cpu.attention_blocks import SPARSE_SHARE, Block, Factors, parts
+from diffmax.cpu.attention_blocks import SPARSE_SHARE, Again, Block, Factors, parts
 from diffmax.plugin import AttentionCall
 from diffmax.reference_attention import Backward, Forward, Solve, live_shape
+
+
+def weights_again(
+    scores: Tensor, p: Tensor, s: Tensor, m: Tensor, delta: Tensor, e: float | Tensor, needs_e: bool
+) -> Tensor | None:
+    """`_weights_again` in plain PyTorch: m, delta and a tensor e are columns."""
+    z = scores.sub_(m.masked_fill(m == -torch.inf, 0.0)).mul_(e)
+    k = 0 if isinstance(e, Tensor) else integer_exponent(e)
+    if k:
+        rows._integer_powers(z, delta, k, p, s)
+    else:
+        rows._powers(z, delta, e, p, s)
+    bad = delta.isnan()
+    if bad.any():
+        p.masked_fill_(bad, torch.nan)
+        s.masked_fill_(bad, torch.nan)
+    if not needs_e:
+        return None
+    live = z > delta - 1
+    log_p = torch.log1p(torch.where(live, z - delta, 0.0)) / e
+    return alpha_weight(p.masked_fill(~live, 0.0), log_p, e)
 
 
 def attention(
@@ -96,8 +117,12 @@ def attention_backward(
     needs_bias: bool = False,
     needs_sink: bool = False,
     factors: Factors = dropout.factors,
+    again: Again = weights_again,
 ) -> Backward:
-    """Backward kernel; arguments and results as `diffmax.reference_attention.attention_backward`."""
+    """Backward kernel; arguments and results as `diffmax.reference_attention.attention_backward`.
+
+    `again` computes the weights once more, `factors` what dropout multiplied them by.
+    """
     grad_query, grad_key, grad_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
     grad_e, grad_sink = (torch.zeros(m.shape if needed else (0,), dtype=m.dtype) for needed in (needs_e, needs_sink))
     grad_bias = torch.zeros(call.bias.shape if needs_bias and call.bias is not None else (0,), dtype=m.dtype)
@@ -116,7 +141,7 @@ def attention_backward(
             torch.matmul(q, k.mT, out=scores)
             slope = _cap(scores, call.softcap, scratch[4]) if call.softcap > 0 else None
             block.complete(scores, call, columns)
-            of_alpha = _weights_again(scores, p, s, block, m, delta, call, needs_e)
+            of_alpha = _weights_again(scores, p, s, block, m, delta, call, needs_e, again)
             torch.matmul(g, v.mT, out=d_p)
             if call.dropout_p > 0:
                 passed = block.dropped_by(s, call, columns, factors)
@@ -125,7 +150,7 @@ def attention_backward(
             mean = (g * block.rows_of(u)).sum(2, keepdim=True)
             _silence(q, g, s, d_p, mean, slope)
             centred = d_p.sub_(mean)
-            of_sink, sinks_share = _sink_again(block, m, delta, call, mean, needs_e)
+            of_sink, sinks_share = _sink_again(block, m, delta, call, mean, needs_e, again)
             if of_alpha is not None:
                 block.write(grad_e, (of_alpha * centred.view(of_alpha.shape)).sum(1, keepdim=True).neg_().add_(sinks_share))
             if needs_sink:
@@ -205,14 +230,14 @@ def _weights(scores: Tensor, e: float | Tensor, sink: Tensor | None, solve: Solv
 
 
 def _sink_again(
-    block: Block, m: Tensor, delta: Tensor, call: AttentionCall, mean: Tensor, needs_e: bool
+    block: Block, m: Tensor, delta: Tensor, call: AttentionCall, mean: Tensor, needs_e: bool, again: Again
 ) -> tuple[Tensor, Tensor]:
     """For every row the sink's gradient, and its share of the gradient for e: it has no value, so its dP is 0."""
     if call.sink is None:
         return mean.new_zeros(()), mean.new_zeros(())
     score = block.of_heads(call.sink).clone()
     p, s = torch.empty_like(score), torch.empty_like(score)
-    of_alpha = _weights_again(score, p, s, block, m, delta, call, needs_e)
+    of_alpha = _weights_again(score, p, s, block, m, delta, call, needs_e, again)
     column = mean.view(-1, 1)
     return s.mul_(column).neg_(), s if of_alpha is None else of_alpha * column
 
@@ -223,23 +248,17 @@ def _support(scores: Tensor, m: Tensor, delta: Tensor, e: float | Tensor) -> Ten
 
 
 def _weights_again(
-    scores: Tensor, p: Tensor, s: Tensor, block: Block, m: Tensor, delta: Tensor, call: AttentionCall, needs_e: bool
+    scores: Tensor,
+    p: Tensor,
+    s: Tensor,
+    block: Block,
+    m: Tensor,
+    delta: Tensor,
+    call: AttentionCall,
+    needs_e: bool,
+    again: Again,
 ) -> Tensor | None:
     """From scores, which are given up, write p and s = p^alpha; return the w of Eq. 6 where it is wanted. All are rows."""
-    e, row_m, row_delta = clamp_e(block.e_of(call.e)), block.row_values_of(m), block.row_values_of(delta)
-    p, s = p.view(row_m.shape[0], -1), s.view(row_m.shape[0], -1)
-    z = scores.view(p.shape).sub_(row_m.masked_fill(row_m == -torch.inf, 0.0)).mul_(e)
-    k = 0 if isinstance(e, Tensor) else integer_exponent(e)
-    if k:
-        rows._integer_powers(z, row_delta, k, p, s)
-    else:
-        rows._powers(z, row_delta, e, p, s)
-    bad = row_delta.isnan()
-    if bad.any():
-        p.masked_fill_(bad, torch.nan)
-        s.masked_fill_(bad, torch.nan)
-    if not needs_e:
-        return None
-    live = z > row_delta - 1
-    log_p = torch.log1p(torch.where(live, z - row_delta, 0.0)) / e
-    return alpha_weight(p.masked_fill(~live, 0.0), log_p, e)
+    row_m, row_delta = block.row_values_of(m).contiguous(), block.row_values_of(delta).contiguous()
+    p, s, scores = (t.view(row_m.shape[0], -1) for t in (p, s, scores))
+    return again(scores, p, s, row_m, row_delta, clamp_e(block.e_of(call.e)), needs_e)

@@ -17,6 +17,8 @@ from diffmax.reference_attention import WORD, packed_bits, unpacked_bits
 
 # `diffmax.cpu.dropout.factors`, or the compiled one.
 Factors = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+# `diffmax.cpu.attention.weights_again`, or the compiled one.
+Again = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "float | Tensor", bool], "Tensor | None"]
 
 # Scores of one block: several heads where they are short, else some rows of one, but never fewer rows than a tile has.
 BLOCK_ELEMENTS = 1 << 19

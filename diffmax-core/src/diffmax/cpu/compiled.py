@@ -781,6 +781,30 @@ def score_sums(x, g, s, w, start, stop, e, top, delta):
 
 
 @register_jitable
+def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
+    """Write p and s for the vectors of scores from start to stop, and w of Eq. 6 over the scores if that is wanted."""
+    width = places(x)
+    k, zero = 1.0 / e, e * 0.0
+    for i in range(start, stop, width):
+        w = (load(x, i) - top) * e - delta
+        slopes = weights = of_alpha = zero
+        if bits(w > -1.0) != 0:
+            if integer == 0:
+                slopes, weights, j, log_f = slopes_from_scores(w, e, k)
+                if wants_alpha:
+                    of_alpha = select(w > -1.0, alpha_weight(weights, j, log_f, e), 0.0)
+            else:
+                inside = larger(w, -1.0)
+                u = inside + 1.0
+                slopes = integer_power(u, integer) * u
+                weights = slopes * (u + (inside - (u - 1.0)) * k)
+        store(p, i, weights)
+        store(s, i, slopes)
+        if wants_alpha:
+            store(x, i, of_alpha)
+
+
+@register_jitable
 def centred(s, g, grad_x, n, mean):
     """grad_x = s (g - mean)."""
     width = places(s)
@@ -818,6 +842,7 @@ FORWARD_JOB = Struct("=15qd")  # then x, x_stride, p, m, delta, e, e_stride, n, 
 BACKWARD_JOB = Struct(
     "=17qd"
 )  # then grad, its stride, p, its stride, x, its stride, m, delta, grad_x, grad_e, e, e_stride, n, e_value
+AGAIN_JOB = Struct("=14qd")  # then scores, p, s, m, delta, e, e_stride, n, integer, wants_alpha, e_value
 KERNEL = types.int64(types.intp)
 
 
@@ -1005,6 +1030,55 @@ def _backward(dtype, computing):
     return backward
 
 
+def _again(dtype, computing):
+    """The kernel that computes the weights and their slopes once more, from the scores and what solved them."""
+    itemsize, width = np.dtype(dtype).itemsize, BYTES // np.dtype(computing).itemsize
+
+    def again(job):
+        words, numbers = array_at(job, 15, np.int64), array_at(job, 15, np.float64)
+        stop, chunk = words[STOP], words[CHUNK]
+        x_at, p_at, s_at, m_at, delta_at, e_at, e_stride = words[4], words[5], words[6], words[7], words[8], words[9], words[10]
+        n, integer, wants_alpha, e_value = words[11], words[12], words[13] != 0, numbers[14]
+        m, delta, e_rows = array_at(m_at, stop, computing), array_at(delta_at, stop, computing), array_at(e_at, stop, computing)
+        scratch = np.empty(3 * width, computing)
+        last, last_p, last_s = scratch[:width], scratch[width:], scratch[2 * width :]
+        whole = n // width * width
+        shared = chunk < stop
+        done, start = 0, next_chunk(words) if shared else 0
+        while start < stop:
+            end = min(start + chunk, stop)
+            for row in range(start, end):
+                x, p, s = (
+                    array_at(x_at + row * n * itemsize, n, dtype),
+                    array_at(p_at + row * n * itemsize, n, dtype),
+                    array_at(s_at + row * n * itemsize, n, dtype),
+                )
+                if delta[row] != delta[row]:
+                    fill(p, n, math.nan, last)
+                    fill(s, n, math.nan, last)
+                    if wants_alpha:
+                        fill(x, n, math.nan, last)
+                    continue
+                top = m[row] if m[row] != -math.inf else computing(0.0)
+                e = splat(last, max(e_rows[row * e_stride] if e_at != 0 else computing(e_value), computing(MIN_E)))
+                weights_again(x, p, s, 0, whole, e, top, delta[row], integer, wants_alpha)
+                if whole < n:
+                    for place in range(width):
+                        last[place] = x[whole + place] if whole + place < n else -math.inf
+                    weights_again(last, last_p, last_s, 0, width, e, top, delta[row], integer, wants_alpha)
+                    for place in range(n - whole):
+                        p[whole + place], s[whole + place] = last_p[place], last_s[place]
+                        if wants_alpha:
+                            x[whole + place] = last[place]
+            done += end - start
+            start = next_chunk(words) if shared else stop
+        if shared:
+            fetch_add(words, DONE, done)
+        return done
+
+    return again
+
+
 # dtype -> what its bits are stored as, and what one computes in
 _STORED = {
     torch.float32: (np.float32, np.float32),
@@ -1016,7 +1090,7 @@ _STORED = {
 
 @functools.cache
 def compiled(name: str, dtype: torch.dtype) -> CFunc:
-    """The kernel "forward" or "backward" for a dtype, compiled now or read from the cache on disk."""
-    make = {"forward": _forward, "backward": _backward}[name]
+    """The kernel "forward", "backward" or "again" for a dtype, compiled now or read from the cache on disk."""
+    make = {"forward": _forward, "backward": _backward, "again": _again}[name]
     kernel: CFunc = cfunc(KERNEL, error_model="numpy", cache=True)(make(*_STORED[dtype]))
     return kernel

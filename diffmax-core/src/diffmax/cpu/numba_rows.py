@@ -72,7 +72,7 @@ def _weights(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one
     else:
         e_at, e_stride, e_value, (steps, integer) = 0, 0, e, _plan(n_iter, n, e, x.dtype)
     addresses = (rows.data_ptr(), x_stride, p.data_ptr(), m_at, delta_at, e_at, e_stride)
-    _run("forward", x.dtype, FORWARD_JOB, x.numel() // n, n, *addresses, n, integer, steps, ensure_sum_one, e_value)
+    run("forward", x.dtype, FORWARD_JOB, x.numel() // n, n, *addresses, n, integer, steps, ensure_sum_one, e_value)
     return p if rows is x else from_rows(p, shape, dim)
 
 
@@ -103,7 +103,7 @@ def bisect_backward(
         *(0 if x_rows is None else x_rows.data_ptr(), x_stride, m.data_ptr(), delta.data_ptr(), grad_x.data_ptr()),
         *(grad_e.data_ptr() if needs_e else 0, 0 if e_rows is None else e_rows.data_ptr(), e_stride),
     )
-    _run("backward", p.dtype, BACKWARD_JOB, m.numel(), n, *addresses, n, 0.0 if isinstance(e, Tensor) else e)
+    run("backward", p.dtype, BACKWARD_JOB, m.numel(), n, *addresses, n, 0.0 if isinstance(e, Tensor) else e)
     return grad_x if p_rows is p else from_rows(grad_x, shape, dim), grad_e
 
 
@@ -145,7 +145,7 @@ def _per_row(e: Tensor, row_shape: Sequence[int]) -> tuple[Tensor, int]:
     return (e.contiguous(), 0) if e.numel() == 1 else (e.expand(row_shape).contiguous(), 1)
 
 
-def _run(name: str, dtype: torch.dtype, layout: Struct, n_rows: int, n: int, *words: float) -> None:
+def run(name: str, dtype: torch.dtype, layout: Struct, n_rows: int, n: int, *words: float) -> None:
     """Run a kernel on all rows, on as many threads as torch would use.
 
     Raises:
