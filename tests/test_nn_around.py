@@ -286,7 +286,7 @@ def test_half_precision_stays_half(dtype):
         (lambda: AffineScale(E, 3)(torch.randn(B, H, L, D), 0, 0), "AffineScale: out must .* 3 heads, got"),
         (
             lambda: LengthScale(H)(torch.randn(B, H, L, D), S, window_size=(-2, 0)),
-            "LengthScale: window_size must be at least 0",
+            "LengthScale: window_size must be from 0",
         ),
         (lambda: AffineScale(E, H, momentum=1.0), "momentum must satisfy 0 <= momentum < 1, got 1.0"),
         (lambda: Elastic(DiffmaxBisectModule(), H, start=1.0), "start must lie strictly between 0 and 1, got 1.0"),
