@@ -71,7 +71,7 @@ FLOOR := build/floor
 floor:
 	$(FLOOR_PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet torch==2.4.1 'numpy<2.3' numba==0.60.0 pluggy==1.5.0 importlib-metadata==6.0 packaging==22.0 \
-		pytest hypothesis scipy mpmath entmax==1.3 --editable diffmax-core
+		pytest hypothesis scipy mpmath matplotlib entmax==1.3 --editable diffmax-core
 	$(FLOOR)/bin/python -m pytest tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
 		$(addprefix --ignore=tests/test_,adapting.py benchmarks.py demo.py example_backend.py examples.py notebook.py packaging.py \
 			plot.py transformers.py npu.py vendors.py) --ignore-glob='*/test_triton_*' \

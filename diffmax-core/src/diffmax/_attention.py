@@ -257,7 +257,8 @@ def checked(
     checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
     e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
     lower_right = checks.check_alignment(name, causal_alignment)
-    variant = getattr(attn_mask, "variant", None)  # of torch's CausalBias, a Tensor that must not be looked into
+    # of torch's CausalBias, a Tensor that must not be looked into; torch 2.4 cannot trace this question to others
+    variant = None if type(attn_mask) is Tensor else getattr(attn_mask, "variant", None)
     if attn_mask is not None and variant is not None:
         if is_causal:
             raise ValueError(f"{name}: is_causal=True and a CausalBias as attn_mask exclude each other\npass one of them")

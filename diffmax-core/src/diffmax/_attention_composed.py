@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from diffmax import reference_attention as reference
 from diffmax._numerics import accumulation_dtype
@@ -55,7 +54,7 @@ def backward(
     p, m, delta = torch.ops.diffmax.bisect(scores, e, e_tensor, 3, 200, True, backend)
     g, passed = reference.grouped(grad.to(acc), groups), reference.dropped(capped, call)
     d_p = reference.times((g @ value.to(acc).mT).view(capped.shape), passed)
-    d_p = pad(d_p, (0, scores.shape[3] - keys))  # the sink has no value
+    d_p = reference.widened(d_p, scores.shape[3])  # the sink has no value
     d_s, grad_e = torch.ops.diffmax.bisect_backward(d_p, p, m, delta, None, e, e_tensor, 3, needs_e, backend)
     nothing = m.new_empty(0)
     grad_sink = d_s[..., keys] if needs_sink else nothing

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from diffmax import reference
 from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e
@@ -115,7 +114,7 @@ def attention_backward(
     q, g = (t.to(acc).masked_fill(silent, 0.0) for t in (query, grad))
     passed = dropped(capped, call)
     d_p = times((grouped(g, groups) @ value.to(acc).mT).view(capped.shape), passed)
-    centred = pad(d_p, (0, s.shape[3] - keys)) - (g * u.to(acc)).sum(3, keepdim=True)  # the sink has no value
+    centred = widened(d_p, s.shape[3]) - (g * u.to(acc)).sum(3, keepdim=True)  # the sink has no value
     d_s = s * centred
     grad_bias = grad_sink = grad_e = m.new_empty(0)
     if needs_e:
@@ -240,14 +239,19 @@ def tiles_with(entries: Tensor) -> Tensor:
     """Which tiles of a boolean (..., L, S) hold True."""
     length, keys = entries.shape[-2:]
     tiles_q, tiles_k = -(-length // TILE), -(-keys // TILE)
-    entries = pad(entries, (0, tiles_k * TILE - keys, 0, tiles_q * TILE - length))
-    return entries.view(*entries.shape[:-2], tiles_q, TILE, tiles_k, TILE).any(-1).any(-2)
+    entries = widened(widened(entries, tiles_k * TILE).mT, tiles_q * TILE).mT
+    return entries.reshape(*entries.shape[:-2], tiles_q, TILE, tiles_k, TILE).any(-1).any(-2)
+
+
+def widened(t: Tensor, size: int) -> Tensor:
+    """The last dimension filled up with zeros. torch 2.4's pad takes no dimension of 0."""
+    return torch.cat([t, t.new_zeros(*t.shape[:-1], size - t.shape[-1])], -1)
 
 
 def packed_bits(tiles: Tensor) -> Tensor:
     """Booleans (..., n) as int32 words (..., ceil(n / WORD)), the first in the lowest bit."""
     count = -(-tiles.shape[-1] // WORD)
-    words = pad(tiles, (0, count * WORD - tiles.shape[-1])).view(*tiles.shape[:-1], count, WORD).long()
+    words = widened(tiles, count * WORD).view(*tiles.shape[:-1], count, WORD).long()
     return (words << torch.arange(WORD, device=tiles.device)).sum(-1).to(torch.int32)  # bit 31 wraps to the sign
 
 

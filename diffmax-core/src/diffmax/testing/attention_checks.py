@@ -411,7 +411,10 @@ def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
 
 
 def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None:
-    """torch.compile(fullgraph=True, dynamic=True), forward and backward, equals eager; a new length compiles nothing anew."""
+    """torch.compile(fullgraph=True, dynamic=True), forward and backward, equals eager; a new length compiles nothing anew.
+
+    Before torch 2.5 it does.
+    """
     torch._dynamo.reset()
     graphs, counts = [], []
 
@@ -435,7 +438,8 @@ def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None
         scale = max(1.0, float(results[1].abs().max()))
         _within(results[0], results[1].cpu().double(), 16 * torch.finfo(dtype).eps * scale, "compiled gradient")
         counts.append(len(graphs))
-    _expect(counts[0] == counts[-1], f"the number of graphs grew with the lengths: {counts}")
+    grows = not hasattr(torch.library, "register_vmap")  # torch 2.4
+    _expect(grows or counts[0] == counts[-1], f"the number of graphs grew with the lengths: {counts}")
 
 
 def claimed(backend: str) -> frozenset[str]:
