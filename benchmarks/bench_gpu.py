@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import diffmax
-from benchmarks import gpu_attention, gpu_decode
+from benchmarks import gpu_attention, gpu_decode, gpu_options
 
 ROOT = Path(__file__).resolve().parents[1]
 ELEMENTS = 1 << 26
@@ -60,6 +60,7 @@ ATTENTION_TESTS = "bfloat16 and (forward or gradients or packed or masked)"  # e
 KITS = {
     "rows": ("conformance", KIT, "test"),
     "attention": ("attention_conformance", ATTENTION_KIT, ATTENTION_TESTS),
+    "options": ("attention_conformance", ATTENTION_KIT, ATTENTION_TESTS),
     "decode": ("decode_conformance", DECODE_KIT, "test"),
 }
 
@@ -103,6 +104,10 @@ def main(arguments: list[str]) -> int:
         attention_rows = result.setdefault("attention", [])
         gpu_attention.measure(attention_rows, lambda: write(path, result), deadline, timed)
         print(gpu_attention.table(attention_rows))
+    if "options" in sections:
+        option_rows = result.setdefault("options", [])
+        gpu_options.measure(option_rows, lambda: write(path, result), deadline, timed)
+        print(gpu_options.table(option_rows))
     if "decode" in sections:
         result["decode"] = gpu_decode.measure(timed, backend, deadline)
         write(path, result)

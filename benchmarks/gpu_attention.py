@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import diffmax
+from benchmarks import captured
 
 SPARSITIES = ((4096, 0.51), (8192, 0.58), (16384, 0.64), (32768, 0.70), (65536, 0.75), (131072, 0.85))
 EVERY_SPARSITY = (0.0, 0.25, 0.51, 0.58, 0.64, 0.70, 0.75, 0.85)
@@ -29,13 +30,17 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """The cells of AdaSplash-2's figure first, then randn, then the whole sweep at 16k and 32k."""
+    """The cells of AdaSplash-2's figure first, then randn and what an encoder computes, then the sweep at 16k and 32k."""
     common = {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
     for length, sparsity in SPARSITIES:
         yield {"length": length, "alpha": 0.5, "scores": "band", "sparsity": sparsity, **common}
     for length in LENGTHS:
         for alpha in (0.5, 0.9):
             yield {"length": length, "alpha": alpha, "scores": "randn", "sparsity": 0.0, **common}
+    for length in (4096, 16384):
+        for alpha in (0.5, 0.9):
+            sizes = {"heads": captured.HEADS, "head_dim": captured.HEAD_DIM}
+            yield {"length": length, "alpha": alpha, "scores": "captured", "sparsity": 0.0, **common, **sizes}
     for length in (16384, 32768):
         for sparsity in EVERY_SPARSITY:
             if (length, sparsity) not in SPARSITIES:
@@ -44,6 +49,9 @@ def cases() -> Iterator[dict[str, Any]]:
 
 def tensors(case: dict[str, Any], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, (1, H, L, D)."""
+    if case["scores"] == "captured":
+        query, key, value = (t.clone().to(device, getattr(torch, case["dtype"])) for t in captured.captured(case["length"]))
+        return query, key, value
     generator = torch.Generator(device).manual_seed(case["length"])
     shape = (1, case["heads"], case["length"], case["head_dim"])
     query, key, value = (torch.randn(shape, device=device, generator=generator) for _ in range(3))
@@ -113,7 +121,11 @@ def measure(
         if time.monotonic() > deadline:
             print("bench_gpu: the time is up before all of attention was measured; go on with --resume")
             return
-        query, key, value = tensors(case, "cuda")
+        try:
+            query, key, value = tensors(case, "cuda")
+        except ImportError as error:
+            print(f"bench_gpu: {case['scores']} scores are left out: {error}")
+            continue
         _, stats = diffmax.attention(query, key, value, is_causal=True, alpha=case["alpha"], return_stats=True)
         empty = float(stats.tile_sparsity.float().mean())
         for name, attend in contestants(case).items():
@@ -127,19 +139,25 @@ def measure(
 
 
 def measured(
-    attend: Attend, query: Tensor, key: Tensor, value: Tensor, timed: Callable[[Callable[[], object]], dict[str, Any]]
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    timed: Callable[[Callable[[], object]], dict[str, Any]],
+    learned: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
-    """First call in seconds, then milliseconds and peak memory of each pass."""
+    """First call in seconds, then milliseconds and peak memory of each pass, with gradients for `learned` too."""
     leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    wanted = [*leaves, *learned]
     started = time.monotonic()
     out = attend(*leaves)
     grad = torch.randn_like(out)
-    torch.autograd.grad(out, leaves, grad, retain_graph=True)[0].sum().item()
+    torch.autograd.grad(out, wanted, grad, retain_graph=True)[0].sum().item()
     result: dict[str, Any] = {"first_call_s": round(time.monotonic() - started, 3)}
     calls: dict[str, Callable[[], object]] = {
         "forward": torch.no_grad()(lambda: attend(query, key, value)),
-        "backward": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
-        "both": lambda: torch.autograd.grad(attend(*leaves), leaves, grad),
+        "backward": lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True),
+        "both": lambda: torch.autograd.grad(attend(*leaves), wanted, grad),
     }
     for name in PASSES:
         result |= {f"{name}_{key}": number for key, number in timed(calls[name]).items()}

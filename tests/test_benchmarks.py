@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from benchmarks import (
     contestants,
     count_products,
     gpu_attention,
+    gpu_options,
     memory,
     plots,
     report,
@@ -271,6 +273,22 @@ def test_the_attention_sweep_measures_each_pass_and_says_who_failed():
     assert {f"{name}_median_ms" for name in gpu_attention.PASSES} | {"first_call_s"} == set(row)
     lines = gpu_attention.table([{"contestant": "diffmax", "empty_tiles": 0.1, **case, **row}])
     assert " nan" in lines
+
+
+def test_options_are_measured_beside_the_plain_call(monkeypatch):
+    def times(call):
+        call()
+        return {"median_ms": 1.0}
+
+    monkeypatch.setattr(gpu_options, "HEADS", 2)
+    rows, written = [], []
+    gpu_options.measure(rows, lambda: written.append(len(rows)), time.monotonic() + 60, times, "cpu", 128)
+    assert {row["option"] for row in rows} == set(gpu_options.OPTIONS)
+    assert len(rows) == len(written) == 2 * len(gpu_options.OPTIONS)
+    assert [row["reason"] for row in rows if "reason" in row] == []
+    assert gpu_options.table(rows).count(" 1.00") == 3 * len(rows)
+    gpu_options.measure(rows, list, time.monotonic() + 60, times, "cpu", 128)
+    assert len(rows) == len(written)
 
 
 def test_products_are_counted_as_the_kernels_visit_tiles():
