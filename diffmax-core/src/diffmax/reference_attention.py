@@ -245,7 +245,8 @@ def tiles_with(entries: Tensor) -> Tensor:
 
 def widened(t: Tensor, size: int) -> Tensor:
     """The last dimension filled up with zeros. torch 2.4's pad takes no dimension of 0."""
-    return torch.cat([t, t.new_zeros(*t.shape[:-1], size - t.shape[-1])], -1)
+    missing = size - t.shape[-1]
+    return torch.cat([t, t.new_zeros(*t.shape[:-1], missing)], -1) if missing else t
 
 
 def packed_bits(tiles: Tensor) -> Tensor:
