@@ -29,8 +29,6 @@ TESTED = {
     "npu": "stand-in device",
 }
 OPERATORS = ("attention", "attention_backward")
-ONE_WAY = {"alpha_gradient": ("attention_backward",), "attention_stats": ("attention",)}
-DECODING = {"kv_cache": ("attention_kvcache",), "paged": ("attention_kvcache",)}
 
 
 def backends() -> list[Backend]:
@@ -47,7 +45,7 @@ def backends() -> list[Backend]:
 
 def cell(backend: Backend, feature: str) -> str:
     """Which of the operators the backend runs with this feature."""
-    operators = (ONE_WAY | DECODING).get(feature, OPERATORS)
+    operators = [operator for operator in OPERATORS if feature in plugin.OPERATOR_FEATURES[operator]] or ["attention_kvcache"]
     able = [operator for operator in operators if runs(backend, operator, frozenset({feature}))]
     if len(able) == len(operators):
         return "✓"
@@ -56,11 +54,12 @@ def cell(backend: Backend, feature: str) -> str:
 
 def runs(backend: Backend, operator: str, features: frozenset[str], dtype: torch.dtype | None = None) -> bool:
     """Whether the declaration has nothing against a call of common sizes."""
-    if operator not in plugin.OPERATORS:
+    if operator not in backend.provided:
         return False
     device = "cpu" if "*" in backend.device_types else backend.device_types[0]
     value_dim = 32 if "value_dim" in features else 64
-    dtype = dtype or (torch.bfloat16 if torch.bfloat16 in backend.dtypes else backend.dtypes[0])
+    dtypes = backend.provided[operator].dtypes
+    dtype = dtype or (torch.bfloat16 if torch.bfloat16 in dtypes else dtypes[0])
     spec = CallSpec(operator, device, backend.runtime or device, dtype, features, 64, value_dim)
     return not backend.reasons_against(spec) and not (backend.unsupported and import_function(backend.unsupported)(spec))
 
@@ -79,7 +78,7 @@ def table() -> str:
 
 def dtypes_of(backend: Backend) -> str:
     """Those in which it runs the forward."""
-    able = (dtype for dtype in backend.dtypes if runs(backend, "attention", frozenset(), dtype))
+    able = (dtype for dtype in backend.provided["attention"].dtypes if runs(backend, "attention", frozenset(), dtype))
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in able)
 
 

@@ -116,5 +116,10 @@ def test_the_list_can_be_read_when_the_environment_names_no_backend(monkeypatch)
 def test_the_page_for_vendors_names_every_field_feature_hook_and_variable():
     page = (Path(__file__).parents[1] / "docs/backends.md").read_text()
     hooks = [name for name in vars(plugin.HookSpecs) if name.startswith("diffmax_")]
-    for name in (*(field.name for field in fields(plugin.Backend)), *plugin.FEATURES, *_env.MEANINGS, *hooks):
+    for name in (
+        *(field.name for kind in (plugin.Backend, plugin.Kernel) for field in fields(kind)),
+        *plugin.FEATURES,
+        *_env.MEANINGS,
+        *hooks,
+    ):
         assert f"| `{name}" in page, name

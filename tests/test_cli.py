@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import diffmax
-from diffmax import _bench, _dispatch, _report, _selftest
+from diffmax import _bench, _dispatch, _report, _selftest, plugin
 from diffmax.__main__ import main
 from diffmax._discovery import Plugin
+from diffmax._dispatch import registry
 from diffmax._env import Settings
+from diffmax.errors import NoBackendError
 from diffmax.plugin import Backend, hookimpl
 
 
@@ -227,7 +229,39 @@ def test_explain_needs_no_device(capsys, device):
     assert f"cpu: serves cpu, not {device.partition(':')[0]}" in output
 
 
+def test_explain_knows_every_operator_and_says_what_to_install(capsys, monkeypatch):
+    for operator in ("attention", "attention_varlen", "attention_with_kvcache", "diffmax_loss"):
+        assert main(["explain", "--operator", operator, "--backend", "cpu"]) == 0
+        assert ": cpu, by the backend argument" in capsys.readouterr().out
+    assert (
+        main(["explain", "--operator", "attention", "--features", "causal", "gqa", "--head-dim", "80", "--value-dim", "32"])
+        == 0
+    )
+    assert "head size 80 and 32, needs causal, gqa" in capsys.readouterr().out
+    plugins = [p for p in registry.plugins if not p.distribution.startswith("diffmax-") or p.distribution == "diffmax-core"]
+    monkeypatch.setattr(registry, "plugins", plugins)
+    assert main(["explain", "--operator", "attention", "--device", "cuda"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "run: pip install diffmax-cuda"
+    with pytest.raises(NoBackendError, match=r"no backend is named 'cuda'(.|\n)*run: pip install diffmax-cuda"):
+        diffmax.diffmax_bisect(torch.zeros(3), backend="cuda")
+
+
+def test_explain_of_a_call_knows_decoding_and_the_loss():
+    q, cache = torch.zeros(1, 1, 2, 16), torch.zeros(1, 8, 2, 16)
+    decoding = diffmax.explain(diffmax.attention_with_kvcache, q, cache, cache, cache_seqlens=4, causal=True)
+    ((spec, chosen, _, _),) = decoding.calls
+    assert (spec.operator, spec.features, spec.head_dim, chosen) == ("attention_kvcache", {"kv_cache", "causal"}, 16, "numba")
+    loss = diffmax.explain("diffmax_loss", torch.zeros(2, 5, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64))
+    assert loss.calls[0][0].dtype == torch.float32
+
+
 def test_explain_says_what_is_wrong_with_its_arguments(capsys):
+    assert main(["explain", "--features", "causal"]) == 1
+    assert "explain: --features are attention's, got causal for diffmax_bisect" in capsys.readouterr().err
+    assert main(["explain", "--operator", "attention", "--features", "paged"]) == 1
+    assert "explain: attention has no feature 'paged', it has: " in capsys.readouterr().err
+    assert main(["explain", "--operator", "attention_with_kvcache", "--backward"]) == 1
+    assert "attention_with_kvcache has no backward" in capsys.readouterr().err
     assert main(["explain", "--device", "abacus"]) == 1
     assert "explain: device must be one that torch knows" in capsys.readouterr().err
     assert main(["explain", "--backend", "nope"]) == 1
@@ -243,9 +277,9 @@ def test_explain_says_what_is_wrong_with_its_arguments(capsys):
 def test_selftest_passes_on_cores_own_kernels(capsys):
     assert main(["selftest", "--backend", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 * len(_selftest._CHECKS) + 1
+    assert len(lines) == 4 * len(_selftest.CHECKS) + 1
     assert all(line.startswith("ok") for line in lines[:-1])
-    assert lines[-1] == "all passed"
+    assert lines[-1] == f"all passed: {len(lines) - 1} checks, 0 lines not run"
 
 
 @pytest.mark.parametrize(
@@ -255,10 +289,11 @@ def test_selftest_names_what_fails(register, capsys, function, words):
     register(kernels={"bisect": f"{__name__}:{function}"})
     assert main(["selftest", "--backend", "mine"]) == 1
     output = capsys.readouterr().out
-    assert "FAILED  mine cpu float32 Random rows, short to long: " in output
+    assert "FAILED  mine cpu bisect float32 Random rows, short to long: " in output
     assert words in output
-    assert "not run mine cpu float32 Alpha per head and per row: the backend does not claim tensor_alpha" in output
-    assert output.splitlines()[-1].endswith(" failed")
+    assert "not run mine cpu bisect float32 Alpha per head and per row: the backend does not claim tensor_alpha" in output
+    assert "not run mine cpu attention: the backend does not provide it" in output
+    assert " failed, " in output.splitlines()[-1]
 
 
 def test_selftest_fails_for_a_named_backend_that_cannot_run(register, capsys):
@@ -266,6 +301,27 @@ def test_selftest_fails_for_a_named_backend_that_cannot_run(register, capsys):
     assert main(["selftest", "--backend", "mine"]) == 1
     assert "FAILED  mine cpu: unavailable: there is no such device" in capsys.readouterr().out
     assert [o.not_run for o in _selftest.run() if o.backend == "mine"] == ["unavailable: there is no such device"]
+
+
+def test_selftest_does_not_pass_where_nothing_was_run(capsys, monkeypatch):
+    """A backend that had attention alone was told "all passed" after six lines "not run"."""
+    monkeypatch.setattr(_selftest, "run", lambda *_: iter([_selftest.Outcome("mine", "cpu", not_run="unavailable")]))
+    assert main(["selftest"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing was run"
+
+
+def test_selftest_covers_every_operator_of_every_backend():
+    """Each operator has a check; and each that a backend of the CPU provides is run or left out with a reason."""
+    assert {check.operator for check in _selftest.CHECKS} == set(plugin.OPERATORS)
+    assert all(check.name for check in _selftest.CHECKS)
+
+
+def test_selftest_of_attention_alone_checks_attention(register, capsys):
+    register(kernels={"attention": "diffmax.cpu.attention:attention"}, features=frozenset({"causal", "mask", "gqa"}))
+    assert main(["selftest", "--backend", "mine"]) == 0
+    output = capsys.readouterr().out
+    assert "ok      mine cpu attention float32 Causal, lower right" in output
+    assert "not run mine cpu bisect: the backend does not provide it" in output
 
 
 def test_selftest_says_which_backends_and_devices_there_are(capsys):
@@ -289,11 +345,26 @@ def test_selftest_needs_no_test_packages():
 
 def test_bench_prints_a_table_of_ratios(capsys, monkeypatch):
     monkeypatch.setattr(_bench, "LENGTHS", (16, 64))
-    table = _bench.run(elements=256, seconds=1e-3).splitlines()
-    assert len(table) == 5
-    assert all(line.split()[-1].endswith("x") for line in table[1:])
+    tables = [table.splitlines() for table in _bench.run(elements=1024, seconds=1e-3)]
+    assert [len(table) for table in tables] == [5, 5, 3]
+    assert all(line.split()[-1].endswith("x") for table in tables for line in table[1:])
+    assert [table[0].split()[0].rstrip(",") for table in tables] == ["diffmax_bisect", "attention", "decoding"]
     assert main(["bench", "--device", "cuda:77"]) == 1
     assert "bench: device must be one that torch sees" in capsys.readouterr().err
+
+
+def test_bench_says_that_the_machine_is_busy(capsys, monkeypatch):
+    """On shared cores it printed ratios of hundreds without a word."""
+    monkeypatch.setattr(_bench, "run", lambda *_: iter(["a table"]))
+    monkeypatch.setattr(_bench, "SHARED", 2.0)
+    assert main(["bench"]) == 0
+    assert "this machine is busy (a loop had " in capsys.readouterr().out
+    monkeypatch.setattr(_bench, "SHARED", 0.0)
+    monkeypatch.setattr(_bench.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert main(["bench"]) == 0
+    assert "busy" not in capsys.readouterr().out
+    monkeypatch.setattr(_bench.os, "getloadavg", lambda: (1e3, 0.0, 0.0))
+    assert "the load average is 1000.0" in _bench.busy(by_load=True)
 
 
 # new-backend

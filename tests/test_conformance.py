@@ -5,7 +5,8 @@ import torch
 
 import diffmax
 from diffmax.plugin import Backend
-from diffmax.testing.conformance import BackendConformance
+from diffmax.testing import checks
+from diffmax.testing.conformance import DTYPES, BackendConformance
 
 
 class TestNumba(BackendConformance):
@@ -17,11 +18,20 @@ class TestCpu(BackendConformance):
 
 
 class TestReference(BackendConformance):
+    """The gate is measured on it, so none is asked of it: test_functional and test_gradients hold it to forty digits."""
+
     backend = "reference"
+    test_random_rows = test_nasty_rows = test_alpha_tensors = test_gradients = test_residuals_are_exchangeable = None
+    test_few_iterations_are_as_accurate_as_bisection = None
 
 
-FORWARD = {"bisect": "diffmax.reference:bisect"}
-BOTH = FORWARD | {"bisect_backward": "diffmax.reference:bisect_backward"}
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bad_alphas_give_nan_rows_in_the_reference_too(dtype):
+    checks.bad_alphas_on_the_device_give_nan_rows("reference", "cpu", dtype)
+
+
+FORWARD = {"bisect": "diffmax.cpu.rows:bisect"}
+BOTH = FORWARD | {"bisect_backward": "diffmax.cpu.rows:bisect_backward"}
 
 
 @pytest.fixture(

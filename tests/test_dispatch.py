@@ -5,15 +5,19 @@ import sys
 import threading
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import diffmax
 from diffmax import _dispatch, diffmax_bisect, reference
-from diffmax._dispatch import choose, describe, registry
+from diffmax._dispatch import choose, describe, judge, registry
 from diffmax.errors import NoBackendError
-from diffmax.plugin import FEATURES, Backend
+from diffmax.plugin import FEATURES, OPERATOR_FEATURES, Backend, Kernel
+from diffmax.testing import attention_checks, kvcache_checks
+
+ROOT = Path(__file__).parents[1]
 
 BOTH = {"bisect": "fake_kernels:forward", "bisect_backward": "fake_kernels:backward"}
 
@@ -353,6 +357,27 @@ GOOD = {"name": "acme", "device_types": ("cpu",), "kernels": BOTH, "dtypes": (to
         (lambda: Backend(**{**GOOD, "kernels": {}}), ValueError, "kernels must name at least one operator"),
         (lambda: Backend(**{**GOOD, "kernels": {"bisect": "x"}}), ValueError, "given as 'module:function', got 'x'"),
         (lambda: Backend(**{**GOOD, "probe": "x.y"}), ValueError, "given as 'module:function', got 'x.y'"),
+        (
+            lambda: Kernel("acme.rows", (torch.float32,)),
+            ValueError,
+            "functions are given as 'module:function', got 'acme.rows'",
+        ),
+        (lambda: Kernel("a:b", ("float32",)), TypeError, "Kernel a:b: dtypes must be torch dtypes"),
+        (
+            lambda: Kernel("a:b", (torch.float32,), frozenset({"casual"})),
+            ValueError,
+            "Kernel a:b: unknown feature 'casual', known: ",
+        ),
+        (
+            lambda: Kernel("a:b", (torch.float32,), max_head_dim=0),
+            ValueError,
+            "max_head_dim must be a positive int or None, got 0",
+        ),
+        (
+            lambda: Backend(**{**GOOD, "kernels": {"bisect": Kernel("a:b", (torch.float32,), frozenset({"causal"}))}}),
+            ValueError,
+            "bisect cannot have the feature 'causal', it can have: deterministic, tensor_alpha",
+        ),
         (lambda: Backend(**{**GOOD, "dtypes": ()}), TypeError, "dtypes must be torch dtypes"),
         (lambda: Backend(**{**GOOD, "features": "deterministic"}), TypeError, "features must be a set of names"),
         (
@@ -429,3 +454,60 @@ def test_a_decision_is_made_once(register, monkeypatch):
     diffmax_bisect(X, 0.5)
     monkeypatch.setattr(_dispatch, "choose", None)  # a second decision would fail
     diffmax_bisect(X, 0.5)
+
+
+def test_each_kernel_says_what_it_can_do(register):
+    """float64 was claimed for a whole backend, and refused in the middle of a call of its attention."""
+    halves, floats = (torch.float16,), (torch.float16, torch.float32)
+    register(
+        "acme",
+        priority=90,
+        dtypes=(),
+        kernels={
+            "bisect": Kernel("fake_kernels:forward", floats, frozenset({"tensor_alpha"})),
+            "attention": Kernel("fake_kernels:forward", halves, frozenset({"causal"}), max_head_dim=64),
+        },
+    )
+
+    def reasons(operator, dtype, *features, size=64):
+        sizes = (size, size) if operator == "attention" else ()
+        spec = describe(operator, "cpu", dtype, frozenset(features), *sizes)
+        return {backend.name: found for backend, found in judge(spec)}["acme"]
+
+    assert reasons("bisect", torch.float32, "tensor_alpha") == reasons("attention", torch.float16, "causal") == []
+    assert reasons("attention", torch.float32) == ["takes float16, not float32"]
+    assert reasons("attention", torch.float16, "tensor_alpha")[0].startswith("lacks tensor_alpha")
+    assert reasons("attention", torch.float16, size=80) == ["takes heads of at most 64 entries, not 80"]
+    assert reasons("attention_backward", torch.float16) == ["does not provide attention_backward"]
+    x = torch.zeros(1, 1, 2, 80, dtype=torch.float16)
+    with pytest.raises(NoBackendError, match="acme: takes heads of at most 64 entries, not 80"):
+        diffmax.attention(x, x, x, backend="acme")
+
+
+def test_a_string_stands_for_a_kernel_with_the_backends_fields():
+    """And claims of its features those alone that belong to the operator."""
+    backend = Backend(**{**GOOD, "features": frozenset(FEATURES), "warmup": "a:b"})
+    rows = backend.provided["bisect"]
+    assert (rows.dtypes, rows.features, rows.warmup) == (GOOD["dtypes"], OPERATOR_FEATURES["bisect"], "a:b")
+
+
+def test_every_feature_belongs_to_an_operator_and_every_claim_of_ours_is_listed_one_by_one():
+    """All six backends claimed frozenset(FEATURES), and with it whatever a later version adds."""
+    assert frozenset().union(*OPERATOR_FEATURES.values()) == set(FEATURES)
+    for path in [*ROOT.glob("diffmax-*/src/*/_plugin.py"), ROOT / "diffmax-core/src/diffmax/_builtin.py"]:
+        text = path.read_text(encoding="utf-8")
+        assert "import FEATURES" not in text
+        assert "OPERATOR_FEATURES" not in text
+        assert "frozenset(FEATURES)" not in text
+
+
+def test_what_an_operator_can_claim_is_reached_by_its_kit():
+    """Each feature by a case of the kit, or by a test that asks for it by name."""
+    by_name = {"tensor_alpha", "alpha_gradient", "deterministic", "varlen", "attention_stats", "kv_cache"}
+    cases = {
+        "attention": set().union(*(case.features() for case in attention_checks.CASES.values())),
+        "attention_kvcache": set().union(*(case.features() for case in kvcache_checks.CASES.values())),
+    }
+    for operator, features in OPERATOR_FEATURES.items():
+        reached = by_name | cases.get(operator.removesuffix("_backward"), set())
+        assert features <= reached, (operator, features - reached)

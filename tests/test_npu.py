@@ -17,7 +17,7 @@ import torch
 import diffmax
 from diffmax._dispatch import choose, describe
 from diffmax.errors import NoBackendError
-from diffmax.plugin import API_VERSION, FEATURES
+from diffmax.plugin import API_VERSION, OPERATOR_FEATURES, OPERATORS
 from diffmax_npu import probe
 from diffmax_npu._plugin import plugin
 
@@ -155,7 +155,8 @@ def test_what_the_chip_lacks_is_said_of_an_open_device_alone(machine):
 
 def test_it_claims_everything_and_is_for_the_device_alone():
     (backend, *_) = plugin.diffmax_backends()
-    assert backend.features == frozenset(FEATURES) - {"kv_cache", "paged"}
+    assert set(backend.provided) == set(OPERATORS) - {"attention_kvcache"}
+    assert all(kernel.features == OPERATOR_FEATURES[operator] for operator, kernel in backend.provided.items())
     assert (backend.name, tuple(backend.device_types), backend.runtime) == ("npu", ("npu",), "cann")
     assert backend.api_version <= API_VERSION
     assert backend.reasons_against(describe("bisect", "cpu", torch.float32))

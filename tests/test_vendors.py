@@ -21,7 +21,7 @@ from diffmax._dispatch import choose, describe, registry
 from diffmax.errors import NoBackendError
 from diffmax.kernels import requirements
 from diffmax.kernels.triton.tuning import Table, read_tables, write_tables
-from diffmax.plugin import FEATURES
+from diffmax.plugin import OPERATOR_FEATURES
 
 ROOT = Path(__file__).parents[1]
 PROBES = {"cuda": diffmax_cuda.probe, "rocm": diffmax_rocm.probe}
@@ -81,7 +81,7 @@ def test_the_runtime_chooses_between_the_two(vendor, operator, machine):
     machine.build(vendor)
     machine.device()
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        assert choose(describe(operator, "cuda", dtype, frozenset(FEATURES))).name == vendor
+        assert choose(describe(operator, "cuda", dtype, OPERATOR_FEATURES[operator])).name == vendor
     other = {"cuda": "rocm", "rocm": "cuda"}[vendor]
     with pytest.raises(NoBackendError, match=f"{other}: needs the .* runtime, this is"):
         choose(describe(operator, "cuda", torch.float32), other)
@@ -226,6 +226,29 @@ def test_warmup_checks_its_arguments_and_passes_over_who_compiles_nothing():
         diffmax.warmup([8], alphas=(1.0,))
     with pytest.raises(NoBackendError, match="no backend is named 'nope'"):
         diffmax.warmup([8], backend="nope")
+    with pytest.raises(ValueError, match=r"warmup: head_dims must be at least 1, got \(64, 0\)"):
+        diffmax.warmup(head_dims=[(64, 0)])
+    with pytest.raises(ValueError, match=r"warmup: no such feature of attention: 'causel', known: alibi, attention_stats, "):
+        diffmax.warmup(head_dims=[64], features=["causel"])
+
+
+def test_warmup_prepares_attention_and_decoding_too():
+    """Without arguments it prepares what an image is built with; afterwards nothing is compiled."""
+    code = (
+        "import time, torch, diffmax\n"
+        "assert diffmax.warmup() == {'numba': 5}\n"
+        "from numba.core.dispatcher import Dispatcher\n"
+        "from unittest import mock\n"
+        "q = torch.randn(1, 2, 70, 64, requires_grad=True)\n"
+        "with mock.patch.object(Dispatcher, 'compile', side_effect=AssertionError('compiles')):\n"
+        "    for causal in (False, True):\n"
+        "        diffmax.attention(q, q, q, is_causal=causal, alpha=0.5).sum().backward()\n"
+        "    diffmax.attention_with_kvcache(*torch.randn(3, 1, 9, 2, 64), cache_seqlens=5)\n"
+        "    diffmax.diffmax_bisect(q).sum().backward()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert diffmax.warmup(head_dims=[64], features=["gqa", "dropout"], dtypes=[torch.float64], decoding=True) == {"numba": 2}
+    assert diffmax.warmup(head_dims=[(64, 32)], backend="cpu") == {"cpu": 0}
 
 
 @pytest.mark.usefixtures("with_vendors")
@@ -237,6 +260,14 @@ def test_warmup_calls_the_backend_of_the_device(machine, monkeypatch):
     assert diffmax.warmup([64, 4096], (torch.bfloat16,), (0.5, None), device="cuda") == {"cuda": 4}
     assert ("diffmax_cuda.rows:warmup", torch.device("cuda", 0), torch.bfloat16, 64, 0.5, True) in calls
     assert calls[-1][3:] == (4096, None, True)
+    calls.clear()
+    more = {"features": ["causal"], "decoding": True, "backward": False, "device": "cuda"}
+    assert diffmax.warmup(dtypes=[torch.float16], alphas=(None,), head_dims=[(64, 32)], **more) == {"cuda": 2}
+    given = (torch.device("cuda", 0), torch.float16, 64, 32, None, False)
+    assert calls == [
+        ("diffmax_cuda.attention:warmup", *given, {"causal", "value_dim"}),
+        ("diffmax_cuda.kvcache:warmup", *given, {"causal", "value_dim", "kv_cache"}),
+    ]
 
 
 def test_bench_gpu_refuses_a_machine_without_a_gpu():

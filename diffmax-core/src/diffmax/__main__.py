@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from diffmax import _bench, _new_backend, _report, _selftest
-from diffmax._inspect import OPERATORS, explain_call
+from diffmax._inspect import OPERATOR_OF, explain_call
 from diffmax._numerics import FLOAT_DTYPES
 from diffmax.errors import DiffmaxError
+from diffmax.plugin import OPERATOR_FEATURES
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -35,15 +36,30 @@ def _report_all(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    operator = OPERATOR_OF[options.operator]
+    asked = {"tensor_alpha": options.alpha_tensor or options.alpha_gradient, "alpha_gradient": options.alpha_gradient}
+    is_attention = operator.startswith("attention")
+    if options.features and not is_attention:
+        raise ValueError(f"explain: --features are attention's, got {options.features[0]} for {options.operator}")
+    if operator == "attention_kvcache" and (options.backward or options.alpha_gradient):
+        raise ValueError("explain: attention_with_kvcache has no backward: leave --backward and --alpha-gradient out")
+    unknown = sorted(set(options.features) - OPERATOR_FEATURES[operator])
+    if unknown:
+        known = ", ".join(sorted(OPERATOR_FEATURES[operator]))
+        raise ValueError(f"explain: {options.operator} has no feature {unknown[0]!r}, it has: {known}")
+    implied = {"attention_varlen": {"varlen"}, "attention_with_kvcache": {"kv_cache"}}.get(options.operator, set())
+    size = options.head_dim if is_attention else 0
     print(
         explain_call(
-            OPERATORS[options.operator],
+            operator,
             _device_type(options.device),
             _DTYPES[options.dtype],
-            tensor_alpha=options.alpha_tensor or options.alpha_gradient,
-            alpha_gradient=options.alpha_gradient,
+            **asked,
             backward=options.backward or options.alpha_gradient,
             backend=options.backend,
+            features=frozenset({*options.features} | implied),
+            head_dim=size,
+            value_dim=(options.value_dim or size) if is_attention else 0,
         )
     )
     return 0
@@ -51,21 +67,26 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _run_selftest(options: argparse.Namespace) -> int:
     _check_device("selftest", options.device)
-    failures = 0
+    outcomes = []
     for outcome in _selftest.run(options.backend, options.device):
-        failures += bool(outcome.failure)
+        outcomes.append(outcome)
         print(outcome, flush=True)
-    print(f"{failures} failed" if failures else "all passed")
-    return 1 if failures else 0
+    line, status = _selftest.summary(outcomes)
+    print(line)
+    return status
 
 
 def _run_bench(options: argparse.Namespace) -> int:
     _check_device("bench", options.device)
     print(
-        f"float32 scores N(0, 1), {options.device}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; "
-        "median times, as multiples of torch.softmax's"
+        f"float32, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; median times", flush=True
     )
-    print(_bench.run(options.device, options.backend))
+    warnings = [_bench.busy(by_load=True)]
+    for table in _bench.run(options.device, options.backend, options.operator):
+        print(table, flush=True)
+    warnings.append(_bench.busy(by_load=False))
+    for words in list(filter(None, warnings))[:1]:
+        print(words)
     return 0
 
 
@@ -101,21 +122,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="")
 
     explain = commands.add_parser("explain", help="say which backend a call would go to, and why; the device need not be there")
-    explain.add_argument("--operator", choices=sorted(OPERATORS), default="diffmax_bisect")
+    explain.add_argument("--operator", choices=sorted(OPERATOR_OF), default="diffmax_bisect")
     explain.add_argument("--device", default="cpu", help="torch device type")
     explain.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     explain.add_argument("--alpha-tensor", action="store_true", help="alpha is a tensor")
     explain.add_argument("--alpha-gradient", action="store_true", help="alpha is a tensor that requires a gradient")
     explain.add_argument("--backward", action="store_true", help="the scores require a gradient")
+    explain.add_argument("--features", nargs="+", default=[], metavar="NAME", help="of attention, such as causal gqa mask")
+    explain.add_argument("--head-dim", type=int, default=64, help="attention's size of a query and a key")
+    explain.add_argument("--value-dim", type=int, help="and of a value, if it is another")
     explain.add_argument("--backend", help="the call's backend argument")
     explain.set_defaults(run=_explain)
 
-    selftest = commands.add_parser("selftest", help="check the kernels on this machine in a few seconds; exit status 1: failed")
+    selftest = commands.add_parser(
+        "selftest", help="check every operator on this machine; exit status 1: failed, or nothing run"
+    )
     selftest.add_argument("--backend", help="only this one, which then has to be available")
     selftest.add_argument("--device", help="torch device; default: where each backend runs")
     selftest.set_defaults(run=_run_selftest)
 
-    bench = commands.add_parser("bench", help="time diffmax against torch.softmax in less than half a minute")
+    bench = commands.add_parser("bench", help="time each operator against torch's softmax or attention, about a minute in all")
+    bench.add_argument("--operator", choices=sorted(_bench.OPERATORS), help="only this one")
     bench.add_argument("--device", default="cpu", help="torch device")
     bench.add_argument("--backend", help="the backend argument of the timed calls")
     bench.set_defaults(run=_run_bench)

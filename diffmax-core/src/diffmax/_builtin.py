@@ -1,7 +1,28 @@
 """The backends that diffmax-core carries itself, described and registered like any other."""
 
 from diffmax._numerics import FLOAT_DTYPES
-from diffmax.plugin import FEATURES, Backend, hookimpl
+from diffmax.plugin import Backend, Kernel, hookimpl
+
+# What core's kernels have, in plain PyTorch and compiled alike
+ALPHA = {"tensor_alpha", "deterministic"}
+SCORES = {"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"}
+FEATURES = {
+    "bisect": ALPHA,
+    "bisect_backward": ALPHA | {"alpha_gradient"},
+    "attention": ALPHA | SCORES | {"mask", "bias", "varlen", "dropout", "attention_stats"},
+    "attention_backward": ALPHA | SCORES | {"mask", "bias", "varlen", "dropout", "alpha_gradient"},
+    "attention_kvcache": ALPHA | SCORES | {"kv_cache", "paged", "attention_stats"},
+}
+
+
+def _kernels(**modules: str) -> dict[str, Kernel]:
+    """Kernels named as their operators; a backward lies beside its forward."""
+    found = {}
+    for operator, features in FEATURES.items():
+        module = modules[operator.removesuffix("_backward")]
+        warmup = None if operator.endswith("_backward") or ".numba_" not in module else f"{module}:warmup"
+        found[operator] = Kernel(f"{module}:{operator}", FLOAT_DTYPES, frozenset(features), warmup=warmup)
+    return found
 
 
 class CorePlugin:
@@ -14,46 +35,31 @@ class CorePlugin:
             Backend(
                 name="numba",
                 device_types=("cpu",),
-                kernels={
-                    "bisect": "diffmax.cpu.numba_rows:bisect",
-                    "bisect_backward": "diffmax.cpu.numba_rows:bisect_backward",
-                    "attention": "diffmax.cpu.numba_attention:attention",
-                    "attention_backward": "diffmax.cpu.numba_attention:attention_backward",
-                    "attention_kvcache": "diffmax.cpu.numba_kvcache:attention_kvcache",
-                },
-                dtypes=FLOAT_DTYPES,
-                features=frozenset(FEATURES),
+                kernels=_kernels(
+                    bisect="diffmax.cpu.numba_rows",
+                    attention="diffmax.cpu.numba_attention",
+                    attention_kvcache="diffmax.cpu.numba_kvcache",
+                ),
                 priority=60,
                 probe="diffmax.cpu:numba_missing",
                 unsupported="diffmax.cpu:numba_cannot",
-                warmup="diffmax.cpu.numba_rows:warmup",
                 install_hint='run: pip install "diffmax-core[numba]"',
             ),
             Backend(
                 name="cpu",
                 device_types=("cpu",),
-                kernels={
-                    "bisect": "diffmax.cpu.rows:bisect",
-                    "bisect_backward": "diffmax.cpu.rows:bisect_backward",
-                    "attention": "diffmax.cpu.attention:attention",
-                    "attention_backward": "diffmax.cpu.attention:attention_backward",
-                    "attention_kvcache": "diffmax.cpu.kvcache:attention_kvcache",
-                },
-                dtypes=FLOAT_DTYPES,
-                features=frozenset(FEATURES),
+                kernels=_kernels(
+                    bisect="diffmax.cpu.rows", attention="diffmax.cpu.attention", attention_kvcache="diffmax.cpu.kvcache"
+                ),
             ),
             Backend(
                 name="reference",
                 device_types=("*",),
-                kernels={
-                    "bisect": "diffmax.reference:bisect",
-                    "bisect_backward": "diffmax.reference:bisect_backward",
-                    "attention": "diffmax.reference_attention:attention",
-                    "attention_backward": "diffmax.reference_attention:attention_backward",
-                    "attention_kvcache": "diffmax.reference_kvcache:attention_kvcache",
-                },
-                dtypes=FLOAT_DTYPES,
-                features=frozenset(FEATURES),
+                kernels=_kernels(
+                    bisect="diffmax.reference",
+                    attention="diffmax.reference_attention",
+                    attention_kvcache="diffmax.reference_kvcache",
+                ),
                 priority=0,
             ),
         )

@@ -156,7 +156,7 @@ def choose(spec: CallSpec, backend: str = "") -> Backend:
     chosen = next((candidate for candidate, reasons in verdicts if not reasons), None)
     if chosen is None:
         named = f"the backend{'s' * (len(names) > 1)} {', '.join(names)} cannot run" if names else "no backend can run"
-        raise NoBackendError(f"{named} {spec}\n{_listed(verdicts)}\n{_HINT}")
+        raise NoBackendError(f"{named} {spec}\n{_listed(verdicts)}\n{missing_package(spec.runtime) or _HINT}")
     if chosen.name == "reference" and not names and spec.device_type not in ("cpu", "meta"):
         _notice_reference(spec, verdicts)
     return chosen
@@ -291,12 +291,12 @@ def _asked(backend: Backend, spec: CallSpec) -> list[str]:
 
 
 def _load_kernel(backend: Backend, operator: str) -> Callable[..., Any]:
+    target = backend.provided[operator].function
     try:
-        return import_function(backend.kernels[operator])
+        return import_function(target)
     except Exception as error:
         raise BackendError(
-            f"backend {backend.name}: its kernel {backend.kernels[operator]} cannot be imported: {error}\n"
-            f"to leave it out, {_leave_out(backend)}"
+            f"backend {backend.name}: its kernel {target} cannot be imported: {error}\nto leave it out, {_leave_out(backend)}"
         ) from error
 
 
@@ -320,15 +320,20 @@ def _listed(verdicts: list[tuple[Backend, list[str]]]) -> str:
 def _unknown_name(name: str, known: dict[str, Backend]) -> str:
     lines = [f"no backend is named {name!r}", f"  loaded: {', '.join(known)}"]
     lines += [f"  {p} is {p.status}: {p.reason}" for p in registry.plugins if p.name == name and p.reason]
-    return "\n".join([*lines, _HINT])
+    runtime = next((runtime for runtime, package in PLUGIN_FOR_RUNTIME.items() if name == package.removeprefix("diffmax-")), "")
+    return "\n".join([*lines, missing_package(runtime) or _HINT])
+
+
+def missing_package(runtime: str) -> str:
+    """What to install for such a device's kernels; "" if it is there, or nothing is known for it."""
+    package = PLUGIN_FOR_RUNTIME.get(runtime)
+    return f"run: pip install {package}" if package and package not in {p.distribution for p in registry.plugins} else ""
 
 
 def _notice_reference(spec: CallSpec, verdicts: list[tuple[Backend, list[str]]]) -> None:
-    package = PLUGIN_FOR_RUNTIME.get(spec.runtime)
-    installed = {plugin.distribution for plugin in registry.plugins}
-    advice = f"\nrun: pip install {package}" if package and package not in installed else ""
+    advice = missing_package(spec.runtime)
     against = _listed([(backend, reasons) for backend, reasons in verdicts if reasons])
-    message = f"{spec} runs as plain PyTorch: right, but slower than a kernel\n{against}{advice}"
+    message = f"{spec} runs as plain PyTorch: right, but slower than a kernel\n{against}" + (f"\n{advice}" if advice else "")
     if registry.settings.strict:
         raise NoBackendError(f"DIFFMAX_STRICT=1: {message}\n{_HINT}")
     if spec.device_type not in registry.noticed:

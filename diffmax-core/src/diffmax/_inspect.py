@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import html
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffmax import _attention, _attention_ops, _dispatch
+from diffmax import _attention, _attention_ops, _dispatch, _kvcache, _kvcache_ops, losses
 from diffmax._checks import check_scores, one_minus_alpha
+from diffmax._numerics import accumulation_dtype
 from diffmax.errors import NoBackendError
 from diffmax.plugin import Backend, CallSpec
 
@@ -71,7 +73,7 @@ def backends() -> KernelTable:
     records = []
     for backend in _dispatch.registry.backends():
         plugin = _dispatch.registry.owner(backend)
-        for operator, target in backend.kernels.items():
+        for operator, kernel in backend.provided.items():
             for device in backend.device_types:
                 records.append(
                     KernelRecord(
@@ -80,9 +82,9 @@ def backends() -> KernelTable:
                         plugin.version,
                         "any" if device == "*" else device,
                         operator,
-                        target,
+                        kernel.function,
                         *_status(backend, operator, device),
-                        ", ".join(map(_dtype_name, backend.dtypes)),
+                        ", ".join(map(_dtype_name, kernel.dtypes)),
                     )
                 )
     for plugin in _dispatch.registry.plugins:
@@ -99,7 +101,8 @@ def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
         return status, reason
     if device == "*":
         return "active", "on devices that no other backend serves"
-    dtype = torch.float32 if torch.float32 in backend.dtypes else backend.dtypes[0]
+    dtypes = backend.provided[operator].dtypes
+    dtype = torch.float32 if torch.float32 in dtypes else dtypes[0]
     spec = _dispatch.describe(operator, device, dtype)
     if backend.runtime is not None and backend.runtime != spec.runtime:
         return "available", f"for the {backend.runtime} runtime, this is {spec.runtime}"
@@ -135,7 +138,8 @@ class Explanation:
         for spec, chosen, candidates, decided_by in self.calls:
             lines.append(f"{spec}: {chosen or 'no backend'}, by {decided_by}")
             lines += [f"  {name}: {'; '.join(reasons) or 'can run it'}" for name, reasons in candidates]
-        return "\n".join(lines)
+        advice = _dispatch.missing_package(self.calls[0][0].runtime)
+        return "\n".join([*lines, advice] if advice else lines)
 
 
 def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
@@ -144,7 +148,8 @@ def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Ex
     Nothing is computed, so tensors may live on the meta device.
 
     Args:
-        op: `diffmax.diffmax_bisect`, `diffmax.attention` or `diffmax.attention_varlen`, or one of these names.
+        op: `diffmax.diffmax_bisect`, `diffmax.diffmax_loss`, `diffmax.attention`, `diffmax.attention_varlen` or
+            `diffmax.attention_with_kvcache`, or one of these names.
         arguments, options: The call's arguments, which are checked as the call would. The backward is explained too if one of
             them requires a gradient and gradients are enabled.
     Raises:
@@ -163,14 +168,12 @@ def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Ex
           cpu: can run it
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    explained = {**dict.fromkeys(OPERATORS, _explain_bisect), **dict.fromkeys(_ATTENTION, _explain_attention)}
-    if name not in explained:
-        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(explained)}")
-    return explained[name](name, *arguments, **options)
+    if name not in _EXPLAINED:
+        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(_EXPLAINED)}")
+    return _EXPLAINED[name](*arguments, **options)
 
 
 def _explain_bisect(
-    name: str,
     X: Tensor,
     alpha: Any = 0.9,
     dim: int = -1,
@@ -183,7 +186,7 @@ def _explain_bisect(
     one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
     learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
     return explain_call(
-        OPERATORS[name],
+        "bisect",
         X.device.type,
         X.dtype,
         tensor_alpha=isinstance(alpha, Tensor),
@@ -193,11 +196,41 @@ def _explain_bisect(
     )
 
 
-def _explain_attention(name: str, *arguments: Any, **options: Any) -> Explanation:
-    function, check = _ATTENTION[name]
+def _explain_loss(*arguments: Any, **options: Any) -> Explanation:
+    """A loss reaches its backend through rows in the accumulation dtype; their gradient it has itself."""
+    given = _bound(losses.diffmax_loss, arguments, options)
+    X, alpha = given["X"], given["alpha"]
+    alpha = alpha() if callable(alpha) else alpha
+    dim = 0 if isinstance(X, Tensor) and X.ndim == 1 else 1
+    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, given["n_iter"]))
+    is_tensor = isinstance(alpha, Tensor)
+    return explain_call("bisect", X.device.type, accumulation_dtype(X.dtype), tensor_alpha=is_tensor, backend=given["backend"])
+
+
+def _bound(function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     bound = inspect.signature(function).bind(*arguments, **options)
     bound.apply_defaults()
-    given = dict(bound.arguments)
+    return dict(bound.arguments)
+
+
+def _explain_decoding(*arguments: Any, **options: Any) -> Explanation:
+    given = _bound(_kvcache.attention_with_kvcache, arguments, options)
+    stats, backend = bool(given.pop("return_stats")), given.pop("backend")
+    q, k_cache, v_cache, call = _kvcache.checked(**given)
+    return explain_call(
+        "attention_kvcache",
+        q.device.type,
+        q.dtype,
+        tensor_alpha=isinstance(call.e, Tensor),
+        backend=backend,
+        features=_kvcache_ops.features(q, k_cache, v_cache, call, stats),
+        head_dim=q.shape[3],
+        value_dim=v_cache.shape[3],
+    )
+
+
+def _explain_attention(function: Callable[..., Any], check: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
+    given = _bound(function, arguments, options)
     stats, backend = bool(given.pop("return_stats")), given.pop("backend")
     places = [given.pop(parameter) for parameter in list(given) if _is_positional(function, parameter)]
     query, key, value, call = check(*places, **given, draws=False)
@@ -244,10 +277,22 @@ def explain_call(
     return Explanation(tuple(_explain_one(spec, backend or _dispatch.selected(), bool(backend)) for spec in specs))
 
 
-OPERATORS = {"diffmax_bisect": "bisect", "bisect": "bisect"}
-_ATTENTION: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "attention": (_attention.attention, _attention.checked),
-    "attention_varlen": (_attention.attention_varlen, _attention.checked_varlen),
+# The public function, or its operator, and the operator that its calls reach
+OPERATOR_OF = {
+    "diffmax_bisect": "bisect",
+    "bisect": "bisect",
+    "diffmax_loss": "bisect",
+    "attention": "attention",
+    "attention_varlen": "attention",
+    "attention_with_kvcache": "attention_kvcache",
+}
+_EXPLAINED: dict[str, Callable[..., Explanation]] = {
+    "diffmax_bisect": _explain_bisect,
+    "bisect": _explain_bisect,
+    "diffmax_loss": _explain_loss,
+    "attention": partial(_explain_attention, _attention.attention, _attention.checked),
+    "attention_varlen": partial(_explain_attention, _attention.attention_varlen, _attention.checked_varlen),
+    "attention_with_kvcache": _explain_decoding,
 }
 
 

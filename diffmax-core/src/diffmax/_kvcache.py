@@ -159,6 +159,41 @@ def attention_with_kvcache(
         >>> diffmax.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
         torch.Size([2, 1, 8, 16])
     """
+    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink, page_bounds)
+    q, k_cache, v_cache, call = checked(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, *given)
+    e_tensor = call.e if isinstance(call.e, Tensor) else None
+    out, m, delta, support, pages = torch.ops.diffmax.attention_kvcache(
+        *(q, k_cache, v_cache, call.k, call.v, call.cache_seqlens, call.cache_batch_idx, call.block_table),
+        *(call.low, call.high, call.page_size, bool(return_stats), call.scale),
+        *(call.e if e_tensor is None else 0.0, e_tensor, call.left, call.right, call.softcap, call.alibi, call.sink),
+        selected(backend),
+    )
+    out = cast(Tensor, out)
+    if not return_stats:
+        return out
+    row_e = clamp_e(call.e.unsqueeze(1) if isinstance(call.e, Tensor) else call.e)
+    return out, KVCacheStats(m - (1 - delta) / row_e, support, pages)
+
+
+def checked(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    alpha: float | Tensor = 0.9,
+    sink: Tensor | None = None,
+    page_bounds: PageBounds | None = None,
+) -> tuple[Tensor, Tensor, Tensor, KVCacheCall]:
+    """The queries, the caches and the call that `attention_with_kvcache`'s arguments mean."""
     name = "diffmax.attention_with_kvcache"
     checks.check_cache(name, "q", q)
     checks.check_cache(name, "k_cache", k_cache)
@@ -176,21 +211,24 @@ def attention_with_kvcache(
     low, high, page_size = checks.check_bounds(name, page_bounds, k_cache, block_table)
     lengths = checks.check_lengths(name, cache_seqlens, batch, room, new, q.device)
     checks.check_pages(name, block_table, lengths, new or 0, k_cache)
-    out, m, delta, support, pages = torch.ops.diffmax.attention_kvcache(
-        *(q, k_cache, v_cache, k, v),
-        lengths,
-        checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table),
-        *(block_table, low, high, page_size, bool(return_stats), _attention_checks.check_scale(name, q, softmax_scale)),
-        *(e, e_tensor, left, right, _attention_checks.check_softcap(name, softcap)),
-        slopes if slopes is None or slopes.ndim == 2 else slopes.unsqueeze(0),
-        _attention_checks.check_sink(name, q, sink, heads),
-        selected(backend),
+    call = KVCacheCall(
+        scale=_attention_checks.check_scale(name, q, softmax_scale),
+        e=e if e_tensor is None else e_tensor,
+        cache_seqlens=lengths,
+        k=k,
+        v=v,
+        cache_batch_idx=checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table),
+        block_table=block_table,
+        low=low,
+        high=high,
+        page_size=page_size,
+        left=left,
+        right=right,
+        softcap=_attention_checks.check_softcap(name, softcap),
+        alibi=slopes if slopes is None or slopes.ndim == 2 else slopes.unsqueeze(0),
+        sink=_attention_checks.check_sink(name, q, sink, heads),
     )
-    out = cast(Tensor, out)
-    if not return_stats:
-        return out
-    row_e = clamp_e(e_tensor.unsqueeze(1) if e_tensor is not None else e)
-    return out, KVCacheStats(m - (1 - delta) / row_e, support, pages)
+    return q, k_cache, v_cache, call
 
 
 def _as_cached(t: Tensor, k_cache: Tensor) -> Tensor:

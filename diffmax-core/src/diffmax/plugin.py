@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pluggy
 import torch
 from torch import Tensor
 
-API_VERSION = (1, 2)
+API_VERSION = (1, 3)
 """Interface version. A larger minor adds; a larger major changes the hooks, the fields or the kernels' signatures."""
 
 SHARED_KERNELS_VERSION = 1
@@ -44,7 +44,25 @@ FEATURES = {
 }
 """What a call may need beyond an operator, a device type and a dtype. A backend must claim it to be chosen for such a call."""
 
-OPERATORS = ("bisect", "bisect_backward", "attention", "attention_backward", "attention_kvcache")
+OPERATOR_FEATURES: Mapping[str, frozenset[str]] = {
+    "bisect": frozenset({"tensor_alpha", "deterministic"}),
+    "bisect_backward": frozenset({"tensor_alpha", "alpha_gradient", "deterministic"}),
+    "attention": frozenset(
+        {"tensor_alpha", "deterministic", "causal", "window", "mask", "gqa", "varlen", "value_dim", "attention_stats"}
+        | {"bias", "alibi", "softcap", "sink", "dropout"}
+    ),
+    "attention_backward": frozenset(
+        {"tensor_alpha", "alpha_gradient", "deterministic", "causal", "window", "mask", "gqa", "varlen", "value_dim"}
+        | {"bias", "alibi", "softcap", "sink", "dropout"}
+    ),
+    "attention_kvcache": frozenset(
+        {"tensor_alpha", "deterministic", "causal", "window", "gqa", "kv_cache", "paged", "value_dim", "attention_stats"}
+        | {"alibi", "softcap", "sink"}
+    ),
+}
+"""What a call of each operator may need of `FEATURES`, and so what its kernel can claim."""
+
+OPERATORS = tuple(OPERATOR_FEATURES)
 """What a backend can provide kernels for. `diffmax.reference`, `.reference_attention` and `.reference_kvcache` have their
 signatures."""
 
@@ -168,6 +186,51 @@ class KVCacheCall:
     sink: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One kernel, and what it can do.
+
+    Attributes:
+        function: "module:function". Signatures: `diffmax.reference` and its neighbours.
+        dtypes: Dtypes of the scores, or of the queries.
+        features: Of `OPERATOR_FEATURES[operator]`, those that it has, one by one: a later version of diffmax may add others,
+            which this kernel does not have.
+        max_head_dim: The largest size of a query, a key or a value in attention; None: any.
+        warmup: "module:function" that compiles what calls need, see docs/backends.md; None if nothing is compiled at run time.
+    Raises:
+        TypeError, ValueError: A field is not as described.
+    """
+
+    function: str
+    dtypes: Sequence[torch.dtype]
+    features: frozenset[str] = frozenset()
+    max_head_dim: int | None = None
+    warmup: str | None = None
+
+    def __post_init__(self) -> None:
+        for target in (self.function, self.warmup):
+            _check_target("Kernel", target)
+        wrong = [dtype for dtype in self.dtypes if not isinstance(dtype, torch.dtype)]
+        if wrong or not self.dtypes:
+            raise TypeError(f"Kernel {self.function}: dtypes must be torch dtypes, got {list(self.dtypes)}")
+        object.__setattr__(self, "features", _checked_features(f"Kernel {self.function}", self.features))
+        size = self.max_head_dim
+        if size is not None and not (isinstance(size, int) and size > 0):
+            raise ValueError(f"Kernel {self.function}: max_head_dim must be a positive int or None, got {size!r}")
+
+    def reasons_against(self, spec: CallSpec) -> list[str]:
+        """Why this kernel cannot run the call; empty if it can."""
+        reasons = []
+        if spec.dtype not in self.dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            reasons.append(f"takes {known}, not {str(spec.dtype).removeprefix('torch.')}")
+        reasons.extend(f"lacks {feature} ({FEATURES[feature]})" for feature in sorted(spec.features - self.features))
+        largest = max(spec.head_dim, spec.value_dim)
+        if self.max_head_dim is not None and largest > self.max_head_dim:
+            reasons.append(f"takes heads of at most {self.max_head_dim} entries, not {largest}")
+        return reasons
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Backend:
     """Description of a set of kernels for one kind of device.
@@ -175,10 +238,10 @@ class Backend:
     Attributes:
         name: Letters, digits, "_" and "-"; what users pass as `backend=`.
         device_types: torch device types that it serves; ("*",) for all.
-        kernels: Operator to "module:function". Signatures: `diffmax.reference`. It may provide some operators only; the
-            others come from the next backend.
-        dtypes: Dtypes of the scores.
-        features: Of `FEATURES`, what it can do.
+        kernels: Operator to `Kernel`. It may provide some operators only; the others come from the next backend. A string
+            "module:function" stands for a kernel with the backend's dtypes, those of its features that belong to the
+            operator, and, for "bisect", its warmup.
+        dtypes, features: Of the kernels that are given as strings.
         runtime: "cuda" or "hip" where the device type alone does not tell; None for any.
         priority: Among the backends that can run a call, the largest is chosen; then the name decides. core's CPU kernels have
             50, its plain PyTorch 0.
@@ -191,14 +254,15 @@ class Backend:
         shared_kernels: The `SHARED_KERNELS_VERSION` it was written for, if it uses `diffmax.kernels`.
         warmup: "module:function" of (device, dtype, n, e, backward) that compiles what calls on rows of length n need, with
             e = 1 - alpha a float, or None for alpha as a tensor; None if nothing is compiled at run time. Since 1.1.
+        provided: Operator to `Kernel`, without the strings. Made from the fields above. Since 1.3.
     Raises:
         TypeError, ValueError: A field is not as described.
     """
 
     name: str
     device_types: Sequence[str]
-    kernels: Mapping[str, str]
-    dtypes: Sequence[torch.dtype]
+    kernels: Mapping[str, str | Kernel]
+    dtypes: Sequence[torch.dtype] = ()
     features: frozenset[str] = frozenset()
     runtime: str | None = None
     priority: int = 50
@@ -209,47 +273,73 @@ class Backend:
     api_version: tuple[int, int] = API_VERSION
     shared_kernels: int | None = None
     warmup: str | None = None
+    provided: Mapping[str, Kernel] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        who = f"Backend {self.name}"
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"Backend: name must consist of letters, digits, '_' and '-', got {self.name!r}")
         if not _all_strings(self.device_types):
-            raise TypeError(f"Backend {self.name}: device_types must be a sequence of names, got {self.device_types!r}")
-        if not _all_strings(self.features, may_be_empty=True):
-            raise TypeError(f"Backend {self.name}: features must be a set of names, got {self.features!r}")
-        object.__setattr__(self, "features", frozenset(self.features))
-        for kind, given, known in (("feature", self.features, FEATURES), ("operator", self.kernels, OPERATORS)):
-            unknown = sorted(set(given) - set(known))
-            if unknown:
-                raise ValueError(f"Backend {self.name}: unknown {kind} {unknown[0]!r}, known: {', '.join(known)}")
+            raise TypeError(f"{who}: device_types must be a sequence of names, got {self.device_types!r}")
+        object.__setattr__(self, "features", _checked_features(who, self.features))
+        _check_known(who, "operator", self.kernels, OPERATORS)
         if not self.kernels:
-            raise ValueError(f"Backend {self.name}: kernels must name at least one operator, got {dict(self.kernels)}")
+            raise ValueError(f"{who}: kernels must name at least one operator, got {dict(self.kernels)}")
         if not isinstance(self.priority, int):
-            raise TypeError(f"Backend {self.name}: priority must be an int, got {self.priority!r}")
+            raise TypeError(f"{who}: priority must be an int, got {self.priority!r}")
         version = self.api_version
         if not (isinstance(version, tuple) and len(version) == 2 and all(isinstance(part, int) for part in version)):
-            raise TypeError(f"Backend {self.name}: api_version must be a pair of ints, got {version!r}")
-        for target in (*self.kernels.values(), self.probe, self.unsupported, self.warmup):
-            if target is not None and not re.fullmatch(r"[\w.]+:\w+", target):
-                raise ValueError(f"Backend {self.name}: functions are given as 'module:function', got {target!r}")
+            raise TypeError(f"{who}: api_version must be a pair of ints, got {version!r}")
+        for target in (self.probe, self.unsupported, self.warmup):
+            _check_target(who, target)
+        provided = {operator: self._kernel(operator, given) for operator, given in self.kernels.items()}
+        object.__setattr__(self, "provided", provided)
+
+    def _kernel(self, operator: str, given: str | Kernel) -> Kernel:
+        belong = OPERATOR_FEATURES[operator]
+        if isinstance(given, Kernel):
+            foreign = sorted(given.features - belong)
+            if foreign:
+                raise ValueError(
+                    f"Backend {self.name}: {operator} cannot have the feature {foreign[0]!r}, "
+                    f"it can have: {', '.join(sorted(belong))}"
+                )
+            return given
+        _check_target(f"Backend {self.name}", given)
         wrong = [dtype for dtype in self.dtypes if not isinstance(dtype, torch.dtype)]
         if wrong or not self.dtypes:
             raise TypeError(f"Backend {self.name}: dtypes must be torch dtypes, got {list(self.dtypes)}")
+        return Kernel(given, self.dtypes, self.features & belong, warmup=self.warmup if operator == "bisect" else None)
 
     def reasons_against(self, spec: CallSpec) -> list[str]:
         """Why this description rules the call out; empty if it does not."""
         reasons = []
-        if spec.operator not in self.kernels:
+        kernel = self.provided.get(spec.operator)
+        if kernel is None:
             reasons.append(f"does not provide {spec.operator}")
         if "*" not in self.device_types and spec.device_type not in self.device_types:
             reasons.append(f"serves {', '.join(self.device_types)}, not {spec.device_type}")
         if self.runtime is not None and self.runtime != spec.runtime:
             reasons.append(f"needs the {self.runtime} runtime, this is {spec.runtime}")
-        if spec.dtype not in self.dtypes:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-            reasons.append(f"takes {known}, not {str(spec.dtype).removeprefix('torch.')}")
-        reasons.extend(f"lacks {feature} ({FEATURES[feature]})" for feature in sorted(spec.features - self.features))
-        return reasons
+        return reasons + (kernel.reasons_against(spec) if kernel is not None else [])
+
+
+def _check_known(who: str, kind: str, given: Collection[str], known: Collection[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{who}: unknown {kind} {unknown[0]!r}, known: {', '.join(known)}")
+
+
+def _checked_features(who: str, given: Collection[str]) -> frozenset[str]:
+    if not _all_strings(given, may_be_empty=True):
+        raise TypeError(f"{who}: features must be a set of names, got {given!r}")
+    _check_known(who, "feature", given, FEATURES)
+    return frozenset(given)
+
+
+def _check_target(who: str, target: object) -> None:
+    if target is not None and not (isinstance(target, str) and re.fullmatch(r"[\w.]+:\w+", target)):
+        raise ValueError(f"{who}: functions are given as 'module:function', got {target!r}")
 
 
 def _all_strings(names: object, *, may_be_empty: bool = False) -> bool:

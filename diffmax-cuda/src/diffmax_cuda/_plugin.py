@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from diffmax.plugin import FEATURES, Backend, hookimpl
+from diffmax.plugin import Backend, Kernel, hookimpl
+
+ROWS, ATTENTION, DECODING = "diffmax_cuda.rows", "diffmax_cuda.attention", "diffmax_cuda.kvcache"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+EVERY_FLOAT = (*FLOATS, torch.float64)
+MOST_ENTRIES = 256  # of a query, a key or a value
+
+# What the shared kernels have of `diffmax.plugin.FEATURES`
+ALPHA = frozenset({"tensor_alpha", "deterministic"})
+SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"})
 
 
 class Plugin:
@@ -19,19 +28,33 @@ class Plugin:
                 device_types=("cuda",),  # torch's name for NVIDIA devices: the runtime tells them apart
                 runtime="cuda",
                 kernels={
-                    "bisect": "diffmax_cuda.rows:bisect",
-                    "bisect_backward": "diffmax_cuda.rows:bisect_backward",
-                    "attention": "diffmax_cuda.attention:attention",
-                    "attention_backward": "diffmax_cuda.attention:attention_backward",
-                    "attention_kvcache": "diffmax_cuda.kvcache:attention_kvcache",
+                    "bisect": Kernel(f"{ROWS}:bisect", EVERY_FLOAT, ALPHA, warmup=f"{ROWS}:warmup"),
+                    "bisect_backward": Kernel(f"{ROWS}:bisect_backward", EVERY_FLOAT, ALPHA | {"alpha_gradient"}),
+                    "attention": Kernel(
+                        f"{ATTENTION}:attention",
+                        FLOATS,
+                        ALPHA | SCORES | {"mask", "bias", "varlen", "dropout", "attention_stats"},
+                        max_head_dim=MOST_ENTRIES,
+                        warmup=f"{ATTENTION}:warmup",
+                    ),
+                    "attention_backward": Kernel(
+                        f"{ATTENTION}:attention_backward",
+                        FLOATS,
+                        ALPHA | SCORES | {"mask", "bias", "varlen", "dropout", "alpha_gradient"},
+                        max_head_dim=MOST_ENTRIES,
+                    ),
+                    "attention_kvcache": Kernel(
+                        f"{DECODING}:attention_kvcache",
+                        FLOATS,
+                        ALPHA | SCORES | {"kv_cache", "paged", "attention_stats"},
+                        max_head_dim=MOST_ENTRIES,
+                        warmup=f"{DECODING}:warmup",
+                    ),
                 },
-                dtypes=(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-                features=frozenset(FEATURES),
                 probe="diffmax_cuda.probe:probe",
                 unsupported="diffmax_cuda.probe:unsupported",
                 install_hint="install a torch built for CUDA (pytorch.org, Get Started)",
-                warmup="diffmax_cuda.rows:warmup",
-                api_version=(1, 2),
+                api_version=(1, 3),
                 shared_kernels=1,
             ),
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffmax.kernels.requirements import attention_reasons, triton_problem
+from diffmax.kernels.requirements import triton_problem
 from diffmax.plugin import CallSpec
 
 OLDEST = (7, 5)  # what Triton still compiles for
@@ -24,15 +24,14 @@ def probe() -> str | None:
 
 
 def unsupported(spec: CallSpec) -> list[str]:
-    """Reasons against a call."""
-    reasons = attention_reasons(spec)
+    """Reasons against a call: the device's architecture."""
     if not (spec.operator.startswith("attention") and torch.cuda.is_available()):
-        return reasons
+        return []
     major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < OLDEST_FOR_ATTENTION:
-        needed = "{}.{}".format(*OLDEST_FOR_ATTENTION)
-        reasons.append(f"its attention needs compute capability {needed} or newer, this device has {major}.{minor}")
-    return reasons
+    if (major, minor) >= OLDEST_FOR_ATTENTION:
+        return []
+    needed = "{}.{}".format(*OLDEST_FOR_ATTENTION)
+    return [f"its attention needs compute capability {needed} or newer, this device has {major}.{minor}"]
 
 
 def _no_device() -> str:

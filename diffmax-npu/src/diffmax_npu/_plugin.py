@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from diffmax.plugin import FEATURES, Backend, hookimpl
+from diffmax.plugin import Backend, Kernel, hookimpl
 
-# Features of an operator that this distribution has no kernel for
-DECODING = {"kv_cache", "paged"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+ALPHA = frozenset({"tensor_alpha", "deterministic"})
+SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink", "mask", "bias", "varlen", "dropout"})
 
 
 class Plugin:
@@ -22,33 +23,31 @@ class Plugin:
                 device_types=("npu",),
                 runtime="cann",
                 kernels={
-                    "bisect": "diffmax_npu.rows:bisect",
-                    "bisect_backward": "diffmax_npu.rows:bisect_backward",
-                    "attention": "diffmax_npu.attention:attention",
-                    "attention_backward": "diffmax_npu.attention:attention_backward",
+                    "bisect": Kernel("diffmax_npu.rows:bisect", FLOATS, ALPHA),
+                    "bisect_backward": Kernel("diffmax_npu.rows:bisect_backward", FLOATS, ALPHA | {"alpha_gradient"}),
+                    "attention": Kernel("diffmax_npu.attention:attention", FLOATS, ALPHA | SCORES | {"attention_stats"}),
+                    "attention_backward": Kernel(
+                        "diffmax_npu.attention:attention_backward", FLOATS, ALPHA | SCORES | {"alpha_gradient"}
+                    ),
                 },
-                dtypes=(torch.float16, torch.bfloat16, torch.float32),
-                features=frozenset(FEATURES) - DECODING,
                 probe="diffmax_npu.probe:probe",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together, and the order of installation",
-                api_version=(1, 2),
+                api_version=(1, 3),
             ),
             Backend(
                 name="npu-triton",
                 device_types=("npu",),
                 runtime="cann",
                 kernels={
-                    "bisect": "diffmax_npu.triton_rows:bisect",
-                    "bisect_backward": "diffmax_npu.triton_rows:bisect_backward",
+                    "bisect": Kernel("diffmax_npu.triton_rows:bisect", FLOATS, ALPHA),
+                    "bisect_backward": Kernel("diffmax_npu.triton_rows:bisect_backward", FLOATS, ALPHA | {"alpha_gradient"}),
                 },
-                dtypes=(torch.float16, torch.bfloat16, torch.float32),
-                features=frozenset({"tensor_alpha", "alpha_gradient", "deterministic"}),
                 automatic=False,  # no device has run it
                 probe="diffmax_npu.probe:probe_triton",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together",
-                api_version=(1, 2),
+                api_version=(1, 3),
                 shared_kernels=1,
             ),
         )

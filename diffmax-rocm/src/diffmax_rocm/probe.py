@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffmax.kernels.requirements import attention_reasons, triton_problem
-from diffmax.plugin import CallSpec
+from diffmax.kernels.requirements import triton_problem
 
 ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
 
@@ -20,11 +19,6 @@ def probe() -> str | None:
     if not torch.cuda.is_available():
         return _no_device()
     return triton_problem("amd") or _architecture_problem()
-
-
-def unsupported(spec: CallSpec) -> list[str]:
-    """Reasons against a call."""
-    return attention_reasons(spec)
 
 
 def _no_device() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from diffmax._example_calls import attention_example
 from diffmax._numerics import integer_exponent
 from diffmax.cpu import attention as blocked
 from diffmax.cpu.compiled import AGAIN_JOB
@@ -47,3 +49,20 @@ def weights_again(
     addresses = (*(t.data_ptr() for t in (scores, p, s, m, delta)), 0 if e_rows is None else e_rows.data_ptr())
     run("again", scores.dtype, AGAIN_JOB, n_rows, n, *addresses, 1, n, integer, needs_e, e_value)
     return scores if needs_e else None
+
+
+def warmup(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    e: float | None,
+    backward: bool,
+    features: frozenset[str],
+) -> None:
+    """Have the kernels of a dtype compiled, or read from the cache: one serves every length and size."""
+    query, key, value, call = attention_example(device, dtype, head_dim, value_dim, e, features)
+    out, m, delta, u, live, _ = attention(query, key, value, call, backward, False)
+    if backward:
+        needs = (e is None, call.bias is not None, call.sink is not None)
+        attention_backward(out, query, key, value, m, delta, u, live, call, *needs)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
 from importlib_metadata import packages_distributions, version
 from packaging.version import Version
 
-from diffmax.plugin import CallSpec
-
 OLDEST_TRITON = "3.6"
-MOST_ENTRIES = 256  # of a query, a key or a value in attention
 
 
 def triton_problem(compiler: str) -> str | None:
@@ -32,15 +28,3 @@ def triton_problem(compiler: str) -> str | None:
     if compiler not in backends:
         return f"this Triton ({found}) does not compile for {compiler}, only for {', '.join(sorted(backends)) or 'nothing'}"
     return None
-
-
-def attention_reasons(spec: CallSpec) -> list[str]:
-    """Why the shared attention kernels cannot run a call, on any architecture; empty if they can or it is no attention."""
-    if not spec.operator.startswith("attention"):
-        return []
-    reasons = []
-    if spec.dtype == torch.float64:
-        reasons.append("its attention takes float16, bfloat16 and float32, not float64")
-    if max(spec.head_dim, spec.value_dim) > MOST_ENTRIES:
-        reasons.append(f"its attention takes heads of at most {MOST_ENTRIES} entries, not {max(spec.head_dim, spec.value_dim)}")
-    return reasons

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
 from diffmax import AttentionStats, _attention
-from diffmax._dispatch import registry
 from diffmax.plugin import AttentionCall
 from diffmax.reference_dropout import kept
+from diffmax.testing import checks
 from diffmax.testing.checks import _expect, _grad, _poisoned_memory, _within, inf, nan
 from diffmax.testing.gate import allowed_error, allowed_error_in_float64
 from diffmax.testing.rows import NASTY_ROWS
@@ -229,8 +229,8 @@ def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: tor
     """attention_varlen gives what attention gives for each sequence alone, forward and backward; some are empty."""
     lengths = ((0, 3), (70, 70), (1, 129), (64, 0), (130, 65), (0, 0))
     heads, kv_heads, size = 4, 2, 24
-    causal = {"is_causal": True} if "causal" in claimed(backend) else {}
-    kv_heads = kv_heads if "gqa" in claimed(backend) else heads
+    causal = {"is_causal": True} if "causal" in checks.claimed(backend, "attention") else {}
+    kv_heads = kv_heads if "gqa" in checks.claimed(backend, "attention") else heads
     query = (torch.randn(sum(q for q, _ in lengths), heads, size) * 1.5).to(dtype).to(device)
     key, value = ((torch.randn(sum(k for _, k in lengths), kv_heads, size) * 1.5).to(dtype).to(device) for _ in range(2))
     ends = [torch.tensor([0, *counts]).cumsum(0).to(torch.int32) for counts in zip(*lengths, strict=True)]
@@ -267,7 +267,7 @@ def masked_and_bad_queries(backend: str, device: str, dtype: torch.dtype) -> Non
     _expect(bool(out[3].isnan().all() and out[66].isnan().all()), "a query of NaN or inf does not give NaN")
     keep = [i for i in range(70) if i not in (3, 66)]
     _expect(bool(out[keep].isfinite().all()), "NaN reached another query")
-    if "mask" in claimed(backend):
+    if "mask" in checks.claimed(backend, "attention"):
         mask = torch.ones(70, 70, dtype=torch.bool, device=device)
         mask[:10], mask[:, 5], mask[66] = False, False, False
         leaves = [t.clone().requires_grad_() for t in (query, key, value)]
@@ -290,11 +290,11 @@ def nasty_rows_pass_the_gate(backend: str, device: str, dtype: torch.dtype, alph
         if bool((x == inf).any()):  # 1e30 in float16
             continue
         hidden = x == -inf
-        if bool(hidden.any()) and "mask" not in claimed(backend):
+        if bool(hidden.any()) and "mask" not in checks.claimed(backend, "attention"):
             continue  # such a row needs the feature; the kit asks elsewhere that it is refused
         key = torch.where(hidden, 0.0, x).view(1, 1, -1, 1)
         query, value = torch.ones(1, 1, 1, 1, dtype=dtype), torch.eye(len(row), dtype=dtype).view(1, 1, len(row), -1)
-        if "value_dim" not in claimed(backend):
+        if "value_dim" not in checks.claimed(backend, "attention"):
             query, key = (torch.nn.functional.pad(t, (0, len(row) - 1)) for t in (query, key))
         mask = None if not bool(hidden.any()) else ~hidden.view(1, 1, 1, -1)
         case = Case(alpha=alpha, options={"scale": 1.0})
@@ -353,7 +353,7 @@ def residuals_are_exchangeable(backend: str, device: str, dtype: torch.dtype) ->
 def statistics_are_right(backend: str, device: str, dtype: torch.dtype) -> None:
     """tau, support sizes and the share of empty tiles are the reference's, but for scores that lie at the threshold itself."""
     for options in ({}, {"is_causal": True}):
-        if not {"causal"} & set(claimed(backend)) and options:
+        if options and "causal" not in checks.claimed(backend, "attention"):
             continue  # not claimed: the kit asks elsewhere that it is refused
         case = Case(batch=1, length=200, keys=300, sigma=3.0)
         query, key, value = case.tensors(dtype)
@@ -442,16 +442,13 @@ def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None
     _expect(grows or counts[0] == counts[-1], f"the number of graphs grew with the lengths: {counts}")
 
 
-def claimed(backend: str) -> frozenset[str]:
-    """The features that the backend claims."""
-    return next(description for description in registry.backends() if description.name == backend).features
-
-
 def gives_alpha_gradient(backend: str) -> bool:
     """Whether alpha's gradient arrives when the backend is named: it claims it, or leaves the backward to others."""
-    description = next(description for description in registry.backends() if description.name == backend)
-    provides = "attention_backward" in description.kernels
-    return "tensor_alpha" in description.features and ("alpha_gradient" in description.features or not provides)
+    if "tensor_alpha" not in checks.claimed(backend, "attention"):
+        return False
+    return "alpha_gradient" in checks.claimed(backend, "attention_backward") or not checks.provides(
+        backend, "attention_backward"
+    )
 
 
 def _measured(dtype: torch.dtype) -> torch.dtype:

@@ -46,6 +46,24 @@ def forward_passes_the_gate(backend: str, device: str, x: Tensor, alpha: float |
     _expect(bool(((sums - visible.double()).abs() <= slack).all()), f"rows sum to {sums.min():.9g} .. {sums.max():.9g}")
 
 
+def has_its_closed_form(backend: str, device: str, dtype: torch.dtype) -> None:
+    """At alpha = 1/2 the sorted scores tell the threshold by a square root (Peters et al., 2019): no solver, no reference.
+
+    The allowed error is the design's own figure: 1e-13 in float64, 1e-6 in float32, one unit in the last place below.
+    """
+    allowed = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+    for length, sigma in ((1, 1.0), (7, 3.0), (64, 1.0), (129, 10.0), (1000, 0.3)):
+        x = random_scores((5, length), dtype, sigma)
+        z = (x.double() - x.double().amax(1, keepdim=True)).sort(1, descending=True)[0] / 2
+        count = torch.arange(1, length + 1, dtype=torch.float64)
+        mean = z.cumsum(1) / count
+        spread = z.square().cumsum(1) - count * mean.square()  # of the first `count` scores
+        t = mean - ((1 - spread).clamp_min(0) / count).sqrt()
+        threshold = t.gather(1, (t <= z).sum(1, keepdim=True) - 1)
+        exact = ((x.double() - x.double().amax(1, keepdim=True)) / 2 - threshold).clamp_min(0).square()
+        _within(diffmax_bisect(x.to(device), 0.5, backend=backend), exact, allowed, f"{length} scores, sigma {sigma}: weights")
+
+
 def backward_passes_the_gate(backend: str, device: str, x: Tensor, alpha: float) -> None:
     """The gradients for x and, if it gives one, for alpha pass the gate, for given residuals."""
     needs_e = gives_alpha_gradient(backend)
@@ -74,7 +92,7 @@ def gradients_are_right_on_average(backend: str, device: str, x: Tensor, alpha: 
     yardstick = reference.bisect_backward(grad, *reference.bisect(x, e, dim, 50, True), kept, e, dim, True)
     leaf = x.to(device).clone().requires_grad_()
     per_row = torch.full((*x.shape[:-1], 1), alpha, dtype=_alpha_dtype(x, device)).to(device).requires_grad_()
-    learns = "tensor_alpha" in _described(backend).features and gives_alpha_gradient(backend)
+    learns = "tensor_alpha" in claimed(backend, "bisect") and gives_alpha_gradient(backend)
     diffmax_bisect(leaf, per_row if learns else alpha, backend=backend).backward(grad.to(device))
     figures = [("x", _grad(leaf), exact[0], yardstick[0])]
     if learns:
@@ -293,8 +311,18 @@ def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None
 
 def gives_alpha_gradient(backend: str) -> bool:
     """Whether alpha's gradient arrives when the backend is named: it claims it, or leaves the backward to others."""
-    description = _described(backend)
-    return "alpha_gradient" in description.features or "bisect_backward" not in description.kernels
+    return "alpha_gradient" in claimed(backend, "bisect_backward") or not provides(backend, "bisect_backward")
+
+
+def claimed(backend: str, operator: str) -> frozenset[str]:
+    """The features that the backend claims for an operator; none if it does not provide it."""
+    kernel = _described(backend).provided.get(operator)
+    return kernel.features if kernel is not None else frozenset()
+
+
+def provides(backend: str, operator: str) -> bool:
+    """Whether the backend has a kernel for an operator."""
+    return operator in _described(backend).provided
 
 
 def _described(backend: str) -> Backend:

@@ -12,6 +12,7 @@ It needs `pip install "diffmax-core[testing]"` and no file of diffmax's reposito
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ import torch
 
 from diffmax import _dispatch, diffmax_bisect, reference
 from diffmax.errors import NoBackendError
-from diffmax.plugin import FEATURES, Backend
+from diffmax.plugin import OPERATOR_FEATURES, Backend
 from diffmax.testing import checks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,9 +44,11 @@ class Kit:
         device: torch device to run on.
         expected_failures: Test name, with or without its parameters, to the reason why it fails today. Such a test must fail:
             when it passes, the kit says so.
+        operators: What the kit tests, a forward and perhaps its backward. Set by each kit.
     """
 
     backend: ClassVar[str]
+    operators: ClassVar[tuple[str, ...]]
     device: ClassVar[str] = "cpu"
     expected_failures: ClassVar[Mapping[str, str]] = {}
 
@@ -63,6 +66,58 @@ class Kit:
         assert self.backend in known, f"no backend is named {self.backend!r}, loaded: {', '.join(known)}"
         return known[self.backend]
 
+    def claims(self, dtype: torch.dtype, *features: str, backward: bool = True) -> bool:
+        """Whether the backend claims dtype and features for the kit's operators; if not, check that it refuses such a call.
+
+        A backward that it does not provide comes from another backend, and is not asked.
+        """
+        forward = self.operators[0]
+        assert forward in self.description.provided, f"{self.backend} provides no {forward}: this kit is not for it"
+        asked = [operator for operator in self.operators[: 1 + backward] if operator in self.description.provided]
+        verdicts = [self._claims(operator, dtype, {*features} & OPERATOR_FEATURES[operator]) for operator in asked]
+        return all(verdicts)
+
+    def _claims(self, operator: str, dtype: torch.dtype, features: set[str]) -> bool:
+        kernel = self.description.provided[operator]
+        lacking = sorted(features - kernel.features)
+        if dtype in kernel.dtypes and not lacking:
+            return True
+        words = f"lacks {lacking[0]}" if lacking else f"not {_dtype_id(dtype)}"
+        self._is_refused(operator, dtype, features, words)
+        return False
+
+    def _is_refused(self, operator: str, dtype: torch.dtype, features: set[str], words: str, size: int = 16) -> None:
+        """The choice of a backend for such a call, with this one named, ends in an error that says `words`."""
+        sizes = (size, size) if operator.startswith("attention") else (0, 0)
+        spec = _dispatch.describe(operator, torch.device(self.device).type, dtype, frozenset(features), *sizes)
+        with pytest.raises(NoBackendError, match=f"{self.backend}: .*{re.escape(words)}"):
+            _dispatch.choose(spec, self.backend)
+
+    def test_is_available_and_says_so(self) -> None:
+        """The probe says yes on this machine, and the kernels can be imported."""
+        assert _dispatch.registry.probe(self.description) == ("", "")
+        for kernel in self.description.provided.values():
+            for target in filter(None, (kernel.function, kernel.warmup)):
+                assert callable(_dispatch.import_function(target))
+
+    def test_what_it_does_not_claim_is_refused_with_a_reason(self) -> None:
+        """Features and dtypes that its kernels lack, larger heads, and device types that it does not serve."""
+        for operator in self.operators:
+            kernel = self.description.provided.get(operator)
+            if kernel is None:
+                continue
+            for feature in sorted(OPERATOR_FEATURES[operator] - kernel.features):
+                self._is_refused(operator, kernel.dtypes[0], {feature}, f"lacks {feature}")
+            for dtype in (*DTYPES, torch.int64):
+                if dtype not in kernel.dtypes:
+                    self._is_refused(operator, dtype, set(), f"not {_dtype_id(dtype)}")
+            if kernel.max_head_dim is not None:
+                size = kernel.max_head_dim + 1
+                words = f"heads of at most {kernel.max_head_dim} entries, not {size}"
+                self._is_refused(operator, kernel.dtypes[0], set(), words, size)
+            spec = _dispatch.describe(operator, "some-other-device", kernel.dtypes[0])
+            assert self.description.reasons_against(spec) or "*" in self.description.device_types
+
     def test_expected_failures_name_tests_of_this_kit(self) -> None:
         """A misspelt name would hide nothing and say nothing."""
         unknown = [name for name in self.expected_failures if not hasattr(self, name.partition("[")[0])]
@@ -75,35 +130,20 @@ class BackendConformance(Kit):
     A dtype that the backend does not claim is not skipped: the test then asks that it is refused with a reason.
     """
 
-    def claims(self, dtype: torch.dtype) -> bool:
-        """Whether the dtype is claimed; if not, check that a call is refused with a reason."""
-        if dtype in self.description.dtypes:
-            return True
-        with pytest.raises(NoBackendError, match=f"{self.backend}: .*not {_dtype_id(dtype)}"):
-            diffmax_bisect(torch.zeros(3, dtype=dtype, device=self.device), 0.5, backend=self.backend)
-        return False
+    operators = ("bisect", "bisect_backward")
 
     # what it says of itself
 
-    def test_is_available_and_says_so(self) -> None:
-        """The probe says yes on this machine, and the kernels can be imported."""
-        assert _dispatch.registry.probe(self.description) == ("", "")
-        for target in self.description.kernels.values():
-            assert callable(_dispatch.import_function(target))
-
-    def test_what_it_does_not_claim_is_refused_with_a_reason(self) -> None:
-        """Features that it lacks, and device types that it does not serve."""
-        for feature in sorted(set(FEATURES) - self.description.features):
-            spec = _dispatch.describe(
-                "bisect", torch.device(self.device).type, self.description.dtypes[0], frozenset([feature])
-            )
-            assert any(f"lacks {feature}" in reason for reason in self.description.reasons_against(spec))
-        spec = _dispatch.describe("bisect", "some-other-device", self.description.dtypes[0])
-        assert self.description.reasons_against(spec) or "*" in self.description.device_types
+    @every_dtype
+    def test_a_dtype_that_is_not_claimed_is_refused_by_the_call(self, dtype: torch.dtype) -> None:
+        """The public function raises, with the reason."""
+        if dtype not in self.description.provided["bisect"].dtypes:
+            with pytest.raises(NoBackendError, match=f"{self.backend}: .*not {_dtype_id(dtype)}"):
+                diffmax_bisect(torch.zeros(3, dtype=dtype, device=self.device), 0.5, backend=self.backend)
 
     def test_importing_diffmax_imports_no_kernel_and_a_fork_survives_it(self) -> None:
         """In a fresh process: the kernels' modules are not loaded, and a forked child can compute."""
-        modules = {target.partition(":")[0] for target in self.description.kernels.values()}
+        modules = {kernel.function.partition(":")[0] for kernel in self.description.provided.values()}
         modules -= {"diffmax.reference", "diffmax.reference_attention", "diffmax.reference_kvcache"}  # core's own formulas
         code = (
             "import os, sys, torch, diffmax\n"
@@ -123,7 +163,7 @@ class BackendConformance(Kit):
     @pytest.mark.parametrize("alpha", checks.ALPHAS)
     def test_random_rows(self, alpha: float, dtype: torch.dtype) -> None:
         """Rows of every length, dense to sparse, through the gate."""
-        if self.claims(dtype):
+        if self.claims(dtype, backward=False):
             for shape in checks.SHAPES:
                 for sigma in checks.SIGMAS:
                     checks.forward_passes_the_gate(self.backend, self.device, checks.random_scores(shape, dtype, sigma), alpha)
@@ -132,13 +172,13 @@ class BackendConformance(Kit):
     @pytest.mark.parametrize("alpha", checks.ALPHAS)
     def test_nasty_rows(self, alpha: float, dtype: torch.dtype) -> None:
         """Ties, offsets of 1e9, masks."""
-        if self.claims(dtype):
+        if self.claims(dtype, backward=False):
             checks.nasty_rows_pass_the_gate(self.backend, self.device, dtype, alpha)
 
     @every_dtype
     def test_few_iterations_are_as_accurate_as_bisection(self, dtype: torch.dtype) -> None:
         """n_iter bisection steps leave an error of at most 2^-n_iter in t; Newton's steps must not leave more."""
-        if self.claims(dtype):
+        if self.claims(dtype, backward=False):
             x = checks.random_scores((50, 60), dtype).to(self.device)
             exact = reference.bisect(x.cpu().double(), 0.5, 1, 200, True)[2]
             for n_iter in (1, 4, 8, 16):
@@ -166,13 +206,13 @@ class BackendConformance(Kit):
     @every_dtype
     def test_symmetries(self, dtype: torch.dtype) -> None:
         """Order, permutation, shift, padding, support."""
-        if self.claims(dtype):
+        if self.claims(dtype, backward=False):
             checks.is_a_simplex_point_with_the_symmetries(self.backend, self.device, dtype)
 
     @every_dtype
     def test_alpha_tensors(self, dtype: torch.dtype) -> None:
         """Alpha per head and per row, where claimed."""
-        if self.claims(dtype) and "tensor_alpha" in self.description.features:
+        if self.claims(dtype, "tensor_alpha", backward=False):
             checks.alpha_tensors(self.backend, self.device, dtype)
             checks.bad_alphas_on_the_device_give_nan_rows(self.backend, self.device, dtype)
 
@@ -182,6 +222,7 @@ class BackendConformance(Kit):
     @pytest.mark.parametrize("alpha", checks.ALPHAS)
     def test_gradients(self, alpha: float, dtype: torch.dtype) -> None:
         """For x and, where claimed, alpha, through the gate; what the backend does not provide comes from the next one."""
+        self.claims(dtype, "alpha_gradient")
         if self.claims(dtype):
             for shape in ((7, 64), (3, 129), (40, 257)):
                 for sigma in checks.SIGMAS:
@@ -211,7 +252,7 @@ class BackendConformance(Kit):
     @every_dtype
     def test_repeatable(self, dtype: torch.dtype) -> None:
         """Bit for bit, where claimed."""
-        if self.claims(dtype) and "deterministic" in self.description.features:
+        if self.claims(dtype, "deterministic"):
             checks.is_repeatable(self.backend, self.device, dtype)
 
     @every_dtype

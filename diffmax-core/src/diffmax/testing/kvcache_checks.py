@@ -15,7 +15,7 @@ from torch import Tensor
 
 import diffmax
 from diffmax import KVCacheStats, PageBounds
-from diffmax.testing.attention_checks import attention, claimed
+from diffmax.testing.attention_checks import attention
 from diffmax.testing.checks import _expect, _gate, _poisoned_memory, _within, inf, nan
 
 # what it returns depends on return_stats, which is passed among other keywords here
@@ -229,8 +229,6 @@ def _truth(given: Inputs, dtype: torch.dtype) -> tuple[Tensor, float]:
 
 def decoding_goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
     """Token after token, over the ends of pages, equals attention over all of them at once."""
-    if not {"causal", "paged"} <= claimed(backend):
-        return  # the kit asks elsewhere that they are refused
     total, size = 40, 8
     q, k, v = torch.randn(3, 1, total, 2, 16).mul(1.5).to(dtype).to(device).unbind()
     k_cache, v_cache = torch.full((2, 6, size, 2, 16), nan, dtype=dtype, device=device).unbind()
@@ -251,8 +249,6 @@ def decoding_goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
 def pages_that_cannot_matter_are_not_read(backend: str, device: str, dtype: torch.dtype) -> None:
     """Where bounds prove pages dead they are left out: the count says so, and NaN in such pages does not reach the output."""
     case = Case(lengths=(1024,), room=1024, heads=4, kv_heads=2, alpha=0.5, bounds=32, sigma=1.0)
-    if not {"gqa", "attention_stats"} <= claimed(backend):
-        return  # the kit asks elsewhere that they are refused
     given = inputs(case, dtype)
     given.q[:] = given.q[:, :, ::2].repeat_interleave(2, 2)
     # each key head's query finds its like in two pages, and little elsewhere
@@ -274,20 +270,21 @@ def pages_that_cannot_matter_are_not_read(backend: str, device: str, dtype: torc
     _expect(bool((blind.run(backend, return_stats=True)[1].pages_read == 16).all()), "without bounds all is read")
 
 
-def statistics_are_right(backend: str, device: str, dtype: torch.dtype) -> None:
+# The cases that `statistics_are_right` is asked of
+STATISTICS_OF = ("plain", "bounds", "bounds, softcap, slopes, sink", "pages of 5, chunk")
+
+
+def statistics_are_right(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
     """tau and support sizes are the reference's, but for scores that lie at the threshold itself."""
-    for name in ("plain", "bounds", "bounds, softcap, slopes, sink", "pages of 5, chunk"):
-        if not CASES[name].features() <= claimed(backend):
-            continue  # the kit asks elsewhere that they are refused
-        given = inputs(CASES[name], dtype)
-        ours: KVCacheStats = given.to(device, dtype).run(backend, return_stats=True)[1]
-        theirs: KVCacheStats = given.to("cpu", dtype).run("reference", return_stats=True)[1]
-        scale = float(theirs.tau.nan_to_num(neginf=0.0).abs().max())
-        _within(
-            ours.tau.clamp_min(-1e30), theirs.tau.clamp_min(-1e30).double(), 64 * torch.finfo(ours.tau.dtype).eps * scale, "tau"
-        )
-        differing = int((ours.support_size.cpu() != theirs.support_size).sum())
-        _expect(differing <= 2, f"{name}: {differing} support sizes differ")
+    given = inputs(case, dtype)
+    ours: KVCacheStats = given.to(device, dtype).run(backend, return_stats=True)[1]
+    theirs: KVCacheStats = given.to("cpu", dtype).run("reference", return_stats=True)[1]
+    scale = float(theirs.tau.nan_to_num(neginf=0.0).abs().max())
+    _within(
+        ours.tau.clamp_min(-1e30), theirs.tau.clamp_min(-1e30).double(), 64 * torch.finfo(ours.tau.dtype).eps * scale, "tau"
+    )
+    differing = int((ours.support_size.cpu() != theirs.support_size).sum())
+    _expect(differing <= 2, f"{differing} support sizes differ")
 
 
 def bad_keys_and_queries(backend: str, device: str, dtype: torch.dtype) -> None:

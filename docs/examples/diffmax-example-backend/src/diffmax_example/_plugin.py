@@ -6,7 +6,10 @@ from importlib.metadata import version
 
 import torch
 
-from diffmax.plugin import Backend, hookimpl
+from diffmax.plugin import Backend, Kernel, hookimpl
+
+DTYPES = (torch.float16, torch.float32, torch.float64)  # NumPy has no bfloat16
+ALPHA = frozenset({"tensor_alpha", "deterministic"})
 
 
 class Plugin:
@@ -20,11 +23,9 @@ class Plugin:
                 name="example",
                 device_types=("cpu",),
                 kernels={
-                    "bisect": "diffmax_example.kernels:bisect",
-                    "bisect_backward": "diffmax_example.kernels:bisect_backward",
+                    "bisect": Kernel("diffmax_example.kernels:bisect", DTYPES, ALPHA),
+                    "bisect_backward": Kernel("diffmax_example.kernels:bisect_backward", DTYPES, ALPHA | {"alpha_gradient"}),
                 },
-                dtypes=(torch.float16, torch.float32, torch.float64),  # NumPy has no bfloat16
-                features=frozenset({"tensor_alpha", "alpha_gradient", "deterministic"}),
                 priority=40,  # core's CPU kernels have 50, its plain PyTorch 0
                 automatic=False,  # CPUs are served already: used only when it is asked for by name
             ),
