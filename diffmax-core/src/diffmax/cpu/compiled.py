@@ -17,6 +17,7 @@ from numba.core.ccallback import CFunc
 from numba.core.extending import overload, register_jitable
 
 from diffmax._numerics import MIN_E
+from diffmax.cpu.cache import compile_cached
 from diffmax.cpu.simd import (
     BYTES,
     array_at,
@@ -1092,5 +1093,5 @@ _STORED = {
 def compiled(name: str, dtype: torch.dtype) -> CFunc:
     """The kernel "forward", "backward" or "again" for a dtype, compiled now or read from the cache on disk."""
     make = {"forward": _forward, "backward": _backward, "again": _again}[name]
-    kernel: CFunc = cfunc(KERNEL, error_model="numpy", cache=True)(make(*_STORED[dtype]))
+    kernel: CFunc = compile_cached(cfunc, KERNEL, error_model="numpy", function=make(*_STORED[dtype]))
     return kernel

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor, empty
 
+from diffmax.cpu.cache import compile_cached
 from diffmax.reference_dropout import threshold
 
 
@@ -36,4 +37,4 @@ def _fill(result: Any, head: Any, row: Any, place: Any, k0: Any, k1: Any, least:
             result[r, c] = passed if c0 >= least else 0.0
 
 
-_compiled: Callable[..., None] = njit(nogil=True, cache=True, error_model="numpy")(_fill)
+_compiled: Callable[..., None] = compile_cached(njit, nogil=True, error_model="numpy", function=_fill)

@@ -1,0 +1,62 @@
+"""Numba's compilation with its cache on disk where there is a place for one, and without where there is none.
+
+Containers run as a user without a home, on images that cannot be written to. The kernels are compiled in memory there, at each
+start of a process.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+PATIENCE = 2.0  # seconds after which a compilation says that it is one
+_told: set[str] = set()
+
+
+def compile_cached(decorator: Callable[..., Callable[[Any], Any]], *arguments: Any, function: Any, **options: Any) -> Any:
+    """`decorator(*arguments, cache=True, **options)(function)`, where Numba finds no place for a cache with cache=False."""
+    with _telling():
+        try:
+            return decorator(*arguments, cache=True, **options)(function)
+        except (RuntimeError, OSError) as error:  # no locator for the file; a disk that is full or cannot be written to
+            if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
+                raise
+            _tell_once(error)
+            return decorator(*arguments, cache=False, **options)(function)
+
+
+def _tell_once(error: Exception) -> None:
+    if "cache" in _told:
+        return
+    _told.add("cache")
+    warnings.warn(
+        f"diffmax: Numba has no folder to keep compiled kernels in, so they are compiled anew in each process ({error})\n"
+        "set NUMBA_CACHE_DIR to a folder that this user can write to; diffmax.warmup() fills it, also while an image is built",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Say once per process, on the log, that it is a compilation that takes so long."""
+    timer = threading.Timer(PATIENCE, _say_that_it_compiles)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say_that_it_compiles() -> None:
+    if "time" not in _told:
+        _told.add("time")
+        logging.getLogger("diffmax").warning(
+            "diffmax compiles its kernels for this processor, up to ten seconds each, and once where they can be kept; "
+            "diffmax.warmup() does it ahead of time"
+        )
