@@ -110,7 +110,7 @@ class _Launch:
         m, delta, u, live = (t.contiguous() for t in kept)
         grad, query, key, value = (_rows_of_entries(t) for t in (grad, query, key, value))
         heads, length, n_keys = query.shape[1], query.shape[2], key.shape[2]
-        exponent = Exponent.of(call.e)
+        exponent = Exponent.of(call.e, torch.float32)
         mask = None if call.mask is None else call.mask.view(torch.uint8)
         alibi = None if call.alibi is None else call.alibi.contiguous()
         cu_seqlens_q, cu_seqlens_k = call.cu_seqlens_q, call.cu_seqlens_k

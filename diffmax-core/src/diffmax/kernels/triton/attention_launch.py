@@ -8,7 +8,7 @@ heads or alpha.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,25 @@ from diffmax.reference_dropout import threshold
 CUT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 
 Names = dict[str, Any]
+
+
+class Options(NamedTuple):
+    """What the forward kernels are compiled for.
+
+    Attributes:
+        WINDOW, SOFTCAP, ALIBI, PACKED, LOWER_RIGHT: Whether the call has it.
+        MASK, BIAS: How it lies in memory, as `attention_tiles` numbers it.
+        PRECISION: Of products.
+    """
+
+    WINDOW: bool
+    MASK: int
+    SOFTCAP: bool
+    ALIBI: bool
+    BIAS: int
+    PACKED: bool
+    LOWER_RIGHT: bool
+    PRECISION: str
 
 
 class AttentionOperator:
@@ -145,7 +164,7 @@ class AttentionOperator:
 
     def _shared(self, query: Tensor, key: Tensor, call: AttentionCall) -> tuple[Names, Names]:
         """What both kernels are told of the call: tensors, and the rest."""
-        exponent: Exponent = Exponent.of(call.e)
+        exponent: Exponent = Exponent.of(call.e, torch.float32)
         alibi = None if call.alibi is None else call.alibi.contiguous()
         packed = call.cu_seqlens_q is not None
         length = query.shape[2]
@@ -160,10 +179,10 @@ class AttentionOperator:
             "alibi_ptr": given(alibi), "sink_ptr": given(call.sink),
             "cu_q_ptr": given(call.cu_seqlens_q), "cu_k_ptr": given(call.cu_seqlens_k),
         }  # fmt: skip
-        # what a kernel is compiled for: WINDOW, MASK, SOFTCAP, ALIBI, BIAS, PRECISION, PACKED, LOWER_RIGHT
-        options = (
-            call.left >= 0 or call.right >= 0, _layout(call.mask), call.softcap > 0, alibi is not None, _layout(call.bias),
-            self.forward_precision if query.dtype == torch.float32 else "ieee", packed, call.lower_right,
+        options = Options(
+            WINDOW=call.left >= 0 or call.right >= 0, MASK=_layout(call.mask), SOFTCAP=call.softcap > 0,
+            ALIBI=alibi is not None, BIAS=_layout(call.bias), PACKED=packed, LOWER_RIGHT=call.lower_right,
+            PRECISION=self.forward_precision if query.dtype == torch.float32 else "ieee",
         )  # fmt: skip
         return tensors, {
             "q_b": query.stride(0), "q_h": query.stride(1), "q_row": query.stride(2),

@@ -73,7 +73,7 @@ class Decoder:
         state, partial = scratch(programs, 2, block_m), scratch(programs, splits, 2, block_m, block_v)
         counters, filled, read = (scratch(programs, n, dtype=torch.int32) for n in (2, splits, splits))
 
-        exponent, none = Exponent.of(call.e), counters
+        exponent, none = Exponent.of(call.e, torch.float32), counters
         k, v = (k_cache, v_cache) if call.k is None or call.v is None else (call.k, call.v)
         new = 0 if call.k is None else call.k.shape[1]
         low, high = (call.low, call.high) if call.low is not None and call.high is not None else (k_cache, k_cache)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax._numerics import MIN_E, accumulation_dtype, newton_steps
+from diffmax._numerics import MIN_E, accumulation_dtype, integer_exponent, newton_steps
 from diffmax.kernels.triton import geometry
 from diffmax.kernels.triton.geometry import Geometry, View
 from diffmax.kernels.triton.long_bwd import bisect_bwd_long_kernel
@@ -33,8 +33,6 @@ from diffmax.kernels.triton.split_fwd import (
 from diffmax.kernels.triton.stream_fwd import bisect_stream_kernel
 from diffmax.kernels.triton.tuning import Table, Tile
 
-INTEGER_EXPONENTS = (2, 3, 4, 5, 10)
-
 # A row is solved where the linear step that remains is at most this, in units of its largest base: the error is its square / 2.
 SOLVED = {torch.float64: 1e-9, torch.float32: 2.4e-4, torch.float16: 2e-3, torch.bfloat16: 2e-3}
 
@@ -50,7 +48,17 @@ PROGRAMS_PER_PROCESSOR = 2
 
 @dataclass(frozen=True)
 class Exponent:
-    """What the kernels are told of e = 1 - alpha: a float, or a tensor that they read."""
+    """What the kernels are told of e = 1 - alpha: a float, or a tensor that they read.
+
+    What is decided here about a float is decided of the numbers that the kernels compute with: float32 has no k between 2 and
+    2 + 2e-7.
+
+    Attributes:
+        e, k: As the kernels have them, k = 1/e.
+        bits: Of e as float64.
+        integer: k, if it is one of the exponents that are multiplications; else 0.
+        tensor: Whether they read e.
+    """
 
     e: float
     k: float
@@ -59,13 +67,18 @@ class Exponent:
     tensor: bool
 
     @classmethod
-    def of(cls, e: float | Tensor) -> Exponent:
-        """From the contract's argument."""
+    def of(cls, e: float | Tensor, acc: torch.dtype) -> Exponent:
+        """From the contract's argument, for kernels that compute in `acc`."""
         if isinstance(e, Tensor):
             return cls(1.0, 1.0, _bits(1.0), 0, True)
         e = max(e, MIN_E)
-        k = round(1 / e) if e > 0.05 else 0
-        return cls(e, 1 / e, _bits(e), k if k in INTEGER_EXPONENTS and abs(k * e - 1) < 1e-12 else 0, False)
+        k, integer = 1 / e, integer_exponent(e, acc)
+        return cls(*((e, k) if acc == torch.float64 else (_float32(e), _float32(k))), _bits(e), integer, False)
+
+    @property
+    def code(self) -> int:
+        """As the kernels' K, where `ABOVE_2` has one of its own."""
+        return self.integer or int(ABOVE_2 if self.k > 2 and not self.tensor else ANY_K)
 
 
 class RowOperator:
@@ -97,7 +110,7 @@ class RowOperator:
         if x.numel() == 0:
             return p, m.fill_(-torch.inf), delta.zero_()
 
-        exponent, n = Exponent.of(e), x.shape[dim]
+        exponent, n = Exponent.of(e, acc), x.shape[dim]
         e_tensor = e if isinstance(e, Tensor) else None
         shape, (x, p), e_tensor = geometry.describe((x, p), e_tensor, dim)
         e_tensor = m if e_tensor is None else e_tensor
@@ -106,7 +119,7 @@ class RowOperator:
         limits = {"newton_steps": newton_steps(200, n, 1.0 if exponent.tensor else exponent.e, acc)}
         fixed = {
             "E_TENSOR": exponent.tensor,
-            "K": exponent.integer or int(ANY_K if exponent.tensor or exponent.k <= 2 else ABOVE_2),
+            "K": exponent.code,
             "CUT": SOLVED[x.dtype],
             "PTX": self.ptx,
             "X_LAYOUT": shape.views[0].layout,
@@ -150,7 +163,7 @@ class RowOperator:
         if p.numel() == 0:
             return grad_x, torch.zeros(m.shape if needs_e else (0,), dtype=m.dtype, device=p.device)
 
-        exponent, n = Exponent.of(e), p.shape[dim]
+        exponent, n = Exponent.of(e, m.dtype), p.shape[dim]
         p, m, delta = p.contiguous(), m.contiguous(), delta.contiguous()
         x = x if x is None else x.contiguous()
         shape, (grad, p), e_tensor = geometry.describe((grad.to(p.dtype), p), e if isinstance(e, Tensor) else None, dim)
@@ -324,6 +337,11 @@ def _expected_iterates(exponent: Exponent) -> int:
     if exponent.tensor:
         return 4
     return 3 if exponent.k >= 2 else 5
+
+
+def _float32(number: float) -> float:
+    rounded: float = struct.unpack("<f", struct.pack("<f", number))[0]
+    return rounded
 
 
 def _bits(e: float) -> int:
