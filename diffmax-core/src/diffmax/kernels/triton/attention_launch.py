@@ -22,6 +22,7 @@ from diffmax.kernels.triton.attention_fwd_solve import attention_solve_kernel
 from diffmax.kernels.triton.attention_tiles import NO_LIMIT
 from diffmax.kernels.triton.attention_tuning import Settings, forward_settings
 from diffmax.kernels.triton.launch import SOLVED, Exponent, _on
+from diffmax.kernels.triton.tuning import Table, Tunable, no_table
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import Forward, live_shape
 from diffmax.reference_dropout import threshold
@@ -51,20 +52,27 @@ class Options(NamedTuple):
     PRECISION: str
 
 
-class AttentionOperator:
+class AttentionOperator(Tunable):
     """`attention` and `attention_backward` for one vendor, with the signatures of `diffmax.reference_attention`.
 
     Args:
         architecture: Of a device, such as "sm90" or "gfx942".
         processors: How many multiprocessors (compute units) a device has.
         ptx: Whether the compiler takes NVIDIA's assembly.
+        table: The tuning table of a device's own architecture, if there is one.
     """
 
     def __init__(
-        self, architecture: Callable[[torch.device], str], processors: Callable[[torch.device], int], *, ptx: bool
+        self,
+        architecture: Callable[[torch.device], str],
+        processors: Callable[[torch.device], int],
+        *,
+        ptx: bool,
+        table: Callable[[torch.device], Table | None] = no_table,
     ) -> None:
         self.architecture = architecture
         self.processors = processors
+        self.table = table
         self.ptx = ptx
         self.precision = "ieee"  # of products of float32 in the backward
         self.forward_precision = "tf32x3" if ptx else "ieee"  # three products on matrix cores; AMD's take float32 itself
@@ -74,11 +82,21 @@ class AttentionOperator:
     ) -> tuple[Settings, Settings]:
         """How the two forward kernels are launched, for heads of `size` entries."""
         extras = any(t is not None for t in (call.mask, call.bias, call.alibi)) or call.softcap > 0 or call.dropout_p > 0
-        return forward_settings(self.architecture(device), dtype, size, extras)
+        solver, writer = forward_settings(self.architecture(device), dtype, size, extras)
+        table = self.table(device)
+        return (
+            self.tuned(table, "attention_solve", dtype, size, extras) or solver,
+            self.tuned(table, "attention_out", dtype, size, extras) or writer,
+        )
 
     def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int) -> Blocks:
         """The backward's tiles, likewise."""
-        return backward_blocks(self.architecture(device), dtype, size)
+        rule, table = backward_blocks(self.architecture(device), dtype, size), self.table(device)
+        return Blocks(
+            self.tuned(table, "attention_dq", dtype, size) or rule.queries,
+            self.tuned(table, "attention_dkv", dtype, size) or rule.keys,
+            self.tuned(table, "attention_dbias", dtype, size) or rule.bias,
+        )
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
         """Forward kernel; arguments and results as `diffmax.reference_attention.attention`."""
