@@ -21,7 +21,9 @@ class TestReference(BackendConformance):
     """The gate is measured on it, so none is asked of it: test_functional and test_gradients hold it to forty digits."""
 
     backend = "reference"
-    test_random_rows = test_nasty_rows = test_alpha_tensors = test_gradients = test_residuals_are_exchangeable = None
+    test_special_alphas = test_random_rows = test_nasty_rows = test_alpha_tensors = test_gradients = (
+        test_residuals_are_exchangeable
+    ) = None
     test_few_iterations_are_as_accurate_as_bisection = None
 
 
@@ -61,5 +63,7 @@ class TestPartial(BackendConformance):
     """The kit asked every backend for alpha's gradient, and for no gradient at all one that takes no tensor as alpha."""
 
     backend = "partial"
-    test_random_rows = test_nasty_rows = test_opcheck = test_compiles_in_one_graph_with_dynamic_shapes = None  # as above
+    test_special_alphas = test_random_rows = test_nasty_rows = test_opcheck = test_compiles_in_one_graph_with_dynamic_shapes = (
+        None  # as above
+    )
     test_importing_diffmax_imports_no_kernel_and_a_fork_survives_it = None

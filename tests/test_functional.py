@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from diffmax import diffmax_bisect, reference
 from diffmax.cpu import rows as cpu_rows
 from diffmax.testing import NASTY_ROWS, allowed_error, solve_exactly
+from diffmax.testing.checks import SPECIAL_ALPHAS
 
 ALPHAS = [0.003, 0.01, 0.1, 1 / 3, 0.5, 2 / 3, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 0.999, 0.9999]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -49,6 +50,17 @@ def test_the_float64_reference_and_the_operator_agree_with_forty_digits(name, al
     assert (exact_reference(torch.tensor(row, dtype=torch.float64), alpha) - exact).abs().max() <= 1e-13
     assert (diffmax_bisect(torch.tensor(row, dtype=torch.float64), alpha) - exact).abs().max() <= 1e-13
     assert (diffmax_bisect(torch.tensor(row), alpha).double() - exact).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "numba"])
+def test_beside_special_alphas_they_agree_with_forty_digits(backend):
+    """Where a kernel decides by alpha in one precision and computes in another; the kit gates all others on the reference."""
+    for alpha in SPECIAL_ALPHAS:
+        row = torch.randn(17) * 3
+        exact = exactly(row.tolist(), alpha)
+        for x, allowed in ((row.double(), 1e-13), (row, 1e-6)):
+            error = (diffmax_bisect(x, alpha, backend=backend).double() - exact).abs().max()
+            assert error <= allowed, (alpha, x.dtype, error)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1, 3, 10])

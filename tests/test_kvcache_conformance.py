@@ -21,7 +21,7 @@ class TestReference(KVCacheConformance):
     """The gate is measured on it, so none is asked of it: test_decoding_goes_on and test_kvcache hold it to attention."""
 
     backend = "reference"
-    test_decoding = test_statistics = None
+    test_special_alphas = test_decoding = test_statistics = None
     test_dead_pages_are_not_read = None  # it reads them all
 
 

@@ -74,7 +74,8 @@ def warmup(
         for operator, needed, size in _attention_calls(sizes, combinations, decoding):
             chosen = choose(describe(operator, place.type, dtype, needed | of_alpha, *size), name)
             target = chosen.provided[operator].warmup
-            _count(prepared, chosen.name, target, place, dtype, *size, e, backward, needed)
+            asked = needed | {"alpha_gradient"} if alpha is None and backward else needed
+            _count(prepared, chosen.name, target, place, dtype, *size, e, backward, asked)
     return prepared
 
 

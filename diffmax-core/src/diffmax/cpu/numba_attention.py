@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax._example_calls import attention_example
 from diffmax._numerics import integer_exponent
 from diffmax.cpu import attention as blocked
 from diffmax.cpu.compiled import AGAIN_JOB
@@ -45,7 +44,7 @@ def weights_again(
     """Arguments and result as `diffmax.cpu.attention.weights_again`, in one pass over the scores."""
     n_rows, n = scores.shape
     e_rows, e_value = (e.contiguous(), 0.0) if isinstance(e, Tensor) else (None, e)
-    integer = 0 if needs_e or e_rows is not None else integer_exponent(e_value)
+    integer = 0 if needs_e or e_rows is not None else integer_exponent(e_value, scores.dtype)
     addresses = (*(t.data_ptr() for t in (scores, p, s, m, delta)), 0 if e_rows is None else e_rows.data_ptr())
     run("again", scores.dtype, AGAIN_JOB, n_rows, n, *addresses, 1, n, integer, needs_e, e_value)
     return scores if needs_e else None
@@ -60,9 +59,10 @@ def warmup(
     backward: bool,
     features: frozenset[str],
 ) -> None:
-    """Have the kernels of a dtype compiled, or read from the cache: one serves every length and size."""
-    query, key, value, call = attention_example(device, dtype, head_dim, value_dim, e, features)
-    out, m, delta, u, live, _ = attention(query, key, value, call, backward, False)
+    """Have the kernels of a dtype compiled, or read from the cache: one serves every length, size and feature but dropout."""
+    query, value = (torch.zeros(1, 1, 2, size, dtype=dtype) for size in (head_dim, value_dim))
+    dropout_p, seed = (0.5, torch.zeros(2, dtype=torch.int64)) if "dropout" in features else (0.0, None)
+    call = AttentionCall(scale=1.0, e=0.5 if e is None else e, dropout_p=dropout_p, seed=seed)
+    out, m, delta, u, live, _ = attention(query, query, value, call, backward, False)
     if backward:
-        needs = (e is None, call.bias is not None, call.sink is not None)
-        attention_backward(out, query, key, value, m, delta, u, live, call, *needs)
+        attention_backward(out, query, query, value, m, delta, u, live, call, False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax._example_calls import decoding_example
 from diffmax.cpu import kvcache
 from diffmax.cpu.numba_rows import bisect
 from diffmax.plugin import KVCacheCall
@@ -26,5 +25,7 @@ def warmup(
     backward: bool,
     features: frozenset[str],
 ) -> None:
-    """Have the kernels of a dtype compiled, or read from the cache. There is no backward."""
-    attention_kvcache(*decoding_example(device, dtype, head_dim, value_dim, e, features), False)
+    """Have the kernels of a dtype compiled, or read from the cache: one serves every call. There is no backward."""
+    query, v_cache = (torch.zeros(1, 2, 1, size, dtype=dtype) for size in (head_dim, value_dim))
+    lengths = torch.full((1,), 2, dtype=torch.int32)
+    attention_kvcache(query, query, v_cache, KVCacheCall(scale=1.0, e=0.5 if e is None else e, cache_seqlens=lengths), False)

@@ -7,7 +7,7 @@ or alpha.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from diffmax.kernels.triton.attention_bwd_dbias import attention_bwd_dbias_kernel
 from diffmax.kernels.triton.attention_bwd_dkv import attention_bwd_dkv_kernel
 from diffmax.kernels.triton.attention_bwd_dq import attention_bwd_dq_kernel
-from diffmax.kernels.triton.attention_bwd_tuning import Blocks, backward_blocks
+from diffmax.kernels.triton.attention_bwd_tuning import Blocks
 from diffmax.kernels.triton.attention_tiles import ABSENT, ADJACENT_KEYS, ANY_STRIDES, NO_LIMIT, SHARED_BY_QUERIES
 from diffmax.kernels.triton.launch import SERIES_TERMS, SMALLEST_E_FOR_HARDWARE, Exponent, _on
 from diffmax.plugin import AttentionCall
@@ -36,11 +36,12 @@ class Operator(Protocol):
 
     Attributes:
         ptx: Whether the compiler takes NVIDIA's assembly.
-        architecture: Of a device, such as "sm90" or "gfx942".
     """
 
     ptx: bool
-    architecture: Callable[[torch.device], str]
+
+    def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int) -> Blocks:
+        """The tiles for heads of `size` entries."""
 
 
 def attention_backward(
@@ -110,7 +111,7 @@ class _Launch:
         m, delta, u, live = (t.contiguous() for t in kept)
         grad, query, key, value = (_rows_of_entries(t) for t in (grad, query, key, value))
         heads, length, n_keys = query.shape[1], query.shape[2], key.shape[2]
-        exponent = Exponent.of(call.e)
+        exponent = Exponent.of(call.e, torch.float32)
         mask = None if call.mask is None else call.mask.view(torch.uint8)
         alibi = None if call.alibi is None else call.alibi.contiguous()
         cu_seqlens_q, cu_seqlens_k = call.cu_seqlens_q, call.cu_seqlens_k
@@ -136,7 +137,7 @@ class _Launch:
         flags = {
             "HEAD_DIM": query.shape[3], "VALUE_DIM": value.shape[3], "BLOCK_D": _padded(query.shape[3]),
             "BLOCK_V": _padded(value.shape[3]), "ALIGNED": all(_aligned(t) for t in (grad, query, key, value)),
-            "LOWER_RIGHT": call.lower_right, "WINDOW": call.left >= 0 or call.right >= 0,
+            "LOWER_RIGHT": _lower_right(query, key, call), "WINDOW": call.left >= 0 or call.right >= 0,
             "MASK": _layout(mask), "BIAS": _layout(call.bias), "ALIBI": alibi is not None, "SOFTCAP": call.softcap > 0,
             "DROPOUT": call.dropout_p > 0, "LIVE": live.numel() > 0, "E_TENSOR": exponent.tensor, "K": exponent.integer,
             "HARDWARE": _hardware(exponent, query.dtype), "PTX": operator.ptx,
@@ -157,7 +158,7 @@ class _Launch:
             "max_keys": call.max_seqlen_k,
             "PACKED": cu_seqlens_q is not None,
         }
-        blocks = backward_blocks(operator.architecture(query.device), query.dtype, max(query.shape[3], value.shape[3]))
+        blocks = operator.backward_blocks(query.device, query.dtype, max(query.shape[3], value.shape[3]))
         return cls((grad, query, key, value), m, delta, u, live, call, beside, sizes | strides | numbers, flags, packed, blocks)
 
     def queries(self, grad_query: Tensor, grad_e: Tensor, grad_sink: Tensor, mean: Tensor) -> None:
@@ -225,6 +226,12 @@ def _layout(t: Tensor | None) -> int:
     if not adjacent:
         return int(ANY_STRIDES.value)
     return int((SHARED_BY_QUERIES if t.shape[2] == 1 else ADJACENT_KEYS).value)
+
+
+def _lower_right(query: Tensor, key: Tensor, call: AttentionCall) -> bool:
+    """Whether a query's place depends on the number of keys, and anything on the place: else one binary serves both."""
+    placed = call.left >= 0 or call.right >= 0 or call.alibi is not None
+    return call.lower_right and placed and (call.cu_seqlens_q is not None or query.shape[2] != key.shape[2])
 
 
 def _padded(size: int) -> int:

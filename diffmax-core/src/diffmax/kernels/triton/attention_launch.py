@@ -8,20 +8,29 @@ heads or alpha.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffmax._numerics import newton_steps
 from diffmax.kernels.triton import attention_bwd_launch
-from diffmax.kernels.triton.attention_bwd_launch import Backward, _aligned, _hardware, _layout, _padded, _rows_of_entries
+from diffmax.kernels.triton.attention_bwd_launch import (
+    Backward,
+    _aligned,
+    _hardware,
+    _layout,
+    _lower_right,
+    _padded,
+    _rows_of_entries,
+)
 from diffmax.kernels.triton.attention_bwd_tuning import Blocks, backward_blocks
 from diffmax.kernels.triton.attention_fwd_out import attention_out_kernel
 from diffmax.kernels.triton.attention_fwd_solve import attention_solve_kernel
 from diffmax.kernels.triton.attention_tiles import NO_LIMIT
 from diffmax.kernels.triton.attention_tuning import Settings, forward_settings
 from diffmax.kernels.triton.launch import SOLVED, Exponent, _on
+from diffmax.kernels.triton.tuning import Table, Tunable, no_table
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import Forward, live_shape
 from diffmax.reference_dropout import threshold
@@ -32,34 +41,75 @@ CUT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 Names = dict[str, Any]
 
 
-class AttentionOperator:
+class Options(NamedTuple):
+    """What the forward kernels are compiled for.
+
+    Attributes:
+        WINDOW, SOFTCAP, ALIBI, PACKED, LOWER_RIGHT: Whether the call has it.
+        MASK, BIAS: How it lies in memory, as `attention_tiles` numbers it.
+        PRECISION: Of products.
+    """
+
+    WINDOW: bool
+    MASK: int
+    SOFTCAP: bool
+    ALIBI: bool
+    BIAS: int
+    PACKED: bool
+    LOWER_RIGHT: bool
+    PRECISION: str
+
+
+class AttentionOperator(Tunable):
     """`attention` and `attention_backward` for one vendor, with the signatures of `diffmax.reference_attention`.
 
     Args:
         architecture: Of a device, such as "sm90" or "gfx942".
         processors: How many multiprocessors (compute units) a device has.
         ptx: Whether the compiler takes NVIDIA's assembly.
+        table: The tuning table of a device's own architecture, if there is one.
+    Attributes:
+        precision: Of products of float32 in the backward.
+        forward_precision: The same in the forward: three products of tf32 on NVIDIA's matrix cores, AMD's take float32 itself.
+            That three are enough for the gate was found by emulating sums that round to nearest. Matrix cores cut off instead,
+            which only a device can show: the kit's `test_float32_products` asks. Where it fails, "ieee" is right and slower.
     """
 
     def __init__(
-        self, architecture: Callable[[torch.device], str], processors: Callable[[torch.device], int], *, ptx: bool
+        self,
+        architecture: Callable[[torch.device], str],
+        processors: Callable[[torch.device], int],
+        *,
+        ptx: bool,
+        table: Callable[[torch.device], Table | None] = no_table,
     ) -> None:
         self.architecture = architecture
         self.processors = processors
+        self.table = table
         self.ptx = ptx
-        self.precision = "ieee"  # of products of float32 in the backward
-        self.forward_precision = "tf32x3" if ptx else "ieee"  # three products on matrix cores; AMD's take float32 itself
+        self.precision = "ieee"
+        self.forward_precision = "tf32x3" if ptx else "ieee"
 
     def forward_settings(
         self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall
     ) -> tuple[Settings, Settings]:
         """How the two forward kernels are launched, for heads of `size` entries."""
         extras = any(t is not None for t in (call.mask, call.bias, call.alibi)) or call.softcap > 0 or call.dropout_p > 0
-        return forward_settings(self.architecture(device), dtype, size, extras)
+        solver, writer = forward_settings(self.architecture(device), dtype, size, extras)
+        table = self.table(device)
+        return (
+            self.tuned(table, "attention_solve", dtype, size, extras) or solver,
+            self.tuned(table, "attention_out", dtype, size, extras) or writer,
+        )
 
     def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int) -> Blocks:
         """The backward's tiles, likewise."""
-        return backward_blocks(self.architecture(device), dtype, size)
+        rule, table = backward_blocks(self.architecture(device), dtype, size), self.table(device)
+        return Blocks(
+            self.tuned(table, "attention_dq", dtype, size) or rule.queries,
+            self.tuned(table, "attention_dkv", dtype, size) or rule.keys,
+            self.tuned(table, "attention_dbias", dtype, size) or rule.bias,
+        )
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
         """Forward kernel; arguments and results as `diffmax.reference_attention.attention`."""
@@ -93,6 +143,41 @@ class AttentionOperator:
         return attention_bwd_launch.attention_backward(
             self, grad, query, key, value, m, delta, u, live, call, needs_e, needs_bias, needs_sink
         )
+
+    def warmup(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        value_dim: int,
+        e: float | None,
+        backward: bool,
+        features: frozenset[str],
+    ) -> None:
+        """Compile what calls need, by calling on tiny tensors.
+
+        A mask is prepared as one of keys and as one of queries and keys, a bias as one of queries and keys. Calls that are to
+        be differentiated and those that are not have forward kernels of their own.
+
+        Args:
+            device: Where the calls will run.
+            dtype: Of query, key and value.
+            head_dim, value_dim: Sizes of a query and of a value.
+            e: 1 - alpha, or None for alpha as a tensor.
+            backward: Whether the calls will be differentiated.
+            features: Of `diffmax.plugin.FEATURES`, what the calls have. Where "alpha_gradient" or "attention_stats" is among
+                them, calls without it are prepared too.
+        """
+        length, kv_heads = TILE, 1 if "gqa" in features else 2
+        sizes = ((2, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
+        for call in example_calls(device, dtype, length, e, features):
+            query, key, value = (torch.zeros(1, heads, length, size, dtype=dtype, device=device) for heads, size in sizes)
+            for stats in (False, True) if "attention_stats" in features else (False,):
+                out, m, delta, u, live, _ = self.attention(query, key, value, call, backward, stats)
+            for needs_e in ((False, True) if "alpha_gradient" in features else (False,)) if backward else ():
+                self.attention_backward(
+                    out, query, key, value, m, delta, u, live, call, needs_e, call.bias is not None, call.sink is not None
+                )
 
     def _launch(
         self,
@@ -145,7 +230,7 @@ class AttentionOperator:
 
     def _shared(self, query: Tensor, key: Tensor, call: AttentionCall) -> tuple[Names, Names]:
         """What both kernels are told of the call: tensors, and the rest."""
-        exponent: Exponent = Exponent.of(call.e)
+        exponent: Exponent = Exponent.of(call.e, torch.float32)
         alibi = None if call.alibi is None else call.alibi.contiguous()
         packed = call.cu_seqlens_q is not None
         length = query.shape[2]
@@ -160,10 +245,10 @@ class AttentionOperator:
             "alibi_ptr": given(alibi), "sink_ptr": given(call.sink),
             "cu_q_ptr": given(call.cu_seqlens_q), "cu_k_ptr": given(call.cu_seqlens_k),
         }  # fmt: skip
-        # what a kernel is compiled for: WINDOW, MASK, SOFTCAP, ALIBI, BIAS, PRECISION, PACKED, LOWER_RIGHT
-        options = (
-            call.left >= 0 or call.right >= 0, _layout(call.mask), call.softcap > 0, alibi is not None, _layout(call.bias),
-            self.forward_precision if query.dtype == torch.float32 else "ieee", packed, call.lower_right,
+        options = Options(
+            WINDOW=call.left >= 0 or call.right >= 0, MASK=_layout(call.mask), SOFTCAP=call.softcap > 0,
+            ALIBI=alibi is not None, BIAS=_layout(call.bias), PACKED=packed, LOWER_RIGHT=_lower_right(query, key, call),
+            PRECISION=self.forward_precision if query.dtype == torch.float32 else "ieee",
         )  # fmt: skip
         return tensors, {
             "q_b": query.stride(0), "q_h": query.stride(1), "q_row": query.stride(2),
@@ -180,6 +265,41 @@ class AttentionOperator:
             # a * b + c in one rounding, said aloud: Triton's default is about to change
             "enable_fp_fusion": True,
         }  # fmt: skip
+
+
+def example_calls(
+    device: torch.device, dtype: torch.dtype, length: int, e: float | None, features: frozenset[str]
+) -> list[AttentionCall]:
+    """Calls with these features on two heads of `length` queries and keys: for each layout of a mask one."""
+
+    def zeros(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=kind, device=device)
+
+    given: Names = {"scale": 1.0, "e": zeros(2) + 0.5 if e is None or "tensor_alpha" in features else e}
+    if "causal" in features or "window" in features:
+        given |= {"left": length if "window" in features else -1, "right": 0 if "causal" in features else length}
+    if "varlen" in features:
+        ends = torch.tensor([0, length], dtype=torch.int32, device=device)
+        given |= {
+            "cu_seqlens_q": ends,
+            "cu_seqlens_k": ends,
+            "max_seqlen_q": length,
+            "max_seqlen_k": length,
+            "lower_right": True,
+        }
+    if "bias" in features:
+        given["bias"] = zeros(1, 2, length, length, kind=dtype)
+    if "alibi" in features:
+        given["alibi"] = zeros(2)
+    if "softcap" in features:
+        given["softcap"] = 1.0
+    if "sink" in features:
+        given["sink"] = zeros(2)
+    if "dropout" in features:
+        given |= {"dropout_p": 0.5, "seed": zeros(2, kind=torch.int64)}
+    if "mask" not in features:
+        return [AttentionCall(**given)]
+    return [AttentionCall(**given, mask=zeros(1, 1, rows, length, kind=torch.bool) == 0) for rows in (1, length)]
 
 
 def _most_tiles(n_keys: int, call: AttentionCall) -> int:

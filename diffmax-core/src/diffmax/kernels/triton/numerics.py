@@ -272,7 +272,8 @@ def finishing(delta, total, slope, curve, e, k, size, CUT: tl.constexpr, ENSURE_
         scale = tl.where(small | (total == 0.0), 1.0, 1.0 / total)
     else:
         scale = tl.where(total != total, total, 1.0)
-    return step, scale, tl.maximum(delta + step, 0.0)
+    # a row of NaN has delta NaN: said aloud, because a maximum of NaN is NaN to the interpreter and a number to devices
+    return step, scale, tl.where(total != total, total, tl.maximum(delta + step, 0.0))
 
 
 @triton.jit
