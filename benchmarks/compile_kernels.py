@@ -46,7 +46,10 @@ ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
 Factors = Mapping[str, Sequence[str]]
 Pairs = Sequence[tuple[str, str]]
 
-# For each operator: what varies, and what of it is to occur together. vendor and bias follow from target and options.
+# Architectures with the same matrix instructions, and the same settings
+MMA = ("sm80", "sm86", "sm120")
+
+# For each operator: what varies, and what of it is to occur together. vendor, family and bias follow from target and options.
 FACTORS: dict[str, Factors] = {
     "rows": {
         "target": TARGETS,
@@ -72,16 +75,15 @@ FACTORS: dict[str, Factors] = {
     },
 }
 PAIRS: dict[str, Pairs] = {
-    "rows": (("target", "dtype"), ("dtype", "length"), ("dtype", "alpha"), ("length", "alpha"), ("target", "length")),
+    "rows": (("target", "length"), ("vendor", "dtype"), ("dtype", "length"), ("dtype", "alpha"), ("length", "alpha")),
     "long rows": (("target", "rows"), ("rows", "dtype"), ("rows", "alpha")),
     "attention": (
-        ("target", "dtype"), ("target", "size"), ("target", "bias"), ("target", "for"), ("vendor", "options"),
+        ("target", "dtype"), ("family", "size"), ("target", "bias"), ("target", "for"), ("vendor", "options"),
         ("vendor", "alpha"), ("dtype", "size"), ("dtype", "options"), ("dtype", "alpha"), ("dtype", "for"), ("size", "alpha"),
         ("size", "for"), ("options", "for"),
     ),
     "decoding": (
-        ("target", "dtype"), ("dtype", "size"), ("dtype", "options"), ("size", "options"), ("vendor", "options"),
-        ("options", "alpha"),
+        ("target", "vendor"), ("dtype", "size"), ("dtype", "options"), ("vendor", "options"), ("options", "alpha"),
     ),
 }  # fmt: skip
 
@@ -102,6 +104,7 @@ class Case:
         """The factors, and what follows from them."""
         own = self.of
         own["vendor"] = own["target"][:2]
+        own["family"] = "gfx9" if own["target"].startswith("gfx9") else "mma" if own["target"] in MMA else own["target"]
         own["bias"] = str("bias" in OPTIONS.get(own.get("options", ""), ()) and own.get("for") == "training")
         return own
 
