@@ -14,8 +14,7 @@ from benchmarks.memory import peak_bytes
 from diffmax import attention, attention_varlen, diffmax_bisect, reference_attention
 from diffmax.cpu import attention_blocks
 from diffmax.plugin import TILE, AttentionCall
-from diffmax.testing import solve_exactly
-from diffmax.testing.gate import allowed_error_in_float64
+from diffmax.testing import gates, solve_exactly
 
 BACKENDS = ("reference", "cpu", "numba")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -37,9 +36,8 @@ def tensors(length, keys, *, batch=2, heads=2, kv_heads=None, size=8, spread=2.0
 
 def near(ours, oracle, *given):
     """As near to the oracle as float64 can be, by what it errs in float32."""
-    exact = oracle(*given)
-    single = oracle(*(t.float() if t is not None and t.is_floating_point() else t for t in given))
-    assert (ours - exact).abs().max() <= allowed_error_in_float64(exact, single)
+    ((exact, allowed),) = gates(oracle, *given)
+    assert (ours - exact).abs().max() <= allowed
 
 
 # the oracle

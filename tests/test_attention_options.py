@@ -13,7 +13,7 @@ from diffmax import attention, attention_varlen, diffmax_bisect
 from diffmax.nn import RelativePositionBias
 from diffmax.plugin import AttentionCall
 from diffmax.reference_dropout import kept, philox, threshold
-from diffmax.testing.gate import allowed_error, allowed_error_in_float64
+from diffmax.testing import gates
 
 BACKENDS = ("reference", "cpu", "numba")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -69,13 +69,19 @@ def with_gradients(function, leaves, grad):
 
 def agree(ours, oracle, leaves, grad):
     """Results and gradients, as near to the oracle's as float64 can be by what float32 errs."""
-    exact = with_gradients(oracle, leaves, grad)
-    single = {name: leaf.detach().float().requires_grad_(leaf.requires_grad) for name, leaf in leaves.items()}
-    measured = with_gradients(oracle, single, grad)
-    for name, got in with_gradients(ours, leaves, grad).items():
-        error = (got - exact[name]).abs().max().item()
-        assert got.shape == exact[name].shape
-        assert error <= allowed_error_in_float64(exact[name], measured[name]), f"{name}: {error:.3g}"
+    drawn = {name: leaf for name, leaf in leaves.items() if name != "alpha"}  # a neighbour of 1 is no alpha
+
+    def results(*numbers):
+        given = dict(zip(drawn, numbers, strict=True))
+        given = {name: given.get(name, leaf.detach()).to(numbers[0].dtype) for name, leaf in leaves.items()}
+        given = {name: t.detach().clone().requires_grad_(leaves[name].requires_grad) for name, t in given.items()}
+        return tuple(with_gradients(oracle, given, grad).values())
+
+    wanted = gates(results, *drawn.values())
+    for (name, got), (exact, allowed) in zip(with_gradients(ours, leaves, grad).items(), wanted, strict=True):
+        error = (got - exact).abs().max().item()
+        assert got.shape == exact.shape
+        assert error <= allowed, f"{name}: {error:.3g}"
 
 
 def leaves_of(length, keys, *, heads=4, kv_heads=2, spread=2.0, **more):
@@ -201,12 +207,10 @@ def test_softcap_is_gemmas():
     eager = pytest.importorskip("transformers.models.gemma2.modeling_gemma2", reason=LEFT_OUT).eager_attention_forward
     module = SimpleNamespace(num_key_value_groups=2, training=False)
     leaves = {name: t.detach() for name, t in leaves_of(20, 30).items()}
-    exact, single = (
-        attention(*(t.to(kind) for t in leaves.values()), scale=0.7, softcap=5.0, enable_gqa=True, alpha=ONE)
-        for kind in (torch.float64, torch.float32)
-    )
+    options = {"scale": 0.7, "softcap": 5.0, "enable_gqa": True, "alpha": ONE}
+    ((exact, allowed),) = gates(lambda *given: attention(*given, **options), *(t.float() for t in leaves.values()))
     theirs = eager(module, *leaves.values(), None, scaling=0.7, softcap=5.0)[0].transpose(1, 2)  # its softmax is in float32
-    assert (theirs - exact).abs().max() <= allowed_error(exact, single)
+    assert (theirs - exact).abs().max() <= allowed
 
 
 def test_a_sink_is_gpt_oss():
@@ -339,10 +343,8 @@ def test_a_bad_sink_spoils_its_head_alone(backend):
     out = fused(**leaves, sink=sink, alpha=0.5, backend=backend)
     assert out[:, [1, 3]].isnan().all()
     assert out[:, 0].isfinite().all()
-    exact, single = (
-        explicit(**{name: t.to(kind) for name, t in leaves.items()}, alpha=0.5) for kind in (torch.float64, torch.float32)
-    )
-    assert (out - exact)[:, 2].abs().max() <= allowed_error_in_float64(exact, single)
+    ((exact, allowed),) = gates(lambda *given: explicit(**dict(zip(leaves, given, strict=True)), alpha=0.5), *leaves.values())
+    assert (out - exact)[:, 2].abs().max() <= allowed
 
 
 # dropout

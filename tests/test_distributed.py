@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from diffmax import HillMap, _sharded, diffmax_bisect, reference
 from diffmax._numerics import newton_steps
 from diffmax.distributed import diffmax_bisect_sharded
-from diffmax.testing.gate import allowed_error
+from diffmax.testing import gates
 from diffmax.testing.oracle import solve_exactly
 from diffmax.testing.rows import NASTY_ROWS
 
@@ -47,9 +47,7 @@ def part(t, dim=-1, how="even"):
 
 
 def forward_passes(x, alpha, dim, how):
-    exact = reference.bisect(x.double(), 1 - alpha, dim, 200, True)[0]
-    yardstick = reference.bisect(x, 1 - alpha, dim, 50, True)[0]
-    gate = 1e-13 if x.dtype == torch.float64 else allowed_error(exact, yardstick)
+    ((exact, gate),) = gates(lambda x: reference.bisect(x, 1 - alpha, dim % x.ndim, 200, True)[0], x)
     p = diffmax_bisect_sharded(part(x, dim, how), alpha, dim)
     mine = part(exact, dim, how)
     assert p.dtype == x.dtype
@@ -181,18 +179,15 @@ def test_the_backward_operator_passes_the_gate():
             kept = x if dtype == torch.float16 else None
             e = torch.full((2, 1), 1 - alpha, dtype=acc)
             saved = reference.bisect(x, e, 2, 50, True)
-            yardstick = reference.bisect_backward(grad, *saved, kept, e, 2, True)
-            doubles = [t if t is None else t.double() for t in (grad, *saved, kept)]
-            exact = reference.bisect_backward(*doubles, e.double(), 2, True)
+
+            def backward(*given, e=e):
+                grad_x, grad_e = reference.bisect_backward(*given, e.to(given[1].dtype), 2, True)
+                return grad_x, grad_e.sum(0)
+
+            wanted = gates(backward, grad, *saved, kept)
             own = [part(t) if t is not None and t.shape[2] > 1 else t for t in (grad, *saved, kept)]
             grad_x, grad_e = torch.ops.diffmax.bisect_sharded_backward(*own, 0.0, e, 2, True, group)
-            yard_e, exact_e = (t.sum(0) for t in (yardstick[1], exact[1]))
-            for ours, truth, mine, measured in (
-                (grad_x, exact[0], part(exact[0]), yardstick[0]),
-                (grad_e, exact_e, exact_e, yard_e),
-            ):
-                gate = allowed_error(truth, measured)
-                gate = max(gate, 1e-13 * max(1.0, float(truth.abs().max()))) if dtype == torch.float64 else gate
+            for ours, mine, gate in ((grad_x, part(wanted[0].exact), wanted[0].allowed), (grad_e, *wanted[1])):
                 error = float((ours.double() - mine).abs().max())
                 assert error <= gate, f"{dtype} alpha={alpha}: error {error:.3g}, allowed {gate:.3g}"
 
@@ -226,20 +221,20 @@ def test_gradients_of_narrow_dtypes_are_right_on_average():
     for dtype in DTYPES[1:]:
         for alpha in (0.1, 0.5, 0.9, 0.99):
             x, grad = (torch.randn(200, 37).to(dtype) for _ in range(2))
-            kept = x if dtype == torch.float16 else None
-            exact = reference.bisect_backward(
-                grad.double(), *reference.bisect(x.double(), 1 - alpha, 1, 200, True), None, 1 - alpha, 1, True
-            )
-            yardstick = reference.bisect_backward(grad, *reference.bisect(x, 1 - alpha, 1, 50, True), kept, 1 - alpha, 1, True)
+
+            def both(x, grad, e=1 - alpha):
+                kept = x if x.dtype == torch.float16 else None
+                return reference.bisect_backward(grad, *reference.bisect(x, e, 1, 200, True), kept, e, 1, True)
+
+            wanted = gates(both, x, grad, average=True)
             leaf, a = part(x).clone().requires_grad_(), torch.full((200, 1), alpha, dtype=torch.float64, requires_grad=True)
             diffmax_bisect_sharded(leaf, a).backward(part(grad))
-            for ours, truth, measured, whole in (
-                (leaf.grad, part(exact[0]), part(yardstick[0]), exact[0]),
-                (-a.grad, exact[1], yardstick[1], exact[1]),
+            for ours, truth, gate in (
+                (leaf.grad, part(wanted[0].exact), wanted[0].allowed),
+                (-a.grad, *wanted[1]),
             ):
-                ulp = torch.finfo(measured.dtype).eps * max(1.0, float(whole.abs().mean()))
-                error, own = (float((t.double() - truth).abs().mean()) for t in (ours, measured))
-                assert error <= 2 * (2 * own + 2 * ulp) + 2 * ulp, f"{dtype} alpha={alpha}: {error:.3g}, reference {own:.3g}"
+                error = float((ours.double() - truth).abs().mean())
+                assert error <= gate, f"{dtype} alpha={alpha}: {error:.3g}, allowed {gate:.3g}"
 
 
 @on_ranks(2)

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from diffmax import diffmax_bisect, reference
 from diffmax.cpu import rows as cpu_rows
-from diffmax.testing import allowed_error, solve_exactly
+from diffmax.testing import gates, solve_exactly
 
 ALPHAS = [0.003, 0.05, 0.1, 0.3, 0.5, 2 / 3, 0.85, 0.9, 0.95, 0.99, 0.999, 0.9999]
 inf, nan = math.inf, math.nan
@@ -103,14 +103,10 @@ def test_the_backward_kernel_passes_the_gate(alpha, dtype):
     for sigma in (0.3, 1, 3, 10):
         x = (torch.randn(40, 257) * sigma).to(dtype)
         grad = torch.randn(40, 257).to(dtype)
-        exact = reference.bisect_backward(grad.double(), *reference.bisect(x.double(), e, 1, 200, True), None, e, 1, True)
-        saved = reference.bisect(x, e, 1, 50, True)
-        kept = x if dtype == torch.float16 else None
-        yardstick = reference.bisect_backward(grad, *saved, kept, e, 1, True)
-        ours = cpu_rows.bisect_backward(grad, *cpu_rows.bisect(x, e, 1, 50, True), kept, e, 1, True)
-        for result, measure, truth in zip(ours, yardstick, exact, strict=True):
-            allowed = 1e-13 if dtype == torch.float64 else allowed_error(truth, measure)  # the exact result is float64 itself
-            assert (result.double() - truth).abs().max() <= allowed
+        given = (grad, *reference.bisect(x, e, 1, 50, True), x if dtype == torch.float16 else None)
+        wanted = gates(lambda *given: reference.bisect_backward(*given, e, 2, True), *given, stacked=True)
+        for result, (exact, allowed) in zip(cpu_rows.bisect_backward(*given, e, 1, True), wanted, strict=True):
+            assert (result.double() - exact).abs().max() <= allowed
 
 
 def test_float16_keeps_the_gradient_of_weights_that_flush_to_zero():

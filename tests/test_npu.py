@@ -244,7 +244,7 @@ from diffmax.testing.interpreter import harden
 harden()
 import torch
 from diffmax import reference
-from diffmax.testing import allowed_error
+from diffmax.testing import gates
 from diffmax_npu import triton_rows
 triton_rows.MOST_PROGRAMS = 3  # so that rows go in pieces
 torch.manual_seed(0)
@@ -252,19 +252,13 @@ for dtype, e, dim in (
     (torch.float32, 0.15, 1), (torch.float32, 1 - torch.rand(2, 1, 7), 1), (torch.float16, 0.5, 2), (torch.bfloat16, 0.5, 0)
 ):
     x, grad = (torch.randn(2, 5, 7).mul(3).to(dtype) for _ in range(2))
-    wide = e.double() if isinstance(e, torch.Tensor) else e
-    ours, own, exact = (
-        f(t, a, dim, 50, True)
-        for f, t, a in ((triton_rows.bisect, x, e), (reference.bisect, x, e), (reference.bisect, x.double(), wide))
-    )
-    assert (ours[0].double() - exact[0]).abs().max() <= allowed_error(exact[0], own[0]), (dtype, dim)
-    kept = x if dtype == torch.float16 else None
-    kept64 = None if kept is None else x.double()
-    exact = reference.bisect_backward(*(t.double() for t in (grad, *own)), kept64, wide, dim, True)
-    ours = triton_rows.bisect_backward(grad, *own, kept, e, dim, True)
-    own = reference.bisect_backward(grad, *own, kept, e, dim, True)
-    for a, b, truth in zip(ours, own, exact):
-        assert a.shape == b.shape and (a.double() - truth).abs().max() <= allowed_error(truth, b), (dtype, dim)
+    in_ = lambda t: e if isinstance(e, float) else e.to(torch.promote_types(t.dtype, torch.float32))
+    (wanted,) = gates(lambda x: reference.bisect(x, in_(x), dim + 1, 200, True)[0], x, stacked=True)
+    assert (triton_rows.bisect(x, e, dim, 50, True)[0].double() - wanted.exact).abs().max() <= wanted.allowed, (dtype, dim)
+    given = grad, *reference.bisect(x, e, dim, 50, True), x if dtype == torch.float16 else None
+    wanted = gates(lambda *t: reference.bisect_backward(*t, in_(t[0]), dim + 1, True), *given, stacked=True)
+    for a, (exact, allowed) in zip(triton_rows.bisect_backward(*given, e, dim, True), wanted):
+        assert a.shape == exact.shape and (a.double() - exact).abs().max() <= allowed, (dtype, dim)
 print("passed")
 """
 

@@ -23,7 +23,7 @@ from diffmax._dispatch import registry
 from diffmax._plain import is_plain
 from diffmax.cpu import compiled, numba_cannot, numba_missing, numba_rows, simd, threads
 from diffmax.plugin import CallSpec
-from diffmax.testing.gate import allowed_error
+from diffmax.testing import gates
 
 needs_keys = pytest.mark.skipif(not hasattr(torch._C.DispatchKeySet, "raw_repr"), reason="torch shows no dispatch keys")
 
@@ -113,30 +113,28 @@ def test_long_rows_whose_sample_misleads_pass_the_gate(kind, alpha):
         x = x.round()
     elif kind == "half masked":
         x[:, ::2] = -torch.inf
-    exact = reference.bisect(x.double(), 1 - alpha, 1, 200, True)
-    yardstick = reference.bisect(x, 1 - alpha, 1, 50, True)
-    p, _, delta = torch.ops.diffmax.bisect(x, 1 - alpha, None, 1, 50, True, "numba")
-    assert (p.double() - exact[0]).abs().max() <= allowed_error(exact[0], yardstick[0])
-    assert (delta.double() - exact[2]).abs().max() <= 2 * allowed_error(exact[2], yardstick[2])
-    assert torch.equal(p == 0, p.double() * exact[0] == 0) or ((p == 0) != (exact[0] == 0)).sum() <= 2  # at the edge
+    wanted = gates(lambda x: reference.bisect(x, 1 - alpha, 1, 200, True), x)
+    results = torch.ops.diffmax.bisect(x, 1 - alpha, None, 1, 50, True, "numba")
+    for result, (exact, allowed) in zip(results, wanted, strict=True):
+        assert (result.double() - exact).abs().max() <= allowed
+    p, exact = results[0], wanted[0].exact
+    assert torch.equal(p == 0, p.double() * exact == 0) or ((p == 0) != (exact == 0)).sum() <= 2  # at the edge
 
 
 def test_where_halley_and_newton_would_go_back_and_forth():
     """Rows of few entries at small alpha, where Halley's step leaves the support that it was computed on."""
     for alpha in (0.01, 0.05, 0.1, 0.2):
         x = torch.rand(4000, 5) * torch.tensor([0.1, 1, 1, 1, 2]) + torch.tensor([1.0, 0, 0, 0, 0])
-        exact = reference.bisect(x.double(), 1 - alpha, 1, 200, True)[0]
-        yardstick = reference.bisect(x, 1 - alpha, 1, 50, True)[0]
+        (wanted,) = gates(lambda x, e=1 - alpha: reference.bisect(x, e, 1, 200, True)[0], x)
         p = diffmax_bisect(x, alpha, backend="numba")
-        assert (p.double() - exact).abs().max() <= allowed_error(exact, yardstick)
+        assert (p.double() - wanted.exact).abs().max() <= wanted.allowed
 
 
 def test_sums_of_very_long_rows_keep_their_digits():
     x = torch.randn(1, 3_000_000)
     p = diffmax_bisect(x, 0.97, backend="numba")
-    exact = reference.bisect(x.double(), 0.03, 1, 200, True)[0]
-    yardstick = reference.bisect(x, 0.03, 1, 50, True)[0]
-    assert (p.double() - exact).abs().max() <= allowed_error(exact, yardstick)
+    (wanted,) = gates(lambda x: reference.bisect(x, 0.03, 1, 200, True)[0], x)
+    assert (p.double() - wanted.exact).abs().max() <= wanted.allowed
     assert abs(float(p.double().sum()) - 1) < 1e-6
 
 

@@ -75,9 +75,9 @@ def test_rows_that_neither_lists_nor_the_guess_solve(alpha):
     given = checks.inputs(checks.Case(lengths=(600,), room=600, sigma=0.3, alpha=alpha), torch.float32)
     given.k_cache[:, :40] *= 0.01
     given.k_cache[:, 40:] *= torch.linspace(0.01, 12, 560).view(1, -1, 1, 1)
-    exact, same_dtype = given.to("cpu", torch.float64).run("reference"), given.to("cpu", torch.float32).run("reference")
+    exact, allowed = checks._gate(given)
     out, stats = given.to("cpu", torch.float32).run("triton", return_stats=True)
-    assert (out - exact).abs().max() <= 4 * diffmax.testing.allowed_error(exact, same_dtype)
+    assert (out - exact).abs().max() <= allowed
     wanted = given.to("cpu", torch.float32).run("reference", return_stats=True)[1]
     assert torch.allclose(stats.tau, wanted.tau, rtol=1e-5, atol=1e-5)
     assert (stats.support_size - wanted.support_size).abs().max() <= 2

@@ -6,8 +6,8 @@ diffmax's own tests: an oracle, rows that break careless kernels, and the gate f
 The oracle and the kit need `pip install "diffmax-core[testing]"`.
 """
 
-from diffmax.testing.gate import allowed_error
+from diffmax.testing.gate import Gate, gates
 from diffmax.testing.oracle import solve_exactly
 from diffmax.testing.rows import NASTY_ROWS
 
-__all__ = ["NASTY_ROWS", "allowed_error", "solve_exactly"]
+__all__ = ["NASTY_ROWS", "Gate", "gates", "solve_exactly"]

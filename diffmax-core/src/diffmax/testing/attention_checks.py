@@ -20,8 +20,8 @@ from diffmax import AttentionStats, _attention
 from diffmax.plugin import AttentionCall
 from diffmax.reference_dropout import kept
 from diffmax.testing import checks
-from diffmax.testing.checks import SPECIAL_ALPHAS, _expect, _grad, _poisoned_memory, _within, inf, nan
-from diffmax.testing.gate import allowed_error, allowed_error_in_float64
+from diffmax.testing.checks import SPECIAL_ALPHAS, _expect, _grad, _near_on_average, _poisoned_memory, _within, inf, nan
+from diffmax.testing.gate import Gate, gates
 from diffmax.testing.rows import NASTY_ROWS
 
 # what they return depends on return_stats, which is passed among other keywords here
@@ -89,6 +89,11 @@ class Case:
         if self.sink:
             given["sink"] = torch.randn(self.heads).double()  # its gradient too, to compare it with its terms
         return given
+
+    @property
+    def scores(self) -> int:
+        """How many there are."""
+        return self.batch * self.heads * self.length * self.keys
 
     def features(self) -> set[str]:
         """Those of `diffmax.plugin.FEATURES` that the call needs."""
@@ -194,10 +199,13 @@ CASES: dict[str, Case] = {
 def forward_passes_the_gate(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
     """The output is as near to the truth as the gate asks."""
     inputs = case.inputs(dtype)
-    exact, yardstick = (_call("reference", case, _cast(inputs, kind)) for kind in (torch.float64, _measured(dtype)))
+    wanted = _gate(case, inputs)
     ours = _call(backend, case, _moved(device, inputs))
-    _expect(ours.dtype == dtype and ours.shape == exact.shape and ours.is_contiguous(), f"got {ours.dtype} {tuple(ours.shape)}")
-    _within(ours, exact, _allowed(dtype, exact, yardstick), "output")
+    _expect(
+        ours.dtype == dtype and ours.shape == wanted.exact.shape and ours.is_contiguous(),
+        f"got {ours.dtype} {tuple(ours.shape)}",
+    )
+    _within(ours, *wanted, "output")
 
 
 def gradients_are_right_on_average(
@@ -213,18 +221,20 @@ def gradients_are_right_on_average(
     if learns and not isinstance(case.alpha, tuple):
         inputs["alpha"] = torch.full((case.heads,), case.alpha, dtype=torch.float64)
     grad = torch.randn(case.batch, case.heads, case.length, inputs["value"].shape[3]).to(dtype)
-    truth, yardstick = (
-        _gradients("reference", "cpu", case, _cast(inputs, kind), grad.to(kind), learns)
-        for kind in (torch.float64, _measured(dtype))
-    )
+    given = _of_querys_dtype(inputs)
+
+    def gradients(grad: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+        batch = _draws_as_batch(case, inputs, dict(zip(given, drawn, strict=True)))
+        results = _gradients("reference", "cpu", case, batch, grad.flatten(0, 1), learns)
+        results = {name: t.unflatten(0, (len(grad), case.batch)) for name, t in results.items()}
+        if "attn_mask" in results and given["attn_mask"].shape[0] == 1:
+            results["attn_mask"] = results["attn_mask"].sum(1, keepdim=True)
+        return tuple(results.values())
+
+    wanted = gates(gradients, grad, *given.values(), average=True, stacked=True, numbers=case.scores)
     ours = _gradients(backend, device, case, inputs, grad, learns)
-    ratio = torch.finfo(dtype).eps / torch.finfo(_measured(dtype)).eps
-    for what, got in ours.items():
-        exact = truth[what]
-        error, own = (float((t.cpu().double() - exact).abs().mean()) for t in (got, yardstick[what]))
-        ulp = torch.finfo(dtype).eps * max(1.0, float(exact.abs().mean()))
-        allowed = 2 * (2 * ratio * own + 2 * ulp) + 2 * ulp
-        _expect(error <= allowed, f"gradient for {what}: mean error {error:.3g}, allowed {allowed:.3g}")
+    for (what, got), gate in zip(ours.items(), wanted, strict=True):
+        _near_on_average(got, gate, f"gradient for {what}")
 
 
 def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -312,11 +322,10 @@ def nasty_rows_pass_the_gate(backend: str, device: str, dtype: torch.dtype, alph
         if "value_dim" not in checks.claimed(backend, "attention"):
             query, key = (torch.nn.functional.pad(t, (0, len(row) - 1)) for t in (query, key))
         mask = None if not bool(hidden.any()) else ~hidden.view(1, 1, 1, -1)
-        case = Case(alpha=alpha, options={"scale": 1.0})
+        case = Case(batch=1, heads=1, kv_heads=1, length=1, keys=len(row), alpha=alpha, options={"scale": 1.0})
         inputs = {"query": query, "key": key, "value": value, "attn_mask": mask, "alpha": alpha}
-        exact, yardstick = (_call("reference", case, _cast(inputs, kind)) for kind in (torch.float64, _measured(dtype)))
         try:
-            _within(_call(backend, case, _moved(device, inputs)), exact, _allowed(dtype, exact, yardstick), "weights")
+            _within(_call(backend, case, _moved(device, inputs)), *_gate(case, inputs), "weights")
         except AssertionError as error:
             raise AssertionError(f"row {name!r}: {error}") from None
 
@@ -346,23 +355,22 @@ def dropout_keeps_what_the_contract_says(backend: str, device: str, dtype: torch
 def residuals_are_exchangeable(backend: str, device: str, dtype: torch.dtype) -> None:
     """Its backward follows the reference's forward, and the reference's backward its forward."""
     case = Case(length=130, keys=200, sigma=3.0, alpha=0.5)
-    tensors = [t.to(device) for t in case.tensors(dtype)]
-    grad = torch.randn(2, 2, 130, 16).to(dtype).to(device)
+    tensors = case.tensors(dtype)
+    grad = torch.randn(2, 2, 130, 16).to(dtype)
     shared = (0.25, 0.5, None, None, False, -1, -1, None, None, 0, 0)
     needs_e = gives_alpha_gradient(backend)
-    results = []
-    for forward, backward in ((backend, "reference"), ("reference", backend), (backend, backend), ("reference", "reference")):
+
+    def run(forward: str, backward: str, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         _, m, delta, u, live, _ = torch.ops.diffmax.attention(*tensors, True, False, *shared, forward)
         _expect(m.shape == delta.shape == (2, 2, 130), f"m and delta have shapes {tuple(m.shape)}, {tuple(delta.shape)}")
-        _expect(u.shape == (2, 2, 130, 16) and u.dtype == dtype, f"u is {u.dtype} {tuple(u.shape)}")
-        results.append(torch.ops.diffmax.attention_backward(grad, *tensors, m, delta, u, live, needs_e, *shared, backward))
-    for result in results[:-1]:
-        for ours, theirs in zip(result[: 3 + needs_e], results[-1], strict=False):
-            error = float((ours.double() - theirs.double()).abs().mean())
-            allowed = 32 * torch.finfo(dtype).eps * max(1.0, float(theirs.abs().mean()))
-            _expect(
-                error <= allowed, f"gradients from exchanged residuals differ by {error:.3g} on average, allowed {allowed:.3g}"
-            )
+        _expect(u.shape == (2, 2, 130, 16) and u.dtype == grad.dtype, f"u is {u.dtype} {tuple(u.shape)}")
+        results = torch.ops.diffmax.attention_backward(grad, *tensors, m, delta, u, live, needs_e, *shared, backward)
+        return tuple(results[: 3 + needs_e])
+
+    wanted = gates(lambda *given: run("reference", "reference", *given), grad, *tensors, average=True, numbers=case.scores)
+    for forward, backward in ((backend, "reference"), ("reference", backend), (backend, backend)):
+        for ours, gate in zip(run(forward, backward, *(t.to(device) for t in (grad, *tensors))), wanted, strict=True):
+            _near_on_average(ours, gate, "gradient from exchanged residuals")
 
 
 def statistics_are_right(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -466,25 +474,33 @@ def gives_alpha_gradient(backend: str) -> bool:
     )
 
 
-def _measured(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype the reference's error is measured: float64's is that of float32, scaled."""
-    return torch.float32 if dtype == torch.float64 else dtype
+def _gate(case: Case, inputs: dict[str, Any]) -> Gate:
+    given = _of_querys_dtype(inputs)
+
+    def output(*drawn: Tensor) -> Tensor:
+        batch = _draws_as_batch(case, inputs, dict(zip(given, drawn, strict=True)))
+        together: Tensor = _call("reference", case, batch).unflatten(0, (len(drawn[0]), case.batch))
+        return together
+
+    return gates(output, *given.values(), stacked=True, numbers=case.scores)[0]
 
 
-def _allowed(dtype: torch.dtype, exact: Tensor, yardstick: Tensor) -> float:
-    return (allowed_error_in_float64 if dtype == torch.float64 else allowed_error)(exact, yardstick)
+def _draws_as_batch(case: Case, inputs: dict[str, Any], drawn: dict[str, Tensor]) -> dict[str, Any]:
+    """The inputs of one call that computes all draws, each of which fills a batch."""
+    draws = len(drawn["query"])
+    batch = {name: t.expand(draws, case.batch, *t.shape[2:]).flatten(0, 1) for name, t in drawn.items()}
+    repeated = {
+        name: t.repeat(draws, *[1] * (t.ndim - 1))
+        for name, t in inputs.items()
+        if isinstance(t, Tensor) and t.ndim > 1 and len(t) > 1
+    }
+    return inputs | repeated | batch
 
 
-# what has query's dtype; alpha is converted by `attention`, slopes and sink hold the same numbers in every dtype
-_OF_QUERYS_DTYPE = ("query", "key", "value", "attn_mask")
-
-
-def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    def cast(name: str, given: Any) -> Any:
-        floating = isinstance(given, Tensor) and given.is_floating_point()
-        return given.to(dtype) if floating and name in _OF_QUERYS_DTYPE else given
-
-    return {name: cast(name, given) for name, given in inputs.items()}
+def _of_querys_dtype(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    # alpha is converted by `attention`, slopes and sink hold the same numbers in every dtype
+    given = {name: inputs.get(name) for name in ("query", "key", "value", "attn_mask")}
+    return {name: t for name, t in given.items() if isinstance(t, Tensor) and t.is_floating_point()}
 
 
 def _moved(device: str, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from diffmax import diffmax_bisect, reference
 from diffmax._dispatch import registry
+from diffmax._numerics import accumulation_dtype
 from diffmax.plugin import Backend
-from diffmax.testing.gate import allowed_error
+from diffmax.testing.gate import Gate, gates
 from diffmax.testing.rows import NASTY_ROWS
 
 ALPHAS = (0.01, 0.1, 0.5, 0.75, 0.85, 0.9, 0.99, 0.999)
@@ -48,11 +49,10 @@ def random_scores(shape: tuple[int, ...], dtype: torch.dtype, sigma: float = 1.0
 def forward_passes_the_gate(backend: str, device: str, x: Tensor, alpha: float | Tensor, dim: int = -1) -> None:
     """The weights of x (on the CPU) are as near to the truth as the gate asks, and sum to 1 as nearly as their dtype allows."""
     axis = dim % x.ndim
-    exact = reference.bisect(x.double(), _e(alpha, torch.float64), axis, 200, True)[0]
-    yardstick = reference.bisect(x, _e(alpha, torch.float32), axis, 50, True)[0]
+    (wanted,) = gates(lambda x: reference.bisect(x, _e(alpha, x.dtype), axis + 1, 200, True)[0], x, stacked=True)
     p = diffmax_bisect(x.to(device), _to(alpha, device), dim, backend=backend)
     _expect(p.dtype == x.dtype and p.shape == x.shape, f"got {tuple(p.shape)} {p.dtype} for {tuple(x.shape)} {x.dtype}")
-    _within(p, exact, _gate(exact, yardstick), f"weights at alpha={alpha}")
+    _within(p, *wanted, f"weights at alpha={alpha}")
     sums = p.double().sum(dim)
     visible = (x > -inf).any(dim).to(sums.device)
     slack = (2 + math.sqrt(x.shape[axis])) * torch.finfo(x.dtype).eps
@@ -83,14 +83,15 @@ def backward_passes_the_gate(backend: str, device: str, x: Tensor, alpha: float)
     e, dim, grad = 1 - alpha, x.ndim - 1, torch.randn(x.shape).to(x.dtype)
     saved = reference.bisect(x, e, dim, 50, True)
     kept = x if x.dtype == torch.float16 else None
-    kept64 = None if kept is None else kept.double()
-    p, m, delta = (t.double() for t in saved)
-    exact = reference.bisect_backward(grad.double(), p, m, delta, kept64, e, dim, True)
-    yardstick = reference.bisect_backward(grad, *saved, kept, e, dim, True)
+
+    def compute(grad: Tensor, p: Tensor, m: Tensor, delta: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference.bisect_backward(grad, p, m, delta, x, e, dim + 1, True)
+
+    wanted = gates(compute, grad, *saved, kept, stacked=True)
     given = (t if t is None else t.to(device) for t in (grad, *saved, kept))
     ours = torch.ops.diffmax.bisect_backward(*given, e, None, dim, needs_e, backend)
-    for what, result, truth, measured in zip(("x", "e")[: 1 + needs_e], ours, exact, yardstick, strict=False):
-        _within(result, truth, _gate(truth, measured), f"gradient for {what} at alpha={alpha}")
+    for what, result, gate in zip(("x", "e")[: 1 + needs_e], ours, wanted, strict=False):
+        _within(result, *gate, f"gradient for {what} at alpha={alpha}")
 
 
 def gradients_are_right_on_average(backend: str, device: str, x: Tensor, alpha: float) -> None:
@@ -99,25 +100,15 @@ def gradients_are_right_on_average(backend: str, device: str, x: Tensor, alpha: 
     The gate holds for the mean error: at the edge of the support the gradient has no bound on its sensitivity (for alpha < 1/2
     its derivative is unbounded), so that the largest error is a matter of luck there, for the reference too.
     """
-    e, dim, grad = 1 - alpha, x.ndim - 1, torch.randn(x.shape).to(x.dtype)
-    kept = x if x.dtype == torch.float16 else None
-    exact = reference.bisect_backward(grad.double(), *reference.bisect(x.double(), e, dim, 200, True), None, e, dim, True)
-    yardstick = reference.bisect_backward(grad, *reference.bisect(x, e, dim, 50, True), kept, e, dim, True)
+    e, grad = 1 - alpha, torch.randn(x.shape).to(x.dtype)
+    wanted = _gates_of_gradients(x, grad, e)
     leaf = x.to(device).clone().requires_grad_()
     per_row = torch.full((*x.shape[:-1], 1), alpha, dtype=_alpha_dtype(x, device)).to(device).requires_grad_()
     learns = "tensor_alpha" in claimed(backend, "bisect") and gives_alpha_gradient(backend)
     diffmax_bisect(leaf, per_row if learns else alpha, backend=backend).backward(grad.to(device))
-    figures = [("x", _grad(leaf), exact[0], yardstick[0])]
+    _near_on_average(_grad(leaf), wanted[0], f"gradient for x at alpha={alpha}")
     if learns:
-        figures.append(("alpha", -_grad(per_row), exact[1], yardstick[1]))
-    for what, result, truth, measured in figures:
-        error, own = (float((t.detach().cpu().double() - truth).abs().mean()) for t in (result, measured))
-        ulp = torch.finfo(measured.dtype).eps * max(1.0, float(truth.abs().mean()))
-        allowed = 1e-13 if measured.dtype == torch.float64 else 2 * own + 2 * ulp
-        _expect(
-            error <= 2 * allowed + 2 * ulp,
-            f"gradient for {what} at alpha={alpha}: mean error {error:.3g}, reference {allowed:.3g}",
-        )
+        _near_on_average(-_grad(per_row), wanted[1], f"gradient for alpha at alpha={alpha}")
 
 
 def special_alphas_pass_the_gate(
@@ -207,21 +198,19 @@ def residuals_are_exchangeable(backend: str, device: str, dtype: torch.dtype) ->
     """Its backward follows the reference's forward, and the reference's backward its forward."""
     x = random_scores((6, 70), dtype)
     x[0, 5:], x[1] = -inf, -inf
-    x = x.to(device)
-    grad = torch.randn(6, 70).to(dtype).to(device)
+    grad = torch.randn(6, 70).to(dtype)
+    wanted = _gates_of_gradients(x, grad, 0.3)
+    x, grad = x.to(device), grad.to(device)
     kept = x if dtype == torch.float16 else None
     needs_e = gives_alpha_gradient(backend)
-    results = []
-    for forward, backward in ((backend, backend), (backend, "reference"), ("reference", backend), ("reference", "reference")):
+    for forward, backward in ((backend, backend), (backend, "reference"), ("reference", backend)):
         p, m, delta = torch.ops.diffmax.bisect(x, 0.3, None, 1, 50, True, forward)
         _expect(m.shape == (6, 1) and delta.shape == (6, 1), f"m and delta have shapes {tuple(m.shape)}, {tuple(delta.shape)}")
         _expect(m.dtype == delta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), f"m is {m.dtype}")
         _expect(bool(m[1] == -inf and delta[1] == 0), f"a fully masked row has m = {m[1].item()}, delta = {delta[1].item()}")
-        results.append(torch.ops.diffmax.bisect_backward(grad, p, m, delta, kept, 0.3, None, 1, needs_e, backward))
-    for result in results[:-1]:
-        for ours, theirs in zip(result[: 1 + needs_e], results[-1], strict=False):
-            scale = max(1.0, float(theirs.abs().max()))
-            _within(ours, theirs.cpu().double(), 16 * torch.finfo(dtype).eps * scale, "gradient from exchanged residuals")
+        result = torch.ops.diffmax.bisect_backward(grad, p, m, delta, kept, 0.3, None, 1, needs_e, backward)
+        for ours, gate in zip(result[: 1 + needs_e], wanted, strict=False):
+            _near_on_average(ours, gate, "gradient from exchanged residuals")
 
 
 def is_a_simplex_point_with_the_symmetries(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -352,13 +341,18 @@ def _described(backend: str) -> Backend:
     return next(description for description in registry.backends() if description.name == backend)
 
 
-def _gate(exact: Tensor, yardstick: Tensor) -> float:
-    # the exact result is float64 itself: there the design's own figure stands in for a measured one
-    return 1e-13 * max(1.0, float(exact.abs().max())) if yardstick.dtype == torch.float64 else allowed_error(exact, yardstick)
+def _gates_of_gradients(x: Tensor, grad: Tensor, e: float) -> list[Gate]:
+    """For the gradients for x and, per row, for e, of forward and backward together; the gate holds for the mean error."""
+
+    def both(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        kept, dim = x if x.dtype == torch.float16 else None, x.ndim - 1
+        return reference.bisect_backward(grad, *reference.bisect(x, e, dim, 200, True), kept, e, dim, True)
+
+    return gates(both, x, grad, average=True, stacked=True)
 
 
 def _e(alpha: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    return 1 - alpha.to(dtype) if isinstance(alpha, Tensor) else 1 - alpha
+    return 1 - alpha.to(accumulation_dtype(dtype)) if isinstance(alpha, Tensor) else 1 - alpha
 
 
 def _to(alpha: float | Tensor, device: str) -> float | Tensor:
@@ -387,6 +381,11 @@ def _within(ours: Tensor, exact: Tensor, allowed: float, what: str) -> None:
             f"{what}: error {difference[bad].max():.3g}, allowed {allowed:.3g}\n"
             f"  first at {where}: got {ours[where].item():.9g}, exact {exact[where].item():.9g}"
         )
+
+
+def _near_on_average(ours: Tensor, gate: Gate, what: str) -> None:
+    error = float((ours.detach().cpu().double() - gate.exact).abs().mean())
+    _expect(error <= gate.allowed, f"{what}: mean error {error:.3g}, allowed {gate.allowed:.3g}")
 
 
 def _expect(condition: bool, message: str) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 import diffmax
 from diffmax import KVCacheStats, PageBounds
 from diffmax.testing.attention_checks import attention
-from diffmax.testing.checks import SPECIAL_ALPHAS, _expect, _gate, _poisoned_memory, _within, inf, nan
+from diffmax.testing.checks import SPECIAL_ALPHAS, _expect, _poisoned_memory, _within, inf, nan
+from diffmax.testing.gate import Gate, gates
 
 # what it returns depends on return_stats, which is passed among other keywords here
 attend: Callable[..., Any] = diffmax.attention_with_kvcache
@@ -150,11 +151,6 @@ CASES: dict[str, Case] = {
 }
 
 
-# A decoding call has few outputs, and the largest error of a few is sometimes very small: the gate is the largest over so many
-# further draws of the same case.
-DRAWS = 4
-
-
 def inputs(case: Case, dtype: torch.dtype) -> Inputs:
     """Random tensors on the CPU, from torch's global generator."""
     batch, value_dim = len(case.lengths), case.value_dim or case.head_dim
@@ -208,11 +204,11 @@ def decoding_passes_the_gate(backend: str, device: str, case: Case, dtype: torch
     """The output is as near to the truth as the gate asks; caches and bounds hold the new tokens, exactly, and nothing else."""
     given = inputs(case, dtype)
     yardstick, ours = given.to("cpu", dtype), given.to(device, dtype)
-    exact, allowed = _truth(given, dtype)
+    gate = _gate(given)
     yardstick.run("reference")
     out = ours.run(backend)
-    _expect(out.dtype == dtype and out.shape == exact.shape and out.is_contiguous(), f"got {out.dtype} {tuple(out.shape)}")
-    _within(out, exact, max(allowed, *(_truth(inputs(case, dtype), dtype)[1] for _ in range(DRAWS))), "output")
+    _expect(out.dtype == dtype and out.shape == gate.exact.shape and out.is_contiguous(), f"got {out.dtype} {tuple(out.shape)}")
+    _within(out, *gate, "output")
     _expect(bool(out.isfinite().all()), "the output is not finite")
     for what, got, wanted in (("k_cache", ours.k_cache, yardstick.k_cache), ("v_cache", ours.v_cache, yardstick.v_cache)):
         _expect(_same(got, wanted), f"{what} differs after the call")
@@ -233,10 +229,14 @@ def special_alphas_pass_the_gate(
             raise AssertionError(f"alpha={alpha!r}: {error}") from None
 
 
-def _truth(given: Inputs, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The output in float64, and the error that the gate allows on it."""
-    exact = given.to("cpu", torch.float64).run("reference")
-    return exact, _gate(exact, given.to("cpu", dtype).run("reference"))
+def _gate(given: Inputs) -> Gate:
+    """For the output; without bounds, which are not those of its neighbours."""
+
+    def run(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        out: Tensor = Inputs(q, k_cache.clone(), v_cache.clone(), k, v, None, given.keywords).run("reference")
+        return out
+
+    return gates(run, given.q, given.k_cache, given.v_cache, given.k, given.v)[0]
 
 
 def decoding_goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -252,10 +252,9 @@ def decoding_goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
         keywords = {"cache_seqlens": done, "block_table": table, "causal": True, "alpha": 0.6, "page_bounds": bounds}
         pieces.append(attend(q[:, part], k_cache, v_cache, k[:, part], v[:, part], **keywords, backend=backend))
         done += chunk
-    rows = [t.transpose(1, 2).double().cpu() for t in (q, k, v)]
-    exact = attention(*rows, is_causal=True, alpha=0.6, backend="reference")
-    yardstick = attention(*(t.to(dtype) for t in rows), is_causal=True, alpha=0.6, backend="reference")
-    _within(torch.cat(pieces, 1).transpose(1, 2), exact, _gate(exact, yardstick), "output")
+    rows = [t.transpose(1, 2).cpu() for t in (q, k, v)]
+    (wanted,) = gates(lambda *rows: attention(*rows, is_causal=True, alpha=0.6, backend="reference"), *rows)
+    _within(torch.cat(pieces, 1).transpose(1, 2), *wanted, "output")
 
 
 def pages_that_cannot_matter_are_not_read(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -271,11 +270,11 @@ def pages_that_cannot_matter_are_not_read(backend: str, device: str, dtype: torc
         given.k_cache[:, page * 32 + 5] = 4 * given.q[:, 0, ::2]
     bounds = diffmax.page_bounds(given.k_cache, 1024, page_size=32)
     given = replace(given, bounds=bounds)
-    exact, yardstick = given.to("cpu", torch.float64).run("reference"), given.to("cpu", dtype).run("reference")
+    wanted = _gate(given)
     ours = given.to(device, dtype)
     ours.k_cache.view(1, 32, 32, 2, 16)[:, poisoned] = nan
     out, stats = ours.run(backend, return_stats=True)
-    _within(out, exact, _gate(exact, yardstick), "output")
+    _within(out, *wanted, "output")
     read = stats.pages_read.cpu()
     _expect(bool((read >= 2).all() and (read <= 16).all()), f"of 32 pages, 2 matter; read were {read.tolist()}")
     blind = replace(ours, bounds=None, k_cache=given.k_cache.to(device))
@@ -335,8 +334,9 @@ def strided_caches(backend: str, device: str, dtype: torch.dtype) -> None:
     assert ours.k is not None
     ours.k = torch.stack([ours.k, ours.k], 4)[..., 0]
     ours.q = torch.stack([ours.q, ours.q], 4)[..., 0]
-    exact, yardstick = given.to("cpu", torch.float64).run("reference"), theirs.run("reference")
-    _within(ours.run(backend), exact, _gate(exact, yardstick), "output")
+    wanted = _gate(given)
+    theirs.run("reference")
+    _within(ours.run(backend), *wanted, "output")
     _expect(_same(ours.k_cache, theirs.k_cache) and _same(ours.v_cache, theirs.v_cache), "the caches differ after the call")
 
 
