@@ -16,7 +16,7 @@ from torch import Tensor
 DRAWS = 16
 # Large inputs are drawn less often, but at least twice: their largest error is one of many already, and costs more to measure.
 FEWEST_DRAWS = 2
-NUMBERS = 1 << 16
+NUMBERS = 1 << 15
 
 
 class Gate(NamedTuple):
