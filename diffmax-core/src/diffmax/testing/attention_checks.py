@@ -224,10 +224,14 @@ def gradients_are_right_on_average(
     given = _of_querys_dtype(inputs)
 
     def gradients(grad: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
-        results = _gradients("reference", "cpu", case, inputs | dict(zip(given, drawn, strict=True)), grad, learns)
+        batch = _draws_as_batch(case, inputs, dict(zip(given, drawn, strict=True)))
+        results = _gradients("reference", "cpu", case, batch, grad.flatten(0, 1), learns)
+        results = {name: t.unflatten(0, (len(grad), case.batch)) for name, t in results.items()}
+        if "attn_mask" in results and given["attn_mask"].shape[0] == 1:
+            results["attn_mask"] = results["attn_mask"].sum(1, keepdim=True)
         return tuple(results.values())
 
-    wanted = gates(gradients, grad, *given.values(), average=True, numbers=case.scores)
+    wanted = gates(gradients, grad, *given.values(), average=True, stacked=True, numbers=case.scores)
     ours = _gradients(backend, device, case, inputs, grad, learns)
     for (what, got), gate in zip(ours.items(), wanted, strict=True):
         _near_on_average(got, gate, f"gradient for {what}")
@@ -318,16 +322,10 @@ def nasty_rows_pass_the_gate(backend: str, device: str, dtype: torch.dtype, alph
         if "value_dim" not in checks.claimed(backend, "attention"):
             query, key = (torch.nn.functional.pad(t, (0, len(row) - 1)) for t in (query, key))
         mask = None if not bool(hidden.any()) else ~hidden.view(1, 1, 1, -1)
-        case = Case(alpha=alpha, options={"scale": 1.0})
+        case = Case(batch=1, heads=1, kv_heads=1, length=1, keys=len(row), alpha=alpha, options={"scale": 1.0})
         inputs = {"query": query, "key": key, "value": value, "attn_mask": mask, "alpha": alpha}
-
-        def weights(*drawn: Tensor, inputs: dict[str, Any] = inputs, case: Case = case) -> Tensor:  # a draw is a batch entry
-            batch = dict(zip(("query", "key", "value"), (t.squeeze(1) for t in drawn), strict=True))
-            return _call("reference", case, inputs | batch).unsqueeze(1)
-
-        (wanted,) = gates(weights, query, key, value, stacked=True)
         try:
-            _within(_call(backend, case, _moved(device, inputs)), *wanted, "weights")
+            _within(_call(backend, case, _moved(device, inputs)), *_gate(case, inputs), "weights")
         except AssertionError as error:
             raise AssertionError(f"row {name!r}: {error}") from None
 
@@ -478,11 +476,25 @@ def gives_alpha_gradient(backend: str) -> bool:
 
 def _gate(case: Case, inputs: dict[str, Any]) -> Gate:
     given = _of_querys_dtype(inputs)
-    return gates(
-        lambda *drawn: _call("reference", case, inputs | dict(zip(given, drawn, strict=True))),
-        *given.values(),
-        numbers=case.scores,
-    )[0]
+
+    def output(*drawn: Tensor) -> Tensor:
+        batch = _draws_as_batch(case, inputs, dict(zip(given, drawn, strict=True)))
+        together: Tensor = _call("reference", case, batch).unflatten(0, (len(drawn[0]), case.batch))
+        return together
+
+    return gates(output, *given.values(), stacked=True, numbers=case.scores)[0]
+
+
+def _draws_as_batch(case: Case, inputs: dict[str, Any], drawn: dict[str, Tensor]) -> dict[str, Any]:
+    """The inputs of one call that computes all draws, each of which fills a batch."""
+    draws = len(drawn["query"])
+    batch = {name: t.expand(draws, case.batch, *t.shape[2:]).flatten(0, 1) for name, t in drawn.items()}
+    repeated = {
+        name: t.repeat(draws, *[1] * (t.ndim - 1))
+        for name, t in inputs.items()
+        if isinstance(t, Tensor) and t.ndim > 1 and len(t) > 1
+    }
+    return inputs | repeated | batch
 
 
 def _of_querys_dtype(inputs: dict[str, Any]) -> dict[str, Tensor]:
