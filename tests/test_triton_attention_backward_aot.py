@@ -32,8 +32,8 @@ class Operator:
     def ptx(self):
         return TARGETS[self.target].backend == "cuda"
 
-    def architecture(self, device):
-        return self.target
+    def backward_blocks(self, device, dtype, size):
+        return backward_blocks(self.target, dtype, size)
 
 
 def launches(target, dtype, size, e=None, more=None, needs_bias=False):

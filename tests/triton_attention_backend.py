@@ -16,7 +16,6 @@ BLOCKS = {
     "triton-backward-pieces": Blocks(Block(128, 32, 4, 2), Block(32, 64, 4, 2), Block(32, 32, 4, 1)),
     "triton-backward-small": Blocks(Block(32, 32, 4, 1, 16), Block(16, 32, 4, 1, 16), Block(64, 32, 4, 1, 16)),
 }
-attention_bwd_launch.backward_blocks = lambda architecture, dtype, size: BLOCKS[architecture]
 
 
 class Operator:
@@ -25,8 +24,8 @@ class Operator:
     def __init__(self, name):
         self.name = name
 
-    def architecture(self, device):
-        return self.name
+    def backward_blocks(self, device, dtype, size):
+        return BLOCKS[self.name]
 
     def attention_backward(self, *arguments):
         return attention_bwd_launch.attention_backward(self, *arguments)

@@ -87,6 +87,14 @@ def test_a_row_that_needs_many_iterations(backend):
         checks.forward_passes_the_gate(backend, "cpu", x, alpha)
 
 
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_alpha_that_is_one_half_in_float32_only(backend):
+    """k > 2 was asked of k in float64, and the kernel had k = 2 in float32: 0 * log2(0), and all rows were NaN."""
+    for dtype in set(triton_backend.DTYPES[backend]) - {torch.float64}:
+        for alpha in (0.5 + 1e-12, 0.5 + 1e-9, 0.50000001, 0.5 + 4e-8, 0.5 - 1e-8):
+            checks.forward_passes_the_gate(backend, "cpu", checks.random_scores((2, 70), dtype, 3.0), alpha)
+
+
 def test_many_ties_at_the_edge_of_the_support():
     """Thousands of weights that the last linear step would cut off: the sum stays 1."""
     x = torch.cat([torch.zeros(1), torch.full((3000,), -1.999)]).unsqueeze(0)

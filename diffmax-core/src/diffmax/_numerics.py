@@ -31,10 +31,13 @@ def newton_steps(n_iter: int, n: int, e: float, dtype: torch.dtype) -> int:
 INTEGER_EXPONENTS = (2, 3, 4, 5, 10)
 
 
-def integer_exponent(e: float) -> int:
-    """k = 1/e if it is one of `INTEGER_EXPONENTS`, else 0."""
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+
+
+def integer_exponent(e: float, dtype: torch.dtype) -> int:
+    """k = 1/e if it is one of `INTEGER_EXPONENTS` to the last digit of `dtype`, in which powers are computed; else 0."""
     k = round(1 / e) if e > 0.05 else 0
-    return k if k in INTEGER_EXPONENTS and abs(k * e - 1) < 1e-12 else 0
+    return k if k in INTEGER_EXPONENTS and abs(e - 1 / k) <= _EPS[dtype] else 0
 
 
 def clamp_e(e: float | Tensor) -> float | Tensor:

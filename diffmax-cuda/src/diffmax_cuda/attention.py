@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from diffmax.kernels.triton.attention_launch import AttentionOperator
-from diffmax_cuda.rows import processors
+from diffmax_cuda.rows import own_table, processors
 
 
 @lru_cache
@@ -17,6 +17,6 @@ def architecture(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-operator = AttentionOperator(architecture, processors, ptx=True)
+operator = AttentionOperator(architecture, processors, ptx=True, table=own_table)
 attention = operator.attention
 attention_backward = operator.attention_backward

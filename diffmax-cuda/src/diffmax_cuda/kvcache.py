@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffmax.kernels.triton.kvcache_launch import Decoder
-from diffmax_cuda.rows import processors
+from diffmax_cuda.rows import own_table, processors
 
-decoder = Decoder(processors, ptx=True)
+decoder = Decoder(processors, ptx=True, table=own_table)
 attention_kvcache = decoder.attention_kvcache

@@ -161,7 +161,7 @@ def _backward_block(
     capped = scores.capped(block)
     kept = capped.clone() if call.softcap > 0 else capped
     complete = scores.complete(block, capped)
-    row_e, k = clamp_e(e), 0 if isinstance(e, Tensor) else integer_exponent(e)
+    row_e, k = clamp_e(e), 0 if isinstance(e, Tensor) else integer_exponent(e, torch.float32)
     z = complete.sub_(m.masked_fill(m == -torch.inf, 0.0)).mul_(row_e)
     p, s = powers(z, delta, row_e, k, torch.empty_like(z), torch.empty_like(z))
 

@@ -64,7 +64,7 @@ def solve(scores: Tensor, e: float | Tensor, n_iter: int, ensure_sum_one: bool, 
         n_iter, ensure_sum_one: As for `diffmax.reference.bisect`.
         given_up: Whether the caller needs the scores no more.
     """
-    row_e, k = clamp_e(e), 0 if isinstance(e, Tensor) else integer_exponent(e)
+    row_e, k = clamp_e(e), 0 if isinstance(e, Tensor) else integer_exponent(e, torch.float32)
     m = scores.amax(-1, keepdim=True)
     # a fully masked row has m = -inf: subtract 0 there, so that every z is -inf and not NaN
     shift = m.masked_fill(m == -torch.inf, 0.0)

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from diffmax.kernels.triton.attention_launch import AttentionOperator
-from diffmax_rocm.rows import processors
+from diffmax_rocm.rows import own_table, processors
 
 
 @lru_cache
@@ -16,6 +16,6 @@ def architecture(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
 
 
-operator = AttentionOperator(architecture, processors, ptx=False)
+operator = AttentionOperator(architecture, processors, ptx=False, table=own_table)
 attention = operator.attention
 attention_backward = operator.attention_backward

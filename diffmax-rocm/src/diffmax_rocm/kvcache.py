@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffmax.kernels.triton.kvcache_launch import Decoder
-from diffmax_rocm.rows import processors
+from diffmax_rocm.rows import own_table, processors
 
-decoder = Decoder(processors, ptx=False)
+decoder = Decoder(processors, ptx=False, table=own_table)
 attention_kvcache = decoder.attention_kvcache

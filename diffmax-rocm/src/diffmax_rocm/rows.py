@@ -18,6 +18,12 @@ def table(device: torch.device) -> Table:
 
 
 @lru_cache
+def own_table(device: torch.device) -> Table | None:
+    """The tuning table of the device's own architecture."""
+    return configs.tables().get(str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0])
+
+
+@lru_cache
 def processors(device: torch.device) -> int:
     """Its number of compute units."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

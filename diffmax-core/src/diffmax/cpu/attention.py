@@ -27,7 +27,7 @@ def weights_again(
 ) -> Tensor | None:
     """`_weights_again` in plain PyTorch: m, delta and a tensor e are columns."""
     z = scores.sub_(m.masked_fill(m == -torch.inf, 0.0)).mul_(e)
-    k = 0 if isinstance(e, Tensor) else integer_exponent(e)
+    k = 0 if isinstance(e, Tensor) else integer_exponent(e, z.dtype)
     if k:
         rows._integer_powers(z, delta, k, p, s)
     else:

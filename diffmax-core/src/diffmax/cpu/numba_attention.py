@@ -43,7 +43,7 @@ def weights_again(
     """Arguments and result as `diffmax.cpu.attention.weights_again`, in one pass over the scores."""
     n_rows, n = scores.shape
     e_rows, e_value = (e.contiguous(), 0.0) if isinstance(e, Tensor) else (None, e)
-    integer = 0 if needs_e or e_rows is not None else integer_exponent(e_value)
+    integer = 0 if needs_e or e_rows is not None else integer_exponent(e_value, scores.dtype)
     addresses = (*(t.data_ptr() for t in (scores, p, s, m, delta)), 0 if e_rows is None else e_rows.data_ptr())
     run("again", scores.dtype, AGAIN_JOB, n_rows, n, *addresses, 1, n, integer, needs_e, e_value)
     return scores if needs_e else None

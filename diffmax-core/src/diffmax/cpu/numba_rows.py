@@ -121,7 +121,7 @@ def _plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int]:
 
     Four times what Newton's method needs, whose proof does not cover the kernel's shorter steps; it takes two or three.
     """
-    return 4 * newton_steps(n_iter, n, e, dtype), integer_exponent(e) if e < 1 else 0
+    return 4 * newton_steps(n_iter, n, e, dtype), integer_exponent(e, accumulation_dtype(dtype)) if e < 1 else 0
 
 
 @functools.lru_cache(maxsize=1024)

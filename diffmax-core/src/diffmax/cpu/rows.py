@@ -147,7 +147,7 @@ def _newton(z: Tensor, a: Tensor, b: Tensor, e: float | Tensor, steps: int) -> t
 
     Returns [z - t]^k at the last iterate (in `a`), its sum, and delta.
     """
-    k = 0 if isinstance(e, Tensor) else integer_exponent(e)
+    k = 0 if isinstance(e, Tensor) else integer_exponent(e, z.dtype)
     eps = torch.finfo(z.dtype).eps
     delta = torch.zeros(z.shape[0], 1, dtype=z.dtype)
     last = steps == 0

@@ -7,7 +7,7 @@ or alpha.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from diffmax.kernels.triton.attention_bwd_dbias import attention_bwd_dbias_kernel
 from diffmax.kernels.triton.attention_bwd_dkv import attention_bwd_dkv_kernel
 from diffmax.kernels.triton.attention_bwd_dq import attention_bwd_dq_kernel
-from diffmax.kernels.triton.attention_bwd_tuning import Blocks, backward_blocks
+from diffmax.kernels.triton.attention_bwd_tuning import Blocks
 from diffmax.kernels.triton.attention_tiles import ABSENT, ADJACENT_KEYS, ANY_STRIDES, NO_LIMIT, SHARED_BY_QUERIES
 from diffmax.kernels.triton.launch import SERIES_TERMS, SMALLEST_E_FOR_HARDWARE, Exponent, _on
 from diffmax.plugin import AttentionCall
@@ -36,11 +36,12 @@ class Operator(Protocol):
 
     Attributes:
         ptx: Whether the compiler takes NVIDIA's assembly.
-        architecture: Of a device, such as "sm90" or "gfx942".
     """
 
     ptx: bool
-    architecture: Callable[[torch.device], str]
+
+    def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int) -> Blocks:
+        """The tiles for heads of `size` entries."""
 
 
 def attention_backward(
@@ -110,7 +111,7 @@ class _Launch:
         m, delta, u, live = (t.contiguous() for t in kept)
         grad, query, key, value = (_rows_of_entries(t) for t in (grad, query, key, value))
         heads, length, n_keys = query.shape[1], query.shape[2], key.shape[2]
-        exponent = Exponent.of(call.e)
+        exponent = Exponent.of(call.e, torch.float32)
         mask = None if call.mask is None else call.mask.view(torch.uint8)
         alibi = None if call.alibi is None else call.alibi.contiguous()
         cu_seqlens_q, cu_seqlens_k = call.cu_seqlens_q, call.cu_seqlens_k
@@ -157,7 +158,7 @@ class _Launch:
             "max_keys": call.max_seqlen_k,
             "PACKED": cu_seqlens_q is not None,
         }
-        blocks = backward_blocks(operator.architecture(query.device), query.dtype, max(query.shape[3], value.shape[3]))
+        blocks = operator.backward_blocks(query.device, query.dtype, max(query.shape[3], value.shape[3]))
         return cls((grad, query, key, value), m, delta, u, live, call, beside, sizes | strides | numbers, flags, packed, blocks)
 
     def queries(self, grad_query: Tensor, grad_e: Tensor, grad_sink: Tensor, mean: Tensor) -> None:

@@ -44,6 +44,7 @@ def attention_out_kernel(
     HARDWARE: tl.constexpr, PTX: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out, delta, and what else is asked for.  Grid: as many programs as run at a time; list is their scratch."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     SHARES: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     HALF: tl.constexpr = v_ptr.dtype.element_ty == tl.float16
@@ -85,7 +86,7 @@ def attention_out_kernel(
         delta = tl.where(active, delta, 0.0)
         high = largest_delta(size, row_e)
         live_rows = blocks
-        if OPTIONS[6]:
+        if OPTIONS.PACKED:
             live_rows = blocks - 1
         tl.debug_barrier()  # the block before may still be read
         count = list_set_bits(live_ptr + ((b * heads + h) * live_rows + block) * words, list_ptr, words, block < live_rows)
@@ -121,9 +122,9 @@ def attention_out_kernel(
                     p, s = tl.where(keeps, p * unkept, 0.0), tl.where(keeps, s * unkept, 0.0)
                 if HALF:
                     p, s = p * lift[:, None], s * lift_u[:, None]
-                acc = tl.dot(p.to(v_ptr.dtype.element_ty), value, acc, input_precision=OPTIONS[5])
+                acc = tl.dot(p.to(v_ptr.dtype.element_ty), value, acc, input_precision=PRECISION)
                 if KEEP:
-                    acc_u = tl.dot(s.to(v_ptr.dtype.element_ty), value, acc_u, input_precision=OPTIONS[5])
+                    acc_u = tl.dot(s.to(v_ptr.dtype.element_ty), value, acc_u, input_precision=PRECISION)
             if SINK:
                 total, slope, curve = with_sink(total, slope, curve, sink, m, delta, row_e, row_k, K, HARDWARE, PTX)
 

@@ -55,6 +55,7 @@ def attention_solve_kernel(
     HARDWARE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """m, delta and the tiles' bits.  Grid: as many programs as run at a time."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     q_row, k_row = whole(q_row, ALIGNED, VECTOR), whole(k_row, ALIGNED, VECTOR)
     lanes = tl.arange(0, TILE)
@@ -87,9 +88,11 @@ def attention_solve_kernel(
         high = largest_delta(size, row_e)
 
         # 1. the estimate, relative to the sample's largest score
-        spread = low_key + (2 * lanes + 1) * (high_key - low_key) // (2 * TILE)
+        span, odd = high_key - low_key, 2 * lanes + 1
+        # odd * span / 128, whose product would leave int32
+        spread = low_key + odd * (span // (2 * TILE)) + odd * (span % (2 * TILE)) // (2 * TILE)
         sample = sampled_products(
-            q, q_row, k_at, k_row, spread, first, n_rows, high_key, OPTIONS[5], HEAD_DIM, BLOCK_D, CHUNK
+            q, q_row, k_at, k_row, spread, first, n_rows, high_key, PRECISION, HEAD_DIM, BLOCK_D, CHUNK
         )  # fmt: skip
         sampled = scores_of(sample, spread, True, (first, last, n_rows, high_key, shift, left, right), extras, OPTIONS)
         reference = tl.maximum(tl.max(sampled, axis=1), sink)
@@ -151,7 +154,7 @@ def attention_solve_kernel(
         tl.store(m_ptr + row_at + lanes, m, mask=in_rows)
         tl.store(delta_ptr + row_at + lanes, tl.where(bad, float("nan"), delta), mask=in_rows)
         live_rows = blocks
-        if OPTIONS[6]:
+        if OPTIONS.PACKED:
             live_rows = blocks - 1  # a packed tensor has one block more than `live` has rows
         live_at = live_ptr + ((b * heads + h) * live_rows + block) * words
         bound = tl.where(bad, float("nan"), tl.where(active, low, 0.0))

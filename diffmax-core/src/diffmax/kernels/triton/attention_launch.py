@@ -8,7 +8,7 @@ heads or alpha.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from diffmax.kernels.triton.attention_fwd_solve import attention_solve_kernel
 from diffmax.kernels.triton.attention_tiles import NO_LIMIT
 from diffmax.kernels.triton.attention_tuning import Settings, forward_settings
 from diffmax.kernels.triton.launch import SOLVED, Exponent, _on
+from diffmax.kernels.triton.tuning import Table, Tunable, no_table
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import Forward, live_shape
 from diffmax.reference_dropout import threshold
@@ -32,20 +33,46 @@ CUT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 Names = dict[str, Any]
 
 
-class AttentionOperator:
+class Options(NamedTuple):
+    """What the forward kernels are compiled for.
+
+    Attributes:
+        WINDOW, SOFTCAP, ALIBI, PACKED, LOWER_RIGHT: Whether the call has it.
+        MASK, BIAS: How it lies in memory, as `attention_tiles` numbers it.
+        PRECISION: Of products.
+    """
+
+    WINDOW: bool
+    MASK: int
+    SOFTCAP: bool
+    ALIBI: bool
+    BIAS: int
+    PACKED: bool
+    LOWER_RIGHT: bool
+    PRECISION: str
+
+
+class AttentionOperator(Tunable):
     """`attention` and `attention_backward` for one vendor, with the signatures of `diffmax.reference_attention`.
 
     Args:
         architecture: Of a device, such as "sm90" or "gfx942".
         processors: How many multiprocessors (compute units) a device has.
         ptx: Whether the compiler takes NVIDIA's assembly.
+        table: The tuning table of a device's own architecture, if there is one.
     """
 
     def __init__(
-        self, architecture: Callable[[torch.device], str], processors: Callable[[torch.device], int], *, ptx: bool
+        self,
+        architecture: Callable[[torch.device], str],
+        processors: Callable[[torch.device], int],
+        *,
+        ptx: bool,
+        table: Callable[[torch.device], Table | None] = no_table,
     ) -> None:
         self.architecture = architecture
         self.processors = processors
+        self.table = table
         self.ptx = ptx
         self.precision = "ieee"  # of products of float32 in the backward
         self.forward_precision = "tf32x3" if ptx else "ieee"  # three products on matrix cores; AMD's take float32 itself
@@ -55,11 +82,21 @@ class AttentionOperator:
     ) -> tuple[Settings, Settings]:
         """How the two forward kernels are launched, for heads of `size` entries."""
         extras = any(t is not None for t in (call.mask, call.bias, call.alibi)) or call.softcap > 0 or call.dropout_p > 0
-        return forward_settings(self.architecture(device), dtype, size, extras)
+        solver, writer = forward_settings(self.architecture(device), dtype, size, extras)
+        table = self.table(device)
+        return (
+            self.tuned(table, "attention_solve", dtype, size, extras) or solver,
+            self.tuned(table, "attention_out", dtype, size, extras) or writer,
+        )
 
     def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int) -> Blocks:
         """The backward's tiles, likewise."""
-        return backward_blocks(self.architecture(device), dtype, size)
+        rule, table = backward_blocks(self.architecture(device), dtype, size), self.table(device)
+        return Blocks(
+            self.tuned(table, "attention_dq", dtype, size) or rule.queries,
+            self.tuned(table, "attention_dkv", dtype, size) or rule.keys,
+            self.tuned(table, "attention_dbias", dtype, size) or rule.bias,
+        )
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
         """Forward kernel; arguments and results as `diffmax.reference_attention.attention`."""
@@ -145,7 +182,7 @@ class AttentionOperator:
 
     def _shared(self, query: Tensor, key: Tensor, call: AttentionCall) -> tuple[Names, Names]:
         """What both kernels are told of the call: tensors, and the rest."""
-        exponent: Exponent = Exponent.of(call.e)
+        exponent: Exponent = Exponent.of(call.e, torch.float32)
         alibi = None if call.alibi is None else call.alibi.contiguous()
         packed = call.cu_seqlens_q is not None
         length = query.shape[2]
@@ -160,10 +197,10 @@ class AttentionOperator:
             "alibi_ptr": given(alibi), "sink_ptr": given(call.sink),
             "cu_q_ptr": given(call.cu_seqlens_q), "cu_k_ptr": given(call.cu_seqlens_k),
         }  # fmt: skip
-        # what a kernel is compiled for: WINDOW, MASK, SOFTCAP, ALIBI, BIAS, PRECISION, PACKED, LOWER_RIGHT
-        options = (
-            call.left >= 0 or call.right >= 0, _layout(call.mask), call.softcap > 0, alibi is not None, _layout(call.bias),
-            self.forward_precision if query.dtype == torch.float32 else "ieee", packed, call.lower_right,
+        options = Options(
+            WINDOW=call.left >= 0 or call.right >= 0, MASK=_layout(call.mask), SOFTCAP=call.softcap > 0,
+            ALIBI=alibi is not None, BIAS=_layout(call.bias), PACKED=packed, LOWER_RIGHT=call.lower_right,
+            PRECISION=self.forward_precision if query.dtype == torch.float32 else "ieee",
         )  # fmt: skip
         return tensors, {
             "q_b": query.stride(0), "q_h": query.stride(1), "q_row": query.stride(2),

@@ -1,4 +1,7 @@
-"""Scores of a block of 64 queries: which block a program has, which keys it meets, and a tile of scores with every option."""
+"""Scores of a block of 64 queries: which block a program has, which keys it meets, and a tile of scores with every option.
+
+OPTIONS is `attention_launch.Options`.
+"""
 
 import triton
 import triton.language as tl
@@ -25,9 +28,9 @@ def block_of(item, heads, group, blocks, length, n_keys, n_sequences, left, righ
     The last blocks come first: under causality they see most. `sight` is what `scores_of` wants; the keys in sight are
     [low_key, high_key), none for a block beyond its packed sequence's end.
     """
-    WINDOW: tl.constexpr = OPTIONS[0]
-    PACKED: tl.constexpr = OPTIONS[6]
-    LOWER_RIGHT: tl.constexpr = OPTIONS[7]
+    WINDOW: tl.constexpr = OPTIONS.WINDOW
+    PACKED: tl.constexpr = OPTIONS.PACKED
+    LOWER_RIGHT: tl.constexpr = OPTIONS.LOWER_RIGHT
     block = blocks - 1 - item % blocks
     b, h = (item // blocks // heads).to(tl.int64), (item // blocks % heads).to(tl.int64)
     sequence, q_start, n_rows, first = block_place(block, cu_q_ptr, n_sequences, length, TILE, PACKED)
@@ -65,7 +68,7 @@ def extras_of(
 ):  # fmt: skip
     """What `scores_of` wants beside places."""
     slope = 0.0
-    if OPTIONS[3]:
+    if OPTIONS.ALIBI:
         slope = tl.load(alibi_ptr + b * alibi_b + h)
     return scale, softcap, slope, mask_at, mask_row, mask_key, bias_at, bias_row, bias_key
 
@@ -149,11 +152,11 @@ def scores_of(x, keys, partly, sight, extras, OPTIONS: tl.constexpr):
     """
     first, _last, n_rows, n_keys, shift, left, right = sight
     scale, softcap, slope, mask_ptr, mask_row, mask_key, bias_ptr, bias_row, bias_key = extras
-    WINDOW: tl.constexpr = OPTIONS[0]
-    MASK: tl.constexpr = OPTIONS[1]
-    SOFTCAP: tl.constexpr = OPTIONS[2]
-    ALIBI: tl.constexpr = OPTIONS[3]
-    BIAS: tl.constexpr = OPTIONS[4]
+    WINDOW: tl.constexpr = OPTIONS.WINDOW
+    MASK: tl.constexpr = OPTIONS.MASK
+    SOFTCAP: tl.constexpr = OPTIONS.SOFTCAP
+    ALIBI: tl.constexpr = OPTIONS.ALIBI
+    BIAS: tl.constexpr = OPTIONS.BIAS
     rows, keys = (first + tl.arange(0, TILE))[:, None], keys[None, :]
     x = capped(x * scale, softcap, SOFTCAP)
     x = with_biases(x, rows, keys, n_rows, n_keys, shift, slope, bias_ptr, bias_row, bias_key, ALIBI, BIAS)
@@ -171,9 +174,10 @@ def scores_from(
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Scores with KEYS keys from the place `begin` on."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION  # a name first: as an argument Triton 3.6 takes no str out of a tuple
     first, last, n_rows, n_keys, shift, left, right = sight
     partly = begin + KEYS > n_keys
-    if OPTIONS[0]:
+    if OPTIONS.WINDOW:
         partly = partly | (begin + KEYS - 1 - first - shift > right) | (last + shift - begin > left)
-    x = products(q, q_row, k_ptr, k_row, begin, first, n_rows, n_keys, OPTIONS[5], SIZE, BLOCK_D, CHUNK, KEYS)
+    x = products(q, q_row, k_ptr, k_row, begin, first, n_rows, n_keys, PRECISION, SIZE, BLOCK_D, CHUNK, KEYS)
     return scores_of(x, begin + tl.arange(0, KEYS), partly, sight, extras, OPTIONS)

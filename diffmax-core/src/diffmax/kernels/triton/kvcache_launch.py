@@ -17,30 +17,32 @@ from diffmax.kernels.triton.kvcache_start import kvcache_start_kernel
 from diffmax.kernels.triton.kvcache_tiles import LISTED, SLOTS
 from diffmax.kernels.triton.kvcache_values import kvcache_values_kernel
 from diffmax.kernels.triton.launch import SOLVED, Exponent, _on
+from diffmax.kernels.triton.tuning import Decode, Table, Tunable, no_table
 from diffmax.plugin import KVCacheCall
 from diffmax.reference_kvcache import Results, append, capacity
 
 MOST_SPLITS = 128
-# Tiles that a split has at least, where the cache is full: less is not worth a program
-TILES_PER_SPLIT = 4
-PROGRAMS_PER_PROCESSOR = 2
-# Bytes of a tile of keys or values that a program holds at once
-TILE_BYTES = 1 << 13
 
 
-class Decoder:
+class Decoder(Tunable):
     """`attention_kvcache` for one vendor, with the signature of `diffmax.reference_kvcache`, for dtypes up to float32.
 
     Args:
         processors: How many multiprocessors (compute units) a device has.
         ptx: Whether the compiler takes NVIDIA's assembly.
-        warps: Warps of a program.
+        table: The tuning table of a device's own architecture, if there is one.
     """
 
-    def __init__(self, processors: Callable[[torch.device], int], *, ptx: bool, warps: int = 8) -> None:
+    def __init__(
+        self,
+        processors: Callable[[torch.device], int],
+        *,
+        ptx: bool,
+        table: Callable[[torch.device], Table | None] = no_table,
+    ) -> None:
         self.processors = processors
         self.ptx = ptx
-        self.warps = warps
+        self.table = table
 
     def attention_kvcache(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> Results:
         """Kernel; arguments and results as `diffmax.reference_kvcache.attention_kvcache`."""
@@ -56,13 +58,14 @@ class Decoder:
 
         group = heads // kv_heads
         block_d, block_v = _padded(size), _padded(value_size)
+        launch = self.tuned(self.table(device), "decode", query.dtype, max(size, value_size)) or Decode()
         block_m = min(_padded(group * length), 32 if max(block_d, block_v) <= 64 else 16)
-        block_n = min(_padded(call.page_size), max(16, TILE_BYTES // (max(block_d, block_v) * query.element_size())), 64)
+        block_n = min(_padded(call.page_size), max(16, launch.tile_bytes // (max(block_d, block_v) * query.element_size())), 64)
         blocks, parts = -(-group * length // block_m), -(-call.page_size // block_n)
         most_tiles = -(-room // call.page_size) * parts
         programs = batch * kv_heads * blocks
-        splits = min(MOST_SPLITS, -(-most_tiles // TILES_PER_SPLIT))
-        splits = min(splits, max(1, -(-PROGRAMS_PER_PROCESSOR * self.processors(device) // programs)))
+        splits = min(MOST_SPLITS, -(-most_tiles // launch.tiles_per_split))
+        splits = min(splits, max(1, -(-launch.programs * self.processors(device) // programs)))
         lanes = _power_of_two(splits)
 
         def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,7 +76,7 @@ class Decoder:
         state, partial = scratch(programs, 2, block_m), scratch(programs, splits, 2, block_m, block_v)
         counters, filled, read = (scratch(programs, n, dtype=torch.int32) for n in (2, splits, splits))
 
-        exponent, none = Exponent.of(call.e), counters
+        exponent, none = Exponent.of(call.e, torch.float32), counters
         k, v = (k_cache, v_cache) if call.k is None or call.v is None else (call.k, call.v)
         new = 0 if call.k is None else call.k.shape[1]
         low, high = (call.low, call.high) if call.low is not None and call.high is not None else (k_cache, k_cache)
@@ -99,7 +102,7 @@ class Decoder:
             "PAGED": call.block_table is not None, "HAS_NEW": new > 0, "HAS_ROWS": call.cache_batch_idx is not None,
             "WINDOW": call.left >= 0 or call.right > 0 or (call.right == 0 and length > 1),
             "E_TENSOR": exponent.tensor, "K": exponent.integer, "PTX": self.ptx,
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": lanes, "num_warps": self.warps, "enable_fp_fusion": True,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": lanes, "enable_fp_fusion": True,
         }  # fmt: skip
         of_scores = {
             "HEAD_DIM": size, "BLOCK_D": block_d, "HAS_BOUNDS": call.low is not None, "SOFTCAP": call.softcap != 0,
@@ -113,17 +116,19 @@ class Decoder:
             kvcache_start_kernel[grid](
                 query, k_cache, v_cache, k, v, low, high, lengths, rows, table, e, alibi, tops, work, counters,
                 **queries, **keys, **values, **sizes, **scoring, pages=-(-room // call.page_size),
-                **shared, **of_scores, **of_values,
+                **shared, **of_scores, **of_values, num_warps=launch.start_warps,
             )  # fmt: skip
             kvcache_read_kernel[grid](
                 query, k_cache, k, lengths, rows, table, e, alibi, sink,
                 tops, scores, work, lists, state, read, counters,
                 **queries, **keys, **sizes, **scoring, steps=steps, **shared, **of_scores, **solving,
+                num_warps=launch.read_warps,
             )  # fmt: skip
             kvcache_values_kernel[grid](
                 v_cache, v, lengths, rows, table, e, sink, tops, scores, work, state, partial, filled, counters,
                 out, m, delta, support if stats else filled,
                 **values, **sizes, steps=steps, STATS=stats, **shared, **of_values, **solving,
+                num_warps=launch.values_warps,
             )  # fmt: skip
         pages = read[:0].view(-1)
         if stats:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffmax._numerics import MIN_E, accumulation_dtype, newton_steps
+from diffmax._numerics import MIN_E, accumulation_dtype, integer_exponent, newton_steps
 from diffmax.kernels.triton import geometry
 from diffmax.kernels.triton.geometry import Geometry, View
 from diffmax.kernels.triton.long_bwd import bisect_bwd_long_kernel
@@ -31,9 +31,7 @@ from diffmax.kernels.triton.split_fwd import (
     split_write_kernel,
 )
 from diffmax.kernels.triton.stream_fwd import bisect_stream_kernel
-from diffmax.kernels.triton.tuning import Table, Tile
-
-INTEGER_EXPONENTS = (2, 3, 4, 5, 10)
+from diffmax.kernels.triton.tuning import Stream, Table, Tile, Tunable
 
 # A row is solved where the linear step that remains is at most this, in units of its largest base: the error is its square / 2.
 SOLVED = {torch.float64: 1e-9, torch.float32: 2.4e-4, torch.float16: 2e-3, torch.bfloat16: 2e-3}
@@ -45,12 +43,21 @@ SMALLEST_E_FOR_HARDWARE = 1 / 64
 SERIES_TERMS = {torch.float32: 10, torch.float64: 17}
 
 MOST_CHUNKS = 512
-PROGRAMS_PER_PROCESSOR = 2
 
 
 @dataclass(frozen=True)
 class Exponent:
-    """What the kernels are told of e = 1 - alpha: a float, or a tensor that they read."""
+    """What the kernels are told of e = 1 - alpha: a float, or a tensor that they read.
+
+    What is decided here about a float is decided of the numbers that the kernels compute with: float32 has no k between 2 and
+    2 + 2e-7.
+
+    Attributes:
+        e, k: As the kernels have them, k = 1/e.
+        bits: Of e as float64.
+        integer: k, if it is one of the exponents that are multiplications; else 0.
+        tensor: Whether they read e.
+    """
 
     e: float
     k: float
@@ -59,16 +66,21 @@ class Exponent:
     tensor: bool
 
     @classmethod
-    def of(cls, e: float | Tensor) -> Exponent:
-        """From the contract's argument."""
+    def of(cls, e: float | Tensor, acc: torch.dtype) -> Exponent:
+        """From the contract's argument, for kernels that compute in `acc`."""
         if isinstance(e, Tensor):
             return cls(1.0, 1.0, _bits(1.0), 0, True)
         e = max(e, MIN_E)
-        k = round(1 / e) if e > 0.05 else 0
-        return cls(e, 1 / e, _bits(e), k if k in INTEGER_EXPONENTS and abs(k * e - 1) < 1e-12 else 0, False)
+        k, integer = 1 / e, integer_exponent(e, acc)
+        return cls(*((e, k) if acc == torch.float64 else (_float32(e), _float32(k))), _bits(e), integer, False)
+
+    @property
+    def code(self) -> int:
+        """As the kernels' K, where `ABOVE_2` has one of its own."""
+        return self.integer or int(ABOVE_2 if self.k > 2 and not self.tensor else ANY_K)
 
 
-class RowOperator:
+class RowOperator(Tunable):
     """`bisect` and `bisect_backward` for one vendor, with the signatures of `diffmax.reference`.
 
     Args:
@@ -97,7 +109,7 @@ class RowOperator:
         if x.numel() == 0:
             return p, m.fill_(-torch.inf), delta.zero_()
 
-        exponent, n = Exponent.of(e), x.shape[dim]
+        exponent, n = Exponent.of(e, acc), x.shape[dim]
         e_tensor = e if isinstance(e, Tensor) else None
         shape, (x, p), e_tensor = geometry.describe((x, p), e_tensor, dim)
         e_tensor = m if e_tensor is None else e_tensor
@@ -106,13 +118,13 @@ class RowOperator:
         limits = {"newton_steps": newton_steps(200, n, 1.0 if exponent.tensor else exponent.e, acc)}
         fixed = {
             "E_TENSOR": exponent.tensor,
-            "K": exponent.integer or int(ANY_K if exponent.tensor or exponent.k <= 2 else ABOVE_2),
+            "K": exponent.code,
             "CUT": SOLVED[x.dtype],
             "PTX": self.ptx,
             "X_LAYOUT": shape.views[0].layout,
         }
         view_x, view_p = shape.views
-        tile = _tile(table.forward_float64 if acc == torch.float64 else table.forward, n, table, shape)
+        tile = self._tile("rows", table.forward_float64 if acc == torch.float64 else table.forward, n, table, shape, x.dtype)
         with _on(x.device):
             if tile is not None:
                 bisect_rows_kernel[_grid(shape, tile.rows)](
@@ -123,11 +135,10 @@ class RowOperator:
                     ROWS=tile.rows, BLOCK=_padded(n), KEEP=tile.keep, num_warps=tile.warps,
                 )  # fmt: skip
                 return p, m, delta
-            block = table.stream_block // (2 if acc == torch.float64 else 1)
+            cut, chunks = self._cut("", table, x, shape.rows, n)
             hardware = _hardware(exponent, x.dtype)
-            fixed |= {"HARDWARE": HARDWARE_NONE if hardware == HARDWARE_FIRST else hardware, "BLOCK": block}
-            call = _LongCall(x, p, m, delta, e_tensor, shape, n, scalars, limits, fixed, table.stream_warps)
-            chunks = self._chunks(x.device, shape.rows, -(-n // block))
+            fixed |= {"HARDWARE": HARDWARE_NONE if hardware == HARDWARE_FIRST else hardware, "BLOCK": cut.block}
+            call = _LongCall(x, p, m, delta, e_tensor, shape, n, scalars, limits, fixed, cut.warps)
             if chunks == 1:
                 call.stream(ensure_sum_one)
             else:
@@ -150,7 +161,7 @@ class RowOperator:
         if p.numel() == 0:
             return grad_x, torch.zeros(m.shape if needs_e else (0,), dtype=m.dtype, device=p.device)
 
-        exponent, n = Exponent.of(e), p.shape[dim]
+        exponent, n = Exponent.of(e, m.dtype), p.shape[dim]
         p, m, delta = p.contiguous(), m.contiguous(), delta.contiguous()
         x = x if x is None else x.contiguous()
         shape, (grad, p), e_tensor = geometry.describe((grad.to(p.dtype), p), e if isinstance(e, Tensor) else None, dim)
@@ -165,7 +176,8 @@ class RowOperator:
         }  # fmt: skip
         x = p if x is None else x
         is_double = m.dtype == torch.float64
-        tile = _tile(table.backward_float64 if is_double else table.backward, n, table, shape)
+        tiles = table.backward_float64 if is_double else table.backward
+        tile = self._tile("rows_backward", tiles, n, table, shape, p.dtype)
         with _on(p.device):
             if tile is not None:
                 grad_e = torch.empty(m.shape if needs_e else (0,), dtype=m.dtype, device=p.device)
@@ -174,15 +186,14 @@ class RowOperator:
                     **shared, ROWS=tile.rows, BLOCK=_padded(n), num_warps=tile.warps,
                 )  # fmt: skip
                 return grad_x, grad_e
-            block = table.stream_block // (2 if is_double else 1)
-            chunks = self._chunks(p.device, shape.rows, -(-n // block))
+            cut, chunks = self._cut("_backward", table, p, shape.rows, n)
             lanes = 1 if chunks == 1 else MOST_CHUNKS
             parts = torch.empty((shape.rows, lanes) if needs_e else (1, 1), dtype=m.dtype, device=p.device)
             sums = torch.empty(shape.rows * 2 * lanes, dtype=m.dtype, device=p.device)
             for does_sums, writes in ((True, True),) if chunks == 1 else ((True, False), (False, True)):
                 bisect_bwd_long_kernel[(shape.rows * chunks,)](
                     grad, p, x, m, delta, e_tensor, grad_x, parts, sums, chunks=chunks,
-                    **shared, BLOCK=block, CHUNKS=lanes, SUMS=does_sums, WRITES=writes, num_warps=table.stream_warps,
+                    **shared, BLOCK=cut.block, CHUNKS=lanes, SUMS=does_sums, WRITES=writes, num_warps=cut.warps,
                 )  # fmt: skip
             return grad_x, parts[:, :chunks].sum(1).view(m.shape) if needs_e else m.new_empty(0)
 
@@ -205,11 +216,31 @@ class RowOperator:
                 for needs_e in (False, True) if e is None else (False,):
                     self.bisect_backward(x, p, m, delta, x if dtype == torch.float16 else None, row_e, 1, needs_e)
 
-    def _chunks(self, device: torch.device, rows: int, tiles: int) -> int:
-        processors = self.processors(device)
-        if rows >= processors:
-            return 1
-        return min(tiles, -(-PROGRAMS_PER_PROCESSOR * processors // rows), MOST_CHUNKS)
+    def _tile(
+        self, kernel: str, tiles: Mapping[int, Tile], n: int, table: Table, shape: Geometry, dtype: torch.dtype
+    ) -> Tile | None:
+        """The tile for rows of length n; None where they are streamed."""
+        padded = _padded(n)
+        tile: Tile | None = tiles.get(padded)
+        if tile is None:
+            return None
+        tile = self.tuned(table, kernel, dtype, n) or tile
+        if geometry.ROWS_ADJACENT not in (view.layout for view in shape.views):
+            return tile
+        # neighbouring rows share cache lines: take more of them, as far as registers go
+        rows = max(tile.rows, min(16, table.adjacent_elements // padded))
+        return replace(tile, rows=rows, warps=max(tile.warps, min(16, rows * padded // 1024)))
+
+    def _cut(self, suffix: str, table: Table, x: Tensor, rows: int, n: int) -> tuple[Stream, int]:
+        """Tiles of rows that are streamed, and by how many programs each row is."""
+        default = Stream(table.stream_block // (2 if x.dtype == torch.float64 else 1), table.stream_warps)
+        processors = self.processors(x.device)
+        if rows < processors:
+            cut = self.tuned(table, f"split{suffix}", x.dtype) or default
+            chunks = min(-(-n // cut.block), -(-cut.programs * processors // rows), MOST_CHUNKS)
+            if chunks > 1:
+                return cut, chunks
+        return self.tuned(table, f"stream{suffix}", x.dtype) or default, 1
 
 
 @dataclass(frozen=True)
@@ -279,17 +310,6 @@ class _LongCall:
         return torch.empty(self.shape.rows * per_row, dtype=self.m.dtype, device=self.x.device)
 
 
-def _tile(tiles: Any, n: int, table: Table, shape: Geometry) -> Tile | None:
-    """The tile for rows of length n; None where they are streamed."""
-    padded = _padded(n)
-    tile: Tile | None = tiles.get(padded)
-    if tile is None or geometry.ROWS_ADJACENT not in (view.layout for view in shape.views):
-        return tile
-    # neighbouring rows share cache lines: take more of them, as far as registers go
-    rows = max(tile.rows, min(16, table.adjacent_elements // padded))
-    return replace(tile, rows=rows, warps=max(tile.warps, min(16, rows * padded // 1024)))
-
-
 def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
@@ -324,6 +344,11 @@ def _expected_iterates(exponent: Exponent) -> int:
     if exponent.tensor:
         return 4
     return 3 if exponent.k >= 2 else 5
+
+
+def _float32(number: float) -> float:
+    rounded: float = struct.unpack("<f", struct.pack("<f", number))[0]
+    return rounded
 
 
 def _bits(e: float) -> int:
