@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +45,8 @@ def device(context: Context) -> dict[str, Any]:
     elif place.device == "npu":
         found |= {"device": torch.npu.get_device_name(), "cann": _cann()}  # type: ignore[attr-defined]
     chosen = diffmax.explain("diffmax_bisect", torch.zeros(2, 2, device=place.device)).chosen
-    return found | {"backend": place.backend, "chosen": chosen, "cached_kernels": _cached(context)}
+    found |= {"cached_kernels": _cached(), "triton_key": _triton_key()}
+    return found | {"backend": place.backend, "chosen": chosen}
 
 
 def copy(context: Context, bytes: int) -> dict[str, Any]:  # noqa: A002  (the case's name for it)
@@ -141,10 +145,16 @@ def _cann() -> str | None:
     return cann_version() or None
 
 
-def _cached(context: Context) -> int:
-    """Kernels that Triton's cache held already."""
-    import os
-    from pathlib import Path
+def _triton_key() -> str:
+    """What Triton's cache knows this installation by: two machines that share it can share compiled kernels."""
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:
+        return "unknown"
+    return hashlib.sha256(triton_key().encode()).hexdigest()[:16]
 
+
+def _cached() -> int:
+    """Kernels that Triton's cache held already."""
     folder = Path(os.environ.get("TRITON_CACHE_DIR", ""))
     return sum(1 for _ in folder.glob("*/*.cubin")) if folder.is_dir() else 0

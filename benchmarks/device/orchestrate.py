@@ -11,24 +11,21 @@ import datetime
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
-import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.device import kits, lines, processes, stages
+from benchmarks.device import kits, lines, processes, site, stages
 from benchmarks.device.cells import Cell
-from benchmarks.device.crew import ROOT, Crew, Job, Settings, environment
+from benchmarks.device.crew import Crew, Job, Settings, environment
 from benchmarks.device.lines import Lines
 from benchmarks.device.stages import Stage
 
 MOST_ATTEMPTS = 2
 LAST_SECONDS = 5.0  # of the whole, to end in
-SOURCES = ("diffmax-core", "diffmax-cuda", "diffmax-rocm", "diffmax-npu")
 
 
 def run(options: Namespace) -> int:
@@ -41,11 +38,12 @@ def run(options: Namespace) -> int:
     work.mkdir(parents=True, exist_ok=True)
     log = Lines(folder, "run")
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
-    variables = environment(work, kind, [*_site(options.bundle), *(ROOT / name / "src" for name in SOURCES)])
+    paths, how = site.paths(options.bundle, work)
+    variables = environment(work, kind, paths)
     variables |= {"DEVICE_BUNDLE": str(options.bundle), "DEVICE_FAULTS": " ".join(options.inject)}
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         settings = Settings(folder, Path(scratch), kind, seed, variables)
-        log.write("run", "part", seed=seed, kind=kind, only=options.only, budget=options.seconds, **facts(variables))
+        log.write("run", "part", seed=seed, kind=kind, only=options.only, budget=options.seconds, site=how, **facts(options))
         with _ended_by_signals():
             found = _stages(settings, options, log, deadline)
     log.write("run", "ok" if found != 2 else "error", seconds=round(processes.now() - begun, 1))
@@ -111,36 +109,16 @@ def _prepare(settings: Settings, stage: Stage, jobs: list[Job], deadline: float,
     Crew(settings, stage.name, log, parallel=stages.PREPARING, chunk=6, prepare=True).run(list(first.values()), until)
 
 
-def facts(variables: dict[str, str]) -> dict[str, object]:
+def facts(options: Namespace) -> dict[str, object]:
     """When and on what, as far as one knows without torch."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": site.commit(options.bundle),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "faults": variables["DEVICE_FAULTS"],
+        "faults": " ".join(options.inject),
     }
-
-
-def commit() -> str:
-    """Of the repository; without its history, a checksum of the sources, which tells one state of them from another."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    note = ROOT / "build" / "device-bundle" / "commit.txt"
-    if note.exists():
-        return note.read_text(encoding="utf-8").strip()
-    crc = 0
-    for path in sorted(ROOT.glob("diffmax-*/src/**/*.py")):
-        crc = zlib.crc32(path.read_bytes(), crc)
-    return f"tree-{crc:08x}"
-
-
-def _site(bundle: Path) -> list[Path]:
-    """Where the bundle's wheels were unpacked."""
-    site = bundle / "site"
-    return [site] if site.is_dir() else []
 
 
 def summary(folders: Sequence[Path]) -> str:
