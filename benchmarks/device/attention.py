@@ -19,8 +19,7 @@ from diffmax.testing.gate import allowed_error
 
 PREPARED = 512  # tokens
 BLOCK = 512  # queries of the oracle at a time
-MOST_SCORES = 1 << 30  # of a head, up to which every query is judged and so keys and values too
-SAMPLED = 4  # blocks of queries where not
+SAMPLED = 4  # blocks of queries that are judged; no other has a gradient, so that those of keys and values are theirs
 RIVAL_ULP = 64
 
 Attend = Callable[..., Tensor]
@@ -177,33 +176,28 @@ def judged(
 ) -> dict[str, Any]:
     """Output and gradients in poisoned memory, of one group of heads, against the reference in float64 by blocks of queries.
 
-    Where a head has too many scores, some blocks are judged, and of the gradients the queries' alone.
+    Queries outside those blocks get no gradient, so that the gradients for keys and values are theirs alone, and all judged.
     """
     query, key, value = given_tensors
-    length, keys, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    grad = torch.randn((*query.shape[:3], value.shape[3]), device=query.device, generator=context.generator()).to(query.dtype)
+    length, group = query.shape[2], query.shape[1] // key.shape[1]
+    starts = sampled(length, blocks or SAMPLED)
+    rows = torch.cat([torch.arange(a, min(a + BLOCK, length)) for a in starts]).to(query.device)
+    grad = torch.zeros((*query.shape[:3], value.shape[3]), dtype=query.dtype, device=query.device)
+    grad[:, :, rows] = context.randn(*query.shape[:2], len(rows), value.shape[3]).to(query.dtype)
     leaves = [t.detach().requires_grad_() for t in given_tensors]
     with poisoned():
         out = attend(*leaves)
         grads = torch.autograd.grad(out, leaves, grad)
     head = context.seed % key.shape[1]
     own = slice(head * group, (head + 1) * group)
-    starts = list(range(0, length, BLOCK))
-    if blocks and len(starts) > blocks:
-        starts = starts[:: max(1, len(starts) // blocks)][:blocks]
-    elif length * keys > MOST_SCORES:
-        starts = starts[:: max(1, len(starts) // SAMPLED)][-SAMPLED:]
-    whole = len(starts) == -(-length // BLOCK)
     if arguments and set(arguments) - {"is_causal", "alpha", "return_stats"}:
         return _finite(out, grads)  # its small cases are smoke's; here it is looked at for NaN alone
     causal = causal or bool(arguments and arguments.get("is_causal"))
     parts = [t[:, own if t.shape[1] == query.shape[1] else slice(head, head + 1)].detach() for t in (query, key, value)]
     kinds = (torch.float64, torch.float32 if query.dtype == torch.float64 else query.dtype)
     truth, yardstick = (_by_blocks(context, parts, grad[:, own], alpha, causal, starts, kind) for kind in kinds)
-    rows = torch.cat([torch.arange(a, min(a + BLOCK, length)) for a in starts]).to(query.device)
     found = {"out": out[:, own, rows], "dq": grads[0][:, own, rows]}
-    if whole:
-        found |= {"dk": grads[1][:, head : head + 1], "dv": grads[2][:, head : head + 1]}
+    found |= {"dk": grads[1][:, head : head + 1], "dv": grads[2][:, head : head + 1]}
     figures: dict[str, Any] = {"checked": sorted(found), "blocks": len(starts)}
     ulp = torch.finfo(query.dtype).eps
     for what, got in found.items():
@@ -218,6 +212,14 @@ def judged(
         if not error <= allowed:
             raise WrongError(f"{what}: error {error:.3g}, allowed {allowed:.3g}", error=error, allowed=allowed, **figures)
     return figures
+
+
+def sampled(length: int, count: int) -> list[int]:
+    """Where the blocks of queries begin that are judged: the first, the last, and some between."""
+    starts = list(range(0, length, BLOCK))
+    if len(starts) <= count:
+        return starts
+    return [starts[round(i * (len(starts) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _by_blocks(

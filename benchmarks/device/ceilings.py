@@ -40,7 +40,7 @@ def device(context: Context) -> dict[str, Any]:
         found |= {"device": properties.name, "processors": properties.multi_processor_count}
         found |= {"memory_bytes": properties.total_memory, "l2_bytes": getattr(properties, "L2_cache_size", None)}
         found |= {"capability": f"{properties.major}.{properties.minor}", "runtime": torch.version.hip or torch.version.cuda}
-        found |= {"architecture": getattr(properties, "gcnArchName", None), "lanes": properties.warp_size}
+        found |= {"architecture": getattr(properties, "gcnArchName", None), "lanes": getattr(properties, "warp_size", 32)}
         found |= {"driver": _driver()}
     elif place.device == "npu":
         found |= {"device": torch.npu.get_device_name(), "cann": _cann()}  # type: ignore[attr-defined]

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+REHEARSALS = {"interpret": "gpu", "npu-rehearsal": "npu"}  # kinds of runs without a device, and what they rehearse
+
+
+def rehearsed(kind: str) -> bool:
+    return kind in REHEARSALS
+
 
 @dataclass(frozen=True)
 class Cell:

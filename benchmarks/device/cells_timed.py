@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.device.cells import Cell
+from benchmarks.device.cells import Cell, rehearsed
 
 RIVALS = ("flash", "cudnn", "flex", "adasplash", "entmax", "compiled")
 ELEMENTS = 1 << 26
@@ -23,25 +23,27 @@ CAPTURED = ("encoder", "causal LM", "causal LM, late layer")
 
 def ceilings(kind: str) -> Iterator[Cell]:
     """What the device can do at most, and who is there to compete."""
-    tiny = kind == "interpret"
+    tiny = rehearsed(kind)
     yield Cell("device", "ceilings:device")
     yield Cell("copy", "ceilings:copy", {"bytes": 1 << 16 if tiny else 1 << 30})
     for dtype in ("bfloat16", "tf32", "float32"):
         yield Cell(f"matmul {dtype}", "ceilings:matmul", {"dtype": dtype, "n": 64 if tiny else 8192})
     yield Cell("launch", "ceilings:launch")
-    if kind != "npu":
+    npu = kind in ("npu", "npu-rehearsal")
+    if not npu:
         yield Cell("graph replay", "ceilings:graph")
-    for name in ("npu_fusion_attention",) if kind == "npu" else RIVALS:
+    for name in ("npu_fusion_attention",) if npu else RIVALS:
         yield Cell(f"rival {name}", "ceilings:rival", {"name": name}, 90)
 
 
 def decisive(kind: str) -> Iterator[Cell]:
     """The figures that say whether the goals are met (`goals`)."""
-    if kind == "interpret":
+    if rehearsed(kind):
         yield rows("float32", 0.5, 48, 8, compiled=True, rivals=True, passes=("forward", "both"))
         yield attention("randn", 0.5, 20, 16, heads=1, dtype="float32", flex=False)
-        yield decode(1, 40, "needles", kv_heads=1, group=2, size=16, dtype="float32")
-        yield first_call("rows")
+        if kind == "interpret":
+            yield decode(1, 40, "needles", kv_heads=1, group=2, size=16, dtype="float32")
+            yield first_call("rows")
         return
     for dtype, alpha in itertools.product(("float32", "bfloat16"), (0.85, 0.5, 0.95)):
         yield rows(dtype, alpha, 4096, compiled=True)
@@ -50,14 +52,14 @@ def decisive(kind: str) -> Iterator[Cell]:
             yield attention("randn", 0.85, length, 64, heads=16, flex=False)
         return
     for size, heads in ((64, 16), (128, 8)):
-        yield attention("band", 0.5, 32768, size, sparsity=0.70, heads=heads)
-        yield attention("randn", 0.9, 16384, size, heads=heads)
+        yield attention("band", 0.5, 32768, size, sparsity=0.70, heads=heads, flex=size == 64)
+        yield attention("randn", 0.9, 16384, size, heads=heads, flex=size == 64)
     for length in (131072, 1 << 20):
         yield decode(1, length, "spread")
         yield decode(1, length, "needles")
     for name in CAPTURED[:2]:
-        yield attention(name, 0.5, 4096)
-        yield attention(name, 0.9, 4096)
+        yield attention(name, 0.5, 4096, flex=False)
+        yield attention(name, 0.9, 4096, flex=False)
     yield rows("float32", 0.85, 131072)
     yield rows("float32", 0.85, 1 << 20)
     yield rows("bfloat16", 0.85, 131072)
@@ -69,7 +71,7 @@ def decisive(kind: str) -> Iterator[Cell]:
 
 def grid(kind: str) -> Iterator[Cell]:
     """Everything else, in the order in which one wants to know it."""
-    if kind == "interpret":
+    if rehearsed(kind):
         yield rows("bfloat16", 0.85, 40, 4, passes=("forward",))
         yield option("causal", "randn", 20, heads=1, size=16, dtype="float32")
         return
@@ -98,9 +100,9 @@ def _grid(kind: str) -> Iterator[Cell]:
         for name in OPTION_NAMES:
             yield option(name, scores, 8192, sparsity)
     for length, alpha in itertools.product(LENGTHS, (0.5, 0.9, 0.85)):
-        yield attention("randn", alpha, length, flex=length <= 32768)
+        yield attention("randn", alpha, length, flex=alpha == 0.9 and length <= 32768)
     for name, length, alpha in itertools.product(CAPTURED, (2048, 6144), (0.5, 0.75, 0.9)):
-        yield attention(name, alpha, length)
+        yield attention(name, alpha, length, flex=False)
     for alpha, dtype, sigma, n in itertools.product((0.85, 0.5, 0.1, 0.95), ("float32", "bfloat16"), (1.0, 3.0, 10.0), SIZES):
         yield rows(dtype, alpha, n, sigma=sigma, rivals=sigma == 1 and n in (1024, 16384))
     for length, sparsity in itertools.product((16384, 32768), EVERY_SPARSITY):

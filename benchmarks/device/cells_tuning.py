@@ -24,7 +24,7 @@ PARTS = {
 
 def cells(kind: str) -> Iterator[Cell]:
     """For a kind of machine, what most calls need first."""
-    if kind == "npu":
+    if kind in ("npu", "npu-rehearsal"):
         return  # its kernels are not Triton's, but for one
     if kind == "interpret":
         yield tuned("rows", "float32", 32, most=2)

@@ -54,6 +54,11 @@ class Context:
         self.note(contestant, self.cell.seconds)
         faults.begin(self.cell.id, contestant, self.attempt)
 
+    def randn(self, *shape: int) -> torch.Tensor:
+        """N(0, 1) in float32 on the device; drawn there where its generator is as good as torch's own."""
+        where = self.place.device if self.place.device == "cuda" else "cpu"
+        return torch.randn(shape, device=where, generator=self.generator(where)).to(self.place.device)
+
     def generator(self, device: str | None = None) -> torch.Generator:
         """Fresh numbers at each call, the same ones for the same seed."""
         self.draws += 1

@@ -227,5 +227,5 @@ def environment(work: Path, kind: str, site: Sequence[Path]) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(work / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
     }
-    more["TRITON_INTERPRET"] = "1" if kind == "interpret" else "0"
-    return {**os.environ, **more}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**inherited, **more, **({"TRITON_INTERPRET": "1"} if kind == "interpret" else {})}

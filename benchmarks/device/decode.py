@@ -25,10 +25,9 @@ def inputs(
     context: Context, batch: int, length: int, content: str, kv_heads: int, group: int, head_dim: int, kind: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, 1, H, D), k_cache and v_cache (B, length, H_kv, D)."""
-    device, generator = context.place.device, context.generator()
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator, dtype=torch.float32).to(kind)
+        return context.randn(*shape).to(kind)
 
     q = drawn(batch, 1, kv_heads * group, head_dim)
     k_cache, v_cache = (drawn(batch, length, kv_heads, head_dim) for _ in range(2))

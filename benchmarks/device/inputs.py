@@ -26,9 +26,7 @@ def tensors(
     if scores not in ("randn", "band"):
         query, key, value = captured(scores, length)
         return (*(t.to(place.device, getattr(torch, dtype)) for t in (query, key, value)), scores != "encoder")
-    generator = context.generator()
-    shape = (1, heads, length, head_dim)
-    query, key, value = (torch.randn(shape, device=place.device, generator=generator) for _ in range(3))
+    query, key, value = (context.randn(1, heads, length, head_dim) for _ in range(3))
     if scores == "band":
         e = 1 - alpha
         keys = (1 - math.sqrt(sparsity)) * length  # of the causal triangle, 1 - (1 - keys / length)^2 is live

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.device import lines, processes
+from benchmarks.device.cells import rehearsed
 from benchmarks.device.crew import Job, Settings
 from benchmarks.device.lines import Lines
 
@@ -61,9 +62,9 @@ def run(settings: Settings, job: Job, file: Lines, deadline: float, folders: Seq
     output, report = folder / "output.txt", folder / "kits.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-c", "pytest.ini", "-p", "no:cacheprovider"]
     command += ["-p", "benchmarks.device.kit_lines", f"--junitxml={report}", "test_device.py"]
-    if settings.kind == "interpret":
+    if rehearsed(settings.kind):
         command += ["-k", REHEARSED]
-    if settings.kind == "npu":
+    elif settings.kind == "npu":
         command += ["-k", "not TestDecoding"]
     if _find(settings, "xdist") is not None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

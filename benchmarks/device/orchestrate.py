@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.device import kits, lines, processes, site, stages
-from benchmarks.device.cells import Cell
+from benchmarks.device.cells import REHEARSALS, Cell
 from benchmarks.device.crew import Crew, Job, Settings, environment
 from benchmarks.device.lines import Lines
 from benchmarks.device.stages import Stage
@@ -32,7 +32,7 @@ def run(options: Namespace) -> int:
     """A whole run; the exit status: 0 if every cell that was asked is ok or skipped, 1 if some failed, 2 without a device."""
     begun = processes.now()
     deadline = begun + options.seconds - min(LAST_SECONDS, options.seconds / 10)
-    kind = "interpret" if options.interpret else options.kind
+    kind = next(name for name, of in REHEARSALS.items() if of == options.kind) if options.interpret else options.kind
     folder, work = options.out, options.work
     folder.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import torch
 
 import diffmax
 from benchmarks.device import faults
+from benchmarks.device.cells import rehearsed
 
 VENDORS = {"cuda": "diffmax_cuda", "rocm": "diffmax_rocm", "npu": "diffmax_npu"}
 
@@ -27,7 +28,7 @@ class Place:
 
     @property
     def real(self) -> bool:
-        return self.kind != "interpret"
+        return not rehearsed(self.kind)
 
     @property
     def graphs(self) -> bool:
@@ -87,6 +88,8 @@ def here(kind: str) -> Place | str:
 
         interpreted.register()
         return Place(kind, "cpu", interpreted.NAME)
+    if kind == "npu-rehearsal":
+        return Place(kind, "cpu", "cpu")
     if kind == "npu":
         if importlib.util.find_spec("torch_npu") is not None:
             importlib.import_module("torch_npu")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.device.cells import rehearsed
 from benchmarks.device.lines import FAILED, Line, read
 
 
@@ -42,7 +43,7 @@ class Results:
     @property
     def rehearsed(self) -> bool:
         """Whether any of it comes from an interpreter, or has faults made on purpose: nothing of it may be published."""
-        return not self.runs or any(run.get("kind") == "interpret" or run.get("faults") for run in self.runs)
+        return not self.runs or any(rehearsed(run.get("kind", "")) or run.get("faults") for run in self.runs)
 
     def starting(self, prefix: str) -> Iterator[Line]:
         return (line for cell, line in self.cells.items() if cell.startswith(prefix))

@@ -76,6 +76,7 @@ def flex(length: int, device: str, *, causal: bool) -> Callable[..., Tensor]:
     """FlexAttention with its block mask, which is built here and not in the clock."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    torch._dynamo.reset()  # a length of its own each: the limit on recompilations would be reached
     if faults.missing("flex"):
         raise SkipError("no FlexAttention")
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device) if causal else None

@@ -37,7 +37,7 @@ def compete(
     if context.prepare:
         rows = min(rows, 264) if rows >= 264 else rows
     x = scores(context, rows, n, sigma, kind)
-    grad = torch.randn(rows, n, device=place.device, generator=context.generator()).to(kind)
+    grad = context.randn(rows, n).to(kind)
 
     def of(name: str, build: Callable[[], Rows], e: float) -> Callable[[], Contestant]:
         def built() -> Contestant:
@@ -69,7 +69,7 @@ def compete(
 
 def scores(context: Context, rows: int, n: int, sigma: float, kind: torch.dtype) -> Tensor:
     """Fresh scores."""
-    return (torch.randn(rows, n, device=context.place.device, generator=context.generator()) * sigma).to(kind)
+    return (context.randn(rows, n) * sigma).to(kind)
 
 
 def timed(passed: str, x: Tensor, grad: Tensor, function: Rows) -> Callable[[], object]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.device import cells_smoke, cells_timed, cells_tuning
-from benchmarks.device.cells import Cell
+from benchmarks.device.cells import Cell, rehearsed
 
-KINDS = ("gpu", "npu", "interpret")
+KINDS = ("gpu", "npu", "interpret", "npu-rehearsal")
 NAMES = ("ceilings", "smoke", "decisive", "kits", "tuning", "grid")
 PREPARING = 12  # processes that compile side by side
 
@@ -34,7 +34,7 @@ class Stage:
 
 def of(kind: str) -> list[Stage]:
     """The stages for a kind of machine."""
-    tiny = kind == "interpret"
+    tiny = rehearsed(kind)
     ceilings = (*cells_timed.ceilings(kind),)
     found = [
         Stage("ceilings", 3, ceilings),
