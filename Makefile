@@ -9,7 +9,7 @@ test demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test bench bench-gpu bench-npu docs demo train-alpha adapt packages example-backend floor clean
+.PHONY: setup check check-npu check-triton test bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt packages example-backend floor clean
 
 setup: $(STAMP)
 
@@ -35,14 +35,19 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_backward
 	$(BIN)/python -m benchmarks.bench_loss
 
-# On a machine with a GPU, in its own Python (make bench-gpu PYTHON=...), which has the torch and Triton of that device: the
-# conformance kit on the device first, then the benchmarks, in less than ten minutes, to one JSON.
-bench-gpu:
-	PYTHONPATH=diffmax-core/src:diffmax-cuda/src:diffmax-rocm/src $(PYTHON) -m benchmarks.bench_gpu
+# On a machine with a GPU, in its own Python (make device PYTHON=python3), which has the torch and Triton of that device: everything
+# it is asked, in stages, in less than ten minutes, as lines in OUT. docs/device.md. `make bench-gpu` is the same.
+OUT ?= build/device-out
+device bench-gpu:
+	$(PYTHON) -m benchmarks.device --out $(OUT)
 
-# On a machine with an Ascend NPU, in its own Python, which has torch_npu: the kit on the device, then the benchmarks, to one JSON.
+# Here, for a machine that has torch and Triton and nothing of ours: what to carry, and the line to run there.
+device-bundle: setup
+	$(BIN)/python -m benchmarks.device bundle
+
+# On a machine with an Ascend NPU, in its own Python, which has torch_npu: the same stages, as far as they apply.
 bench-npu:
-	PYTHONPATH=diffmax-core/src:diffmax-npu/src $(PYTHON) -m benchmarks.bench_npu
+	$(PYTHON) -m benchmarks.device --kind npu --out $(OUT)
 
 # diffmax-npu's Triton kernels through Triton-Ascend's compiler, without a device; skipped, with the reason, where its wheel cannot be
 # had. `make check-npu STUBS=--stubs` asks torch_npu too.

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffmax
+from benchmarks.attention_options import ALPHA, OPTIONS, learned
 from benchmarks.bench_attention import CHECKED, HEAD_SIZE, ULP, inputs
 from benchmarks.environment import environment, result_path, without_paths
 from benchmarks.runner import FAILURES
@@ -28,31 +29,7 @@ from diffmax import _attention
 
 LENGTH = 2048
 KINDS = ("randn", "sharp", "local")
-ALPHA = 0.5
 BACKENDS = ("numba", "cpu")
-
-
-def _learned(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
-
-
-# What is passed beside query, key and value, for a length.
-OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "plain": lambda n: {},
-    "causal": lambda n: {"is_causal": True},
-    "window": lambda n: {"window_size": (n // 8, n // 8)},
-    "mask": lambda n: {"attn_mask": torch.rand(n, n, generator=torch.Generator().manual_seed(2)) > 0.1},
-    "bias": lambda n: {"attn_mask": _learned(n, n).detach()},
-    "bias that learns": lambda n: {"attn_mask": _learned(n, n)},
-    "bias of keys that learns": lambda n: {"attn_mask": _learned(1, n)},
-    "ALiBi": lambda n: {"alibi_slopes": torch.full((1,), 1 / 64)},
-    "softcap": lambda n: {"softcap": 20.0},
-    "sink that learns": lambda n: {"sink": _learned(1)},
-    "dropout": lambda n: {"dropout_p": 0.1},
-    "alpha as a tensor": lambda n: {"alpha": torch.full((1,), ALPHA)},
-    "alpha that learns": lambda n: {"alpha": torch.full((1,), ALPHA, requires_grad=True)},
-    "statistics": lambda n: {"return_stats": True},
-}
 
 
 def main(arguments: list[str]) -> None:
@@ -122,10 +99,6 @@ def step(backend: str, tensors: tuple[Tensor, ...], given: dict[str, Any], opera
     wanted = (*leaves, *learned(given))
     grad = torch.ones_like(leaves[2])
     return lambda: torch.autograd.grad(attend(backend, leaves, given), wanted, grad)
-
-
-def learned(given: dict[str, Any]) -> list[Tensor]:
-    return [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
 
 
 def fault(backend: str, kind: str, make: Callable[[int], dict[str, Any]]) -> str | None:

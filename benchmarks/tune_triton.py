@@ -1,16 +1,15 @@
-"""Write the tuning tables of diffmax-cuda and diffmax-rocm.
+"""Write the tuning tables of diffmax-cuda and diffmax-rocm without a device: `python -m benchmarks.tune_triton --compile`.
 
-    python -m benchmarks.tune_triton --compile   # no GPU: compile candidates for each architecture, take what fits registers
-    python -m benchmarks.tune_triton --measure   # on a GPU: time candidates on it, write its architecture's table
+Candidates are compiled for each architecture, and what fits its registers is taken: such tables say "predicted" in `origin`.
+What a device finds better, `python -m benchmarks.device` measures and its report writes.
 
-Compiled tables say "predicted" in `origin`. Among the tiles that spill nothing, the one with the fewest warps is taken
-that still keeps enough bytes in flight to hide the memory's latency; fewer warps add up over fewer barriers.
+Among the tiles that spill nothing, the one with the fewest warps is taken that still keeps enough bytes in flight to hide the
+memory's latency; fewer warps add up over fewer barriers.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import sys
 from dataclasses import replace
@@ -41,16 +40,9 @@ WIDTHS = (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_triton", description=(__doc__ or "").splitlines()[0])
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--compile", action="store_true")
-    how.add_argument("--measure", action="store_true")
+    parser.add_argument("--compile", action="store_true", required=True)
     parser.add_argument("--targets", nargs="+", choices=COMPILED, default=list(COMPILED))
     options = parser.parse_args(arguments)
-    if options.measure:
-        if not torch.cuda.is_available():
-            print("tune_triton: --measure needs a GPU that torch sees; nothing was written", file=sys.stderr)
-            return 1
-        return measure()
     from diffmax.kernels.triton.tuning import read_tables, write_tables
     from diffmax.testing.ahead_of_time import TARGETS
 
@@ -132,45 +124,6 @@ def resources_of(
         else:
             operator.bisect_backward(x, x, m, m, None, torch.full((tile.rows, 1), 0.3, dtype=acc), 1, True)
     return [compiled.resources for compiled in launched]
-
-
-def measure() -> int:
-    """Time the candidates on the current device, and write the table of its architecture."""
-    from triton.testing import do_bench
-
-    from diffmax.kernels.triton.launch import RowOperator
-    from diffmax.kernels.triton.tuning import predicted_table, read_tables, write_tables
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    properties = torch.cuda.get_device_properties(device)
-    runtime = "hip" if torch.version.hip else "cuda"
-    name = properties.gcnArchName.partition(":")[0] if runtime == "hip" else f"{properties.major}.{properties.minor}"
-    lanes = int(properties.warp_size)
-    table = predicted_table(lanes=lanes, most_warps=1024 // lanes)
-    triton_version = importlib.metadata.version("triton")
-    table = replace(table, origin=f"measured on {properties.name}, torch {torch.__version__}, triton {triton_version}")
-    for kind, longest in LONGEST.items():
-        dtype = torch.float64 if kind.endswith("float64") else torch.float32
-        tiles = {}
-        for width in tqdm([1 << power for power in WIDTHS if 1 << power <= longest], desc=kind):
-            x = torch.randn((1 << 26) // width, width, device=device, dtype=dtype)
-            times = {}
-            for tile in candidates(width, lanes, 1024 // lanes):
-                one = replace(table, **{kind: {width: tile}})
-                operator = RowOperator(
-                    lambda _, one=one: one, lambda _: properties.multi_processor_count, ptx=runtime == "cuda"
-                )
-                saved = operator.bisect(x, 0.15, 1, 50, True)
-                call = (
-                    (lambda operator=operator, x=x: operator.bisect(x, 0.15, 1, 50, True))
-                    if kind.startswith("forward")
-                    else (lambda operator=operator, x=x, s=saved: operator.bisect_backward(x, *s, None, 0.15, 1, False))
-                )
-                times[tile] = do_bench(call, warmup=5, rep=20, return_mode="median")
-            tiles[width] = min(times, key=lambda tile: times[tile])
-        table = replace(table, **{kind: tiles})
-    write_tables(FILES[runtime], read_tables(FILES[runtime]) | {name: table})
-    return 0
 
 
 if __name__ == "__main__":

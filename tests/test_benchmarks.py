@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,6 @@ from benchmarks import (
     bench_loss,
     contestants,
     count_products,
-    gpu_attention,
-    gpu_options,
     memory,
     plots,
     report,
@@ -253,42 +250,6 @@ def test_a_decoder_learns_with_every_attention(tmp_path, capsys):
     assert [row["contestant"] for row in rows] == ["sdpa", "diffmax 0.5", "diffmax 0.9"]
     assert all(0 < row["loss"] < 8 and row["median_ms"] > 0 for row in rows)
     assert "x sdpa" in capsys.readouterr().out
-
-
-def test_the_band_has_the_share_of_empty_tiles_that_is_asked_for():
-    for sparsity in (0.25, 0.7):
-        case = {"length": 2048, "alpha": 0.5, "scores": "band", "sparsity": sparsity, "heads": 1, "head_dim": 64}
-        query, key, value = gpu_attention.tensors(case | {"dtype": "float32"}, "cpu")
-        _, stats = gpu_attention.diffmax.attention(query, key, value, is_causal=True, alpha=0.5, return_stats=True)
-        assert abs(float(stats.tile_sparsity.mean()) - sparsity) < 0.15
-
-
-def test_the_attention_sweep_measures_each_pass_and_says_who_failed():
-    def times(call):
-        call()
-        return {"median_ms": 1.0}
-
-    case = {"length": 128, "alpha": 0.5, "scores": "randn", "sparsity": 0.0, "heads": 2, "head_dim": 16, "dtype": "float32"}
-    row = gpu_attention.measured(gpu_attention.contestants(case)["diffmax"], *gpu_attention.tensors(case, "cpu"), times)
-    assert {f"{name}_median_ms" for name in gpu_attention.PASSES} | {"first_call_s"} == set(row)
-    lines = gpu_attention.table([{"contestant": "diffmax", "empty_tiles": 0.1, **case, **row}])
-    assert " nan" in lines
-
-
-def test_options_are_measured_beside_the_plain_call(monkeypatch):
-    def times(call):
-        call()
-        return {"median_ms": 1.0}
-
-    monkeypatch.setattr(gpu_options, "HEADS", 2)
-    rows, written = [], []
-    gpu_options.measure(rows, lambda: written.append(len(rows)), time.monotonic() + 60, times, "cpu", 128)
-    assert {row["option"] for row in rows} == set(gpu_options.OPTIONS)
-    assert len(rows) == len(written) == 2 * len(gpu_options.OPTIONS)
-    assert [row["reason"] for row in rows if "reason" in row] == []
-    assert gpu_options.table(rows).count(" 1.00") == 3 * len(rows)
-    gpu_options.measure(rows, list, time.monotonic() + 60, times, "cpu", 128)
-    assert len(rows) == len(written)
 
 
 def test_products_are_counted_as_the_kernels_visit_tiles():

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,3 +232,25 @@ def test_an_unknown_name_in_the_environment_is_an_error_at_the_first_call():
     assert re.search(
         r"NoBackendError: no backend is named 'cupu'\n  loaded: numba, cpu, .*reference\nrun `python -m diffmax`", result.stderr
     )
+
+
+def test_a_source_path_on_a_bare_machine_is_imported_without_importlib_metadata_and_without_metadata():
+    """It used to be a ModuleNotFoundError, and then a PackageNotFoundError for diffmax-core."""
+    code = (
+        "import sys\n"
+        "sys.modules['importlib_metadata'] = None\n"
+        "import importlib.metadata as standard\n"
+        "find, points = standard.version, standard.entry_points\n"
+        "def version(name):\n"
+        "    if name.startswith('diffmax'): raise standard.PackageNotFoundError(name)\n"
+        "    return find(name)\n"
+        "standard.version = version\n"
+        "standard.entry_points = lambda **of: () if of.get('group') == 'diffmax.backends' else points(**of)\n"
+        "import torch, diffmax\n"
+        "assert diffmax.__version__ == '0+unknown'\n"
+        "from diffmax import _report\n"
+        "assert _report.collect().versions['diffmax-core'] == '0+unknown'\n"
+        "assert diffmax.diffmax_bisect(torch.tensor([3.0, 0.0]), 0.5)[1] < 0.2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

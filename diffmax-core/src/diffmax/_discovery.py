@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pluggy
-from importlib_metadata import EntryPoint, PackageNotFoundError, entry_points, version
 
 from diffmax._env import Settings
+from diffmax._metadata import EntryPoint, PackageNotFoundError, core_version, entry_points, version
 from diffmax.plugin import API_VERSION, ENTRY_POINT_GROUP, SHARED_KERNELS_VERSION, Backend, HookSpecs
 
-CORE_VERSION = version("diffmax-core")
+CORE_VERSION = core_version()
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import warnings
 
-from importlib_metadata import PackageNotFoundError, version
+from diffmax._metadata import PackageNotFoundError, version
 
 
 def warn_if_installed() -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from importlib_metadata import PackageNotFoundError, version
 
 from diffmax import _discovery, _env
 from diffmax._dispatch import PLUGIN_FOR_RUNTIME, describe, registry
 from diffmax._inspect import KernelTable, backends, format_table
+from diffmax._metadata import PackageNotFoundError, core_version, version
 
 DEVICE_FILES = {"cuda": "/dev/nvidia0", "hip": "/dev/kfd", "cann": "/dev/davinci0"}
 _VENDORS = {"cuda": "NVIDIA", "hip": "AMD", "cann": "Ascend"}
@@ -152,7 +152,7 @@ def _problems() -> list[str]:
 
 def _versions() -> dict[str, str]:
     versions = {
-        "diffmax-core": version("diffmax-core"),
+        "diffmax-core": core_version(),
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
         "torch built for CUDA": torch.version.cuda or "no",

@@ -1,4 +1,4 @@
-"""Which table of tables.json serves an architecture. `python -m benchmarks.tune_triton` writes that file."""
+"""Which table of tables.json serves an architecture. `benchmarks.tune_triton` and `benchmarks.device report` write it."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from importlib_metadata import packages_distributions, version
 from packaging.version import Version
+
+from diffmax._metadata import packages_distributions, version
 
 OLDEST_TRITON = "3.6"
 
@@ -17,8 +18,8 @@ def triton_problem(compiler: str) -> str | None:
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with a torch built for the device, else: pip install triton"
-    flavours = sorted(set(packages_distributions().get("triton", ["triton"])))
-    found = f"{' and '.join(flavours)} {version(flavours[0])}" if len(flavours) == 1 else " and ".join(flavours)
+    flavours = sorted(set(packages_distributions().get("triton", [])))
+    found = f"{flavours[0]} {version(flavours[0])}" if len(flavours) == 1 else " and ".join(flavours) or "triton, on a path"
     import triton  # a probe is asked once, late
 
     if Version(triton.__version__).release < Version(OLDEST_TRITON).release:

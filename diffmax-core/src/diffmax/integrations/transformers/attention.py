@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from importlib_metadata import PackageNotFoundError, version
 from packaging.version import Version
 from torch import Tensor, nn
 
 from diffmax._attention import attention, attention_varlen
 from diffmax._checks import one_minus_alpha
 from diffmax._kvcache import attention_with_kvcache
+from diffmax._metadata import PackageNotFoundError, version
 from diffmax.integrations.transformers.unfused import attend_with_weights, merged_mask
 
 ModelAlpha: TypeAlias = "float | Tensor | Callable[[nn.Module], float | Tensor]"

@@ -1,0 +1,74 @@
+"""The shared Triton kernels as a backend of CPU tensors, interpreted: what a rehearsal runs in a device's place.
+
+Rows beyond 256 scores are streamed, and split where there are fewer than four, so that a few scores reach every kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import diffmax
+from benchmarks.device import faults
+from diffmax.kernels.triton.attention_launch import AttentionOperator
+from diffmax.kernels.triton.kvcache_launch import Decoder
+from diffmax.kernels.triton.launch import RowOperator
+from diffmax.kernels.triton.tuning import predicted_table
+from diffmax.plugin import FEATURES, Backend
+from diffmax.testing.interpreter import harden, quicken
+
+NAME = "triton"
+PROCESSORS = 4
+
+
+def _short(tiles: Any) -> Any:
+    return {width: tile for width, tile in tiles.items() if width <= 256}
+
+
+_WHOLE = predicted_table(lanes=32, most_warps=32)
+TABLE = replace(_WHOLE, forward=_short(_WHOLE.forward), backward=_short(_WHOLE.backward), stream_block=256)
+ROWS = RowOperator(lambda device: TABLE, lambda device: PROCESSORS, ptx=False)
+ATTENTION = AttentionOperator(lambda device: "sm90", lambda device: PROCESSORS, ptx=False)
+DECODER = Decoder(lambda device: PROCESSORS, ptx=False)
+
+
+def bisect(*arguments: Any) -> Any:
+    return faults.bend(ROWS.bisect(*arguments))
+
+
+def bisect_backward(*arguments: Any) -> Any:
+    return faults.bend(ROWS.bisect_backward(*arguments))
+
+
+def attention(*arguments: Any) -> Any:
+    return faults.bend(ATTENTION.attention(*arguments))
+
+
+def attention_backward(*arguments: Any) -> Any:
+    return faults.bend(ATTENTION.attention_backward(*arguments))
+
+
+def attention_kvcache(*arguments: Any) -> Any:
+    return faults.bend(DECODER.attention_kvcache(*arguments))
+
+
+def register() -> None:
+    """Make the backend known, and Triton's interpreter right."""
+    harden()
+    quicken()
+    warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
+    warnings.filterwarnings("ignore", "Conversion of an array with ndim", DeprecationWarning)
+    operators = ("bisect", "bisect_backward", "attention", "attention_backward", "attention_kvcache")
+    diffmax.register_backend(
+        Backend(
+            name=NAME,
+            device_types=("cpu",),
+            kernels={operator: f"{__name__}:{operator}" for operator in operators},
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            features=frozenset(FEATURES),
+            automatic=False,
+        )
+    )
