@@ -9,7 +9,8 @@ test demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu test bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt packages example-backend floor clean
+.PHONY: setup check check-npu check-triton test bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt packages \
+	example-backend floor clean
 
 setup: $(STAMP)
 
@@ -54,6 +55,12 @@ bench-npu:
 STUBS :=
 check-npu: setup
 	$(BIN)/python .ci/check_npu.py $(STUBS)
+
+# Every Triton kernel compiled, without a device, for every architecture by the oldest Triton and the newest: registers, spills, shared
+# memory. The first time it downloads both and takes minutes. `make check-triton WRITE=--write` renews docs/kernels.md.
+WRITE :=
+check-triton: setup
+	$(BIN)/python .ci/check_triton.py $(WRITE)
 
 # The pages of docs/ and the API from docstrings, as HTML in docs/_build; a warning is an error.
 docs: setup

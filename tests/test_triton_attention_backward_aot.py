@@ -1,7 +1,6 @@
-"""Attention's Triton backward, compiled ahead of time from its real launch code, for each architecture, with the shipped tiles.
+"""What the binaries of attention's Triton backward are like: which calls share one, wide loads, tiles. Nothing runs.
 
-Nothing runs: `diffmax.testing.ahead_of_time` stands in for the driver. The budget is zero bytes spilled, and shared memory
-within the device's limit.
+Registers, spills and shared memory on every architecture: `make check-triton`, docs/kernels.md.
 """
 
 from dataclasses import dataclass
@@ -47,50 +46,6 @@ def launches(target, dtype, size, e=None, more=None, needs_bias=False):
     return launched
 
 
-def check_budget(launched):
-    assert launched
-    for compiled in launched:
-        found = compiled.resources
-        assert found["spilled"] == 0, f"{compiled.name} spills {found['spilled']} bytes: {found}"
-        assert found["shared"] <= compiled.target.shared, f"{compiled.name}: {found}"
-
-
-# the compiler's way to each target differs; sizes and dtypes are spread over them
-CASES = [
-    *((target, torch.bfloat16, 128) for target in TARGETS if target != "sm75"),
-    *((target, torch.float32, 64) for target in ("sm80", "sm90", "gfx942", "gfx1100")),
-    *((target, torch.float16, 64) for target in ("sm86", "sm90", "gfx942", "gfx1100")),
-    *((target, torch.bfloat16, 256) for target in ("sm90", "gfx942")),
-    ("sm90", torch.float32, 128),
-]
-
-
-@pytest.mark.parametrize(("target", "dtype", "size"), CASES, ids=lambda value: str(value).removeprefix("torch."))
-def test_the_shipped_tiles_spill_nothing(target, dtype, size, record_property):
-    launched = launches(target, dtype, size)
-    assert [compiled.name for compiled in launched] == [kernel.__name__ for kernel in KERNELS[:2]]
-    check_budget(launched)
-    for compiled in launched:
-        record_property(f"{compiled.name} {target} {dtype} {size}", str(compiled.resources))
-        if dtype != torch.float32:
-            assert any(name in compiled.text for name in MATRIX_INSTRUCTIONS[compiled.target.backend])
-
-
-ENDS = torch.tensor([0, 100, 128], dtype=torch.int32)
-DROPOUT = {"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64)}
-PACKED = {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 100, "max_seqlen_k": 100, "alibi": torch.rand(2)}
-BESIDE = {"mask": torch.ones(1, 1, 1, 128, dtype=torch.bool), "bias": torch.zeros(1, 2, 128, 128), "softcap": 3.0}
-
-
-@pytest.mark.parametrize(("target", "more"), [("sm90", BESIDE), ("gfx942", PACKED), ("sm90", PACKED | DROPOUT)])
-def test_options_compile_into_the_budget_of_shared_memory(target, more):
-    """They take registers, so that some values may be spilled; a bias adds the third kernel."""
-    launched = launches(target, torch.bfloat16, 64, more=more, needs_bias="bias" in more)
-    assert [compiled.name for compiled in launched] == [kernel.__name__ for kernel in KERNELS[: 3 if "bias" in more else 2]]
-    for compiled in launched:
-        assert compiled.resources["shared"] <= compiled.target.shared
-
-
 def test_lengths_heads_windows_and_alphas_share_their_binaries():
     """One binary per kernel, whatever the lengths, the number of heads, and alpha with a run-time exponent."""
     seen = {}
@@ -102,17 +57,15 @@ def test_lengths_heads_windows_and_alphas_share_their_binaries():
         with recording("sm90", *(KERNELS if not launched else ())) as some:
             attention_backward(operator, query, query, query, query, m, m, query, live, call, False)
         launched += some
-    check_budget(launched)
     for compiled in launched:
         seen.setdefault(compiled.name, set()).add(id(compiled.kernel))
     assert {name: len(binaries) for name, binaries in seen.items()} == {kernel.__name__: 1 for kernel in KERNELS[:2]}
 
 
 @pytest.mark.parametrize("target", ["sm90", "gfx942"])
-def test_aligned_rows_are_loaded_16_bytes_at_a_time(target):
-    launched = launches(target, torch.bfloat16, 128, e=0.5)
-    check_budget(launched)
-    for compiled in launched:
+def test_aligned_rows_are_loaded_16_bytes_at_a_time_and_matrix_cores_are_used(target):
+    for compiled in launches(target, torch.bfloat16, 128, e=0.5):
+        assert any(name in compiled.text for name in MATRIX_INSTRUCTIONS[compiled.target.backend])
         assert compiled.resources["wide_loads"] >= 2 or "cp.async.cg" in compiled.text
 
 

@@ -1,8 +1,7 @@
 """Attention's Triton forward: against the reference under the interpreter, and compiled ahead of time for each architecture.
 
 Triton decides at its import whether it interprets, so those tests run in a process of their own, which
-`triton_forward_interpreted.py` holds. Budget of what is compiled: zero bytes spilled, and shared memory within the device's
-limit.
+`triton_forward_interpreted.py` holds. Registers, spills and shared memory: `make check-triton`, docs/kernels.md.
 """
 
 import os
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from diffmax.kernels.triton.attention_fwd_out import attention_out_kernel
@@ -34,55 +32,21 @@ def test_the_kernels_pass_under_the_interpreter():
     assert "skipped" not in done.stdout
 
 
-OPTIONS = {
-    "causal": {"right": 0},
-    "window, sink": {"left": 100, "right": 10, "sink": torch.zeros(2)},
-    "mask": {"mask": torch.ones(2, 1, 256, 512, dtype=torch.bool)},
-    "bias, ALiBi": {"bias": torch.zeros(1, 2, 256, 512, dtype=torch.bfloat16), "alibi": torch.zeros(2), "right": 0},
-    "softcap, dropout": {"softcap": 3.0, "dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64), "right": 0},
-}
-
-
-def launches(target, dtype, size, e, keep, kind="causal", length=256, heads=2):
+def launches(target, dtype, size, e, keep, length=256, heads=2):
     operator = AttentionOperator(lambda device: target, lambda device: 132, ptx=TARGETS[target].backend == "cuda")
     query, key, value = (torch.zeros(2, heads, n, size, dtype=dtype) for n in (length, 2 * length, 2 * length))
-    call = AttentionCall(scale=0.1, e=torch.full((heads,), 0.3) if e is None else e, **OPTIONS[kind])
+    call = AttentionCall(scale=0.1, e=e, right=0)
     with recording(target, attention_solve_kernel, attention_out_kernel) as launched:
         operator.attention(query, key, value, call, keep, False)
     assert [compiled.name for compiled in launched] == ["attention_solve_kernel", "attention_out_kernel"]
     return launched
 
 
-def check_budget(launched):
-    for compiled in launched:
-        found = compiled.resources
-        assert found["spilled"] == 0, f"{compiled.name} spills {found['spilled']} bytes: {found}"
-        assert found["shared"] <= compiled.target.shared, f"{compiled.name}: {found}"
-
-
-@pytest.mark.parametrize("target", ["sm80", "sm86", "sm90", "sm100", "sm120", "gfx90a", "gfx942", "gfx950", "gfx1100"])
-def test_the_shipped_settings_spill_nothing(target):
-    check_budget(launches(target, torch.bfloat16, 128, 0.15, True))
-
-
-@pytest.mark.parametrize(
-    ("target", "dtype", "size", "e", "kind"),
-    [
-        ("sm80", torch.float16, 64, 0.15, "causal"),
-        ("sm90", torch.bfloat16, 64, 0.5, "window, sink"),
-        ("sm80", torch.bfloat16, 64, None, "mask"),
-        ("sm90", torch.bfloat16, 128, 0.15, "bias, ALiBi"),
-        ("sm90", torch.bfloat16, 64, 0.15, "softcap, dropout"),
-        ("gfx942", torch.bfloat16, 64, None, "mask"),
-        ("sm80", torch.bfloat16, 256, 0.15, "causal"),
-        ("gfx942", torch.bfloat16, 256, 0.15, "causal"),
-        ("gfx1100", torch.bfloat16, 64, 0.15, "causal"),
-        ("sm80", torch.float32, 80, 0.15, "causal"),
-        ("gfx942", torch.float32, 64, 0.15, "causal"),
-    ],
-)
-def test_other_sizes_and_dtypes_spill_nothing(target, dtype, size, e, kind):
-    check_budget(launches(target, dtype, size, e, True, kind))
+def test_an_architecture_that_is_not_in_the_table_compiles_too():
+    """gfx950, whose settings are those of gfx942."""
+    for compiled in launches("gfx950", torch.bfloat16, 128, 0.15, True):
+        assert compiled.resources["spilled"] == 0, f"{compiled.name}: {compiled.resources}"
+        assert compiled.resources["shared"] <= compiled.target.shared, f"{compiled.name}: {compiled.resources}"
 
 
 def test_matrix_cores_are_used():

@@ -38,11 +38,24 @@ class Machine:
         for name, version in BUILDS.values():
             self.monkeypatch.setattr(torch.version, name, version if name == BUILDS[vendor][0] else None)
 
+    def devices(self, capabilities, architectures):
+        """Several, of which the last is the current one."""
+        self.device(capabilities[-1], architectures[-1])
+        for name, value in {
+            "current_device": lambda: len(capabilities) - 1,
+            "device_count": lambda: len(capabilities),
+            "get_device_capability": lambda index=-1: capabilities[index],
+            "get_device_name": lambda index=-1: f"GPU {index}",
+            "get_device_properties": lambda index=-1: type("Properties", (), {"gcnArchName": architectures[index]})(),
+        }.items():
+            self.monkeypatch.setattr(torch.cuda, name, value)
+
     def device(self, capability=(9, 0), architecture="gfx942:sramecc+:xnack-"):
         properties = type("Properties", (), {"gcnArchName": architecture, "multi_processor_count": 132})()
         for name, value in {
             "is_available": True,
             "current_device": 0,
+            "device_count": 1,
             "get_device_name": "Some GPU",
             "get_device_capability": capability,
             "get_device_properties": properties,
@@ -112,7 +125,7 @@ def test_attention_on_an_old_architecture_goes_to_the_reference(machine):
     machine.device(capability=(7, 5))
     assert choose(describe("bisect", "cuda", torch.float16)).name == "cuda"
     spec = describe("attention", "cuda", torch.float16, frozenset(), 64, 64)
-    with pytest.raises(NoBackendError, match=r"its attention needs compute capability 8.0 or newer, this device has 7.5"):
+    with pytest.raises(NoBackendError, match=r"its attention needs compute capability 8.0 or newer, Some GPU has 7.5"):
         choose(spec, "cuda")
     with pytest.warns(RuntimeWarning, match="plain PyTorch"):
         assert choose(spec).name == "reference"
@@ -151,6 +164,21 @@ def test_the_probe_names_an_architecture_that_is_too_old(machine):
     machine.build("rocm")
     machine.device(architecture="gfx906:sramecc-:xnack-")
     assert "Some GPU is gfx906; the kernels are compiled and checked for gfx90a" in diffmax_rocm.probe.probe()
+
+
+def test_on_a_mixed_machine_the_least_capable_device_decides(machine):
+    """The current device's capability was asked and the answer kept for all: wrong where another one is older."""
+    machine.build("cuda")
+    machine.devices([(7, 5), (9, 0)], ["", ""])
+    assert diffmax_cuda.probe.probe() is None
+    spec = describe("attention", "cuda", torch.float16, frozenset(), 64, 64)
+    (reason,) = diffmax_cuda.probe.unsupported(spec)
+    assert "GPU 0 (cuda:0, the least capable of 2 devices; CUDA_VISIBLE_DEVICES can hide it) has 7.5" in reason
+    machine.devices([(9, 0), (6, 1), (9, 0)], ["", "", ""])
+    assert "GPU 1 (cuda:1, the least capable of 3 devices" in diffmax_cuda.probe.probe()
+    machine.build("rocm")
+    machine.devices([(9, 4), (9, 4)], ["gfx906:sramecc-", "gfx942"])
+    assert "GPU 0 (cuda:0 of 2 devices; HIP_VISIBLE_DEVICES can hide it) is gfx906" in diffmax_rocm.probe.probe()
 
 
 def test_what_is_wrong_with_triton_is_named(monkeypatch):

@@ -167,3 +167,9 @@ def test_skipped_tiles_change_nothing(keep, monkeypatch):
         assert torch.equal(ours, whole)
     same_dtype = reference.attention(query, key, value, call, True, True)[0]
     assert (sparse[0].double() - exact[0]).abs().max() <= allowed_error(exact[0], same_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_special_alphas(dtype):
+    """Every ninth of the kit's."""
+    checks.special_alphas_pass_the_gate(WHOLE, "cpu", dtype, checks.SPECIAL_ALPHAS[2::9])

@@ -81,3 +81,8 @@ def test_rows_that_neither_lists_nor_the_guess_solve(alpha):
     wanted = given.to("cpu", torch.float32).run("reference", return_stats=True)[1]
     assert torch.allclose(stats.tau, wanted.tau, rtol=1e-5, atol=1e-5)
     assert (stats.support_size - wanted.support_size).abs().max() <= 2
+
+
+def test_special_alphas():
+    """Every ninth of the kit's."""
+    checks.special_alphas_pass_the_gate("triton", "cpu", torch.float32, checks.SPECIAL_ALPHAS[2::9])

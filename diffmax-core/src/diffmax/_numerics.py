@@ -31,13 +31,14 @@ def newton_steps(n_iter: int, n: int, e: float, dtype: torch.dtype) -> int:
 INTEGER_EXPONENTS = (2, 3, 4, 5, 10)
 
 
-_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+# As far, relative to it, e may be from 1/k: in float32 1/e then rounds to k; in float64 as far as rounding alpha takes it
+_WHOLE = {torch.float32: 2.0**-24, torch.float64: 2.0**-50}
 
 
 def integer_exponent(e: float, dtype: torch.dtype) -> int:
-    """k = 1/e if it is one of `INTEGER_EXPONENTS` to the last digit of `dtype`, in which powers are computed; else 0."""
+    """k = 1/e if it is one of `INTEGER_EXPONENTS` in the precision of `dtype`, in which powers are computed; else 0."""
     k = round(1 / e) if e > 0.05 else 0
-    return k if k in INTEGER_EXPONENTS and abs(e - 1 / k) <= _EPS[dtype] else 0
+    return k if k in INTEGER_EXPONENTS and abs(k * e - 1) <= _WHOLE[dtype] else 0
 
 
 def clamp_e(e: float | Tensor) -> float | Tensor:

@@ -20,3 +20,4 @@ def architecture(device: torch.device) -> str:
 operator = AttentionOperator(architecture, processors, ptx=True, table=own_table)
 attention = operator.attention
 attention_backward = operator.attention_backward
+warmup = operator.warmup

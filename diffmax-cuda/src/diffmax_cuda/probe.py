@@ -28,10 +28,10 @@ def unsupported(spec: CallSpec) -> list[str]:
     reasons = attention_reasons(spec)
     if not (spec.operator.startswith("attention") and torch.cuda.is_available()):
         return reasons
-    major, minor = torch.cuda.get_device_capability()
+    (major, minor), which = _least_capable()
     if (major, minor) < OLDEST_FOR_ATTENTION:
         needed = "{}.{}".format(*OLDEST_FOR_ATTENTION)
-        reasons.append(f"its attention needs compute capability {needed} or newer, this device has {major}.{minor}")
+        reasons.append(f"its attention needs compute capability {needed} or newer, {which} has {major}.{minor}")
     return reasons
 
 
@@ -45,8 +45,17 @@ def _no_device() -> str:
 
 
 def _architecture_problem() -> str | None:
-    major, minor = torch.cuda.get_device_capability()
+    (major, minor), which = _least_capable()
     if (major, minor) >= OLDEST:
         return None
-    name = torch.cuda.get_device_name()
-    return f"{name} has compute capability {major}.{minor}, needed is {OLDEST[0]}.{OLDEST[1]} or newer"
+    return f"{which} has compute capability {major}.{minor}, needed is {OLDEST[0]}.{OLDEST[1]} or newer"
+
+
+def _least_capable() -> tuple[tuple[int, int], str]:
+    """The least compute capability of all devices that torch sees, and whose it is: answers are kept for all of them alike."""
+    count = torch.cuda.device_count()
+    capability, index = min((torch.cuda.get_device_capability(index), index) for index in range(count))
+    name = torch.cuda.get_device_name(index)
+    if count == 1:
+        return capability, name
+    return capability, f"{name} (cuda:{index}, the least capable of {count} devices; CUDA_VISIBLE_DEVICES can hide it)"

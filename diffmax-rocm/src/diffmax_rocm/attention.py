@@ -19,3 +19,4 @@ def architecture(device: torch.device) -> str:
 operator = AttentionOperator(architecture, processors, ptx=False, table=own_table)
 attention = operator.attention
 attention_backward = operator.attention_backward
+warmup = operator.warmup

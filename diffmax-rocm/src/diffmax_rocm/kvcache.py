@@ -7,3 +7,4 @@ from diffmax_rocm.rows import own_table, processors
 
 decoder = Decoder(processors, ptx=False, table=own_table)
 attention_kvcache = decoder.attention_kvcache
+warmup = decoder.warmup

@@ -37,7 +37,12 @@ def _no_device() -> str:
 
 
 def _architecture_problem() -> str | None:
-    found = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName).partition(":")[0]
-    if found in ARCHITECTURES:
-        return None
-    return f"{torch.cuda.get_device_name()} is {found}; the kernels are compiled and checked for {', '.join(ARCHITECTURES)}"
+    """Of the first device that is not known: the answer is kept for all that torch sees."""
+    count = torch.cuda.device_count()
+    for index in range(count):
+        found = str(torch.cuda.get_device_properties(index).gcnArchName).partition(":")[0]
+        if found not in ARCHITECTURES:
+            which = torch.cuda.get_device_name(index)
+            which += f" (cuda:{index} of {count} devices; HIP_VISIBLE_DEVICES can hide it)" if count > 1 else ""
+            return f"{which} is {found}; the kernels are compiled and checked for {', '.join(ARCHITECTURES)}"
+    return None

@@ -6,7 +6,7 @@ differences. The gate is the one of the row operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -20,7 +20,7 @@ from diffmax import AttentionStats, _attention
 from diffmax._dispatch import registry
 from diffmax.plugin import AttentionCall
 from diffmax.reference_dropout import kept
-from diffmax.testing.checks import _expect, _grad, _poisoned_memory, _within, inf, nan
+from diffmax.testing.checks import SPECIAL_ALPHAS, _expect, _grad, _poisoned_memory, _within, inf, nan
 from diffmax.testing.gate import allowed_error, allowed_error_in_float64
 from diffmax.testing.rows import NASTY_ROWS
 
@@ -200,17 +200,19 @@ def forward_passes_the_gate(backend: str, device: str, case: Case, dtype: torch.
     _within(ours, exact, _allowed(dtype, exact, yardstick), "output")
 
 
-def gradients_are_right_on_average(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
-    """Forward and backward through autograd, for query, key, value, bias, sink and, where it can be, alpha.
+def gradients_are_right_on_average(
+    backend: str, device: str, case: Case, dtype: torch.dtype, *, alpha_learns: bool = True
+) -> None:
+    """Forward and backward through autograd, for query, key, value, bias, sink and, where it can and is to be, alpha.
 
     The gate holds for the mean error, for the reason that `checks.gradients_are_right_on_average` gives; of alpha and the sink,
     for the mean over queries, before they are summed to one number per head.
     """
     inputs = case.inputs(dtype)
-    if gives_alpha_gradient(backend) and not isinstance(case.alpha, tuple):
+    learns = alpha_learns and gives_alpha_gradient(backend)
+    if learns and not isinstance(case.alpha, tuple):
         inputs["alpha"] = torch.full((case.heads,), case.alpha, dtype=torch.float64)
     grad = torch.randn(case.batch, case.heads, case.length, inputs["value"].shape[3]).to(dtype)
-    learns = gives_alpha_gradient(backend)
     truth, yardstick = (
         _gradients("reference", "cpu", case, _cast(inputs, kind), grad.to(kind), learns)
         for kind in (torch.float64, _measured(dtype))
@@ -281,6 +283,19 @@ def masked_and_bad_queries(backend: str, device: str, dtype: torch.dtype) -> Non
         _expect(bool((grads[0][empty] == 0).all()), "a query that sees nothing has a gradient")
         _expect(bool((grads[1][5] == 0).all() and (grads[2][5] == 0).all()), "a key that nobody sees has a gradient")
         _expect(all(bool(g.isfinite().all()) for g in grads), "what a query that sees nothing holds reached a gradient")
+
+
+def special_alphas_pass_the_gate(
+    backend: str, device: str, dtype: torch.dtype, alphas: Sequence[float] = SPECIAL_ALPHAS
+) -> None:
+    """`checks.special_alphas_pass_the_gate` of attention."""
+    for alpha in alphas:
+        case = Case(batch=1, heads=1, kv_heads=1, length=17, keys=33, alpha=alpha)
+        try:
+            forward_passes_the_gate(backend, device, case, dtype)
+            gradients_are_right_on_average(backend, device, case, dtype, alpha_learns=False)
+        except AssertionError as error:
+            raise AssertionError(f"alpha={alpha!r}: {error}") from None
 
 
 def nasty_rows_pass_the_gate(backend: str, device: str, dtype: torch.dtype, alpha: float) -> None:

@@ -20,6 +20,8 @@ from diffmax.testing import attention_checks as checks
 from diffmax.testing.conformance import DTYPES, Kit, _dtype_id, every_dtype
 
 every_case = pytest.mark.parametrize("case", checks.CASES.values(), ids=[name.replace(" ", "-") for name in checks.CASES])
+FLOAT32_CASES = ("head size 256", "long", "dense", "sparse")
+FLOAT32_IDS = [name.replace(" ", "-") for name in FLOAT32_CASES]
 low = pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize < 8], ids=_dtype_id)
 
 
@@ -51,6 +53,16 @@ class AttentionConformance(Kit):
             with pytest.raises(NoBackendError, match=f"{self.backend}: .*lacks"):
                 checks.forward_passes_the_gate(self.backend, self.device, case, dtype)
 
+    @pytest.mark.parametrize("case", [checks.CASES[name] for name in FLOAT32_CASES], ids=FLOAT32_IDS)
+    def test_float32_products(self, case: checks.Case) -> None:
+        """The test to look at first on a device: whether its products of float32 are as exact as the gate asks.
+
+        Matrix cores that cut off what they add, or multiply fewer digits, show here: in long heads, many keys, large scores.
+        """
+        if self.claims(torch.float32, *case.features()):
+            for _ in range(3):
+                checks.forward_passes_the_gate(self.backend, self.device, case, torch.float32)
+
     @every_dtype
     @every_case
     def test_gradients(self, case: checks.Case, dtype: torch.dtype) -> None:
@@ -64,6 +76,12 @@ class AttentionConformance(Kit):
         """Ties, offsets of 1e9, masks, as scores."""
         if self.claims(dtype):
             checks.nasty_rows_pass_the_gate(self.backend, self.device, dtype, alpha)
+
+    @every_dtype
+    def test_special_alphas(self, dtype: torch.dtype) -> None:
+        """At and beside the alphas that have kernels of their own, near 0 and 1, forward and backward."""
+        if self.claims(dtype):
+            checks.special_alphas_pass_the_gate(self.backend, self.device, dtype)
 
     @every_dtype
     def test_dropout(self, dtype: torch.dtype) -> None:

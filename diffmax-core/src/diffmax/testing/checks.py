@@ -7,7 +7,7 @@ the figures. The truth is `diffmax.reference` in float64 on the CPU, which diffm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -23,6 +23,19 @@ from diffmax.testing.rows import NASTY_ROWS
 
 ALPHAS = (0.01, 0.1, 0.5, 0.75, 0.85, 0.9, 0.99, 0.999)
 SIGMAS = (0.3, 1.0, 3.0, 10.0)
+# A kernel decides by alpha, and what it decides must hold in the precision that it computes in: beside each value with a kernel
+# of its own, at distances that float32 and float64 see or do not see.
+DISTANCES = (1e-13, 1e-12, 1e-10, 1e-8, 5e-8, 1e-7, 1e-6)
+SPECIAL_ALPHAS = (
+    *DISTANCES,
+    *(1 - distance for distance in DISTANCES),
+    *(
+        alpha + step
+        for alpha in (1 / 2, 2 / 3, 3 / 4, 4 / 5, 9 / 10)
+        for d in (0.0, *DISTANCES)
+        for step in ((-d, d) if d else (d,))
+    ),
+)
 SHAPES = ((5, 1), (4, 2), (3, 63), (7, 64), (3, 127), (2, 3, 129), (2, 1000), (1, 4099), (700, 17), (2, 40000))
 inf, nan = math.inf, math.nan
 
@@ -87,6 +100,16 @@ def gradients_are_right_on_average(backend: str, device: str, x: Tensor, alpha: 
             error <= 2 * allowed + 2 * ulp,
             f"gradient for {what} at alpha={alpha}: mean error {error:.3g}, reference {allowed:.3g}",
         )
+
+
+def special_alphas_pass_the_gate(
+    backend: str, device: str, dtype: torch.dtype, alphas: Sequence[float] = SPECIAL_ALPHAS
+) -> None:
+    """Forward and backward of a few rows at and beside the alphas that have kernels of their own, and near 0 and 1."""
+    for alpha in alphas:
+        x = random_scores((8, 33), dtype, 3.0)
+        forward_passes_the_gate(backend, device, x, alpha)
+        backward_passes_the_gate(backend, device, x, alpha)
 
 
 def nasty_rows_pass_the_gate(backend: str, device: str, dtype: torch.dtype, alpha: float) -> None:

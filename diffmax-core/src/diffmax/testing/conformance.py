@@ -136,6 +136,12 @@ class BackendConformance(Kit):
             checks.nasty_rows_pass_the_gate(self.backend, self.device, dtype, alpha)
 
     @every_dtype
+    def test_special_alphas(self, dtype: torch.dtype) -> None:
+        """At and beside the alphas that have kernels of their own, near 0 and 1, forward and backward."""
+        if self.claims(dtype):
+            checks.special_alphas_pass_the_gate(self.backend, self.device, dtype)
+
+    @every_dtype
     def test_few_iterations_are_as_accurate_as_bisection(self, dtype: torch.dtype) -> None:
         """n_iter bisection steps leave an error of at most 2^-n_iter in t; Newton's steps must not leave more."""
         if self.claims(dtype):

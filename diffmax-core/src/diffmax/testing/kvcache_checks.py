@@ -6,7 +6,7 @@ the row operator. What lies behind a sequence's end is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import diffmax
 from diffmax import KVCacheStats, PageBounds
 from diffmax.testing.attention_checks import attention, claimed
-from diffmax.testing.checks import _expect, _gate, _poisoned_memory, _within, inf, nan
+from diffmax.testing.checks import SPECIAL_ALPHAS, _expect, _gate, _poisoned_memory, _within, inf, nan
 
 # what it returns depends on return_stats, which is passed among other keywords here
 attend: Callable[..., Any] = diffmax.attention_with_kvcache
@@ -219,6 +219,18 @@ def decoding_passes_the_gate(backend: str, device: str, case: Case, dtype: torch
     if ours.bounds is not None and yardstick.bounds is not None:
         for what, got, wanted in zip(("low", "high"), ours.bounds[:2], yardstick.bounds[:2], strict=True):
             _expect(_same(got, wanted), f"the bounds' {what} differs after the call")
+
+
+def special_alphas_pass_the_gate(
+    backend: str, device: str, dtype: torch.dtype, alphas: Sequence[float] = SPECIAL_ALPHAS[2::3]
+) -> None:
+    """`checks.special_alphas_pass_the_gate` of decoding."""
+    for alpha in alphas:
+        case = Case(lengths=(33,), room=40, heads=1, kv_heads=1, length=3, alpha=alpha)
+        try:
+            decoding_passes_the_gate(backend, device, case, dtype)
+        except AssertionError as error:
+            raise AssertionError(f"alpha={alpha!r}: {error}") from None
 
 
 def _truth(given: Inputs, dtype: torch.dtype) -> tuple[Tensor, float]:

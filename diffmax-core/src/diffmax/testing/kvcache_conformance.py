@@ -48,6 +48,12 @@ class KVCacheConformance(Kit):
                 checks.decoding_passes_the_gate(self.backend, self.device, case, dtype)
 
     @every_dtype
+    def test_special_alphas(self, dtype: torch.dtype) -> None:
+        """At and beside the alphas that have kernels of their own, near 0 and 1."""
+        if self.claims(dtype):
+            checks.special_alphas_pass_the_gate(self.backend, self.device, dtype)
+
+    @every_dtype
     def test_decoding_goes_on(self, dtype: torch.dtype) -> None:
         """Token after token equals attention over all."""
         if self.claims(dtype):

@@ -137,7 +137,7 @@ class _Launch:
         flags = {
             "HEAD_DIM": query.shape[3], "VALUE_DIM": value.shape[3], "BLOCK_D": _padded(query.shape[3]),
             "BLOCK_V": _padded(value.shape[3]), "ALIGNED": all(_aligned(t) for t in (grad, query, key, value)),
-            "LOWER_RIGHT": call.lower_right, "WINDOW": call.left >= 0 or call.right >= 0,
+            "LOWER_RIGHT": _lower_right(query, key, call), "WINDOW": call.left >= 0 or call.right >= 0,
             "MASK": _layout(mask), "BIAS": _layout(call.bias), "ALIBI": alibi is not None, "SOFTCAP": call.softcap > 0,
             "DROPOUT": call.dropout_p > 0, "LIVE": live.numel() > 0, "E_TENSOR": exponent.tensor, "K": exponent.integer,
             "HARDWARE": _hardware(exponent, query.dtype), "PTX": operator.ptx,
@@ -226,6 +226,12 @@ def _layout(t: Tensor | None) -> int:
     if not adjacent:
         return int(ANY_STRIDES.value)
     return int((SHARED_BY_QUERIES if t.shape[2] == 1 else ADJACENT_KEYS).value)
+
+
+def _lower_right(query: Tensor, key: Tensor, call: AttentionCall) -> bool:
+    """Whether a query's place depends on the number of keys, and anything on the place: else one binary serves both."""
+    placed = call.left >= 0 or call.right >= 0 or call.alibi is not None
+    return call.lower_right and placed and (call.cu_seqlens_q is not None or query.shape[2] != key.shape[2])
 
 
 def _padded(size: int) -> int:

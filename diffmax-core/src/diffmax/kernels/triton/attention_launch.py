@@ -15,7 +15,15 @@ from torch import Tensor
 
 from diffmax._numerics import newton_steps
 from diffmax.kernels.triton import attention_bwd_launch
-from diffmax.kernels.triton.attention_bwd_launch import Backward, _aligned, _hardware, _layout, _padded, _rows_of_entries
+from diffmax.kernels.triton.attention_bwd_launch import (
+    Backward,
+    _aligned,
+    _hardware,
+    _layout,
+    _lower_right,
+    _padded,
+    _rows_of_entries,
+)
 from diffmax.kernels.triton.attention_bwd_tuning import Blocks, backward_blocks
 from diffmax.kernels.triton.attention_fwd_out import attention_out_kernel
 from diffmax.kernels.triton.attention_fwd_solve import attention_solve_kernel
@@ -60,6 +68,11 @@ class AttentionOperator(Tunable):
         processors: How many multiprocessors (compute units) a device has.
         ptx: Whether the compiler takes NVIDIA's assembly.
         table: The tuning table of a device's own architecture, if there is one.
+    Attributes:
+        precision: Of products of float32 in the backward.
+        forward_precision: The same in the forward: three products of tf32 on NVIDIA's matrix cores, AMD's take float32 itself.
+            That three are enough for the gate was found by emulating sums that round to nearest. Matrix cores cut off instead,
+            which only a device can show: the kit's `test_float32_products` asks. Where it fails, "ieee" is right and slower.
     """
 
     def __init__(
@@ -74,8 +87,8 @@ class AttentionOperator(Tunable):
         self.processors = processors
         self.table = table
         self.ptx = ptx
-        self.precision = "ieee"  # of products of float32 in the backward
-        self.forward_precision = "tf32x3" if ptx else "ieee"  # three products on matrix cores; AMD's take float32 itself
+        self.precision = "ieee"
+        self.forward_precision = "tf32x3" if ptx else "ieee"
 
     def forward_settings(
         self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall
@@ -130,6 +143,41 @@ class AttentionOperator(Tunable):
         return attention_bwd_launch.attention_backward(
             self, grad, query, key, value, m, delta, u, live, call, needs_e, needs_bias, needs_sink
         )
+
+    def warmup(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        value_dim: int,
+        e: float | None,
+        backward: bool,
+        features: frozenset[str],
+    ) -> None:
+        """Compile what calls need, by calling on tiny tensors.
+
+        A mask is prepared as one of keys and as one of queries and keys, a bias as one of queries and keys. Calls that are to
+        be differentiated and those that are not have forward kernels of their own.
+
+        Args:
+            device: Where the calls will run.
+            dtype: Of query, key and value.
+            head_dim, value_dim: Sizes of a query and of a value.
+            e: 1 - alpha, or None for alpha as a tensor.
+            backward: Whether the calls will be differentiated.
+            features: Of `diffmax.plugin.FEATURES`, what the calls have. Where "alpha_gradient" or "attention_stats" is among
+                them, calls without it are prepared too.
+        """
+        length, kv_heads = TILE, 1 if "gqa" in features else 2
+        sizes = ((2, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
+        for call in example_calls(device, dtype, length, e, features):
+            query, key, value = (torch.zeros(1, heads, length, size, dtype=dtype, device=device) for heads, size in sizes)
+            for stats in (False, True) if "attention_stats" in features else (False,):
+                out, m, delta, u, live, _ = self.attention(query, key, value, call, backward, stats)
+            for needs_e in ((False, True) if "alpha_gradient" in features else (False,)) if backward else ():
+                self.attention_backward(
+                    out, query, key, value, m, delta, u, live, call, needs_e, call.bias is not None, call.sink is not None
+                )
 
     def _launch(
         self,
@@ -199,7 +247,7 @@ class AttentionOperator(Tunable):
         }  # fmt: skip
         options = Options(
             WINDOW=call.left >= 0 or call.right >= 0, MASK=_layout(call.mask), SOFTCAP=call.softcap > 0,
-            ALIBI=alibi is not None, BIAS=_layout(call.bias), PACKED=packed, LOWER_RIGHT=call.lower_right,
+            ALIBI=alibi is not None, BIAS=_layout(call.bias), PACKED=packed, LOWER_RIGHT=_lower_right(query, key, call),
             PRECISION=self.forward_precision if query.dtype == torch.float32 else "ieee",
         )  # fmt: skip
         return tensors, {
@@ -217,6 +265,41 @@ class AttentionOperator(Tunable):
             # a * b + c in one rounding, said aloud: Triton's default is about to change
             "enable_fp_fusion": True,
         }  # fmt: skip
+
+
+def example_calls(
+    device: torch.device, dtype: torch.dtype, length: int, e: float | None, features: frozenset[str]
+) -> list[AttentionCall]:
+    """Calls with these features on two heads of `length` queries and keys: for each layout of a mask one."""
+
+    def zeros(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=kind, device=device)
+
+    given: Names = {"scale": 1.0, "e": zeros(2) + 0.5 if e is None or "tensor_alpha" in features else e}
+    if "causal" in features or "window" in features:
+        given |= {"left": length if "window" in features else -1, "right": 0 if "causal" in features else length}
+    if "varlen" in features:
+        ends = torch.tensor([0, length], dtype=torch.int32, device=device)
+        given |= {
+            "cu_seqlens_q": ends,
+            "cu_seqlens_k": ends,
+            "max_seqlen_q": length,
+            "max_seqlen_k": length,
+            "lower_right": True,
+        }
+    if "bias" in features:
+        given["bias"] = zeros(1, 2, length, length, kind=dtype)
+    if "alibi" in features:
+        given["alibi"] = zeros(2)
+    if "softcap" in features:
+        given["softcap"] = 1.0
+    if "sink" in features:
+        given["sink"] = zeros(2)
+    if "dropout" in features:
+        given |= {"dropout_p": 0.5, "seed": zeros(2, kind=torch.int64)}
+    if "mask" not in features:
+        return [AttentionCall(**given)]
+    return [AttentionCall(**given, mask=zeros(1, 1, rows, length, kind=torch.bool) == 0) for rows in (1, length)]
 
 
 def _most_tiles(n_keys: int, call: AttentionCall) -> int:

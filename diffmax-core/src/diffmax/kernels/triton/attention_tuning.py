@@ -1,6 +1,7 @@
 """How attention's forward kernels are launched on each architecture. Tiles are 64 by 64; what differs is who shares one.
 
-Chosen by what the compiler says of registers and shared memory (tests/test_triton_attention_forward.py). No clock has seen it.
+Chosen by what the compiler says of registers and shared memory (docs/kernels.md). No clock has seen it. A table's entries
+(`tuning`) go before it.
 """
 
 from __future__ import annotations

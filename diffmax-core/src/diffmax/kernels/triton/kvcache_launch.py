@@ -18,7 +18,7 @@ from diffmax.kernels.triton.kvcache_tiles import LISTED, SLOTS
 from diffmax.kernels.triton.kvcache_values import kvcache_values_kernel
 from diffmax.kernels.triton.launch import SOLVED, Exponent, _on
 from diffmax.kernels.triton.tuning import Decode, Table, Tunable, no_table
-from diffmax.plugin import KVCacheCall
+from diffmax.plugin import TILE, KVCacheCall
 from diffmax.reference_kvcache import Results, append, capacity
 
 MOST_SPLITS = 128
@@ -134,6 +134,69 @@ class Decoder(Tunable):
         if stats:
             pages = read.view(batch, kv_heads, blocks, splits).sum(3).amax(2).to(torch.int32)
         return out, m, delta, support, pages
+
+    def warmup(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        value_dim: int,
+        e: float | None,
+        backward: bool,
+        features: frozenset[str],
+        *,
+        heads: int = 8,
+        kv_heads: int = 0,
+        batch: int = 1,
+        room: int = 4096,
+        length: int = 1,
+        page_size: int = TILE,
+        bounds: bool = False,
+    ) -> None:
+        """Compile what calls need that append as many tokens as they have queries, by calling on an empty cache.
+
+        Kernels are compiled for up to 1, 2, 4, ..., 128 splits, which room, batch and heads decide.
+
+        Args:
+            device, dtype, head_dim, value_dim, e: As for `AttentionOperator.warmup`.
+            backward: Decoding has none.
+            features: Of `diffmax.plugin.FEATURES`, what the calls have.
+            heads, kv_heads: Of the queries and of the cache; 0 stands for one where features have "gqa", else for `heads`.
+            batch, room, length: Sequences, tokens that each can have, and queries of each.
+            page_size: Of a cache in pages, and of bounds.
+            bounds: Whether page bounds are passed.
+        """
+        kv_heads = kv_heads or (1 if "gqa" in features else heads)
+        paged = "paged" in features
+        pages = -(-room // page_size)
+
+        def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        def cache(size: int) -> Tensor:
+            shape = (*((pages, page_size) if paged else (batch, room)), kv_heads, size)
+            # where no stride's alignment differs, all tokens share their memory: a call touches the first ones only
+            return zeros(*shape) if kv_heads * size % 16 else zeros(1, 1, kv_heads, size).expand(shape)
+
+        low = zeros(*((pages,) if paged else (batch, pages)), kv_heads, head_dim)
+        call = KVCacheCall(
+            scale=1.0,
+            e=torch.full((heads,), 0.5, device=device) if e is None or "tensor_alpha" in features else e,
+            cache_seqlens=zeros(batch, kind=torch.int32),
+            k=zeros(batch, length, kv_heads, head_dim),
+            v=zeros(batch, length, kv_heads, value_dim),
+            block_table=zeros(batch, pages, kind=torch.int32) if paged else None,
+            low=low if bounds else None,
+            high=low if bounds else None,
+            page_size=page_size,
+            left=page_size if "window" in features else -1,
+            right=0 if "causal" in features else -1,
+            softcap=1.0 if "softcap" in features else 0.0,
+            alibi=zeros(1, heads, kind=torch.float32) if "alibi" in features else None,
+            sink=zeros(heads, kind=torch.float32) if "sink" in features else None,
+        )
+        for stats in (False, True) if "attention_stats" in features else (False,):
+            self.attention_kvcache(zeros(batch, length, heads, head_dim), cache(head_dim), cache(value_dim), call, stats)
 
 
 def _strides(letter: str, t: Tensor) -> dict[str, int]:

@@ -139,24 +139,19 @@ def scaled_scores(x, m, e):
 
 
 @triton.jit
-def raised(z):
-    """[z + 1]_+, of which [z - t]_+ = [. - delta]_+ follows.
-
-    Where a power is cheap (K > 0 or HARDWARE > 0) k is small, and this rounding no worse than the weight's.
-    """
-    return tl.maximum(z + 1.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def sums_near_top(z):
+    """Sum and number of the entries with z > START_CUT, each (ROWS,)."""
+    near = z > START_CUT
+    return tl.sum(tl.where(near, z, 0.0), axis=1), tl.sum(near.to(z.dtype), axis=1)
 
 
 @triton.jit
-def sums_near_top(z, RAISED: tl.constexpr):
-    """Sum and number of the entries with z > START_CUT, each (ROWS,). With RAISED, z is `raised`."""
-    if RAISED:
-        near = (z > 1.0 + START_CUT).to(z.dtype)
-        count = tl.sum(near, axis=1)
-        return tl.sum(near * z, axis=1) - count, count
-    else:
-        near = z > START_CUT
-        return tl.sum(tl.where(near, z, 0.0), axis=1), tl.sum(near.to(z.dtype), axis=1)
+def cheap_base(z, delta):
+    """[z - t]_+ where a power is cheap (K > 0 or HARDWARE > 0): k is small, and this rounding no worse than the weight's.
+
+    One rounding for an entry: what 1 - delta loses is the same for all of a row.
+    """
+    return tl.maximum(z + (1.0 - delta)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -167,9 +162,9 @@ def sums(b, r):
 
 
 @triton.jit
-def powers_of_raised(w, delta, k, K: tl.constexpr, PTX: tl.constexpr):
-    """`powers` of w = `raised` scores, where a power is cheap."""
-    b = tl.maximum(w - delta[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+def cheap_powers(z, delta, k, K: tl.constexpr, PTX: tl.constexpr):
+    """`powers` where a power is cheap."""
+    b = cheap_base(z, delta)
     if K == 2:
         r = tl.minimum(b * 2.0**100, 1.0)  # not a comparison: its predicates cost more
     elif K == 3:
@@ -196,7 +191,7 @@ def powers(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constex
     K is k as an integer where it is one of those with a chain of multiplications, else `ANY_K` or `ABOVE_2`.
     """
     if K > 0 or HARDWARE > 0:
-        return powers_of_raised(raised(z), delta, k, K, PTX)
+        return cheap_powers(z, delta, k, K, PTX)
     else:
         u = z - delta[:, None]
         dead = u <= -1.0
@@ -272,13 +267,14 @@ def finishing(delta, total, slope, curve, e, k, size, CUT: tl.constexpr, ENSURE_
         scale = tl.where(small | (total == 0.0), 1.0, 1.0 / total)
     else:
         scale = tl.where(total != total, total, 1.0)
-    return step, scale, tl.maximum(delta + step, 0.0)
+    # a row of NaN has delta NaN: said aloud, because a maximum of NaN is NaN to the interpreter and a number to devices
+    return step, scale, tl.where(total != total, total, tl.maximum(delta + step, 0.0))
 
 
 @triton.jit
-def weights_at(w, delta, k, scale, K: tl.constexpr, PTX: tl.constexpr):
-    """p = [z - t]^k at the last threshold, where a power is cheap, from w = `raised` scores."""
-    b = tl.maximum(w - delta[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+def weights_at(z, delta, k, scale, K: tl.constexpr, PTX: tl.constexpr):
+    """p = [z - t]^k at the last threshold, where a power is cheap."""
+    b = cheap_base(z, delta)
     if K <= 0:
         return exp2_of(k[:, None] * log2_by_hardware(b, PTX), PTX) * scale[:, None]
     square = b * b
@@ -297,13 +293,19 @@ def weights_at(w, delta, k, scale, K: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def weights(z, delta, r, k, step, scale):
+def weights(z, delta, r, k, step, scale, CHEAP: tl.constexpr):
     """p from the last iterate's r and what `finishing` returned: [b - dt]^k without another power.
 
     b^k - k b^(k-1) dt, up to a term in dt^2 with which it is exact for k = 2 and, for small k, right where b is about dt: the
     slope p^alpha of the backward is steep there. A step to the left brings entries back that were dead, with b > dt.
+
+    CHEAP: r comes from `cheap_powers`. k multiplies what a threshold loses by rounding: for k = 10 the step must not be added
+    to it, or weights in float32 are off by 5 ulp, all to one side.
     """
-    b = z - delta[:, None] + 1.0
+    if CHEAP:
+        b = z + (1.0 - delta)[:, None]
+    else:
+        b = z - delta[:, None] + 1.0
     near = tl.maximum(b - step[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     far = tl.maximum(b - ((k - 1.0) * step)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
     dead_r = tl.exp2((k - 2.0) * tl.log2(tl.maximum(tl.abs(step), 1e-30)))

@@ -6,13 +6,12 @@ import triton.language as tl
 from diffmax.kernels.triton.layout import columns, load_e, place, row_starts, whole_vectors
 from diffmax.kernels.triton.numerics import (
     HALLEY_STEPS,
+    cheap_powers,
     expm1_of,
     finishing,
     first_iterate,
     next_iterate,
     powers,
-    powers_of_raised,
-    raised,
     scaled_scores,
     sums,
     sums_near_top,
@@ -50,19 +49,15 @@ def bisect_rows_kernel(
     z = scaled_scores(x, m, row_e)
     LOGARITHM: tl.constexpr = 0 if HARDWARE == 1 else HARDWARE
     CHEAP: tl.constexpr = K > 0 or LOGARITHM > 0
-    if CHEAP:
-        z = raised(z)
-    z_sum, count = sums_near_top(z, CHEAP)
+    z_sum, count = sums_near_top(z)
     delta = first_iterate(z_sum, count, row_e)
     size = n.to(ACC)
     high = -expm1_of(-row_e * tl.log(size))  # delta <= 1 - n^-e, Eq. 7
     delta = tl.minimum(delta, high)
     low = delta
 
-    if HARDWARE == 1:
-        first_b, r = powers_of_raised(z + 1.0, delta, row_k, K, PTX)
-    elif CHEAP:
-        first_b, r = powers_of_raised(z, delta, row_k, K, PTX)
+    if CHEAP or HARDWARE == 1:
+        first_b, r = cheap_powers(z, delta, row_k, K, PTX)
     else:
         first_b, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
     total, slope, curve = sums(first_b, r)
@@ -79,7 +74,7 @@ def bisect_rows_kernel(
         stuck = moved == delta
         delta = tl.where(going, moved, delta)
         if CHEAP:
-            b, r = powers_of_raised(z, delta, row_k, K, PTX)
+            b, r = cheap_powers(z, delta, row_k, K, PTX)
         else:
             b, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
         total, slope, curve = sums(b, r)
@@ -87,12 +82,12 @@ def bisect_rows_kernel(
         steps += 1
 
     step, scale, final = finishing(delta, total, slope, curve, row_e, row_k, size, CUT, ENSURE_SUM_ONE)
-    if CHEAP:
+    if CHEAP and K != 10:
         p = weights_at(z, final, row_k, scale, K, PTX)
     else:
         if not KEEP:
             _, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
-        p = weights(z, delta, r, row_k, step, scale)
+        p = weights(z, delta, r, row_k, step, scale, CHEAP)
     starts = row_starts(index_0, index_1, rows, p_0, p_1, p_2, P_LAYOUT, VECTOR)
     p_ptrs = p_ptr + starts[:, None] + columns(cols, p_col, P_LAYOUT)[None, :]
     tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=inside)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from diffmax.kernels.triton.layout import columns
-from diffmax.kernels.triton.numerics import START_CUT, powers, raised, scaled_scores, weights, weights_at
+from diffmax.kernels.triton.numerics import START_CUT, powers, scaled_scores, weights, weights_at
 
 
 @triton.jit
@@ -85,10 +85,10 @@ def store_weights(
         top = scaled_scores(tl.load(tops_ptr + tile + tl.arange(0, 1))[:, None], m, e)
         if tl.max((top - last_delta[:, None] <= -1.0).to(tl.int32)) == 0:
             z = scaled_scores(load_tile(x_ptr, start, tile * BLOCK, n, x_col, ACC, LAYOUT, BLOCK), m, e)
-            if K > 0 or HARDWARE > 0:
-                p = weights_at(raised(z), tl.maximum(delta + step, 0.0), k, scale, K, PTX)
+            if (K > 0 and K != 10) or HARDWARE > 0:
+                p = weights_at(z, tl.maximum(delta + step, 0.0), k, scale, K, PTX)
             else:
                 _, r = powers(z, delta, k, K, HARDWARE, PTX)
-                p = weights(z, delta, r, k, step, scale)
+                p = weights(z, delta, r, k, step, scale, K > 0)
         p_ptrs = (p_ptr + p_start + columns(cols, p_col, P_LAYOUT))[None, :]
         tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=(cols < n)[None, :])

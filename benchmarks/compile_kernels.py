@@ -1,0 +1,281 @@
+"""Compile every Triton kernel for every architecture with the Triton that is first on the path, from the real launch code.
+
+    python -m benchmarks.compile_kernels --jobs 2 --output build/compiled.json
+
+`.ci/check_triton.py` runs it for the oldest and the newest Triton that diffmax is for. No GPU is needed: nothing runs. What is
+compiled is chosen so that each pair of `PAIRS` occurs, and in particular each kernel on each target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TARGETS = ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx90a", "gfx942", "gfx1100")
+
+# Name to features of `diffmax.plugin.FEATURES`
+OPTIONS = {
+    "plain": (),
+    "causal": ("causal",),
+    "window, sink": ("window", "sink"),
+    "mask": ("mask",),
+    "causal, bias, ALiBi": ("causal", "bias", "alibi"),
+    "causal, softcap, dropout": ("causal", "softcap", "dropout"),
+    "packed, causal, grouped": ("varlen", "causal", "gqa"),
+    "all": ("causal", "window", "bias", "alibi", "softcap", "sink", "dropout"),
+}
+DECODE_OPTIONS = {
+    "plain": (),
+    "bounds, grouped": ("gqa", "bounds"),
+    "pages, causal, bounds, grouped": ("paged", "causal", "gqa", "bounds"),
+    "all": ("paged", "window", "softcap", "alibi", "sink", "bounds", "attention_stats"),
+}
+ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
+
+Factors = Mapping[str, Sequence[str]]
+Pairs = Sequence[tuple[str, str]]
+
+# Architectures with the same matrix instructions, and the same settings
+MMA = ("sm80", "sm86", "sm120")
+
+# For each operator: what varies, and what of it is to occur together. vendor, family and bias follow from target and options.
+FACTORS: dict[str, Factors] = {
+    "rows": {
+        "target": TARGETS,
+        "dtype": ("float16", "bfloat16", "float32", "float64"),
+        "length": ("48", "1024", "16384"),
+        "alpha": tuple(ALPHAS),
+    },
+    "long rows": {"target": TARGETS, "dtype": ("bfloat16", "float32", "float64"), "rows": ("1", "300"), "alpha": tuple(ALPHAS)},
+    "attention": {
+        "target": TARGETS,
+        "dtype": ("float16", "bfloat16", "float32"),
+        "size": ("64", "128", "256", "80"),
+        "options": tuple(OPTIONS),
+        "alpha": tuple(ALPHAS),
+        "for": ("training", "inference"),
+    },
+    "decoding": {
+        "target": TARGETS,
+        "dtype": ("float16", "bfloat16", "float32"),
+        "size": ("64", "128", "256", "80"),
+        "options": tuple(DECODE_OPTIONS),
+        "alpha": tuple(ALPHAS),
+    },
+}
+PAIRS: dict[str, Pairs] = {
+    "rows": (("target", "length"), ("vendor", "dtype"), ("dtype", "length"), ("dtype", "alpha"), ("length", "alpha")),
+    "long rows": (("target", "rows"), ("rows", "dtype"), ("rows", "alpha")),
+    "attention": (
+        ("target", "dtype"), ("family", "size"), ("target", "bias"), ("target", "for"), ("vendor", "options"),
+        ("vendor", "alpha"), ("dtype", "size"), ("dtype", "options"), ("dtype", "alpha"), ("dtype", "for"), ("size", "alpha"),
+        ("size", "for"), ("options", "for"),
+    ),
+    "decoding": (
+        ("target", "vendor"), ("dtype", "size"), ("dtype", "options"), ("vendor", "options"), ("options", "alpha"),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: the operator, and a value of each of its factors."""
+
+    operator: str
+    values: tuple[tuple[str, str], ...]
+
+    @property
+    def of(self) -> dict[str, str]:
+        return dict(self.values)
+
+    @property
+    def traits(self) -> dict[str, str]:
+        """The factors, and what follows from them."""
+        own = self.of
+        own["vendor"] = own["target"][:2]
+        own["family"] = "gfx9" if own["target"].startswith("gfx9") else "mma" if own["target"] in MMA else own["target"]
+        own["bias"] = str("bias" in OPTIONS.get(own.get("options", ""), ()) and own.get("for") == "training")
+        return own
+
+    def __str__(self) -> str:
+        return ", ".join(value if name in ("dtype", "options", "for") else f"{name} {value}" for name, value in self.values[1:])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel's line of the table: registers and bytes spilled are a thread's, shared is a program's."""
+
+    kernel: str
+    target: str
+    case: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    room: int  # of shared memory that the device has
+    seconds: float
+
+
+def cases() -> list[Case]:
+    """All of them; few, so that each pair occurs."""
+    return [case for operator in FACTORS for case in covering(operator)]
+
+
+def covering(operator: str) -> Iterator[Case]:
+    """Greedily: the case with the most pairs that are missing, until none is."""
+    factors = FACTORS[operator]
+    every = [Case(operator, tuple(zip(factors, values, strict=True))) for values in itertools.product(*factors.values())]
+    held = {case: {(a, traits[a], b, traits[b]) for a, b in PAIRS[operator]} for case in every for traits in [case.traits]}
+    missing = set().union(*held.values())
+    while missing:
+        best = max(every, key=lambda case: len(held[case] & missing))
+        missing -= held[best]
+        yield best
+
+
+def compiled(case: Case) -> list[Row]:
+    """Make the case's calls for its target."""
+    from diffmax.testing.ahead_of_time import TARGETS as LIMITS
+    from diffmax.testing.ahead_of_time import recording
+
+    target = case.of["target"]
+    start = time.perf_counter()
+    with recording(target, *kernels()) as launched:
+        {"rows": call_rows, "long rows": call_rows, "attention": call_attention, "decoding": call_decoding}[case.operator](
+            case.of
+        )
+    seconds = (time.perf_counter() - start) / max(1, len(launched))
+    found = {}
+    for one in launched:
+        resources = one.resources
+        found[id(one.kernel)] = Row(
+            one.name, target, str(case), resources["warps"], resources["registers"], resources["spilled"], resources["shared"],
+            LIMITS[target].shared, round(seconds, 2),
+        )  # fmt: skip
+    return list(found.values())
+
+
+def kernels() -> list[Any]:
+    """Every kernel that is launched."""
+    from triton.runtime.jit import JITFunction
+
+    from diffmax.kernels.triton import (  # noqa: F401
+        attention_launch,
+        kvcache_launch,
+        launch,
+    )
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("diffmax.kernels.triton.")]
+    found = {name: item for module in modules for name, item in vars(module).items() if isinstance(item, JITFunction)}
+    return [item for name, item in sorted(found.items()) if name.endswith("_kernel")]
+
+
+def table(target: str) -> Any:
+    """The tuning table that the vendor's distribution takes on the target."""
+    import diffmax_cuda.configs
+    import diffmax_rocm.configs
+
+    if target.startswith("gfx"):
+        return diffmax_rocm.configs.table(target)
+    return diffmax_cuda.configs.table(*divmod(int(target[2:]), 10))
+
+
+def own_table(target: str) -> Any:
+    """The table of the target's own architecture, or None."""
+    import diffmax_cuda.configs
+    import diffmax_rocm.configs
+
+    if target.startswith("gfx"):
+        return diffmax_rocm.configs.tables().get(target)
+    return diffmax_cuda.configs.tables().get("{}.{}".format(*divmod(int(target[2:]), 10)))
+
+
+def call_rows(of: Mapping[str, str]) -> None:
+    from diffmax.kernels.triton.launch import RowOperator
+
+    target, dtype = of["target"], getattr(torch, of["dtype"])
+    operator = RowOperator(lambda device: table(target), lambda device: 132, ptx=target.startswith("sm"))
+    rows, n = int(of.get("rows", "300")), int(of.get("length", "65536"))
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, m = torch.zeros(1, n, dtype=dtype).expand(rows, n), torch.zeros(rows, 1, dtype=acc)
+    e = ALPHAS[of["alpha"]]
+    given = torch.full((rows, 1), 0.3, dtype=acc) if e is None else e
+    operator.bisect(x, given, 1, 50, True)
+    operator.bisect_backward(x, x, m, m, x if dtype == torch.float16 else None, given, 1, e is None)
+
+
+def call_attention(of: Mapping[str, str]) -> None:
+    from diffmax.kernels.triton.attention_launch import AttentionOperator
+
+    target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
+    operator = AttentionOperator(
+        lambda device: target, lambda device: 132, ptx=target.startswith("sm"), table=lambda device: own_table(target)
+    )
+    training, e = of["for"] == "training", ALPHAS[of["alpha"]]
+    more = ("alpha_gradient",) if training and e is None else () if training else ("attention_stats",)
+    operator.warmup(torch.device("cpu"), dtype, size, size, e, training, frozenset((*OPTIONS[of["options"]], *more)))
+
+
+def call_decoding(of: Mapping[str, str]) -> None:
+    from diffmax.kernels.triton.kvcache_launch import Decoder
+
+    target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
+    decoder = Decoder(lambda device: 132, ptx=target.startswith("sm"), table=lambda device: own_table(target))
+    features = frozenset(DECODE_OPTIONS[of["options"]])
+    decoder.warmup(
+        torch.device("cpu"), dtype, size, size, ALPHAS[of["alpha"]], False, features - {"bounds"},
+        heads=8, room=65536, bounds="bounds" in features,
+    )  # fmt: skip
+
+
+def attempt(case: Case) -> tuple[Case, list[Row], str]:
+    """The case's rows, or what went wrong."""
+    torch.set_num_threads(1)
+    try:
+        return case, compiled(case), ""
+    except Exception as error:  # noqa: BLE001  (whatever a compiler throws is a line of the report)
+        return case, [], f"{type(error).__name__}: {error}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compile all, write the lines and the failures; 1 if something failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--operators", nargs="+", choices=FACTORS, default=list(FACTORS))
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    import triton
+
+    wanted = [case for case in cases() if case.operator in options.operators]
+    # the longest first, so that no core waits for the other at the end
+    wanted.sort(key=lambda case: case.operator != "attention")
+    rows, failures, start = [], [], time.perf_counter()
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
+        for case, found, failure in pool.map(attempt, wanted):  # a compiler that takes its process with it ends this
+            rows += found
+            if failure:
+                failures.append({"case": f"{case.operator}, {case.of['target']}, {case}", "failure": failure})
+    rows.sort(key=lambda row: (row.kernel, TARGETS.index(row.target), row.case, row.registers))
+    report = {
+        "triton": triton.__version__, "cases": len(wanted), "seconds": round(time.perf_counter() - start),
+        "rows": [asdict(row) for row in rows], "failures": failures,
+    }  # fmt: skip
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report))
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
