@@ -9,7 +9,8 @@ test demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt packages example-backend floor clean
+.PHONY: setup check check-npu check-triton test bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
+	packages example-backend floor clean
 
 setup: $(STAMP)
 

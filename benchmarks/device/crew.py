@@ -146,7 +146,7 @@ class Crew:
         while (queue or crew) and self.barren < 2 and not self.no_device:
             while queue and len(crew) < self.parallel and processes.now() < deadline:
                 size = min(self.chunk, -(-len(queue) // (self.parallel - len(crew))))
-                crew.append(Worker(self.settings, self.stage, [queue.popleft() for _ in range(size)], prepare=self.prepare))
+                crew.append(Worker(self.settings, self.stage, self._taken(queue, size), prepare=self.prepare))
             time.sleep(POLL_SECONDS)
             for worker in list(crew):
                 if worker.process.poll() is not None:
@@ -160,6 +160,15 @@ class Crew:
                 crew.remove(worker)
             if processes.now() >= deadline and not crew:
                 break
+
+    def _taken(self, queue: deque[Job], size: int) -> list[Job]:
+        """The next cells; side by side everyone gets some of the first, and of each kind."""
+        step = max(1, len(queue) // size) if self.parallel > 1 else 1
+        taken = list(queue)[: size * step : step]
+        left = [job for job in queue if job not in taken]
+        queue.clear()
+        queue.extend(left)
+        return taken
 
     def _ended(self, worker: Worker) -> list[Job]:
         code, at = worker.process.returncode, worker.at()

@@ -26,14 +26,15 @@ place.wait()
 
 def warm():
     started = time.perf_counter()
-    kinds = dict(lengths=[n], dtypes=[kind], alphas=[0.5], device=device, backend=backend)
+    kinds = dict(dtypes=[kind], alphas=[0.5], device=device, backend=backend)
     if operator == "rows":
-        diffmax.warmup(**kinds)
+        diffmax.warmup([n], **kinds)
     else:
         import inspect
-        if "operators" not in inspect.signature(diffmax.warmup).parameters:
-            return None
-        diffmax.warmup(**kinds, operators=[operator])
+        if "head_dims" not in inspect.signature(diffmax.warmup).parameters:
+            return None  # it prepares rows alone
+        features = ["causal"] if operator == "attention" else []
+        diffmax.warmup(head_dims=[64], features=features, decoding=operator == "decode", **kinds)
     place.wait()
     return time.perf_counter() - started
 

@@ -83,7 +83,7 @@ def run(settings: Settings, job: Job, file: Lines, deadline: float, folders: Seq
         shutil.copy(report, settings.out / "kits.xml")
     found = {"seconds": processes.now() - started, "detail": processes.tail(output)}
     if cut:
-        file.write("kits", "skipped", reason="the stage's time was up", **found)
+        file.write("kits", "skipped", reason="the stage's time was up", cut=True, **found)
     elif process.returncode == 0:
         file.write("kits", "ok", attempt=job.attempt, **found)
     elif process.returncode == 1:

@@ -90,3 +90,9 @@ def outcomes(folders: Iterable[Path]) -> tuple[set[str], dict[str, int]]:
         elif line["status"] in FAILED:
             failures[line["cell"]] = failures.get(line["cell"], 0) + 1
     return done, {cell: count for cell, count in failures.items() if cell not in done}
+
+
+def refusals(folder: Path) -> set[str]:
+    """The cells that were skipped for a reason of their own, not for want of time."""
+    last = {line["cell"]: line for line in read([folder]) if "contestant" not in line and not line.get("prepare")}
+    return {cell for cell, line in last.items() if line["status"] == "skipped" and not line.get("cut")}

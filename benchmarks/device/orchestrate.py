@@ -15,7 +15,7 @@ import sys
 import tempfile
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.device import kits, lines, processes, site, stages
@@ -25,6 +25,7 @@ from benchmarks.device.lines import Lines
 from benchmarks.device.stages import Stage
 
 MOST_ATTEMPTS = 2
+PASSES = (False, True, False, False)  # what was never asked; what failed, again; and while there is time, what was left over
 LAST_SECONDS = 5.0  # of the whole, to end in
 
 
@@ -56,15 +57,18 @@ def run(options: Namespace) -> int:
 def _stages(settings: Settings, options: Namespace, log: Lines, deadline: float) -> int:
     folders = [*options.also, settings.out]
     chosen = [stage for stage in stages.of(settings.kind) if not options.only or stage.name in options.only]
-    for again in (False, True):
+    refused: set[str] = set()  # what said in this run that it cannot be here
+    for number, again in enumerate(PASSES):
+        refused = lines.refusals(settings.out) if number > 1 else refused
         for place, stage in enumerate(chosen):
+            jobs = _jobs(stage.cells, folders, again, refused)
+            waiting = [later for later in chosen[place:] if _jobs(later.cells, folders, again, refused)]
             left = deadline - processes.now()
-            share = stage.share / sum(later.share for later in chosen[place:])
-            jobs = _jobs(stage.cells, folders, again)
             if not jobs or left <= 0:
                 continue
+            until = processes.now() + left * stage.share / sum(later.share for later in waiting)
             try:
-                unasked, no_device = _stage(settings, stage, jobs, processes.now() + left * share, log, folders)
+                unasked, no_device = _stage(settings, stage, jobs, until, log, folders)
             except Exception:  # noqa: BLE001  (the other stages go on, whatever this one met)
                 log.write(f"stage {stage.name}", "error", reason=traceback.format_exc())
                 continue
@@ -75,10 +79,10 @@ def _stages(settings: Settings, options: Namespace, log: Lines, deadline: float)
     return 1 if failed else 0
 
 
-def _jobs(cells: Sequence[Cell], folders: Sequence[Path], again: bool) -> list[Job]:
+def _jobs(cells: Sequence[Cell], folders: Sequence[Path], again: bool, refused: Collection[str]) -> list[Job]:
     """What is left to ask: first what never failed, then what failed once."""
     done, failures = lines.outcomes(folders)
-    asked = [(cell, failures.get(cell.id, 0)) for cell in cells if cell.id not in done]
+    asked = [(cell, failures.get(cell.id, 0)) for cell in cells if cell.id not in done and cell.id not in refused]
     return [Job(cell, count + 1) for cell, count in asked if (0 < count < MOST_ATTEMPTS if again else count == 0)]
 
 

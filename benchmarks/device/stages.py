@@ -38,7 +38,7 @@ def of(kind: str) -> list[Stage]:
     ceilings = (*cells_timed.ceilings(kind),)
     found = [
         Stage("ceilings", 3, ceilings),
-        Stage("smoke", 9, (*cells_smoke.cells(kind),), parallel=1 if tiny else 8, chunk=1000 if tiny else 6),
+        Stage("smoke", 12, (*cells_smoke.cells(kind),), parallel=1 if tiny else 12, chunk=1000 if tiny else 16),
         Stage("decisive", 14, (*cells_timed.decisive(kind),), ahead=0 if tiny else 0.35, chunk=1000 if tiny else 8),
         Stage("kits", 10, (Cell("kits", ""),)),
         Stage("tuning", 9, (*cells_tuning.cells(kind),), ahead=0.5, chunk=1000 if tiny else 6),
