@@ -102,4 +102,4 @@ def _summary(folder: Path, notes: Sequence[str]) -> int:
 
 def line(bundle: str) -> str:
     """What is run on the machine; OUT is where files come back from."""
-    return f'python3 -m benchmarks.device --bundle {bundle} --out "$OUT" --seconds 540'
+    return f'python3 -m benchmarks.device --bundle {bundle} --out "${{OUT:-build/device-out}}" --seconds 540'
