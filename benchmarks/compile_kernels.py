@@ -13,6 +13,7 @@ import concurrent.futures
 import itertools
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -270,6 +271,7 @@ def main(arguments: Sequence[str]) -> int:
     rows.sort(key=lambda row: (row.kernel, TARGETS.index(row.target), row.case, row.registers))
     report = {
         "triton": triton.__version__, "cases": len(wanted), "seconds": round(time.perf_counter() - start),
+        "core_seconds": round(sum(os.times()[2:4])),
         "rows": [asdict(row) for row in rows], "failures": failures,
     }  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
