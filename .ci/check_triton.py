@@ -38,7 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     reports = {version: compiled(version, options.jobs) for version in options.versions}
     faults = []
     for version, report in reports.items():
-        print(f"\nTriton {version}: {report['cases']} cases, {len(report['rows'])} binaries, {report['seconds']} s\n")
+        took = f"{report['seconds']} s, {report['core_seconds']} s of cores"
+        print(f"\nTriton {version}: {report['cases']} cases, {len(report['rows'])} binaries, {took}\n")
         print(whole_table(report))
         faults += [f"Triton {version}: {fault}" for fault in faults_of(report)]
     if options.write:

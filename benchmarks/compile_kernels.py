@@ -13,6 +13,7 @@ import concurrent.futures
 import itertools
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,12 +76,14 @@ FACTORS: dict[str, Factors] = {
     },
 }
 PAIRS: dict[str, Pairs] = {
-    "rows": (("target", "length"), ("vendor", "dtype"), ("dtype", "length"), ("dtype", "alpha"), ("length", "alpha")),
+    "rows": (
+        ("target", "vendor"), ("family", "dtype"), ("vendor", "length"), ("dtype", "length"), ("dtype", "alpha"),
+        ("length", "alpha"),
+    ),
     "long rows": (("target", "rows"), ("rows", "dtype"), ("rows", "alpha")),
     "attention": (
-        ("target", "dtype"), ("family", "size"), ("target", "bias"), ("target", "for"), ("vendor", "options"),
-        ("vendor", "alpha"), ("dtype", "size"), ("dtype", "options"), ("dtype", "alpha"), ("dtype", "for"), ("size", "alpha"),
-        ("size", "for"), ("options", "for"),
+        ("family", "dtype"), ("family", "size"), ("target", "bias"), ("target", "for"), ("vendor", "options"),
+        ("vendor", "alpha"), ("dtype", "size"), ("dtype", "options"), ("dtype", "alpha"), ("dtype", "for"),
     ),
     "decoding": (
         ("target", "vendor"), ("dtype", "size"), ("dtype", "options"), ("vendor", "options"), ("options", "alpha"),
@@ -216,15 +219,20 @@ def call_rows(of: Mapping[str, str]) -> None:
 
 
 def call_attention(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.attention_launch import AttentionOperator
+    from diffmax.kernels.triton.attention_launch import AttentionOperator, example_calls
+    from diffmax.plugin import TILE
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
     operator = AttentionOperator(
         lambda device: target, lambda device: 132, ptx=target.startswith("sm"), table=lambda device: own_table(target)
     )
-    training, e = of["for"] == "training", ALPHAS[of["alpha"]]
-    more = ("alpha_gradient",) if training and e is None else () if training else ("attention_stats",)
-    operator.warmup(torch.device("cpu"), dtype, size, size, e, training, frozenset((*OPTIONS[of["options"]], *more)))
+    training, features = of["for"] == "training", frozenset(OPTIONS[of["options"]])
+    call = example_calls(torch.device("cpu"), dtype, TILE, ALPHAS[of["alpha"]], features)[-1]
+    query, key = (torch.zeros(1, heads, TILE, size, dtype=dtype) for heads in (2, 1 if "gqa" in features else 2))
+    out, m, delta, u, live, _ = operator.attention(query, key, key, call, training, not training)
+    if training:
+        needs = (ALPHAS[of["alpha"]] is None, call.bias is not None, call.sink is not None)
+        operator.attention_backward(out, query, key, key, m, delta, u, live, call, *needs)
 
 
 def call_decoding(of: Mapping[str, str]) -> None:
@@ -270,6 +278,7 @@ def main(arguments: Sequence[str]) -> int:
     rows.sort(key=lambda row: (row.kernel, TARGETS.index(row.target), row.case, row.registers))
     report = {
         "triton": triton.__version__, "cases": len(wanted), "seconds": round(time.perf_counter() - start),
+        "core_seconds": round(sum(os.times()[2:4])),
         "rows": [asdict(row) for row in rows], "failures": failures,
     }  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
