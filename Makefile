@@ -9,7 +9,7 @@ test demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them.
 test: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
+.PHONY: setup check check-npu check-triton test test-processors bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
 	packages example-backend floor clean
 
 setup: $(STAMP)
@@ -30,6 +30,10 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds.
+test-processors: setup
+	$(BIN)/python .ci/processors.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench_forward

@@ -1,6 +1,7 @@
 """CPU kernels, and whether the compiled ones can run here."""
 
-import platform
+import functools
+from typing import Any
 
 import torch
 
@@ -18,9 +19,33 @@ def numba_missing() -> str | None:
 
 def numba_cannot(spec: CallSpec) -> list[str]:
     """Reasons against a call: float16 without the processor's conversions, which every x86 since 2012 has."""
-    if spec.dtype == torch.float16 and platform.machine().lower() in ("x86_64", "amd64"):
-        from llvmlite import binding
-
-        if not binding.get_host_cpu_features().get("f16c", False):
-            return ["this processor has no instructions that convert float16 (F16C)"]
+    if spec.dtype == torch.float16 and not numba_converts_float16():
+        return ["the processor that Numba compiles for has no instructions that convert float16 (F16C)"]
     return []
+
+
+def numba_converts_float16() -> bool:
+    """Whether Numba's target, which NUMBA_CPU_NAME and NUMBA_CPU_FEATURES choose, converts float16 itself.
+
+    Where it does not, LLVM calls a function that is not there, and ends the process.
+    """
+    import numba.core.codegen
+    from llvmlite import binding
+
+    core: Any = numba.core
+    name, features = core.config.CPU_NAME, core.config.CPU_FEATURES
+    return _converts_float16(
+        binding.get_host_cpu_name() if name is None else name,
+        core.codegen.get_host_cpu_features() if features is None else features,
+    )
+
+
+@functools.cache
+def _converts_float16(cpu: str, features: str) -> bool:
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_triple(binding.get_process_triple()).create_target_machine(cpu=cpu, features=features)
+    widen = "define float @widen(half %x) {\n%y = fpext half %x to float\nret float %y\n}"
+    return not any(name in machine.emit_assembly(binding.parse_assembly(widen)) for name in ("__extendhfsf2", "__gnu_h2f_ieee"))

@@ -54,7 +54,7 @@ class Kit:
 
     @pytest.fixture(autouse=True)
     def _conformance(self, request: pytest.FixtureRequest) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(request.config.getoption("--diffmax-seed", 0))
         for name in (request.node.name, request.node.originalname):
             if name in self.expected_failures:
                 request.applymarker(pytest.mark.xfail(reason=self.expected_failures[name], strict=True))

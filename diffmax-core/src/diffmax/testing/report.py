@@ -19,8 +19,9 @@ _REPORTS = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --diffmax-report."""
+    """Add --diffmax-report and --diffmax-seed."""
     parser.addoption("--diffmax-report", metavar="PATH", help="write a JSON report of the conformance tests")
+    parser.addoption("--diffmax-seed", type=int, default=0, metavar="N", help="of the conformance tests' random inputs; 0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
