@@ -4,8 +4,8 @@ torch takes its vector code from ATEN_CPU_CAPABILITY, Numba its target from NUMB
 adds the features of the processor that it runs on, unless NUMBA_CPU_FEATURES is set, empty for those of the name. Each setting
 has a cache of its own and another seed, so that the inputs differ too.
 
-Of the kits it runs what is compared with the gate, on the backends that compute on a CPU; of attention and decoding some cases.
-What this processor cannot execute is skipped, with the reason.
+Of the kits it runs what is compared with the gate, on the backends that compute on a CPU: rows at four alphas, some cases of
+attention and decoding. What this processor cannot execute is skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ NEEDS = {
     "skylake-avx512": (*HASWELL, "adx", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
 }
 BACKENDS = "(TestNumba or TestCpu or TestReference or TestPartial)"
-SOME = "plain or one-query or dense or sparse or sink or alpha-0.01 or alpha-0.999 or everything or chunk or window"
-ROWS = f"{BACKENDS} and (random_rows or nasty or gradients or exchangeable or alpha_tensors or special_alphas)"
+ALPHAS = "0.1- or 0.85 or 0.99"
+SOME = "plain or one-query or sparse or sink or everything or chunk"
+ROWS = f"{BACKENDS} and (exchangeable or alpha_tensors or (random_rows or nasty or gradients) and ({ALPHAS}))"
 OTHERS = f"{BACKENDS} and (nasty or exchangeable or (test_forward or gradients or test_decoding) and ({SOME}))"
 JOBS = {
     "rows": ("tests/test_conformance.py", "-k", ROWS),

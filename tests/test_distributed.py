@@ -180,11 +180,11 @@ def test_the_backward_operator_passes_the_gate():
             e = torch.full((2, 1), 1 - alpha, dtype=acc)
             saved = reference.bisect(x, e, 2, 50, True)
 
-            def backward(*given, e=e):
-                grad_x, grad_e = reference.bisect_backward(*given, e.to(given[1].dtype), 2, True)
+            def backward(*given, e=e, kept=kept):
+                grad_x, grad_e = reference.bisect_backward(*given, kept, e.to(given[2].dtype), 2, True)
                 return grad_x, grad_e.sum(0)
 
-            wanted = gates(backward, grad, *saved, kept)
+            wanted = gates(backward, grad, *saved)
             own = [part(t) if t is not None and t.shape[2] > 1 else t for t in (grad, *saved, kept)]
             grad_x, grad_e = torch.ops.diffmax.bisect_sharded_backward(*own, 0.0, e, 2, True, group)
             for ours, mine, gate in ((grad_x, part(wanted[0].exact), wanted[0].allowed), (grad_e, *wanted[1])):

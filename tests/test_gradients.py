@@ -103,9 +103,10 @@ def test_the_backward_kernel_passes_the_gate(alpha, dtype):
     for sigma in (0.3, 1, 3, 10):
         x = (torch.randn(40, 257) * sigma).to(dtype)
         grad = torch.randn(40, 257).to(dtype)
-        given = (grad, *reference.bisect(x, e, 1, 50, True), x if dtype == torch.float16 else None)
-        wanted = gates(lambda *given: reference.bisect_backward(*given, e, 2, True), *given, stacked=True)
-        for result, (exact, allowed) in zip(cpu_rows.bisect_backward(*given, e, 1, True), wanted, strict=True):
+        given = grad, *reference.bisect(x, e, 1, 50, True)
+        kept = x if dtype == torch.float16 else None
+        wanted = gates(lambda *given, kept=kept: reference.bisect_backward(*given, kept, e, 2, True), *given, stacked=True)
+        for result, (exact, allowed) in zip(cpu_rows.bisect_backward(*given, kept, e, 1, True), wanted, strict=True):
             assert (result.double() - exact).abs().max() <= allowed
 
 

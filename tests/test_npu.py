@@ -240,9 +240,10 @@ for dtype, e, dim in (
     in_ = lambda t: e if isinstance(e, float) else e.to(torch.promote_types(t.dtype, torch.float32))
     (wanted,) = gates(lambda x: reference.bisect(x, in_(x), dim + 1, 200, True)[0], x, stacked=True)
     assert (triton_rows.bisect(x, e, dim, 50, True)[0].double() - wanted.exact).abs().max() <= wanted.allowed, (dtype, dim)
-    given = grad, *reference.bisect(x, e, dim, 50, True), x if dtype == torch.float16 else None
-    wanted = gates(lambda *t: reference.bisect_backward(*t, in_(t[0]), dim + 1, True), *given, stacked=True)
-    for a, (exact, allowed) in zip(triton_rows.bisect_backward(*given, e, dim, True), wanted):
+    given = grad, *reference.bisect(x, e, dim, 50, True)
+    kept = x if dtype == torch.float16 else None
+    wanted = gates(lambda *t: reference.bisect_backward(*t, kept, in_(t[0]), dim + 1, True), *given, stacked=True)
+    for a, (exact, allowed) in zip(triton_rows.bisect_backward(*given, kept, e, dim, True), wanted):
         assert a.shape == exact.shape and (a.double() - exact).abs().max() <= allowed, (dtype, dim)
 print("passed")
 """

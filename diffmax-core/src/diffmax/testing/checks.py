@@ -84,10 +84,12 @@ def backward_passes_the_gate(backend: str, device: str, x: Tensor, alpha: float)
     saved = reference.bisect(x, e, dim, 50, True)
     kept = x if x.dtype == torch.float16 else None
 
-    def compute(grad: Tensor, p: Tensor, m: Tensor, delta: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        return reference.bisect_backward(grad, p, m, delta, x, e, dim + 1, True)
+    def compute(grad: Tensor, p: Tensor, m: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.bisect_backward(
+            grad, p, m, delta, kept, e, dim + 1, True
+        )  # m and delta are not those of x's neighbours
 
-    wanted = gates(compute, grad, *saved, kept, stacked=True)
+    wanted = gates(compute, grad, *saved, stacked=True)
     given = (t if t is None else t.to(device) for t in (grad, *saved, kept))
     ours = torch.ops.diffmax.bisect_backward(*given, e, None, dim, needs_e, backend)
     for what, result, gate in zip(("x", "e")[: 1 + needs_e], ours, wanted, strict=False):
