@@ -1,11 +1,46 @@
-"""Bytes that a thread of a kernel may spill, by Triton's version, kernel and target: what is known, and why it stays."""
+"""Bytes that a thread of a kernel may spill: what is known, and why it stays. A spill costs time, never a result."""
 
 from __future__ import annotations
 
-# (version, kernel, target) to bytes
-SPILLS: dict[tuple[str, str, str], int] = {}
+# Kernel and target to Triton's versions and bytes
+SPILLS: dict[tuple[str, str], dict[str, int]] = {
+    # Up to eight registers: the assembler's own choice of a round number, which lets one program more run at a time
+    ("attention_bwd_dbias_kernel", "sm100"): {"3.9": 8},
+    ("attention_bwd_dkv_kernel", "gfx942"): {"3.6": 24},
+    ("attention_bwd_dkv_kernel", "sm100"): {"3.6": 8, "3.9": 32},
+    ("attention_bwd_dkv_kernel", "sm120"): {"3.6": 32},
+    ("attention_bwd_dkv_kernel", "sm86"): {"3.6": 16},
+    ("attention_bwd_dkv_kernel", "sm90"): {"3.6": 24, "3.9": 16},
+    ("attention_out_kernel", "gfx1100"): {"3.6": 24},
+    ("attention_out_kernel", "sm80"): {"3.6": 32, "3.9": 24},
+    ("attention_solve_kernel", "sm120"): {"3.9": 16},
+    ("bisect_rows_kernel", "gfx1100"): {"3.6": 8},
+    ("bisect_rows_kernel", "sm90"): {"3.9": 16},
+    ("kvcache_start_kernel", "sm86"): {"3.6": 8},
+    ("kvcache_values_kernel", "sm100"): {"3.6": 8},
+    ("kvcache_values_kernel", "sm90"): {"3.6": 24},
+    ("split_finish_kernel", "sm80"): {"3.6": 8},
+    ("split_step_kernel", "sm90"): {"3.6": 16},
+    # float32 in three products of tf32, whose operands are held in parts: chunks of 16, or 16 warps, do not help on 3.6;
+    # and options, which hold tiles of their own, beside heads of 256 entries
+    ("attention_out_kernel", "sm100"): {"3.6": 64},
+    ("attention_solve_kernel", "sm100"): {"3.6": 408, "3.9": 240},
+    # Options besides causality: biases, ALiBi, softcap and dropout hold tiles of their own. Smaller tiles wait for a clock
+    ("attention_bwd_dkv_kernel", "sm80"): {"3.6": 88, "3.9": 80},
+    ("attention_bwd_dq_kernel", "sm120"): {"3.9": 272},
+    ("attention_bwd_dq_kernel", "sm80"): {"3.6": 272, "3.9": 64},
+    # gfx11 has 256 registers for a thread and holds whole rows of an operand in them: long heads, or options
+    ("attention_bwd_dkv_kernel", "gfx1100"): {"3.6": 620, "3.9": 692},
+    ("attention_bwd_dq_kernel", "gfx1100"): {"3.6": 572, "3.9": 800},
+    ("attention_solve_kernel", "gfx1100"): {"3.6": 244, "3.9": 8},
+    ("kvcache_start_kernel", "gfx1100"): {"3.6": 4632, "3.9": 3896},
+    # Heads of 256 entries in tiles of decoding's one size, which a table can change; page bounds take three products
+    ("kvcache_read_kernel", "sm80"): {"3.6": 200, "3.9": 8},
+    ("kvcache_read_kernel", "sm90"): {"3.9": 56},
+    ("kvcache_start_kernel", "sm80"): {"3.6": 112, "3.9": 160},
+}
 
 
 def allowed(version: str, kernel: str, target: str) -> int:
     """0 where nothing is listed."""
-    return SPILLS.get((".".join(version.split(".")[:2]), kernel, target), 0)
+    return SPILLS.get((kernel, target), {}).get(".".join(version.split(".")[:2]), 0)

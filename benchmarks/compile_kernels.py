@@ -50,7 +50,7 @@ Pairs = Sequence[tuple[str, str]]
 # Architectures with the same matrix instructions, and the same settings
 MMA = ("sm80", "sm86", "sm120")
 
-# For each operator: what varies, and what of it is to occur together. vendor, family and bias follow from target and options.
+# For each operator: what varies, and what of it is to occur together. vendor, kind, family and bias follow.
 FACTORS: dict[str, Factors] = {
     "rows": {
         "target": TARGETS,
@@ -82,7 +82,7 @@ PAIRS: dict[str, Pairs] = {
     ),
     "long rows": (("target", "rows"), ("rows", "dtype"), ("rows", "alpha")),
     "attention": (
-        ("family", "dtype"), ("family", "size"), ("target", "bias"), ("target", "for"), ("vendor", "options"),
+        ("family", "dtype"), ("family", "size"), ("target", "bias"), ("target", "for"), ("kind", "options"),
         ("vendor", "alpha"), ("dtype", "size"), ("dtype", "options"), ("dtype", "alpha"), ("dtype", "for"),
     ),
     "decoding": (
@@ -107,6 +107,7 @@ class Case:
         """The factors, and what follows from them."""
         own = self.of
         own["vendor"] = own["target"][:2]
+        own["kind"] = own["target"][: 2 if own["vendor"] == "sm" else 4]
         own["family"] = "gfx9" if own["target"].startswith("gfx9") else "mma" if own["target"] in MMA else own["target"]
         own["bias"] = str("bias" in OPTIONS.get(own.get("options", ""), ()) and own.get("for") == "training")
         return own

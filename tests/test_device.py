@@ -163,7 +163,7 @@ def test_a_run_leaves_few_files_that_name_no_machine(rehearsal):
 
 def test_a_stage_that_hangs_does_not_starve_the_next(tmp_path):
     out = tmp_path / "out"
-    run = command(out, "--seconds", "30", "--only", "ceilings", "smoke", "--inject", "hang:copy")
+    run = command(out, "--seconds", "60", "--only", "ceilings", "smoke", "--inject", "hang:copy")
     subprocess.run(run, cwd=ROOT, env={**environment(), "DEVICE_PATIENCE": "1"}, check=False, timeout=120)
     found = list(lines.read([out]))
     assert of(found, "copy")[0]["reason"].startswith("the stage's time was up")

@@ -159,6 +159,8 @@ class _Launch:
             "PACKED": cu_seqlens_q is not None,
         }
         blocks = operator.backward_blocks(query.device, query.dtype, max(query.shape[3], value.shape[3]))
+        if not operator.ptx and (mask is not None or call.dropout_p > 0):
+            blocks = blocks.without_overlap()
         return cls((grad, query, key, value), m, delta, u, live, call, beside, sizes | strides | numbers, flags, packed, blocks)
 
     def queries(self, grad_query: Tensor, grad_e: Tensor, grad_sink: Tensor, mean: Tensor) -> None:
