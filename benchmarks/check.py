@@ -5,8 +5,8 @@ benchmark); that every row is finite and sums to 1 is checked on all of them. Er
 their row. A gradient is compared with the exact formula at the weights that the contestant itself returned: at the edge of
 the support the slope p**alpha amplifies the last digit of p without bound, which says nothing about the backward kernel.
 
-Our kernels may err by twice what the plain reference errs in the same dtype, plus 2 ulp (`diffmax.testing.gates`). A rival has only to show that it
-computes the same function: 64 ulp, entmax_bisect needs 30.
+Our kernels are held to `diffmax.testing.gates`: twice what the reference errs in the same dtype, plus 2 ulp. A rival has only
+to show that it computes the same function: 64 ulp, entmax_bisect needs 30.
 """
 
 from __future__ import annotations

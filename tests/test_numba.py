@@ -21,13 +21,16 @@ import diffmax
 from diffmax import diffmax_bisect, reference
 from diffmax._dispatch import registry
 from diffmax._plain import is_plain
-from diffmax.cpu import compiled, numba_cannot, numba_missing, numba_rows, simd, threads
+from diffmax.cpu import compiled, numba_cannot, numba_converts_float16, numba_missing, numba_rows, simd, threads
 from diffmax.plugin import CallSpec
 from diffmax.testing import gates
 
 needs_keys = pytest.mark.skipif(not hasattr(torch._C.DispatchKeySet, "raw_repr"), reason="torch shows no dispatch keys")
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+needs_half = pytest.mark.skipif(
+    not numba_converts_float16(), reason="the processor that Numba compiles for has no instructions that convert float16"
+)
+DTYPES = [pytest.param(torch.float16, marks=needs_half), torch.bfloat16, torch.float32, torch.float64]
 
 
 def run(code, **environment):
@@ -76,6 +79,7 @@ def test_elementary_functions_are_right_to_a_few_ulp(name, exact, low, high, dty
     assert max(e / s for e, s in zip(errors, slack, strict=True)) <= np.finfo(dtype).eps
 
 
+@needs_half
 def test_halves_are_converted_like_torch_does():
     """All 65536 bit patterns of both, and the rounding of numbers between them."""
 
@@ -461,7 +465,7 @@ def loops(assembly):
 
 
 @pytest.mark.skipif("x86" not in os.uname().machine, reason="reads x86 assembly")
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", pytest.param("float16", marks=needs_half)])
 def test_hot_loops_are_packed(dtype, monkeypatch, tmp_path):
     """In the loops that take powers, every floating-point instruction works on a whole vector, and none calls a function."""
     code = f"""
