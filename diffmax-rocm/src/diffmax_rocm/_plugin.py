@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
-from diffmax.plugin import Backend, Kernel, hookimpl
-
-ROWS, ATTENTION, DECODING = "diffmax_rocm.rows", "diffmax_rocm.attention", "diffmax_rocm.kvcache"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-EVERY_FLOAT = (*FLOATS, torch.float64)
-MOST_ENTRIES = 256  # of a query, a key or a value
-
-# What the shared kernels have of `diffmax.plugin.FEATURES`
-ALPHA = frozenset({"tensor_alpha", "deterministic"})
-SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"})
+from diffmax.kernels.capability import shared_kernels
+from diffmax.plugin import Backend, hookimpl
 
 
 class Plugin:
@@ -27,30 +17,7 @@ class Plugin:
                 name="rocm",
                 device_types=("cuda",),  # torch's name for AMD devices too: the runtime tells them apart
                 runtime="hip",
-                kernels={
-                    "bisect": Kernel(f"{ROWS}:bisect", EVERY_FLOAT, ALPHA, warmup=f"{ROWS}:warmup"),
-                    "bisect_backward": Kernel(f"{ROWS}:bisect_backward", EVERY_FLOAT, ALPHA | {"alpha_gradient"}),
-                    "attention": Kernel(
-                        f"{ATTENTION}:attention",
-                        FLOATS,
-                        ALPHA | SCORES | {"mask", "bias", "varlen", "dropout", "attention_stats"},
-                        max_head_dim=MOST_ENTRIES,
-                        warmup=f"{ATTENTION}:warmup",
-                    ),
-                    "attention_backward": Kernel(
-                        f"{ATTENTION}:attention_backward",
-                        FLOATS,
-                        ALPHA | SCORES | {"mask", "bias", "varlen", "dropout", "alpha_gradient"},
-                        max_head_dim=MOST_ENTRIES,
-                    ),
-                    "attention_kvcache": Kernel(
-                        f"{DECODING}:attention_kvcache",
-                        FLOATS,
-                        ALPHA | SCORES | {"kv_cache", "paged", "attention_stats"},
-                        max_head_dim=MOST_ENTRIES,
-                        warmup=f"{DECODING}:warmup",
-                    ),
-                },
+                kernels=shared_kernels("diffmax_rocm"),
                 probe="diffmax_rocm.probe:probe",
                 install_hint="install a torch built for ROCm (pytorch.org, Get Started)",
                 api_version=(1, 3),

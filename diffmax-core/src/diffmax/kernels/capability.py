@@ -1,0 +1,36 @@
+"""What the shared Triton kernels can do, for the descriptions of the backends that are built on them. It imports no Triton."""
+
+from __future__ import annotations
+
+import torch
+
+from diffmax.plugin import Kernel
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+EVERY_FLOAT = (*FLOATS, torch.float64)
+MOST_ENTRIES = 256  # of a query, a key or a value
+
+ALPHA = frozenset({"tensor_alpha", "deterministic"})
+SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"})
+BOTH_WAYS = SCORES | {"mask", "bias", "varlen", "dropout"}
+
+
+def shared_kernels(package: str) -> dict[str, Kernel]:
+    """Operator to kernel, where a vendor's package has the modules `rows`, `attention` and `kvcache`."""
+    rows, attention, decoding = (f"{package}.{module}" for module in ("rows", "attention", "kvcache"))
+    kept = ALPHA | BOTH_WAYS
+    return {
+        "bisect": Kernel(f"{rows}:bisect", EVERY_FLOAT, ALPHA, warmup=f"{rows}:warmup"),
+        "bisect_backward": Kernel(f"{rows}:bisect_backward", EVERY_FLOAT, ALPHA | {"alpha_gradient"}),
+        "attention": Kernel(
+            f"{attention}:attention", FLOATS, kept | {"attention_stats"}, MOST_ENTRIES, warmup=f"{attention}:warmup"
+        ),
+        "attention_backward": Kernel(f"{attention}:attention_backward", FLOATS, kept | {"alpha_gradient"}, MOST_ENTRIES),
+        "attention_kvcache": Kernel(
+            f"{decoding}:attention_kvcache",
+            FLOATS,
+            ALPHA | SCORES | {"kv_cache", "paged", "attention_stats"},
+            MOST_ENTRIES,
+            warmup=f"{decoding}:warmup",
+        ),
+    }
