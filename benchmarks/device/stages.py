@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.device import cells_smoke, cells_timed, cells_tuning
@@ -55,7 +54,3 @@ def every_cell(kind: str) -> dict[str, Cell]:
             if known.setdefault(cell.id, cell) is not cell:
                 raise ValueError(f"stages: two cells are named {cell.id!r}")
     return known
-
-
-def unknown(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in NAMES]
