@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from diffmax._checks import one_minus_alpha
 from diffmax.functional import diffmax_bisect
+from diffmax.integrations.transformers import refusals
 from diffmax.integrations.transformers.attention import (
     _attention_forward,
-    _import_transformers,
     _refuse_what_changes_the_weights,
+    register_functions,
 )
-from diffmax.integrations.transformers.unfused import masked, merged_mask
+from diffmax.integrations.transformers.masks import merged_mask, read
+from diffmax.integrations.transformers.unfused import masked
 from diffmax.nn._precision import PreciseBuffers
 
 # Of each attention layer, by its name in the model: the alpha of each head, and what its scores are multiplied by.
@@ -149,7 +151,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     modules = {name: _module(model, name) for name in heads}
     for name, of_layer in heads.items():
         _check_heads(name, modules[name], of_layer)
-    _register(NAME, _attend_adapted)
+    register_functions(NAME, _attend_adapted, "replace")
     for name, of_layer in heads.items():
         module: Any = modules[name]
         if not hasattr(module, "diffmax_heads"):
@@ -437,15 +439,14 @@ def _record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[_Call]
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
+        refusals.called()
         _refuse_what_changes_the_weights({name: given for name, given in kwargs.items() if name not in _MEASURED})
         scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
         for name in ("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"calibrate: {name} is not implemented, got {type(module).__name__} with one")
-        causal = causal and attention_mask is None and query.shape[2] > 1
+        attention_mask, causal = read(module, attention_mask, kwargs.get("is_causal"), query.shape[2], key.shape[2])
         scores = masked(query @ key.mT * scale, merged_mask(attention_mask, kwargs.get("position_bias")), causal)
         # a row that sees nothing would be NaN; it is 0, as it will be with diffmax
         weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores).softmax(-1)
@@ -457,16 +458,11 @@ def _record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[_Call]
         return result.transpose(1, 2).contiguous(), None
 
     with _as_it_was(model):
-        _register(_RECORDING, attend)
+        register_functions(_RECORDING, attend, "calibrate")
         model.eval()
         model.set_attn_implementation(_RECORDING)  # type: ignore[operator]
         with torch.enable_grad():
             final = output(model(**batch), batch)
-    if not calls:
-        raise ValueError(
-            f"calibrate: {type(model).__name__} has no layer that calls the attention interface of transformers\n"
-            "its attention cannot be replaced"
-        )
     return calls, final
 
 
@@ -513,12 +509,6 @@ def _attend_adapted(
     alpha, scale = (t.to(query.device) for t in (heads.alpha, heads.scale))
     query = query * scale.to(query.dtype).view(-1, 1, 1)
     return _attention_forward(module, query, key, value, attention_mask, alpha=alpha, **kwargs)
-
-
-def _register(name: str, attend: Callable[..., Any]) -> None:
-    attention_interface, mask_interface, mask_function = _import_transformers()
-    attention_interface.register(name, attend)
-    mask_interface.register(name, mask_function)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +14,9 @@ from diffmax._attention import attention, attention_varlen
 from diffmax._checks import one_minus_alpha
 from diffmax._kvcache import attention_with_kvcache
 from diffmax._metadata import PackageNotFoundError, version
-from diffmax.integrations.transformers.unfused import attend_with_weights, merged_mask
+from diffmax.integrations.transformers import refusals
+from diffmax.integrations.transformers.masks import mask_of, merged_mask, read
+from diffmax.integrations.transformers.unfused import attend_with_weights
 
 ModelAlpha: TypeAlias = "float | Tensor | Callable[[nn.Module], float | Tensor]"
 
@@ -39,7 +41,7 @@ _BOOKKEEPING = {
 _WHAT_TO_DO = {"cache": "continuous batching keeps its own paged cache: call model.generate instead"}
 
 
-def register(name: str = "diffmax", alpha: ModelAlpha = 0.9) -> None:
+def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, partial: bool = False) -> None:
     """Make diffmax an attention implementation of Hugging Face transformers, under `name`.
 
     Afterwards `AutoModel.from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` know it.
@@ -51,10 +53,13 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9) -> None:
         alpha: Shape parameter in (0, 1), as in `diffmax_bisect`. A float; a tensor of shape () or (H,), one per query head,
             which may require a gradient; or a function that takes the attention module and returns either: called in every
             forward pass, it gives each layer its own (`lambda module: alphas[module.layer_idx]`).
+        partial: Also take models that keep softmax in a part of their attention, such as a pooling head. Else they are refused.
     Raises:
         ImportError: transformers is missing or too old.
         TypeError: name or alpha is of another type.
-        ValueError: alpha lies outside (0, 1), or transformers would read another meaning into `name`.
+        ValueError: alpha lies outside (0, 1), or transformers would read another meaning into `name`. Later, from a model: it
+            computes attention itself, and would keep softmax. That is found when the model is loaded, or at its first forward
+            pass, for which this function puts a check into `PreTrainedModel`; docs/models.md lists the types.
 
     In a model: the attention is `diffmax.attention`, which holds no scores in memory, except where `output_attentions=True`
     asks for the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
@@ -81,9 +86,15 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9) -> None:
         )
     if not callable(alpha) and not isinstance(alpha, Tensor):
         one_minus_alpha("register", torch.empty(1), alpha, 0, ", or a function of the attention module that returns one")
-    attention_interface, mask_interface, mask_function = _import_transformers()
-    attention_interface.register(name, partial(_attention_forward, alpha=alpha))
-    mask_interface.register(name, mask_function)
+    register_functions(name, functools.partial(_attention_forward, alpha=alpha), partial=partial)
+
+
+def register_functions(name: str, attend: Callable[..., Any], label: str | None = None, partial: bool = False) -> None:
+    """An attention function and its mask function under one name, and the models that take it watched."""
+    attention_interface, mask_interface, sdpa_mask = _import_transformers()
+    attention_interface.register(name, attend)
+    mask_interface.register(name, functools.partial(mask_of, sdpa_mask))
+    refusals.watch(name, label, partial)
 
 
 def _import_transformers() -> tuple[Any, Any, Any]:
@@ -124,12 +135,13 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: query (B, H, L, D), key and value (B, H_kv, S, D) to output (B, L, H, D) and weights or None."""
+    refusals.called()
     _refuse_what_changes_the_weights(kwargs)
     length, heads = query.shape[2], query.shape[1]
-    # as transformers' own SDPA function reads them: a single new token sees the whole cache, and a mask says it all
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    is_causal = bool(is_causal and attention_mask is None and length > 1)
+    packing = _packing(query, key, cu_seq_lens_q, cu_seq_lens_k)
+    if packing is not None and is_causal is None:
+        is_causal = getattr(module, "is_causal", True)  # packed sequences come without a mask, as to flash-attention
+    attention_mask, is_causal = read(module, attention_mask, is_causal, length, key.shape[2])
     if is_causal:
         # the rest is the empty part of a static cache, which no query sees: save the work
         key, value = key[:, :, :length], value[:, :, :length]
@@ -144,7 +156,6 @@ def _attention_forward(
         "softcap": softcap or 0.0,
         "sink": s_aux,
     }
-    packing = _packing(query, key, cu_seq_lens_q, cu_seq_lens_k)
     wants_weights = _wants_weights(module, kwargs)
     if packing is not None and attention_mask is None and position_bias is None and not wants_weights:
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -184,9 +195,23 @@ def _refuse_what_changes_the_weights(kwargs: dict[str, Any]) -> None:
 
 
 def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """As transformers decides what to collect: by the argument, which it hands down, or else by the configuration."""
-    asked = kwargs.get("output_attentions")
-    return bool(getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked)
+    """As transformers decides what to collect: by the model's argument, handed down or not, or else by the configuration."""
+    if kwargs.get("output_attentions") is not None:
+        return bool(kwargs["output_attentions"])
+    collected = _collected()
+    if collected is not None:
+        return any(key.endswith("attentions") for key in collected)
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
+
+
+def _collected() -> dict[str, Any] | None:
+    """What transformers collects from the layers in this forward pass, where it does so by hooks."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # before 5.2
+        return None
+    collected: dict[str, Any] | None = _active_collector.get()
+    return collected
 
 
 def _window(sliding_window: int | None, mask: Tensor | None, keys: int, is_causal: bool) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Attention that returns its weights, for models that are asked for them; and masks as transformers writes them."""
+"""Attention that returns its weights, for models that are asked for them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.functional import diffmax_bisect
-
-
-def merged_mask(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
-    """One mask that says what both say, for `diffmax.attention`: boolean, or floating with -inf where nothing is to be seen."""
-    if attention_mask is None or attention_mask.dtype == torch.bool:
-        if position_bias is None or attention_mask is None:
-            return attention_mask if position_bias is None else position_bias
-        return position_bias.masked_fill(~attention_mask, -torch.inf)
-    if not attention_mask.is_floating_point():
-        raise ValueError(
-            f"diffmax attention: a mask must be boolean or floating, got {attention_mask.dtype}\n"
-            "convert it first: True marks what is visible, and a floating mask is added to the scores"
-        )
-    # transformers writes "hidden" as the most negative number: added to a whole row, it would not hide anything
-    hidden = attention_mask <= torch.finfo(attention_mask.dtype).min
-    bias = attention_mask if position_bias is None else attention_mask + position_bias
-    return bias.masked_fill(hidden, -torch.inf)
 
 
 def attend_with_weights(

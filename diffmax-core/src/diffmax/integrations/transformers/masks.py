@@ -1,0 +1,133 @@
+"""Masks as transformers writes them, and one that is not written out unless something reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+
+class UnbuiltMask(Tensor):
+    """A boolean mask (B, 1, L, S) that says "causal" or "everything" in a word; any operation on it works on the written mask.
+
+    transformers' SDPA gets None for both, and a flag of the layer then says which was meant. Where a layer's flag is missing or
+    wrong, a decoder sees the future. This mask says itself what it means, however the model hands it on, and costs no memory.
+    """
+
+    is_causal: bool
+    build: Callable[[], Tensor]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"UnbuiltMask({'causal' if self.is_causal else 'everything'}, {tuple(self.shape)})"
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.build()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.build().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The written mask as an array."""
+        return self.build().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The written mask as lists."""
+        return self.build().tolist()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Any operation reads the written mask."""
+        args, kwargs = tree_map_only(UnbuiltMask, lambda mask: mask.build(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def unbuilt(is_causal: bool, shape: tuple[int, ...], device: Any, build: Callable[[], Tensor]) -> UnbuiltMask:
+    """A mask that `build` writes when it is needed."""
+    make: Any = Tensor._make_wrapper_subclass
+    mask: UnbuiltMask = make(UnbuiltMask, shape, dtype=torch.bool, device=device)
+    mask.is_causal = is_causal
+    mask.build = build
+    return mask
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is reading along: nothing may depend on a value then."""
+    return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None)
+
+
+def mask_of(
+    sdpa_mask: Callable[..., Tensor | None],
+    *,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """The mask function that is registered: transformers' own boolean mask, unbuilt where that would have left it out."""
+    build = partial(_written, sdpa_mask, kwargs)
+    if is_traced():
+        return build()
+    for is_causal, allowed in ((True, allow_is_causal_skip), (False, allow_is_bidirectional_skip)):
+        if allowed:
+            mask = sdpa_mask(allow_is_causal_skip=is_causal, allow_is_bidirectional_skip=not is_causal, **kwargs)
+            if mask is not None:
+                return mask
+            queries = int(kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"]))
+            shape = kwargs["batch_size"], 1, queries, int(kwargs["kv_length"])
+            # a single query is the newest token: it sees the whole cache
+            return unbuilt(is_causal and queries > 1, shape, kwargs.get("device", "cpu"), build)
+    return build()
+
+
+def _written(sdpa_mask: Callable[..., Tensor | None], kwargs: dict[str, Any]) -> Tensor:
+    mask = sdpa_mask(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
+    if mask is None:
+        raise RuntimeError("diffmax attention: transformers' sdpa_mask must write a mask that it may not leave out, got None")
+    return mask
+
+
+def read(module: nn.Module, mask: Tensor | None, is_causal: bool | None, queries: int, keys: int) -> tuple[Tensor | None, bool]:
+    """What a call's mask, argument and layer say together: a mask or None, and whether the call is causal."""
+    if isinstance(mask, UnbuiltMask):
+        if not mask.is_causal or mask.shape[2:] == (queries, keys):
+            return None, mask.is_causal
+        mask = mask.build()
+    if mask is not None:
+        return mask, False  # it says it all
+    if is_causal is None:
+        is_causal = _is_causal_by_itself(module, queries)
+    return None, bool(is_causal and queries > 1)
+
+
+def _is_causal_by_itself(module: nn.Module, length: int) -> bool:
+    """Without a mask: the layer's flag, as transformers' own SDPA function reads it. A layer without the flag says nothing."""
+    flag = getattr(module, "is_causal", None)
+    if flag is None and length > 1:
+        raise ValueError(
+            f"diffmax attention: {type(module).__name__} must be given a mask or is_causal, got neither, for {length} queries\n"
+            "eager attention would let each see the future, SDPA would not: build the mask with create_causal_mask of "
+            "transformers.masking_utils, or hand on is_causal=True or False"
+        )
+    return bool(flag)
+
+
+def merged_mask(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
+    """One mask that says what both say, for `diffmax.attention`: boolean, or floating with -inf where nothing is to be seen."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        if position_bias is None or attention_mask is None:
+            return attention_mask if position_bias is None else position_bias
+        return position_bias.masked_fill(~attention_mask, -torch.inf)
+    if not attention_mask.is_floating_point():
+        raise ValueError(
+            f"diffmax attention: a mask must be boolean or floating, got {attention_mask.dtype}\n"
+            "convert it first: True marks what is visible, and a floating mask is added to the scores"
+        )
+    # transformers writes "hidden" as the most negative number: added to a whole row, it would not hide anything
+    hidden = attention_mask <= torch.finfo(attention_mask.dtype).min
+    bias = attention_mask if position_bias is None else attention_mask + position_bias
+    return bias.masked_fill(hidden, -torch.inf)

@@ -1,0 +1,288 @@
+"""Models that would keep softmax, wholly or in part, are refused: when they are loaded, or at their first forward pass.
+
+transformers takes any registered name for any model. A class that computes attention by itself then keeps softmax, or worse:
+the mask function of the name is asked, and what it returns is read as something else. Two checks find them. The source of a
+class says whether it reads ALL_ATTENTION_FUNCTIONS at all. And during the first forward pass every softmax whose result is
+multiplied with something, and every call of torch's own attention, is traced back to its module.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from diffmax.integrations.transformers.masks import is_traced
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name that is registered: how errors call it, and whether a model may keep softmax in a part of its attention."""
+
+    label: str
+    partial: bool
+
+
+_names: dict[str, _Name] = {}
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # their first forward pass was seen
+_watched: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = (
+    weakref.WeakKeyDictionary()
+)  # their first is still to come
+_current = threading.local()
+
+_INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|AttentionInterface")
+_CLASS_TABLE = re.compile(r"\w*ATTENTION\w*\[[^\]]*_attn_implementation\b")
+_ATTENTION_CLASS = re.compile(r"^class \w*(?:Attention|Attn)\w*\(", re.MULTILINE)
+_FUSED = (
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+    "multi_head_attention_forward",
+    "scaled_dot_product_attention",
+)
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__")
+
+
+def watch(name: str, label: str | None = None, partial: bool = False) -> None:
+    """From now on check the models that take this attention implementation; `label` begins the errors."""
+    _names[name] = _Name(label or f'attn_implementation="{name}"', partial)
+    import transformers
+
+    kind: Any = transformers.PreTrainedModel
+    if hasattr(kind, "_diffmax_checked"):
+        return
+    kind._diffmax_checked = True
+    choose, change = kind.get_correct_attn_implementation, kind.set_attn_implementation
+
+    @functools.wraps(choose)
+    def choose_checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = choose(self, *args, **kwargs)
+        if chosen in _names:
+            _refuse_class(self.__class__, chosen)
+            _watch_first_forward(self)
+        return chosen
+
+    @functools.wraps(change)
+    def change_checked(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(attn_implementation, str) and attn_implementation in _names:
+            for part in self.modules():
+                if isinstance(part, kind):
+                    _refuse_class(part.__class__, attn_implementation)
+        result = change(self, attn_implementation, *args, **kwargs)
+        if isinstance(attn_implementation, dict):
+            _refuse_unchanged(self.config, attn_implementation)
+        for part in self.modules():
+            if isinstance(part, kind) and part.config._attn_implementation in _names:
+                _checked.discard(part)
+                _watch_first_forward(part)
+        return result
+
+    kind.get_correct_attn_implementation = choose_checked
+    kind.set_attn_implementation = change_checked
+
+
+def called() -> None:
+    """The attention function says that it was."""
+    run = getattr(_current, "run", None)
+    if run is not None:
+        run.calls += 1
+
+
+@functools.cache
+def _refuse_class(kind: type, name: str) -> None:
+    """A class that has attention of its own, and that nothing of its source asks for a function or for this one."""
+    source = "\n".join(_source_of(base) for base in kind.__mro__)
+    if _CLASS_TABLE.search(source):
+        does = f'takes its attention from a table of classes, which has none for "{name}"'
+    elif not _INTERFACE.search(source) and _ATTENTION_CLASS.search(source):
+        does = "computes its attention itself and would keep softmax"
+    else:
+        return
+    raise ValueError(
+        f"{_names[name].label}: {kind.__name__} {does}\n"
+        f"its source, {kind.__module__}, does not read transformers' ALL_ATTENTION_FUNCTIONS: load this model with "
+        f'attn_implementation="eager", or this part of it ({{"text_config": "{name}", "vision_config": "eager"}})'
+    )
+
+
+def _source_of(kind: type) -> str:
+    """The source of a class of a model, and of the classes of its Python module that it names, and so on."""
+    classes = _classes(kind.__module__)
+    found, waiting = {}, [kind.__name__]
+    while waiting:
+        name = waiting.pop()
+        if name in classes and name not in found:
+            found[name] = classes[name]
+            waiting.extend(re.findall(r"\w+", classes[name]))
+    return "\n".join(found.values())
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, str]:
+    """Classes, and tables of classes, of a Python module of models by name, with their source."""
+    if module.partition(".")[0] in ("torch", "builtins", "abc", "typing") or module == "transformers.modeling_utils":
+        return {}
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return {}
+    tree = ast.parse(source)
+    named: dict[str, ast.stmt] = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            named.update({target.id: node for target in node.targets if isinstance(target, ast.Name)})
+    return {name: ast.get_source_segment(source, node) or "" for name, node in named.items()}
+
+
+def _refuse_unchanged(config: Any, wanted: dict[str, Any]) -> None:
+    """transformers only logs it when a part of a model does not let its implementation be changed."""
+    for key, name in wanted.items():
+        part = config if key == "" else getattr(config, key, None)
+        if isinstance(name, dict):
+            _refuse_unchanged(part, name)
+        elif name in _names and part is not None and part._attn_implementation != name:
+            raise ValueError(
+                f'set_attn_implementation: {key or "the model"} must let its attention be chosen, got "{name}" for one that '
+                f'keeps "{part._attn_implementation}"\nit computes its attention itself: leave it out of the dictionary'
+            )
+
+
+@dataclass
+class _Run:
+    """The first forward pass of a model, while it lasts."""
+
+    model: nn.Module
+    mode: _Softmaxes
+    calls: int = 0
+    inside: list[nn.Module] = field(default_factory=list)
+
+
+class _Softmaxes(TorchFunctionMode):
+    """Finds the modules that compute attention without asking: those whose softmax is multiplied with something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # softmax's results and what was made of them, by id, and whose they are
+        self.weights: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.kept: dict[str, None] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name in _FUSED:
+            self._found(_owner())
+        result = function(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        if name in ("softmax", "_softmax"):
+            self._follow(result, _owner() if result.dim() >= 3 else None)
+        for given in _tensors(args) if self.weights else ():
+            owner = self._owner_of(given)
+            if name in _PRODUCTS:
+                self._found(owner)
+            elif result.numel() == given.numel() and result.is_floating_point():
+                self._follow(result, owner)
+        return result
+
+    def _follow(self, tensor: Tensor, owner: str | None) -> None:
+        if owner is not None:
+            self.weights[id(tensor)] = weakref.ref(tensor), owner
+
+    def _owner_of(self, tensor: Tensor) -> str | None:
+        known = self.weights.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
+
+    def _found(self, owner: str | None) -> None:
+        if owner is not None:
+            self.kept[owner] = None
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    for given in args:
+        if isinstance(given, Tensor):
+            yield given
+        elif isinstance(given, (list, tuple)):
+            yield from (inner for inner in given if isinstance(inner, Tensor))
+
+
+def _owner() -> str | None:
+    """The class of the module that is running, unless the configuration it runs under chose another implementation."""
+    from transformers import PreTrainedModel
+
+    frame = inspect.currentframe()
+    owner: nn.Module | None = None
+    while frame is not None:
+        where = str(frame.f_globals.get("__name__"))
+        if where.startswith("diffmax.") and where != __name__:
+            return None  # ours, asked for
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and frame.f_code.co_name != "_call_impl":
+            owner = module if owner is None else owner
+            config = getattr(module, "config", None)
+            if isinstance(module, PreTrainedModel) or hasattr(config, "_attn_implementation"):
+                return type(owner).__name__ if getattr(config, "_attn_implementation", None) in _names else None
+        frame = frame.f_back
+    return None
+
+
+def _watch_first_forward(model: nn.Module) -> None:
+    if model not in _watched:
+        _watched[model] = [
+            model.register_forward_pre_hook(_begin, prepend=True),
+            model.register_forward_hook(_end, always_call=True),
+        ]
+
+
+def _begin(model: Any, _: Any) -> None:
+    if is_traced():
+        return
+    run = getattr(_current, "run", None)
+    if run is not None:
+        run.inside.append(model)
+    elif model not in _checked and model.config._attn_implementation in _names:
+        _current.run = _Run(model, _Softmaxes())
+        _current.run.mode.__enter__()
+
+
+def _end(model: Any, _: Any, output: Any) -> None:
+    run = None if is_traced() else getattr(_current, "run", None)
+    if run is None or run.model is not model:
+        return
+    _current.run = None
+    run.mode.__exit__(None, None, None)
+    if output is None:  # the forward pass failed: the next one is the first
+        return
+    name = model.config._attn_implementation
+    if not run.calls:
+        if not run.mode.kept and _is_a_part(model):
+            return
+        does = f"it computed softmax in {', '.join(run.mode.kept)}" if run.mode.kept else "it computed no attention at all"
+        raise ValueError(
+            f"{_names[name].label}: {type(model).__name__} must ask for its attention function, got a forward pass without "
+            f'a call\n{does}: load this model with attn_implementation="eager"'
+        )
+    if run.mode.kept and not _names[name].partial:
+        raise ValueError(
+            f"{_names[name].label}: {type(model).__name__} asks for its attention function, and also computes softmax "
+            f"itself, in {', '.join(run.mode.kept)}\n"
+            "to have softmax there and diffmax elsewhere, write register(..., partial=True)"
+        )
+    for seen in (model, *run.inside):
+        _checked.add(seen)
+        for hook in _watched.pop(seen, []):
+            hook.remove()
+
+
+def _is_a_part(model: nn.Module) -> bool:
+    """Whether a larger model that is watched contains it, as an encoder without attention that `generate` calls first."""
+    return any(other is not model and any(part is model for part in other.modules()) for other in list(_watched))
