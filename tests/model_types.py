@@ -34,7 +34,8 @@ _SIZES = {
     r"(.*_)?num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|depth|num_blocks?|n_blocks": 2,
     r"(.*_)?(num_attention_heads|num_heads|attention_heads|n_heads?)": 4,
     r"num_key_value_heads|n_head_kv|num_kv_heads": 2,
-    r"(.*_)?(hidden_size|embed_dim|projection_dim|dim_model)|d_model|n_embd|embedding_size|(hidden_|emb_|model_)?dim": 32,
+    r"(.*_)?(hidden_size|embed_dim|projection_(dim|size)|dim_model)|d_model|n_embd|embedding_size": 32,
+    r"(hidden_|emb_|model_)?dim": 32,
     r"(.*_)?(intermediate_size|ffn_dim)|d_ff|n_inner|dim_feedforward|ffn_hidden_size|d_inner": 48,
     r"(.*_)?head_dim|kv_channels|d_kv|d_head": HEAD_DIM,
     r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|seq_length|max_seq_len": 64,
@@ -55,6 +56,17 @@ _LEFT_OUT = {
 }
 # Rotary tables of time, height and width, whose default is written in the code of the model
 _SECTIONS = re.compile(r"(glm4v|glm46v|glmga|glm_ocr|glm_image|qwen2_vl|qwen2_5_vl|paddleocr_vl)(_moe)?(_text)?")
+# What the sizes above do not agree on, or what is missing by default
+_OTHERWISE = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "esm": {"pad_token_id": 1, "mask_token_id": 4},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "lilt": {"hidden_size": 48, "num_attention_heads": 4},
+    "mobilebert": {"embedding_size": 32, "hidden_size": 32, "intra_bottleneck_size": 32},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+}
 LARGEST = 8_000_000  # parameters
 
 
@@ -104,7 +116,7 @@ def config_of(model_type):
     for part in rope if _SECTIONS.fullmatch(model_type) else ():
         half = int(HEAD_DIM * part["rope_parameters"].get("partial_rotary_factor", 1.0)) // 2
         part["rope_parameters"]["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4] if half > 2 else [1, 1, 0]
-    config = kind(**small)
+    config = kind(**{**small, **_OTHERWISE.get(model_type, {})})
     for part in _parts(config):
         part._experts_implementation_internal = "eager"  # the others lack float64
     return config
@@ -283,6 +295,20 @@ TOLERANCE = 1e-5  # in float64, but for rotary tables and norms that some models
 
 def answer(model_type, task):
     """What diffmax does with the model: "served", "refused: ...", "no attention: ..."; or AssertionError, or UnbuiltError."""
+    try:
+        return _answer_of_a_small_one(model_type, task)
+    except UnbuiltError:
+        # of any size it may be refused when it is loaded
+        try:
+            with torch.device("meta"):
+                TASKS[task][0].from_config(CONFIG_MAPPING[model_type](), attn_implementation="diffmax-one")
+        except Exception as error:  # noqa: BLE001  # transformers' own need not be ours
+            if str(error).startswith("attn_implementation="):
+                return _refusal(str(error))
+        raise
+
+
+def _answer_of_a_small_one(model_type, task):
     register("diffmax-one", alpha=torch.ones((), dtype=torch.float64))
     register("diffmax-half", alpha=0.5)
     try:
