@@ -167,7 +167,7 @@ def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_ca
     """Check the entries of block_table that the sequences use, new tokens among them, where looking at them is free."""
     if table is None or not (_readable(table) and _readable(lengths)):
         return
-    used = table[torch.arange(table.shape[1]) * k_cache.shape[1] < (lengths + new).view(-1, 1)]
+    used = table[torch.arange(table.shape[1], device=table.device) * k_cache.shape[1] < (lengths + new).view(-1, 1)]
     wrong = used[(used < 0) | (used >= k_cache.shape[0])]
     if len(wrong):
         raise ValueError(

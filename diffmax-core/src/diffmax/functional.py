@@ -11,6 +11,8 @@ from diffmax import _ops
 from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
+__all__ = ["Alpha", "diffmax_bisect"]
+
 Alpha: TypeAlias = "float | Tensor | Callable[[], float | Tensor]"
 
 

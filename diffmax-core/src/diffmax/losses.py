@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmax import _loss_ops  # noqa: F401  (defines torch.ops.diffmax.loss)
 from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 from diffmax._loss_checks import check_reduction, check_target, check_weight
 from diffmax.functional import Alpha
+from diffmax.nn._kept import Keeps
+
+__all__ = ["DiffmaxLoss", "diffmax_loss"]
 
 
 def diffmax_loss(
@@ -125,7 +128,7 @@ def _reweighted(target: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tenso
     return weighted / torch.where(mass == 0, 1.0, mass), mass.squeeze(dim)
 
 
-class DiffmaxLoss(nn.Module):
+class DiffmaxLoss(Keeps):
     """`diffmax_loss` as a module: a drop-in for `torch.nn.CrossEntropyLoss`.
 
     Args:
@@ -154,11 +157,8 @@ class DiffmaxLoss(nn.Module):
         super().__init__()
         check_reduction("DiffmaxLoss", reduction)
         self.ignore_index, self.reduction, self.n_iter = ignore_index, reduction, n_iter
-        self.register_buffer("weight", weight)
-        if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
-            self.register_buffer("alpha", alpha)
-        else:
-            self.alpha = alpha
+        self._keep("weight", weight)
+        self._keep("alpha", alpha)
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X; see `diffmax_loss`."""

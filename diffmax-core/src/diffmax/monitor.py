@@ -14,6 +14,8 @@ from diffmax._monitor_metrics import alpha_metrics, convergence_metrics, forward
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import Alpha, normalize
 
+__all__ = ["Log", "diffmax_bisect_monitored"]
+
 
 class Log(Protocol):
     """Where metrics go: `swanlab.log` and `wandb.log` are of this kind, and so is any function of these two arguments."""

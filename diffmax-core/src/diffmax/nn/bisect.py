@@ -36,6 +36,9 @@ class DiffmaxBisectModule(PreciseBuffers):
         torch.Size([4, 1, 1])
     """
 
+    alpha: Alpha
+    log_beta: nn.Parameter
+
     def __init__(
         self,
         alpha: Alpha = 0.9,
@@ -47,10 +50,7 @@ class DiffmaxBisectModule(PreciseBuffers):
         super().__init__()
         self.dim, self.n_iter, self.ensure_sum_one, self.alpha_map = dim, n_iter, ensure_sum_one, alpha_map
         if alpha_map is None:
-            if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
-                self.register_buffer("alpha", alpha)
-            else:
-                self.alpha = alpha
+            self._keep("alpha", alpha)
             return
         if not isinstance(alpha_map, AlphaMap):
             raise TypeError(f"DiffmaxBisectModule: alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
@@ -59,9 +59,11 @@ class DiffmaxBisectModule(PreciseBuffers):
                 f"DiffmaxBisectModule: with an alpha_map, alpha must be a float or a tensor to start from, got {alpha!r}"
             )
         if isinstance(alpha, Tensor):
-            self.log_beta = nn.Parameter(alpha_map.inverse(alpha.double()).log().to(alpha.dtype))
+            start = alpha_map.inverse(alpha.detach().double()).log().to(alpha.dtype)
+            self._learn("log_beta", start, start.clone())
         else:
-            self.log_beta = nn.Parameter(torch.tensor(math.log(alpha_map.inverse(alpha)), dtype=torch.float32))
+            first = math.log(alpha_map.inverse(alpha))
+            self._learn("log_beta", torch.tensor(first, device="cpu"), torch.tensor(first, dtype=torch.float32))
 
     @property
     def current_alpha(self) -> float | Tensor:
