@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffmax import _attention_checks as checks
 from diffmax import _attention_ops
+from diffmax import _nested as nested
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
 from diffmax.plugin import TILE, AttentionCall
@@ -108,11 +109,13 @@ def attention(
 
     Args:
         query: (B, H, L, D), any strides. float16, bfloat16, float32 or float64. Under autocast it is converted as torch would.
-        key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be one tensor, and the query too.
+        key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be one tensor, and the query too. As in torch
+            there may be more dimensions before H, or fewer, down to (L, D); and sizes of 1 before L, which the others share. Or
+            all three are nested tensors (B, H, j, D), without attn_mask: then each sequence is on its own.
         attn_mask: Broadcasts to (B, H, L, S) and holds together with `is_causal` and `window_size`. Boolean: True where a key
             is seen. Floating, in query's dtype or float32: added to the scores, where -inf hides; may require a gradient. Or
             one of torch.nn.attention.bias's `causal_upper_left(L, S)` and `causal_lower_right(L, S)`.
-        dropout_p: Probability, less than 1, with which a weight is set to 0; the others are divided by 1 - dropout_p. Which
+        dropout_p: Probability with which a weight is set to 0; the others are divided by 1 - dropout_p. Which
             ones follows from two numbers that torch's generator draws, and is the same on every backend. Like torch's own
             attention this drops whenever it is not 0: pass 0.0 in evaluation.
         is_causal: Query i sees the keys 0 to i, or i + S - L with `causal_alignment="lower_right"`.
@@ -134,8 +137,8 @@ def attention(
         backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
             else the best one that can run the call.
     Returns:
-        (B, H, L, D_v), contiguous, in query's dtype; and the stats, if asked for. A query that sees no key gets zeros, and
-        passes no gradient on. A query with NaN or +inf among the scores that it sees gets NaN.
+        (B, H, L, D_v), contiguous, in query's dtype, or nested as the query; and the stats, if asked for. A query that sees no
+        key gets zeros, and passes no gradient on. A query with NaN or +inf among the scores that it sees gets NaN.
     Raises:
         TypeError: An argument has the wrong type, or the dtypes differ.
         ValueError: Shapes, devices or values do not fit. The values of an alpha that lives on an accelerator, or under
@@ -152,7 +155,7 @@ def attention(
         >>> out.shape, stats.support_size.shape
         (torch.Size([2, 4, 100, 16]), torch.Size([2, 4, 100]))
     """
-    query, key, value, call = checked(
+    q, k, v, call = checked(
         *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
         alpha=alpha,
         window_size=window_size,
@@ -161,7 +164,11 @@ def attention(
         softcap=softcap,
         sink=sink,
     )
-    out, stats = _attend(query, key, value, call, return_stats, backend)
+    out, stats = _attend(q, k, v, call, return_stats, backend)
+    if call.cu_seqlens_q is not None:
+        out, stats = _as_nested(query, out, stats)
+    elif not query.ndim == key.ndim == value.ndim == 4:
+        out, stats = _as_given((query, key, value), out, stats)
     return out if stats is None else (out, stats)
 
 
@@ -225,10 +232,8 @@ def attention_varlen(
         sink=sink,
     )
     out, stats = _attend(query, key, value, call, return_stats, backend)
-    out = out[0].transpose(0, 1).contiguous()
-    if stats is None:
-        return out
-    return out, AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+    out, stats = _by_token(out, stats)
+    return out if stats is None else (out, stats)
 
 
 def checked(
@@ -251,10 +256,30 @@ def checked(
 ) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
     """The tensors and the call that `attention`'s arguments mean. `draws`: whether dropout's seed is drawn."""
     name = "diffmax.attention"
+    if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
+        nested.check_all(name, query, key, value, attn_mask)
+        queries, keys, values = (nested.pack(name, what, t) for what, t in (("query", query), ("key", key), ("value", value)))
+        nested.check_same_lengths(name, keys, values)
+        return checked_varlen(
+            *(queries.tokens, keys.tokens, values.tokens, queries.ends, keys.ends, queries.longest, keys.longest),
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            alpha=alpha,
+            window_size=window_size,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sink=sink,
+            draws=draws,
+            lower_right=checks.check_alignment(name, causal_alignment),
+            name=name,
+        )
     query, key, value = _autocast(query, key, value)
+    query, key, value, attn_mask = checks.as_heads(name, query, key, value, attn_mask, enable_gqa)
     checks.check_tensors(name, query, key, value, "BHLD")
-    dropout_p = checks.check_dropout(name, dropout_p)
-    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
+    query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
+    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa or key.shape[1] == 1)
     e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
     lower_right = checks.check_alignment(name, causal_alignment)
     # of torch's CausalBias, a Tensor that must not be looked into; torch 2.4 cannot trace this question to others
@@ -307,12 +332,13 @@ def checked_varlen(
     softcap: float,
     sink: Tensor | None,
     draws: bool = True,
+    lower_right: bool = True,
+    name: str = "diffmax.attention_varlen",
 ) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
     """As `checked`, of `attention_varlen`'s; the tensors are (1, H, T, D)."""
-    name = "diffmax.attention_varlen"
     query, key, value = _autocast(query, key, value)
     checks.check_tensors(name, query, key, value, "THD")
-    dropout_p = checks.check_dropout(name, dropout_p)
+    query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
     checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
     e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
     left, right = checks.check_window(name, window_size, is_causal)
@@ -326,7 +352,7 @@ def checked_varlen(
     call = AttentionCall(
         scale=checks.check_scale(name, query, scale),
         e=e if e_tensor is None else e_tensor,
-        lower_right=True,
+        lower_right=lower_right,
         left=left,
         right=right,
         cu_seqlens_q=cu_seqlens_q,
@@ -341,6 +367,32 @@ def checked_varlen(
     )
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     return query, key, value, call
+
+
+def _by_token(out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
+    """(1, H, T, D) as (T, H, D), and the stats likewise."""
+    out = out[0].transpose(0, 1).contiguous()
+    return out, stats and AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+
+
+def _as_nested(query: Tensor, out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
+    """(1, H, T, D) as the query is nested, and the stats likewise."""
+    out, stats = _by_token(out, stats)
+    if stats is not None:
+        tau, support = (nested.like(query, t.contiguous()) for t in (stats.tau, stats.support_size))
+        stats = AttentionStats(tau, support, stats.tile_sparsity)
+    return nested.like(query, out), stats
+
+
+def _as_given(given: tuple[Tensor, ...], out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
+    """(B, H, L, D) with as many dimensions as the given tensors have, and the stats likewise."""
+    batch: torch.Size = torch.broadcast_shapes(*(t.shape[:-3] for t in given))  # type: ignore[no-untyped-call]
+    leading = (*batch, out.shape[1]) if any(t.ndim > 2 for t in given) else ()
+
+    def shaped(t: Tensor) -> Tensor:
+        return t.reshape((*leading, *t.shape[2:]))
+
+    return shaped(out), stats and AttentionStats(*map(shaped, stats))
 
 
 def _attend(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _kvcache_ops, _ops
-from diffmax._checks import _dtype, _readable, _shape
-from diffmax._numerics import FLOAT_DTYPES
+from diffmax._checks import _dtype, _readable, _shape, check_strided, check_tensor
 from diffmax.plugin import TILE
 
 if TYPE_CHECKING:
@@ -19,10 +18,7 @@ if TYPE_CHECKING:
 
 def check_cache(name: str, what: str, t: Tensor) -> None:
     """Check one tensor on its own."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(t).__name__}")
-    if t.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: {what} must be float16, bfloat16, float32 or float64, got {_dtype(t)}")
+    check_tensor(name, what, t)
     if t.ndim != 4:
         raise ValueError(f"{name}: {what} must have 4 dimensions (batch, tokens, heads, size), got shape {_shape(t)}")
 
@@ -124,6 +120,7 @@ def _check_room(name: str, least: int, most: int, room: int, new: int) -> None:
 
 
 def _check_index(name: str, what: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    check_strided(name, what, t)
     if t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: {what} must be an int32 tensor, got {_dtype(t)}")
     if tuple(t.shape) != shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax._checks import _dtype, _readable, _shape
+from diffmax._checks import _dtype, _readable, _shape, check_strided
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -23,6 +23,7 @@ def check_target(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: i
     """Dtype, device, shape, and where they can be read, values of class indices or probabilities for scores X."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name}: target must be a torch.Tensor, got {type(target).__name__}")
+    check_strided(name, "target", target)
     if target.device != X.device:
         raise ValueError(f"{name}: target and X must be on one device, got {target.device} and {X.device}")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
@@ -42,6 +43,7 @@ def check_weight(name: str, X: Tensor, weight: Tensor | None, dim: int) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = _dtype(weight) if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name}: weight must be a tensor of a floating dtype, got {got}")
+    check_strided(name, "weight", weight)
     if weight.shape != X.shape[dim : dim + 1]:
         raise ValueError(
             f"{name}: weight must hold one number per class, shape ({X.shape[dim]},), got shape {_shape(weight)}\n"

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from diffmax import _nested as nested
 from diffmax import _ops
 from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
@@ -33,7 +34,8 @@ def diffmax_bisect(
     tau, and so every score further than 1 / (1 - alpha) below the largest, gets weight exactly 0.
 
     Args:
-        X: Scores, any shape and strides. float16, bfloat16, float32 or float64. -inf marks a masked entry.
+        X: Scores, any shape and strides. float16, bfloat16, float32 or float64. -inf marks a masked entry. Or a nested tensor,
+            whose first dimension is a batch; a tensor alpha is then as for one of its sequences.
         alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float; or a tensor that broadcasts against X with `dim`
             reduced to 1, such as (H, 1, 1) for one alpha per head of scores (B, H, L, L); or a function of no arguments that
             returns either. A tensor may require a gradient, and may hold 0 and 1 themselves, where a learned alpha can end:
@@ -60,6 +62,9 @@ def diffmax_bisect(
         >>> diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    if isinstance(X, Tensor) and X.is_nested:
+        options = (n_iter, ensure_sum_one)
+        return nested.weights("diffmax_bisect", X, dim, lambda t, d: diffmax_bisect(t, alpha, d, *options, backend=backend))
     dim = check_scores("diffmax_bisect", X, dim, n_iter)
     e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)

@@ -121,13 +121,14 @@ class DiffmaxAttention(PreciseBuffers):
         self.k_proj = nn.Linear(self.kdim, num_kv_heads * self.head_dim, **made)
         self.v_proj = nn.Linear(self.vdim, num_kv_heads * self.head_dim, **made)
         self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **made)
-        self._set_alpha(alpha, alpha_map)
-        self.sink = nn.Parameter(torch.zeros(num_heads)) if sink == "learned" else None
+        self._set_alpha(alpha, alpha_map, device, dtype)
+        self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sink == "learned" else None
         self.null_sink = sink == "null"
         self.gate = HeadGate(embed_dim, num_heads) if head_gate else None
         self.length_scale = LengthScale(num_heads) if length_scale else None
-        if device is not None or dtype is not None:
-            self.to(device=device, dtype=dtype)
+        for part in (self.gate, self.length_scale):
+            if part is not None and (device is not None or dtype is not None):
+                part.to(device=device, dtype=dtype)
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> DiffmaxAttention:
@@ -188,7 +189,9 @@ class DiffmaxAttention(PreciseBuffers):
         theirs.load_state_dict(given)
         return theirs.train(self.training)
 
-    def _set_alpha(self, alpha: float | Tensor, alpha_map: AlphaMap | None) -> None:
+    def _set_alpha(
+        self, alpha: float | Tensor, alpha_map: AlphaMap | None, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
         self.alpha_map = alpha_map
         if alpha_map is not None and not isinstance(alpha_map, AlphaMap):
             raise TypeError(f"{_NAME}: alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
@@ -201,13 +204,17 @@ class DiffmaxAttention(PreciseBuffers):
         else:
             one_minus_alpha(_NAME, torch.empty(1), alpha, 0)
         if alpha_map is None:
+            if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
+                alpha = alpha.to(device)
             self._keep("alpha", alpha)
         elif isinstance(alpha, Tensor):
             start = alpha_map.inverse(alpha.detach().double()).log().float()
-            self._learn("log_beta", start, start.expand(self.num_heads).clone())
+            self._learn("log_beta", start, start.expand(self.num_heads).clone().to(device=device, dtype=dtype))
         else:
             first = math.log(alpha_map.inverse(float(alpha)))
-            self._learn("log_beta", torch.tensor(first, device="cpu"), torch.full((self.num_heads,), first))
+            self._learn(
+                "log_beta", torch.tensor(first, device="cpu"), torch.full((self.num_heads,), first, device=device, dtype=dtype)
+            )
 
     def reset_parameters(self) -> None:
         """Begin anew, as after `to_empty`: projections as nn.Linear's, alpha and all else as the module was made."""
@@ -283,6 +290,7 @@ class DiffmaxAttention(PreciseBuffers):
 
         Args:
             query: (B, L, embed_dim); (L, B, embed_dim) for a module with batch_first=False; (L, embed_dim) for one sequence.
+                Or nested (B, j, embed_dim) of layout torch.jagged, without masks and weights.
             key: (B, S, kdim), likewise. Default: query.
             value: (B, S, vdim), likewise. Default: key.
             key_padding_mask: Boolean (B, S), or (S,) for one sequence, True at padding, which is not seen. With value also
@@ -310,10 +318,12 @@ class DiffmaxAttention(PreciseBuffers):
                 "write out, weights = attend(x, x, x); boolean masks are then True where hidden"
             )
         key = query if key is None else key
+        if query.is_nested:
+            self._check_nested(query, attn_mask, key_padding_mask, torchs_call and need_weights is not False)
         batched = self._check_tokens(query, key, key if value is None else value)
         query, key, value = (self._batch_first(t) for t in (query, key, key if value is None else value))
         q, k, v = (
-            projection(tokens).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            projection(tokens).unflatten(-1, (projection.out_features // self.head_dim, self.head_dim)).transpose(1, 2)
             for projection, tokens in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         weighed = torchs_call and need_weights is not False
@@ -345,6 +355,25 @@ class DiffmaxAttention(PreciseBuffers):
                 )
         return query.ndim == 3
 
+    def _check_nested(self, query: Tensor, attn_mask: Any, key_padding_mask: Any, weighed: bool) -> None:
+        """Check what a nested query, its sequences one after the other, goes together with."""
+        if query.layout is not torch.jagged:
+            raise TypeError(f"{_NAME}: a nested query must be of layout torch.jagged, got {query.layout}")
+        unfit = {
+            "attn_mask": attn_mask is not None,
+            "key_padding_mask": key_padding_mask is not None,
+            "need_weights": weighed,
+            "batch_first=False": not self.batch_first,
+            "head_gate": self.gate is not None,
+            "length_scale": self.length_scale is not None,
+        }
+        if any(unfit.values()):
+            names = ", ".join(name for name, given in unfit.items() if given)
+            raise ValueError(
+                f"{_NAME}: a nested query goes without masks, weights, gate and length scale, and batch first, got {names}\n"
+                "its sequences have no padding; pad them with .to_padded_tensor(0.0) for the rest"
+            )
+
     def _batch_first(self, tokens: Tensor) -> Tensor:
         if tokens.ndim == 2:
             return tokens.unsqueeze(0)
@@ -365,11 +394,12 @@ class DiffmaxAttention(PreciseBuffers):
             "alpha": self._alpha_for(q),
             "window_size": self.window_size,
             "causal_alignment": causal_alignment,
-            "sink": q.new_zeros(self.num_heads) if self.null_sink else self.sink,
+            "sink": torch.zeros(self.num_heads, dtype=q.dtype, device=q.device) if self.null_sink else self.sink,
         }
         if not weighed:
             return attention(*given, **options, backend=self.backend), None
-        return with_weights(*checked(*given, **options, alibi_slopes=None, softcap=0.0), self.backend)
+        out, weights = with_weights(*checked(*given, **options, alibi_slopes=None, softcap=0.0), self.backend)
+        return out, weights * 0.0 if given[4] == 1 else weights
 
     def _alpha_for(self, q: Tensor) -> float | Tensor:
         if self.alpha_map is None:

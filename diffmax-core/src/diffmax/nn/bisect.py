@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from diffmax import _nested as nested
 from diffmax._checks import check_alpha_tensor, check_scores
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import Alpha, diffmax_bisect, normalize
@@ -76,11 +78,16 @@ class DiffmaxBisectModule(PreciseBuffers):
         """Weights for scores X; see `diffmax_bisect`."""
         if self.alpha_map is None:
             return diffmax_bisect(X, self.alpha, self.dim, self.n_iter, self.ensure_sum_one)
-        dim = check_scores("DiffmaxBisectModule", X, self.dim, self.n_iter)
+        if isinstance(X, Tensor) and X.is_nested:
+            return nested.weights("DiffmaxBisectModule", X, self.dim, partial(self._learned, self.alpha_map))
+        return self._learned(self.alpha_map, X, self.dim)
+
+    def _learned(self, alpha_map: AlphaMap, X: Tensor, dim: int) -> Tensor:
+        dim = check_scores("DiffmaxBisectModule", X, dim, self.n_iter)
         check_alpha_tensor("DiffmaxBisectModule", X, self.log_beta, dim)
         # the map gives 1 - alpha itself: alpha would round to 1 where 1 - alpha is still a good number
         acc = accumulation_dtype(X.dtype)
-        e = self.alpha_map.one_minus_alpha_of_log(self.log_beta.to(torch.promote_types(self.log_beta.dtype, acc)))
+        e = alpha_map.one_minus_alpha_of_log(self.log_beta.to(torch.promote_types(self.log_beta.dtype, acc)))
         return normalize(X, 0.0, e.to(device=X.device, dtype=acc), dim, self.n_iter, self.ensure_sum_one)
 
     def extra_repr(self) -> str:
