@@ -470,7 +470,7 @@ def test_says_what_is_wrong(error, words, arguments):
         (TypeError, "max_seqlen_k must be an int, got 4.0", {"max_seqlen_k": 4.0}),
         (ValueError, "max_seqlen_k must not be negative", {"max_seqlen_k": -1}),
         (ValueError, "dropout_p must lie between 0 and 1, got -0.1", {"dropout_p": -0.1}),
-        (ValueError, r"one number per head, shape \(4,\), got \(2, 4\)", {"alibi_slopes": torch.ones(2, 4)}),
+        (ValueError, r"one number per head, shape \(4,\) or \(2, 4\), got \(3, 4\)", {"alibi_slopes": torch.ones(3, 4)}),
         (ValueError, "must count the same sequences, got 2 and 1", {"cu_seqlens_k": torch.tensor([0, 6]), "max_seqlen_k": 6}),
     ],
 )

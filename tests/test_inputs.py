@@ -372,7 +372,10 @@ OTHER_HEADS = torch.nested.nested_tensor([torch.randn(4, 4, 8), torch.randn(5, 4
         (lambda: diffmax_loss(ROWS, JAGGED), r"target must not be nested"),
         (lambda: diffmax.diffmax_bisect_monitored(JAGGED, step=1, log=print), "X must not be nested"),
         (lambda: diffmax_bisect(ROWS, JAGGED), "alpha must not be nested"),
-        (lambda: diffmax_bisect(JAGGED, 0.5, 0), "dim must lie in .1, 2. for a nested X of 3 dimensions, the first its batch, got 0"),
+        (
+            lambda: diffmax_bisect(JAGGED, 0.5, 0),
+            "dim must lie in .1, 2. for a nested X of 3 dimensions, the first its batch, got 0",
+        ),
         (lambda: diffmax_bisect(JAGGED, 0.5, 3), "dim must lie in .1, 2."),
         (lambda: diffmax_bisect(JAGGED, 0.5, "1"), "dim must lie in .1, 2."),
         (lambda: attention_with_kvcache(JAGGED, Q, Q), "q must not be nested"),

@@ -12,7 +12,7 @@ from torch import nn
 import diffmax
 from diffmax import DiffmaxBisectModule, DiffmaxLoss, HillMap
 from diffmax import nn as dnn
-from diffmax.compat import adasplash, entmax
+from diffmax.compat import adasplash, entmax, flash_attn
 
 H, E = 4, 16
 
@@ -213,6 +213,15 @@ CALLS = {
     "HillMap": lambda: HillMap(0.9)(numbers(3).abs()),
     "HillMap, float": lambda: torch.tensor(HillMap(0.9).inverse(HillMap(0.9)(2.0)), device="cpu"),
     "adasplash": lambda: adasplash.adasplash(*numbers(3, 2, H, 5, 8), varlen=indices(3, 5)),
+    "entmax_attention": lambda: adasplash.attention.entmax_attention(*numbers(3, 2, H, 5, 8), alibi_slopes=some_alpha(H)),
+    "flash_attn_func": lambda: flash_attn.flash_attn_func(*numbers(3, 2, 5, H, 8), causal=True, return_attn_probs=True)[1],
+    "flash_attn_varlen_func": lambda: flash_attn.flash_attn_varlen_func(
+        *(numbers(7, H, 8), numbers(6, 2, H, 8), numbers(6, 2, H, 8), indices(0, 3, 7), indices(0, 4, 7), 4, 4),
+        alibi_slopes=some_alpha(2, H),
+        block_table=indices([5, 0], [1, 3]),
+        return_attn_probs=True,
+    )[1],
+    "cache_leftpad": lambda: cached(cache_leftpad=indices(2, 0)),
     "adasplash, sparsemax": lambda: adasplash.adasplash(*numbers(3, 2, H, 5, 8), alpha=2.0),
     "triton_entmax": lambda: adasplash.triton_entmax(numbers(3, 5)),
     "triton_sparsemax": lambda: adasplash.triton_sparsemax(numbers(3, 5)),
@@ -282,6 +291,8 @@ PUBLIC = [
     "diffmax.compat.entmax.losses",
     "diffmax.compat.entmax.root_finding",
     "diffmax.compat.adasplash",
+    "diffmax.compat.adasplash.triton_entmax",
+    "diffmax.compat.flash_attn",
     "diffmax.distributed",
     "diffmax.testing",
 ]

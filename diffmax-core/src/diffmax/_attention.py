@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from diffmax import _attention_ops
 from diffmax import _nested as nested
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
+from diffmax._paged import from_pages
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import live_shape, unpacked_bits
 
@@ -190,6 +191,7 @@ def attention_varlen(
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     sink: Tensor | None = None,
+    block_table: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
@@ -203,7 +205,11 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: At least the longest sequence's length. A larger number costs nothing but memory in
             `reference`.
         is_causal, window_size: As in `attention`, where the last query stands at the last key of its sequence.
-        alibi_slopes: (H,), as in `attention`, with the same places.
+        alibi_slopes: (H,), as in `attention`, with the same places; or (N, H), for each sequence its own, which are then
+            computed one by one, after a look at cu_seqlens.
+        block_table: int32 (N, pages): key and value are then (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv,
+            D_v), and row n has the pages of sequence n in order, of which cu_seqlens_k says how many tokens count. They are
+            copied out of their pages. Entries behind a sequence's last page may be anything.
         dropout_p, scale, enable_gqa, alpha, softcap, sink, return_stats, backend: As in `attention`.
     Returns:
         (T_q, H, D_v), contiguous; and the stats, if asked for.
@@ -219,21 +225,57 @@ def attention_varlen(
         >>> diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 7, 7, is_causal=True).shape
         torch.Size([12, 4, 16])
     """
-    query, key, value, call = checked_varlen(
-        *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        alpha=alpha,
-        window_size=window_size,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sink=sink,
-    )
+    options: dict[str, Any] = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "alpha": alpha,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sink": sink,
+        "block_table": block_table,
+    }
+    packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2:
+        return _one_by_one(*packed, alibi_slopes, options | {"return_stats": return_stats, "backend": backend})
+    query, key, value, call = checked_varlen(*packed, alibi_slopes=alibi_slopes, **options)
     out, stats = _attend(query, key, value, call, return_stats, backend)
     out, stats = _by_token(out, stats)
     return out if stats is None else (out, stats)
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    slopes: Tensor,
+    options: dict[str, Any],
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """`attention_varlen` with slopes (N, H), for which no kernel has a place: each sequence alone."""
+    how = {"return_stats": options.pop("return_stats"), "backend": options.pop("backend")}
+    packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    checked_varlen(*packed, alibi_slopes=slopes, draws=False, **options)
+    if (table := options.pop("block_table")) is not None:
+        key, value = from_pages("diffmax.attention_varlen", key, value, cu_seqlens_k, table)
+    of_query, of_key, of_value = (
+        torch.split(t, ends.diff().tolist()) for t, ends in ((query, cu_seqlens_q), (key, cu_seqlens_k), (value, cu_seqlens_k))
+    )
+    alone: Any = attention  # with stats or without
+    results: list[Any] = [
+        alone(*(t.transpose(0, 1) for t in one), causal_alignment="lower_right", alibi_slopes=own, **options, **how)
+        for *one, own in zip(of_query, of_key, of_value, slopes, strict=True)
+    ]
+    if not how["return_stats"]:
+        return torch.cat([out.transpose(0, 1) for out in results])
+    outs, stats = zip(*results, strict=True)
+    tau, support, _ = ([t.T if t.ndim == 2 else t for t in one] for one in zip(*stats, strict=True))
+    unknown = torch.full(query.shape[1:2], torch.nan, device=query.device)  # how many tiles each had
+    return torch.cat([out.transpose(0, 1) for out in outs]), AttentionStats(torch.cat(tau), torch.cat(support), unknown)
 
 
 def checked(
@@ -331,17 +373,23 @@ def checked_varlen(
     alibi_slopes: Tensor | None,
     softcap: float,
     sink: Tensor | None,
+    block_table: Tensor | None = None,
     draws: bool = True,
     lower_right: bool = True,
     name: str = "diffmax.attention_varlen",
 ) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
     """As `checked`, of `attention_varlen`'s; the tensors are (1, H, T, D)."""
+    if block_table is not None:
+        key, value = from_pages(name, key, value, cu_seqlens_k, block_table)
     query, key, value = _autocast(query, key, value)
     checks.check_tensors(name, query, key, value, "THD")
     query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
     checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
     e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
     left, right = checks.check_window(name, window_size, is_causal)
+    max_seqlen_q, max_seqlen_k = (
+        checks.check_longest(name, what, longest) for what, longest in (("q", max_seqlen_q), ("k", max_seqlen_k))
+    )
     cu_seqlens_q = checks.check_packing(name, "q", cu_seqlens_q, max_seqlen_q, query.shape[0], query.device)
     cu_seqlens_k = checks.check_packing(name, "k", cu_seqlens_k, max_seqlen_k, key.shape[0], query.device)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -359,7 +407,7 @@ def checked_varlen(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        alibi=checks.check_alibi(name, query, alibi_slopes, (query.shape[1],)),
+        alibi=checks.check_alibi(name, query, alibi_slopes, (cu_seqlens_q.shape[0] - 1, query.shape[1])),
         softcap=checks.check_softcap(name, softcap),
         sink=checks.check_sink(name, query, sink, query.shape[1]),
         dropout_p=dropout_p,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -271,7 +271,9 @@ def _is_whole_number(n: Any) -> bool:
 
 
 def _as_int(n: Any) -> int:
-    return n if isinstance(n, torch.SymInt) else int(n)  # type: ignore[return-value]  # which stands for an int
+    if isinstance(n, torch.SymInt):
+        return cast(int, n)  # which stands for one
+    return int(n)
 
 
 def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int]:
@@ -291,6 +293,16 @@ def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int
     return left, 0 if is_causal else right
 
 
+def check_longest(name: str, what: str, longest: Any) -> int:
+    """max_seqlen_q or max_seqlen_k."""
+    if not _is_whole_number(longest):
+        raise TypeError(f"{name}: max_seqlen_{what} must be an int, got {longest!r} of type {type(longest).__name__}")
+    number = _as_int(longest)
+    if number < 0:
+        raise ValueError(f"{name}: max_seqlen_{what} must not be negative, got {number}")
+    return number
+
+
 def check_packing(name: str, what: str, cu_seqlens: Tensor, longest: int, total: int, device: torch.device) -> Tensor:
     """Check where packed sequences begin and end; values are looked at on the CPU alone."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
@@ -303,10 +315,6 @@ def check_packing(name: str, what: str, cu_seqlens: Tensor, longest: int, total:
         )
     if cu_seqlens.device != device:
         raise ValueError(f"{name}: cu_seqlens_{what} and query must be on one device, got {cu_seqlens.device} and {device}")
-    if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
-        raise TypeError(f"{name}: max_seqlen_{what} must be an int, got {longest!r} of type {type(longest).__name__}")
-    if longest < 0:
-        raise ValueError(f"{name}: max_seqlen_{what} must not be negative, got {longest}")
     if _readable(cu_seqlens):
         steps = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((steps < 0).any()):

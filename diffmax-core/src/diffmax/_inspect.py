@@ -216,7 +216,9 @@ def _bound(function: Callable[..., Any], arguments: Sequence[Any], options: Mapp
 def _explain_decoding(*arguments: Any, **options: Any) -> Explanation:
     given = _bound(_kvcache.attention_with_kvcache, arguments, options)
     stats, backend = bool(given.pop("return_stats")), given.pop("backend")
-    q, k_cache, v_cache, call = _kvcache.checked(**given)
+    q, k_cache, v_cache, call = _kvcache.checked(
+        **{name: given[name] for name in inspect.signature(_kvcache.checked).parameters}
+    )
     return explain_call(
         "attention_kvcache",
         q.device.type,

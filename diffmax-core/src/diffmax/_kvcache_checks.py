@@ -147,6 +147,25 @@ def check_rows(name: str, rows: Tensor | None, batch: int, k_cache: Tensor, bloc
     return rows.to(torch.int32)
 
 
+def check_unserved(name: str, rotary_cos: Any, rotary_sin: Any, num_splits: Any) -> None:
+    """Refuse flash-attn's rotary embedding; its number of splits is looked at alone."""
+    for what, given in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        if given is not None:
+            raise ValueError(
+                f"{name}: {what} must be None, got {type(given).__name__}\n"
+                "rotate q and k before the call; the cache holds rotated keys"
+            )
+    if isinstance(num_splits, bool) or not isinstance(num_splits, numbers.Integral):
+        raise TypeError(f"{name}: num_splits must be an int, which has no effect, got {num_splits!r}")
+
+
+def check_alone(name: str, what: str, **others: Any) -> None:
+    """Check that none of the other arguments is given beside `what`."""
+    for other, given in others.items():
+        if given is not None:
+            raise ValueError(f"{name}: {what} and {other} exclude each other, got both\npass one of them")
+
+
 def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: int | None) -> Tensor | None:
     """Check block_table on its own; `check_pages` looks at its entries."""
     if table is None:
