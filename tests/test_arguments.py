@@ -266,6 +266,19 @@ def check_sdpa_dropout():
     assert not torch.allclose(attention(x, x, x, dropout_p=0.5), attention(x, x, x))
 
 
+def check_dtype():
+    for x in (X.half(), X.float(), X.round().int(), torch.nested.as_nested_tensor([X, X[:1]], layout=torch.jagged)):
+        for dtype in (torch.float32, torch.float64):
+            got = diffmax.diffmax_bisect(x, ONE, dtype=dtype)
+            assert got.dtype == dtype
+            for a, b in zip(got.unbind(), torch.softmax(x, -1, dtype=dtype).unbind(), strict=True):
+                close(a, b)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'float32' of type str"):
+        diffmax.diffmax_bisect(X, dtype="float32")
+    assert "float64" in str(diffmax.explain("diffmax_bisect", X.float(), dtype=torch.float64))
+    assert diffmax.explain("diffmax_bisect", x, 0.5, 1)
+
+
 X, TARGET = randn(3, 5) * 2, torch.tensor([0, 1, 4])
 
 
@@ -332,6 +345,7 @@ def check_entmax_attention(**options):
 
 
 F, T, E, A = "flash-attn", "torch's scaled_dot_product_attention", "entmax", "AdaSplash"
+R = "torch.softmax"
 SERVED = {
     **{
         (F, name): lambda: check_func({}, {})
@@ -356,6 +370,8 @@ SERVED = {
     (T, "is_causal"): lambda: as_sdpa(is_causal=True),
     (T, "scale"): lambda: as_sdpa(scale=0.3),
     (T, "enable_gqa"): lambda: as_sdpa(enable_gqa=True),
+    (R, "dim"): lambda: [close(diffmax.diffmax_bisect(X, ONE, dim), X.softmax(dim)) for dim in (-1, 0, 1)],
+    (R, "dtype"): check_dtype,
     (E, "X"): lambda: as_entmax("sparsemax", X),
     (E, "target"): lambda: as_entmax("entmax15_loss", X, TARGET),
     (E, "alpha"): lambda: as_entmax("entmax_bisect", X, 1.3),
@@ -415,6 +431,7 @@ def test_the_page_has_every_argument_of_the_libraries():
         functions = [getattr(module, name) for name in module.__all__] + list(more)
         return {p for f in functions for p in inspect.signature(f).parameters} - {"kwargs"}
 
+    assert {name for where, name in rows() if where == R} == {"dim", "dtype"}
     assert listed[E] == arguments(entmax)
     assert listed[A] == arguments(adasplash, entmax_attention)
 
@@ -441,7 +458,7 @@ def test_what_has_no_effect(library, name):
 @pytest.mark.parametrize(("library", "name"), REFUSED)
 def test_what_is_refused(library, name):
     call, message = REFUSED[library, name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 

@@ -570,3 +570,35 @@ def test_other_shapes_compile_in_one_graph():
         query, key = (torch.randn(*shape) for shape in shapes)
         compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
         close(compiled(query, key, key, alpha=0.5), attention(query, key, key, alpha=0.5))
+
+
+def test_nested_tensors_compile_in_one_graph():
+    parts = ([part.detach() for part in sequences(4, 8)] for _ in range(3))
+    query, key, value = nest_all(*parts, layout=torch.jagged)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    expected = attention(query, key, value, alpha=0.5, is_causal=True)
+    close(compiled(query, key, value, alpha=0.5, is_causal=True).values(), expected.values())
+    rows = torch.compile(diffmax_bisect, backend="aot_eager", fullgraph=True)
+    close(rows(query, 0.5).values(), diffmax_bisect(query, 0.5).values())
+    module = DiffmaxAttention(8, 2).double()
+    tokens = torch.nested.as_nested_tensor([randn(n, 8) for n in LENGTHS], layout=torch.jagged)
+    close(torch.compile(module, backend="aot_eager", fullgraph=True)(tokens).values(), module(tokens).values())
+
+
+def test_nested_sequences_of_no_tokens():
+    for layout in (torch.jagged, torch.strided):
+        parts = sequences(4, 8, [0, 5, 0])
+        nested = nest(parts, layout)
+        for got, x in zip(attention(nested, nested, nested, is_causal=True).unbind(), parts, strict=True):
+            close(got, attention(x, x, x, is_causal=True))
+
+
+def test_under_autocast_weights_are_those_of_a_module_of_half_precision():
+    module, x = DiffmaxAttention(16, 4, alpha=0.5), torch.randn(2, 5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, weights = module(x, x, x, need_weights=True, average_attn_weights=False)
+        close(out, module(x, x, x, need_weights=False)[0], atol=1e-2, rtol=1e-2)
+    assert weights.dtype == out.dtype == torch.bfloat16
+    half = DiffmaxAttention(16, 4, alpha=0.5).bfloat16()
+    half.load_state_dict(module.state_dict())
+    close(weights, half(*[x.bfloat16()] * 3, average_attn_weights=False)[1], atol=0, rtol=0)

@@ -33,6 +33,13 @@ def check_strided(name: str, what: str, t: Tensor) -> None:
     raise TypeError(f"{name}: {what} must be a strided tensor, got layout {t.layout}\nconvert it first, with {what}.to_dense()")
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Check what the scores are to be converted to."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: dtype must be a torch.dtype, got {dtype!r} of type {type(dtype).__name__}")
+    return dtype
+
+
 def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
     """Check everything but alpha; return `dim` as a non-negative number."""
     check_tensor(name, "X", X)

@@ -48,7 +48,7 @@ def _pack_jagged(t: Any) -> Packed:
     if sequences.lengths() is not None:  # with holes between the sequences
         sequences = sequences.contiguous()
     tokens = sequences.values()
-    longest = sequences._maybe_max_seqlen  # what is known without a look at the device
+    longest = getattr(sequences, "_maybe_max_seqlen", None)  # what is known without a look at the device
     ends = sequences.offsets()
     if longest is None:
         longest = int(ends.diff().max()) if _readable(ends) else tokens.shape[0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from diffmax import _nested as nested
 from diffmax import _ops
-from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, check_dtype, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
 __all__ = ["Alpha", "diffmax_bisect"]
@@ -24,6 +25,7 @@ def diffmax_bisect(
     n_iter: int = 50,
     ensure_sum_one: bool = True,
     *,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Map scores to a sparse probability vector along `dim`: a drop-in for `torch.softmax`.
@@ -44,6 +46,7 @@ def diffmax_bisect(
         n_iter: The result is at least as accurate as after this many steps of bisection. It bounds the solver's steps, of which
             Newton's method needs half as many, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
         ensure_sum_one: Divide by the sum at the end. False gives the weights at the tau that was found.
+        dtype: What X is converted to first, as by `torch.softmax`.
         backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
             else the best one that can run the call.
     Returns:
@@ -62,6 +65,8 @@ def diffmax_bisect(
         >>> diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    if dtype is not None and isinstance(X, Tensor):
+        X = X.to(check_dtype("diffmax_bisect", dtype))
     if isinstance(X, Tensor) and X.is_nested:
         options = (n_iter, ensure_sum_one)
         return nested.weights("diffmax_bisect", X, dim, lambda t, d: diffmax_bisect(t, alpha, d, *options, backend=backend))

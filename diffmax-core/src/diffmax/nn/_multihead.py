@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from diffmax import reference_attention as reference
-from diffmax._attention_composed import row_operator
 from diffmax._checks import _shape
-from diffmax._dispatch import selected
+from diffmax.functional import normalize
 from diffmax.plugin import AttentionCall
 
 SWAPPED = "tokens come batch first, unless the module is made with batch_first=False"
@@ -120,14 +120,17 @@ def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def with_weights(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, backend: str | None) -> tuple[Tensor, Tensor]:
     """The result of attention, and its weights after dropout (B, H, L, S), with a sink (B, H, L, S + 1): all in memory."""
-    keys = key.shape[2]
-    capped = reference.capped_scores(query, key, call)
-    scores = reference.with_sink(reference.masked_scores(query, key, call, capped), call)
-    weights, _, _ = row_operator(selected(backend))(scores, reference.per_head(call.e), 3, 200, True)
-    passed = reference.dropped(capped, call)
-    kept = reference.times(weights[..., :keys], passed)
-    out = reference.weighted(kept, value).to(query.dtype)
-    return out, torch.cat([kept, weights[..., keys:]], 3).to(query.dtype)
+    keys, kind = key.shape[2], query.device.type
+    # the dtypes are chosen by now, and autocast would choose again
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        capped = reference.capped_scores(query, key, call)
+        scores = reference.with_sink(reference.masked_scores(query, key, call, capped), call)
+        e, e_tensor = (0.0, call.e.view(-1, 1, 1)) if isinstance(call.e, Tensor) else (call.e, None)
+        weights = normalize(scores, e, e_tensor, 3, 200, True, backend)
+        kept = reference.times(weights[..., :keys], reference.dropped(capped, call))
+        out = reference.weighted(kept, value).to(query.dtype)
+        return out, torch.cat([kept, weights[..., keys:]], 3).to(query.dtype)
 
 
 def _check_kind(name: str, mask: Tensor, meaning: str) -> None:
