@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -602,3 +603,45 @@ def test_under_autocast_weights_are_those_of_a_module_of_half_precision():
     half = DiffmaxAttention(16, 4, alpha=0.5).bfloat16()
     half.load_state_dict(module.state_dict())
     close(weights, half(*[x.bfloat16()] * 3, average_attn_weights=False)[1], atol=0, rtol=0)
+
+
+def cache_of(**how):
+    new, cache = torch.ones(2, 1, 4, 8), torch.ones(2, 6, 2, 8)
+    return attention_with_kvcache(new, cache, cache, **how)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor], ids=["int64", "int32", "tensor"])
+def test_whole_numbers_of_any_kind(kind):
+    """torch takes NumPy's, and tensors of one entry, wherever it takes an int."""
+    x, tokens, target = torch.randn(3, 5), torch.randn(2, 4, 8), torch.tensor([0, 1, 2])
+    pairs = [
+        (lambda n: diffmax_bisect(x, 0.5, n(0)), lambda: diffmax_bisect(x, 0.5, 0)),
+        (lambda n: diffmax_bisect(x, 0.5, n_iter=n(30)), lambda: diffmax_bisect(x, 0.5, n_iter=30)),
+        (lambda n: diffmax_loss(x, target, n_iter=n(30)), lambda: diffmax_loss(x, target, n_iter=30)),
+        (lambda n: diffmax_loss(x, target, ignore_index=n(1)), lambda: diffmax_loss(x, target, ignore_index=1)),
+        (lambda n: attention(Q, Q, Q, window_size=(n(1), n(0))), lambda: attention(Q, Q, Q, window_size=(1, 0))),
+        (
+            lambda n: attention_varlen(*[tokens] * 3, ENDS, ENDS, n(2), n(2)),
+            lambda: attention_varlen(*[tokens] * 3, ENDS, ENDS, 2, 2),
+        ),
+        (
+            lambda n: diffmax.page_bounds(torch.ones(2, 6, 2, 8), 3, page_size=n(2)).low,
+            lambda: diffmax.page_bounds(torch.ones(2, 6, 2, 8), 3, page_size=2).low,
+        ),
+        (lambda n: cache_of(window_size=(n(1), n(-1))), lambda: cache_of(window_size=(1, -1))),
+    ]
+    for ours, plain in pairs:
+        assert torch.equal(ours(kind), plain())
+    assert torch.equal(cache_of(cache_seqlens=np.int64(3)), cache_of(cache_seqlens=3))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numbers_of_any_kind(kind):
+    half = kind(0.5)
+    for option in ("scale", "softcap", "alpha"):
+        assert torch.equal(attention(Q, Q, Q, **{option: half}), attention(Q, Q, Q, **{option: 0.5}))
+    torch.manual_seed(0)
+    dropped = attention(Q, Q, Q, dropout_p=half)
+    torch.manual_seed(0)
+    assert torch.equal(dropped, attention(Q, Q, Q, dropout_p=0.5))
+    assert torch.equal(diffmax_bisect(ROWS, half), diffmax_bisect(ROWS, 0.5))

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffmax._checks import _check_alpha_values, _dtype, _readable, _shape, check_strided, check_tensor, one_minus_alpha
+from diffmax._checks import (
+    _check_alpha_values,
+    _dtype,
+    _readable,
+    _shape,
+    as_int,
+    check_strided,
+    check_tensor,
+    is_whole,
+    one_minus_alpha,
+)
 from diffmax._numerics import accumulation_dtype
 
 ALIGNMENTS = ("upper_left", "lower_right")
@@ -209,7 +219,7 @@ def _check_floating(name: str, what: str, t: Tensor, query: Tensor) -> None:
 
 def check_softcap(name: str, softcap: float) -> float:
     """The bound of the scores, 0 for none."""
-    if isinstance(softcap, (bool, Tensor)) or not isinstance(softcap, (float, int, torch.SymFloat)):
+    if isinstance(softcap, (bool, Tensor)) or not isinstance(softcap, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: softcap must be a float, got {softcap!r} of type {type(softcap).__name__}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap must be positive and finite, or 0 for none, got {softcap}")
@@ -236,7 +246,7 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
 
 def check_dropout(name: str, dropout_p: float) -> float:
     """The share of weights to drop."""
-    if isinstance(dropout_p, (bool, Tensor)) or not isinstance(dropout_p, (float, int, torch.SymFloat)):
+    if isinstance(dropout_p, (bool, Tensor)) or not isinstance(dropout_p, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: dropout_p must be a float, got {dropout_p!r} of type {type(dropout_p).__name__}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{name}: dropout_p must lie between 0 and 1, got {dropout_p}")
@@ -263,31 +273,18 @@ def check_alignment(name: str, causal_alignment: str) -> bool:
     return causal_alignment == "lower_right"
 
 
-def _is_whole_number(n: Any) -> bool:
-    """Of any kind: Python's, NumPy's, or a tensor's with one entry."""
-    if isinstance(n, Tensor):
-        return n.ndim == 0 and not n.is_floating_point() and not n.is_complex() and n.dtype != torch.bool
-    return isinstance(n, (numbers.Integral, torch.SymInt)) and not isinstance(n, bool)
-
-
-def _as_int(n: Any) -> int:
-    if isinstance(n, torch.SymInt):
-        return cast(int, n)  # which stands for one
-    return int(n)
-
-
 def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int]:
     """How many keys a query sees to its left and right, -1 for all."""
     if window_size is None:
         window_size = (-1, -1)
     whole = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    if not whole or not all(_is_whole_number(n) for n in window_size):
+    if not whole or not all(is_whole(n) for n in window_size):
         hint = f"\nto see the last {window_size} keys, the own one among them, pass ({window_size} - 1, 0)"
         raise TypeError(
             f"{name}: window_size must be a pair of ints (left, right), got {window_size!r}"
-            f"{hint if _is_whole_number(window_size) else ''}"
+            f"{hint if is_whole(window_size) else ''}"
         )
-    left, right = (_as_int(n) for n in window_size)
+    left, right = (as_int(n) for n in window_size)
     if left < -1 or right < -1 or left >= 2**31 or right >= 2**31:
         raise ValueError(f"{name}: window_size must be from 0 to 2**31 - 1, or -1 for no bound, got {tuple(window_size)}")
     return left, 0 if is_causal else right
@@ -295,9 +292,9 @@ def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int
 
 def check_longest(name: str, what: str, longest: Any) -> int:
     """max_seqlen_q or max_seqlen_k."""
-    if not _is_whole_number(longest):
+    if not is_whole(longest):
         raise TypeError(f"{name}: max_seqlen_{what} must be an int, got {longest!r} of type {type(longest).__name__}")
-    number = _as_int(longest)
+    number = as_int(longest)
     if number < 0:
         raise ValueError(f"{name}: max_seqlen_{what} must not be negative, got {number}")
     return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,16 +44,30 @@ def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
     """Check everything but alpha; return `dim` as a non-negative number."""
     check_tensor(name, "X", X)
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    if not is_whole(dim):
         raise TypeError(f"{name}: dim must be an int, got {dim!r} of type {type(dim).__name__}")
     ndim = X.ndim or 1
     if not -ndim <= dim < ndim:
         raise ValueError(f"{name}: dim must lie in [{-ndim}, {ndim - 1}] for X of shape {_shape(X)}, got {dim}")
-    if not isinstance(n_iter, int) or isinstance(n_iter, bool):
+    if not is_whole(n_iter):
         raise TypeError(f"{name}: n_iter must be an int, got {n_iter!r} of type {type(n_iter).__name__}")
     if n_iter < 1:
         raise ValueError(f"{name}: n_iter must be at least 1, got {n_iter}")
-    return dim % ndim
+    return as_int(dim) % ndim
+
+
+def is_whole(n: Any) -> bool:
+    """Whether n is a whole number of any kind: Python's, NumPy's, or a tensor's with one entry."""
+    if isinstance(n, Tensor):
+        return n.ndim == 0 and not n.is_floating_point() and not n.is_complex() and n.dtype != torch.bool
+    return isinstance(n, (numbers.Integral, torch.SymInt)) and not isinstance(n, bool)
+
+
+def as_int(n: Any) -> int:
+    """A whole number as Python's, or as what stands for one while tracing."""
+    if isinstance(n, torch.SymInt):
+        return cast(int, n)
+    return int(n)
 
 
 # What else alpha may be where it is called before it is checked.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _kvcache_ops, _ops
-from diffmax._checks import _dtype, _readable, _shape, check_strided, check_tensor
+from diffmax._checks import _dtype, _readable, _shape, as_int, check_strided, check_tensor, is_whole
 from diffmax.plugin import TILE
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def check_unserved(name: str, rotary_cos: Any, rotary_sin: Any, num_splits: Any)
                 f"{name}: {what} must be None, got {type(given).__name__}\n"
                 "rotate q and k before the call; the cache holds rotated keys"
             )
-    if isinstance(num_splits, bool) or not isinstance(num_splits, numbers.Integral):
+    if not is_whole(num_splits):
         raise TypeError(f"{name}: num_splits must be an int, which has no effect, got {num_splits!r}")
 
 
@@ -194,11 +194,11 @@ def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_ca
 
 def check_page_size(name: str, page_size: int) -> int:
     """Check a page size."""
-    if not isinstance(page_size, int) or isinstance(page_size, bool):
+    if not is_whole(page_size):
         raise TypeError(f"{name}: page_size must be an int, got {page_size!r} of type {type(page_size).__name__}")
     if page_size < 1:
         raise ValueError(f"{name}: page_size must be at least 1, got {page_size}")
-    return page_size
+    return as_int(page_size)
 
 
 def check_bounds(

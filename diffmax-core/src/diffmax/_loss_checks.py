@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax._checks import _dtype, _readable, _shape, check_strided
+from diffmax._checks import _dtype, _readable, _shape, check_strided, is_whole
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -26,7 +26,7 @@ def check_target(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: i
     check_strided(name, "target", target)
     if target.device != X.device:
         raise ValueError(f"{name}: target and X must be on one device, got {target.device} and {X.device}")
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if not is_whole(ignore_index):
         raise TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r} of type {type(ignore_index).__name__}")
     if X.shape[dim] == 0:
         raise ValueError(f"{name}: X must have at least one class, got shape {_shape(X)} with the classes along dim {dim}")

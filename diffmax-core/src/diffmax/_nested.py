@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffmax._checks import _readable, _shape
+from diffmax._checks import _readable, _shape, as_int, is_whole
 
 
 class Packed(NamedTuple):
@@ -72,12 +72,12 @@ def like(t: Tensor, rows: Tensor) -> Tensor:
 
 def weights(name: str, X: Any, dim: int, solve: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Weights of nested scores along `dim`, as torch.softmax takes them: `solve` gives those of dense scores along its dim."""
-    if not isinstance(dim, int) or isinstance(dim, bool) or not -X.dim() <= dim < X.dim() or dim % X.dim() == 0:
+    if not is_whole(dim) or not -X.dim() <= dim < X.dim() or dim % X.dim() == 0:
         raise ValueError(
             f"{name}: dim must lie in [1, {X.dim() - 1}] for a nested X of {X.dim()} dimensions, the first its batch, "
             f"got {dim!r}"
         )
-    dim = dim % X.dim()
+    dim = as_int(dim) % X.dim()
     if X.layout is not torch.jagged:
         parts = [solve(part, dim - 1) for part in X.unbind()]
         return torch.nested.as_nested_tensor(parts, layout=torch.strided)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffmax import _nested as nested
 from diffmax import _ops
-from diffmax._checks import OR_FUNCTION, check_dtype, check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, as_int, check_dtype, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
 __all__ = ["Alpha", "diffmax_bisect"]
@@ -81,4 +81,4 @@ def normalize(
     """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
     if X.ndim == 0:
         return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
-    return _ops.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), selected(backend))
+    return _ops.bisect(X, e, e_tensor, dim, as_int(n_iter), bool(ensure_sum_one), selected(backend))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _loss_ops  # noqa: F401  (defines torch.ops.diffmax.loss)
-from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 from diffmax._loss_checks import check_reduction, check_target, check_weight
 from diffmax.functional import Alpha
@@ -96,7 +96,7 @@ def fenchel_young(
         X, target, dim = X.unsqueeze(0), target.unsqueeze(0), 1
         losses = fenchel_young(X, target, e, e_tensor, dim, weight, ignore_index, reduction, n_iter, backend)
         return losses.squeeze(0) if reduction == "none" else losses
-    name = selected(backend)
+    name, n_iter = selected(backend), as_int(n_iter)
     if target.is_floating_point():
         target, mass = (target, None) if weight is None else _reweighted(target, weight, dim)
         losses = torch.ops.diffmax.loss(X, target, e, e_tensor, dim, n_iter, name)[0].squeeze(dim)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 from diffmax._monitor_metrics import alpha_metrics, convergence_metrics, forward_metrics
 from diffmax._numerics import accumulation_dtype
@@ -162,7 +162,7 @@ def _logged(
 
     watched = torch.is_grad_enabled() and (X.requires_grad or (e_tensor is not None and e_tensor.requires_grad))
     x, row_e = _Watch.apply(X, e_tensor, gradients, send_gradients) if watched else (X, e_tensor)
-    p, m, delta = torch.ops.diffmax.bisect(x, e, row_e, dim, n_iter, bool(ensure_sum_one), selected(backend))
+    p, m, delta = torch.ops.diffmax.bisect(x, e, row_e, dim, as_int(n_iter), bool(ensure_sum_one), selected(backend))
     if watched:
         p.register_hook(keep_size)
     with torch.no_grad():
