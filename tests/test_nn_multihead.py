@@ -144,6 +144,16 @@ def test_the_pair_unpacks_whatever_the_batch():
     assert isinstance(DiffmaxAttention(E, H)(x), torch.Tensor)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_is_causal_needs_no_mask(weights):
+    """torch's module raises there."""
+    x, module = torch.randn(B, L, E), DiffmaxAttention(E, H, alpha=0.5)
+    out, got = module(x, x, x, is_causal=True, need_weights=weights)
+    close(out, module(x, is_causal=True))
+    assert got is None or not got.triu(1).any()
+    close(module(x, x, x, attn_mask=torch.ones(L, L).triu(1).bool(), need_weights=weights)[0], out)
+
+
 def test_a_gradient_reaches_a_floating_mask():
     theirs, x, mask = torchs(batch_first=True), tokens(B, S, E), tokens(B * H, S, S)
     compare(theirs, same(theirs), lambda module: module(x, x, x, attn_mask=mask, need_weights=False), [x, mask])
@@ -289,6 +299,10 @@ def test_settings_are_torchs_names():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m, x: m(x.to_sparse()), r"query must be a strided tensor, .*\nconvert it first, with query.to_dense\(\)"),
+        (lambda m, x: m(x, x, x.long()), r"value must be float16, .* got int64"),
+        (lambda m, x: m(x.tolist()), "query must be a torch.Tensor, got list"),
+        (lambda m, x: m(x, x.tolist(), x), "key must be a torch.Tensor, got list"),
         (lambda m, x: m(x, value=x), "value must come with key, got value alone"),
         (lambda m, x: m(x, average_attn_weights=False), "belong to a call with query, key and value"),
         (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffmax._attention import attention, checked
 from diffmax._attention_checks import check_mask
-from diffmax._checks import one_minus_alpha
+from diffmax._checks import check_tensor, one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
 from diffmax.nn._multihead import Apart, merged, with_weights
@@ -318,6 +318,9 @@ class DiffmaxAttention(PreciseBuffers):
                 "write out, weights = attend(x, x, x); boolean masks are then True where hidden"
             )
         key = query if key is None else key
+        for what, tokens in (("query", query), ("key", key), ("value", value)):
+            if tokens is not None and not (isinstance(tokens, Tensor) and tokens.is_nested):
+                check_tensor(_NAME, what, tokens)
         if query.is_nested:
             self._check_nested(query, attn_mask, key_padding_mask, torchs_call and need_weights is not False)
         batched = self._check_tokens(query, key, key if value is None else value)
