@@ -58,6 +58,8 @@ def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
 
 def is_whole(n: Any) -> bool:
     """Whether n is a whole number of any kind: Python's, NumPy's, or a tensor's with one entry."""
+    if type(n) is int:  # asking an abstract class takes a microsecond
+        return True
     if isinstance(n, Tensor):
         return n.ndim == 0 and not n.is_floating_point() and not n.is_complex() and n.dtype != torch.bool
     return isinstance(n, (numbers.Integral, torch.SymInt)) and not isinstance(n, bool)
