@@ -77,8 +77,12 @@ def as_heads(
     if any(t.ndim < 2 for t in given):
         raise ValueError(f"{name}: query, key and value must have at least 2 dimensions (L, D), got\n{_facts(*given)}")
     heads = [t.shape[-3] if t.ndim > 2 else 1 for t in given]
-    shared = heads[1] == heads[2] and (enable_gqa or heads[1] == 1)
-    wanted = heads if shared else [heads[0] if enable_gqa else max(heads), *[max(heads[1:] if enable_gqa else heads)] * 2]
+    if heads[1] == heads[2] and (enable_gqa or heads[1] == 1):
+        wanted = heads
+    elif enable_gqa:
+        wanted = [heads[0], max(heads[1:]), max(heads[1:])]
+    else:
+        wanted = [max(heads)] * 3
     try:
         batch: torch.Size = torch.broadcast_shapes(*(t.shape[:-3] for t in given))  # type: ignore[no-untyped-call]
     except RuntimeError:
