@@ -89,12 +89,12 @@ def test_made_on_meta_and_materialized_it_is_whole(name):
         assert not tensor.isnan().any()
 
 
-def test_values_that_were_never_there_are_asked_for():
+@pytest.mark.parametrize("learned", [{}, {"alpha_map": HillMap(0.9)}])
+def test_values_that_were_never_there_are_asked_for(learned):
     with torch.device("meta"):
-        module = dnn.DiffmaxAttention(E, H, alpha=per_head())
-    with pytest.raises(
-        ValueError, match=r"DiffmaxAttention: reset_parameters must know the values of alpha.*meta.*\nmake it with"
-    ):
+        module = dnn.DiffmaxAttention(E, H, alpha=per_head(), **learned)
+    message = r'DiffmaxAttention: alpha must hold numbers to start from, got .* "meta"\nmake alpha with device="cpu", or load'
+    with pytest.raises(ValueError, match=message):
         module.to_empty(device="cpu").reset_parameters()
 
 

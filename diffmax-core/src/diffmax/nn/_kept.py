@@ -43,9 +43,10 @@ class Keeps(nn.Module):
         for name, start in self._begun_with.items():
             kept = getattr(self, name)
             if start.is_meta and not kept.is_meta:
+                what = "alpha" if name == "log_beta" else name
                 raise ValueError(
-                    f"{type(self).__name__}: reset_parameters must know the values of {name}, got a tensor that was made on "
-                    f'the device "meta"\nmake it with device="cpu", or load a state dict instead'
+                    f'{type(self).__name__}: {what} must hold numbers to start from, got a tensor on the device "meta"\n'
+                    f'make {what} with device="cpu", or load a state dict instead of reset_parameters()'
                 )
             with torch.no_grad():
                 kept.copy_(start)
