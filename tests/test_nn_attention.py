@@ -80,6 +80,14 @@ def seen_by(case, options):
     return seen & mask if mask is not None and mask.dtype == torch.bool else seen
 
 
+def in_torchs_way(case):
+    """The masks of a call with query, key and value, as nn.MultiheadAttention reads them."""
+    if "attn_mask" not in case:
+        return case
+    mask = case["attn_mask"].expand(B, H, L, S).flatten(0, 1)
+    return case | {"attn_mask": mask if mask.is_floating_point() else ~mask}
+
+
 def randomized(module):
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -96,13 +104,21 @@ def test_equals_its_parts_unfused(options, case, alpha):
     module = randomized(DiffmaxAttention(E, H, kdim=20, vdim=24, **options, **how))
     query, key, value = tokens().requires_grad_(), tokens(S, 20), tokens(S, 24)
     inputs = (query, *module.parameters())
-    out = module(query, key, value, **case)
+    out, weights = module(query, key, value, **in_torchs_way(case), need_weights=False)
+    assert weights is None
     mask = case.get("attn_mask")
     bias = mask if mask is not None and mask.is_floating_point() else 0.0
     expected = by_hand(module, query, key, value, seen_by(case, options), module.current_alpha, bias)
     close(out, expected)
     upstream = torch.randn_like(out)
-    for got, wanted in zip(*(torch.autograd.grad(t, inputs, upstream) for t in (out, expected)), strict=True):
+    kept = {"retain_graph": True}
+    for got, wanted in zip(*(torch.autograd.grad(t, inputs, upstream, **kept) for t in (out, expected)), strict=True):
+        close(got, wanted, rtol=1e-6, atol=1e-9)
+    weighed, weights = module(query, key, value, **in_torchs_way(case), average_attn_weights=False)
+    close(weighed, expected)
+    assert weights.shape == (B, H, L, S + (module.null_sink or module.sink is not None))
+    close(weights.sum(-1), (weights.sum(-1) > 0).double())
+    for got, wanted in zip(*(torch.autograd.grad(t, inputs, upstream) for t in (weighed, out)), strict=True):
         close(got, wanted, rtol=1e-6, atol=1e-9)
 
 
@@ -118,7 +134,19 @@ def test_at_alpha_one_it_is_torchs_module_with_its_weights(sizes):
     mask = torch.rand(L, S) < 0.3
     mask[:, 0] = False  # a row that sees nothing is NaN in torch
     expected, _ = theirs(query, key, value, key_padding_mask=padding(), attn_mask=mask, need_weights=False)
-    close(ours(query, key, value, key_padding_mask=padding(), attn_mask=~mask), expected)
+    close(ours(query, key, value, key_padding_mask=padding(), attn_mask=mask)[0], expected)
+    if not sizes:  # in our own way, without value, True is seen
+        memory = theirs(query, key, key, key_padding_mask=padding(), attn_mask=mask)[0]
+        close(ours(query, key, key_padding_mask=padding(), attn_mask=~mask), memory)
+
+
+@pytest.mark.parametrize(("options", "case"), CASES.values(), ids=CASES)
+def test_the_masks_of_our_own_way(options, case):
+    module = randomized(DiffmaxAttention(E, H, alpha=0.6, **options))
+    query, memory = tokens(), tokens(S)
+    mask = case.get("attn_mask")
+    bias = mask if mask is not None and mask.is_floating_point() else 0.0
+    close(module(query, memory, **case), by_hand(module, query, memory, memory, seen_by(case, options), 0.6, bias))
 
 
 def test_a_null_slot_is_torchs_zero_attn():
@@ -128,6 +156,8 @@ def test_a_null_slot_is_torchs_zero_attn():
         ours = DiffmaxAttention(E, H, alpha=torch.ones(H), sink=sink).double()
         ours.load_state_dict(theirs.state_dict())
         assert torch.allclose(ours(x), theirs(x, x, x, need_weights=False)[0], atol=1e-9) == same
+    for got, wanted in zip(ours(x, x, x), theirs(x, x, x), strict=True):
+        close(got, wanted)  # the weights too, whose last column is the slot's
 
 
 def test_torchs_weights_load_inside_a_larger_model_and_leave_what_torch_does_not_have():
@@ -215,9 +245,9 @@ def test_dropout_acts_in_training_only():
 
 def test_defaults_are_self_attention():
     module, x = DiffmaxAttention(E, H).double(), tokens()
-    assert torch.equal(module(x), module(x, x, x))
+    assert torch.equal(module(x), module(x, x, x, need_weights=False)[0])
     memory = tokens(S)
-    assert torch.equal(module(x, memory), module(x, memory, memory))
+    assert torch.equal(module(x, memory), module(x, memory, memory, need_weights=False)[0])
 
 
 def test_compiles_without_a_graph_break_and_checkpoints():
@@ -302,7 +332,8 @@ def test_repr_names_what_matters():
             ValueError,
             r"DiffmaxAttention: attn_mask must broadcast to \(B, H, L, S\), got shape \(6, 3\)",
         ),
-        (lambda: DiffmaxAttention(E, H, dropout=1.0), ValueError, "dropout must satisfy 0 <= dropout < 1, got 1.0"),
+        (lambda: DiffmaxAttention(E, H, dropout=1.1), ValueError, "dropout must satisfy 0 <= dropout <= 1, got 1.1"),
+        (lambda: DiffmaxAttention(E, H, 0.1), TypeError, "num_kv_heads must be an int, got 0.1\n.*dropout=0.1"),
         (lambda: DiffmaxAttention(E, H, sink="zero"), ValueError, 'sink must be None, "null" or "learned", got .zero'),
         (lambda: DiffmaxAttention(E, H, alpha=1.5), ValueError, "alpha must lie strictly between 0 and 1, got 1.5"),
         (lambda: DiffmaxAttention(E, H, alpha="0.5"), TypeError, "alpha must be a float"),
@@ -321,14 +352,14 @@ def test_repr_names_what_matters():
         (
             lambda: DiffmaxAttention(E, H)(tokens().float(), need_weights=True),
             ValueError,
-            "need_weights must be False, got True\n.*diffmax_bisect.*return_stats",
+            "need_weights and average_attn_weights belong to a call with query, key and value, got no value\nwrite out, w",
         ),
         (
             lambda: DiffmaxAttention(E, H, kdim=20)(tokens().float()),
             ValueError,
-            r"key must have shape \(B, tokens, 20\), got \(2, 6, 32\)",
+            r"key must have shape \(B, tokens, 20\), .* got \(2, 6, 32\)",
         ),
-        (lambda: DiffmaxAttention(E, H)(torch.randn(6, E)), ValueError, r"query must have shape .* got \(6, 32\)"),
+        (lambda: DiffmaxAttention(E, H)(torch.randn(E)), ValueError, r"query must have shape .* got \(32,\)"),
         (
             lambda: DiffmaxAttention(E, H)(tokens().float(), key_padding_mask=torch.ones(B, L)),
             TypeError,

@@ -2,9 +2,9 @@
 
 import sys
 
-from diffmax import _dispatch, _older_project, nn
+from diffmax import _discovery, _dispatch, _older_project
+from diffmax import nn as nn
 from diffmax._attention import AttentionStats, attention, attention_varlen
-from diffmax._discovery import CORE_VERSION as __version__  # noqa: N811
 from diffmax._dispatch import register_backend, unregister_backend, use_backend
 from diffmax._inspect import backends, explain
 from diffmax._kvcache import KVCacheStats, PageBounds, attention_with_kvcache, page_bounds
@@ -16,10 +16,13 @@ from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
 from diffmax.monitor import diffmax_bisect_monitored
 from diffmax.nn import DiffmaxBisectModule
 
+__version__ = _discovery.CORE_VERSION
+
 _older_project.warn_if_installed()
 if "torch.utils.flop_counter" in sys.modules:  # it imports triton: whoever wants it has imported it
     from diffmax.integrations import flop_counter  # noqa: F401
 
+# Neither nn nor __version__: a star import must not take torch.nn's place, nor that of the caller's own version.
 __all__ = [
     "AlphaMap",
     "AttentionStats",
@@ -33,7 +36,6 @@ __all__ = [
     "NoBackendError",
     "PageBounds",
     "TanhMap",
-    "__version__",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
@@ -42,7 +44,6 @@ __all__ = [
     "diffmax_bisect_monitored",
     "diffmax_loss",
     "explain",
-    "nn",
     "page_bounds",
     "register_backend",
     "unregister_backend",

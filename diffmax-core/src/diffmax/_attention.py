@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from diffmax import _attention_checks as checks
 from diffmax import _attention_ops
+from diffmax import _nested as nested
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
+from diffmax._paged import from_pages
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import live_shape, unpacked_bits
 
@@ -108,11 +110,13 @@ def attention(
 
     Args:
         query: (B, H, L, D), any strides. float16, bfloat16, float32 or float64. Under autocast it is converted as torch would.
-        key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be one tensor, and the query too.
+        key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be one tensor, and the query too. As in torch
+            there may be more dimensions before H, or fewer, down to (L, D); and sizes of 1 before L, which the others share. Or
+            all three are nested tensors (B, H, j, D), without attn_mask: then each sequence is on its own.
         attn_mask: Broadcasts to (B, H, L, S) and holds together with `is_causal` and `window_size`. Boolean: True where a key
             is seen. Floating, in query's dtype or float32: added to the scores, where -inf hides; may require a gradient. Or
             one of torch.nn.attention.bias's `causal_upper_left(L, S)` and `causal_lower_right(L, S)`.
-        dropout_p: Probability, less than 1, with which a weight is set to 0; the others are divided by 1 - dropout_p. Which
+        dropout_p: Probability with which a weight is set to 0; the others are divided by 1 - dropout_p. Which
             ones follows from two numbers that torch's generator draws, and is the same on every backend. Like torch's own
             attention this drops whenever it is not 0: pass 0.0 in evaluation.
         is_causal: Query i sees the keys 0 to i, or i + S - L with `causal_alignment="lower_right"`.
@@ -134,8 +138,8 @@ def attention(
         backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
             else the best one that can run the call.
     Returns:
-        (B, H, L, D_v), contiguous, in query's dtype; and the stats, if asked for. A query that sees no key gets zeros, and
-        passes no gradient on. A query with NaN or +inf among the scores that it sees gets NaN.
+        (B, H, L, D_v), contiguous, in query's dtype, or nested as the query; and the stats, if asked for. A query that sees no
+        key gets zeros, and passes no gradient on. A query with NaN or +inf among the scores that it sees gets NaN.
     Raises:
         TypeError: An argument has the wrong type, or the dtypes differ.
         ValueError: Shapes, devices or values do not fit. The values of an alpha that lives on an accelerator, or under
@@ -152,7 +156,7 @@ def attention(
         >>> out.shape, stats.support_size.shape
         (torch.Size([2, 4, 100, 16]), torch.Size([2, 4, 100]))
     """
-    query, key, value, call = checked(
+    q, k, v, call = checked(
         *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
         alpha=alpha,
         window_size=window_size,
@@ -161,7 +165,11 @@ def attention(
         softcap=softcap,
         sink=sink,
     )
-    out, stats = _attend(query, key, value, call, return_stats, backend)
+    out, stats = _attend(q, k, v, call, return_stats, backend)
+    if call.cu_seqlens_q is not None:
+        out, stats = _as_nested(query, out, stats)
+    elif not query.ndim == key.ndim == value.ndim == 4:
+        out, stats = _as_given((query, key, value), out, stats)
     return out if stats is None else (out, stats)
 
 
@@ -183,6 +191,7 @@ def attention_varlen(
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     sink: Tensor | None = None,
+    block_table: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
@@ -196,7 +205,11 @@ def attention_varlen(
         max_seqlen_q, max_seqlen_k: At least the longest sequence's length. A larger number costs nothing but memory in
             `reference`.
         is_causal, window_size: As in `attention`, where the last query stands at the last key of its sequence.
-        alibi_slopes: (H,), as in `attention`, with the same places.
+        alibi_slopes: (H,), as in `attention`, with the same places; or (N, H), for each sequence its own, which are then
+            computed one by one, after a look at cu_seqlens.
+        block_table: int32 (N, pages): key and value are then (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv,
+            D_v), and row n has the pages of sequence n in order, of which cu_seqlens_k says how many tokens count. They are
+            copied out of their pages. Entries behind a sequence's last page may be anything.
         dropout_p, scale, enable_gqa, alpha, softcap, sink, return_stats, backend: As in `attention`.
     Returns:
         (T_q, H, D_v), contiguous; and the stats, if asked for.
@@ -212,23 +225,57 @@ def attention_varlen(
         >>> diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 7, 7, is_causal=True).shape
         torch.Size([12, 4, 16])
     """
-    query, key, value, call = checked_varlen(
-        *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        alpha=alpha,
-        window_size=window_size,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sink=sink,
-    )
+    options: dict[str, Any] = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "alpha": alpha,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sink": sink,
+        "block_table": block_table,
+    }
+    packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2:
+        return _one_by_one(*packed, alibi_slopes, options | {"return_stats": return_stats, "backend": backend})
+    query, key, value, call = checked_varlen(*packed, alibi_slopes=alibi_slopes, **options)
     out, stats = _attend(query, key, value, call, return_stats, backend)
-    out = out[0].transpose(0, 1).contiguous()
-    if stats is None:
-        return out
-    return out, AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+    out, stats = _by_token(out, stats)
+    return out if stats is None else (out, stats)
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    slopes: Tensor,
+    options: dict[str, Any],
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """`attention_varlen` with slopes (N, H), for which no kernel has a place: each sequence alone."""
+    how = {"return_stats": options.pop("return_stats"), "backend": options.pop("backend")}
+    packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    checked_varlen(*packed, alibi_slopes=slopes, draws=False, **options)
+    if (table := options.pop("block_table")) is not None:
+        key, value = from_pages("diffmax.attention_varlen", key, value, cu_seqlens_k, table)
+    of_query, of_key, of_value = (
+        torch.split(t, ends.diff().tolist()) for t, ends in ((query, cu_seqlens_q), (key, cu_seqlens_k), (value, cu_seqlens_k))
+    )
+    alone: Any = attention  # with stats or without
+    results: list[Any] = [
+        alone(*(t.transpose(0, 1) for t in one), causal_alignment="lower_right", alibi_slopes=own, **options, **how)
+        for *one, own in zip(of_query, of_key, of_value, slopes, strict=True)
+    ]
+    if not how["return_stats"]:
+        return torch.cat([out.transpose(0, 1) for out in results])
+    outs, stats = zip(*results, strict=True)
+    tau, support, _ = ([t.T if t.ndim == 2 else t for t in one] for one in zip(*stats, strict=True))
+    unknown = torch.full(query.shape[1:2], torch.nan, device=query.device)  # how many tiles each had
+    return torch.cat([out.transpose(0, 1) for out in outs]), AttentionStats(torch.cat(tau), torch.cat(support), unknown)
 
 
 def checked(
@@ -251,10 +298,30 @@ def checked(
 ) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
     """The tensors and the call that `attention`'s arguments mean. `draws`: whether dropout's seed is drawn."""
     name = "diffmax.attention"
+    if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
+        nested.check_all(name, query, key, value, attn_mask)
+        queries, keys, values = (nested.pack(name, what, t) for what, t in (("query", query), ("key", key), ("value", value)))
+        nested.check_same_lengths(name, keys, values)
+        return checked_varlen(
+            *(queries.tokens, keys.tokens, values.tokens, queries.ends, keys.ends, queries.longest, keys.longest),
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            alpha=alpha,
+            window_size=window_size,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sink=sink,
+            draws=draws,
+            lower_right=checks.check_alignment(name, causal_alignment),
+            name=name,
+        )
     query, key, value = _autocast(query, key, value)
+    query, key, value, attn_mask = checks.as_heads(name, query, key, value, attn_mask, enable_gqa)
     checks.check_tensors(name, query, key, value, "BHLD")
-    dropout_p = checks.check_dropout(name, dropout_p)
-    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
+    query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
+    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa or key.shape[1] == 1)
     e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
     lower_right = checks.check_alignment(name, causal_alignment)
     # of torch's CausalBias, a Tensor that must not be looked into; torch 2.4 cannot trace this question to others
@@ -306,16 +373,23 @@ def checked_varlen(
     alibi_slopes: Tensor | None,
     softcap: float,
     sink: Tensor | None,
+    block_table: Tensor | None = None,
     draws: bool = True,
+    lower_right: bool = True,
+    name: str = "diffmax.attention_varlen",
 ) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
     """As `checked`, of `attention_varlen`'s; the tensors are (1, H, T, D)."""
-    name = "diffmax.attention_varlen"
+    if block_table is not None:
+        key, value = from_pages(name, key, value, cu_seqlens_k, block_table)
     query, key, value = _autocast(query, key, value)
     checks.check_tensors(name, query, key, value, "THD")
-    dropout_p = checks.check_dropout(name, dropout_p)
+    query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
     checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
     e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
     left, right = checks.check_window(name, window_size, is_causal)
+    max_seqlen_q, max_seqlen_k = (
+        checks.check_longest(name, what, longest) for what, longest in (("q", max_seqlen_q), ("k", max_seqlen_k))
+    )
     cu_seqlens_q = checks.check_packing(name, "q", cu_seqlens_q, max_seqlen_q, query.shape[0], query.device)
     cu_seqlens_k = checks.check_packing(name, "k", cu_seqlens_k, max_seqlen_k, key.shape[0], query.device)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -326,14 +400,14 @@ def checked_varlen(
     call = AttentionCall(
         scale=checks.check_scale(name, query, scale),
         e=e if e_tensor is None else e_tensor,
-        lower_right=True,
+        lower_right=lower_right,
         left=left,
         right=right,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        alibi=checks.check_alibi(name, query, alibi_slopes, (query.shape[1],)),
+        alibi=checks.check_alibi(name, query, alibi_slopes, (cu_seqlens_q.shape[0] - 1, query.shape[1])),
         softcap=checks.check_softcap(name, softcap),
         sink=checks.check_sink(name, query, sink, query.shape[1]),
         dropout_p=dropout_p,
@@ -341,6 +415,32 @@ def checked_varlen(
     )
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     return query, key, value, call
+
+
+def _by_token(out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
+    """(1, H, T, D) as (T, H, D), and the stats likewise."""
+    out = out[0].transpose(0, 1).contiguous()
+    return out, stats and AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+
+
+def _as_nested(query: Tensor, out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
+    """(1, H, T, D) as the query is nested, and the stats likewise."""
+    out, stats = _by_token(out, stats)
+    if stats is not None:
+        tau, support = (nested.like(query, t.contiguous()) for t in (stats.tau, stats.support_size))
+        stats = AttentionStats(tau, support, stats.tile_sparsity)
+    return nested.like(query, out), stats
+
+
+def _as_given(given: tuple[Tensor, ...], out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
+    """(B, H, L, D) with as many dimensions as the given tensors have, and the stats likewise."""
+    batch: torch.Size = torch.broadcast_shapes(*(t.shape[:-3] for t in given))  # type: ignore[no-untyped-call]
+    leading = (*batch, out.shape[1]) if any(t.ndim > 2 for t in given) else ()
+
+    def shaped(t: Tensor) -> Tensor:
+        return t.reshape((*leading, *t.shape[2:]))
+
+    return shaped(out), stats and AttentionStats(*map(shaped, stats))
 
 
 def _attend(

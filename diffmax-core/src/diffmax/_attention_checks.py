@@ -9,8 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax._checks import _check_alpha_values, _dtype, _readable, _shape, one_minus_alpha
-from diffmax._numerics import FLOAT_DTYPES, accumulation_dtype
+from diffmax._checks import (
+    _check_alpha_values,
+    _dtype,
+    _readable,
+    _shape,
+    as_int,
+    check_strided,
+    check_tensor,
+    is_whole,
+    one_minus_alpha,
+)
+from diffmax._numerics import accumulation_dtype
 
 ALIGNMENTS = ("upper_left", "lower_right")
 
@@ -19,13 +29,7 @@ def check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor, layout: 
     """Check types, dtypes, devices and shapes; `layout` is the axes' names, such as "BHLD"."""
     given = {"query": query, "key": key, "value": value}
     for what, t in given.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(t).__name__}")
-    if query.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{name}: query must be float16, bfloat16, float32 or float64, got {_dtype(query)}\n"
-            "convert it first, for instance with query.float()"
-        )
+        check_tensor(name, what, t)
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(
             f"{name}: query, key and value must have one dtype, got\n{_facts(query, key, value)}\nconvert two of them"
@@ -47,14 +51,67 @@ def check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor, layout: 
         raise ValueError(f"{name}: key and value must have the same number of heads, got {counts}\n{_facts(*facts)}")
     if "B" in layout and not query.shape[0] == key.shape[0] == value.shape[0]:
         raise ValueError(f"{name}: query, key and value must have one batch size, got\n{_facts(*facts)}")
-    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+    if query.shape[-1] != key.shape[-1]:
         sizes = f"{query.shape[-1]} and {key.shape[-1]}"
-        raise ValueError(f"{name}: query and key must have the same head size, at least 1, got {sizes}\n{_facts(*facts)}")
+        raise ValueError(f"{name}: query and key must have the same head size, got {sizes}\n{_facts(*facts)}")
 
 
 def _facts(query: Tensor, key: Tensor, value: Tensor) -> str:
     named = (("query", query), ("key", key), ("value", value))
     return "  " + "   ".join(f"{name} {_shape(t)} {_dtype(t)} {t.device}" for name, t in named)
+
+
+def as_heads(
+    name: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Query, key and value as (B, H, L, D), where they have fewer or more dimensions, or sizes of 1 for others to share.
+
+    As torch's own attention takes them: what stands before (H, L, D) is one batch. One head of keys that all queries share is
+    left as it is.
+    """
+    given = (query, key, value)
+    if not all(isinstance(t, Tensor) for t in given) or _are_heads(query, key, value, enable_gqa):
+        return query, key, value, attn_mask
+    for what, t in zip(("query", "key", "value"), given, strict=True):
+        check_tensor(name, what, t)
+    if any(t.ndim < 2 for t in given):
+        raise ValueError(f"{name}: query, key and value must have at least 2 dimensions (L, D), got\n{_facts(*given)}")
+    heads = [t.shape[-3] if t.ndim > 2 else 1 for t in given]
+    if heads[1] == heads[2] and (enable_gqa or heads[1] == 1):
+        wanted = heads
+    elif enable_gqa:
+        wanted = [heads[0], max(heads[1:]), max(heads[1:])]
+    else:
+        wanted = [max(heads)] * 3
+    try:
+        batch: torch.Size = torch.broadcast_shapes(*(t.shape[:-3] for t in given))  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ValueError(f"{name}: query, key and value must have one batch size, got\n{_facts(*given)}") from None
+    query, key, value = (
+        _of_batch(t if t.ndim > 2 else t.unsqueeze(0), batch, count if own == 1 else own)
+        for t, own, count in zip(given, heads, wanted, strict=True)
+    )
+    if isinstance(attn_mask, Tensor) and len(batch) > 1 and attn_mask.ndim > 3 and not hasattr(attn_mask, "variant"):
+        try:
+            attn_mask = _of_batch(attn_mask, batch, attn_mask.shape[-3])
+        except RuntimeError:
+            wanted_shape = (*batch, query.shape[1], query.shape[2], key.shape[2])
+            raise ValueError(
+                f"{name}: attn_mask must broadcast to (..., H, L, S) = {wanted_shape}, got shape {_shape(attn_mask)}"
+            ) from None
+    return query, key, value, attn_mask
+
+
+def _are_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    if not query.ndim == key.ndim == value.ndim == 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
+        return False
+    return key.shape[1] == value.shape[1] and (enable_gqa or query.shape[1] == key.shape[1])
+
+
+def _of_batch(t: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
+    """(..., H or 1, m, n) as (B, H, m, n); what stands before becomes one dimension."""
+    t = t.expand(*batch, heads, *t.shape[-2:])
+    return t.flatten(0, -4) if len(batch) > 1 else t if batch else t.unsqueeze(0)
 
 
 def check_heads(name: str, heads: int, kv_heads: int, enable_gqa: bool) -> None:
@@ -74,6 +131,7 @@ def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> 
         if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
             raise TypeError(f"{name}: alpha must be a float or a tensor, got {alpha!r} of type {type(alpha).__name__}")
         return one_minus_alpha(name, query, float(alpha), query.ndim - 1)
+    check_strided(name, "alpha", alpha)
     if not alpha.is_floating_point():
         raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
     if alpha.shape not in ((), (1,), (heads,)):
@@ -92,11 +150,17 @@ def check_mask(name: str, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     wanted = (*query.shape[:3], key.shape[2])
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: attn_mask must be a boolean or floating tensor or a CausalBias, got {type(mask).__name__}")
+    check_strided(name, "attn_mask", mask)
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        if mask.is_floating_point():
+            way = f"a floating mask is added to the scores: pass attn_mask.to(torch.{_dtype(query)})"
+        else:
+            way = (
+                "a boolean mask is True where a key is seen: of one that is 1 where seen and 0 elsewhere pass attn_mask.bool()"
+            )
         raise TypeError(
             f"{name}: attn_mask must be boolean, or floating and of query's dtype or float32, got {_dtype(mask)}\n"
-            f"  query is {_dtype(query)}\n"
-            "a boolean mask is True where a key is seen; a floating one is added to the scores"
+            f"  query is {_dtype(query)}\n{way}"
         )
     if mask.device != query.device:
         raise ValueError(f"{name}: attn_mask and query must be on one device, got {mask.device} and {query.device}")
@@ -104,9 +168,21 @@ def check_mask(name: str, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     if len(padded) != 4 or any(a not in (1, w) for a, w in zip(padded, wanted, strict=True)):
         raise ValueError(
             f"{name}: attn_mask must broadcast to (B, H, L, S), got shape {_shape(mask)}\n"
-            f"  query {_shape(query)}   key {_shape(key)}   attn_mask must broadcast to {wanted}"
+            f"  query {_shape(query)}   key {_shape(key)}   attn_mask must broadcast to {wanted}{_mask_hint(mask, wanted)}"
         )
     return mask.view(padded)
+
+
+def _mask_hint(mask: Tensor, wanted: tuple[int, ...]) -> str:
+    """For a mask of padding (B, S), of batches (B, L, S) or of nn.MultiheadAttention (B * H, L, S): the shape that is meant."""
+    batch, heads, length, keys = wanted
+    if tuple(mask.shape) == (batch, keys):
+        return f"\nfor a mask of padding (B, S), pass attn_mask.view({batch}, 1, 1, {keys})"
+    if mask.ndim == 3 and mask.shape[0] == batch and mask.shape[1] in (1, length) and mask.shape[2] in (1, keys):
+        return "\nfor a mask of each batch (B, L, S), pass attn_mask.unsqueeze(1)"
+    if tuple(mask.shape) == (batch * heads, length, keys):
+        return f"\nfor a mask of each batch and head (B * H, L, S), pass attn_mask.view({batch}, {heads}, {length}, {keys})"
+    return ""
 
 
 def check_alibi(name: str, query: Tensor, slopes: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
@@ -140,13 +216,14 @@ def _check_floating(name: str, what: str, t: Tensor, query: Tensor) -> None:
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = _dtype(t) if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"{name}: {what} must be a floating tensor, got {got}")
+    check_strided(name, what, t)
     if t.device != query.device:
         raise ValueError(f"{name}: {what} and query must be on one device, got {t.device} and {query.device}")
 
 
 def check_softcap(name: str, softcap: float) -> float:
     """The bound of the scores, 0 for none."""
-    if isinstance(softcap, (bool, Tensor)) or not isinstance(softcap, (float, int, torch.SymFloat)):
+    if isinstance(softcap, (bool, Tensor)) or not isinstance(softcap, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: softcap must be a float, got {softcap!r} of type {type(softcap).__name__}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap must be positive and finite, or 0 for none, got {softcap}")
@@ -157,6 +234,13 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
     """The factor of the scores, 1 / sqrt(D) by default."""
     if scale is None:
         return 1 / math.sqrt(query.shape[-1])
+    if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad and not scale.is_complex():
+        scale = scale.item()  # as torch's own attention takes it
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError(
+            f"{name}: scale must be a float, got a tensor that requires a gradient\n"
+            "for a scale that learns, multiply the query by it and pass scale=1.0"
+        )
     if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}")
     if not isinstance(scale, torch.SymFloat) and not math.isfinite(scale):
@@ -166,11 +250,24 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
 
 def check_dropout(name: str, dropout_p: float) -> float:
     """The share of weights to drop."""
-    if isinstance(dropout_p, (bool, Tensor)) or not isinstance(dropout_p, (float, int, torch.SymFloat)):
+    if isinstance(dropout_p, (bool, Tensor)) or not isinstance(dropout_p, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: dropout_p must be a float, got {dropout_p!r} of type {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{name}: dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{name}: dropout_p must lie between 0 and 1, got {dropout_p}")
     return dropout_p if isinstance(dropout_p, torch.SymFloat) else float(dropout_p)
+
+
+def served(
+    name: str, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float, float | None]:
+    """What no kernel is asked for, in terms of what they compute: a head size of 0, and dropout of all weights."""
+    dropout_p = check_dropout(name, dropout_p)
+    if query.shape[-1] == 0:  # all scores are 0
+        query, key = (torch.cat([t, t.new_zeros(*t.shape[:-1], 1)], -1) for t in (query, key))
+        scale = 1.0 if scale is None else scale
+    if dropout_p == 1:
+        value, dropout_p = value.masked_fill(torch.ones((), dtype=torch.bool, device=value.device), 0.0), 0.0
+    return query, key, value, dropout_p, scale
 
 
 def check_alignment(name: str, causal_alignment: str) -> bool:
@@ -185,16 +282,26 @@ def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int
     if window_size is None:
         window_size = (-1, -1)
     whole = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    if not whole or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in window_size):
+    if not whole or not all(is_whole(n) for n in window_size):
         hint = f"\nto see the last {window_size} keys, the own one among them, pass ({window_size} - 1, 0)"
         raise TypeError(
             f"{name}: window_size must be a pair of ints (left, right), got {window_size!r}"
-            f"{hint if isinstance(window_size, int) else ''}"
+            f"{hint if is_whole(window_size) else ''}"
         )
-    left, right = window_size
+    left, right = (as_int(n) for n in window_size)
     if left < -1 or right < -1 or left >= 2**31 or right >= 2**31:
         raise ValueError(f"{name}: window_size must be from 0 to 2**31 - 1, or -1 for no bound, got {tuple(window_size)}")
     return left, 0 if is_causal else right
+
+
+def check_longest(name: str, what: str, longest: Any) -> int:
+    """max_seqlen_q or max_seqlen_k."""
+    if not is_whole(longest):
+        raise TypeError(f"{name}: max_seqlen_{what} must be an int, got {longest!r} of type {type(longest).__name__}")
+    number = as_int(longest)
+    if number < 0:
+        raise ValueError(f"{name}: max_seqlen_{what} must not be negative, got {number}")
+    return number
 
 
 def check_packing(name: str, what: str, cu_seqlens: Tensor, longest: int, total: int, device: torch.device) -> Tensor:
@@ -202,16 +309,13 @@ def check_packing(name: str, what: str, cu_seqlens: Tensor, longest: int, total:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
         got = f"{_shape(cu_seqlens)} {_dtype(cu_seqlens)}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{name}: cu_seqlens_{what} must be an int32 tensor of one dimension, got {got}")
+    check_strided(name, f"cu_seqlens_{what}", cu_seqlens)
     if cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{name}: cu_seqlens_{what} must have an entry more than there are sequences, got {_shape(cu_seqlens)}"
         )
     if cu_seqlens.device != device:
         raise ValueError(f"{name}: cu_seqlens_{what} and query must be on one device, got {cu_seqlens.device} and {device}")
-    if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
-        raise TypeError(f"{name}: max_seqlen_{what} must be an int, got {longest!r} of type {type(longest).__name__}")
-    if longest < 0:
-        raise ValueError(f"{name}: max_seqlen_{what} must not be negative, got {longest}")
     if _readable(cu_seqlens):
         steps = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((steps < 0).any()):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _attention, _attention_ops, _dispatch, _kvcache, _kvcache_ops, losses
-from diffmax._checks import check_scores, one_minus_alpha
+from diffmax._checks import check_dtype, check_scores, one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.errors import NoBackendError
 from diffmax.plugin import Backend, CallSpec
@@ -180,9 +180,13 @@ def _explain_bisect(
     n_iter: int = 50,
     ensure_sum_one: bool = True,
     *,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Explanation:
     alpha = alpha() if callable(alpha) else alpha
+    X = X if dtype is None else X.to(check_dtype("explain", dtype))
+    if isinstance(X, Tensor) and X.is_nested:  # one of its sequences, whose dimensions are one less
+        X, dim = X.unbind()[0], dim if dim < 0 else dim - 1
     one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
     learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
     return explain_call(
@@ -216,7 +220,9 @@ def _bound(function: Callable[..., Any], arguments: Sequence[Any], options: Mapp
 def _explain_decoding(*arguments: Any, **options: Any) -> Explanation:
     given = _bound(_kvcache.attention_with_kvcache, arguments, options)
     stats, backend = bool(given.pop("return_stats")), given.pop("backend")
-    q, k_cache, v_cache, call = _kvcache.checked(**given)
+    q, k_cache, v_cache, call = _kvcache.checked(
+        **{name: given[name] for name in inspect.signature(_kvcache.checked).parameters}
+    )
     return explain_call(
         "attention_kvcache",
         q.device.type,

@@ -16,6 +16,7 @@ from diffmax import _kvcache_checks as checks
 from diffmax._attention import _autocast
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
+from diffmax._paged import from_late_start
 from diffmax.plugin import TILE, KVCacheCall
 
 
@@ -109,7 +110,13 @@ def attention_with_kvcache(
     page_bounds: PageBounds | None = None,
     return_stats: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, KVCacheStats]:
+    cache_leftpad: Tensor | None = None,
+    rotary_cos: None = None,
+    rotary_sin: None = None,
+    rotary_interleaved: bool = True,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, KVCacheStats] | tuple[Tensor, Tensor]:
     """Attention of new tokens over a cache of keys and values: flash-attn's `flash_attn_with_kvcache`, and alpha.
 
     out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1)
@@ -140,9 +147,14 @@ def attention_with_kvcache(
         page_bounds: What `diffmax.page_bounds` returned for this cache, or None: then all keys are read.
         return_stats: Whether to return a `KVCacheStats` too.
         backend: A name from `diffmax.backends()`, which never falls back. None: the best one that can run the call.
+        cache_leftpad: int32 (B,), where each sequence begins in its row of the cache; what lies before is not seen, and
+            `cache_seqlens` counts it. Not with `block_table` or `page_bounds`. The cache is then read token by token.
+        rotary_cos, rotary_sin: Must be None: rotate q and k before the call. `rotary_interleaved` has no effect.
+        num_splits: No effect.
+        return_softmax_lse: Whether to return tau too, (B, H, L), which is here what the logarithm of the sum is to softmax.
     Returns:
-        (B, L, H, D_v), contiguous, in q's dtype; and the stats, if asked for. A query that sees no key gets zeros. A query with
-        NaN or +inf among the scores that it sees gets NaN.
+        (B, L, H, D_v), contiguous, in q's dtype; and the stats or tau, if asked for. A query that sees no key gets zeros. A
+        query with NaN or +inf among the scores that it sees gets NaN.
     Raises:
         TypeError, ValueError: An argument has the wrong type, shape, device or value, or new tokens do not fit. Values that
             live on an accelerator are not read: tokens that do not fit are then neither written nor seen.
@@ -159,7 +171,13 @@ def attention_with_kvcache(
         >>> diffmax.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
         torch.Size([2, 1, 8, 16])
     """
-    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink, page_bounds)
+    checks.check_unserved("diffmax.attention_with_kvcache", rotary_cos, rotary_sin, num_splits)
+    if return_softmax_lse and return_stats:
+        raise ValueError(
+            "diffmax.attention_with_kvcache: return_softmax_lse and return_stats exclude each other, got both\n"
+            "the stats have tau, which the former returns"
+        )
+    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink, page_bounds, cache_leftpad)
     q, k_cache, v_cache, call = checked(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, *given)
     e_tensor = call.e if isinstance(call.e, Tensor) else None
     out, m, delta, support, pages = torch.ops.diffmax.attention_kvcache(
@@ -169,10 +187,11 @@ def attention_with_kvcache(
         selected(backend),
     )
     out = cast(Tensor, out)
-    if not return_stats:
+    if not (return_stats or return_softmax_lse):
         return out
     row_e = clamp_e(call.e.unsqueeze(1) if isinstance(call.e, Tensor) else call.e)
-    return out, KVCacheStats(m - (1 - delta) / row_e, support, pages)
+    tau = m - (1 - delta) / row_e
+    return (out, tau) if return_softmax_lse else (out, KVCacheStats(tau, support, pages))
 
 
 def checked(
@@ -192,6 +211,7 @@ def checked(
     alpha: float | Tensor,
     sink: Tensor | None,
     page_bounds: PageBounds | None,
+    cache_leftpad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, KVCacheCall]:
     """The queries, the caches and the call that `attention_with_kvcache`'s arguments mean."""
     name = "diffmax.attention_with_kvcache"
@@ -211,13 +231,19 @@ def checked(
     low, high, page_size = checks.check_bounds(name, page_bounds, k_cache, block_table)
     lengths = checks.check_lengths(name, cache_seqlens, batch, room, new, q.device)
     checks.check_pages(name, block_table, lengths, new or 0, k_cache)
+    rows = checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table)
+    if cache_leftpad is not None:
+        checks.check_alone(name, "cache_leftpad", block_table=block_table, page_bounds=page_bounds)
+        late = (name, cache_leftpad, k_cache, v_cache, lengths, rows, k is not None)
+        k_cache, v_cache, lengths, block_table = from_late_start(*late)
+        rows, page_size = None, 1
     call = KVCacheCall(
         scale=_attention_checks.check_scale(name, q, softmax_scale),
         e=e if e_tensor is None else e_tensor,
         cache_seqlens=lengths,
         k=k,
         v=v,
-        cache_batch_idx=checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table),
+        cache_batch_idx=rows,
         block_table=block_table,
         low=low,
         high=high,

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _kvcache_ops, _ops
-from diffmax._checks import _dtype, _readable, _shape
-from diffmax._numerics import FLOAT_DTYPES
+from diffmax._checks import _dtype, _readable, _shape, as_int, check_strided, check_tensor, is_whole
 from diffmax.plugin import TILE
 
 if TYPE_CHECKING:
@@ -19,10 +18,7 @@ if TYPE_CHECKING:
 
 def check_cache(name: str, what: str, t: Tensor) -> None:
     """Check one tensor on its own."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(t).__name__}")
-    if t.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: {what} must be float16, bfloat16, float32 or float64, got {_dtype(t)}")
+    check_tensor(name, what, t)
     if t.ndim != 4:
         raise ValueError(f"{name}: {what} must have 4 dimensions (batch, tokens, heads, size), got shape {_shape(t)}")
 
@@ -124,6 +120,7 @@ def _check_room(name: str, least: int, most: int, room: int, new: int) -> None:
 
 
 def _check_index(name: str, what: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    check_strided(name, what, t)
     if t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: {what} must be an int32 tensor, got {_dtype(t)}")
     if tuple(t.shape) != shape:
@@ -150,6 +147,25 @@ def check_rows(name: str, rows: Tensor | None, batch: int, k_cache: Tensor, bloc
     return rows.to(torch.int32)
 
 
+def check_unserved(name: str, rotary_cos: Any, rotary_sin: Any, num_splits: Any) -> None:
+    """Refuse flash-attn's rotary embedding; its number of splits is looked at alone."""
+    for what, given in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        if given is not None:
+            raise ValueError(
+                f"{name}: {what} must be None, got {type(given).__name__}\n"
+                "rotate q and k before the call; the cache holds rotated keys"
+            )
+    if not is_whole(num_splits):
+        raise TypeError(f"{name}: num_splits must be an int, which has no effect, got {num_splits!r}")
+
+
+def check_alone(name: str, what: str, **others: Any) -> None:
+    """Check that none of the other arguments is given beside `what`."""
+    for other, given in others.items():
+        if given is not None:
+            raise ValueError(f"{name}: {what} and {other} exclude each other, got both\npass one of them")
+
+
 def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: int | None) -> Tensor | None:
     """Check block_table on its own; `check_pages` looks at its entries."""
     if table is None:
@@ -167,7 +183,7 @@ def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_ca
     """Check the entries of block_table that the sequences use, new tokens among them, where looking at them is free."""
     if table is None or not (_readable(table) and _readable(lengths)):
         return
-    used = table[torch.arange(table.shape[1]) * k_cache.shape[1] < (lengths + new).view(-1, 1)]
+    used = table[torch.arange(table.shape[1], device=table.device) * k_cache.shape[1] < (lengths + new).view(-1, 1)]
     wrong = used[(used < 0) | (used >= k_cache.shape[0])]
     if len(wrong):
         raise ValueError(
@@ -178,11 +194,11 @@ def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_ca
 
 def check_page_size(name: str, page_size: int) -> int:
     """Check a page size."""
-    if not isinstance(page_size, int) or isinstance(page_size, bool):
+    if not is_whole(page_size):
         raise TypeError(f"{name}: page_size must be an int, got {page_size!r} of type {type(page_size).__name__}")
     if page_size < 1:
         raise ValueError(f"{name}: page_size must be at least 1, got {page_size}")
-    return page_size
+    return as_int(page_size)
 
 
 def check_bounds(

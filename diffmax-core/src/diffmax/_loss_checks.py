@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax._checks import _dtype, _readable, _shape
+from diffmax._checks import _dtype, _readable, _shape, check_strided, is_whole
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -23,9 +23,10 @@ def check_target(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: i
     """Dtype, device, shape, and where they can be read, values of class indices or probabilities for scores X."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name}: target must be a torch.Tensor, got {type(target).__name__}")
+    check_strided(name, "target", target)
     if target.device != X.device:
         raise ValueError(f"{name}: target and X must be on one device, got {target.device} and {X.device}")
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if not is_whole(ignore_index):
         raise TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r} of type {type(ignore_index).__name__}")
     if X.shape[dim] == 0:
         raise ValueError(f"{name}: X must have at least one class, got shape {_shape(X)} with the classes along dim {dim}")
@@ -42,6 +43,7 @@ def check_weight(name: str, X: Tensor, weight: Tensor | None, dim: int) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = _dtype(weight) if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name}: weight must be a tensor of a floating dtype, got {got}")
+    check_strided(name, "weight", weight)
     if weight.shape != X.shape[dim : dim + 1]:
         raise ValueError(
             f"{name}: weight must hold one number per class, shape ({X.shape[dim]},), got shape {_shape(weight)}\n"

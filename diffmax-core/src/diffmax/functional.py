@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
+from diffmax import _nested as nested
 from diffmax import _ops
-from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, as_int, check_dtype, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
+
+__all__ = ["Alpha", "diffmax_bisect"]
 
 Alpha: TypeAlias = "float | Tensor | Callable[[], float | Tensor]"
 
@@ -21,6 +25,7 @@ def diffmax_bisect(
     n_iter: int = 50,
     ensure_sum_one: bool = True,
     *,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Map scores to a sparse probability vector along `dim`: a drop-in for `torch.softmax`.
@@ -31,7 +36,8 @@ def diffmax_bisect(
     tau, and so every score further than 1 / (1 - alpha) below the largest, gets weight exactly 0.
 
     Args:
-        X: Scores, any shape and strides. float16, bfloat16, float32 or float64. -inf marks a masked entry.
+        X: Scores, any shape and strides. float16, bfloat16, float32 or float64. -inf marks a masked entry. Or a nested tensor,
+            whose first dimension is a batch; a tensor alpha is then as for one of its sequences.
         alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float; or a tensor that broadcasts against X with `dim`
             reduced to 1, such as (H, 1, 1) for one alpha per head of scores (B, H, L, L); or a function of no arguments that
             returns either. A tensor may require a gradient, and may hold 0 and 1 themselves, where a learned alpha can end:
@@ -40,6 +46,7 @@ def diffmax_bisect(
         n_iter: The result is at least as accurate as after this many steps of bisection. It bounds the solver's steps, of which
             Newton's method needs half as many, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
         ensure_sum_one: Divide by the sum at the end. False gives the weights at the tau that was found.
+        dtype: What X is converted to first, as by `torch.softmax`.
         backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
             else the best one that can run the call.
     Returns:
@@ -58,6 +65,11 @@ def diffmax_bisect(
         >>> diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    if dtype is not None and isinstance(X, Tensor):
+        X = X.to(check_dtype("diffmax_bisect", dtype))
+    if isinstance(X, Tensor) and X.is_nested:
+        options = (n_iter, ensure_sum_one)
+        return nested.weights("diffmax_bisect", X, dim, lambda t, d: diffmax_bisect(t, alpha, d, *options, backend=backend))
     dim = check_scores("diffmax_bisect", X, dim, n_iter)
     e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
@@ -69,4 +81,4 @@ def normalize(
     """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
     if X.ndim == 0:
         return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
-    return _ops.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), selected(backend))
+    return _ops.bisect(X, e, e_tensor, dim, as_int(n_iter), bool(ensure_sum_one), selected(backend))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmax import _loss_ops  # noqa: F401  (defines torch.ops.diffmax.loss)
-from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 from diffmax._loss_checks import check_reduction, check_target, check_weight
 from diffmax.functional import Alpha
+from diffmax.nn._kept import Keeps
+
+__all__ = ["DiffmaxLoss", "diffmax_loss"]
 
 
 def diffmax_loss(
@@ -93,7 +96,7 @@ def fenchel_young(
         X, target, dim = X.unsqueeze(0), target.unsqueeze(0), 1
         losses = fenchel_young(X, target, e, e_tensor, dim, weight, ignore_index, reduction, n_iter, backend)
         return losses.squeeze(0) if reduction == "none" else losses
-    name = selected(backend)
+    name, n_iter = selected(backend), as_int(n_iter)
     if target.is_floating_point():
         target, mass = (target, None) if weight is None else _reweighted(target, weight, dim)
         losses = torch.ops.diffmax.loss(X, target, e, e_tensor, dim, n_iter, name)[0].squeeze(dim)
@@ -125,7 +128,7 @@ def _reweighted(target: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tenso
     return weighted / torch.where(mass == 0, 1.0, mass), mass.squeeze(dim)
 
 
-class DiffmaxLoss(nn.Module):
+class DiffmaxLoss(Keeps):
     """`diffmax_loss` as a module: a drop-in for `torch.nn.CrossEntropyLoss`.
 
     Args:
@@ -154,11 +157,8 @@ class DiffmaxLoss(nn.Module):
         super().__init__()
         check_reduction("DiffmaxLoss", reduction)
         self.ignore_index, self.reduction, self.n_iter = ignore_index, reduction, n_iter
-        self.register_buffer("weight", weight)
-        if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
-            self.register_buffer("alpha", alpha)
-        else:
-            self.alpha = alpha
+        self._keep("weight", weight)
+        self._keep("alpha", alpha)
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X; see `diffmax_loss`."""

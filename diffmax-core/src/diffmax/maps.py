@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+__all__ = ["AlphaMap", "ExpMap", "HillMap", "TanhMap"]
+
 FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
 # Every h(u) has reached 1 here, in float64 too. Beyond, u would overflow and turn a derivative of 0 into 0 * inf.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax._checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 from diffmax._monitor_metrics import alpha_metrics, convergence_metrics, forward_metrics
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import Alpha, normalize
+
+__all__ = ["Log", "diffmax_bisect_monitored"]
 
 
 class Log(Protocol):
@@ -33,6 +37,7 @@ def diffmax_bisect_monitored(
     step: int | None = None,
     every: int = 1,
     log: Log | None = None,
+    extra_metadata: Mapping[str, float | Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`diffmax_bisect`, with the same result to the bit, and its metrics sent to swanlab or to a function.
@@ -46,11 +51,13 @@ def diffmax_bisect_monitored(
         step: The training step that goes with the metrics. None: nothing is logged.
         every: Log only the steps that it divides.
         log: Called as `log(metrics, step=step)`. None: `swanlab.log`, into the run that `swanlab.init` started.
+        extra_metadata: More numbers that go out with the call's metrics, by name, such as a layer's or a loss; a tensor of one
+            entry is a number too. Their names begin with `name_prefix` as well.
     Returns:
         What `diffmax_bisect` returns.
     Raises:
         ImportError: Something is to be logged, `log` is None and swanlab is not installed.
-        TypeError, ValueError: `step` or `every` is no such number; and as for `diffmax_bisect`.
+        TypeError, ValueError: `step`, `every` or an entry of extra_metadata is no such number; and as for `diffmax_bisect`.
         RuntimeError: From swanlab, if no run was started.
         NotImplementedError: Something is to be logged under torch.func, or of scores on the device "meta".
 
@@ -80,11 +87,25 @@ def diffmax_bisect_monitored(
     dim = check_scores("diffmax_bisect_monitored", X, dim, n_iter)
     e, e_tensor = one_minus_alpha("diffmax_bisect_monitored", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     _check_step(step, every)
+    extra = _checked_metadata(extra_metadata)
     if step is None or step % every != 0:
         return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
     log = _swanlab_log() if log is None else log  # not `or`: a log may be an empty list that grows
     run = torch.compiler.disable(_logged) if torch.compiler.is_compiling() else _logged
-    return run(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend, name_prefix, step, log)
+    return run(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend, name_prefix, step, log, extra)
+
+
+def _checked_metadata(extra: Mapping[str, float | Tensor] | None) -> dict[str, float | Tensor]:
+    if extra is not None and not isinstance(extra, Mapping):
+        raise TypeError(f"diffmax_bisect_monitored: extra_metadata must be a dictionary, got {type(extra).__name__}")
+    for name, number in (extra or {}).items():
+        single = isinstance(number, Tensor) and number.numel() == 1 and not number.is_complex()
+        if not isinstance(name, str) or not (single or isinstance(number, numbers.Real)):
+            raise TypeError(
+                f"diffmax_bisect_monitored: extra_metadata must hold numbers by name, got {number!r} for {name!r}\n"
+                "a text goes into name_prefix"
+            )
+    return dict(extra or {})
 
 
 def _check_step(step: int | None, every: int) -> None:
@@ -118,6 +139,7 @@ def _logged(
     prefix: str,
     step: int,
     log: Log,
+    extra: dict[str, float | Tensor],
 ) -> Tensor:
     if X.is_meta or peek_interpreter_stack() is not None:
         raise NotImplementedError(
@@ -125,7 +147,7 @@ def _logged(
             f"{step} to log\npass step=None there, which logs nothing"
         )
     if X.ndim == 0:
-        one_entry = (X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend, prefix, step, log)
+        one_entry = (X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend, prefix, step, log, extra)
         return _logged(*one_entry).reshape(())
     gradients: dict[str, Tensor] = {}
 
@@ -140,13 +162,15 @@ def _logged(
 
     watched = torch.is_grad_enabled() and (X.requires_grad or (e_tensor is not None and e_tensor.requires_grad))
     x, row_e = _Watch.apply(X, e_tensor, gradients, send_gradients) if watched else (X, e_tensor)
-    p, m, delta = torch.ops.diffmax.bisect(x, e, row_e, dim, n_iter, bool(ensure_sum_one), selected(backend))
+    p, m, delta = torch.ops.diffmax.bisect(x, e, row_e, dim, as_int(n_iter), bool(ensure_sum_one), selected(backend))
     if watched:
         p.register_hook(keep_size)
     with torch.no_grad():
         given_e = torch.as_tensor(e, dtype=m.dtype, device=m.device) if e_tensor is None else e_tensor
         rows = (X.detach(), p.detach(), m, delta, given_e.detach(), dim)
         metrics = forward_metrics(*rows) | alpha_metrics(given_e) | convergence_metrics(*rows, n_iter)
+        for name, number in extra.items():
+            metrics[name] = torch.as_tensor(number, device=m.device).detach().reshape(())
         _send(metrics, prefix, step, log)
     result: Tensor = p
     return result

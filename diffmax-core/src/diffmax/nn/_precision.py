@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from diffmax.nn._kept import Keeps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PreciseBuffers(nn.Module):
+class PreciseBuffers(Keeps):
     """A module whose own buffers keep their dtype where `.half()`, `.bfloat16()` or `.to(dtype)` would round them.
 
     Of an alpha the digits of 1 - alpha count: 0.998 in bfloat16 is 0.996, where 1 - alpha is its double.

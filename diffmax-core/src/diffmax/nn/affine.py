@@ -43,6 +43,11 @@ class AffineScale(nn.Module):
         self.project, self.offset, self.momentum = nn.Linear(embed_dim, heads), offset, momentum
         self.register_buffer("average", torch.zeros(heads))
 
+    def reset_parameters(self) -> None:
+        """Begin anew, as after `to_empty`."""
+        self.project.reset_parameters()
+        nn.init.zeros_(self.average)
+
     def forward(
         self, out: Tensor, value: Tensor, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:

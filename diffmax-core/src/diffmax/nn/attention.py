@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from diffmax._attention import attention
+from diffmax._attention import attention, checked
 from diffmax._attention_checks import check_mask
-from diffmax._checks import one_minus_alpha
+from diffmax._checks import check_tensor, one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
+from diffmax.nn._multihead import Apart, merged, with_weights
 from diffmax.nn._precision import PreciseBuffers
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
@@ -24,10 +25,13 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 class DiffmaxAttention(PreciseBuffers):
     """Multi-head attention with diffmax weights: torch.nn.MultiheadAttention, and an alpha per head, fixed or learned.
 
-    Tokens come batch first, and only the output is returned. Its layers are `q_proj`, `k_proj`, `v_proj` and `out_proj`. A
-    state dict of torch.nn.MultiheadAttention loads too: `in_proj_weight` and `in_proj_bias` are split, and what that module
-    does not have (alphas, sinks, gates) stays as it is. Its `add_zero_attn`, a key and a value that are 0, does not show in the
-    state dict: make this module with `sink="null"` then, which is the same.
+    Called with query, key and value it answers as that module does, masks and pair included, also inside of torch's own
+    TransformerEncoderLayer, TransformerDecoderLayer and Transformer; called without value it has masks as `diffmax.attention`
+    and returns the tokens alone: see `forward`. Tokens come batch first, unless batch_first=False.
+
+    Its layers are `q_proj`, `k_proj`, `v_proj` and `out_proj`. A state dict of torch.nn.MultiheadAttention loads too:
+    `in_proj_weight` and `in_proj_bias` are split, and what that module does not have (alphas, sinks, gates) stays as it is.
+    `from_torch` makes this module from that one, `to_torch` is the way back.
 
     Args:
         embed_dim: Size of the query's tokens and of the output.
@@ -41,11 +45,16 @@ class DiffmaxAttention(PreciseBuffers):
         head_dim: D. Default: embed_dim / H.
         bias: Whether the projections have one.
         dropout: On the weights, in training.
+        batch_first: Whether tokens are (B, L, embed_dim) and not (L, B, embed_dim). torch's own layers have False by default,
+            and a module inside of them must be made with what they have.
+        add_zero_attn: As in torch.nn.MultiheadAttention: `sink="null"`, which is the same.
+        add_bias_kv: Must be False.
         window_size: As for `diffmax.attention`.
         sink: "null": a score of 0 that takes weight and has no value. "learned": one score per head, in the parameter `sink`
             (H,), which starts at 0. See `Sink`.
         head_gate: Whether a `HeadGate` follows the attention, at first with all factors 1.
         length_scale: Whether a `LengthScale` goes before it.
+        device, dtype: Where and of what dtype the parameters are made.
         backend: As for `diffmax.attention`.
     Raises:
         TypeError, ValueError: Numbers do not fit each other, alpha is out of range, or an option is unknown.
@@ -57,7 +66,15 @@ class DiffmaxAttention(PreciseBuffers):
         torch.Size([2, 10, 32])
         >>> attend.log_beta.shape, attend.current_alpha.shape
         (torch.Size([4]), torch.Size([4]))
+        >>> x = torch.randn(2, 10, 32)
+        >>> out, weights = attend(x, x, x)
+        >>> weights.shape
+        torch.Size([2, 10, 10])
     """
+
+    alpha: float | Tensor
+    log_beta: nn.Parameter
+    _qkv_same_embed_dim = True  # torch's encoder asks this of a module that it would compute past: see `Apart`
 
     def __init__(
         self,
@@ -76,29 +93,105 @@ class DiffmaxAttention(PreciseBuffers):
         sink: Literal["null", "learned"] | None = None,
         head_gate: bool = False,
         length_scale: bool = False,
+        batch_first: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{_NAME}: dropout must satisfy 0 <= dropout < 1, got {dropout}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{_NAME}: dropout must satisfy 0 <= dropout <= 1, got {dropout}")
+        if add_bias_kv:
+            raise ValueError(f'{_NAME}: add_bias_kv must be False, got True\na score that is learned, per head: sink="learned"')
+        if add_zero_attn and sink == "learned":
+            raise ValueError(f'{_NAME}: add_zero_attn and sink="learned" exclude each other, got both\npass one of them')
+        sink = "null" if add_zero_attn else sink
         if sink not in (None, "null", "learned"):
             raise ValueError(f'{_NAME}: sink must be None, "null" or "learned", got {sink!r}')
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        self.dropout, self.window_size, self.backend = dropout, window_size, backend
-        self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(kdim or embed_dim, num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(vdim or embed_dim, num_kv_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias)
-        self._set_alpha(alpha, alpha_map)
-        self.sink = nn.Parameter(torch.zeros(num_heads)) if sink == "learned" else None
+        self.dropout, self.window_size, self.backend, self.batch_first = dropout, window_size, backend, batch_first
+        self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
+        made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, **made)
+        self.k_proj = nn.Linear(self.kdim, num_kv_heads * self.head_dim, **made)
+        self.v_proj = nn.Linear(self.vdim, num_kv_heads * self.head_dim, **made)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **made)
+        self._set_alpha(alpha, alpha_map, device, dtype)
+        self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sink == "learned" else None
         self.null_sink = sink == "null"
         self.gate = HeadGate(embed_dim, num_heads) if head_gate else None
         self.length_scale = LengthScale(num_heads) if length_scale else None
+        for part in (self.gate, self.length_scale):
+            if part is not None and (device is not None or dtype is not None):
+                part.to(device=device, dtype=dtype)
 
-    def _set_alpha(self, alpha: float | Tensor, alpha_map: AlphaMap | None) -> None:
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> DiffmaxAttention:
+        """This module with the weights and settings of that one; `options` are the constructor's, such as alpha.
+
+        Raises:
+            ValueError: The module has add_bias_kv=True, which is not served.
+        Example:
+            >>> layer = torch.nn.TransformerEncoderLayer(32, 4)
+            >>> layer.self_attn = DiffmaxAttention.from_torch(layer.self_attn, alpha=0.85)
+            >>> layer(torch.randn(10, 2, 32)).shape
+            torch.Size([10, 2, 32])
+        """
+        weight = module.out_proj.weight
+        settings: dict[str, Any] = {name: getattr(module, name) for name in ("kdim", "vdim", "dropout", "batch_first")}
+        settings |= {"bias": module.in_proj_bias is not None, "device": weight.device, "dtype": weight.dtype}
+        settings |= {"add_bias_kv": module.bias_k is not None, "add_zero_attn": module.add_zero_attn}
+        made = cls(module.embed_dim, module.num_heads, **settings | options)
+        made.load_state_dict(module.state_dict())
+        return made.train(module.training)
+
+    def to_torch(self) -> nn.MultiheadAttention:
+        """The torch.nn.MultiheadAttention with these weights: the same function where every alpha is 1.
+
+        Raises:
+            ValueError: That module has no place for an option of this one.
+        Example:
+            >>> DiffmaxAttention(32, 4, alpha=0.85).to_torch().in_proj_weight.shape
+            torch.Size([96, 32])
+        """
+        lacking = {
+            "num_kv_heads": self.num_kv_heads != self.num_heads,
+            "head_dim": self.num_heads * self.head_dim != self.embed_dim,
+            "window_size": self.window_size is not None,
+            'sink="learned"': self.sink is not None,
+            "head_gate": self.gate is not None,
+            "length_scale": self.length_scale is not None,
+        }
+        if any(lacking.values()):
+            names = ", ".join(name for name, lacks in lacking.items() if lacks)
+            raise ValueError(f"{_NAME}: to_torch must have a module that nn.MultiheadAttention can be, got one with {names}")
+        weight, packed = self.q_proj.weight, self.kdim == self.vdim == self.embed_dim
+        theirs = nn.MultiheadAttention(
+            *(self.embed_dim, self.num_heads, self.dropout, self.q_proj.bias is not None, False, self.null_sink),
+            *(self.kdim, self.vdim, self.batch_first, weight.device, weight.dtype),
+        )
+        state = self.state_dict()
+        parts = {
+            kind: [state[key] for name in _PROJECTIONS if (key := f"{name}.{kind}") in state] for kind in ("weight", "bias")
+        }
+        given = {name: tensor for name, tensor in state.items() if name.startswith("out_proj")}
+        if packed:
+            given["in_proj_weight"] = torch.cat(parts["weight"])
+        else:
+            given |= {f"{name}_weight": tensor for name, tensor in zip(_PROJECTIONS, parts["weight"], strict=True)}
+        if self.q_proj.bias is not None:
+            given["in_proj_bias"] = torch.cat(parts["bias"])
+        theirs.load_state_dict(given)
+        return theirs.train(self.training)
+
+    def _set_alpha(
+        self, alpha: float | Tensor, alpha_map: AlphaMap | None, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
         self.alpha_map = alpha_map
         if alpha_map is not None and not isinstance(alpha_map, AlphaMap):
             raise TypeError(f"{_NAME}: alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
@@ -110,16 +203,28 @@ class DiffmaxAttention(PreciseBuffers):
                 )
         else:
             one_minus_alpha(_NAME, torch.empty(1), alpha, 0)
-        if alpha_map is not None:
-            if isinstance(alpha, Tensor):
-                start = alpha_map.inverse(alpha.detach().double()).log()
-            else:
-                start = torch.tensor(math.log(alpha_map.inverse(float(alpha))))
-            self.log_beta = nn.Parameter(start.float().expand(self.num_heads).clone())
-        elif isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
-            self.register_buffer("alpha", alpha)
+        if alpha_map is None:
+            if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
+                alpha = alpha.to(device)
+            self._keep("alpha", alpha)
+        elif isinstance(alpha, Tensor):
+            start = alpha_map.inverse(alpha.detach().double()).log().float()
+            self._learn("log_beta", start, start.expand(self.num_heads).clone().to(device=device, dtype=dtype))
         else:
-            self.alpha = alpha
+            first = math.log(alpha_map.inverse(float(alpha)))
+            self._learn(
+                "log_beta", torch.tensor(first, device="cpu"), torch.full((self.num_heads,), first, device=device, dtype=dtype)
+            )
+
+    def reset_parameters(self) -> None:
+        """Begin anew, as after `to_empty`: projections as nn.Linear's, alpha and all else as the module was made."""
+        for child in self.children():
+            child.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
+
+    _reset_parameters = reset_parameters  # the name that nn.MultiheadAttention has
 
     @property
     def current_alpha(self) -> float | Tensor:
@@ -128,72 +233,176 @@ class DiffmaxAttention(PreciseBuffers):
             return self.alpha
         return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
 
+    @property
+    def in_proj_weight(self) -> Apart:
+        """Nothing to compute with: it keeps torch's layers from computing attention past this module."""
+        return Apart()
+
+    @property
+    def in_proj_bias(self) -> Apart | None:
+        """As `in_proj_weight`; None without a bias."""
+        return None if self.q_proj.bias is None else Apart()
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool | None = None,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        causal_alignment: str = "upper_left",
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool | None = None,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        causal_alignment: str = "upper_left",
+    ) -> tuple[Tensor, Tensor | None]: ...
+
     def forward(
         self,
         query: Tensor,
         key: Tensor | None = None,
         value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
+        need_weights: bool | None = None,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
         causal_alignment: str = "upper_left",
-    ) -> Tensor:
-        """Attend, from tokens to tokens.
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Attend, from tokens to tokens. Whether `value` is given decides whose call it is.
+
+        With query, key and value it is a call of nn.MultiheadAttention: masks mean what they mean there, and the result is a
+        pair. Without value it is a call in the way of `diffmax.attention`, and the result is one tensor.
 
         Args:
-            query: (B, L, embed_dim).
-            key: (B, S, kdim). Default: query.
-            value: (B, S, vdim). Default: key.
-            key_padding_mask: Boolean (B, S), True at padding, which is not seen: as in torch.nn.MultiheadAttention.
-            need_weights: False: there are no weights to return.
-            attn_mask, is_causal, causal_alignment: As for `diffmax.attention`, and broadcast as there: True marks what is seen,
-                the opposite of torch.nn.MultiheadAttention's; floating numbers are added. All masks hold together.
+            query: (B, L, embed_dim); (L, B, embed_dim) for a module with batch_first=False; (L, embed_dim) for one sequence.
+                Or nested (B, j, embed_dim) of layout torch.jagged, without masks and weights.
+            key: (B, S, kdim), likewise. Default: query.
+            value: (B, S, vdim), likewise. Default: key.
+            key_padding_mask: Boolean (B, S), or (S,) for one sequence, True at padding, which is not seen. With value also
+                floating, added to the scores.
+            need_weights: Whether to compute the weights, which takes their memory. With value the default is True; without
+                there are none to return.
+            attn_mask: Without value as for `diffmax.attention`, and broadcast as there: True marks what is *seen*. With value
+                (L, S) or (B * H, L, S), as in nn.MultiheadAttention: True marks what is *hidden*. Floating numbers are added.
+            average_attn_weights: Whether the weights are averaged over heads.
+            is_causal, causal_alignment: As for `diffmax.attention`, and holding together with attn_mask. With value and
+                attn_mask is_causal says, as in nn.MultiheadAttention, that the mask is causal.
         Returns:
-            (B, L, embed_dim).
+            Without value the tokens, (B, L, embed_dim) or as query is laid out. With value the pair of them and the weights:
+            (B, L, S), (B, H, L, S) if not averaged, or None. With a sink the weights have one more column, the sink's.
         Raises:
-            ValueError: Shapes do not fit, or need_weights is True.
-            TypeError: key_padding_mask is not boolean.
+            ValueError: Shapes do not fit, or an argument does not belong to the call.
+            TypeError: A mask is not boolean or floating.
         """
-        if need_weights:
+        torchs_call = value is not None
+        if torchs_call and key is None:
+            raise ValueError(f"{_NAME}: value must come with key, got value alone\npass both, or leave value out")
+        if not torchs_call and (need_weights or not average_attn_weights):
             raise ValueError(
-                f"{_NAME}: need_weights must be False, got True\n"
-                "the weights are never in memory at once: compute them with diffmax.diffmax_bisect(scores, alpha), or look at "
-                "diffmax.attention(..., return_stats=True)"
+                f"{_NAME}: need_weights and average_attn_weights belong to a call with query, key and value, got no value\n"
+                "write out, weights = attend(x, x, x); boolean masks are then True where hidden"
             )
         key = query if key is None else key
-        value = key if value is None else value
-        given = {"query": (query, self.q_proj), "key": (key, self.k_proj), "value": (value, self.v_proj)}
-        for what, (tokens, projection) in given.items():
-            if tokens.ndim != 3 or tokens.shape[2] != projection.in_features:
-                raise ValueError(
-                    f"{_NAME}: {what} must have shape (B, tokens, {projection.in_features}), got {tuple(tokens.shape)}"
-                )
+        for what, tokens in (("query", query), ("key", key), ("value", value)):
+            if tokens is not None and not (isinstance(tokens, Tensor) and tokens.is_nested):
+                check_tensor(_NAME, what, tokens)
+        if query.is_nested:
+            self._check_nested(query, attn_mask, key_padding_mask, torchs_call and need_weights is not False)
+        batched = self._check_tokens(query, key, key if value is None else value)
+        query, key, value = (self._batch_first(t) for t in (query, key, key if value is None else value))
         q, k, v = (
-            projection(tokens).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for tokens, projection in given.values()
+            projection(tokens).unflatten(-1, (projection.out_features // self.head_dim, self.head_dim)).transpose(1, 2)
+            for projection, tokens in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
-        mask = _both(attn_mask, key_padding_mask, k)
+        weighed = torchs_call and need_weights is not False
+        mask, is_causal = merged(_NAME, attn_mask, key_padding_mask, is_causal, q, k, batched, torchs_call, weighed)
         if self.length_scale is not None:
             mask = mask if mask is None or hasattr(mask, "variant") else check_mask(_NAME, q, k, mask)
             q = self.length_scale(q, k.shape[2], is_causal, causal_alignment, self.window_size, mask)
-        out = attention(
-            q,
-            k,
-            v,
-            mask,
-            self.dropout if self.training else 0.0,
-            is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-            alpha=self._alpha_for(q),
-            window_size=self.window_size,
-            causal_alignment=causal_alignment,
-            sink=q.new_zeros(self.num_heads) if self.null_sink else self.sink,
-            backend=self.backend,
-        )
+        out, weights = self._attend(q, k, v, mask, is_causal, causal_alignment, weighed)
         if self.gate is not None:
             out = self.gate(out, query)
         result: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return result
+        if not batched:
+            result, weights = result.squeeze(0), None if weights is None else weights.squeeze(0)
+        elif not self.batch_first:
+            result = result.transpose(0, 1)
+        if not torchs_call:
+            return result
+        return result, weights if weights is None or not average_attn_weights else weights.mean(-3)
+
+    def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Check the shapes; return whether there is a batch."""
+        given = {"query": (query, self.q_proj), "key": (key, self.k_proj), "value": (value, self.v_proj)}
+        axes = "B, tokens" if self.batch_first else "tokens, B"
+        for what, (tokens, projection) in given.items():
+            if tokens.ndim not in (2, 3) or tokens.ndim != query.ndim or tokens.shape[-1] != projection.in_features:
+                size = projection.in_features
+                raise ValueError(
+                    f"{_NAME}: {what} must have shape ({axes}, {size}), or all three (tokens, size), got {tuple(tokens.shape)}"
+                )
+        return query.ndim == 3
+
+    def _check_nested(self, query: Tensor, attn_mask: Any, key_padding_mask: Any, weighed: bool) -> None:
+        """Check what a nested query, its sequences one after the other, goes together with."""
+        if query.layout is not torch.jagged:
+            raise TypeError(f"{_NAME}: a nested query must be of layout torch.jagged, got {query.layout}")
+        unfit = {
+            "attn_mask": attn_mask is not None,
+            "key_padding_mask": key_padding_mask is not None,
+            "need_weights": weighed,
+            "batch_first=False": not self.batch_first,
+            "head_gate": self.gate is not None,
+            "length_scale": self.length_scale is not None,
+        }
+        if any(unfit.values()):
+            names = ", ".join(name for name, given in unfit.items() if given)
+            raise ValueError(
+                f"{_NAME}: a nested query goes without masks, weights, gate and length scale, and batch first, got {names}\n"
+                "its sequences have no padding; pad them with .to_padded_tensor(0.0) for the rest"
+            )
+
+    def _batch_first(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim == 2:
+            return tokens.unsqueeze(0)
+        return tokens if self.batch_first else tokens.transpose(0, 1)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        causal_alignment: str,
+        weighed: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        given = (q, k, v, mask, self.dropout if self.training else 0.0, is_causal, None, self.num_kv_heads != self.num_heads)
+        options: dict[str, Any] = {
+            "alpha": self._alpha_for(q),
+            "window_size": self.window_size,
+            "causal_alignment": causal_alignment,
+            "sink": torch.zeros(self.num_heads, dtype=q.dtype, device=q.device) if self.null_sink else self.sink,
+        }
+        if not weighed:
+            return attention(*given, **options, backend=self.backend), None
+        out, weights = with_weights(*checked(*given, **options, alibi_slopes=None, softcap=0.0), self.backend)
+        return out, weights * 0.0 if given[4] == 1 else weights
 
     def _alpha_for(self, q: Tensor) -> float | Tensor:
         if self.alpha_map is None:
@@ -235,6 +444,10 @@ def _split(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_sizes(embed_dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
+    if isinstance(kv_heads, float):  # the third argument of nn.MultiheadAttention is dropout
+        raise TypeError(
+            f"{_NAME}: num_kv_heads must be an int, got {kv_heads!r}\npass dropout by its name: dropout={kv_heads!r}"
+        )
     if heads < 1 or (head_dim is None and embed_dim % heads):
         raise ValueError(
             f"{_NAME}: embed_dim must be a multiple of num_heads, got {embed_dim} and {heads}\n"
@@ -244,28 +457,3 @@ def _check_sizes(embed_dim: int, heads: int, kv_heads: int, head_dim: int | None
         raise ValueError(f"{_NAME}: embed_dim and head_dim must be at least 1, got {embed_dim} and {head_dim}")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{_NAME}: num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}")
-
-
-def _both(attn_mask: Tensor | None, key_padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """One boolean mask that says what both say."""
-    if key_padding_mask is None:
-        return attn_mask
-    wanted = (key.shape[0], key.shape[2])
-    if key_padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"{_NAME}: key_padding_mask must be boolean, True at padding, got {key_padding_mask.dtype}\n"
-            "of a tokenizer's attention_mask it is attention_mask == 0"
-        )
-    if key_padding_mask.shape != wanted:
-        raise ValueError(f"{_NAME}: key_padding_mask must have shape (B, S) = {wanted}, got {tuple(key_padding_mask.shape)}")
-    seen = ~key_padding_mask[:, None, None, :]
-    if attn_mask is None:
-        return seen
-    if hasattr(attn_mask, "variant"):  # torch's CausalBias, which must not be looked into
-        raise ValueError(f"{_NAME}: a CausalBias and key_padding_mask exclude each other\npass is_causal=True instead")
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(
-            f"{_NAME}: attn_mask must be boolean or floating, got {attn_mask.dtype}\n"
-            "a boolean mask is True where a key is seen; a floating one is added to the scores"
-        )
-    return attn_mask & seen if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~seen, -torch.inf)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from diffmax import _nested as nested
 from diffmax._checks import check_alpha_tensor, check_scores
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import Alpha, diffmax_bisect, normalize
@@ -36,6 +38,9 @@ class DiffmaxBisectModule(PreciseBuffers):
         torch.Size([4, 1, 1])
     """
 
+    alpha: Alpha
+    log_beta: nn.Parameter
+
     def __init__(
         self,
         alpha: Alpha = 0.9,
@@ -47,10 +52,7 @@ class DiffmaxBisectModule(PreciseBuffers):
         super().__init__()
         self.dim, self.n_iter, self.ensure_sum_one, self.alpha_map = dim, n_iter, ensure_sum_one, alpha_map
         if alpha_map is None:
-            if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
-                self.register_buffer("alpha", alpha)
-            else:
-                self.alpha = alpha
+            self._keep("alpha", alpha)
             return
         if not isinstance(alpha_map, AlphaMap):
             raise TypeError(f"DiffmaxBisectModule: alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
@@ -59,9 +61,11 @@ class DiffmaxBisectModule(PreciseBuffers):
                 f"DiffmaxBisectModule: with an alpha_map, alpha must be a float or a tensor to start from, got {alpha!r}"
             )
         if isinstance(alpha, Tensor):
-            self.log_beta = nn.Parameter(alpha_map.inverse(alpha.double()).log().to(alpha.dtype))
+            start = alpha_map.inverse(alpha.detach().double()).log().to(alpha.dtype)
+            self._learn("log_beta", start, start.clone())
         else:
-            self.log_beta = nn.Parameter(torch.tensor(math.log(alpha_map.inverse(alpha)), dtype=torch.float32))
+            first = math.log(alpha_map.inverse(alpha))
+            self._learn("log_beta", torch.tensor(first, device="cpu"), torch.tensor(first, dtype=torch.float32))
 
     @property
     def current_alpha(self) -> float | Tensor:
@@ -74,11 +78,16 @@ class DiffmaxBisectModule(PreciseBuffers):
         """Weights for scores X; see `diffmax_bisect`."""
         if self.alpha_map is None:
             return diffmax_bisect(X, self.alpha, self.dim, self.n_iter, self.ensure_sum_one)
-        dim = check_scores("DiffmaxBisectModule", X, self.dim, self.n_iter)
+        if isinstance(X, Tensor) and X.is_nested:
+            return nested.weights("DiffmaxBisectModule", X, self.dim, partial(self._learned, self.alpha_map))
+        return self._learned(self.alpha_map, X, self.dim)
+
+    def _learned(self, alpha_map: AlphaMap, X: Tensor, dim: int) -> Tensor:
+        dim = check_scores("DiffmaxBisectModule", X, dim, self.n_iter)
         check_alpha_tensor("DiffmaxBisectModule", X, self.log_beta, dim)
         # the map gives 1 - alpha itself: alpha would round to 1 where 1 - alpha is still a good number
         acc = accumulation_dtype(X.dtype)
-        e = self.alpha_map.one_minus_alpha_of_log(self.log_beta.to(torch.promote_types(self.log_beta.dtype, acc)))
+        e = alpha_map.one_minus_alpha_of_log(self.log_beta.to(torch.promote_types(self.log_beta.dtype, acc)))
         return normalize(X, 0.0, e.to(device=X.device, dtype=acc), dim, self.n_iter, self.ensure_sum_one)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -39,7 +40,13 @@ class Elastic(nn.Module):
         if not 0 < start < 1:
             raise ValueError(f"Elastic: start must lie strictly between 0 and 1, got {start}")
         self.normalize, self.renormalize = normalize, renormalize
-        self.logit = nn.Parameter(torch.full((heads,), start).logit())
+        self.start = start
+        self.logit = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin anew, as after `to_empty`."""
+        nn.init.constant_(self.logit, math.log(self.start / (1 - self.start)))
 
     def forward(self, scores: Tensor) -> Tensor:
         """Weights of scores (B, H, L, S), in which -inf marks what is hidden; a row that sees nothing is 0."""

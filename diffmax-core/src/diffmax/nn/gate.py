@@ -29,9 +29,12 @@ class HeadGate(nn.Module):
     def __init__(self, embed_dim: int, heads: int, bias: bool = True) -> None:
         super().__init__()
         self.project = nn.Linear(embed_dim, heads, bias=bias)
-        nn.init.zeros_(self.project.weight)
-        if bias:
-            nn.init.zeros_(self.project.bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin anew, as after `to_empty`: all factors are 1."""
+        for parameter in self.project.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         """The gated output (B, H, L, D) of an attention whose queries come from tokens x (B, L, embed_dim)."""

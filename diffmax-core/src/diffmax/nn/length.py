@@ -56,7 +56,13 @@ class LengthScale(nn.Module):
 
     def __init__(self, heads: int, start: float = 2.0) -> None:
         super().__init__()
-        self.log_decay = nn.Parameter(torch.full((heads,), float(start)))
+        self.start = float(start)
+        self.log_decay = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin anew, as after `to_empty`."""
+        nn.init.constant_(self.log_decay, self.start)
 
     def forward(
         self,

@@ -39,6 +39,11 @@ class Sink(nn.Module):
         self.normalize = normalize
         self.sink = None if heads is None else nn.Parameter(torch.zeros(heads))
 
+    def reset_parameters(self) -> None:
+        """Begin anew, as after `to_empty`."""
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
+
     def forward(self, scores: Tensor) -> Tensor:
         """Weights (..., S) of scores (..., S); their sum is at most 1."""
         if self.sink is None:

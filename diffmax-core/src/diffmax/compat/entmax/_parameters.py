@@ -39,7 +39,7 @@ def number_or_rows(name: str, what: str, X: Tensor, given: float | Tensor, dim: 
 
 def check_values(name: str, given: float | Tensor, allowed: Callable[[Tensor], Tensor], rule: str, action: str) -> None:
     """Raise ValueError unless every entry is allowed; a tensor that cannot be read without waiting passes."""
-    values = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+    values = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64, device="cpu")
     if (not isinstance(given, Tensor) or _readable(given)) and not bool(allowed(values).all()):
         wrong = values[~allowed(values)].flatten()[0].item()
         raise ValueError(f"{name}: {rule}, got {wrong:g}\n{action}")

@@ -8,6 +8,8 @@ from diffmax._checks import check_scores
 from diffmax.compat.entmax._parameters import check_k
 from diffmax.functional import normalize
 
+__all__ = ["Entmax15", "Sparsemax", "entmax15", "sparsemax"]
+
 
 def sparsemax(X: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
     """The Euclidean projection of X's rows on the simplex: alpha' = 2, the limit alpha -> 0 of `diffmax_bisect`.

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmax._checks import check_scores
 from diffmax._loss_checks import check_reduction, check_target
 from diffmax._numerics import MIN_E
 from diffmax.compat.entmax._normmax import normmax_losses
 from diffmax.compat.entmax._parameters import check_k, check_values, order_minus_one
-from diffmax.compat.entmax.root_finding import hold, norm_order
+from diffmax.compat.entmax.root_finding import norm_order
 from diffmax.losses import fenchel_young, reduce_losses
+from diffmax.nn._kept import Keeps
+
+__all__ = [
+    "Entmax15Loss",
+    "EntmaxBisectLoss",
+    "NormmaxBisectLoss",
+    "SparsemaxBisectLoss",
+    "SparsemaxLoss",
+    "entmax15_loss",
+    "entmax_bisect_loss",
+    "normmax_bisect_loss",
+    "sparsemax_bisect_loss",
+    "sparsemax_loss",
+]
 
 IGNORE_INDEX = -100
 REDUCTIONS = ("elementwise_mean", "mean", "sum", "none")
@@ -103,7 +117,7 @@ def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_
     return _normmax_losses("normmax_bisect_loss", X, target, alpha, n_iter, IGNORE_INDEX, "none")
 
 
-class _Loss(nn.Module):
+class _Loss(Keeps):
     """What the loss modules share: which rows count, and the reduction. "elementwise_mean" is "mean"."""
 
     def __init__(self, ignore_index: int = IGNORE_INDEX, reduction: str = "elementwise_mean") -> None:
@@ -191,7 +205,7 @@ class EntmaxBisectLoss(_Loss):
     ) -> None:
         super().__init__(ignore_index, reduction)
         self.n_iter = n_iter
-        hold(self, "alpha", alpha)
+        self._keep("alpha", alpha, persistent=False)
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X."""
@@ -218,7 +232,7 @@ class NormmaxBisectLoss(_Loss):
     ) -> None:
         super().__init__(ignore_index, reduction)
         self.n_iter = n_iter
-        hold(self, "alpha", alpha)
+        self._keep("alpha", alpha, persistent=False)
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X."""

@@ -14,6 +14,18 @@ from diffmax.compat.entmax._normmax import normmax_rows
 from diffmax.compat.entmax._outside import outside
 from diffmax.compat.entmax._parameters import check_values, number_or_rows, order_minus_one
 from diffmax.functional import normalize
+from diffmax.nn._kept import Keeps
+
+__all__ = [
+    "BudgetBisect",
+    "EntmaxBisect",
+    "NormmaxBisect",
+    "SparsemaxBisect",
+    "budget_bisect",
+    "entmax_bisect",
+    "normmax_bisect",
+    "sparsemax_bisect",
+]
 
 
 def entmax_bisect(
@@ -149,7 +161,7 @@ class SparsemaxBisect(nn.Module):
         return sparsemax_bisect(X, self.dim, self.n_iter)
 
 
-class EntmaxBisect(nn.Module):
+class EntmaxBisect(Keeps):
     """`entmax_bisect` as a module. An nn.Parameter alpha is learned; a tensor moves with the module.
 
     Example:
@@ -165,14 +177,14 @@ class EntmaxBisect(nn.Module):
     def __init__(self, alpha: float | Tensor = 1.5, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.dim, self.n_iter = dim, n_iter
-        hold(self, "alpha", alpha)
+        self._keep("alpha", alpha, persistent=False)  # which entmax's checkpoints do not know
 
     def forward(self, X: Tensor) -> Tensor:
         """Weights for scores X."""
         return entmax_bisect(X, self.alpha, self.dim, self.n_iter)
 
 
-class NormmaxBisect(nn.Module):
+class NormmaxBisect(Keeps):
     """`normmax_bisect` as a module.
 
     Example:
@@ -186,14 +198,14 @@ class NormmaxBisect(nn.Module):
     def __init__(self, alpha: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.dim, self.n_iter = dim, n_iter
-        hold(self, "alpha", alpha)
+        self._keep("alpha", alpha, persistent=False)  # which entmax's checkpoints do not know
 
     def forward(self, X: Tensor) -> Tensor:
         """Weights for scores X."""
         return normmax_bisect(X, self.alpha, self.dim, self.n_iter)
 
 
-class BudgetBisect(nn.Module):
+class BudgetBisect(Keeps):
     """`budget_bisect` as a module.
 
     Example:
@@ -207,16 +219,8 @@ class BudgetBisect(nn.Module):
     def __init__(self, budget: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.dim, self.n_iter = dim, n_iter
-        hold(self, "budget", budget)
+        self._keep("budget", budget, persistent=False)  # which entmax's checkpoints do not know
 
     def forward(self, X: Tensor) -> Tensor:
         """Weights for scores X."""
         return budget_bisect(X, self.budget, self.dim, self.n_iter)
-
-
-def hold(module: nn.Module, name: str, value: float | Tensor) -> None:
-    """Keep a parameter's value: a tensor as a buffer that moves with the module and that entmax's checkpoints do not know."""
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        module.register_buffer(name, value, persistent=False)
-    else:
-        setattr(module, name, value)

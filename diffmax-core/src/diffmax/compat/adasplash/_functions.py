@@ -1,10 +1,4 @@
-"""AdaSplash's names and signatures over diffmax: `from diffmax.compat import adasplash` for code written for the package.
-
-alpha is entmax's alpha' = 2 - alpha, in (1, 2]. What AdaSplash limits is lifted: any length, any head size, fewer queries than
-keys, grouped heads and every alpha in every function; alpha may also be a tensor, one number per head, with a gradient.
-`niter`, `n_iter`, `use_histogram` and `fast_math` are accepted and change nothing: thresholds are always solved to the dtype's
-last digits.
-"""
+"""What AdaSplash's functions are in terms of diffmax's; the package and its submodules name them."""
 
 from __future__ import annotations
 
@@ -15,22 +9,10 @@ import torch
 from torch import Tensor
 
 from diffmax._attention import attention
-from diffmax._attention_checks import check_tensors
+from diffmax._attention_checks import check_alibi, check_tensors
 from diffmax._checks import _dtype, _readable, _shape, check_scores
+from diffmax._numerics import accumulation_dtype
 from diffmax.functional import diffmax_bisect, normalize
-
-__all__ = [
-    "adasplash",
-    "adasplash2",
-    "adasplash_no_block_mask",
-    "adasplash_v1",
-    "adasplash_v2",
-    "triton_entmax",
-    "triton_entmax15",
-    "triton_entmax_v1",
-    "triton_entmax_v2",
-    "triton_sparsemax",
-]
 
 
 def adasplash(
@@ -149,6 +131,70 @@ def triton_sparsemax(x: Tensor, **kwargs: Any) -> Tensor:
 def triton_entmax15(x: Tensor, **kwargs: Any) -> Tensor:
     """`triton_entmax` with alpha' = 1.5."""
     return triton_entmax(x, 1.5, **kwargs)
+
+
+def entmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: float | Tensor = 1.5,
+    varlen: Tensor | None = None,
+    is_causal: bool = False,
+    padding: str = "right",
+    niter: int = 2,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """`adasplash` with padding on either side, causality aligned at the lower right, and slopes that a score gains by.
+
+    Args:
+        q: (B, H, N, D), any strides.
+        k, v: (B, H, M, D).
+        alpha: alpha', in (1, 2], or a tensor.
+        varlen: (B,): how many tokens of each sequence count. Queries beside them get 0 where N equals M.
+        is_causal: The last query stands at the last key.
+        padding: "right" or "left": where the tokens that do not count are.
+        niter: No effect.
+        alibi_slopes: (H,): key j has slope * (j - i) added to its score; for one query alone, slope * (j - M + 1).
+    Returns:
+        (B, H, N, D), like q.
+    Raises:
+        TypeError, ValueError: As `adasplash`; or padding is neither side.
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 4, 10, 24)
+        >>> entmax_attention(x, x, x, varlen=torch.tensor([10, 6]), padding="left")[1, :, :4].abs().max()
+        tensor(0.)
+    """
+    name = "entmax_attention"
+    check_tensors(name, q, k, v, "BHLD")
+    if padding not in ("right", "left"):
+        raise ValueError(f'{name}: padding must be "right" or "left", got {padding!r}')
+    length, many = q.shape[2], k.shape[2]
+    mask: Tensor | None = None
+    queries: Tensor | None = None
+    if varlen is not None:
+        inside, keys = _inside(name, varlen, q.shape, many)
+        if padding == "left":
+            inside, keys = inside.flip(2), keys.flip(2)
+        k, v, mask = k.masked_fill(~keys, 0), v.masked_fill(~keys, 0), keys.mT
+        queries = inside if length == many else None
+        q = q if queries is None else q.masked_fill(~queries, 0)
+    if alibi_slopes is not None:
+        check_alibi(name, q, alibi_slopes, (q.shape[1],))
+        first = many - 1 if length == 1 else 0
+        place = torch.arange(length, device=q.device).unsqueeze(1) + first
+        bias = alibi_slopes.detach().to(accumulation_dtype(q.dtype)).view(-1, 1, 1) * (
+            torch.arange(many, device=q.device) - place
+        )
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    out = attention(
+        *(q, k, v, mask),
+        is_causal=is_causal,
+        enable_gqa=q.shape[1] != k.shape[1],
+        alpha=_our_alpha(name, alpha, q.device),
+        causal_alignment="lower_right",
+    )
+    return out if queries is None else out.masked_fill(~queries, 0)
 
 
 def _our_alpha(name: str, alpha: float | Tensor, device: torch.device | None) -> float | Tensor:

@@ -1,0 +1,5 @@
+"""AdaSplash's module of this name."""
+
+from diffmax.compat.adasplash._functions import adasplash_no_block_mask as sparse_attn
+
+__all__ = ["sparse_attn"]

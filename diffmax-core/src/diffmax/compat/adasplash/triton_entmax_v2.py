@@ -1,0 +1,5 @@
+"""AdaSplash's module of this name."""
+
+from diffmax.compat.adasplash._functions import triton_entmax, triton_entmax15, triton_sparsemax
+
+__all__ = ["triton_entmax", "triton_entmax15", "triton_sparsemax"]

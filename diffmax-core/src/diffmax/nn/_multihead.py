@@ -1,0 +1,142 @@
+"""How torch.nn.MultiheadAttention is called, as `DiffmaxAttention` answers it: masks, weights, and torch's shortcuts."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from diffmax import reference_attention as reference
+from diffmax._checks import _shape
+from diffmax.functional import normalize
+from diffmax.plugin import AttentionCall
+
+SWAPPED = "tokens come batch first, unless the module is made with batch_first=False"
+_WHERE = "the projections are apart, in q_proj, k_proj and v_proj"
+
+
+class Apart:
+    """Stands where torch's layers look for the packed weights that they would compute with, past the module.
+
+    They do not where one of their tensors has a __torch_function__: then they call the module. Encoders ask in the same way
+    before they make nested tensors.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise TypeError(
+            f"DiffmaxAttention: there is no in_proj_weight or in_proj_bias, got a call of {func.__name__}\n{_WHERE}"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"DiffmaxAttention: there is no in_proj_weight or in_proj_bias, got a look at its {name}\n{_WHERE}"
+        )
+
+
+def merged(
+    name: str,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    query: Tensor,
+    key: Tensor,
+    batched: bool,
+    torchs_call: bool,
+    weighed: bool,
+) -> tuple[Tensor | None, bool]:
+    """attn_mask and is_causal as `diffmax.attention` takes them, with padding hidden; `query` and `key` are heads."""
+    padding = _padding(name, key_padding_mask, key, batched, torchs_call)
+    if attn_mask is not None and hasattr(attn_mask, "variant"):  # torch's CausalBias, which must not be looked into
+        if padding is not None:
+            raise ValueError(f"{name}: a CausalBias and key_padding_mask exclude each other\npass is_causal=True instead")
+        return attn_mask, is_causal
+    if attn_mask is None:
+        return padding, is_causal
+    _check_kind(name, attn_mask, "hidden" if torchs_call else "seen")
+    if not torchs_call:
+        return _both(attn_mask, padding), is_causal
+    attn_mask = _torchs_mask(name, attn_mask, query, key, batched)
+    if is_causal and padding is None and not weighed:  # then torch's module, too, takes the word for the mask
+        return None, True
+    return _both(attn_mask, padding), False
+
+
+def _torchs_mask(name: str, mask: Tensor, query: Tensor, key: Tensor, batched: bool) -> Tensor:
+    """attn_mask as nn.MultiheadAttention reads it, True where hidden, as `diffmax.attention` does, of four dimensions."""
+    batch, heads, length, _ = query.shape
+    keys = key.shape[2]
+    folded = (batch * heads, length, keys)
+    if tuple(mask.shape) not in ((length, keys), folded):
+        axes = "B * H, L, S" if batched else "H, L, S"
+        raise ValueError(
+            f"{name}: with query, key and value, attn_mask must have shape (L, S) = {folded[1:]} or ({axes}) = {folded}, as "
+            f"in nn.MultiheadAttention, got {_shape(mask)}\n{_mask_hint(mask, query, keys)}"
+        )
+    mask = mask.view(batch, heads, length, keys) if mask.ndim == 3 else mask.view(1, 1, length, keys)
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _mask_hint(mask: Tensor, query: Tensor, keys: int) -> str:
+    wanted = (*query.shape[:2], query.shape[2], keys)
+    padded = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if len(padded) == 4 and all(a in (1, w) for a, w in zip(padded, wanted, strict=True)):
+        hidden = "" if mask.is_floating_point() else "if it is True where a key is seen, pass ~mask; "
+        return f"{hidden}give it the shape with .expand{tuple(wanted)}.flatten(0, 1)"
+    return SWAPPED
+
+
+def _padding(name: str, mask: Tensor | None, key: Tensor, batched: bool, floating: bool) -> Tensor | None:
+    """key_padding_mask as a mask of `diffmax.attention`; `floating`: whether it may be added to the scores."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or (floating and mask.is_floating_point())):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{name}: key_padding_mask must be boolean, True at padding{', or floating' if floating else ''}, got {got}\n"
+            "of a tokenizer's attention_mask it is attention_mask == 0"
+        )
+    batch, keys = key.shape[0], key.shape[2]
+    wanted, axes = ((batch, keys), "(B, S)") if batched else ((keys,), "(S,)")
+    if tuple(mask.shape) != wanted:
+        hint = f"\n{SWAPPED}" if tuple(mask.shape) == wanted[::-1] else ""
+        raise ValueError(f"{name}: key_padding_mask must have shape {axes} = {wanted}, got {_shape(mask)}{hint}")
+    mask = mask.view(batch, 1, 1, keys)
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """One mask that says what both say, each boolean and True where seen, or floating and added."""
+    if first is None or second is None:
+        return second if first is None else first
+    if first.dtype == second.dtype == torch.bool:
+        return first & second
+    if first.dtype == torch.bool:
+        first, second = second, first
+    return first.masked_fill(~second, -torch.inf) if second.dtype == torch.bool else first + second
+
+
+def with_weights(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, backend: str | None) -> tuple[Tensor, Tensor]:
+    """The result of attention, and its weights after dropout (B, H, L, S), with a sink (B, H, L, S + 1): all in memory."""
+    keys, kind = key.shape[2], query.device.type
+    # the dtypes are chosen by now, and autocast would choose again
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        capped = reference.capped_scores(query, key, call)
+        scores = reference.with_sink(reference.masked_scores(query, key, call, capped), call)
+        e, e_tensor = (0.0, call.e.view(-1, 1, 1)) if isinstance(call.e, Tensor) else (call.e, None)
+        weights = normalize(scores, e, e_tensor, 3, 200, True, backend)
+        kept = reference.times(weights[..., :keys], reference.dropped(capped, call))
+        out = reference.weighted(kept, value).to(query.dtype)
+        return out, torch.cat([kept, weights[..., keys:]], 3).to(query.dtype)
+
+
+def _check_kind(name: str, mask: Tensor, meaning: str) -> None:
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{name}: attn_mask must be boolean or floating, got {got}\n"
+            f"a boolean mask is True where a key is {meaning}; a floating one is added to the scores"
+        )
