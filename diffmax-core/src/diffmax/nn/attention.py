@@ -13,7 +13,7 @@ from diffmax._attention_checks import check_mask
 from diffmax._checks import one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
-from diffmax.nn._precision import PreciseBuffers
+from diffmax.nn._checkpoint import AlphaFromSoftmax
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
 
@@ -21,7 +21,7 @@ _NAME = "DiffmaxAttention"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class DiffmaxAttention(PreciseBuffers):
+class DiffmaxAttention(AlphaFromSoftmax):
     """Multi-head attention with diffmax weights: torch.nn.MultiheadAttention, and an alpha per head, fixed or learned.
 
     Tokens come batch first, and only the output is returned. Its layers are `q_proj`, `k_proj`, `v_proj` and `out_proj`. A
@@ -36,7 +36,7 @@ class DiffmaxAttention(PreciseBuffers):
         alpha: As for `diffmax.attention`. A tensor () or (H,) becomes a buffer, which keeps its dtype where the module becomes
             float16 or bfloat16; an nn.Parameter becomes a parameter of the module.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: one trainable parameter, `log_beta` (H,),
-            with which every head starts at `alpha`.
+            with which every head starts at `alpha`. Weight decay must not act on it: `diffmax.nn.param_groups`.
         kdim, vdim: Sizes of key and value tokens. Default: embed_dim.
         head_dim: D. Default: embed_dim / H.
         bias: Whether the projections have one.
