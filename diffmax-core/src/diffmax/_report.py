@@ -11,7 +11,7 @@ import torch
 
 from diffmax import _discovery, _env
 from diffmax._dispatch import PLUGIN_FOR_RUNTIME, describe, registry
-from diffmax._inspect import KernelTable, backends, format_table
+from diffmax._inspect import KernelTable, backends, format_table, wrapped
 from diffmax._metadata import PackageNotFoundError, core_version, version
 
 DEVICE_FILES = {"cuda": "/dev/nvidia0", "hip": "/dev/kfd", "cann": "/dev/davinci0"}
@@ -51,15 +51,20 @@ class Report:
         return asdict(self) | {"backends": [asdict(record) for record in self.backends]}
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, kernels: bool = False) -> str:
+        """What is printed; with `kernels`, every kernel in place of a row per backend."""
+        table = repr(self.backends) if kernels else str(self.backends)
         parts = [
             _listing("versions", self.versions),
             _listing("devices", {device.device: device.name for device in self.devices}),
             _listing("environment", self.environment) if self.environment else "environment\n  no DIFFMAX_* variable is set",
-            f"backends\n{self.backends!r}",
+            "\n  ".join(["backends", *table.splitlines()]),
         ]
         parts += [_listing(title, facts) for title, facts in (("failures", self.failures), ("plugins", self.plugins)) if facts]
         parts += [
-            f"{title}\n" + "\n".join(f"  {line}" for line in lines)
+            "\n".join([title, *(line for text in lines for line in wrapped(text, indent="  "))])
             for title, lines in (("advice", self.advice), ("problems", self.problems))
             if lines
         ]
