@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _attention_checks as checks
-from diffmax import _attention_ops
+from diffmax import _attention_ops, _watch
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
 from diffmax.plugin import TILE, AttentionCall
@@ -347,6 +347,9 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, return_stats: bool, backend: str | None
 ) -> tuple[Tensor, AttentionStats | None]:
     out, m, delta, _, live, support = _attention_ops.attention(query, key, value, bool(return_stats), call, selected(backend))
+    if not torch.compiler.is_compiling():
+        for watcher in _watch.watchers:
+            watcher.saw_attention(query, key, value, call)
     if not return_stats:
         return out, None
     row_e = clamp_e(call.e.detach().unsqueeze(1) if isinstance(call.e, Tensor) else call.e)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
-from diffmax import _ops
+from diffmax import _ops, _watch
 from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
@@ -69,4 +70,8 @@ def normalize(
     """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
     if X.ndim == 0:
         return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
-    return _ops.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), selected(backend))
+    weights = _ops.bisect(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), selected(backend))
+    if not torch.compiler.is_compiling():
+        for watcher in _watch.watchers:
+            watcher.saw_rows(X, weights, e if e_tensor is None else e_tensor, dim)
+    return weights
