@@ -92,3 +92,61 @@ def test_an_alpha_without_numbers_is_missing():
         model = Attend(ROWS["map"]())
     with pytest.raises(RuntimeError, match=r"Missing key.*log_beta"):
         model.load_state_dict(Attend(nn.Softmax(-1)).state_dict(), assign=True)
+
+
+LEARNED = {
+    "rows": lambda: DiffmaxBisectModule(0.85, alpha_map=HillMap(c=0.5)),
+    "rows of a tensor": lambda: DiffmaxBisectModule(torch.tensor([[[0.6]], [[0.9]]], device="cpu"), alpha_map=HillMap(c=0.5)),
+    "attention": lambda: DiffmaxAttention(8, 2, alpha=0.85, alpha_map=HillMap(c=0.5)),
+    "attention of a tensor": lambda: DiffmaxAttention(
+        8, 2, alpha=torch.tensor([0.6, 0.9], device="cpu"), alpha_map=HillMap(c=0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_from_the_device_meta_alpha_comes_back_by_reset_parameters(case):
+    """On the way it was what was in memory; FullyShardedDataParallel and others call reset_parameters after to_empty."""
+    expected = LEARNED[case]()
+    with torch.device("meta"):
+        module = LEARNED[case]()
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        module.log_beta.fill_(1e30)
+    module.reset_parameters()
+    assert torch.equal(module.log_beta, expected.log_beta)
+    fixed = DiffmaxBisectModule(torch.tensor(0.5))
+    fixed.reset_parameters()
+    assert fixed.alpha == 0.5
+
+
+def test_an_alpha_that_was_never_a_number_cannot_be_reset():
+    with torch.device("meta"):
+        module = DiffmaxBisectModule(torch.full((3, 1), 0.9), alpha_map=HillMap(c=0.5)).to_empty(device="cpu")
+    with pytest.raises(ValueError, match=r"DiffmaxBisectModule: alpha must hold numbers to start from, got .* \"meta\""):
+        module.reset_parameters()
+
+
+def test_a_model_of_transformers_starts_from_a_checkpoint_of_softmax(tmp_path):
+    """Without `_init_weights` the alphas of such a model are what is in memory."""
+    transformers = pytest.importorskip("transformers")
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "diffmax-test"
+
+    class Model(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config, learned=True):
+            super().__init__(config)
+            self.project = nn.Linear(4, 4)
+            self.rows = LEARNED["rows of a tensor"]() if learned else nn.Softmax(-1)
+            self.post_init()
+
+        def _init_weights(self, module):
+            if isinstance(module, DiffmaxBisectModule):
+                module.reset_parameters()
+
+    Model(Config(), learned=False).save_pretrained(tmp_path)
+    loaded = Model.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.rows.current_alpha.detach().flatten(), torch.tensor([0.6, 0.9]))

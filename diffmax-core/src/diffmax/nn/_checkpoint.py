@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from diffmax.maps import AlphaMap
 from diffmax.nn._precision import PreciseBuffers
 
 # What holds an alpha, in our modules and in most others that call our functions.
@@ -16,6 +20,30 @@ class AlphaFromSoftmax(PreciseBuffers):
 
     So `strict=True` asks for all else. An alpha that cannot be kept, on the device "meta", is still missing.
     """
+
+    alpha_map: AlphaMap | None
+    start: float | Tensor  # of a learned alpha
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set a learned alpha to where it started: what torch's wrappers call after `to_empty`.
+
+        A model of transformers calls it in its `_init_weights`, where a checkpoint has no alpha.
+
+        Raises:
+            ValueError: The alpha to start from was a tensor on the device "meta", which holds no numbers.
+        """
+        if self.alpha_map is None:
+            return
+        start = torch.as_tensor(self.start, dtype=torch.float64, device=None if isinstance(self.start, Tensor) else "cpu")
+        if start.is_meta:
+            raise ValueError(
+                f'{type(self).__name__}: alpha must hold numbers to start from, got a tensor on the device "meta"\n'
+                'pass a float, or torch.full(..., device="cpu")'
+            )
+        log_beta = self._parameters["log_beta"]
+        if log_beta is not None:
+            log_beta.copy_(self.alpha_map.inverse(start).log())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(prefix + name in state_dict for name in ALPHAS):

@@ -111,6 +111,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
         else:
             one_minus_alpha(_NAME, torch.empty(1), alpha, 0)
         if alpha_map is not None:
+            self.start = alpha.detach() if isinstance(alpha, Tensor) else float(alpha)
             if isinstance(alpha, Tensor):
                 start = alpha_map.inverse(alpha.detach().double()).log()
             else:

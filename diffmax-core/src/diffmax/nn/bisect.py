@@ -60,6 +60,7 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
             raise TypeError(
                 f"DiffmaxBisectModule: with an alpha_map, alpha must be a float or a tensor to start from, got {alpha!r}"
             )
+        self.start = alpha.detach() if isinstance(alpha, Tensor) else alpha
         if isinstance(alpha, Tensor):
             self.log_beta = nn.Parameter(alpha_map.inverse(alpha.double()).log().to(alpha.dtype))
         else:
