@@ -1,10 +1,13 @@
 """Parameter groups: decay leaves alone what it would harm, alpha has its own rate, and nothing is lost or there twice."""
 
+import copy
 import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import fsdp
 from torch.nn.utils.parametrize import register_parametrization
 
 import diffmax
@@ -159,6 +162,37 @@ def test_groups_survive_wrappers():
         assert [(g["name"], [p.shape for p in g["params"]]) for g in found] == [
             (g["name"], [p.shape for p in g["params"]]) for g in groups
         ]
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of one rank, and of torch's own names
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "fully_shard"])
+def test_groups_survive_what_shards_a_model(one_rank, wrap):
+    model = nn.Sequential(DiffmaxAttention(16, 4, alpha_map=HillMap(c=0.5), sink="learned"), nn.LayerNorm(16))
+    expected = [(group["name"], len(group["params"])) for group in param_groups(model, 1e-3)]
+    if wrap == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif wrap == "fsdp":
+        flat = fsdp.FullyShardedDataParallel(copy.deepcopy(model), device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"param_groups: parameters must be the module's own(.|\n)*use_orig_params=True"):
+            param_groups(flat, 1e-3)
+        model = fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    else:
+        if not hasattr(fsdp, "fully_shard"):
+            pytest.skip("torch.distributed.fsdp.fully_shard came with torch 2.6")
+        for part in (model[0], model):
+            fsdp.fully_shard(part, mesh=dist.init_device_mesh("cpu", (1,)))
+    groups = param_groups(model, 1e-3)
+    assert [(group["name"], len(group["params"])) for group in groups] == expected
+    optimizer = torch.optim.AdamW(groups)
+    model(torch.randn(2, 5, 16)).square().sum().backward()
+    optimizer.step()
 
 
 def test_weight_decay_does_not_move_alpha_and_its_own_rate_does():

@@ -178,6 +178,27 @@ def test_a_schedule_is_the_alpha_of_a_registered_attention(bert):
     assert torch.equal(bert(ids).last_hidden_state, half)
 
 
+def test_a_compiled_model_of_transformers_follows_its_schedule(bert):
+    from diffmax.integrations.transformers import register
+
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    ids, schedule = torch.randint(9, (2, 7)), AlphaSchedule(0.5, steps=5)
+    register("diffmax-compiled", schedule)
+    bert.set_attn_implementation("diffmax-compiled")
+    run, counts = torch.compile(bert, backend=backend), []
+    with torch.no_grad():
+        for _ in range(5):
+            torch.testing.assert_close(run(ids).last_hidden_state, bert(ids).last_hidden_state)
+            counts.append(len(compiled))
+            schedule.step()
+    assert len(set(counts)) == 1
+
+
 def test_an_adapted_model_goes_from_softmax_to_its_heads(bert):
     from diffmax.integrations.transformers import calibrate, replace
 
