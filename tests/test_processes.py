@@ -27,7 +27,10 @@ def results(backend):
     columns = diffmax.diffmax_bisect(leaves[0], 0.7, dim=0, backend=backend)
     out = diffmax.attention(*leaves[1:], is_causal=True, alpha=alpha, backend=backend)
     more = diffmax.attention(q, k, v, alpha=0.5, dropout_p=0.0, backend=backend)
-    return [rows, columns, out, more, *grads(rows, leaves[:1], leaves[0].detach()), *grads(out, [*leaves[1:], alpha], grad)]
+    ends, tokens = torch.tensor([0, 300, 800], dtype=torch.int32), torch.cat([q, k, v, q], 2)[0].transpose(0, 1)
+    packed = diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 500, 500, alpha=0.5, backend=backend)
+    of_rows, of_attention = grads(rows, leaves[:1], leaves[0].detach()), grads(out, [*leaves[1:], alpha], grad)
+    return [rows, columns, out, more, packed, *of_rows, *of_attention]
 def differences(got, wanted):
     pairs = zip(*([t.detach().numpy() for t in tensors] for tensors in (got, wanted)), strict=True)
     return [abs(a - b).max() for a, b in pairs]

@@ -11,6 +11,7 @@ from diffmax import _attention_checks as checks
 from diffmax import _attention_ops, _watch
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
+from diffmax.cpu.threads import alone_in_child
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import live_shape, unpacked_bits
 
@@ -225,10 +226,16 @@ def attention_varlen(
         sink=sink,
     )
     out, stats = _attend(query, key, value, call, return_stats, backend)
-    out = out[0].transpose(0, 1).contiguous()
+    out = _tokens_first(out)
     if stats is None:
         return out
     return out, AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+
+
+@alone_in_child
+def _tokens_first(out: Tensor) -> Tensor:
+    """(1, H, T, D) as (T, H, D), contiguous."""
+    return out[0].transpose(0, 1).contiguous()
 
 
 def checked(
