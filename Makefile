@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # A thread that waits lets others run: where cores are shared, spinning makes small operators a hundred times slower.
-test demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
+test nightly demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them.
-test: export OMP_NUM_THREADS = 1
+test nightly: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test test-processors bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
+.PHONY: setup check check-npu check-triton test test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
 	packages example-backend floor clean
 
 setup: $(STAMP)
@@ -34,6 +34,10 @@ test: setup
 # The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds.
 test-processors: setup
 	$(BIN)/python .ci/processors.py
+
+# What takes longer than a change should wait for: 10 000 calls of the public functions, drawn anew each time.
+nightly: setup
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile nightly
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench_forward

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffmax import DiffmaxBisectModule, HillMap, plot
+from diffmax.nn import param_groups
 
 SETTINGS = ("softmax", "alpha 0.85", "alpha 0.5", "learned")
 SEEDS = (0, 1, 2)
@@ -104,10 +105,7 @@ def train(task: str, setting: str, seed: int, epochs: int, bar: tqdm) -> dict:
     classify = task == "digits"
     torch.manual_seed(seed)
     model = Transformer(setting, x.shape[1], x.shape[2], 10 if classify else 1)
-    log_betas = [p for name, p in model.named_parameters() if name.endswith("log_beta")]
-    others = [p for name, p in model.named_parameters() if not name.endswith("log_beta")]
-    groups = [{"params": others, "lr": 3e-3}] + ([{"params": log_betas, "lr": 3e-2, "weight_decay": 0.0}] if log_betas else [])
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=3e-3, alpha_lr=3e-2, decay_biases_and_norms=True))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     history = [model.alphas()]
     for _ in range(epochs):

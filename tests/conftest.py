@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items):
 
 
 settings.register_profile("diffmax", max_examples=100, deadline=None)  # deadlines measure the machine, not the code
+settings.register_profile("nightly", max_examples=10_000, deadline=None)  # make nightly
 settings.load_profile("diffmax")
 
 

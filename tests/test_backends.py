@@ -10,6 +10,7 @@ import torch
 
 import diffmax
 from diffmax import _env, plugin
+from diffmax._inspect import KernelRecord, KernelTable
 
 
 def test_lists_every_kernel_with_its_device_dtypes_and_status():
@@ -42,6 +43,34 @@ def test_prints_as_a_table():
     assert lines[1].startswith("numba ")
     column = lines[0].index("operator")
     assert all(line[column:].startswith(plugin.OPERATORS) for line in lines[1:])
+
+
+def record(backend="acme", device="cpu", operator="bisect", status="active", reason=""):
+    return KernelRecord(backend, "diffmax-acme", "2.0", device, operator, f"acme:{operator}", status, reason, "float32")
+
+
+def test_prints_a_row_per_backend_with_what_differs_between_its_operators():
+    long = " ".join(["word"] * 40)
+    table = KernelTable(
+        [
+            record(),
+            record(operator="bisect_backward"),
+            record(operator="attention", status="available", reason="numba is preferred"),
+            record("other", device="xpu", operator="attention_kvcache", status="unavailable", reason=long),
+            record("other", device="cuda", operator="attention_kvcache", status="unavailable", reason=long),
+            record("broken", device="", operator="", status="failed", reason="ImportError: no libacme.so"),
+        ]
+    )
+    lines = str(table).splitlines()
+    assert [line.split() for line in lines[:2]] == [
+        ["backend", "device", "status", "operators"],
+        ["acme", "cpu", "active", "bisect,", "attention", "(no", "backward)", "attention:", "numba", "is", "preferred"],
+    ]
+    assert lines[2].split() == ["other", "xpu,", "cuda", "unavailable", "attention_kvcache"]
+    assert " ".join(" ".join(lines[3:-1]).split()) == long
+    assert lines[-1].split() == ["broken", "failed", "ImportError:", "no", "libacme.so"]
+    assert max(map(len, lines)) < 98
+    assert repr(table).count("\n") == len(table)
 
 
 def run(code):

@@ -81,7 +81,23 @@ def test_reports_versions_devices_and_backends(capsys):
     for words in (diffmax.__version__, torch.__version__, "torch-npu", "triton", "torch built for CUDA"):
         assert words in output
     assert "cpu  " in output
-    assert "diffmax.cpu.rows:bisect_backward" in output
+
+
+def test_the_table_has_a_row_per_backend_and_is_narrow(capsys, with_vendors):
+    main([])
+    output = capsys.readouterr().out
+    names = list(dict.fromkeys(record.backend for record in diffmax.backends()))
+    table = output.partition("\nbackends\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in table if line[2] != " "] == ["backend", *names]  # what is indented is a reason
+    assert max(map(len, output.splitlines())) < 100
+    assert table[1].split() == ["numba", "cpu", "active", "bisect,", "attention,", "attention_kvcache"]
+
+
+def test_verbose_lists_every_kernel(capsys):
+    assert main(["--verbose"]) == 0
+    output = capsys.readouterr().out
+    for record in diffmax.backends():
+        assert record.kernel in output
 
 
 def test_json_holds_the_same(capsys):

@@ -45,6 +45,61 @@ def test_lists_and_arrays_are_taken_as_tensors_are():
     assert plot.attention_maps([[[1.0, 0.0]]]).axes[0].get_title() == "head 1: 50.0 % zeros"
 
 
+KINDS = {
+    "tensor": lambda t: t,
+    "bfloat16": lambda t: t.bfloat16(),
+    "float16, with a gradient": lambda t: t.half().requires_grad_(),
+    "parameter": torch.nn.Parameter,
+    "result with a gradient": lambda t: t.requires_grad_() * 1,
+    "not contiguous": lambda t: torch.stack([t, t], -1)[..., 0],
+    "array": lambda t: t.numpy(),
+    "list of tensors": list,
+    "list of parameters": lambda t: [torch.nn.Parameter(part) for part in t],
+    "parameter list": lambda t: torch.nn.ParameterList([torch.nn.Parameter(part) for part in t]),
+    "list of bfloat16": lambda t: [part.bfloat16().requires_grad_() for part in t],
+    "list of arrays": lambda t: [part.numpy() for part in t],
+    "tuple of lists": lambda t: tuple(t.tolist()),
+    "numbers": lambda t: t.tolist(),
+    "iterator": iter,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_numbers_is_taken(kind):
+    """A list of tensors was a ValueError of torch's."""
+    curves, maps = torch.tensor([[0.5, 0.25], [0.75, 0.5]]), torch.tensor([[[1.0, 0.0], [0.5, 0.5]]])
+    as_kind = KINDS[kind]
+    lines = plot.alpha_curves(as_kind(curves.clone()), steps=as_kind(torch.tensor([0.0, 100.0]))).axes[0].lines
+    assert [line.get_ydata().tolist() for line in lines] == curves.T.tolist()
+    assert lines[0].get_xdata().tolist() == [0, 100]
+    assert plot.attention_maps(as_kind(maps.clone())).axes[0].get_title() == "head 1: 25.0 % zeros"
+    axis = plot.alpha_and_support(as_kind(curves.clone()), as_kind(4 * curves)).axes[0]
+    assert axis.collections[1].get_offsets().tolist() == [[0.75, 3.0], [0.5, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (
+            lambda: plot.alpha_curves([torch.ones(2), torch.ones(3)]),
+            ValueError,
+            r"alphas must hold parts of one shape, got \(2,\), \(3,\)",
+        ),
+        (lambda: plot.alpha_curves("0.5"), TypeError, "alphas must be a tensor, an array, or a list of such, got str"),
+        (lambda: plot.alpha_curves([None]), TypeError, "got NoneType"),
+        (
+            lambda: plot.attention_maps(torch.ones(1, 2, 2) + 0j),
+            TypeError,
+            "weights must hold real numbers, got torch.complex64",
+        ),
+        (lambda: plot.alpha_and_support(torch.ones(2), torch.ones(2, device="meta")), TypeError, "got torch.float32 on meta"),
+    ],
+)
+def test_what_holds_no_numbers_is_refused(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
 def test_curves_follow_the_records():
     alphas = torch.rand(3, 2, 4)
     axis = plot.alpha_curves(alphas, steps=[0, 10, 30]).axes[0]

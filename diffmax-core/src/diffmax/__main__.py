@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report_all(options: argparse.Namespace) -> int:
     report = _report.collect()
-    print(json.dumps(report.as_json(), indent=1) if options.json else report)
+    print(json.dumps(report.as_json(), indent=1) if options.json else report.text(options.verbose))
     return 1 if report.problems else 0
 
 
@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Versions, devices and backends, and what to install. Exit status 1: DIFFMAX_BACKEND fails.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--verbose", action="store_true", help="list every kernel of every backend, with its dtypes")
     parser.set_defaults(run=_report_all)
     commands = parser.add_subparsers(title="commands", metavar="")
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from diffmax import _attention_checks as checks
-from diffmax import _attention_ops
+from diffmax import _attention_ops, _watch
 from diffmax import _nested as nested
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
 from diffmax._paged import from_pages
+from diffmax.cpu.threads import alone_in_child
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import live_shape, unpacked_bits
 
@@ -417,6 +418,7 @@ def checked_varlen(
     return query, key, value, call
 
 
+@alone_in_child
 def _by_token(out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
     """(1, H, T, D) as (T, H, D), and the stats likewise."""
     out = out[0].transpose(0, 1).contiguous()
@@ -447,6 +449,9 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, return_stats: bool, backend: str | None
 ) -> tuple[Tensor, AttentionStats | None]:
     out, m, delta, _, live, support = _attention_ops.attention(query, key, value, bool(return_stats), call, selected(backend))
+    if not torch.compiler.is_compiling():
+        for watcher in _watch.watchers:
+            watcher.saw_attention(query, key, value, call)
     if not return_stats:
         return out, None
     row_e = clamp_e(call.e.detach().unsqueeze(1) if isinstance(call.e, Tensor) else call.e)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
@@ -16,7 +17,7 @@ from diffmax import _attention, _attention_ops, _dispatch, _kvcache, _kvcache_op
 from diffmax._checks import check_dtype, check_scores, one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.errors import NoBackendError
-from diffmax.plugin import Backend, CallSpec
+from diffmax.plugin import OPERATORS, Backend, CallSpec
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,16 @@ class KernelRecord:
 
 
 class KernelTable(tuple[KernelRecord, ...]):
-    """Records that print as a table, in a notebook as HTML."""
+    """Records that print as a narrow table of backends; `repr` and, in a notebook, HTML show every kernel."""
+
+    def __str__(self) -> str:
+        rows, reasons = [("backend", "device", "status", "operators")], [""]
+        for name in dict.fromkeys(record.backend for record in self):
+            row, reason = _summary([record for record in self if record.backend == name])
+            rows.append(row)
+            reasons.append(reason)
+        table = format_table(rows).splitlines()
+        return "\n".join(_with_reason(line, reason) for line, reason in zip(table, reasons, strict=True))
 
     def __repr__(self) -> str:
         return format_table([_HEADER, *map(astuple, self)])
@@ -50,6 +60,43 @@ class KernelTable(tuple[KernelRecord, ...]):
 _HEADER = tuple(field.name for field in fields(KernelRecord))
 
 
+# Of several, the first that some kernel has is the backend's.
+_STATUSES = ("active", "available")
+_WIDTH = 97  # indented by two it stays under 100
+
+
+def _summary(records: Sequence[KernelRecord]) -> tuple[tuple[str, str, str, str], str]:
+    """The row of one backend, and why it is not active: of each operator where they differ."""
+    status = next((s for s in _STATUSES if any(record.status == s for record in records)), records[0].status)
+    names = [record.operator for record in records if record.operator]
+    operators = ", ".join(
+        f"{name} (no backward)" if f"{name}_backward" in OPERATORS and f"{name}_backward" not in names else name
+        for name in dict.fromkeys(names)
+        if not name.endswith("_backward")
+    )
+    devices = ", ".join(dict.fromkeys(record.device for record in records))
+    reasons = dict.fromkeys(record.reason for record in records)
+    if len(reasons) == 1:
+        reason = records[0].reason
+    else:
+        of_each = {text: ", ".join(dict.fromkeys(r.operator for r in records if r.reason == text)) for text in reasons if text}
+        reason = "; ".join(f"{where}: {text}" for text, where in of_each.items())
+    return (records[0].backend, devices, status, operators), reason
+
+
+def _with_reason(line: str, reason: str) -> str:
+    """The reason beside the row, or below it where it is too long."""
+    beside = f"{line}  {reason}".rstrip()
+    return beside if len(beside) <= _WIDTH else "\n".join([line, *wrapped(reason, indent="    ")])
+
+
+def wrapped(text: str, indent: str = "", width: int = _WIDTH) -> list[str]:
+    """Lines of at most `width` columns, broken at spaces alone: a path or a command stays whole."""
+    return textwrap.wrap(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -61,7 +108,8 @@ def backends() -> KernelTable:
 
     Returns:
         Records with the fields backend, distribution, version, device (torch's device type, or "any"), operator, kernel
-        ("module:function"), status, reason, dtypes. They print as a table. The statuses:
+        ("module:function"), status, reason, dtypes. They print as a table with a row per backend; `repr` has a row per
+        kernel, and all fields. The statuses:
         "active": float32 calls on that device type go to it; "available": it can run, another is preferred;
         "unavailable": its probe says that it cannot run on this machine; "incompatible": its requirements are not met;
         "failed": it raised; "blocked": by DIFFMAX_BLOCK; "shadowed": its name is taken.

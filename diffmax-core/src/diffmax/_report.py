@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from diffmax import _discovery, _env
 from diffmax._dispatch import PLUGIN_FOR_RUNTIME, describe, registry
-from diffmax._inspect import KernelTable, backends, format_table
+from diffmax._inspect import KernelTable, backends, format_table, wrapped
 from diffmax._metadata import PackageNotFoundError, core_version, version
 
 DEVICE_FILES = {"cuda": "/dev/nvidia0", "hip": "/dev/kfd", "cann": "/dev/davinci0"}
@@ -21,6 +22,7 @@ _DRIVER_FILES = {
     "AMD driver": "/sys/module/amdgpu/version",
     "Ascend driver": "/usr/local/Ascend/driver/version.info",
 }
+_CGROUP = "/sys/fs/cgroup"
 _OPTIONAL_PACKAGES = ("triton", "pytorch-triton-rocm", "triton-ascend", "torch-npu", "numba")
 
 
@@ -51,15 +53,20 @@ class Report:
         return asdict(self) | {"backends": [asdict(record) for record in self.backends]}
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, kernels: bool = False) -> str:
+        """What is printed; with `kernels`, every kernel in place of a row per backend."""
+        table = repr(self.backends) if kernels else str(self.backends)
         parts = [
             _listing("versions", self.versions),
             _listing("devices", {device.device: device.name for device in self.devices}),
             _listing("environment", self.environment) if self.environment else "environment\n  no DIFFMAX_* variable is set",
-            f"backends\n{self.backends!r}",
+            "\n  ".join(["backends", *table.splitlines()]),
         ]
         parts += [_listing(title, facts) for title, facts in (("failures", self.failures), ("plugins", self.plugins)) if facts]
         parts += [
-            f"{title}\n" + "\n".join(f"  {line}" for line in lines)
+            "\n".join([title, *(line for text in lines for line in wrapped(text, indent="  "))])
             for title, lines in (("advice", self.advice), ("problems", self.problems))
             if lines
         ]
@@ -113,9 +120,27 @@ def built_for(runtime: str) -> bool:
     return (torch.version.cuda if runtime == "cuda" else torch.version.hip) is not None
 
 
+def cpu_quota() -> float | None:
+    """How many CPUs this container may use, which torch does not ask; None if it has no limit."""
+    quota, _, period = _read(f"{_CGROUP}/cpu.max").strip().partition(" ")
+    if not quota:  # the older version
+        quota, period = (_read(f"{_CGROUP}/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    try:
+        share = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max", or no such file
+        return None
+    return share if share > 0 else None
+
+
 def _advice(devices: tuple[Device, ...]) -> list[str]:
     installed = {plugin.distribution for plugin in registry.plugins}
     lines = []
+    quota, threads = cpu_quota(), torch.get_num_threads()
+    if quota is not None and threads > math.ceil(quota):
+        lines.append(
+            f"this container may use {quota:g} CPUs and torch uses {threads} threads, which wait for each other: "
+            f"set OMP_NUM_THREADS={math.ceil(quota)}, or call torch.set_num_threads({math.ceil(quota)})"
+        )
     for runtime, package in PLUGIN_FOR_RUNTIME.items():
         seen = next((device for device in devices if device.runtime == runtime), None)
         file = device_file(runtime)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _nested as nested
-from diffmax import _ops
+from diffmax import _ops, _watch
 from diffmax._checks import OR_FUNCTION, as_int, check_dtype, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
@@ -81,4 +81,8 @@ def normalize(
     """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
     if X.ndim == 0:
         return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
-    return _ops.bisect(X, e, e_tensor, dim, as_int(n_iter), bool(ensure_sum_one), selected(backend))
+    weights = _ops.bisect(X, e, e_tensor, dim, as_int(n_iter), bool(ensure_sum_one), selected(backend))
+    if not torch.compiler.is_compiling():
+        for watcher in _watch.watchers:
+            watcher.saw_rows(X, weights, e if e_tensor is None else e_tensor, dim)
+    return weights

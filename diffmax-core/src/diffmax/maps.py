@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ class AlphaMap:
         c: Reach, 0 < c <= 1: alpha stays in (1 - c, 1).
         beta0: Scale of beta, > 0.
     Raises:
+        TypeError: c or beta0 is no number.
         ValueError: c or beta0 is out of range.
     """
 
@@ -33,6 +35,8 @@ class AlphaMap:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        for argument in ("c", "beta0"):
+            _check_number(name, argument, getattr(self, argument))
         if not 0 < self.c <= 1:
             raise ValueError(f"{name}: c must satisfy 0 < c <= 1, got {self.c}")
         if not 0 < self.beta0 < math.inf:
@@ -45,6 +49,7 @@ class AlphaMap:
     def one_minus_alpha(self, beta: FloatOrTensor) -> FloatOrTensor:
         """e = 1 - alpha = c * h(beta / beta0), to full relative accuracy where alpha is near 1."""
         if not isinstance(beta, Tensor):
+            _check_number(type(self).__name__, "beta", beta)
             if not beta >= 0:
                 raise ValueError(f"{type(self).__name__}: beta must not be negative, got {beta}")
             return float(self.one_minus_alpha(torch.tensor(beta, dtype=torch.float64, device="cpu")))
@@ -58,9 +63,11 @@ class AlphaMap:
         """The beta that gives `alpha`, a float or a tensor.
 
         Raises:
+            TypeError: alpha is no number and no tensor.
             ValueError: alpha lies outside (1 - c, 1). A tensor on the device "meta" has no values to check.
         """
         if not isinstance(alpha, Tensor):
+            _check_number(type(self).__name__, "alpha", alpha)
             return float(self.inverse(torch.tensor(alpha, dtype=torch.float64, device="cpu")))
         e = 1 - alpha
         if not e.is_meta and not bool(((e > 0) & (e < self.c)).all()):
@@ -75,6 +82,11 @@ class AlphaMap:
 
     def _h_inverse(self, share: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def _check_number(name: str, argument: str, number: object) -> None:
+    if not isinstance(number, numbers.Real) or isinstance(number, bool):
+        raise TypeError(f"{name}: {argument} must be a number, got {number!r} of type {type(number).__name__}")
 
 
 class HillMap(AlphaMap):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-Numbers: TypeAlias = "Tensor | Sequence[Any]"  # lists of lists and arrays too, as torch.as_tensor takes them
+# A tensor of any dtype and device, an array, or a list of such, of numbers, or of lists.
+Numbers: TypeAlias = "Tensor | Iterable[Any]"
 
 
 def alpha_and_support(alpha: Numbers, support: Numbers, labels: Sequence[str] | None = None) -> Any:
@@ -29,13 +31,13 @@ def alpha_and_support(alpha: Numbers, support: Numbers, labels: Sequence[str] | 
         >>> figure.axes[0].get_xlabel()
         'alpha'
     """
-    alpha, support = torch.as_tensor(alpha), torch.as_tensor(support)
+    alpha, support = _tensor("alpha_and_support", "alpha", alpha), _tensor("alpha_and_support", "support", support)
     if alpha.shape != support.shape or alpha.ndim not in (1, 2) or alpha.numel() == 0:
         raise ValueError(
             "alpha_and_support: alpha and support must have one shape, (H,) or (layers, H), got "
             f"{tuple(alpha.shape)} and {tuple(support.shape)}"
         )
-    rows, columns = (t.detach().cpu().reshape(-1, alpha.shape[-1]) for t in (alpha, support))
+    rows, columns = (t.reshape(-1, alpha.shape[-1]) for t in (alpha, support))
     names = _labels("alpha_and_support", labels, len(rows), "layer")
     figure = _figure()(figsize=(5, 4), layout="constrained")
     axis = figure.subplots()
@@ -64,7 +66,7 @@ def attention_maps(weights: Numbers, tokens: Sequence[str] | None = None, labels
         >>> [axis.get_title() for axis in figure.axes[:2]]
         ['head 1: 66.6 % zeros', 'head 2: 66.6 % zeros']
     """
-    weights = torch.as_tensor(weights)
+    weights = _tensor("attention_maps", "weights", weights)
     if weights.ndim != 3 or 0 in weights.shape:
         raise ValueError(f"attention_maps: weights must have shape (H, L, S), got {tuple(weights.shape)}")
     heads, length, keys = weights.shape
@@ -77,7 +79,7 @@ def attention_maps(weights: Numbers, tokens: Sequence[str] | None = None, labels
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     from matplotlib.colors import LogNorm
 
-    for axis, name, of_head in zip(axes, names, weights.detach().cpu(), strict=False):
+    for axis, name, of_head in zip(axes, names, weights, strict=False):
         shown = torch.where(of_head > 0, of_head.clamp_min(1e-4), torch.nan).float().numpy()
         image = axis.imshow(shown, norm=LogNorm(vmin=1e-4, vmax=1), cmap="viridis")
         tenths = 1000 * int((of_head == 0).sum()) // of_head.numel()  # rounded down: 100 % are all
@@ -92,7 +94,7 @@ def attention_maps(weights: Numbers, tokens: Sequence[str] | None = None, labels
     return figure
 
 
-def alpha_curves(alphas: Numbers, steps: Sequence[int] | None = None, labels: Sequence[str] | None = None) -> Any:
+def alpha_curves(alphas: Numbers, steps: Numbers | None = None, labels: Sequence[str] | None = None) -> Any:
     """How alphas moved in training.
 
     Args:
@@ -109,12 +111,13 @@ def alpha_curves(alphas: Numbers, steps: Sequence[int] | None = None, labels: Se
         >>> len(figure.axes[0].lines)
         2
     """
-    alphas = torch.as_tensor(alphas)
+    alphas = _tensor("alpha_curves", "alphas", alphas)
+    steps = None if steps is None else _tensor("alpha_curves", "steps", steps).tolist()
     if alphas.ndim < 1 or alphas.numel() == 0:
         raise ValueError(f"alpha_curves: alphas must have shape (records, ...), got {tuple(alphas.shape)}")
     if steps is not None and len(steps) != len(alphas):
         raise ValueError(f"alpha_curves: steps must be one per record, got {len(steps)} for {len(alphas)}")
-    curves = alphas.detach().cpu().reshape(len(alphas), -1).T
+    curves = alphas.reshape(len(alphas), -1).T
     names = _labels("alpha_curves", labels, len(curves), "head")
     figure = _figure()(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
@@ -124,6 +127,26 @@ def alpha_curves(alphas: Numbers, steps: Sequence[int] | None = None, labels: Se
     if 1 < len(names) <= 12:
         axis.legend(fontsize=8)
     return figure
+
+
+def _tensor(function: str, name: str, given: Any) -> Tensor:
+    """The numbers on the CPU, without a gradient, in float64, which holds every other dtype's."""
+    if isinstance(given, Tensor):
+        if given.is_complex() or given.is_meta:
+            raise TypeError(f"{function}: {name} must hold real numbers, got {given.dtype} on {given.device}")
+        return given.detach().to("cpu", torch.float64)
+    if isinstance(given, numbers.Real):
+        return torch.tensor(float(given), dtype=torch.float64, device="cpu")
+    if hasattr(given, "__array__"):
+        return _tensor(function, name, torch.as_tensor(given.__array__()))
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
+        raise TypeError(f"{function}: {name} must be a tensor, an array, or a list of such, got {type(given).__name__}")
+    parts = [_tensor(function, name, part) for part in given]
+    shapes = [tuple(part.shape) for part in parts]
+    if len(set(shapes)) > 1:
+        got = ", ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"{function}: {name} must hold parts of one shape, got {got}")
+    return torch.stack(parts) if parts else torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 def _labels(function: str, labels: Sequence[str] | None, wanted: int, what: str) -> Sequence[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent
 from diffmax.cpu import dropout, rows
 from diffmax.cpu.attention_blocks import SPARSE_SHARE, Again, Block, Factors, parts
+from diffmax.cpu.threads import alone_in_child
 from diffmax.plugin import AttentionCall
 from diffmax.reference_attention import Backward, Forward, Solve, live_shape
 
@@ -43,6 +44,7 @@ def weights_again(
     return alpha_weight(p.masked_fill(~live, 0.0), log_p, e)
 
 
+@alone_in_child
 def attention(
     query: Tensor,
     key: Tensor,
@@ -103,6 +105,7 @@ def attention(
     return out, m, delta, u, live, support
 
 
+@alone_in_child
 def attention_backward(
     grad: Tensor,
     query: Tensor,

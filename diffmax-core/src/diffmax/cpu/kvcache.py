@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffmax._numerics import accumulation_dtype, clamp_e
 from diffmax.cpu import rows
+from diffmax.cpu.threads import alone_in_child
 from diffmax.plugin import KVCacheCall
 from diffmax.reference_kvcache import Results, append, lengths
 
@@ -29,6 +30,7 @@ FIRST_PAGES = 4
 CHUNK = 2048
 
 
+@alone_in_child
 def attention_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = rows.bisect
 ) -> Results:

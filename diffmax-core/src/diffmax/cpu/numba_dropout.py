@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import njit
 from torch import Tensor, empty
 
-from diffmax.cpu.cache import compile_cached
+from diffmax.cpu.cache import compiled_on_call
 from diffmax.reference_dropout import threshold
 
 
@@ -37,4 +36,4 @@ def _fill(result: Any, head: Any, row: Any, place: Any, k0: Any, k1: Any, least:
             result[r, c] = passed if c0 >= least else 0.0
 
 
-_compiled: Callable[..., None] = compile_cached(njit, nogil=True, error_model="numpy", function=_fill)
+_compiled = compiled_on_call(njit, nogil=True, error_model="numpy", function=_fill)

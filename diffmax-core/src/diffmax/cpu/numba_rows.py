@@ -15,7 +15,7 @@ from diffmax import reference
 from diffmax._numerics import accumulation_dtype, integer_exponent, newton_steps
 from diffmax.cpu.compiled import BACKWARD_JOB, DONE, FORWARD_JOB, compiled
 from diffmax.cpu.rows import from_rows
-from diffmax.cpu.threads import Kernel, run_on_threads
+from diffmax.cpu.threads import Kernel, alone_in_child, run_on_threads
 
 # Elements that occupy a thread for longer than it takes to wake one.
 THREAD_ELEMENTS = 1 << 14
@@ -130,6 +130,7 @@ def _small_plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[Kern
     return _kernel("forward", dtype)[0], *_plan(n_iter, n, e, dtype)
 
 
+@alone_in_child
 def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
     """`t` with the rows along `dim` as its last axis, of unit stride, and the step from row to row: a view where possible."""
     if dim == t.ndim - 1 and t.is_contiguous():
@@ -140,6 +141,7 @@ def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
+@alone_in_child
 def _per_row(e: Tensor, row_shape: Sequence[int]) -> tuple[Tensor, int]:
     """e for every row and the step from one to the next: 0 if there is only one e."""
     return (e.contiguous(), 0) if e.numel() == 1 else (e.expand(row_shape).contiguous(), 1)

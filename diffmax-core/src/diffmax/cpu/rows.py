@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffmax import reference
 from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent, newton_steps
+from diffmax.cpu.threads import alone_in_child
 
 # Elements of one block: its three buffers stay in the last level of the cache. Smaller blocks lose more to the cost of calling
 # an operator, and of splitting it over threads, than a nearer cache gains.
@@ -22,6 +23,7 @@ _LOG2_E = 1 / math.log(2)
 _TINY = 2.0**-60
 
 
+@alone_in_child
 def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Forward kernel; arguments and results as `diffmax.reference.bisect`."""
     acc = accumulation_dtype(x.dtype)
@@ -64,6 +66,7 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
     return from_rows(p_rows, x.shape, dim), m, delta
 
 
+@alone_in_child
 def bisect_backward(
     grad: Tensor,
     p: Tensor,
@@ -101,6 +104,7 @@ def _rows(t: Tensor, dim: int) -> Tensor:
     return t.movedim(dim, -1).reshape(-1, t.shape[dim])
 
 
+@alone_in_child
 def from_rows(rows: Tensor, shape: torch.Size, dim: int) -> Tensor:
     """The contiguous tensor of `shape` that `_rows(..., dim)` turns into `rows`, which is given up.
 

@@ -5,12 +5,15 @@ from diffmax.nn.attention import DiffmaxAttention
 from diffmax.nn.bisect import DiffmaxBisectModule
 from diffmax.nn.elastic import Elastic
 from diffmax.nn.gate import HeadGate
+from diffmax.nn.groups import param_groups
 from diffmax.nn.length import LengthScale
 from diffmax.nn.position import RelativePositionBias
+from diffmax.nn.schedule import AlphaSchedule
 from diffmax.nn.sink import Sink
 
 __all__ = [
     "AffineScale",
+    "AlphaSchedule",
     "DiffmaxAttention",
     "DiffmaxBisectModule",
     "Elastic",
@@ -18,4 +21,5 @@ __all__ = [
     "LengthScale",
     "RelativePositionBias",
     "Sink",
+    "param_groups",
 ]

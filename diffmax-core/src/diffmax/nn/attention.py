@@ -13,8 +13,8 @@ from diffmax._attention_checks import check_mask
 from diffmax._checks import check_tensor, one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
+from diffmax.nn._checkpoint import AlphaFromSoftmax
 from diffmax.nn._multihead import Apart, merged, with_weights
-from diffmax.nn._precision import PreciseBuffers
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
 
@@ -22,7 +22,7 @@ _NAME = "DiffmaxAttention"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class DiffmaxAttention(PreciseBuffers):
+class DiffmaxAttention(AlphaFromSoftmax):
     """Multi-head attention with diffmax weights: torch.nn.MultiheadAttention, and an alpha per head, fixed or learned.
 
     Called with query, key and value it answers as that module does, masks and pair included, also inside of torch's own
@@ -40,7 +40,7 @@ class DiffmaxAttention(PreciseBuffers):
         alpha: As for `diffmax.attention`. A tensor () or (H,) becomes a buffer, which keeps its dtype where the module becomes
             float16 or bfloat16; an nn.Parameter becomes a parameter of the module.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: one trainable parameter, `log_beta` (H,),
-            with which every head starts at `alpha`.
+            with which every head starts at `alpha`. Weight decay must not act on it: `diffmax.nn.param_groups`.
         kdim, vdim: Sizes of key and value tokens. Default: embed_dim.
         head_dim: D. Default: embed_dim / H.
         bias: Whether the projections have one.

@@ -13,18 +13,20 @@ from diffmax._checks import check_alpha_tensor, check_scores
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import Alpha, diffmax_bisect, normalize
 from diffmax.maps import AlphaMap
-from diffmax.nn._precision import PreciseBuffers
+from diffmax.nn._checkpoint import AlphaFromSoftmax
 
 
-class DiffmaxBisectModule(PreciseBuffers):
+class DiffmaxBisectModule(AlphaFromSoftmax):
     """`diffmax_bisect` as a module, with an alpha that is fixed, given from outside, or learned.
 
     Args:
         alpha: As for `diffmax_bisect`. A tensor becomes a buffer, which keeps its dtype where the module becomes float16 or
-            bfloat16; an nn.Parameter becomes a parameter of the module.
+            bfloat16; an nn.Parameter becomes a parameter of the module. A checkpoint without an alpha, such as one of softmax,
+            leaves either as it is, and loads with `strict=True`.
         dim, n_iter, ensure_sum_one: As for `diffmax_bisect`.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: the module has one trainable parameter,
-            `log_beta`, of alpha's shape (a tensor alpha of shape (H, 1, 1): one per head), and starts at `alpha`.
+            `log_beta`, of alpha's shape (a tensor alpha of shape (H, 1, 1): one per head), and starts at `alpha`. Weight decay
+            pulls it to 0 whatever the loss says, and at a model's own rate it hardly moves: `diffmax.nn.param_groups`.
     Raises:
         TypeError: alpha is a function although an alpha_map is given, or alpha_map is no map.
         ValueError: alpha lies outside the range of alpha_map.

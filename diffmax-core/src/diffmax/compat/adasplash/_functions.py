@@ -200,6 +200,8 @@ def entmax_attention(
 def _our_alpha(name: str, alpha: float | Tensor, device: torch.device | None) -> float | Tensor:
     """2 - alpha'; for sparsemax a tensor, because diffmax takes the limit alpha = 0 in that form alone."""
     if isinstance(alpha, Tensor):
+        if not alpha.is_floating_point():
+            raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
         if _readable(alpha) and not bool(((alpha >= 1) & (alpha <= 2)).all()):
             low, high = alpha.detach().aminmax()
             raise ValueError(f"{name}: alpha must lie in [1, 2], got values from {low.item():g} to {high.item():g}")

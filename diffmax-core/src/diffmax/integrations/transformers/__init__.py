@@ -2,5 +2,6 @@
 
 from diffmax.integrations.transformers.adapting import Heads, adapt, calibrate, distil, refit, replace
 from diffmax.integrations.transformers.attention import ModelAlpha, register
+from diffmax.integrations.transformers.schedule import alpha_callback
 
-__all__ = ["Heads", "ModelAlpha", "adapt", "calibrate", "distil", "refit", "register", "replace"]
+__all__ = ["Heads", "ModelAlpha", "adapt", "alpha_callback", "calibrate", "distil", "refit", "register", "replace"]

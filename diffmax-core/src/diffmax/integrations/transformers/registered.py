@@ -1,0 +1,23 @@
+"""The alphas that models of transformers use by the name of their attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from diffmax.integrations.transformers.attention import ModelAlpha, _attention_forward
+
+
+def alphas_of(model: nn.Module) -> Iterator[ModelAlpha]:
+    """What `register` was given for each attention of ours that a configuration in the model names, each once."""
+    from transformers import AttentionInterface
+
+    functions = AttentionInterface()
+    names = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in model.modules()}
+    for name in sorted(name for name in names if isinstance(name, str)):
+        function: Any = functions.get(name)
+        if isinstance(function, partial) and function.func is _attention_forward:
+            yield function.keywords["alpha"]

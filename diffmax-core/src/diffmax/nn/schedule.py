@@ -1,0 +1,205 @@
+"""An alpha that moves with the training step, such as from softmax to where it is to be."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffmax._checks import one_minus_alpha
+from diffmax.nn.attention import DiffmaxAttention
+from diffmax.nn.bisect import DiffmaxBisectModule
+
+_NAME = "AlphaSchedule"
+_SHAPES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A buffer that moves from `start` to `end`, or a float that is a buffer while it moves."""
+
+    owner: nn.Module
+    name: str
+    start: float
+    end: Tensor  # of a float in float64, which gives that float again
+    is_float: bool = False
+
+
+class AlphaSchedule:
+    """alpha as a function of the training step: start + (alpha - start) s, with a share s that rises from 0 to 1.
+
+    A model that was trained with softmax keeps its quality better if alpha moves while it is trained. From start = 1, softmax,
+    1 - alpha grows with s.
+
+    Args:
+        alpha: Where to go. A float or a tensor: the schedule is then given where alpha may be a function, such as
+            `DiffmaxBisectModule(schedule)`, `diffmax_bisect(X, schedule)`, or
+            `diffmax.integrations.transformers.register(alpha=schedule)`. A module: every alpha of a `DiffmaxBisectModule` and
+            a `DiffmaxAttention` in it that is a float or a buffer goes from `start` to what it is now; so do alphas and scales
+            of a model that `diffmax.integrations.transformers.replace` changed, the scales from 1.
+        steps: In how many steps s goes from 0 to 1. With "constant" it does so at once.
+        start: Where alpha begins, 0 < start <= 1.
+        shape: "constant", "linear" or "cosine": how s rises.
+        warmup: Steps before that, with s = 0.
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: A number is out of range, shape is unknown, or the module has no alpha that can be moved: a learned one is
+            not touched.
+
+    A module's float is held in a buffer while it moves, which is not saved, and is the float again at the end: a compiled model
+    is not compiled again at each step, but once at the end. Buffers are written in place.
+
+    Example:
+        >>> import torch
+        >>> from diffmax import DiffmaxBisectModule
+        >>> model = DiffmaxBisectModule(0.8)
+        >>> schedule, alphas = AlphaSchedule(model, steps=4, shape="linear"), []
+        >>> for _ in range(4):
+        ...     alphas.append(f"{float(model.alpha):.2f}")
+        ...     schedule.step()  # after optimizer.step()
+        >>> alphas, model.alpha
+        (['1.00', '0.95', '0.90', '0.85'], 0.8)
+    """
+
+    steps: int
+    warmup: int
+    start: float
+    shape: str
+    last_step: int
+
+    def __init__(
+        self,
+        alpha: float | Tensor | nn.Module,
+        steps: int = 0,
+        *,
+        start: float = 1.0,
+        shape: Literal["constant", "linear", "cosine"] = "cosine",
+        warmup: int = 0,
+    ) -> None:
+        for name, number in (("steps", steps), ("warmup", warmup)):
+            _check_count(name, number)
+        if not isinstance(start, numbers.Real) or isinstance(start, bool):
+            raise TypeError(f"{_NAME}: start must be a float, got {start!r} of type {type(start).__name__}")
+        if not 0 < start <= 1:
+            raise ValueError(f"{_NAME}: start must satisfy 0 < start <= 1, got {start}")
+        if shape not in _SHAPES:
+            raise ValueError(f'{_NAME}: shape must be "constant", "linear" or "cosine", got {shape!r}')
+        if shape != "constant" and steps == 0:
+            raise ValueError(f'{_NAME}: steps must be at least 1 with shape "{shape}", got 0\nhow many steps shall alpha take?')
+        self.steps, self.warmup, self.shape = steps, warmup, shape
+        self.start = float(start)
+        self._alpha: Any = None
+        self._places: list[_Place]
+        if isinstance(alpha, nn.Module):
+            self._places = _places_in(alpha, self.start)
+            if not self._places:
+                raise ValueError(
+                    f"{_NAME}: the module must have an alpha that is not learned, got {type(alpha).__name__} with none\n"
+                    "pass a float, and give the schedule where alpha may be a function"
+                )
+        else:
+            like = alpha if isinstance(alpha, Tensor) else torch.empty(1)  # its shape is for the call to check
+            one_minus_alpha(_NAME, like, alpha, -1, ", or a module")
+            self._alpha = nn.Module()
+            self._alpha.alpha = alpha
+            self._places = [_place(self._alpha, self.start)]
+        self.step(0)
+
+    def __call__(self, module: nn.Module | None = None) -> float | Tensor:
+        """The alpha of the present step, of a schedule that was made from a float or a tensor."""
+        if self._alpha is None:
+            raise TypeError(f"{_NAME}: a schedule of a module writes into it and is no function\nmake one from a float instead")
+        result: float | Tensor = self._alpha.alpha
+        return result
+
+    @property
+    def share(self) -> float:
+        """s at the present step, in [0, 1]."""
+        done = self.last_step - self.warmup
+        if self.shape == "constant" or done >= self.steps:
+            return 1.0 if done >= 0 else 0.0
+        linear = max(0.0, done / self.steps)
+        return linear if self.shape == "linear" else 0.5 * (1 - math.cos(math.pi * linear))
+
+    def step(self, step: int | None = None) -> None:
+        """Go to the next step, or to a given one: after `optimizer.step()`."""
+        if step is not None:
+            _check_count("step", step)
+        self.last_step = self.last_step + 1 if step is None else step
+        share = self.share
+        for place in self._places:
+            _write(place, share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and where each alpha goes: a module that is saved on the way does not know that."""
+        return {"step": self.last_step, "ends": [place.end.clone() for place in self._places]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, after the model's own state was loaded; steps, shape, start and warmup are this schedule's own.
+
+        Raises:
+            ValueError: The state is that of a schedule for another module.
+        """
+        ends = state_dict["ends"]
+        if [end.shape for end in ends] != [place.end.shape for place in self._places]:
+            got, wanted = ([tuple(end.shape) for end in shapes] for shapes in (ends, [p.end for p in self._places]))
+            raise ValueError(f"{_NAME}: the state must have alphas of shapes {wanted}, got {got}\nis it of another module?")
+        for place, end in zip(self._places, ends, strict=True):
+            place.end.copy_(end)
+        self.step(state_dict["step"])
+
+
+def _check_count(name: str, number: Any) -> None:
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{_NAME}: {name} must be an int, got {number!r} of type {type(number).__name__}")
+    if number < 0:
+        raise ValueError(f"{_NAME}: {name} must not be negative, got {number}")
+
+
+def _places_in(model: nn.Module, start: float) -> list[_Place]:
+    places: list[_Place] = []
+    for module in model.modules():
+        is_ours = isinstance(module, (DiffmaxAttention, DiffmaxBisectModule)) and module.alpha_map is None
+        if is_ours and ("alpha" in module._buffers or isinstance(module.alpha, numbers.Real)):
+            places.append(_place(module, start))
+        heads = module._modules.get("diffmax_heads")  # of integrations.transformers.replace
+        if heads is not None:
+            places += [_place(heads, start), _place(heads, 1.0, "scale")]
+    return places
+
+
+def _place(owner: nn.Module, start: float, name: str = "alpha") -> _Place:
+    given = getattr(owner, name)
+    if not isinstance(given, Tensor):
+        return _Place(owner, name, start, torch.tensor(float(given), dtype=torch.float64, device="cpu"), is_float=True)
+    if name not in owner._buffers:  # the tensor of a schedule that is a function
+        setattr(owner, name, given.detach().clone())
+    return _Place(owner, name, start, given.detach().clone())
+
+
+@torch.no_grad()
+def _write(place: _Place, share: float) -> None:
+    owner, name = place.owner, place.name
+    if place.is_float:
+        if share == 1:
+            _put(owner, name, place.end.item())
+            return
+        if name not in owner._buffers:
+            device = next((parameter.device for parameter in owner.parameters()), None)
+            _put(owner, name, torch.empty((), dtype=torch.float32, device=device))
+    tensor: Tensor = getattr(owner, name)
+    end = place.end.to(tensor.device)
+    tensor.copy_(end if share == 1 else place.start + (end - place.start) * share)
+
+
+def _put(owner: nn.Module, name: str, value: float | Tensor) -> None:
+    """A float where a buffer was, or the other way round."""
+    delattr(owner, name)
+    if isinstance(value, Tensor):
+        owner.register_buffer(name, value, persistent=False)
+    else:
+        setattr(owner, name, value)
