@@ -11,9 +11,9 @@ from diffmax import _attention_checks as checks
 from diffmax import _attention_ops, _watch
 from diffmax import _nested as nested
 from diffmax._dispatch import selected
+from diffmax._forked import alone_in_child
 from diffmax._numerics import clamp_e
 from diffmax._paged import from_pages
-from diffmax.cpu.threads import alone_in_child
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference_attention import live_shape, unpacked_bits
 

@@ -15,10 +15,10 @@ import math
 import torch
 from torch import Tensor
 
+from diffmax._forked import alone_in_child
 from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent
 from diffmax.cpu import dropout, rows
 from diffmax.cpu.attention_blocks import SPARSE_SHARE, Again, Block, Factors, parts
-from diffmax.cpu.threads import alone_in_child
 from diffmax.plugin import AttentionCall
 from diffmax.reference_attention import Backward, Forward, Solve, live_shape
 

@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from diffmax._forked import alone_in_child
 from diffmax._numerics import accumulation_dtype, clamp_e
 from diffmax.cpu import rows
-from diffmax.cpu.threads import alone_in_child
 from diffmax.plugin import KVCacheCall
 from diffmax.reference_kvcache import Results, append, lengths
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from diffmax import reference
+from diffmax._forked import alone_in_child
 from diffmax._numerics import accumulation_dtype, integer_exponent, newton_steps
 from diffmax.cpu.compiled import BACKWARD_JOB, DONE, FORWARD_JOB, compiled
 from diffmax.cpu.rows import from_rows
-from diffmax.cpu.threads import Kernel, alone_in_child, run_on_threads
+from diffmax.cpu.threads import Kernel, run_on_threads
 
 # Elements that occupy a thread for longer than it takes to wake one.
 THREAD_ELEMENTS = 1 << 14

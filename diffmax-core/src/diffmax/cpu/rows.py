@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffmax import reference
+from diffmax._forked import alone_in_child
 from diffmax._numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent, newton_steps
-from diffmax.cpu.threads import alone_in_child
 
 # Elements of one block: its three buffers stay in the last level of the cache. Smaller blocks lose more to the cost of calling
 # an operator, and of splitting it over threads, than a nearer cache gains.

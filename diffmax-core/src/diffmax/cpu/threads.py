@@ -11,21 +11,17 @@ import ctypes
 import functools
 import os
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 import torch
 
 Kernel = Callable[[bytes | int], int]
 _Team = Callable[[int, int, int, int], None]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _pool: ThreadPoolExecutor | None = None
 _is_forked_child = False
-_alone = threading.RLock()
 
 
 def run_on_threads(kernel: Kernel, address: int, job: int, count: int) -> None:
@@ -71,30 +67,9 @@ def _openmp_entry() -> _Team | None:
     return team
 
 
-def alone_in_child(function: _Function) -> _Function:
-    """`function`, which runs operators of torch, on one thread of torch's where this process is a forked child.
-
-    They would wait there for OpenMP's threads, which stayed in the parent. The number is global, so one call runs at a time.
-    """
-
-    @functools.wraps(function)
-    def guarded(*arguments: Any, **options: Any) -> Any:
-        if not _is_forked_child:
-            return function(*arguments, **options)
-        with _alone:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                return function(*arguments, **options)
-            finally:
-                torch.set_num_threads(threads)
-
-    return cast("_Function", guarded)
-
-
 def _after_fork() -> None:
-    global _pool, _is_forked_child, _alone
-    _pool, _is_forked_child, _alone = None, True, threading.RLock()
+    global _pool, _is_forked_child
+    _pool, _is_forked_child = None, True
 
 
 if hasattr(os, "register_at_fork"):
