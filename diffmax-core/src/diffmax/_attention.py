@@ -360,9 +360,10 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall) -> Tensor:
     """The share of empty tiles, by head, of those that causality and window leave."""
-    if live.numel() == 0 and 0 not in live_shape(query, key, call):
+    if live.ndim == 1:
         return torch.full(query.shape[:2], torch.nan, device=query.device)  # this backend does not know
-    row = torch.arange(live.shape[2], device=query.device)
+    tiles = torch.sym_max(2, live_shape(query, key, call)[2])  # type: ignore[no-untyped-call]  # one too many counts nothing
+    row = torch.arange(tiles, device=query.device)
     if call.cu_seqlens_q is None:
         length, keys, tile = torch.full_like(row, query.shape[2]), torch.full_like(row, key.shape[2]), row
     else:
@@ -376,7 +377,7 @@ def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall
     high = last_row + shift + call.right if call.right >= 0 else keys
     low, high = low.clamp_min(0), torch.minimum(high, keys - 1)
     left = torch.where((high >= low) & (tile * TILE <= last_row), high // TILE - low // TILE + 1, 0).sum()
-    full = unpacked_bits(live).sum((2, 3))
+    full = unpacked_bits(live).sum(2)
     return 1 - full / left.clamp_min(1).float()
 
 

@@ -6,6 +6,7 @@ key, so that torch.ops.diffmax.bisect called directly is as differentiable as th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from diffmax._dtensor import register_rules
 from diffmax._numerics import accumulation_dtype
 from diffmax._plain import is_plain
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _LIBRARY = torch.library.Library("diffmax", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -179,7 +181,17 @@ def _differentiates(*tensors: Tensor | None) -> bool:
 
 def _has_tangent(*tensors: Tensor | None) -> bool:
     """Whether forward-mode differentiation goes through one of them; compiled code enters it unseen by `forward_ad`."""
-    return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
+    with _unrecorded():  # looking makes an alias, which a compiler's graph would keep
+        return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
+
+
+def _unrecorded() -> AbstractContextManager[object]:
+    """What is done inside it, a graph that is being made does not show."""
+    if torch._C._len_torch_dispatch_stack() == 0 or torch._C._get_dispatch_mode(_PROXY) is None:
+        return nullcontext()
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
 
 
 def _bisect_autograd(*arguments: Any) -> Any:

@@ -12,7 +12,7 @@ from diffmax._numerics import MIN_E
 from diffmax.compat.entmax._budget import budget_rows
 from diffmax.compat.entmax._normmax import normmax_rows
 from diffmax.compat.entmax._outside import outside
-from diffmax.compat.entmax._parameters import check_values, number_or_rows, order_minus_one
+from diffmax.compat.entmax._parameters import check_values, number_or_rows, order_minus_one, wrong_value
 from diffmax.functional import normalize
 
 
@@ -125,9 +125,9 @@ def budget_bisect(X: Tensor, budget: float | Tensor = 2, dim: int = -1, n_iter: 
     dim = check_scores("budget_bisect", X, dim, n_iter)
     total = number_or_rows("budget_bisect", "budget", X, budget, dim)
     n = X.shape[dim] if X.ndim else 1
-    check_values(
-        "budget_bisect", total, lambda t: (t >= 0) & (t <= n), f"budget must lie in [0, {n}]", f"a row has {n} entries"
-    )
+    wrong = wrong_value(total, lambda t: (t >= 0) & (t <= n))
+    if wrong is not None:
+        raise ValueError(f"budget_bisect: budget must lie in [0, {n}], got {wrong:g}\na row has {n} entries")
     return budget_rows(X, total, dim, n_iter)
 
 
