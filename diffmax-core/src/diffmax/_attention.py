@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffmax import _attention_checks as checks
 from diffmax import _attention_ops
+from diffmax._capture import captured, is_captured
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
 from diffmax.plugin import TILE, AttentionCall
@@ -152,6 +153,19 @@ def attention(
         >>> out.shape, stats.support_size.shape
         (torch.Size([2, 4, 100, 16]), torch.Size([2, 4, 100]))
     """
+    if is_captured(query, key, value, attn_mask, alpha, alibi_slopes, sink):
+        return captured(  # type: ignore[no-any-return]
+            attention,
+            *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
+            alpha=alpha,
+            window_size=window_size,
+            causal_alignment=causal_alignment,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sink=sink,
+            return_stats=return_stats,
+            backend=backend,
+        )
     query, key, value, call = checked(
         *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
         alpha=alpha,
@@ -212,6 +226,22 @@ def attention_varlen(
         >>> diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 7, 7, is_causal=True).shape
         torch.Size([12, 4, 16])
     """
+    if is_captured(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, alibi_slopes, sink):
+        return captured(  # type: ignore[no-any-return]
+            attention_varlen,
+            *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            alpha=alpha,
+            window_size=window_size,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sink=sink,
+            return_stats=return_stats,
+            backend=backend,
+        )
     query, key, value, call = checked_varlen(
         *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         dropout_p=dropout_p,

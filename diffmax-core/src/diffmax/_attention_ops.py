@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffmax import _attention_composed, _ops, reference_attention
+from diffmax import _attention_composed, _ops, _portable, reference_attention
 from diffmax._dispatch import kernel
 from diffmax._numerics import accumulation_dtype
 from diffmax.plugin import AttentionCall
@@ -262,6 +262,8 @@ def _save(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, stats: bool, call: AttentionCall, backend: str) -> Any:
     """What torch.ops.diffmax.attention gives, by a way that torch.func can transform."""
+    if not torch.compiler.is_compiling() and _portable.is_tracing():
+        return _portable.attention(query, key, value, call, stats)
     rest = packed(call, backend)
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     if transformed and forward_ad._current_level < 0:
@@ -275,6 +277,8 @@ def _differentiable(rest: tuple[Any, ...]) -> list[Tensor | None]:
 
 
 def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, keep: bool, stats: bool, *rest: Any) -> Any:
+    if _portable.exports_onnx():
+        return _portable.attention(query, key, value, unpacked(rest)[0], stats)
     tensors = (query, key, value, *_differentiable(rest))
     forward_mode = _ops._has_tangent(*tensors)
     if not forward_mode and not _ops._differentiates(*tensors):

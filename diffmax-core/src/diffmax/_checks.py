@@ -122,7 +122,7 @@ def _readable(t: Tensor) -> bool:
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
+    return tuple(int(size) if isinstance(size, Tensor) else size for size in t.shape)  # torch.jit.trace has tensors there
 
 
 def _dtype(t: Tensor) -> str:

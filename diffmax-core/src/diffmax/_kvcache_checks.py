@@ -111,7 +111,9 @@ def check_lengths(
             f"{name}: with k and v, cache_seqlens must say how many tokens are in the cache before them, got None\n"
             "for an empty cache pass cache_seqlens=0"
         )
-    lengths, new = room if lengths is None else lengths, new or 0
+    if lengths is None:
+        return torch.full((batch,), room, dtype=torch.int32, device=device)
+    new = new or 0
     if isinstance(lengths, bool) or not isinstance(lengths, (numbers.Integral, torch.SymInt, Tensor)):
         raise TypeError(f"{name}: cache_seqlens must be an int or an int32 tensor, got {type(lengths).__name__}")
     if not isinstance(lengths, Tensor):

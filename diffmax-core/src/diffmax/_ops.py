@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from diffmax import reference
+from diffmax import _portable, reference
 from diffmax._dispatch import kernel, weights_kernel
 from diffmax._dtensor import register_rules
 from diffmax._numerics import accumulation_dtype
@@ -153,6 +153,8 @@ def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, 
     arguments = (x, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
     if torch.compiler.is_compiling():  # the compiler sees the operator, and no autograd.Function
         p: Tensor = torch.ops.diffmax.bisect(*arguments)[0]
+    elif _portable.is_tracing():
+        p = _portable.bisect(x, e if e_tensor is None else e_tensor, dim, n_iter, ensure_sum_one)[0]
     elif _is_transformed():
         p = (_retraced if _forward_levels() > 1 else _TransformableBisect.apply)(*arguments)[0]
     elif _differentiates(x, e_tensor):
@@ -196,7 +198,9 @@ def _unrecorded() -> AbstractContextManager[object]:
 
 def _bisect_autograd(*arguments: Any) -> Any:
     """torch.ops.diffmax.bisect as users, compilers and sharding rules call it."""
-    x, _, e_tensor, *_ = arguments
+    x, e, e_tensor, *rest, _ = arguments
+    if _portable.exports_onnx():
+        return _portable.bisect(x, e if e_tensor is None else e_tensor, *rest)
     forward_mode = _has_tangent(x, e_tensor)
     if not forward_mode and not _differentiates(x, e_tensor):
         return _below_autograd(*arguments)

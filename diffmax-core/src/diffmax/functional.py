@@ -8,6 +8,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from diffmax import _ops
+from diffmax._capture import captured, is_captured
 from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
@@ -58,6 +59,8 @@ def diffmax_bisect(
         >>> diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    if is_captured(X, alpha):
+        return captured(diffmax_bisect, X, alpha, dim, n_iter, ensure_sum_one, backend=backend)  # type: ignore[no-any-return]
     dim = check_scores("diffmax_bisect", X, dim, n_iter)
     e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)

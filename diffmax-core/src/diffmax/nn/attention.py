@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffmax._attention import attention
 from diffmax._attention_checks import check_mask
+from diffmax._capture import captured, is_captured
 from diffmax._checks import one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
@@ -155,6 +156,10 @@ class DiffmaxAttention(PreciseBuffers):
             ValueError: Shapes do not fit, or need_weights is True.
             TypeError: key_padding_mask is not boolean.
         """
+        if is_captured(query, key, value, key_padding_mask, attn_mask):
+            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal}
+            options = {"need_weights": need_weights, "causal_alignment": causal_alignment}
+            return captured(self, query, key, value, **masks, **options)  # type: ignore[no-any-return]
         if need_weights:
             raise ValueError(
                 f"{_NAME}: need_weights must be False, got True\n"
@@ -169,9 +174,7 @@ class DiffmaxAttention(PreciseBuffers):
                 raise ValueError(
                     f"{_NAME}: {what} must have shape (B, tokens, {projection.in_features}), got {tuple(tokens.shape)}"
                 )
-        q, k, v = (
-            projection(tokens).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for tokens, projection in given.values()
-        )
+        q, k, v = (self._heads(projection, tokens) for tokens, projection in given.values())
         mask = _both(attn_mask, key_padding_mask, k)
         if self.length_scale is not None:
             mask = mask if mask is None or hasattr(mask, "variant") else check_mask(_NAME, q, k, mask)
@@ -194,6 +197,12 @@ class DiffmaxAttention(PreciseBuffers):
             out = self.gate(out, query)
         result: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return result
+
+    def _heads(self, projection: nn.Linear, tokens: Tensor) -> Tensor:
+        # no unflatten, of which the older ONNX exporter makes a constant shape
+        heads = projection.out_features // self.head_dim
+        projected: Tensor = projection(tokens)
+        return projected.reshape(*tokens.shape[:2], heads, self.head_dim).transpose(1, 2)
 
     def _alpha_for(self, q: Tensor) -> float | Tensor:
         if self.alpha_map is None:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffmax._capture import captured, is_captured
 from diffmax._checks import check_alpha_tensor, check_scores
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import Alpha, diffmax_bisect, normalize
@@ -72,6 +73,8 @@ class DiffmaxBisectModule(PreciseBuffers):
 
     def forward(self, X: Tensor) -> Tensor:
         """Weights for scores X; see `diffmax_bisect`."""
+        if is_captured(X):
+            return captured(self, X)  # type: ignore[no-any-return]
         if self.alpha_map is None:
             return diffmax_bisect(X, self.alpha, self.dim, self.n_iter, self.ensure_sum_one)
         dim = check_scores("DiffmaxBisectModule", X, self.dim, self.n_iter)
