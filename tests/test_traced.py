@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import diffmax
 from diffmax import (
     DiffmaxBisectModule,
     DiffmaxLoss,
@@ -20,7 +21,7 @@ from diffmax import (
     diffmax_bisect,
     diffmax_loss,
 )
-from diffmax.nn import DiffmaxAttention
+from diffmax.nn import AffineScale, DiffmaxAttention, Elastic, HeadGate, LengthScale, RelativePositionBias, Sink
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
@@ -312,3 +313,93 @@ def test_onnx_refuses_to_append_to_a_cache():
     )
     with pytest.raises(NotImplementedError, match="an ONNX graph cannot change the caches"):
         onnx(model, (*cached(2, 9), torch.randn(2, 1, 2, 8)), dynamo=False)
+
+
+# --- torch.fx -------------------------------------------------------------------------------------------------------------
+
+
+class Holder1(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, a):
+        return self.part(a)
+
+
+class Holder2(Holder1):
+    def forward(self, a, b):
+        return self.part(a, b)
+
+
+class Holder3(Holder1):
+    def forward(self, a, b, c):
+        return self.part(a, b, c)
+
+
+def named(function, count):
+    """The function with so many named arguments, which torch.fx wants."""
+    return [
+        None,
+        lambda a: function(a),
+        lambda a, b: function(a, b),
+        lambda a, b, c: function(a, b, c),
+        lambda a, b, c, d: function(a, b, c, d),
+    ][count]
+
+
+@pytest.mark.parametrize("name", [name for name, (function, _) in CALLS.items() if not isinstance(function, nn.Module)])
+def test_fx_sees_one_step(name):
+    """Our checks asked a proxy whether it was a tensor."""
+    function, arguments = CALLS[name]
+    given = arguments(3, 23)
+    graph = torch.fx.symbolic_trace(named(function, len(given)))
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert len([target for target in targets if target.__module__.startswith("diffmax")]) == 1
+    assert torch.equal(graph(*given), function(*given))
+
+
+def test_fx_unpacks_what_has_two_results():
+    def both(q):
+        out, stats = attention(q, q, q, return_stats=True)
+        return out, stats.tau
+
+    x = torch.randn(1, 2, 5, 4)
+    assert all(map(torch.equal, torch.fx.symbolic_trace(both)(x), both(x)))
+
+
+MODULES = {
+    "DiffmaxBisectModule": (DiffmaxBisectModule(torch.full((4, 1), 0.8), alpha_map=HillMap(0.5)), (torch.randn(2, 4, 5),)),
+    "DiffmaxAttention": (MODULE, (torch.randn(2, 5, 16),)),
+    "DiffmaxLoss": (DiffmaxLoss(0.5), (torch.randn(3, 5), torch.tensor([1, 2, 3]))),
+    "AffineScale": (AffineScale(16, 4).eval(), (*torch.randn(2, 2, 4, 5, 5), torch.randn(2, 5, 16))),
+    "Elastic": (Elastic(DiffmaxBisectModule(0.5), 4), (torch.randn(2, 4, 5, 5),)),
+    "HeadGate": (HeadGate(16, 4), (torch.randn(2, 4, 5, 5), torch.randn(2, 5, 16))),
+    "LengthScale": (LengthScale(4), (torch.randn(2, 4, 5, 5), 5)),
+    "RelativePositionBias": (RelativePositionBias(4), (5, 7)),
+    "Sink": (Sink(DiffmaxBisectModule(0.5), 4), (torch.randn(2, 4, 5, 5),)),
+}
+
+
+def test_every_module_is_traced_by_fx():
+    public = {getattr(diffmax.nn, name) for name in diffmax.nn.__all__} | {DiffmaxLoss}
+    assert {type(module) for module, _ in MODULES.values()} == public
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_fx_of_a_model_that_holds_a_module(name):
+    module, given = MODULES[name]
+    graph = torch.fx.symbolic_trace((Holder1, Holder2, Holder3)[len(given) - 1](module))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["part"]
+    assert torch.equal(graph(*given), module(*given))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_fx_of_a_module_itself(name):
+    module, given = MODULES[name]
+    graph = torch.fx.symbolic_trace(module)
+    assert torch.equal(graph(*given), module(*given))
+    assert graph.state_dict().keys() == module.state_dict().keys()
+    parameters = [p for p in graph.parameters() if graph(*given).requires_grad]
+    if parameters:
+        assert all(g is not None for g in torch.autograd.grad(graph(*given).sum(), parameters))
