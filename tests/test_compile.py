@@ -149,12 +149,17 @@ def test_one_graph_without_gradients_and_under_autocast(name, mode):
     assert graphs(inside, [arguments(n) for n in LENGTHS[:3]], dynamic=True, backend="aot_eager") == 1
 
 
+ENDS = (*torch.tensor([[0, 1, 5]] * 2, dtype=torch.int32), 4, 4)
 NUMBERS = {
     "scale": lambda q, k, v, number: attention(q, k, v, scale=number),
     "softcap": lambda q, k, v, number: attention(q, k, v, softcap=number),
     "alpha": lambda q, k, v, number: attention(q, k, v, alpha=number),
     "dropout_p": lambda q, k, v, number: attention(q, k, v, dropout_p=number) * 0,
     "alpha of rows": lambda q, k, v, number: diffmax_bisect(q, number) + 0 * (k + v),
+    "scale of varlen": lambda q, k, v, number: attention_varlen(
+        *(t[0].transpose(0, 1) for t in (q, k, v)), *ENDS, scale=number
+    ),
+    "alpha of a loss": lambda q, k, v, number: diffmax_loss(q[0, :, 0] + 0 * (k + v)[0, :, 0], torch.tensor([1, 0]), number),
     "softmax_scale": lambda q, k, v, number: decode(*(t.detach() for t in (q, k, v)), None, None, None, softmax_scale=number)[
         0
     ],
@@ -173,13 +178,22 @@ def test_numbers_that_are_arguments_make_a_graph_each_as_with_torchs_attention(n
     assert graphs(function, calls, dynamic=None, backend="aot_eager") == 3
 
 
+@pytest.mark.parametrize("name", [*NUMBERS, "torch"])
+def test_torch_refuses_numbers_that_come_out_of_a_tensor(name):
+    torch._dynamo.reset()
+    function = of_torch if name == "torch" else NUMBERS[name]
+    compiled = torch.compile(lambda *given: function(*given[:3], given[3].item()), fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), pytest.raises(Exception, match="data-dependent expression"):
+        compiled(*heads(5), torch.tensor(0.5))
+
+
 @pytest.mark.parametrize("name", ["scale", "softcap"])
 def test_wrong_numbers_are_refused_in_eager_calls(name):
     with pytest.raises(ValueError, match="finite"):
         NUMBERS[name](*heads(3), math.inf)
 
 
-@pytest.mark.parametrize("name", ["decode", "decode, append", "attention"])
+@pytest.mark.parametrize("name", ["decode", "decode, append", "attention", "varlen"])
 def test_the_default_backend(name):
     """Inductor failed on decoding: asking for a tangent left an alias in its graph."""
     function, arguments = CALLS[name]
