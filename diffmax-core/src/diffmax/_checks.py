@@ -84,7 +84,7 @@ def broadcasts(t: Tensor, wanted: tuple[int, ...]) -> bool:
     """Whether t broadcasts to `wanted`. Sizes are compared one by one: torch.compile knows of no size what tuples it is in."""
     if t.ndim > len(wanted):
         return False
-    return all(size == 1 or size == among for size, among in zip(reversed(t.shape), reversed(wanted), strict=False))
+    return all(size == 1 or size == among for size, among in zip(t.shape, wanted[len(wanted) - t.ndim :], strict=True))
 
 
 def has_shape(t: Tensor, *shapes: tuple[int, ...]) -> bool:
