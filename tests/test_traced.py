@@ -21,6 +21,7 @@ from diffmax import (
     diffmax_bisect,
     diffmax_loss,
 )
+from diffmax.compat import adasplash, entmax
 from diffmax.nn import AffineScale, DiffmaxAttention, Elastic, HeadGate, LengthScale, RelativePositionBias, Sink
 
 pytestmark = [
@@ -357,6 +358,43 @@ def test_fx_sees_one_step(name):
     targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert len([target for target in targets if target.__module__.startswith("diffmax")]) == 1
     assert torch.equal(graph(*given), function(*given))
+
+
+def scores(b, n):
+    return (torch.randn(b, n),)
+
+
+def labelled(b, n):
+    return torch.randn(b, n), torch.arange(b)
+
+
+ACTIVATIONS = ("sparsemax", "entmax15", "entmax_bisect", "sparsemax_bisect", "normmax_bisect", "budget_bisect")
+LOSSES = ("sparsemax_loss", "entmax15_loss", "entmax_bisect_loss", "sparsemax_bisect_loss", "normmax_bisect_loss")
+LOSS_MODULES = ("SparsemaxLoss", "Entmax15Loss", "EntmaxBisectLoss", "SparsemaxBisectLoss", "NormmaxBisectLoss")
+COMPAT = {
+    **{name: (getattr(entmax, name), scores) for name in ACTIVATIONS},
+    **{name: (getattr(entmax, name), labelled) for name in LOSSES},
+    **{name: (getattr(entmax, name)(), labelled) for name in LOSS_MODULES},
+    "EntmaxBisect": (entmax.EntmaxBisect(nn.Parameter(torch.tensor(1.3))), scores),
+    "adasplash": (adasplash.adasplash, lambda b, n: tuple(torch.randn(3, b, 2, n, 4))),
+    "triton_entmax": (adasplash.triton_entmax, scores),
+}
+
+
+@pytest.mark.parametrize("name", COMPAT)
+def test_fx_sees_one_step_of_other_packages_names(name):
+    function, arguments = COMPAT[name]
+    given = arguments(3, 23)
+    graph = torch.fx.symbolic_trace(function if isinstance(function, nn.Module) else named(function, len(given)))
+    assert len([node for node in graph.graph.nodes if node.op == "call_function"]) == 1
+    assert torch.equal(graph(*given), function(*given))
+
+
+@pytest.mark.parametrize("name", ["entmax_bisect", "entmax15_loss", "EntmaxBisect", "adasplash"])
+def test_jit_trace_of_other_packages_names(name):
+    function, arguments = COMPAT[name]
+    loaded, others = saved_and_loaded(function, arguments(2, 9)), arguments(3, 23)
+    close(loaded(*others), function(*others))
 
 
 def test_fx_unpacks_what_has_two_results():
