@@ -217,6 +217,24 @@ def test_dropout_of_packed_sequences_is_refused_while_tracing():
         )
 
 
+def test_statistics_are_refused_while_tracing():
+    q = torch.randn(1, 2, 5, 4)
+    with pytest.raises(NotImplementedError, match=r"return_stats must be False .*\nask"):
+        torch.jit.trace(lambda q: attention(q, q, q, return_stats=True)[0], (q,))
+
+
+def test_statistics_of_decoding_are_traced():
+    def attend_and_count(q, k_cache, v_cache, lengths):
+        out, stats = attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, return_stats=True)
+        return out, stats.tau, stats.support_size, stats.pages_read
+
+    loaded, others = saved_and_loaded(attend_and_count, cached(2, 9)), cached(3, 150)
+    *ours, pages = loaded(*others)
+    for result, expected in zip(ours, attend_and_count(*others), strict=False):
+        torch.testing.assert_close(result, expected)
+    assert pages.tolist() == [[3, 3]] * 3  # the graph reads the whole cache
+
+
 def test_dropout_while_tracing_drops_anew_in_every_call():
     few = tuple(t.detach() for t in heads(1, 5))
     loaded = torch.jit.trace(lambda *qkv: attend(*qkv, dropout_p=0.5), few, check_trace=False)
@@ -276,7 +294,13 @@ def together(*given):
     return torch.cat(results)
 
 
-TOGETHER = ("rows, an alpha per head", "attention, mask", "varlen", "loss", "decode")
+TOGETHER = ("attention, options", "varlen", "loss", "decode")
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Enough for short rows; the newer exporter takes its time for every operator."""
+    monkeypatch.setattr(_portable, "newton_steps", lambda *_: 6)
 
 
 def dynamic(given, others):
@@ -288,6 +312,7 @@ def dynamic(given, others):
 
 
 @newer_exporter
+@pytest.mark.usefixtures("few_steps")
 def test_onnx_by_the_newer_exporter():
     function, arguments = CALLS["rows"]
     given, others = arguments(2, 9), arguments(3, 23)
@@ -296,14 +321,14 @@ def test_onnx_by_the_newer_exporter():
 
 
 @newer_exporter
-def test_onnx_of_an_exported_program(monkeypatch):
+@pytest.mark.usefixtures("few_steps")
+def test_onnx_of_an_exported_program():
     """Its operators are taken apart where the exporter decomposes the graph."""
-    monkeypatch.setattr(_portable, "newton_steps", lambda *_: 8)  # enough for short rows, and the exporter is slow
     given, others = ([t for name in TOGETHER for t in CALLS[name][1](*sizes)] for sizes in ((2, 9), (3, 23)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(Model(together).eval(), tuple(given), dynamic_shapes=(dynamic(given, others),))
-    for name in ("bisect", "attention", "attention_kvcache", "loss"):
+    for name in ("attention", "attention_kvcache", "loss"):
         assert f"torch.ops.diffmax.{name}.default" in exported.graph_module.code
     close(in_onnxruntime(onnx(exported, (), dynamo=True, verbose=False), others), together(*others))
 

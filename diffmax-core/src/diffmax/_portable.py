@@ -101,6 +101,11 @@ def _not_zero(t: Tensor) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, stats: bool) -> reference_attention.Forward:
     """As `diffmax.reference_attention.attention`, differentiable."""
+    if stats:  # the share of empty tiles depends on how many there are, in which the graph may not branch
+        raise NotImplementedError(
+            "diffmax.attention: return_stats must be False where a graph is traced, got True\n"
+            "ask for statistics in a call that is not traced"
+        )
     if call.cu_seqlens_q is not None:
         call = _unpacked(query, key, call)
     return reference_attention.attention(query, key, value, call, False, stats, bisect)
