@@ -10,6 +10,7 @@ from torch import Tensor
 from diffmax import _attention_checks as checks
 from diffmax import _attention_ops, _watch
 from diffmax import _nested as nested
+from diffmax._capture import captured, is_captured
 from diffmax._dispatch import selected
 from diffmax._forked import alone_in_child
 from diffmax._numerics import clamp_e
@@ -157,6 +158,19 @@ def attention(
         >>> out.shape, stats.support_size.shape
         (torch.Size([2, 4, 100, 16]), torch.Size([2, 4, 100]))
     """
+    if is_captured(query, key, value, attn_mask, alpha, alibi_slopes, sink):
+        return captured(  # type: ignore[no-any-return]
+            attention,
+            *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
+            alpha=alpha,
+            window_size=window_size,
+            causal_alignment=causal_alignment,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sink=sink,
+            return_stats=return_stats,
+            backend=backend,
+        )
     q, k, v, call = checked(
         *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
         alpha=alpha,
@@ -226,6 +240,23 @@ def attention_varlen(
         >>> diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 7, 7, is_causal=True).shape
         torch.Size([12, 4, 16])
     """
+    if is_captured(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, alibi_slopes, sink):
+        return captured(  # type: ignore[no-any-return]
+            attention_varlen,
+            *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            alpha=alpha,
+            window_size=window_size,
+            alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            sink=sink,
+            block_table=block_table,
+            return_stats=return_stats,
+            backend=backend,
+        )
     options: dict[str, Any] = {
         "dropout_p": dropout_p,
         "is_causal": is_causal,
@@ -465,9 +496,10 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall) -> Tensor:
     """The share of empty tiles, by head, of those that causality and window leave."""
-    if live.numel() == 0 and 0 not in live_shape(query, key, call):
+    if live.ndim == 1:
         return torch.full(query.shape[:2], torch.nan, device=query.device)  # this backend does not know
-    row = torch.arange(live.shape[2], device=query.device)
+    tiles = torch.sym_max(2, live_shape(query, key, call)[2])  # type: ignore[no-untyped-call]  # one too many counts nothing
+    row = torch.arange(tiles, device=query.device)
     if call.cu_seqlens_q is None:
         length, keys, tile = torch.full_like(row, query.shape[2]), torch.full_like(row, key.shape[2]), row
     else:
@@ -481,7 +513,7 @@ def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall
     high = last_row + shift + call.right if call.right >= 0 else keys
     low, high = low.clamp_min(0), torch.minimum(high, keys - 1)
     left = torch.where((high >= low) & (tile * TILE <= last_row), high // TILE - low // TILE + 1, 0).sum()
-    full = unpacked_bits(live).sum((2, 3))
+    full = unpacked_bits(live).sum(2)
     return 1 - full / left.clamp_min(1).float()
 
 

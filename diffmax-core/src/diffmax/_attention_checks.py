@@ -15,8 +15,10 @@ from diffmax._checks import (
     _readable,
     _shape,
     as_int,
+    broadcasts,
     check_strided,
     check_tensor,
+    has_shape,
     is_whole,
     one_minus_alpha,
 )
@@ -134,7 +136,7 @@ def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> 
     check_strided(name, "alpha", alpha)
     if not alpha.is_floating_point():
         raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
-    if alpha.shape not in ((), (1,), (heads,)):
+    if not has_shape(alpha, (), (1,), (heads,)):
         hint = f"\nfor one alpha per head, pass alpha.view({heads})" if alpha.numel() == heads else ""
         raise ValueError(f"{name}: alpha must be a float or of shape () or ({heads},), got shape {_shape(alpha)}{hint}")
     if alpha.device != query.device and not (alpha.ndim == 0 and alpha.device.type == "cpu"):
@@ -164,13 +166,12 @@ def check_mask(name: str, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
         )
     if mask.device != query.device:
         raise ValueError(f"{name}: attn_mask and query must be on one device, got {mask.device} and {query.device}")
-    padded = (1,) * (4 - mask.ndim) + tuple(mask.shape)
-    if len(padded) != 4 or any(a not in (1, w) for a, w in zip(padded, wanted, strict=True)):
+    if not broadcasts(mask, wanted):
         raise ValueError(
             f"{name}: attn_mask must broadcast to (B, H, L, S), got shape {_shape(mask)}\n"
             f"  query {_shape(query)}   key {_shape(key)}   attn_mask must broadcast to {wanted}{_mask_hint(mask, wanted)}"
         )
-    return mask.view(padded)
+    return mask.view((1,) * (4 - mask.ndim) + tuple(mask.shape))
 
 
 def _mask_hint(mask: Tensor, wanted: tuple[int, ...]) -> str:
@@ -190,7 +191,7 @@ def check_alibi(name: str, query: Tensor, slopes: Tensor | None, sizes: tuple[in
     if slopes is None:
         return None
     _check_floating(name, "alibi_slopes", slopes, query)
-    if tuple(slopes.shape) not in (sizes, sizes[-1:]):
+    if not has_shape(slopes, sizes, sizes[-1:]):
         wanted = " or ".join(str(shape) for shape in dict.fromkeys((sizes[-1:], sizes)))
         raise ValueError(f"{name}: alibi_slopes must have one number per head, shape {wanted}, got {_shape(slopes)}")
     if slopes.requires_grad and torch.is_grad_enabled():
@@ -206,7 +207,7 @@ def check_sink(name: str, query: Tensor, sink: Tensor | None, heads: int) -> Ten
     if sink is None:
         return None
     _check_floating(name, "sink", sink, query)
-    if tuple(sink.shape) != (heads,):
+    if not has_shape(sink, (heads,)):
         hint = f"\npass sink.view({heads})" if sink.numel() == heads else f"\na null slot is torch.zeros({heads})"
         raise ValueError(f"{name}: sink must have one number per head, shape ({heads},), got {_shape(sink)}{hint}")
     return sink.to(accumulation_dtype(query.dtype))
@@ -243,7 +244,7 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
         )
     if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}")
-    if not isinstance(scale, torch.SymFloat) and not math.isfinite(scale):
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):  # there it may be known at run time alone
         raise ValueError(f"{name}: scale must be finite, got {scale}")
     return scale if isinstance(scale, torch.SymFloat) else float(scale)
 

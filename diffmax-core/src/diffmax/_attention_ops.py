@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffmax import _attention_composed, _ops, reference_attention
+from diffmax import _attention_composed, _ops, _portable, reference_attention
 from diffmax._dispatch import kernel
 from diffmax._numerics import accumulation_dtype
 from diffmax.plugin import AttentionCall
@@ -108,7 +108,27 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, keep: bool, stats: boo
     if run is reference_attention.attention and not backend:  # no fused kernel serves the call; a row kernel may
         run = partial(run, solve=_attention_composed.row_operator(""))
     with torch._C._DisableAutocast():  # a kernel's products are of the dtypes that it chose
-        return run(query, key, value, call, keep, stats)
+        out, m, delta, u, live, support = run(query, key, value, call, keep, stats)
+    return out, m, delta, u, _folded(live), support
+
+
+def _folded(live: Tensor) -> Tensor:
+    """(B, H, tiles, words) as the operators hand it on: (B, H, n), n at least 2; (0,) is nothing known.
+
+    A tracer asks of every size whether it is 1. Of this one it can know without binding the lengths to one tile.
+    """
+    if live.ndim == 1:
+        return live
+    live = live.flatten(2)
+    return live if live.shape[2] >= 2 else reference_attention.widened(live, 2)
+
+
+def _unfolded(live: Tensor, query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
+    """The reverse."""
+    if live.ndim == 1:
+        return live
+    shape = reference_attention.live_shape(query, key, call)
+    return live[..., : shape[2] * shape[3]].reshape(shape)
 
 
 def _attention_fake(
@@ -118,7 +138,8 @@ def _attention_fake(
     rows = query.shape[:3]
     out = value.new_empty((*rows, value.shape[3]))
     m = query.new_empty(rows, dtype=accumulation_dtype(query.dtype))
-    live = query.new_empty(reference_attention.live_shape(query, key, call) if keep or stats else (0,), dtype=torch.int32)
+    *of_heads, tiles, words = reference_attention.live_shape(query, key, call)
+    live = query.new_empty((*of_heads, torch.sym_max(2, tiles * words)) if keep or stats else (0,), dtype=torch.int32)
     support = query.new_empty(rows if stats else (0,), dtype=torch.int32)
     return out, m, torch.empty_like(m), torch.empty_like(out) if keep else out.new_empty(0), live, support
 
@@ -145,6 +166,7 @@ def _attention_backward(
         alpha_gradient=needs_e,
         attention=(features(query, key, value, call, False), query.shape[3], value.shape[3]),
     )
+    live = _unfolded(live, query, key, call)
     with torch._C._DisableAutocast():
         grads = run(grad, query, key, value, m, delta, u, live, call, needs_e, *(more if any(more) else ()))
     nothing = m.new_empty(0), m.new_empty(0)
@@ -240,6 +262,8 @@ def _save(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rest: tuple[Any, 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, stats: bool, call: AttentionCall, backend: str) -> Any:
     """What torch.ops.diffmax.attention gives, by a way that torch.func can transform."""
+    if not torch.compiler.is_compiling() and _portable.is_tracing():
+        return _portable.attention(query, key, value, call, stats)
     rest = packed(call, backend)
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     if transformed and forward_ad._current_level < 0:
@@ -253,6 +277,8 @@ def _differentiable(rest: tuple[Any, ...]) -> list[Tensor | None]:
 
 
 def _attention_autograd(query: Tensor, key: Tensor, value: Tensor, keep: bool, stats: bool, *rest: Any) -> Any:
+    if _portable.exports_onnx():
+        return _portable.attention(query, key, value, unpacked(rest)[0], stats)
     tensors = (query, key, value, *_differentiable(rest))
     forward_mode = _ops._has_tangent(*tensors)
     if not forward_mode and not _ops._differentiates(*tensors):

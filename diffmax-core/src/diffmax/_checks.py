@@ -119,13 +119,24 @@ def check_alpha_tensor(name: str, X: Tensor, alpha: Tensor, dim: int, what: str 
         raise TypeError(f"{name}: {what} must be of a floating dtype, got {_dtype(alpha)}")
     if alpha.device != X.device and not (alpha.ndim == 0 and alpha.device.type == "cpu"):
         raise ValueError(f"{name}: {what} and X must be on one device, got {alpha.device} and {X.device}")
-    padded = (1,) * (X.ndim - alpha.ndim) + tuple(alpha.shape)
     wanted = tuple(1 if axis == dim else size for axis, size in enumerate(X.shape))
-    if len(padded) != len(wanted) or any(a not in (1, w) for a, w in zip(padded, wanted, strict=True)):
+    if not broadcasts(alpha, wanted):
         raise ValueError(
             f"{name}: {what} must broadcast against X with dim reduced to 1, got shape {_shape(alpha)}\n"
             f"  X {_shape(X)}   dim {dim}   {what} must broadcast to {wanted}{_shape_hint(X, alpha, wanted, what)}"
         )
+
+
+def broadcasts(t: Tensor, wanted: tuple[int, ...]) -> bool:
+    """Whether t broadcasts to `wanted`. Sizes are compared one by one: torch.compile knows of no size what tuples it is in."""
+    if t.ndim > len(wanted):
+        return False
+    return all(size == 1 or size == among for size, among in zip(t.shape, wanted[len(wanted) - t.ndim :], strict=True))
+
+
+def has_shape(t: Tensor, *shapes: tuple[int, ...]) -> bool:
+    """Whether t has one of the shapes; compared like those of `broadcasts`."""
+    return any(t.ndim == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)) for shape in shapes)
 
 
 def _check_alpha_values(name: str, alpha: Tensor) -> None:
@@ -158,7 +169,7 @@ def _readable(t: Tensor) -> bool:
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(t.shape)
+    return tuple(int(size) if isinstance(size, Tensor) else size for size in t.shape)  # torch.jit.trace has tensors there
 
 
 def _dtype(t: Tensor) -> str:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from diffmax import (
-    _attention_checks,
-    _kvcache_ops,  # noqa: F401  (defines torch.ops.diffmax.attention_kvcache)
-    reference_kvcache,
-)
+from diffmax import _attention_checks, _kvcache_ops, reference_kvcache
 from diffmax import _kvcache_checks as checks
 from diffmax._attention import _autocast
+from diffmax._capture import captured, is_captured
 from diffmax._dispatch import selected
 from diffmax._numerics import clamp_e
 from diffmax._paged import from_late_start
@@ -171,6 +167,29 @@ def attention_with_kvcache(
         >>> diffmax.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
         torch.Size([2, 1, 8, 16])
     """
+    if is_captured(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, alibi_slopes, alpha, sink):
+        return captured(  # type: ignore[no-any-return]
+            attention_with_kvcache,
+            *(q, k_cache, v_cache, k, v),
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            block_table=block_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            alpha=alpha,
+            sink=sink,
+            page_bounds=page_bounds,
+            cache_leftpad=cache_leftpad,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            num_splits=num_splits,
+            return_softmax_lse=return_softmax_lse,
+            return_stats=return_stats,
+            backend=backend,
+        )
     checks.check_unserved("diffmax.attention_with_kvcache", rotary_cos, rotary_sin, num_splits)
     if return_softmax_lse and return_stats:
         raise ValueError(
@@ -179,14 +198,9 @@ def attention_with_kvcache(
         )
     given = (softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink, page_bounds, cache_leftpad)
     q, k_cache, v_cache, call = checked(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, *given)
-    e_tensor = call.e if isinstance(call.e, Tensor) else None
-    out, m, delta, support, pages = torch.ops.diffmax.attention_kvcache(
-        *(q, k_cache, v_cache, call.k, call.v, call.cache_seqlens, call.cache_batch_idx, call.block_table),
-        *(call.low, call.high, call.page_size, bool(return_stats), call.scale),
-        *(call.e if e_tensor is None else 0.0, e_tensor, call.left, call.right, call.softcap, call.alibi, call.sink),
-        selected(backend),
+    out, m, delta, support, pages = _kvcache_ops.attention_kvcache(
+        q, k_cache, v_cache, call, bool(return_stats), selected(backend)
     )
-    out = cast(Tensor, out)
     if not (return_stats or return_softmax_lse):
         return out
     row_e = clamp_e(call.e.unsqueeze(1) if isinstance(call.e, Tensor) else call.e)

@@ -35,13 +35,12 @@ def check_tensors(
         if t is not None:
             check_cache(name, what, t)
             given[what] = t
-    facts = "\n  " + "   ".join(f"{what} {_shape(t)} {_dtype(t)} {t.device}" for what, t in given.items())
     if len({t.dtype for t in given.values()}) > 1:
         raise TypeError(
-            f"{name}: q, the caches, k and v must have one dtype, got{facts}\nconvert q, k and v to the caches' dtype"
+            f"{name}: q, the caches, k and v must have one dtype, got{_facts(given)}\nconvert q, k and v to the caches' dtype"
         )
     if len({t.device for t in given.values()}) > 1:
-        raise ValueError(f"{name}: q, the caches, k and v must be on one device, got{facts}")
+        raise ValueError(f"{name}: q, the caches, k and v must be on one device, got{_facts(given)}")
     for what in ("k_cache", "v_cache"):
         if (
             not torch.compiler.is_compiling() and given[what].is_neg()
@@ -51,18 +50,20 @@ def check_tensors(
             )
     if q.shape[3] != k_cache.shape[3] or q.shape[3] == 0:
         raise ValueError(
-            f"{name}: q and k_cache must have the same head size, at least 1, got {q.shape[3]} and {k_cache.shape[3]}{facts}"
+            f"{name}: q and k_cache must have the same head size, at least 1, "
+            f"got {q.shape[3]} and {k_cache.shape[3]}{_facts(given)}"
         )
     heads, kv_heads = q.shape[2], k_cache.shape[2]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"{name}: the query heads must be a multiple of the key heads, got {heads} and {kv_heads}{facts}")
+        got = f"{heads} and {kv_heads}{_facts(given)}"
+        raise ValueError(f"{name}: the query heads must be a multiple of the key heads, got {got}")
     if k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(f"{name}: k_cache and v_cache must have the same batch, tokens and heads, got{facts}")
+        raise ValueError(f"{name}: k_cache and v_cache must have the same batch, tokens and heads, got{_facts(given)}")
     if k is not None and v is not None:
         for what, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
             wanted = (q.shape[0], k.shape[1], *cache.shape[2:])
             if new.shape != wanted:
-                raise ValueError(f"{name}: {what} must have shape {tuple(wanted)}, got {_shape(new)}{facts}")
+                raise ValueError(f"{name}: {what} must have shape {tuple(wanted)}, got {_shape(new)}{_facts(given)}")
         for what, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
                 raise ValueError(
@@ -70,12 +71,19 @@ def check_tensors(
                     f"of strides {cache.stride()}\nmake it contiguous first"
                 )
         if _same_memory(k_cache, v_cache):
-            raise ValueError(f"{name}: k_cache and v_cache must be two tensors where k and v are appended, got one{facts}")
+            raise ValueError(
+                f"{name}: k_cache and v_cache must be two tensors where k and v are appended, got one{_facts(given)}"
+            )
     if not paged and q.shape[0] > k_cache.shape[0]:
         hint = "\nfor a cache in pages, pass block_table"
         raise ValueError(
-            f"{name}: the caches must have a row for each sequence, got {k_cache.shape[0]} for {q.shape[0]}{facts}{hint}"
+            f"{name}: the caches must have a row for each sequence, "
+            f"got {k_cache.shape[0]} for {q.shape[0]}{_facts(given)}{hint}"
         )
+
+
+def _facts(given: dict[str, Tensor]) -> str:
+    return "\n  " + "   ".join(f"{what} {_shape(t)} {_dtype(t)} {t.device}" for what, t in given.items())
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -99,7 +107,9 @@ def check_lengths(
             f"{name}: with k and v, cache_seqlens must say how many tokens are in the cache before them, got None\n"
             "for an empty cache pass cache_seqlens=0"
         )
-    lengths, new = room if lengths is None else lengths, new or 0
+    if lengths is None:
+        return torch.full((batch,), room, dtype=torch.int32, device=device)
+    new = new or 0
     if isinstance(lengths, bool) or not isinstance(lengths, (numbers.Integral, torch.SymInt, Tensor)):
         raise TypeError(f"{name}: cache_seqlens must be an int or an int32 tensor, got {type(lengths).__name__}")
     if not isinstance(lengths, Tensor):

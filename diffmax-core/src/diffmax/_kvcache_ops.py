@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax import _attention_ops, _ops
+from diffmax import _attention_ops, _ops, _portable
 from diffmax._dispatch import kernel
 from diffmax._numerics import accumulation_dtype
 from diffmax.plugin import KVCacheCall
@@ -47,48 +47,58 @@ def features(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall,
     return frozenset(name for name, needed in needs.items() if needed)
 
 
-def _attention_kvcache(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cache_seqlens: Tensor,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    page_size: int,
-    stats: bool,
-    scale: float,
-    e: float,
-    e_tensor: Tensor | None,
-    left: int,
-    right: int,
-    softcap: float,
-    alibi: Tensor | None,
-    sink: Tensor | None,
-    backend: str,
-) -> Any:
+def packed(call: KVCacheCall) -> tuple[Any, ...]:
+    """What the operator takes for `call`, between the caches and the backend, but for `stats`."""
+    e_tensor = call.e if isinstance(call.e, Tensor) else None
+    return (
+        *(call.k, call.v, call.cache_seqlens, call.cache_batch_idx, call.block_table, call.low, call.high, call.page_size),
+        *(call.scale, 0.0 if isinstance(call.e, Tensor) else call.e, e_tensor),
+        *(call.left, call.right, call.softcap, call.alibi, call.sink),
+    )
+
+
+def _unpacked(rest: tuple[Any, ...]) -> tuple[KVCacheCall, bool, str]:
+    """The reverse, with `stats` and the backend."""
+    k, v, cache_seqlens, rows, table, low, high, page_size, stats, scale, e, e_tensor, left, right, cap, alibi, sink, name = (
+        rest
+    )
     call = KVCacheCall(
         scale=scale,
         e=e if e_tensor is None else e_tensor,
         cache_seqlens=cache_seqlens,
         k=k,
         v=v,
-        cache_batch_idx=cache_batch_idx,
-        block_table=block_table,
+        cache_batch_idx=rows,
+        block_table=table,
         low=low,
         high=high,
         page_size=page_size,
         left=left,
         right=right,
-        softcap=softcap,
+        softcap=cap,
         alibi=alibi,
         sink=sink,
     )
+    return call, stats, name
+
+
+def attention_kvcache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What torch.ops.diffmax.attention_kvcache gives, by a way that torch.jit.trace can record."""
+    if not torch.compiler.is_compiling() and _portable.is_tracing():
+        return _portable.kvcache(query, k_cache, v_cache, call, stats)
+    before, after = packed(call)[:8], packed(call)[8:]
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.diffmax.attention_kvcache(
+        query, k_cache, v_cache, *before, stats, *after, backend
+    )
+    return results
+
+
+def _attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
+    call, stats, backend = _unpacked(rest)
     choice = (features(query, k_cache, v_cache, call, stats), query.shape[3], v_cache.shape[3])
-    run = kernel("attention_kvcache", query, backend, tensor_alpha=e_tensor is not None, attention=choice)
+    run = kernel("attention_kvcache", query, backend, tensor_alpha=isinstance(call.e, Tensor), attention=choice)
     with torch._C._DisableAutocast():  # a kernel's products are of the dtypes that it chose
         return run(query, k_cache, v_cache, call, stats)
 
@@ -103,6 +113,10 @@ def _attention_kvcache_fake(query: Tensor, k_cache: Tensor, v_cache: Tensor, *re
 
 
 def _attention_kvcache_autograd(*arguments: Any) -> Any:
+    if _portable.exports_onnx():
+        query, k_cache, v_cache, *rest = arguments
+        call, stats, _ = _unpacked(tuple(rest))
+        return _portable.kvcache(query, k_cache, v_cache, call, stats)
     tensors = [t for t in arguments if isinstance(t, Tensor)]
     if _ops._differentiates(*tensors) or _ops._has_tangent(*tensors):
         raise NotImplementedError(NO_GRADIENT)

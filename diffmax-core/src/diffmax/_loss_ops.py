@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmax import _loss_rows as rows
-from diffmax import _ops
+from diffmax import _ops, _portable
 from diffmax._numerics import accumulation_dtype, clamp_e
 
 _LIBRARY = torch.library.Library("diffmax", "FRAGMENT")
@@ -86,7 +86,18 @@ def _differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def loss(x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, backend: str) -> Tensor:
+    """The losses by torch.ops.diffmax.loss, by a way that torch.jit.trace can record."""
+    if not torch.compiler.is_compiling() and _portable.is_tracing():
+        return _portable.loss(x, target, e if e_tensor is None else e_tensor, dim, n_iter)
+    losses: Tensor = torch.ops.diffmax.loss(x, target, e, e_tensor, dim, n_iter, backend)[0]
+    return losses
+
+
 def _loss_autograd(x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
+    if _portable.exports_onnx():
+        losses = _portable.loss(x, target, e if e_tensor is None else e_tensor, *rest[:2])
+        return losses, losses.new_empty(rows.kept_shape(x))
     if _ops._has_tangent(x, target, e_tensor) or torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
             "diffmax_loss: forward-mode differentiation and torch.func transforms are not supported\n"

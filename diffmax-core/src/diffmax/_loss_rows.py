@@ -6,7 +6,7 @@ kept for backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -115,14 +115,23 @@ def _index_losses(x: Tensor, index: Tensor, p: Tensor, m: Tensor, delta: Tensor,
     return losses.masked_fill_(silent(index, m == -torch.inf), 0.0)
 
 
-def _soft_losses(x: Tensor, target: Tensor, p: Tensor, m: Tensor, delta: Tensor, e: float | Tensor, dim: int) -> Tensor:
+def _soft_losses(
+    x: Tensor,
+    target: Tensor,
+    p: Tensor,
+    m: Tensor,
+    delta: Tensor,
+    e: float | Tensor,
+    dim: int,
+    expm1: Callable[[Tensor], Tensor] = torch.expm1,
+) -> Tensor:
     """Eq. 18 for any target on the simplex."""
     y = target.to(p.dtype)
     shared = y > 0
     y = torch.where(shared, y, 1.0)
     q = (y - p) / y
     p_power, y_power = p.pow(1 + e), y.pow(1 + e)
-    far = y * (torch.expm1(e * y.log()) / e + (m - x) + delta / e) - (y_power - p_power) / (1 + e)
+    far = y * (expm1(e * y.log()) / e + (m - x) + delta / e) - (y_power - p_power) / (1 + e)
     terms = torch.where(q.abs() <= _NEAR, y_power * _near(q, e), far.clamp_min_(0.0))
     losses = torch.where(shared, terms, p_power / (1 + e)).sum(dim, keepdim=True)
     return losses.masked_fill_(silent(target, m == -torch.inf), 0.0)

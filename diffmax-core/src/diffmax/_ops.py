@@ -6,6 +6,7 @@ key, so that torch.ops.diffmax.bisect called directly is as differentiable as th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from diffmax import reference
+from diffmax import _portable, reference
 from diffmax._dispatch import kernel, weights_kernel
 from diffmax._dtensor import register_rules
 from diffmax._numerics import accumulation_dtype
 from diffmax._plain import is_plain
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _LIBRARY = torch.library.Library("diffmax", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -151,6 +153,8 @@ def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, 
     arguments = (x, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
     if torch.compiler.is_compiling():  # the compiler sees the operator, and no autograd.Function
         p: Tensor = torch.ops.diffmax.bisect(*arguments)[0]
+    elif _portable.is_tracing():
+        p = _portable.bisect(x, e if e_tensor is None else e_tensor, dim, n_iter, ensure_sum_one)[0]
     elif _is_transformed():
         p = (_retraced if _forward_levels() > 1 else _TransformableBisect.apply)(*arguments)[0]
     elif _differentiates(x, e_tensor):
@@ -179,12 +183,24 @@ def _differentiates(*tensors: Tensor | None) -> bool:
 
 def _has_tangent(*tensors: Tensor | None) -> bool:
     """Whether forward-mode differentiation goes through one of them; compiled code enters it unseen by `forward_ad`."""
-    return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
+    with _unrecorded():  # looking makes an alias, which a compiler's graph would keep
+        return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
+
+
+def _unrecorded() -> AbstractContextManager[object]:
+    """What is done inside it, a graph that is being made does not show."""
+    if torch._C._len_torch_dispatch_stack() == 0 or torch._C._get_dispatch_mode(_PROXY) is None:
+        return nullcontext()
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
 
 
 def _bisect_autograd(*arguments: Any) -> Any:
     """torch.ops.diffmax.bisect as users, compilers and sharding rules call it."""
-    x, _, e_tensor, *_ = arguments
+    x, e, e_tensor, *rest, _ = arguments
+    if _portable.exports_onnx():
+        return _portable.bisect(x, e if e_tensor is None else e_tensor, *rest)
     forward_mode = _has_tangent(x, e_tensor)
     if not forward_mode and not _differentiates(x, e_tensor):
         return _below_autograd(*arguments)

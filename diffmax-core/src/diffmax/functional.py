@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffmax import _nested as nested
 from diffmax import _ops, _watch
+from diffmax._capture import captured, is_captured
 from diffmax._checks import OR_FUNCTION, as_int, check_dtype, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 
@@ -65,6 +66,8 @@ def diffmax_bisect(
         >>> diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    if is_captured(X, alpha):
+        return captured(diffmax_bisect, X, alpha, dim, n_iter, ensure_sum_one, backend=backend, dtype=dtype)  # type: ignore[no-any-return]
     if dtype is not None and isinstance(X, Tensor):
         X = X.to(check_dtype("diffmax_bisect", dtype))
     if isinstance(X, Tensor) and X.is_nested:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax import _loss_ops  # noqa: F401  (defines torch.ops.diffmax.loss)
+from diffmax import _loss_ops
+from diffmax._capture import captured, is_captured
 from diffmax._checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
 from diffmax._dispatch import selected
 from diffmax._loss_checks import check_reduction, check_target, check_weight
@@ -69,6 +70,9 @@ def diffmax_loss(
     """
     name = "diffmax_loss"
     check_reduction(name, reduction)
+    if is_captured(X, target, alpha, weight):
+        given = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "n_iter": n_iter, "backend": backend}
+        return captured(diffmax_loss, X, target, alpha, **given)  # type: ignore[no-any-return]
     if isinstance(X, Tensor) and X.ndim == 0:
         raise ValueError(f"{name}: X must have a dimension of classes, shape (C,), (N, C) or (N, C, ...), got shape ()")
     dim = 0 if isinstance(X, Tensor) and X.ndim == 1 else 1
@@ -99,12 +103,12 @@ def fenchel_young(
     name, n_iter = selected(backend), as_int(n_iter)
     if target.is_floating_point():
         target, mass = (target, None) if weight is None else _reweighted(target, weight, dim)
-        losses = torch.ops.diffmax.loss(X, target, e, e_tensor, dim, n_iter, name)[0].squeeze(dim)
+        losses = _loss_ops.loss(X, target, e, e_tensor, dim, n_iter, name).squeeze(dim)
         return reduce_losses(losses if mass is None else losses * mass, None, reduction, X)
     counts = target != ignore_index
     # -1 marks a row that does not count; any other negative index must stay an error, which index C is
     index = torch.where(counts, torch.where(target < 0, X.shape[dim], target), -1)
-    losses = torch.ops.diffmax.loss(X, index.unsqueeze(dim), e, e_tensor, dim, n_iter, name)[0].squeeze(dim)
+    losses = _loss_ops.loss(X, index.unsqueeze(dim), e, e_tensor, dim, n_iter, name).squeeze(dim)
     share = counts.to(losses.dtype) if weight is None else weight.to(losses.dtype)[index.clamp_min(0)] * counts
     return reduce_losses(losses if weight is None else losses * share, share, reduction, X)
 
@@ -162,6 +166,8 @@ class DiffmaxLoss(Keeps):
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X; see `diffmax_loss`."""
+        if is_captured(X, target):
+            return captured(self, X, target)  # type: ignore[no-any-return]
         return diffmax_loss(
             X,
             target,

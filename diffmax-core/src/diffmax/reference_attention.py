@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -138,7 +139,8 @@ def attention_backward(
 def capped_scores(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
     """(B, H, L, S) in the accumulation dtype: what queries and keys say, scaled and capped."""
     acc = accumulation_dtype(query.dtype)
-    scores = (grouped(query.to(acc), key.shape[1]) @ key.to(acc).mT * call.scale).view(*query.shape[:3], key.shape[2])
+    turned = key.to(acc).transpose(2, 3)  # no mT, which the older ONNX exporter does not know
+    scores = (grouped(query.to(acc), key.shape[1]) @ turned * call.scale).view(*query.shape[:3], key.shape[2])
     return scores if call.softcap == 0 else call.softcap * (scores / call.softcap).tanh()
 
 
@@ -184,8 +186,9 @@ def alibi_scores(call: AttentionCall, slopes: Tensor, length: int | Tensor, keys
 
 def distances(call: AttentionCall, length: int | Tensor, keys: int | Tensor, device: torch.device) -> Tensor:
     """How far each key lies behind the place at which each query stands; lengths as for `in_window`."""
-    i = torch.arange(call.max_seqlen_q if isinstance(length, Tensor) else length, device=device).unsqueeze(1)
-    j = torch.arange(call.max_seqlen_k if isinstance(keys, Tensor) else keys, device=device)
+    padded = call.cu_seqlens_q is not None  # and not by what a length is: torch.jit.trace makes tensors of all
+    i = torch.arange(call.max_seqlen_q if padded else cast(int, length), device=device).unsqueeze(1)
+    j = torch.arange(call.max_seqlen_k if padded else cast(int, keys), device=device)
     return j - i - (keys - length if call.lower_right else 0)
 
 
@@ -195,7 +198,7 @@ def in_window(call: AttentionCall, length: int | Tensor, keys: int | Tensor, dev
     The lengths may be tensors (N, 1, 1, 1) of packed sequences, padded to max_seqlen_q and max_seqlen_k: then what lies beyond
     a sequence's end is not seen.
     """
-    if isinstance(length, int | torch.SymInt) and call.left < 0 and call.right < 0:
+    if call.cu_seqlens_q is None and call.left < 0 and call.right < 0:
         return None
     distance = distances(call, length, keys, device)
     seen = (torch.arange(distance.shape[-2], device=device).unsqueeze(1) < length) & (

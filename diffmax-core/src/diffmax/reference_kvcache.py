@@ -11,11 +11,14 @@ from torch import Tensor
 from diffmax import reference
 from diffmax._numerics import accumulation_dtype, clamp_e
 from diffmax.plugin import KVCacheCall
+from diffmax.reference_attention import Solve
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> Results:
+def attention_kvcache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = reference.bisect
+) -> Results:
     """Kernel for one call: append, then attend.
 
     Args:
@@ -25,6 +28,7 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
             lies beyond a sequence's end may be anything, NaN too.
         call: The rest.
         stats: Whether support sizes and counts of pages are asked for.
+        solve: The row operator.
     Returns:
         A `Results`, contiguous tensors:
 
@@ -45,7 +49,7 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     if call.sink is not None:
         sink = call.sink.to(acc).view(-1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], 3)
-    p, m, delta = reference.bisect(scores, e, 3, 200, True)
+    p, m, delta = solve(scores, e, 3, 200, True)
     m, delta = m.squeeze(3), delta.squeeze(3)
     row_e = e.squeeze(2) if isinstance(e, Tensor) else torch.full((), e, dtype=acc, device=m.device)
     delta = delta.masked_fill(m.isnan() | (m == torch.inf) | ~((row_e >= 0) & (row_e <= 1)), torch.nan)
@@ -115,7 +119,7 @@ def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
     if call.k is None or call.v is None or not (call.k.shape[1] and call.k.shape[0]):
         return
     start, room = call.cache_seqlens.long().clamp_min(0), capacity(k_cache, call)
-    last = torch.minimum(start + call.k.shape[1], start.new_tensor(room)) - 1  # the last token that fits
+    last = (start + call.k.shape[1]).clamp_max(room) - 1  # the last token that fits
     if room == 0:
         return
     token = torch.arange(call.k.shape[1], device=start.device)

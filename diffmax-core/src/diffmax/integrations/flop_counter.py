@@ -5,7 +5,7 @@ imports triton, which an import of diffmax must not.
 
 Forward, per score: the maximum, a subtraction and a product; four evaluations of a difference, two powers and two sums (the
 iterations of a row with unit variance, docs/performance.md); the division. Backward: a power, two products, two sums, a
-difference and a product.
+difference and a product. The loss adds a power and a sum; its backward is a difference and a product.
 
 Attention counts as torch's fused own does, whatever a mask or alpha leaves to skip: its dense matrix products, two forward and
 five backward; of packed sequences each one's own, of caches over their whole length. Its row operator is not counted,
@@ -27,6 +27,7 @@ from diffmax._attention_ops import unpacked
 
 FORWARD_FLOPS = 3 + 4 * 5 + 1
 BACKWARD_FLOPS = 7
+LOSS_FLOPS = 2
 
 
 def _bisect(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
@@ -64,6 +65,14 @@ def _attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: A
     return 2 * math.prod(query.shape[:3]) * keys * (query.shape[3] + v_cache.shape[3])
 
 
+def _loss(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return (FORWARD_FLOPS + LOSS_FLOPS) * math.prod(x_shape)
+
+
+def _loss_backward(_grad_shape: Any, x_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x_shape)
+
+
 def _pairs(query: Tensor, key: Tensor, rest: tuple[Any, ...]) -> int:
     """Of a query and a key in one sequence, over all heads."""
     call, _ = unpacked(rest)
@@ -79,6 +88,8 @@ def _pairs(query: Tensor, key: Tensor, rest: tuple[Any, ...]) -> int:
 if torch.ops.diffmax.bisect not in flop_registry:
     register_flop_formula(torch.ops.diffmax.bisect)(_bisect)
     register_flop_formula(torch.ops.diffmax.bisect_backward)(_bisect_backward)
+    register_flop_formula(torch.ops.diffmax.loss)(_loss)
+    register_flop_formula(torch.ops.diffmax.loss_backward)(_loss_backward)
     register_flop_formula(torch.ops.diffmax.attention, get_raw=True)(_attention)
     register_flop_formula(torch.ops.diffmax.attention_backward, get_raw=True)(_attention_backward)
     register_flop_formula(torch.ops.diffmax.attention_kvcache, get_raw=True)(_attention_kvcache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diffmax._capture import captured, is_captured
 from diffmax._numerics import accumulation_dtype
 from diffmax.nn._shapes import check_heads
 
@@ -55,8 +56,10 @@ class AffineScale(nn.Module):
 
         attn_mask is boolean, True where a key is seen; is_causal is aligned at the upper left, as in `diffmax.attention`.
         """
+        if is_captured(out, value, x, attn_mask):
+            return captured(self, out, value, x, attn_mask, is_causal)  # type: ignore[no-any-return]
         check_heads("AffineScale", out, self.project.out_features, "out")
-        a = (0.1 * self.project(x) + 0.5).clamp(0, 1).mT
+        a = (0.1 * self.project(x) + 0.5).clamp(0, 1).transpose(1, 2)
         if self.training:
             with torch.no_grad():
                 self.average.lerp_(a.mean((0, 2)).to(self.average.dtype), 1 - self.momentum)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffmax._attention import attention, checked
 from diffmax._attention_checks import check_mask
+from diffmax._capture import captured, is_captured
 from diffmax._checks import check_tensor, one_minus_alpha
 from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
@@ -309,6 +310,14 @@ class DiffmaxAttention(AlphaFromSoftmax):
             ValueError: Shapes do not fit, or an argument does not belong to the call.
             TypeError: A mask is not boolean or floating.
         """
+        if is_captured(query, key, value, key_padding_mask, attn_mask):
+            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal}
+            options = {
+                "need_weights": need_weights,
+                "average_attn_weights": average_attn_weights,
+                "causal_alignment": causal_alignment,
+            }
+            return captured(self, query, key, value, **masks, **options)  # type: ignore[no-any-return]
         torchs_call = value is not None
         if torchs_call and key is None:
             raise ValueError(f"{_NAME}: value must come with key, got value alone\npass both, or leave value out")
@@ -326,7 +335,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
         batched = self._check_tokens(query, key, key if value is None else value)
         query, key, value = (self._batch_first(t) for t in (query, key, key if value is None else value))
         q, k, v = (
-            projection(tokens).unflatten(-1, (projection.out_features // self.head_dim, self.head_dim)).transpose(1, 2)
+            self._heads(projection, tokens)
             for projection, tokens in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         weighed = torchs_call and need_weights is not False
@@ -403,6 +412,14 @@ class DiffmaxAttention(AlphaFromSoftmax):
             return attention(*given, **options, backend=self.backend), None
         out, weights = with_weights(*checked(*given, **options, alibi_slopes=None, softcap=0.0), self.backend)
         return out, weights * 0.0 if given[4] == 1 else weights
+
+    def _heads(self, projection: nn.Linear, tokens: Tensor) -> Tensor:
+        heads = projection.out_features // self.head_dim
+        projected: Tensor = projection(tokens)
+        if tokens.is_nested:
+            return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        # no unflatten, of which the older ONNX exporter makes a constant shape
+        return projected.reshape(*tokens.shape[:2], heads, self.head_dim).transpose(1, 2)
 
     def _alpha_for(self, q: Tensor) -> float | Tensor:
         if self.alpha_map is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmax import _nested as nested
+from diffmax._capture import captured, is_captured
 from diffmax._checks import check_alpha_tensor, check_scores
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import Alpha, diffmax_bisect, normalize
@@ -78,6 +79,8 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
 
     def forward(self, X: Tensor) -> Tensor:
         """Weights for scores X; see `diffmax_bisect`."""
+        if is_captured(X):
+            return captured(self, X)  # type: ignore[no-any-return]
         if self.alpha_map is None:
             return diffmax_bisect(X, self.alpha, self.dim, self.n_iter, self.ensure_sum_one)
         if isinstance(X, Tensor) and X.is_nested:

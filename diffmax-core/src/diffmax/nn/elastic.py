@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffmax._capture import captured, is_captured
 from diffmax.nn._shapes import check_heads
 
 
@@ -50,6 +51,8 @@ class Elastic(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Weights of scores (B, H, L, S), in which -inf marks what is hidden; a row that sees nothing is 0."""
+        if is_captured(scores):
+            return captured(self, scores)  # type: ignore[no-any-return]
         check_heads("Elastic", scores, len(self.logit), "scores")
         visible = scores != -torch.inf
         empty = ~visible.any(-1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diffmax._capture import captured, is_captured
 from diffmax.nn._shapes import check_heads
 
 
@@ -38,5 +39,7 @@ class HeadGate(nn.Module):
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         """The gated output (B, H, L, D) of an attention whose queries come from tokens x (B, L, embed_dim)."""
+        if is_captured(out, x):
+            return captured(self, out, x)  # type: ignore[no-any-return]
         check_heads("HeadGate", out, self.project.out_features, "out")
-        return out * (2 * torch.sigmoid(self.project(x))).mT.unsqueeze(3).to(out.dtype)
+        return out * (2 * torch.sigmoid(self.project(x))).transpose(1, 2).unsqueeze(3).to(out.dtype)

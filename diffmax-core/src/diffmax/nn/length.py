@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmax._attention_checks import check_window
+from diffmax._capture import captured, is_captured
 from diffmax.nn._shapes import check_heads
 
 
@@ -22,7 +23,7 @@ def visible_keys(
     left, right = check_window("LengthScale", window_size, is_causal)
     place = torch.arange(queries, device=device) + (keys - queries if causal_alignment == "lower_right" else 0)
     first = torch.zeros_like(place) if left < 0 else (place - left).clamp(0, keys)
-    end = torch.full_like(place, keys) if right < 0 else (place + right + 1).clamp(0, keys)
+    end = torch.zeros_like(place) + keys if right < 0 else (place + right + 1).clamp(0, keys)
     if attn_mask is None:
         return (end - first).clamp_min(1).float()
     seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
@@ -74,6 +75,9 @@ class LengthScale(nn.Module):
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         """The scaled query (B, H, L, D); `keys` is S, and what says which of them are seen is as in `diffmax.attention`."""
+        if is_captured(query, keys, attn_mask):
+            options = (is_causal, causal_alignment, window_size, attn_mask)
+            return captured(self, query, keys, *options)  # type: ignore[no-any-return]
         check_heads("LengthScale", query, len(self.log_decay), "query")
         variant = getattr(attn_mask, "variant", None)  # of torch's CausalBias, which must not be looked into
         if variant is not None:

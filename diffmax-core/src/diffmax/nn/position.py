@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffmax._capture import captured, is_captured
+
 
 class RelativePositionBias(nn.Embedding):
     """T5's relative position bias, for `diffmax.attention`'s `attn_mask`: a learned number per head and bucket of distances.
@@ -57,6 +59,8 @@ class RelativePositionBias(nn.Embedding):
 
     def forward(self, length: int, keys: int, first: int = 0) -> Tensor:  # type: ignore[override]  # sizes, not indices
         """The bias (1, H, length, keys) of queries at the places from `first` on, for keys at the places from 0 on."""
+        if is_captured(length, keys, first):
+            return captured(self, length, keys, first)  # type: ignore[no-any-return]
         query = torch.arange(first, first + length, device=self.weight.device).unsqueeze(1)
         key = torch.arange(keys, device=self.weight.device)
         return super().forward(self.buckets(key - query)).permute(2, 0, 1).unsqueeze(0)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffmax._capture import captured, is_captured
 from diffmax.nn._shapes import check_heads
 
 
@@ -46,6 +47,8 @@ class Sink(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Weights (..., S) of scores (..., S); their sum is at most 1."""
+        if is_captured(scores):
+            return captured(self, scores)  # type: ignore[no-any-return]
         if self.sink is None:
             slot = scores.new_zeros(()).expand(*scores.shape[:-1], 1)
         else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffmax._attention import attention
 from diffmax._attention_checks import check_alibi, check_tensors
+from diffmax._capture import captured, is_captured
 from diffmax._checks import _dtype, _readable, _shape, check_scores
 from diffmax._numerics import accumulation_dtype
 from diffmax.functional import diffmax_bisect, normalize
@@ -45,6 +46,8 @@ def adasplash(
         >>> adasplash(x, x, x, alpha=1.75, varlen=torch.tensor([100, 60]))[1, :, 60:].abs().max()
         tensor(0.)
     """
+    if is_captured(q, k, v, alpha, varlen):
+        return captured(adasplash, q, k, v, alpha, is_causal, varlen, niter)  # type: ignore[no-any-return]
     name = "adasplash"
     check_tensors(name, q, k, v, "BHLD")
     mask = None
@@ -108,6 +111,8 @@ def triton_entmax(
         >>> triton_entmax(torch.tensor([3.0, 2.0, 1.0, 0.0]))
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    if is_captured(x, alpha):
+        return captured(triton_entmax, x, alpha)  # type: ignore[no-any-return]
     dim = check_scores("triton_entmax", x, -1, 50)
     ours = _our_alpha("triton_entmax", alpha, None)
     if isinstance(ours, Tensor) and not isinstance(alpha, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +38,20 @@ def number_or_rows(name: str, what: str, X: Tensor, given: float | Tensor, dim: 
     return float(given)
 
 
-def check_values(name: str, given: float | Tensor, allowed: Callable[[Tensor], Tensor], rule: str, action: str) -> None:
+def check_values(name: str, given: float | Tensor, allowed: Callable[[Any], Any], rule: str, action: str) -> None:
     """Raise ValueError unless every entry is allowed; a tensor that cannot be read without waiting passes."""
-    values = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64, device="cpu")
-    if (not isinstance(given, Tensor) or _readable(given)) and not bool(allowed(values).all()):
-        wrong = values[~allowed(values)].flatten()[0].item()
+    wrong = wrong_value(given, allowed)
+    if wrong is not None:
         raise ValueError(f"{name}: {rule}, got {wrong:g}\n{action}")
+
+
+def wrong_value(given: float | Tensor, allowed: Callable[[Any], Any]) -> float | None:
+    """The first entry that is not allowed; None if there is none, or a tensor cannot be read without waiting."""
+    if not isinstance(given, Tensor):
+        return None if allowed(given) else given
+    if not _readable(given) or bool(allowed(given).all()):
+        return None
+    return given[~allowed(given)].flatten()[0].item()
 
 
 def check_k(name: str, k: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from diffmax._capture import captured, is_captured
 from diffmax._checks import check_scores
 from diffmax.compat.entmax._parameters import check_k
 from diffmax.functional import normalize
@@ -29,6 +30,8 @@ def sparsemax(X: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
         >>> sparsemax(torch.tensor([0.5, 0.25, -1.0]))
         tensor([0.6250, 0.3750, 0.0000])
     """
+    if is_captured(X):
+        return captured(sparsemax, X, dim, k)  # type: ignore[no-any-return]
     check_k("sparsemax", k)
     return normalize(X, 1.0, None, check_scores("sparsemax", X, dim, 1), 50, True)
 
@@ -41,6 +44,8 @@ def entmax15(X: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
         >>> entmax15(torch.tensor([3.0, 2.0, 1.0, 0.0]))
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    if is_captured(X):
+        return captured(entmax15, X, dim, k)  # type: ignore[no-any-return]
     check_k("entmax15", k)
     return normalize(X, 0.5, None, check_scores("entmax15", X, dim, 1), 50, True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffmax._capture import captured, is_captured
 from diffmax._checks import check_scores
 from diffmax._loss_checks import check_reduction, check_target
 from diffmax._numerics import MIN_E
@@ -243,6 +244,8 @@ class NormmaxBisectLoss(_Loss):
 def _losses(
     name: str, X: Tensor, target: Tensor, alpha: float | Tensor, n_iter: int, ignore_index: int, reduction: str
 ) -> Tensor:
+    if is_captured(X, target, alpha):
+        return captured(_losses, name, X, target, alpha, n_iter, ignore_index, reduction)  # type: ignore[no-any-return]
     dim = _checked(name, X, target, n_iter, ignore_index)
     e, e_tensor = order_minus_one(name, X, alpha, dim)
     given = alpha if isinstance(alpha, Tensor) else float(alpha)
@@ -254,6 +257,8 @@ def _losses(
 def _normmax_losses(
     name: str, X: Tensor, target: Tensor, alpha: float | Tensor, n_iter: int, ignore_index: int, reduction: str
 ) -> Tensor:
+    if is_captured(X, target, alpha):
+        return captured(_normmax_losses, name, X, target, alpha, n_iter, ignore_index, reduction)  # type: ignore[no-any-return]
     dim = _checked(name, X, target, n_iter, ignore_index)
     if target.is_floating_point():
         raise TypeError(f"{name}: target must hold class indices as int64, got {str(target.dtype).removeprefix('torch.')}")

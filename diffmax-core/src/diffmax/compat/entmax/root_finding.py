@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffmax._capture import captured, is_captured
 from diffmax._checks import _readable, check_scores
 from diffmax._numerics import MIN_E
 from diffmax.compat.entmax._budget import budget_rows
 from diffmax.compat.entmax._normmax import normmax_rows
 from diffmax.compat.entmax._outside import outside
-from diffmax.compat.entmax._parameters import check_values, number_or_rows, order_minus_one
+from diffmax.compat.entmax._parameters import check_values, number_or_rows, order_minus_one, wrong_value
 from diffmax.functional import normalize
 from diffmax.nn._kept import Keeps
 
@@ -58,6 +59,8 @@ def entmax_bisect(
         >>> entmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=3.0)
         tensor([1., 0., 0., 0.])
     """
+    if is_captured(X, alpha):
+        return captured(entmax_bisect, X, alpha, dim, n_iter, ensure_sum_one)  # type: ignore[no-any-return]
     dim = check_scores("entmax_bisect", X, dim, n_iter)
     e, e_tensor = order_minus_one("entmax_bisect", X, alpha, dim)
     if e_tensor is None:
@@ -80,6 +83,8 @@ def sparsemax_bisect(X: Tensor, dim: int = -1, n_iter: int | None = 50, ensure_s
         tensor([0.6250, 0.3750, 0.0000])
     """
     n_iter = 50 if n_iter is None else n_iter
+    if is_captured(X):
+        return captured(sparsemax_bisect, X, dim, n_iter, ensure_sum_one)  # type: ignore[no-any-return]
     return normalize(X, 1.0, None, check_scores("sparsemax_bisect", X, dim, n_iter), n_iter, ensure_sum_one)
 
 
@@ -101,6 +106,8 @@ def normmax_bisect(X: Tensor, alpha: float | Tensor = 2, dim: int = -1, n_iter: 
         >>> normmax_bisect(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
         tensor([0.0000, 0.0239, 0.1746, 0.3254, 0.4761])
     """
+    if is_captured(X, alpha):
+        return captured(normmax_bisect, X, alpha, dim, n_iter)  # type: ignore[no-any-return]
     dim = check_scores("normmax_bisect", X, dim, n_iter)
     return normmax_rows(X, norm_order("normmax_bisect", X, alpha, dim), dim, n_iter)
 
@@ -134,12 +141,14 @@ def budget_bisect(X: Tensor, budget: float | Tensor = 2, dim: int = -1, n_iter: 
         >>> budget_bisect(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), budget=2)
         tensor([0.0000, 0.1250, 0.3750, 0.6250, 0.8750])
     """
+    if is_captured(X, budget):
+        return captured(budget_bisect, X, budget, dim, n_iter)  # type: ignore[no-any-return]
     dim = check_scores("budget_bisect", X, dim, n_iter)
     total = number_or_rows("budget_bisect", "budget", X, budget, dim)
     n = X.shape[dim] if X.ndim else 1
-    check_values(
-        "budget_bisect", total, lambda t: (t >= 0) & (t <= n), f"budget must lie in [0, {n}]", f"a row has {n} entries"
-    )
+    wrong = wrong_value(total, lambda t: (t >= 0) & (t <= n))
+    if wrong is not None:
+        raise ValueError(f"budget_bisect: budget must lie in [0, {n}], got {wrong:g}\na row has {n} entries")
     return budget_rows(X, total, dim, n_iter)
 
 
