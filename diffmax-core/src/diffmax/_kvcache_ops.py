@@ -47,18 +47,17 @@ def features(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall,
     return frozenset(name for name, needed in needs.items() if needed)
 
 
-def packed(call: KVCacheCall) -> tuple[Any, ...]:
-    """What the operator takes for `call`, between the caches and the backend, but for `stats`."""
-    e_tensor = call.e if isinstance(call.e, Tensor) else None
+def _packed(call: KVCacheCall, stats: bool, backend: str) -> tuple[Any, ...]:
+    """What the operator takes behind the caches."""
+    e, e_tensor = (0.0, call.e) if isinstance(call.e, Tensor) else (call.e, None)
     return (
         *(call.k, call.v, call.cache_seqlens, call.cache_batch_idx, call.block_table, call.low, call.high, call.page_size),
-        *(call.scale, 0.0 if isinstance(call.e, Tensor) else call.e, e_tensor),
-        *(call.left, call.right, call.softcap, call.alibi, call.sink),
+        *(stats, call.scale, e, e_tensor, call.left, call.right, call.softcap, call.alibi, call.sink, backend),
     )
 
 
 def _unpacked(rest: tuple[Any, ...]) -> tuple[KVCacheCall, bool, str]:
-    """The reverse, with `stats` and the backend."""
+    """The reverse."""
     k, v, cache_seqlens, rows, table, low, high, page_size, stats, scale, e, e_tensor, left, right, cap, alibi, sink, name = (
         rest
     )
@@ -88,9 +87,8 @@ def attention_kvcache(
     """What torch.ops.diffmax.attention_kvcache gives, by a way that torch.jit.trace can record."""
     if not torch.compiler.is_compiling() and _portable.is_tracing():
         return _portable.kvcache(query, k_cache, v_cache, call, stats)
-    before, after = packed(call)[:8], packed(call)[8:]
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.diffmax.attention_kvcache(
-        query, k_cache, v_cache, *before, stats, *after, backend
+        query, k_cache, v_cache, *_packed(call, stats, backend)
     )
     return results
 
