@@ -417,7 +417,8 @@ class DiffmaxAttention(AlphaFromSoftmax):
         heads = projection.out_features // self.head_dim
         projected: Tensor = projection(tokens)
         if tokens.is_nested:
-            return projected.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+            split: Tensor = projected.unflatten(-1, (heads, self.head_dim))  # type: ignore[no-untyped-call]
+            return split.transpose(1, 2)
         # no unflatten, of which the older ONNX exporter makes a constant shape
         return projected.reshape(*tokens.shape[:2], heads, self.head_dim).transpose(1, 2)
 
