@@ -103,6 +103,7 @@ class Case:
         given[place] = self.one_of(
             *(None, 0.5, [[0.5]], "scores", (t, t), t.to("meta"), torch.nn.Parameter(t, requires_grad=False)),
             *(() if t.dtype == torch.bfloat16 else (t.numpy(),)),
+            *((t.to_sparse(), torch.nested.as_nested_tensor([t, t], layout=torch.jagged)) if t.ndim else ()),
         )
         self.faults.append(f"{place} is {type(given[place]).__name__}")
         return tuple(given[i] for i in range(len(arguments))), {name: given[name] for name in options}
