@@ -376,6 +376,9 @@ attention, without padding and with it, and that alpha = 0.5 changes them. All o
 changed in silence. A refused part of a larger model can be left as it is, by a dictionary:
 `attn_implementation={{"text_config": "diffmax", "vision_config": "eager"}}`.
 
+Types that take images or sound beside text are tried with what they take at the least, often text alone; their towers have
+rows of their own, and a tower that is refused is refused in the larger model too, when it first runs.
+
 Models that are served also generate the same words and train to the same losses as with eager attention: static, sliding and
 chunked caches, left padding, packed rows, speculative decoding, `torch.compile`, the `Trainer` with gradient checkpointing,
 PEFT and pipelines are in `tests/test_transformers_world.py`.

@@ -168,7 +168,7 @@ def test_composed_operators_use_the_row_operator_of_the_named_backend(register, 
     query = torch.randn(1, 2, 5, 4, requires_grad=True)
     with diffmax.use_backend("acme"):
         weights = diffmax.DiffmaxBisectModule(0.85, alpha_map=diffmax.HillMap(0.3))(query @ query.mT)
-        output, _ = attention_function()(torch.nn.Module(), query, query, query, None, output_attentions=True)
+        output, _ = attention_function()(torch.nn.Module(), query, query, query, None, is_causal=True, output_attentions=True)
     assert calls == ["forward", "forward"]
     (weights.square().sum() + output.square().sum()).backward()
     assert calls == ["forward", "forward", "backward", "backward"]

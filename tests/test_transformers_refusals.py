@@ -82,6 +82,9 @@ class Softmax(Asking):
             "einsum": lambda: torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v),
             "bmm": lambda: torch.bmm(scores.flatten(0, 1).softmax(-1), v.flatten(0, 1)).view_as(v),
             "half": lambda: scores.float().softmax(-1).to(v.dtype).transpose(-1, -2).mT @ v,
+            "log": lambda: scores.log_softmax(-1).exp() @ v,
+            "tensordot": lambda: torch.tensordot(scores.softmax(-1), v[0, 0], 1).expand_as(v),
+            "linear": lambda: nn.functional.linear(scores.softmax(-1), v[0, 0].T).expand_as(v),
             "sdpa": lambda: nn.functional.scaled_dot_product_attention(q, k, v),
         }
         if self.how == "torch's module":
@@ -110,7 +113,20 @@ def model_of(*layers, name="diffmax"):
     return Model(LlamaConfig(**SIZES, attn_implementation=name), layers)
 
 
-HOWS = ["softmax", "method", "functional", "module", "einsum", "bmm", "half", "sdpa", "torch's module"]
+HOWS = [
+    "softmax",
+    "method",
+    "functional",
+    "module",
+    "einsum",
+    "bmm",
+    "half",
+    "log",
+    "tensordot",
+    "linear",
+    "sdpa",
+    "torch's module",
+]
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -141,6 +157,34 @@ class Routed(Asking):
         experts = (x @ torch.ones(16, 3)).softmax(-1)
         gate = experts.max(-1, keepdim=True).values
         return super().forward(x, mask, **kwargs) * gate + 0 * (x.flatten(0, 1).softmax(-1) @ torch.ones(16, 16)).view_as(x)
+
+
+class SampledAttention(Asking):
+    """Weights of softmax without a product: by entries, and row by row."""
+
+    def forward(self, x, mask=None, **kwargs):
+        if self.training:
+            return (x.mean(-1, keepdim=True).softmax(1) * x).sum(1, keepdim=True).expand_as(x)
+        return torch.stack([(one @ one.T).softmax(-1) @ one for one in x])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_softmax_in_a_class_named_after_attention_is_found_whatever_becomes_of_it(training):
+    with pytest.raises(ValueError, match="also computes softmax itself, in SampledAttention"):
+        model_of(Asking, SampledAttention).train(training)(IDS)
+
+
+def test_an_interrupted_first_forward_pass_does_not_hide_the_next_model():
+    class Interrupted(Asking):
+        def forward(self, x, mask=None, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model_of(Interrupted)(IDS)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="without a call"):
+            model_of(lambda config: Softmax(config, "softmax"))(IDS)
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_softmax_that_is_no_attention_is_let_be():
@@ -327,6 +371,44 @@ def test_an_unbuilt_mask_is_the_mask_in_every_operation(make, length):
             got = operation(mask)
             assert type(got) is torch.Tensor
             assert torch.equal(got, operation(expected))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m[..., 2:, 1].fill_(False),
+        lambda m: m.__setitem__((..., slice(2, None), 1), False),
+        lambda m: m.logical_and_(torch.arange(5) != 1),
+        lambda m: m.masked_fill_(torch.eye(5, dtype=torch.bool), False),
+        lambda m: torch.logical_not(m, out=m),
+        lambda m: m.copy_(torch.ones_like(m)),
+        lambda m: m.share_memory_().zero_(),
+    ],
+)
+def test_a_mask_that_is_changed_in_place_stays_changed(edit):
+    def make():
+        return create_causal_mask(CONFIG_LONG, inputs_embeds=torch.randn(1, 5, 16), attention_mask=None, past_key_values=None)
+
+    mask, expected = make(), make().clone()
+    edit(mask), edit(expected)
+    written, is_causal = read(nn.Module(), mask, None, 5, 5)
+    assert not is_causal
+    assert torch.equal(written, expected)
+    assert mask.data_ptr() == written.data_ptr() != 0
+    register("diffmax-one", alpha=torch.ones(()))
+    torch.manual_seed(0)
+    model = model_of(Asking, name="diffmax-one")
+    torch.testing.assert_close(model(IDS, mask)[0], model(IDS, expected)[0])
+
+
+def test_layers_compiled_whole_one_by_one():
+    register("diffmax-one", alpha=torch.ones(()))
+    model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="diffmax-one").eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(model(IDS).logits, expected)
 
 
 def test_an_unbuilt_mask_holds_no_memory_and_is_read_in_a_word():

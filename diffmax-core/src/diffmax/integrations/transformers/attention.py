@@ -210,8 +210,12 @@ def _collected() -> dict[str, Any] | None:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:  # before 5.2
         return None
-    collected: dict[str, Any] | None = _active_collector.get()
-    return collected
+    collector: Any = _active_collector
+    if torch.compiler.is_compiling():  # no graph reads a context variable; a whole model that is compiled sets this one
+        known: dict[str, Any] | None = collector.global_var if collector.compiling else None
+        return known
+    known = collector.get()
+    return known
 
 
 def _window(sliding_window: int | None, mask: Tensor | None, keys: int, is_causal: bool) -> tuple[int, int] | None:

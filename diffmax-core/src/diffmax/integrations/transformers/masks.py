@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 
 class UnbuiltMask(Tensor):
-    """A boolean mask (B, 1, L, S) that says "causal" or "everything" in a word; any operation on it works on the written mask.
+    """A boolean mask (B, 1, L, S) that says "causal" or "everything" in a word, until an operation needs it written.
 
     transformers' SDPA gets None for both, and a flag of the layer then says which was meant. Where a layer's flag is missing or
     wrong, a decoder sees the future. This mask says itself what it means, however the model hands it on, and costs no memory.
@@ -20,30 +20,48 @@ class UnbuiltMask(Tensor):
 
     is_causal: bool
     build: Callable[[], Tensor]
+    written: Tensor | None  # since the first operation, which may have changed it
+
+    def write(self) -> Tensor:
+        """The mask as an ordinary tensor, always the same one."""
+        if self.written is None:
+            self.written = self.build()
+        return self.written
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if self.written is not None:
+            return repr(self.written)
         return f"UnbuiltMask({'causal' if self.is_causal else 'everything'}, {tuple(self.shape)})"
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.build()
+        return self.write().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.build().__reduce_ex__(protocol)
+        return self.write().__reduce_ex__(protocol)
 
     def numpy(self, *, force: bool = False) -> Any:
         """The written mask as an array."""
-        return self.build().numpy(force=force)
+        return self.write().numpy(force=force)
 
     def tolist(self) -> Any:
         """The written mask as lists."""
-        return self.build().tolist()
+        return self.write().tolist()
+
+    def data_ptr(self) -> int:
+        """Where the written mask lies."""
+        return self.write().data_ptr()
+
+    def share_memory_(self) -> Tensor:
+        """The written mask, in shared memory."""
+        shared: Tensor = self.write().share_memory_()
+        return shared
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Any operation reads the written mask."""
-        args, kwargs = tree_map_only(UnbuiltMask, lambda mask: mask.build(), (args, kwargs or {}))
+        """Any operation reads, or changes, the written mask."""
+        args, kwargs = tree_map_only(UnbuiltMask, UnbuiltMask.write, (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
@@ -51,8 +69,7 @@ def unbuilt(is_causal: bool, shape: tuple[int, ...], device: Any, build: Callabl
     """A mask that `build` writes when it is needed."""
     make: Any = Tensor._make_wrapper_subclass
     mask: UnbuiltMask = make(UnbuiltMask, shape, dtype=torch.bool, device=device)
-    mask.is_causal = is_causal
-    mask.build = build
+    mask.is_causal, mask.build, mask.written = is_causal, build, None
     return mask
 
 
@@ -94,9 +111,9 @@ def _written(sdpa_mask: Callable[..., Tensor | None], kwargs: dict[str, Any]) ->
 def read(module: nn.Module, mask: Tensor | None, is_causal: bool | None, queries: int, keys: int) -> tuple[Tensor | None, bool]:
     """What a call's mask, argument and layer say together: a mask or None, and whether the call is causal."""
     if isinstance(mask, UnbuiltMask):
-        if not mask.is_causal or mask.shape[2:] == (queries, keys):
+        if mask.written is None and (not mask.is_causal or mask.shape[2:] == (queries, keys)):
             return None, mask.is_causal
-        mask = mask.build()
+        mask = mask.write()
     if mask is not None:
         return mask, False  # it says it all
     if is_causal is None:

@@ -3,7 +3,8 @@
 transformers takes any registered name for any model. A class that computes attention by itself then keeps softmax, or worse:
 the mask function of the name is asked, and what it returns is read as something else. Two checks find them. The source of a
 class says whether it reads ALL_ATTENTION_FUNCTIONS at all. And during the first forward pass every softmax whose result is
-multiplied with something, and every call of torch's own attention, is traced back to its module.
+multiplied with something, or that a class named after attention computes, and every call of torch's own attention, is traced
+back to its module.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _current = threading.local()
 
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|AttentionInterface")
 _CLASS_TABLE = re.compile(r"\w*ATTENTION\w*\[[^\]]*_attn_implementation\b")
+_ATTENTION_NAME = re.compile(r"Attention|Attn")
 _ATTENTION_CLASS = re.compile(r"^class \w*(?:Attention|Attn)\w*\(", re.MULTILINE)
 _FUSED = (
     "_native_multi_head_attention",
@@ -50,7 +52,8 @@ _FUSED = (
     "multi_head_attention_forward",
     "scaled_dot_product_attention",
 )
-_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__")
+_SOFTMAX = ("softmax", "_softmax", "log_softmax", "softmin")
+_PRODUCTS = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "linear", "tensordot", "__matmul__", "__rmatmul__")
 
 
 def watch(name: str, label: str | None = None, partial: bool = False) -> None:
@@ -184,8 +187,11 @@ class _Softmaxes(TorchFunctionMode):
         result = function(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result
-        if name in ("softmax", "_softmax"):
-            self._follow(result, _owner() if result.dim() >= 3 else None)
+        if name in _SOFTMAX and result.dim() >= 2:
+            owner = _owner()
+            if owner is not None and _ATTENTION_NAME.search(owner):
+                self._found(owner)  # whatever it does with its weights
+            self._follow(result, owner if result.dim() >= 3 else None)
         for given in _tensors(args) if self.weights else ():
             owner = self._owner_of(given)
             if name in _PRODUCTS:
@@ -247,6 +253,9 @@ def _begin(model: Any, _: Any) -> None:
     if is_traced():
         return
     run = getattr(_current, "run", None)
+    if run is not None and not _is_running(run.model):  # it was interrupted, which no hook is told of
+        _stop(run)
+        run = None
     if run is not None:
         run.inside.append(model)
     elif model not in _checked and model.config._attn_implementation in _names:
@@ -258,8 +267,7 @@ def _end(model: Any, _: Any, output: Any) -> None:
     run = None if is_traced() else getattr(_current, "run", None)
     if run is None or run.model is not model:
         return
-    _current.run = None
-    run.mode.__exit__(None, None, None)
+    _stop(run)
     if output is None:  # the forward pass failed: the next one is the first
         return
     name = model.config._attn_implementation
@@ -281,6 +289,18 @@ def _end(model: Any, _: Any, output: Any) -> None:
         _checked.add(seen)
         for hook in _watched.pop(seen, []):
             hook.remove()
+
+
+def _stop(run: _Run) -> None:
+    _current.run = None
+    run.mode.__exit__(None, None, None)
+
+
+def _is_running(model: nn.Module) -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_locals.get("self") is not model:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_a_part(model: nn.Module) -> bool:
