@@ -358,6 +358,9 @@ def _refusal(message):
     kept = re.search(r"also computes softmax itself, in ([\w, ]+)", message)
     if kept:
         return f"refused at the first forward pass: softmax stays in {kept[1]} (`partial=True` allows it)"
+    alone = re.search(r"it computed softmax in ([\w, ]+):", second)
+    if alone:
+        return f"refused at the first forward pass: it computes softmax alone, in {alone[1]}"
     argument = re.match(r"diffmax attention: (\w+) is not implemented", first)
     if argument:
         return f"refused: its layers hand over `{argument[1]}`, which changes the weights"

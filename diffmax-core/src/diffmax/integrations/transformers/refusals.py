@@ -53,6 +53,7 @@ _FUSED = (
     "scaled_dot_product_attention",
 )
 _SOFTMAX = ("softmax", "_softmax", "log_softmax", "softmin")
+_SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)  # named for whom they work
 _PRODUCTS = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "linear", "tensordot", "__matmul__", "__rmatmul__")
 
 
@@ -194,7 +195,7 @@ class _Softmaxes(TorchFunctionMode):
             self._follow(result, owner if result.dim() >= 3 else None)
         for given in _tensors(args) if self.weights else ():
             owner = self._owner_of(given)
-            if name in _PRODUCTS:
+            if name in _PRODUCTS and not (name == "linear" and isinstance(args[1], nn.Parameter)):  # a layer reads it
                 self._found(owner)
             elif result.numel() == given.numel() and result.is_floating_point():
                 self._follow(result, owner)
@@ -233,9 +234,9 @@ def _owner() -> str | None:
             return None  # ours, asked for
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and frame.f_code.co_name != "_call_impl":
-            owner = module if owner is None else owner
+            owner = module if owner is None and not isinstance(module, _SOFTMAX_MODULES) else owner
             config = getattr(module, "config", None)
-            if isinstance(module, PreTrainedModel) or hasattr(config, "_attn_implementation"):
+            if owner is not None and (isinstance(module, PreTrainedModel) or hasattr(config, "_attn_implementation")):
                 return type(owner).__name__ if getattr(config, "_attn_implementation", None) in _names else None
         frame = frame.f_back
     return None
