@@ -272,3 +272,23 @@ def test_the_report_says_where_a_container_may_use_less_than_torch_does(files, q
     said = [line for line in _report.collect().advice if "this container may use" in line]
     assert len(said) == (quota is not None)
     assert all(f"may use {quota:g} CPUs and torch uses 8 threads" in line and "set OMP_NUM_THREADS=" in line for line in said)
+
+
+def test_without_the_global_lock_the_compiled_kernels_are_refused_and_the_plain_ones_serve():
+    """As a free-threaded Python says of itself; none was at hand to run this in."""
+    said = subprocess.run(
+        [sys.executable, "-c", FREE_THREADED], capture_output=True, text=True, timeout=300, check=True
+    ).stdout.splitlines()
+    assert said[0] == "cpu"
+    assert said[1].startswith("this Python runs without the global interpreter lock, where the compiled kernels were never run")
+
+
+FREE_THREADED = """
+import sys, torch
+sys._is_gil_enabled = lambda: False
+import diffmax
+assert diffmax.diffmax_bisect(torch.randn(4, 8)).sum() > 3.99
+rows = [row for row in diffmax.backends() if row.device == "cpu" and row.operator == "bisect"]
+print(next(row.backend for row in rows if row.status == "active"))
+print(next(row.reason for row in rows if row.backend == "numba"))
+"""

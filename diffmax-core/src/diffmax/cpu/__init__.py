@@ -1,6 +1,7 @@
 """CPU kernels, and whether the compiled ones can run here."""
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from diffmax.plugin import CallSpec
 
 
 def numba_missing() -> str | None:
-    """Why Numba cannot be used in this process, or None. It is imported to find out: a NumPy too new for it shows only then."""
+    """Why Numba cannot be used in this process, or None. It is imported to find out: a NumPy too new for it shows only then.
+
+    Importing a module that needs the global lock turns it on again in a free-threaded Python, so that is asked first.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return "this Python runs without the global interpreter lock, where the compiled kernels were never run"
     try:
         import numba  # noqa: F401
     except Exception as error:  # noqa: BLE001  (whatever a broken installation raises, the plain kernels are there)
