@@ -340,9 +340,7 @@ def flash_attn_with_kvcache(
     """`diffmax.attention_with_kvcache`, in flash-attn's order.
 
     Args:
-        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
-            softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits, return_softmax_lse,
-            alpha, backend: As for `diffmax.attention_with_kvcache`.
+        q, k_cache, v_cache, k, v: As for `diffmax.attention_with_kvcache`, and so are all that follow, by the same names.
     Returns:
         (B, L, H, D_v), contiguous; and tau (B, H, L), if asked for.
     Example:
