@@ -284,12 +284,12 @@ X, TARGET = randn(3, 5) * 2, torch.tensor([0, 1, 4])
 
 def as_entmax(name, *arguments, **options):
     """The installed entmax's function, and ours."""
-    theirs = pytest.importorskip("entmax", reason="entmax is not installed")
+    theirs = pytest.importorskip("entmax", reason="needs entmax: pip install entmax==1.3")
     close(getattr(entmax, name)(*arguments, **options), getattr(theirs, name)(*arguments, **options), atol=1e-6, rtol=1e-6)
 
 
 def check_entmax_losses(**options):
-    theirs = pytest.importorskip("entmax", reason="entmax is not installed")
+    theirs = pytest.importorskip("entmax", reason="needs entmax: pip install entmax==1.3")
     for name in ("SparsemaxLoss", "Entmax15Loss", "EntmaxBisectLoss"):
         ours, other = (getattr(library, name)(**options) for library in (entmax, theirs))
         close(ours(X, TARGET), other(X, TARGET), atol=1e-6, rtol=1e-6)

@@ -129,7 +129,7 @@ def test_an_alpha_that_was_never_a_number_cannot_be_reset():
 
 def test_a_model_of_transformers_starts_from_a_checkpoint_of_softmax(tmp_path):
     """Without `_init_weights` the alphas of such a model are what is in memory."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
 
     class Config(transformers.PretrainedConfig):
         model_type = "diffmax-test"

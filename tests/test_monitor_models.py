@@ -282,7 +282,7 @@ def test_compiled_models_are_refused_and_compiled_code_is_said_not_to_be_watched
 
 
 def test_watches_a_model_of_transformers():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
     from diffmax.integrations.transformers import register
 
     register("diffmax-watched", 0.5)

@@ -124,7 +124,7 @@ GIVEN = {
 @pytest.mark.parametrize("kind", ["expanded", "shared", "part of another", "every other"])
 def test_an_alpha_in_shared_memory_goes_through_state_dicts_and_safetensors(make, kind, tmp_path):
     """Into an expanded buffer no state dict could be loaded, and safetensors refused to save tensors that overlap."""
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors: pip install safetensors")
     base = torch.linspace(0.5, 0.8, 2 * H)
     alpha = {
         "expanded": torch.tensor(0.6).expand(H),

@@ -226,7 +226,7 @@ def test_optimizers_and_schedulers_take_the_groups():
 
 
 def test_finds_the_alpha_of_a_models_registered_attention():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
     from diffmax.integrations.transformers import register
 
     alpha, scale = torch.full((2,), 0.8, requires_grad=True), OfTokens()

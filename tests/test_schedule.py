@@ -150,7 +150,7 @@ def test_a_compiled_model_is_not_compiled_again_at_each_step():
 
 @pytest.fixture
 def bert():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
     config = transformers.BertConfig(
         hidden_size=8,
         intermediate_size=8,
@@ -214,7 +214,7 @@ def test_an_adapted_model_goes_from_softmax_to_its_heads(bert):
 
 
 def test_the_trainers_callbacks_move_it():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
     from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 
     from diffmax.integrations.transformers import alpha_callback

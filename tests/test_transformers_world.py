@@ -207,7 +207,7 @@ def test_the_trainer_with_and_without_gradient_checkpointing(tmp_path, reentrant
 
 
 def test_peft_wraps_trains_merges_and_loads(tmp_path):
-    peft = pytest.importorskip("peft", reason="needs peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     register("diffmax", alpha=0.6)
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
     wrapped = peft.get_peft_model(model_of("llama", "diffmax"), peft.LoraConfig(**settings))
