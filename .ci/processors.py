@@ -53,7 +53,7 @@ JOBS = {
     "attention and decoding": ("tests/test_attention_conformance.py", "tests/test_kvcache_conformance.py", "-k", OTHERS),
 }
 PROBE = "import torch; print(torch.backends.cpu.get_cpu_capability())"
-CODE = "from diffmax.cpu import numba_converts_float16 as f; print(f())"
+CODE = "from diffmax.kernels.numba.probe import numba_converts_float16 as f; print(f())"
 
 
 def main() -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from diffmax import _builtin, plugin
-from diffmax._dispatch import import_function
+from diffmax import plugin
+from diffmax.machine import builtin
+from diffmax.machine.dispatch import import_function
 from diffmax.plugin import FEATURES, Backend, CallSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ OPERATORS = ("attention", "attention_backward")
 
 def backends() -> list[Backend]:
     """Those of this repository that provide attention, core's first."""
-    found = list(_builtin.plugin.diffmax_backends())
+    found = list(builtin.plugin.diffmax_backends())
     for folder in sorted(ROOT.glob("diffmax-*/src/diffmax_*")):
         sys.path.insert(0, str(folder.parent))
         try:

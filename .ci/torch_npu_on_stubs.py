@@ -116,7 +116,7 @@ def check() -> int:
     from torch._subclasses import FakeTensorMode
 
     from diffmax import attention, diffmax_bisect, explain, register_backend
-    from diffmax._dispatch import registry
+    from diffmax.machine.dispatch import registry
     from diffmax_npu._plugin import plugin
 
     torch_npu.npu._lazy_init = lambda: None

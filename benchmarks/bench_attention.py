@@ -4,7 +4,7 @@ One head on one thread, in processor time, forward alone and forward with backwa
 what an untrained model has, where nothing is sparse; "sharp" is randn, three times as wide on both sides, where rows are
 sparse but tiles are not; "local" has queries that look at keys near their own place, where most tiles are empty. The measured
 share of empty tiles is in every row. Before the clock the output and gradients of each contestant are compared with
-`diffmax.reference_attention` in float64 (torch's own: with itself in float64). Who fails gets no number.
+`diffmax.reference.attention` in float64 (torch's own: with itself in float64). Who fails gets no number.
 """
 
 from __future__ import annotations

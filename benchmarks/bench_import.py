@@ -27,7 +27,7 @@ import diffmax
 from benchmarks.environment import environment, result_path
 from benchmarks.report import targets_block
 from benchmarks.timing import CLOCKS, summarize
-from diffmax._dispatch import kernel
+from diffmax.machine.dispatch import kernel
 
 # torch's import leaves the garbage collector about to look through all of torch's objects: 80 ms in whatever is imported next.
 IMPORT = """

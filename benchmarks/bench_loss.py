@@ -33,7 +33,7 @@ CLASSES = (32768, 131072)
 ALPHAS = (0.5, 0.85)
 SIGMAS = (1.0, 5.0)
 DTYPES = ("float32", "bfloat16")
-SMALL, LARGE = 8, 64  # rows; a small batch is one block of `diffmax._loss_rows`, a large one is several
+SMALL, LARGE = 8, 64  # rows; a small batch is one block of `diffmax.operators.loss.terms`, a large one is several
 SAMPLE_ROWS = 4
 OWN_ULP, RIVAL_ULP = 16, 256
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -174,11 +175,8 @@ def kernels() -> list[Any]:
     """Every kernel that is launched."""
     from triton.runtime.jit import JITFunction
 
-    from diffmax.kernels.triton import (  # noqa: F401
-        attention_launch,
-        kvcache_launch,
-        launch,
-    )
+    for operator in ("attention.launch_forward", "decoding.launch", "rows.launch"):
+        importlib.import_module(f"diffmax.kernels.triton.{operator}")
 
     modules = [module for name, module in sys.modules.items() if name.startswith("diffmax.kernels.triton.")]
     found = {name: item for module in modules for name, item in vars(module).items() if isinstance(item, JITFunction)}
@@ -206,7 +204,7 @@ def own_table(target: str) -> Any:
 
 
 def call_rows(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.launch import RowOperator
+    from diffmax.kernels.triton.rows.launch import RowOperator
 
     target, dtype = of["target"], getattr(torch, of["dtype"])
     operator = RowOperator(lambda device: table(target), lambda device: 132, ptx=target.startswith("sm"))
@@ -220,7 +218,7 @@ def call_rows(of: Mapping[str, str]) -> None:
 
 
 def call_attention(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.attention_launch import AttentionOperator, example_calls
+    from diffmax.kernels.triton.attention.launch_forward import AttentionOperator, example_calls
     from diffmax.plugin import TILE
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
@@ -237,7 +235,7 @@ def call_attention(of: Mapping[str, str]) -> None:
 
 
 def call_decoding(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.kvcache_launch import Decoder
+    from diffmax.kernels.triton.decoding.launch import Decoder
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
     decoder = Decoder(lambda device: 132, ptx=target.startswith("sm"), table=lambda device: own_table(target))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.count_evaluations
 
-It repeats the solver of diffmax/kernels/triton/numerics.py in plain PyTorch, to count what a kernel does not report.
+It repeats the solver of diffmax/kernels/triton/common/numerics.py in plain PyTorch, to count what a kernel does not report.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ ENTRIES_PER_THREAD = 32
 def main() -> None:
     import triton
 
-    from diffmax.kernels.triton.launch import RowOperator
-    from diffmax.kernels.triton.rows_bwd import bisect_bwd_rows_kernel
-    from diffmax.kernels.triton.rows_fwd import bisect_rows_kernel
+    from diffmax.kernels.triton.rows.backward import bisect_bwd_rows_kernel
+    from diffmax.kernels.triton.rows.forward import bisect_rows_kernel
+    from diffmax.kernels.triton.rows.launch import RowOperator
     from diffmax.testing.ahead_of_time import recording
     from diffmax_cuda import configs
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-PURE_KERNEL = "diffmax.cpu.rows:bisect"
+PURE_KERNEL = "diffmax.kernels.cpu.rows:bisect"
 MAX_TENSORS = 8  # far below one tensor per Newton step, of which there are up to 30
 NOISY = 1.5
 COLUMNS = ("softmax_compiled", "diffmax", "entmax_bisect", "entmax15", "sparsemax")

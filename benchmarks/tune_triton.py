@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--compile", action="store_true", required=True)
     parser.add_argument("--targets", nargs="+", choices=COMPILED, default=list(COMPILED))
     options = parser.parse_args(arguments)
-    from diffmax.kernels.triton.tuning import read_tables, write_tables
+    from diffmax.kernels.triton.common.tuning import read_tables, write_tables
     from diffmax.testing.ahead_of_time import TARGETS
 
     for target in options.targets:
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
 def compiled_table(target: str) -> Any:
     """The table for an architecture that need not be here."""
-    from diffmax.kernels.triton.tuning import predicted_table
+    from diffmax.kernels.triton.common.tuning import predicted_table
     from diffmax.testing.ahead_of_time import TARGETS
 
     lanes, most_warps = TARGETS[target].lanes, 1024 // TARGETS[target].lanes
@@ -76,7 +76,7 @@ def compiled_table(target: str) -> Any:
 
 def candidates(width: int, lanes: int, most_warps: int) -> list[Any]:
     """Tiles for rows of a width, the one with the fewest warps first."""
-    from diffmax.kernels.triton.tuning import Tile
+    from diffmax.kernels.triton.common.tuning import Tile
 
     found = []
     for entries in CANDIDATE_ENTRIES:
@@ -108,9 +108,9 @@ def resources_of(
     target: str, table: Any, kind: str, width: int, tile: Any, dtype: torch.dtype, recording: Any
 ) -> list[dict[str, int]]:
     """Compile the kernels of a tile that use most registers: run-time exponents, alpha as a tensor and its gradient."""
-    from diffmax.kernels.triton.launch import RowOperator
-    from diffmax.kernels.triton.rows_bwd import bisect_bwd_rows_kernel
-    from diffmax.kernels.triton.rows_fwd import bisect_rows_kernel
+    from diffmax.kernels.triton.rows.backward import bisect_bwd_rows_kernel
+    from diffmax.kernels.triton.rows.forward import bisect_rows_kernel
+    from diffmax.kernels.triton.rows.launch import RowOperator
     from diffmax.testing.ahead_of_time import TARGETS
 
     one = replace(table, **{kind: {width: tile}})

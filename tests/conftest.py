@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from diffmax._dispatch import registry
+from diffmax.machine.dispatch import registry
 
 # helpers for processes of their own: to collect the stand-in device is to import it, and to turn this process into its host
 collect_ignore = ["npu_on_standin.py", "overlay.py", "ranks.py", "standin_device.py", "standin_npu.py"]

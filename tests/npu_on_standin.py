@@ -14,11 +14,12 @@ from standin_npu import ALLOWED
 import diffmax
 import diffmax_npu.blocks
 import diffmax_npu.rows
-from diffmax import _selftest, attention, attention_varlen, diffmax_bisect
+from diffmax import attention, attention_varlen, diffmax_bisect
+from diffmax.cli import selftest
 from diffmax.errors import NoBackendError
 from diffmax.plugin import CallSpec
-from diffmax.testing.attention_conformance import AttentionConformance
-from diffmax.testing.conformance import BackendConformance
+from diffmax.testing.attention.conformance import AttentionConformance
+from diffmax.testing.rows.conformance import BackendConformance
 from diffmax_npu import probe
 from diffmax_npu.solver import newton_steps
 
@@ -209,7 +210,7 @@ def test_blocks_cover_every_visible_score_once():
         for block in diffmax_npu.blocks.blocks(query, key, call, False):
             seen[block.batch, block.kv_heads, block.group, block.rows, block.keys] += 1
             assert block.rows.start % 64 == block.keys.start % 64 == 0
-        visible = diffmax.reference_attention.in_window(call, query_shape[2], key_shape[2], torch.device("cpu"))
+        visible = diffmax.reference.attention.in_window(call, query_shape[2], key_shape[2], torch.device("cpu"))
         visible = torch.ones(1, dtype=torch.bool) if visible is None else visible
         assert (seen <= 1).all()
         assert (seen.bool() | ~visible).all()
@@ -238,7 +239,7 @@ def test_newton_s_number_of_steps_is_certified():
 
 def test_the_selftest_passes():
     """What `python -m diffmax selftest --backend npu` runs."""
-    outcomes = list(_selftest.run("npu"))
+    outcomes = list(selftest.run("npu"))
     assert {outcome.dtype for outcome in outcomes} == {"", "float16", "bfloat16", "float32"}
     assert [outcome.operator for outcome in outcomes if outcome.not_run] == ["attention_kvcache"]
     assert not [str(outcome) for outcome in outcomes if outcome.failure]

@@ -12,7 +12,7 @@ import diffmax_npu.attention
 import diffmax_npu.blocks
 import diffmax_npu.rows
 from diffmax import register_backend
-from diffmax._dispatch import registry
+from diffmax.machine.dispatch import registry
 from diffmax_npu._plugin import plugin
 
 LISTING = Path(__file__).with_name("data") / "torch_npu_operators.txt"

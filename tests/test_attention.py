@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import diffmax
 from benchmarks.memory import peak_bytes
-from diffmax import attention, attention_varlen, diffmax_bisect, reference_attention
-from diffmax.cpu import attention_blocks
+from diffmax import attention, attention_varlen, diffmax_bisect
+from diffmax.kernels.cpu import blocks
 from diffmax.plugin import TILE, AttentionCall
+from diffmax.reference import attention as reference_attention
 from diffmax.testing import gates, solve_exactly
 
 BACKENDS = ("reference", "cpu", "numba")
@@ -233,9 +234,9 @@ def test_no_score_matrix_is_held(backend):
 def test_a_window_costs_about_what_it_sees(left):
     query = torch.empty(1, 2, 8192, 4)
     call = AttentionCall(scale=1.0, e=0.5, left=left, right=0)
-    blocks = [block for part in attention_blocks.parts(query, query, call) for block in part.blocks(call)]
-    scores = sum((block.stop - block.start) * (block.last - block.first) for block in blocks)
-    assert scores <= 2 * 8192 * (2 * left + attention_blocks.LEAST_ROWS + TILE)
+    visited = [block for part in blocks.parts(query, query, call) for block in part.blocks(call)]
+    scores = sum((block.stop - block.start) * (block.last - block.first) for block in visited)
+    assert scores <= 2 * 8192 * (2 * left + blocks.LEAST_ROWS + TILE)
 
 
 def test_inference_keeps_nothing_for_a_backward():

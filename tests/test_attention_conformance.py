@@ -5,7 +5,7 @@ import torch
 
 import diffmax
 from diffmax.plugin import Backend
-from diffmax.testing.attention_conformance import AttentionConformance
+from diffmax.testing.attention.conformance import AttentionConformance
 
 
 class TestNumba(AttentionConformance):
@@ -29,7 +29,7 @@ class TestReference(AttentionConformance):
 @pytest.fixture
 def _partial():
     """Right, but less than all: no feature, one dtype, no backward."""
-    kernels = {"attention": "diffmax.cpu.attention:attention"}
+    kernels = {"attention": "diffmax.kernels.cpu.attention:attention"}
     diffmax.register_backend(
         Backend(name="partial", device_types=("cpu",), kernels=kernels, dtypes=(torch.float32,), automatic=False)
     )

@@ -12,7 +12,7 @@ from benchmarks.memory import peak_bytes
 from diffmax import attention, attention_varlen, diffmax_bisect
 from diffmax.nn import RelativePositionBias
 from diffmax.plugin import AttentionCall
-from diffmax.reference_dropout import kept, philox, threshold
+from diffmax.reference.dropout import kept, philox, threshold
 from diffmax.testing import gates
 
 BACKENDS = ("reference", "cpu", "numba")

@@ -9,7 +9,8 @@ from torch.autograd.functional import hessian as eager_hessian
 from torch.autograd.functional import jvp as eager_jvp
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from diffmax import _attention_composed, attention, attention_varlen, attention_with_kvcache
+from diffmax import attention, attention_varlen, attention_with_kvcache
+from diffmax.operators.attention import differentiable
 
 newer_torch = pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="needs torch 2.5: vmap rules of operators")
 
@@ -58,10 +59,10 @@ def test_grad_and_vjp_for_every_argument(arguments, g):
 def test_forwards_in_reverse_mode_and_under_vmap_hold_no_scores(arguments, g):
     """They run the fused kernels. Backwards under torch.func are composed, as torch may differentiate them again."""
     many = randn(4, *arguments[0].shape)
-    with mock.patch.object(_attention_composed, "forward", None):
+    with mock.patch.object(differentiable, "forward", None):
         grad(loss)(*arguments, g)
         vmap(grad(loss), in_dims=(0, *(None,) * 6))(many, *arguments[1:], g)
-        with mock.patch.object(_attention_composed, "backward", None):
+        with mock.patch.object(differentiable, "backward", None):
             vmap(attend, in_dims=(0, *(None,) * 5))(many, *arguments[1:])
 
 

@@ -24,7 +24,7 @@ from benchmarks import (
     runner,
     shapes,
 )
-from diffmax.cpu import rows as cpu_rows
+from diffmax.kernels.cpu import rows as cpu_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = {"contestant", "operation", "n", "rows", "alpha", "sigma", "dtype", "threads", "correct", "reason", "error_ulp", "zeros"}

@@ -9,19 +9,21 @@ import pytest
 import torch
 
 import diffmax
-from diffmax import _bench, _dispatch, _report, _selftest, plugin
+from diffmax import plugin
 from diffmax.__main__ import main
-from diffmax._discovery import Plugin
-from diffmax._dispatch import registry
-from diffmax._env import Settings
+from diffmax.cli import bench, report, selftest
 from diffmax.errors import NoBackendError
+from diffmax.machine import dispatch
+from diffmax.machine.discovery import Plugin
+from diffmax.machine.dispatch import registry
+from diffmax.machine.env import Settings
 from diffmax.plugin import Backend, hookimpl
 
 
 @pytest.fixture
 def settings(monkeypatch):
     def set_to(**fields):
-        monkeypatch.setattr(_dispatch.registry, "settings", Settings(**fields))
+        monkeypatch.setattr(dispatch.registry, "settings", Settings(**fields))
 
     return set_to
 
@@ -31,9 +33,9 @@ def machine(monkeypatch):
     """A machine with these devices and device files, and a torch built for these runtimes."""
 
     def pretend(devices=(), files=(), built_for=()):
-        monkeypatch.setattr(_report, "visible_devices", lambda: tuple(devices))
-        monkeypatch.setattr(_report, "device_file", lambda runtime: _report.DEVICE_FILES[runtime] if runtime in files else None)
-        monkeypatch.setattr(_report, "built_for", lambda runtime: runtime in built_for)
+        monkeypatch.setattr(report, "visible_devices", lambda: tuple(devices))
+        monkeypatch.setattr(report, "device_file", lambda runtime: report.DEVICE_FILES[runtime] if runtime in files else None)
+        monkeypatch.setattr(report, "built_for", lambda runtime: runtime in built_for)
 
     return pretend
 
@@ -122,7 +124,7 @@ def test_shows_the_variables_that_are_set(monkeypatch, capsys):
 def test_shows_where_a_failed_plugin_failed(monkeypatch, capsys):
     error = 'Traceback:\n  File "a.py", line 1\n  File "b.py", line 7, in load\n    x()\nImportError: no libacme.so\n'
     failed = Plugin("acme", "diffmax-acme", "2.0", "failed", "ImportError: no libacme.so", error=error)
-    monkeypatch.setattr(_dispatch.registry, "plugins", [*_dispatch.registry.plugins, failed])
+    monkeypatch.setattr(dispatch.registry, "plugins", [*dispatch.registry.plugins, failed])
     assert main([]) == 0
     output = capsys.readouterr().out
     assert "plugin 'acme' of diffmax-acme 2.0  ImportError: no libacme.so; File \"b.py\", line 7, in load" in output
@@ -135,11 +137,11 @@ def test_shows_what_plugins_report_of_themselves(capsys):
             return {"firmware": "7.1"}
 
     reporting = Reporting()
-    _dispatch.registry.manager.register(reporting, "acme")
+    dispatch.registry.manager.register(reporting, "acme")
     try:
         main([])
     finally:
-        _dispatch.registry.manager.unregister(reporting)
+        dispatch.registry.manager.unregister(reporting)
     assert "acme: firmware  7.1" in capsys.readouterr().out
 
 
@@ -148,11 +150,11 @@ def test_shows_what_plugins_report_of_themselves(capsys):
     [("cuda", "cuda:0", "diffmax-cuda"), ("hip", "cuda:0", "diffmax-rocm"), ("cann", "npu:0", "diffmax-npu")],
 )
 def test_says_which_plugin_a_visible_device_lacks(machine, capsys, monkeypatch, runtime, device, package):
-    machine(devices=[_report.Device(device, runtime, "Big GPU")])
+    machine(devices=[report.Device(device, runtime, "Big GPU")])
     main([])
     assert f"{device} is Big GPU, {package} is not installed: run: pip install {package}" in capsys.readouterr().out
     there = Plugin(package, package, "1.0", "failed", "broken")
-    monkeypatch.setattr(_dispatch.registry, "plugins", [*_dispatch.registry.plugins, there])
+    monkeypatch.setattr(dispatch.registry, "plugins", [*dispatch.registry.plugins, there])
     main([])
     assert "pip install" not in capsys.readouterr().out
 
@@ -167,7 +169,7 @@ def test_says_which_plugin_a_visible_device_lacks(machine, capsys, monkeypatch, 
 )
 def test_says_when_torch_is_built_for_something_else(machine, runtime, cause):
     machine(files=[runtime])
-    advice = _report.collect().advice
+    advice = report.collect().advice
     assert len(advice) == 2
     assert re.search(cause, advice[0])
     assert "pip install diffmax-" in advice[1]
@@ -175,7 +177,7 @@ def test_says_when_torch_is_built_for_something_else(machine, runtime, cause):
 
 def test_suspects_the_driver_where_torch_is_built_for_the_device(machine):
     machine(files=["cuda"], built_for=["cuda"])
-    assert "check the driver" in _report.collect().advice[0]
+    assert "check the driver" in report.collect().advice[0]
 
 
 @pytest.mark.parametrize(("hip", "runtime"), [(None, "cuda"), ("6.4", "hip")])
@@ -184,9 +186,9 @@ def test_sees_accelerators_by_name_and_runtime(monkeypatch, hip, runtime):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.version, "hip", hip)
-    cpu, *gpus = _report.visible_devices()
+    cpu, *gpus = report.visible_devices()
     assert cpu.device == "cpu"
-    assert gpus == [_report.Device(f"cuda:{index}", runtime, f"GPU {index}") for index in range(2)]
+    assert gpus == [report.Device(f"cuda:{index}", runtime, f"GPU {index}") for index in range(2)]
 
 
 def test_sees_an_npu_that_torch_npu_added(monkeypatch):
@@ -194,7 +196,7 @@ def test_sees_an_npu_that_torch_npu_added(monkeypatch):
         is_available, device_count, get_device_name = (staticmethod(f) for f in (lambda: True, lambda: 1, lambda _: "910B"))
 
     monkeypatch.setattr(torch, "npu", Npu, raising=False)
-    assert _report.visible_devices()[-1] == _report.Device("npu:0", "cann", "910B")
+    assert report.visible_devices()[-1] == report.Device("npu:0", "cann", "910B")
 
 
 def test_gives_no_advice_where_there_is_no_hardware(machine, capsys):
@@ -293,7 +295,7 @@ def test_explain_says_what_is_wrong_with_its_arguments(capsys):
 def test_selftest_passes_on_cores_own_kernels(capsys):
     assert main(["selftest", "--backend", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 * len(_selftest.CHECKS) + 1
+    assert len(lines) == 4 * len(selftest.CHECKS) + 1
     assert all(line.startswith("ok") for line in lines[:-1])
     assert lines[-1] == f"all passed: {len(lines) - 1} checks, 0 lines not run"
 
@@ -316,24 +318,24 @@ def test_selftest_fails_for_a_named_backend_that_cannot_run(register, capsys):
     register(probe=f"{__name__}:why_not")
     assert main(["selftest", "--backend", "mine"]) == 1
     assert "FAILED  mine cpu: unavailable: there is no such device" in capsys.readouterr().out
-    assert [o.not_run for o in _selftest.run() if o.backend == "mine"] == ["unavailable: there is no such device"]
+    assert [o.not_run for o in selftest.run() if o.backend == "mine"] == ["unavailable: there is no such device"]
 
 
 def test_selftest_does_not_pass_where_nothing_was_run(capsys, monkeypatch):
     """A backend that had attention alone was told "all passed" after six lines "not run"."""
-    monkeypatch.setattr(_selftest, "run", lambda *_: iter([_selftest.Outcome("mine", "cpu", not_run="unavailable")]))
+    monkeypatch.setattr(selftest, "run", lambda *_: iter([selftest.Outcome("mine", "cpu", not_run="unavailable")]))
     assert main(["selftest"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "nothing was run"
 
 
 def test_selftest_covers_every_operator_of_every_backend():
     """Each operator has a check; and each that a backend of the CPU provides is run or left out with a reason."""
-    assert {check.operator for check in _selftest.CHECKS} == set(plugin.OPERATORS)
-    assert all(check.name for check in _selftest.CHECKS)
+    assert {check.operator for check in selftest.CHECKS} == set(plugin.OPERATORS)
+    assert all(check.name for check in selftest.CHECKS)
 
 
 def test_selftest_of_attention_alone_checks_attention(register, capsys):
-    register(kernels={"attention": "diffmax.cpu.attention:attention"}, features=frozenset({"causal", "mask", "gqa"}))
+    register(kernels={"attention": "diffmax.kernels.cpu.attention:attention"}, features=frozenset({"causal", "mask", "gqa"}))
     assert main(["selftest", "--backend", "mine"]) == 0
     output = capsys.readouterr().out
     assert "ok      mine cpu attention float32 Causal, lower right" in output
@@ -360,8 +362,8 @@ def test_selftest_needs_no_test_packages():
 
 
 def test_bench_prints_a_table_of_ratios(capsys, monkeypatch):
-    monkeypatch.setattr(_bench, "LENGTHS", (16, 64))
-    tables = [table.splitlines() for table in _bench.run(elements=1024, seconds=1e-3)]
+    monkeypatch.setattr(bench, "LENGTHS", (16, 64))
+    tables = [table.splitlines() for table in bench.run(elements=1024, seconds=1e-3)]
     assert [len(table) for table in tables] == [5, 5, 3]
     assert all(line.split()[-1].endswith("x") for table in tables for line in table[1:])
     assert [table[0].split()[0].rstrip(",") for table in tables] == ["diffmax_bisect", "attention", "decoding"]
@@ -371,16 +373,16 @@ def test_bench_prints_a_table_of_ratios(capsys, monkeypatch):
 
 def test_bench_says_that_the_machine_is_busy(capsys, monkeypatch):
     """On shared cores it printed ratios of hundreds without a word."""
-    monkeypatch.setattr(_bench, "run", lambda *_: iter(["a table"]))
-    monkeypatch.setattr(_bench, "SHARED", 2.0)
+    monkeypatch.setattr(bench, "run", lambda *_: iter(["a table"]))
+    monkeypatch.setattr(bench, "SHARED", 2.0)
     assert main(["bench"]) == 0
     assert "this machine is busy (a loop had " in capsys.readouterr().out
-    monkeypatch.setattr(_bench, "SHARED", 0.0)
-    monkeypatch.setattr(_bench.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(bench, "SHARED", 0.0)
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert main(["bench"]) == 0
     assert "busy" not in capsys.readouterr().out
-    monkeypatch.setattr(_bench.os, "getloadavg", lambda: (1e3, 0.0, 0.0))
-    assert "the load average is 1000.0" in _bench.busy(by_load=True)
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (1e3, 0.0, 0.0))
+    assert "the load average is 1000.0" in bench.busy(by_load=True)
 
 
 # new-backend

@@ -5,8 +5,8 @@ import torch
 
 import diffmax
 from diffmax.plugin import Backend
-from diffmax.testing import checks
-from diffmax.testing.conformance import DTYPES, BackendConformance
+from diffmax.testing.rows import checks
+from diffmax.testing.rows.conformance import DTYPES, BackendConformance
 
 
 class TestNumba(BackendConformance):
@@ -32,8 +32,8 @@ def test_bad_alphas_give_nan_rows_in_the_reference_too(dtype):
     checks.bad_alphas_on_the_device_give_nan_rows("reference", "cpu", dtype)
 
 
-FORWARD = {"bisect": "diffmax.cpu.rows:bisect"}
-BOTH = FORWARD | {"bisect_backward": "diffmax.cpu.rows:bisect_backward"}
+FORWARD = {"bisect": "diffmax.kernels.cpu.rows:bisect"}
+BOTH = FORWARD | {"bisect_backward": "diffmax.kernels.cpu.rows:bisect_backward"}
 
 
 @pytest.fixture(

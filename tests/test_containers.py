@@ -60,7 +60,7 @@ def test_a_disk_that_is_full_is_no_reason_to_fail(tmp_path):
 
 
 def test_another_error_of_the_compiler_is_not_taken_for_a_missing_folder():
-    from diffmax.cpu.cache import compile_cached
+    from diffmax.kernels.numba.cache import compile_cached
 
     def decorator(**options):
         raise RuntimeError("the compiler failed")
@@ -71,7 +71,10 @@ def test_another_error_of_the_compiler_is_not_taken_for_a_missing_folder():
 
 def test_a_compilation_says_that_it_is_one_after_two_seconds():
     """The first call took eleven seconds, in silence."""
-    done = run(NO_PLACE + CALLS.replace("import warnings", "import diffmax.cpu.cache as c; c.PATIENCE = 0.05\nimport warnings"))
+    done = run(
+        NO_PLACE
+        + CALLS.replace("import warnings", "import diffmax.kernels.numba.cache as c; c.PATIENCE = 0.05\nimport warnings")
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("diffmax compiles its kernels for this processor") == 1
     assert "diffmax.warmup()" in done.stderr

@@ -17,7 +17,7 @@ import torch
 import diffmax
 from benchmarks.device import bundle, cells_timed, lines, place, report, site, stages, tables
 from benchmarks.device.cells import Cell, rehearsed
-from diffmax.kernels.triton.tuning import Case, Tile, read_tables
+from diffmax.kernels.triton.common.tuning import Case, Tile, read_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, ATTENTION = "rows float32 a0.5 s1 8x48", "attention randn 0 a0.5 20 H1 D16 float32"

@@ -248,8 +248,8 @@ def test_a_source_path_on_a_bare_machine_is_imported_without_importlib_metadata_
         "standard.entry_points = lambda **of: () if of.get('group') == 'diffmax.backends' else points(**of)\n"
         "import torch, diffmax\n"
         "assert diffmax.__version__ == '0+unknown'\n"
-        "from diffmax import _report\n"
-        "assert _report.collect().versions['diffmax-core'] == '0+unknown'\n"
+        "from diffmax.cli import report\n"
+        "assert report.collect().versions['diffmax-core'] == '0+unknown'\n"
         "assert diffmax.diffmax_bisect(torch.tensor([3.0, 0.0]), 0.5)[1] < 0.2\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import diffmax
-from diffmax import _dispatch, diffmax_bisect, reference
-from diffmax._dispatch import choose, describe, judge, registry
+from diffmax import diffmax_bisect, reference
 from diffmax.errors import NoBackendError
+from diffmax.machine import dispatch
+from diffmax.machine.dispatch import choose, describe, judge, registry
 from diffmax.plugin import FEATURES, OPERATOR_FEATURES, Backend, Kernel
-from diffmax.testing import attention_checks, kvcache_checks
+from diffmax.testing.attention import checks as attention_checks
+from diffmax.testing.decoding import checks as decoding_checks
 
 ROOT = Path(__file__).parents[1]
 
@@ -452,7 +454,7 @@ def test_a_backend_that_is_removed_while_a_decision_is_made_does_not_stay(regist
 
 def test_a_decision_is_made_once(register, monkeypatch):
     diffmax_bisect(X, 0.5)
-    monkeypatch.setattr(_dispatch, "choose", None)  # a second decision would fail
+    monkeypatch.setattr(dispatch, "choose", None)  # a second decision would fail
     diffmax_bisect(X, 0.5)
 
 
@@ -507,7 +509,7 @@ def test_what_an_operator_can_claim_is_reached_by_its_kit():
     by_name = {"tensor_alpha", "alpha_gradient", "deterministic", "varlen", "attention_stats", "kv_cache"}
     cases = {
         "attention": set().union(*(case.features() for case in attention_checks.CASES.values())),
-        "attention_kvcache": set().union(*(case.features() for case in kvcache_checks.CASES.values())),
+        "attention_kvcache": set().union(*(case.features() for case in decoding_checks.CASES.values())),
     }
     for operator, features in OPERATOR_FEATURES.items():
         reached = by_name | cases.get(operator.removesuffix("_backward"), set())

@@ -11,7 +11,8 @@ from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from diffmax import DiffmaxBisectModule, HillMap, _dtensor, diffmax_bisect
+from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
+from diffmax.operators.rows import sharding
 
 _spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
 ranks = importlib.util.module_from_spec(_spec)
@@ -211,7 +212,7 @@ def test_every_operator_on_whole_rows_has_a_rule():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("diffmax::") and not any(word in name for word in without)
     }
-    assert names == {f"diffmax::{name}" for name in _dtensor._RULES}
+    assert names == {f"diffmax::{name}" for name in sharding._RULES}
 
 
 @pytest.mark.skipif(Version("2.5") <= TORCH, reason="from torch 2.5 on DTensor takes rules from outside")

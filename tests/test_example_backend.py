@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from diffmax._new_backend import write
+from diffmax.cli.new_backend import write
 
 EXAMPLE = Path(__file__).parents[1] / "docs/examples/diffmax-example-backend"
 
@@ -42,7 +42,7 @@ def test_the_example_is_listed_and_computes(run_with_plugin):
     output = run_with_plugin("""
 import json, sys, torch, diffmax
 torch.manual_seed(0)
-from diffmax.testing import checks
+from diffmax.testing.rows import checks
 kernels_loaded = "diffmax_example.kernels" in sys.modules
 records = [(r.distribution, r.version, r.operator, r.status, r.reason) for r in diffmax.backends() if r.backend == "example"]
 for dtype in (torch.float16, torch.float32, torch.float64):

@@ -58,7 +58,7 @@ def reports(tmp_path_factory):
         back = "plug_backward:backward" if name == "backward" else "diffmax.reference:bisect_backward"
         fields = FIELDS.format(name, forward, "x").replace(f"plug_{name}:x", back)
         overlay.add_plugin(folder, name, init=INIT.format(change=WRONG.get(name, "pass")), fields=fields)
-    tests = "from diffmax.testing.conformance import BackendConformance\n"
+    tests = "from diffmax.testing.rows.conformance import BackendConformance\n"
     for name in names:
         expected = {
             "right": "{'test_symmetries[float32]': 'it passes, so this is a lie'}",

@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 
 import diffmax
 from diffmax import attention_with_kvcache, page_bounds
-from diffmax.testing import kvcache_checks as checks
-from diffmax.testing.kvcache_checks import CASES, Case
+from diffmax.testing.decoding import checks
+from diffmax.testing.decoding.checks import CASES, Case
 
 inf = torch.inf
 
@@ -179,7 +179,7 @@ def test_an_append_is_seen_by_autograd_as_a_change():
 def test_what_does_not_fit_on_an_accelerator_is_dropped():
     """Where lengths are not looked at, tokens behind the cache's end are neither written nor seen."""
     from diffmax.plugin import KVCacheCall
-    from diffmax.reference_kvcache import append
+    from diffmax.reference.decoding import append
 
     k_cache, v_cache, k = torch.zeros(2, 10, 1, 4), torch.zeros(2, 10, 1, 4), torch.ones(2, 4, 1, 4)
     append(k_cache, v_cache, KVCacheCall(scale=1.0, e=0.5, cache_seqlens=torch.tensor([8, 12]), k=k, v=k))

@@ -5,8 +5,8 @@ import torch
 
 import diffmax
 from diffmax.plugin import Backend
-from diffmax.testing import kvcache_checks as checks
-from diffmax.testing.kvcache_conformance import KVCacheConformance
+from diffmax.testing.decoding import checks
+from diffmax.testing.decoding.conformance import KVCacheConformance
 
 
 class TestNumba(KVCacheConformance):
@@ -28,7 +28,7 @@ class TestReference(KVCacheConformance):
 @pytest.fixture
 def _partial():
     """Right, but less than all: no feature beyond the operator's own, one dtype."""
-    kernels = {"attention_kvcache": "diffmax.cpu.kvcache:attention_kvcache"}
+    kernels = {"attention_kvcache": "diffmax.kernels.cpu.decoding:attention_kvcache"}
     features = frozenset({"kv_cache"})
     diffmax.register_backend(
         Backend(
@@ -48,9 +48,9 @@ class TestPartial(KVCacheConformance):
 
 def test_the_kit_notices_a_bound_that_is_too_low(monkeypatch):
     """A page that is left out although it matters fails the gate."""
-    from diffmax.cpu import kvcache
+    from diffmax.kernels.cpu import decoding
 
-    right = kvcache._Head._page_bounds
-    monkeypatch.setattr(kvcache._Head, "_page_bounds", lambda self: (right(self)[0] - 40.0, right(self)[1]))
+    right = decoding._Head._page_bounds
+    monkeypatch.setattr(decoding._Head, "_page_bounds", lambda self: (right(self)[0] - 40.0, right(self)[1]))
     with pytest.raises(AssertionError, match="output: error"):
         checks.decoding_passes_the_gate("cpu", "cpu", checks.CASES["dense"], torch.float32)

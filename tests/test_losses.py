@@ -15,7 +15,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn.functional import cross_entropy, one_hot
 
 import diffmax
-from diffmax import DiffmaxLoss, _loss_rows, diffmax_bisect, diffmax_loss
+from diffmax import DiffmaxLoss, diffmax_bisect, diffmax_loss
+from diffmax.operators.loss import terms
 from diffmax.testing import solve_exactly
 
 ALPHAS = [1e-6, 0.05, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 0.999, 0.9999, 1 - 1e-6]
@@ -170,7 +171,7 @@ def test_eq_17_and_19_d_is_the_integral_and_its_series_ends_below_rounding(e):
             by_integral = mpmath.quad(lambda s, k=exact_e: s ** (k - 1) * (1 - s), [r, 1])
             assert abs(by_formula / by_integral - 1) < 1e-20
         for dtype in (torch.float32, torch.float64):
-            series = _loss_rows._near(torch.tensor(q, dtype=dtype), e).item()
+            series = terms._near(torch.tensor(q, dtype=dtype), e).item()
             with mpmath.workdps(50):
                 rounded = 1 - mpmath.mpf(torch.tensor(q, dtype=dtype).item())
                 exact = (1 - rounded**exact_e) / exact_e - (1 - rounded ** (1 + exact_e)) / (1 + exact_e)
@@ -413,7 +414,7 @@ def test_blocks_change_neither_values_nor_gradients(monkeypatch, shape, soft):
     y = torch.rand(shape, dtype=torch.float64).softmax(dim) if soft else torch.randint(shape[dim], rows)
     results = []
     for elements in (1 << 20, 1):  # one block whose weights are kept; one row per block, and weights that are not
-        monkeypatch.setattr(_loss_rows, "CPU_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(terms, "CPU_BLOCK_ELEMENTS", elements)
         loss = diffmax_loss(x, y, a, reduction="sum")
         results.append([loss.detach(), *torch.autograd.grad(loss, (x, a))])
     for one, other in zip(*results, strict=True):
@@ -435,7 +436,7 @@ def peak_beyond_inputs(call):
 
 def test_a_vocabulary_s_loss_needs_its_gradient_and_a_few_blocks(monkeypatch):
     """Cross-entropy needs its log-probabilities and its gradient, two tensors like the scores."""
-    monkeypatch.setattr(_loss_rows, "CPU_BLOCK_ELEMENTS", 1 << 15)
+    monkeypatch.setattr(terms, "CPU_BLOCK_ELEMENTS", 1 << 15)
     x, y = torch.randn(64, 32000, requires_grad=True), torch.randint(32000, (64,))
 
     def step(loss):
@@ -454,13 +455,13 @@ def test_what_is_kept_for_backward_is_the_scores_and_weights_of_one_block_only()
 
     y = torch.randint(40, (8,))
     assert sum(kept(torch.randn(8, 40, requires_grad=True), y).values()) >= 8 * 40 * 4
-    wide = torch.randn(2, _loss_rows.CPU_BLOCK_ELEMENTS, requires_grad=True)
+    wide = torch.randn(2, terms.CPU_BLOCK_ELEMENTS, requires_grad=True)
     assert sum(kept(wide, y[:2]).values()) <= 100
 
 
 def test_backward_can_run_twice_and_leaves_what_it_kept(monkeypatch):
     for elements in (1 << 20, 1):
-        monkeypatch.setattr(_loss_rows, "CPU_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(terms, "CPU_BLOCK_ELEMENTS", elements)
         x, y = torch.randn(5, 7, requires_grad=True), torch.randint(7, (5,))
         loss = diffmax_loss(x, y, 0.5)
         first = torch.autograd.grad(loss, x, retain_graph=True)[0]
@@ -474,7 +475,7 @@ def test_backward_can_run_twice_and_leaves_what_it_kept(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_opcheck(monkeypatch, case, dtype):
     if case == "blocks":
-        monkeypatch.setattr(_loss_rows, "CPU_BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(terms, "CPU_BLOCK_ELEMENTS", 1)
     x = torch.randn(3, 5, 2).to(dtype).requires_grad_(case != "no gradient")
     dim = 2 if case == "other dim" else 1
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -550,10 +551,11 @@ def test_a_forced_backend_is_asked_in_backward_too():
     assert description.status in ("active", "available")
     code = """
 import torch, diffmax
-from diffmax import _loss_rows, _ops
-_loss_rows.CPU_BLOCK_ELEMENTS = 1
-asked, kernel = [], _ops.kernel
-_ops.kernel = lambda name, x, backend, **k: asked.append((name, backend)) or kernel(name, x, backend, **k)
+from diffmax.operators.loss import terms
+from diffmax.operators.rows import operator as rows_operator
+terms.CPU_BLOCK_ELEMENTS = 1
+asked, kernel = [], rows_operator.kernel
+rows_operator.kernel = lambda name, x, backend, **k: asked.append((name, backend)) or kernel(name, x, backend, **k)
 x = torch.randn(2, 4, requires_grad=True)
 diffmax.diffmax_loss(x, torch.tensor([0, 1]), 0.5, backend="reference").backward()
 assert asked == [("bisect", "reference")] * 4, asked

@@ -338,4 +338,4 @@ def test_bad_input(call, error, words):
     with pytest.raises(error, match=re.escape(words)) as raised:
         call()
     assert str(raised.value).startswith("Monitor: ")
-    assert not diffmax._watch.watchers
+    assert not diffmax.operators.common.watch.watchers

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import diffmax
-from diffmax._dispatch import choose, describe
 from diffmax.errors import NoBackendError
+from diffmax.machine.dispatch import choose, describe
 from diffmax.plugin import API_VERSION, OPERATOR_FEATURES, OPERATORS
 from diffmax_npu import probe
 from diffmax_npu._plugin import plugin

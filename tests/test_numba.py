@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
 from diffmax import diffmax_bisect, reference
-from diffmax._dispatch import registry
-from diffmax._plain import is_plain
-from diffmax.cpu import compiled, numba_cannot, numba_converts_float16, numba_missing, numba_rows, simd, threads
+from diffmax.kernels.numba import compiled, simd, threads
+from diffmax.kernels.numba import rows as numba_rows
+from diffmax.kernels.numba.probe import numba_cannot, numba_converts_float16, numba_missing
+from diffmax.machine.dispatch import registry
+from diffmax.operators.rows.fast_path import is_plain
 from diffmax.plugin import CallSpec
 from diffmax.testing import gates
 
@@ -355,8 +357,8 @@ def test_a_thread_without_memory_is_an_error_and_no_silent_result(monkeypatch):
     monkeypatch.setattr(numba_rows, "_kernel", lambda name, dtype: (lambda job: 0, 0))
     monkeypatch.setattr(numba_rows, "_small_plan", lambda *call: (lambda job: 0, 1, 0))
     monkeypatch.setattr(numba_rows, "run_on_threads", lambda *job: None)
-    for rows in (1, 1000):
-        for x in (torch.randn(rows, 400), torch.randn(400, rows).T):
+    for count in (1, 1000):
+        for x in (torch.randn(count, 400), torch.randn(400, count).T):
             with pytest.raises(MemoryError, match="no memory to solve rows of 400 entries"):
                 diffmax_bisect(x, 0.5, backend="numba")
 
@@ -378,7 +380,7 @@ import os, torch, diffmax
 torch.set_num_threads(2)
 x = torch.randn(500, 400)
 expected = diffmax.diffmax_bisect(x, 0.5, backend="numba")
-from diffmax.cpu import threads
+from diffmax.kernels.numba import threads
 assert threads._pool is None or threads.torchs_threads() is None
 child = os.fork()
 if child == 0:
@@ -473,7 +475,7 @@ import torch, diffmax
 x = torch.randn(4, 300).to(torch.{dtype}).requires_grad_()
 a = torch.full((4, 1), 0.7, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, requires_grad=True)
 diffmax.diffmax_bisect(x, a, backend="numba").sum().backward()
-from diffmax.cpu.compiled import compiled
+from diffmax.kernels.numba.compiled import compiled
 for name in ("forward", "backward"):
     print(compiled(name, x.dtype)._library.get_asm_str())
 """
@@ -497,7 +499,7 @@ def test_the_kernels_are_kept_on_disk_and_shared_between_processes(tmp_path):
 import torch, diffmax
 x = torch.randn(20, 30, requires_grad=True)
 diffmax.diffmax_bisect(x, 0.7, backend="numba").square().sum().backward()
-from diffmax.cpu.compiled import compiled
+from diffmax.kernels.numba.compiled import compiled
 print([compiled(name, x.dtype).cache_hits for name in ("forward", "backward")])
 """
     assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "[0, 0]"

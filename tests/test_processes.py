@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from diffmax import DiffmaxBisectModule, DiffmaxLoss, HillMap, _report, attention, diffmax_bisect
+from diffmax import DiffmaxBisectModule, DiffmaxLoss, HillMap, attention, diffmax_bisect
+from diffmax.cli import report
 from diffmax.nn import AlphaSchedule, DiffmaxAttention
 
 # What a process computes: rows of every layout and attention, forward and backward, on both kernels, against the reference.
@@ -266,10 +267,10 @@ def test_the_report_says_where_a_container_may_use_less_than_torch_does(files, q
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_report, "_CGROUP", str(tmp_path))
+    monkeypatch.setattr(report, "_CGROUP", str(tmp_path))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert _report.cpu_quota() == quota
-    said = [line for line in _report.collect().advice if "this container may use" in line]
+    assert report.cpu_quota() == quota
+    said = [line for line in report.collect().advice if "this container may use" in line]
     assert len(said) == (quota is not None)
     assert all(f"may use {quota:g} CPUs and torch uses 8 threads" in line and "set OMP_NUM_THREADS=" in line for line in said)
 

@@ -11,7 +11,7 @@ import torch
 from entmax import entmax_bisect, sparsemax
 
 from diffmax import diffmax_bisect
-from diffmax._numerics import MIN_E, alpha_weight, newton_steps
+from diffmax.operators.common.numerics import MIN_E, alpha_weight, newton_steps
 from diffmax.testing import solve_exactly
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,6 @@ from diffmax import (
     DiffmaxBisectModule,
     DiffmaxLoss,
     HillMap,
-    _portable,
     attention,
     attention_varlen,
     attention_with_kvcache,
@@ -23,6 +22,7 @@ from diffmax import (
 )
 from diffmax.compat import adasplash, entmax
 from diffmax.nn import AffineScale, DiffmaxAttention, Elastic, HeadGate, LengthScale, RelativePositionBias, Sink
+from diffmax.operators.common import portable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
@@ -300,7 +300,7 @@ TOGETHER = ("attention, options", "varlen", "loss", "decode")
 @pytest.fixture
 def few_steps(monkeypatch):
     """Enough for short rows; the newer exporter takes its time for every operator."""
-    monkeypatch.setattr(_portable, "newton_steps", lambda *_: 6)
+    monkeypatch.setattr(portable, "newton_steps", lambda *_: 6)
 
 
 def dynamic(given, others):

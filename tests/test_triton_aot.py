@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from benchmarks.compile_kernels import TARGETS as CHECKED
-from diffmax.kernels.triton import launch, long_bwd, rows_bwd, rows_fwd, split_fwd, stream_fwd
+from diffmax.kernels.triton.rows import backward as rows_bwd
+from diffmax.kernels.triton.rows import forward as rows_fwd
+from diffmax.kernels.triton.rows import launch
+from diffmax.kernels.triton.rows import long_backward as long_bwd
+from diffmax.kernels.triton.rows import split as split_fwd
+from diffmax.kernels.triton.rows import stream as stream_fwd
 from diffmax.testing.ahead_of_time import TARGETS, recording
 from diffmax_cuda import configs as cuda_configs
 from diffmax_rocm import configs as rocm_configs

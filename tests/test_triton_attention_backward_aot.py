@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from diffmax.kernels.triton import attention_bwd_dbias, attention_bwd_dkv, attention_bwd_dq, attention_tiles
-from diffmax.kernels.triton.attention_bwd_launch import attention_backward
-from diffmax.kernels.triton.attention_bwd_tuning import backward_blocks
+from diffmax.kernels.triton.attention import dbias as attention_bwd_dbias
+from diffmax.kernels.triton.attention import dkv as attention_bwd_dkv
+from diffmax.kernels.triton.attention import dq as attention_bwd_dq
+from diffmax.kernels.triton.attention import tiles as attention_tiles
+from diffmax.kernels.triton.attention.launch_backward import attention_backward
+from diffmax.kernels.triton.attention.tuning_backward import backward_blocks
 from diffmax.plugin import TILE, AttentionCall
-from diffmax.reference_attention import WORD
+from diffmax.reference.attention import WORD
 from diffmax.testing.ahead_of_time import TARGETS, recording
 
 KERNELS = (

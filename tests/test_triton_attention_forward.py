@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from diffmax.kernels.triton.attention_fwd_out import attention_out_kernel
-from diffmax.kernels.triton.attention_fwd_solve import attention_solve_kernel
-from diffmax.kernels.triton.attention_launch import AttentionOperator
+from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+from diffmax.kernels.triton.attention.output import attention_out_kernel
+from diffmax.kernels.triton.attention.solve import attention_solve_kernel
 from diffmax.plugin import AttentionCall
 from diffmax.testing.ahead_of_time import TARGETS, recording
 

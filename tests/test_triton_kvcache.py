@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from diffmax.kernels.triton import kvcache_read, kvcache_start, kvcache_values
-from diffmax.kernels.triton.kvcache_launch import Decoder
+from diffmax.kernels.triton.decoding import read as kvcache_read
+from diffmax.kernels.triton.decoding import start as kvcache_start
+from diffmax.kernels.triton.decoding import values as kvcache_values
+from diffmax.kernels.triton.decoding.launch import Decoder
 from diffmax.testing.ahead_of_time import recording
 
 HERE = Path(__file__).parent

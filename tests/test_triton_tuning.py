@@ -8,12 +8,10 @@ import torch
 
 import diffmax_cuda.configs
 from benchmarks.compile_kernels import TARGETS, kernels
-from diffmax.kernels.triton.attention_bwd_tuning import backward_blocks
-from diffmax.kernels.triton.attention_launch import AttentionOperator
-from diffmax.kernels.triton.attention_tuning import forward_settings
-from diffmax.kernels.triton.kvcache_launch import Decoder
-from diffmax.kernels.triton.launch import RowOperator
-from diffmax.kernels.triton.tuning import (
+from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+from diffmax.kernels.triton.attention.tuning_backward import backward_blocks
+from diffmax.kernels.triton.attention.tuning_forward import forward_settings
+from diffmax.kernels.triton.common.tuning import (
     KERNELS,
     Case,
     Decode,
@@ -24,6 +22,8 @@ from diffmax.kernels.triton.tuning import (
     with_settings,
     write_tables,
 )
+from diffmax.kernels.triton.decoding.launch import Decoder
+from diffmax.kernels.triton.rows.launch import RowOperator
 from diffmax.plugin import TILE, AttentionCall, KVCacheCall
 from diffmax.testing.ahead_of_time import recording
 

@@ -16,11 +16,11 @@ import diffmax_cuda.probe
 import diffmax_rocm._plugin
 import diffmax_rocm.configs
 import diffmax_rocm.probe
-from diffmax import _warmup
-from diffmax._dispatch import choose, describe, registry
 from diffmax.errors import NoBackendError
 from diffmax.kernels import requirements
-from diffmax.kernels.triton.tuning import Table, read_tables, write_tables
+from diffmax.kernels.triton.common.tuning import Table, read_tables, write_tables
+from diffmax.machine import warmup as warming
+from diffmax.machine.dispatch import choose, describe, registry
 from diffmax.plugin import OPERATOR_FEATURES
 
 ROOT = Path(__file__).parents[1]
@@ -284,7 +284,7 @@ def test_warmup_calls_the_backend_of_the_device(machine, monkeypatch):
     calls = []
     machine.build("cuda")
     machine.device()
-    monkeypatch.setattr(_warmup, "import_function", lambda target: lambda *arguments: calls.append((target, *arguments)))
+    monkeypatch.setattr(warming, "import_function", lambda target: lambda *arguments: calls.append((target, *arguments)))
     assert diffmax.warmup([64, 4096], (torch.bfloat16,), (0.5, None), device="cuda") == {"cuda": 4}
     assert ("diffmax_cuda.rows:warmup", torch.device("cuda", 0), torch.bfloat16, 64, 0.5, True) in calls
     assert calls[-1][3:] == (4096, None, True)

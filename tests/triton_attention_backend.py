@@ -7,8 +7,8 @@ queries at once; `triton-backward-small` has the smallest pieces, of heads too.
 import torch
 
 import diffmax
-from diffmax.kernels.triton import attention_bwd_launch
-from diffmax.kernels.triton.attention_bwd_tuning import Block, Blocks
+from diffmax.kernels.triton.attention import launch_backward
+from diffmax.kernels.triton.attention.tuning_backward import Block, Blocks
 from diffmax.plugin import FEATURES, Backend
 
 BLOCKS = {
@@ -28,7 +28,7 @@ class Operator:
         return BLOCKS[self.name]
 
     def attention_backward(self, *arguments):
-        return attention_bwd_launch.attention_backward(self, *arguments)
+        return launch_backward.attention_backward(self, *arguments)
 
 
 OPERATORS = {name: Operator(name) for name in BLOCKS}
@@ -43,7 +43,7 @@ def register():
                 name=name,
                 device_types=("cpu",),
                 kernels={
-                    "attention": "diffmax.reference_attention:attention",
+                    "attention": "diffmax.reference.attention:attention",
                     "attention_backward": f"{__name__}:{name.replace('-', '_')}",
                 },
                 dtypes=(torch.float16, torch.bfloat16, torch.float32),

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from diffmax import reference_attention as reference
-from diffmax.kernels.triton import attention_tiles
+from diffmax.kernels.triton.attention import tiles as attention_tiles
 from diffmax.plugin import TILE, AttentionCall
-from diffmax.reference_dropout import threshold
-from diffmax.testing import attention_checks as checks
+from diffmax.reference import attention as reference
+from diffmax.reference.dropout import threshold
+from diffmax.testing.attention import checks
 from diffmax.testing.interpreter import harden, quicken
 
 harden()

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 import diffmax
-from diffmax.kernels.triton.launch import RowOperator
-from diffmax.kernels.triton.tuning import Tile, predicted_table
+from diffmax.kernels.triton.common.tuning import Tile, predicted_table
+from diffmax.kernels.triton.rows.launch import RowOperator
 from diffmax.plugin import FEATURES, Backend
 
 TABLE = predicted_table(lanes=32, most_warps=32)

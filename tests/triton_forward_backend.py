@@ -7,8 +7,8 @@ in two, and one program goes through all blocks.
 import torch
 
 import diffmax
-from diffmax.kernels.triton.attention_launch import AttentionOperator
-from diffmax.kernels.triton.attention_tuning import Settings
+from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+from diffmax.kernels.triton.attention.tuning_forward import Settings
 from diffmax.plugin import FEATURES, Backend
 
 

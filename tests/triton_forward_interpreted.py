@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffmax import reference_attention as reference
-from diffmax.kernels.triton import attention_fwd_out, attention_scores
+from diffmax.kernels.triton.attention import output as attention_fwd_out
+from diffmax.kernels.triton.attention import scores as attention_scores
 from diffmax.plugin import AttentionCall
-from diffmax.testing import attention_checks as checks
+from diffmax.reference import attention as reference
 from diffmax.testing import gates
+from diffmax.testing.attention import checks
 from diffmax.testing.interpreter import harden, quicken
 
 harden()

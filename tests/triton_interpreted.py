@@ -10,9 +10,9 @@ import triton.language as tl
 
 import diffmax
 from diffmax import reference
-from diffmax.kernels.triton import numerics
-from diffmax.testing import checks
+from diffmax.kernels.triton.common import numerics
 from diffmax.testing.interpreter import harden, quicken
+from diffmax.testing.rows import checks
 
 harden()
 quicken()
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import triton_backend
 from triton_backend import OPERATORS
 
-from diffmax.testing.conformance import BackendConformance
+from diffmax.testing.rows.conformance import BackendConformance
 
 triton_backend.register()
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import diffmax
-from diffmax.kernels.triton.kvcache_launch import Decoder
+from diffmax.kernels.triton.decoding.launch import Decoder
 from diffmax.plugin import FEATURES, Backend
-from diffmax.testing import kvcache_checks as checks
+from diffmax.testing.decoding import checks
 from diffmax.testing.interpreter import harden, quicken
 
 harden()

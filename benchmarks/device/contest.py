@@ -130,7 +130,7 @@ def _verdict(results: dict[str, dict[str, Any]], ours: list[str]) -> dict[str, A
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN: what a kernel does not write shows."""
     try:
-        from diffmax.testing.checks import _poisoned_memory
+        from diffmax.testing.rows.checks import _poisoned_memory
     except ImportError:  # under another name: the check goes on without
         yield
         return

@@ -17,7 +17,7 @@ from benchmarks.device.context import Context, WrongError
 
 PREPARED = 4096
 MOST_REPEATED = 1 << 18  # tokens whose keys and values may be laid out for every head
-# one draw has few outputs, and the reference errs by little on some of them (diffmax.testing.kvcache_checks.DRAWS)
+# one draw has few outputs, and the reference errs by little on some of them (diffmax.testing.decoding.checks.DRAWS)
 SLACK = 2
 
 

@@ -13,10 +13,10 @@ import torch
 
 import diffmax
 from benchmarks.device import faults
-from diffmax.kernels.triton.attention_launch import AttentionOperator
-from diffmax.kernels.triton.kvcache_launch import Decoder
-from diffmax.kernels.triton.launch import RowOperator
-from diffmax.kernels.triton.tuning import predicted_table
+from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+from diffmax.kernels.triton.common.tuning import predicted_table
+from diffmax.kernels.triton.decoding.launch import Decoder
+from diffmax.kernels.triton.rows.launch import RowOperator
 from diffmax.plugin import FEATURES, Backend
 from diffmax.testing.interpreter import harden, quicken
 

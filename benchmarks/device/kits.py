@@ -24,9 +24,9 @@ from benchmarks.device.place import here
 place = here({kind!r})
 assert not isinstance(place, str), place
 
-from diffmax.testing.attention_conformance import AttentionConformance
-from diffmax.testing.conformance import BackendConformance
-from diffmax.testing.kvcache_conformance import KVCacheConformance
+from diffmax.testing.attention.conformance import AttentionConformance
+from diffmax.testing.rows.conformance import BackendConformance
+from diffmax.testing.decoding.conformance import KVCacheConformance
 
 
 class TestRows(BackendConformance):

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.device.context import Context
-from diffmax.testing import attention_checks, checks, kvcache_checks
+from diffmax.testing.attention import checks as attention_checks
+from diffmax.testing.decoding import checks as decoding_checks
+from diffmax.testing.rows import checks
 
 SIGMAS = (1.0, 10.0)
 BACKWARD = {"attention": attention_checks.gradients_are_right_on_average}
@@ -51,4 +53,4 @@ def decoding(context: Context, dtype: str, case: str) -> None:
     """One case of the decoding kit."""
     torch.manual_seed(context.seed)
     place = context.place
-    kvcache_checks.decoding_passes_the_gate(place.backend, place.device, kvcache_checks.CASES[case], getattr(torch, dtype))
+    decoding_checks.decoding_passes_the_gate(place.backend, place.device, decoding_checks.CASES[case], getattr(torch, dtype))

@@ -65,7 +65,7 @@ def write(results: Results, files: Mapping[str, Path] = FILES) -> list[Choice]:
 
     import torch
 
-    from diffmax.kernels.triton.tuning import KERNELS, predicted_table, read_tables, write_tables
+    from diffmax.kernels.triton.common.tuning import KERNELS, predicted_table, read_tables, write_tables
 
     backend = results.device.get("backend")
     gains = [choice for choice in choices(results) if choice.ratio < WORTH]

@@ -19,7 +19,7 @@ from benchmarks.device.decode import inputs, judged
 from benchmarks.device.inputs import tensors
 from benchmarks.device.place import VENDORS
 from benchmarks.device.tuning_names import SHIPPED
-from diffmax.kernels.triton.tuning import candidates, with_settings
+from diffmax.kernels.triton.common.tuning import candidates, with_settings
 
 ALPHA = 0.85  # of rows
 ATTENTION_ALPHA = 0.9

@@ -2,23 +2,23 @@
 
 import sys
 
-from diffmax import _discovery, _dispatch, _older_project
 from diffmax import nn as nn
-from diffmax._attention import AttentionStats, attention, attention_varlen
-from diffmax._dispatch import register_backend, unregister_backend, use_backend
-from diffmax._inspect import backends, explain
-from diffmax._kvcache import KVCacheStats, PageBounds, attention_with_kvcache, page_bounds
-from diffmax._warmup import warmup
 from diffmax.errors import BackendError, DiffmaxError, NoBackendError
-from diffmax.functional import diffmax_bisect
-from diffmax.losses import DiffmaxLoss, diffmax_loss
+from diffmax.machine import discovery, dispatch, name_conflict
+from diffmax.machine.dispatch import register_backend, unregister_backend, use_backend
+from diffmax.machine.inspection import backends, explain
+from diffmax.machine.warmup import warmup
 from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
 from diffmax.monitor import diffmax_bisect_monitored
 from diffmax.nn import DiffmaxBisectModule
+from diffmax.operators.attention.api import AttentionStats, attention, attention_varlen
+from diffmax.operators.decoding.api import KVCacheStats, PageBounds, attention_with_kvcache, page_bounds
+from diffmax.operators.loss.api import DiffmaxLoss, diffmax_loss
+from diffmax.operators.rows.api import diffmax_bisect
 
-__version__ = _discovery.CORE_VERSION
+__version__ = discovery.CORE_VERSION
 
-_older_project.warn_if_installed()
+name_conflict.warn_if_installed()
 if "torch.utils.flop_counter" in sys.modules:  # it imports triton: whoever wants it has imported it
     from diffmax.integrations import flop_counter  # noqa: F401
 
@@ -51,4 +51,4 @@ __all__ = [
     "warmup",
 ]
 
-_dispatch.registry.discover()  # last: a plugin may import any of the names above
+dispatch.registry.discover()  # last: a plugin may import any of the names above

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmax import _sharded
-from diffmax._checks import OR_FUNCTION, check_scores, one_minus_alpha
-from diffmax.functional import Alpha
+from diffmax.operators.common.checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax.operators.rows import sharded
+from diffmax.operators.rows.api import Alpha
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -66,7 +66,7 @@ def diffmax_bisect_sharded(
     """
     name = "diffmax_bisect_sharded"
     if not torch.compiler.is_compiling():
-        _sharded.refuse_transforms()  # here too, because vmap would call the operator once per sample and never ask
+        sharded.refuse_transforms()  # here too, because vmap would call the operator once per sample and never ask
     dim = check_scores(name, X, dim, n_iter)
     if type(X).__name__ == "DTensor":  # by name, because importing it takes half a second
         raise TypeError(
@@ -82,7 +82,7 @@ def diffmax_bisect_sharded(
 
 
 def _name_of(group: dist.ProcessGroup | DeviceMesh | None) -> str:
-    """The name under which torch's collectives know the group; `_sharded` sees only it, so that graphs can hold it."""
+    """The name under which torch's collectives know the group; `sharded` sees only it, so that graphs can hold it."""
     if not dist.is_initialized():
         raise RuntimeError(
             "diffmax_bisect_sharded: torch.distributed must be initialised, got no process group\n"

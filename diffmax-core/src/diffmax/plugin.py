@@ -67,7 +67,7 @@ OPERATORS = tuple(OPERATOR_FEATURES)
 signatures."""
 
 TILE = 64
-"""Queries and keys of one tile of attention: what a bit of `live` stands for, see `diffmax.reference_attention`."""
+"""Queries and keys of one tile of attention: what a bit of `live` stands for, see `diffmax.reference.attention`."""
 
 hookspec = pluggy.HookspecMarker("diffmax")
 hookimpl = pluggy.HookimplMarker("diffmax")
@@ -127,7 +127,7 @@ class AttentionCall:
         sink: (H,), in the accumulation dtype: one more score for each row, which nothing scales, caps or hides, and whose
             weight goes to no value. m is the largest score, the sink's among them; `live` and `support` count keys alone.
         dropout_p: The share of weights that are dropped once they are solved; the others are divided by 1 - dropout_p. 0: off.
-        seed: int64 (2,), on query's device: which ones, see `diffmax.reference_attention.kept`.
+        seed: int64 (2,), on query's device: which ones, see `diffmax.reference.attention.kept`.
     """
 
     scale: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from diffmax.kernels.triton.tuning import Table, read_tables
+from diffmax.kernels.triton.common.tuning import Table, read_tables
 
 
 @lru_cache

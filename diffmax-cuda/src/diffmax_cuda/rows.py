@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from diffmax.kernels.triton.launch import RowOperator
-from diffmax.kernels.triton.tuning import Table
+from diffmax.kernels.triton.common.tuning import Table
+from diffmax.kernels.triton.rows.launch import RowOperator
 from diffmax_cuda import configs
 
 

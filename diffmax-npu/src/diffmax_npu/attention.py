@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffmax._numerics import alpha_weight, clamp_e, integer_exponent
-from diffmax._packing import Packing, packings
+from diffmax.operators.attention.packing import Packing, packings
+from diffmax.operators.common.numerics import alpha_weight, clamp_e, integer_exponent
 from diffmax.plugin import AttentionCall
-from diffmax.reference_attention import Backward, Forward, live_shape, packed_bits, tiles_with, times
+from diffmax.reference.attention import Backward, Forward, live_shape, packed_bits, tiles_with, times
 from diffmax_npu.blocks import Block, blocks, by_groups
 from diffmax_npu.scores import Scores
 from diffmax_npu.solver import logarithms, powers, solve
@@ -23,7 +23,7 @@ Lengths = tuple[Tensor, Tensor] | None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
-    """Forward kernel; arguments and results as `diffmax.reference_attention.attention`, but for float64."""
+    """Forward kernel; arguments and results as `diffmax.reference.attention.attention`, but for float64."""
     if call.cu_seqlens_q is None:
         return _forward(query, key, value, call, keep, stats, None)
     queries, keys = packings(call)
@@ -54,7 +54,7 @@ def attention_backward(
     needs_bias: bool = False,
     needs_sink: bool = False,
 ) -> Backward:
-    """Backward kernel; arguments and results as `diffmax.reference_attention.attention_backward`."""
+    """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`."""
     wanted = (needs_e, needs_bias, needs_sink)
     if call.cu_seqlens_q is None:
         return _backward(grad, query, key, value, m, delta, u, call, wanted, None)

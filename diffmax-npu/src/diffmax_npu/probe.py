@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from diffmax._metadata import PackageNotFoundError, packages_distributions, version
+from diffmax.machine.metadata import PackageNotFoundError, packages_distributions, version
 from diffmax.plugin import CallSpec
 
 LIBRARY = "libascendcl.so"

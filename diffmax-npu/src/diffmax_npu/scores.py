@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmax.plugin import AttentionCall
-from diffmax.reference_dropout import philox, threshold
+from diffmax.reference.dropout import philox, threshold
 from diffmax_npu.blocks import Block, by_groups
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diffmax import reference
-from diffmax.kernels.triton.launch import RowOperator
-from diffmax.kernels.triton.tuning import Table, Tile
+from diffmax.kernels.triton.common.tuning import Table, Tile
+from diffmax.kernels.triton.rows.launch import RowOperator
 from diffmax_npu.layout import per_row, rows, take, unrows
 
 # Triton-Ascend refuses larger grids.

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from diffmax._attention import attention, attention_varlen
-from diffmax._checks import _shape
-from diffmax._kvcache import attention_with_kvcache
-from diffmax._kvcache_checks import check_cache
+from diffmax.operators.attention.api import attention, attention_varlen
+from diffmax.operators.common.checks import _shape
+from diffmax.operators.decoding.api import attention_with_kvcache
+from diffmax.operators.decoding.checks import check_cache
 
 __all__ = [
     "flash_attn_func",

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from diffmax._attention_ops import unpacked
+from diffmax.operators.attention.operator import unpacked
 
 FORWARD_FLOPS = 3 + 4 * 5 + 1
 BACKWARD_FLOPS = 7

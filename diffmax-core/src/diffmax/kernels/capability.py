@@ -16,8 +16,8 @@ BOTH_WAYS = SCORES | {"mask", "bias", "varlen", "dropout"}
 
 
 def shared_kernels(package: str) -> dict[str, Kernel]:
-    """Operator to kernel, where a vendor's package has the modules `rows`, `attention` and `kvcache`."""
-    rows, attention, decoding = (f"{package}.{module}" for module in ("rows", "attention", "kvcache"))
+    """Operator to kernel, where a vendor's package has the modules `rows`, `attention` and `decoding`."""
+    rows, attention, decoding = (f"{package}.{module}" for module in ("rows", "attention", "decoding"))
     kept = ALPHA | BOTH_WAYS
     return {
         "bisect": Kernel(f"{rows}:bisect", EVERY_FLOAT, ALPHA, warmup=f"{rows}:warmup"),

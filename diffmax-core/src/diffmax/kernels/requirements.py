@@ -6,7 +6,7 @@ import importlib.util
 
 from packaging.version import Version
 
-from diffmax._metadata import packages_distributions, version
+from diffmax.machine.metadata import packages_distributions, version
 
 OLDEST_TRITON = "3.6"
 

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from diffmax import reference_attention as reference
-from diffmax._checks import _shape
-from diffmax.functional import normalize
+from diffmax.operators.common.checks import _shape
+from diffmax.operators.rows.api import normalize
 from diffmax.plugin import AttentionCall
+from diffmax.reference import attention as reference
 
 SWAPPED = "tokens come batch first, unless the module is made with batch_first=False"
 _WHERE = "the projections are apart, in q_proj, k_proj and v_proj"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffmax._capture import captured, is_captured
-from diffmax._numerics import accumulation_dtype
 from diffmax.nn._shapes import check_heads
+from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.numerics import accumulation_dtype
 
 
 class AffineScale(nn.Module):

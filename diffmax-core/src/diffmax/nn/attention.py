@@ -8,16 +8,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from diffmax._attention import attention, checked
-from diffmax._attention_checks import check_mask
-from diffmax._capture import captured, is_captured
-from diffmax._checks import check_tensor, one_minus_alpha
-from diffmax._numerics import accumulation_dtype
 from diffmax.maps import AlphaMap
 from diffmax.nn._checkpoint import AlphaFromSoftmax
 from diffmax.nn._multihead import Apart, merged, with_weights
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
+from diffmax.operators.attention.api import attention, checked
+from diffmax.operators.attention.checks import check_mask
+from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import check_tensor, one_minus_alpha
+from diffmax.operators.common.numerics import accumulation_dtype
 
 _NAME = "DiffmaxAttention"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")

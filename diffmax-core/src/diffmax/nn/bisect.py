@@ -1,4 +1,4 @@
-"""Module faces of the functions in `diffmax.functional`."""
+"""Module faces of the functions in `diffmax.operators.rows.api`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diffmax import _nested as nested
-from diffmax._capture import captured, is_captured
-from diffmax._checks import check_alpha_tensor, check_scores
-from diffmax._numerics import accumulation_dtype
-from diffmax.functional import Alpha, diffmax_bisect, normalize
 from diffmax.maps import AlphaMap
 from diffmax.nn._checkpoint import AlphaFromSoftmax
+from diffmax.operators.common import nested
+from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import check_alpha_tensor, check_scores
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.rows.api import Alpha, diffmax_bisect, normalize
 
 
 class DiffmaxBisectModule(AlphaFromSoftmax):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffmax._capture import captured, is_captured
 from diffmax.nn._shapes import check_heads
+from diffmax.operators.common.capture import captured, is_captured
 
 
 class Elastic(nn.Module):

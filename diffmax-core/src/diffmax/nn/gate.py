@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffmax._capture import captured, is_captured
 from diffmax.nn._shapes import check_heads
+from diffmax.operators.common.capture import captured, is_captured
 
 
 class HeadGate(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffmax._attention_checks import check_window
-from diffmax._capture import captured, is_captured
 from diffmax.nn._shapes import check_heads
+from diffmax.operators.attention.checks import check_window
+from diffmax.operators.common.capture import captured, is_captured
 
 
 def visible_keys(

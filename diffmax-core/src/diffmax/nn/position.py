@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffmax._capture import captured, is_captured
+from diffmax.operators.common.capture import captured, is_captured
 
 
 class RelativePositionBias(nn.Embedding):

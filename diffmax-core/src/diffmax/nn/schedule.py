@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffmax._checks import one_minus_alpha
 from diffmax.nn.attention import DiffmaxAttention
 from diffmax.nn.bisect import DiffmaxBisectModule
+from diffmax.operators.common.checks import one_minus_alpha
 
 _NAME = "AlphaSchedule"
 _SHAPES = ("constant", "linear", "cosine")

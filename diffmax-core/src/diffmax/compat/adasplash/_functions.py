@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax._attention import attention
-from diffmax._attention_checks import check_alibi, check_tensors
-from diffmax._capture import captured, is_captured
-from diffmax._checks import _dtype, _readable, _shape, check_scores
-from diffmax._numerics import accumulation_dtype
-from diffmax.functional import diffmax_bisect, normalize
+from diffmax.operators.attention.api import attention
+from diffmax.operators.attention.checks import check_alibi, check_tensors
+from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import _dtype, _readable, _shape, check_scores
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.rows.api import diffmax_bisect, normalize
 
 
 def adasplash(

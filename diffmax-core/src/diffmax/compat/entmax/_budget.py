@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax._numerics import accumulation_dtype
+from diffmax.operators.common.numerics import accumulation_dtype
 
 
 def budget_rows(X: Tensor, budget: float | Tensor, dim: int, n_iter: int) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax._dispatch import selected
-from diffmax._numerics import accumulation_dtype
+from diffmax.machine.dispatch import selected
+from diffmax.operators.common.numerics import accumulation_dtype
 
 
 def normmax_rows(X: Tensor, order: float | Tensor, dim: int, n_iter: int) -> Tensor:

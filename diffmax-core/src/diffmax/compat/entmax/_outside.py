@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax._numerics import alpha_weight
+from diffmax.operators.common.numerics import alpha_weight
 
 
 def outside(X: Tensor, e: Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:

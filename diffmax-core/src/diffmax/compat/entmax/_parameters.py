@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax._checks import _readable, check_alpha_tensor
-from diffmax._numerics import accumulation_dtype
+from diffmax.operators.common.checks import _readable, check_alpha_tensor
+from diffmax.operators.common.numerics import accumulation_dtype
 
 
 def order_minus_one(name: str, X: Tensor, alpha: float | Tensor, dim: int) -> tuple[float, Tensor | None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from diffmax._capture import captured, is_captured
-from diffmax._checks import check_scores
 from diffmax.compat.entmax._parameters import check_k
-from diffmax.functional import normalize
+from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import check_scores
+from diffmax.operators.rows.api import normalize
 
 __all__ = ["Entmax15", "Sparsemax", "entmax15", "sparsemax"]
 

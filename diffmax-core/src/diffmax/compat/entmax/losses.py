@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax._capture import captured, is_captured
-from diffmax._checks import check_scores
-from diffmax._loss_checks import check_reduction, check_target
-from diffmax._numerics import MIN_E
 from diffmax.compat.entmax._normmax import normmax_losses
 from diffmax.compat.entmax._parameters import check_k, check_values, order_minus_one
 from diffmax.compat.entmax.root_finding import norm_order
-from diffmax.losses import fenchel_young, reduce_losses
 from diffmax.nn._kept import Keeps
+from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import check_scores
+from diffmax.operators.common.numerics import MIN_E
+from diffmax.operators.loss.api import fenchel_young, reduce_losses
+from diffmax.operators.loss.checks import check_reduction, check_target
 
 __all__ = [
     "Entmax15Loss",

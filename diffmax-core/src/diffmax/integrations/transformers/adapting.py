@@ -19,8 +19,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from diffmax._checks import one_minus_alpha
-from diffmax.functional import diffmax_bisect
 from diffmax.integrations.transformers import refusals
 from diffmax.integrations.transformers.attention import (
     _attention_forward,
@@ -30,6 +28,8 @@ from diffmax.integrations.transformers.attention import (
 from diffmax.integrations.transformers.masks import merged_mask, read
 from diffmax.integrations.transformers.unfused import masked
 from diffmax.nn._precision import PreciseBuffers
+from diffmax.operators.common.checks import one_minus_alpha
+from diffmax.operators.rows.api import diffmax_bisect
 
 # Of each attention layer, by its name in the model: the alpha of each head, and what its scores are multiplied by.
 Heads: TypeAlias = "dict[str, dict[str, list[float]]]"

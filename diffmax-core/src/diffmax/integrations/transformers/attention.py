@@ -10,13 +10,13 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from diffmax._attention import attention, attention_varlen
-from diffmax._checks import one_minus_alpha
-from diffmax._kvcache import attention_with_kvcache
-from diffmax._metadata import PackageNotFoundError, version
 from diffmax.integrations.transformers import refusals
 from diffmax.integrations.transformers.masks import mask_of, merged_mask, read
 from diffmax.integrations.transformers.unfused import attend_with_weights
+from diffmax.machine.metadata import PackageNotFoundError, version
+from diffmax.operators.attention.api import attention, attention_varlen
+from diffmax.operators.common.checks import one_minus_alpha
+from diffmax.operators.decoding.api import attention_with_kvcache
 
 ModelAlpha: TypeAlias = "float | Tensor | Callable[[nn.Module], float | Tensor]"
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffmax.functional import diffmax_bisect
+from diffmax.operators.rows.api import diffmax_bisect
 
 
 def attend_with_weights(

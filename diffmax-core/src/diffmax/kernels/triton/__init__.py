@@ -1,5 +1,5 @@
-"""The row operator in Triton, for every vendor whose compiler takes it: `RowOperator` launches it.
+"""Kernels in Triton, for every vendor whose compiler takes them: one folder for each operator, and what they share in `common`.
 
-`numerics` is the arithmetic, `rows_*` hold a row in registers, `long_*` stream it in tiles. Only `launch` imports torch, and
-nothing here knows a vendor: what differs (tuning tables, the hardware's logarithm) is handed to `RowOperator`.
+Only the `launch` modules import torch, and nothing here knows a vendor: what differs (tuning tables, the hardware's logarithm)
+is handed to `RowOperator`, `AttentionOperator` and `Decoder`.
 """

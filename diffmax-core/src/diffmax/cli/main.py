@@ -1,0 +1,153 @@
+"""`python -m diffmax`: what is installed and what runs where. Subcommands: explain, selftest, bench, new-backend."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from diffmax.cli import bench, new_backend, report, selftest
+from diffmax.errors import DiffmaxError
+from diffmax.machine.inspection import OPERATOR_OF, explain_call
+from diffmax.operators.common.numerics import FLOAT_DTYPES
+from diffmax.plugin import OPERATOR_FEATURES
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 1 for a failure, 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (DiffmaxError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return status
+
+
+def _report_all(options: argparse.Namespace) -> int:
+    found = report.collect()
+    print(json.dumps(found.as_json(), indent=1) if options.json else found.text(options.verbose))
+    return 1 if found.problems else 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    operator = OPERATOR_OF[options.operator]
+    asked = {"tensor_alpha": options.alpha_tensor or options.alpha_gradient, "alpha_gradient": options.alpha_gradient}
+    is_attention = operator.startswith("attention")
+    if options.features and not is_attention:
+        raise ValueError(f"explain: --features are attention's, got {options.features[0]} for {options.operator}")
+    if operator == "attention_kvcache" and (options.backward or options.alpha_gradient):
+        raise ValueError("explain: attention_with_kvcache has no backward: leave --backward and --alpha-gradient out")
+    unknown = sorted(set(options.features) - OPERATOR_FEATURES[operator])
+    if unknown:
+        known = ", ".join(sorted(OPERATOR_FEATURES[operator]))
+        raise ValueError(f"explain: {options.operator} has no feature {unknown[0]!r}, it has: {known}")
+    implied = {"attention_varlen": {"varlen"}, "attention_with_kvcache": {"kv_cache"}}.get(options.operator, set())
+    size = options.head_dim if is_attention else 0
+    print(
+        explain_call(
+            operator,
+            _device_type(options.device),
+            _DTYPES[options.dtype],
+            **asked,
+            backward=options.backward or options.alpha_gradient,
+            backend=options.backend,
+            features=frozenset({*options.features} | implied),
+            head_dim=size,
+            value_dim=(options.value_dim or size) if is_attention else 0,
+        )
+    )
+    return 0
+
+
+def _run_selftest(options: argparse.Namespace) -> int:
+    _check_device("selftest", options.device)
+    outcomes = []
+    for outcome in selftest.run(options.backend, options.device):
+        outcomes.append(outcome)
+        print(outcome, flush=True)
+    line, status = selftest.summary(outcomes)
+    print(line)
+    return status
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    _check_device("bench", options.device)
+    print(
+        f"float32, {options.device}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; median times", flush=True
+    )
+    warnings = [bench.busy(by_load=True)]
+    for table in bench.run(options.device, options.backend, options.operator):
+        print(table, flush=True)
+    warnings.append(bench.busy(by_load=False))
+    for words in list(filter(None, warnings))[:1]:
+        print(words)
+    return 0
+
+
+def _write_new_backend(options: argparse.Namespace) -> int:
+    folder = new_backend.write(options.name, options.to)
+    print(f"wrote {folder}\nnext: pip install --editable {folder} && pytest {folder}/tests")
+    return 0
+
+
+def _device_type(device: str) -> str:
+    kind = device.partition(":")[0]
+    if kind == "npu":  # torch knows the name only once torch_npu has been imported
+        return kind
+    try:
+        return torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"explain: device must be one that torch knows, such as cpu, cuda or npu, got {device!r}") from None
+
+
+def _check_device(command: str, device: str | None) -> None:
+    seen = [known.device for known in report.visible_devices()]
+    if device is not None and device not in {name for full in seen for name in (full, full.partition(":")[0])}:
+        raise ValueError(f"{command}: device must be one that torch sees, got {device!r}\n  seen: {', '.join(seen)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffmax",
+        description="Versions, devices and backends, and what to install. Exit status 1: DIFFMAX_BACKEND fails.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--verbose", action="store_true", help="list every kernel of every backend, with its dtypes")
+    parser.set_defaults(run=_report_all)
+    commands = parser.add_subparsers(title="commands", metavar="")
+
+    explain = commands.add_parser("explain", help="say which backend a call would go to, and why; the device need not be there")
+    explain.add_argument("--operator", choices=sorted(OPERATOR_OF), default="diffmax_bisect")
+    explain.add_argument("--device", default="cpu", help="torch device type")
+    explain.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
+    explain.add_argument("--alpha-tensor", action="store_true", help="alpha is a tensor")
+    explain.add_argument("--alpha-gradient", action="store_true", help="alpha is a tensor that requires a gradient")
+    explain.add_argument("--backward", action="store_true", help="the scores require a gradient")
+    explain.add_argument("--features", nargs="+", default=[], metavar="NAME", help="of attention, such as causal gqa mask")
+    explain.add_argument("--head-dim", type=int, default=64, help="attention's size of a query and a key")
+    explain.add_argument("--value-dim", type=int, help="and of a value, if it is another")
+    explain.add_argument("--backend", help="the call's backend argument")
+    explain.set_defaults(run=_explain)
+
+    check = commands.add_parser("selftest", help="check every operator on this machine; exit status 1: failed, or nothing run")
+    check.add_argument("--backend", help="only this one, which then has to be available")
+    check.add_argument("--device", help="torch device; default: where each backend runs")
+    check.set_defaults(run=_run_selftest)
+
+    timing = commands.add_parser("bench", help="time each operator against torch's softmax or attention, about a minute in all")
+    timing.add_argument("--operator", choices=sorted(bench.OPERATORS), help="only this one")
+    timing.add_argument("--device", default="cpu", help="torch device")
+    timing.add_argument("--backend", help="the backend argument of the timed calls")
+    timing.set_defaults(run=_run_bench)
+
+    new = commands.add_parser("new-backend", help="write an installable plugin to start from")
+    new.add_argument("name", help="of the backend: letters, digits, '_'")
+    new.add_argument("--to", metavar="DIR", help="folder to create; default: diffmax-NAME")
+    new.set_defaults(run=_write_new_backend)
+    return parser

@@ -1,0 +1,256 @@
+"""How attention on the CPU is cut: parts of the heads, which share converted keys, and blocks of queries in them.
+
+What a kernel does with a block is in `diffmax.kernels.cpu.attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.plugin import TILE, AttentionCall
+from diffmax.reference.attention import WORD, packed_bits, unpacked_bits
+
+# `diffmax.kernels.cpu.dropout.factors`, or the compiled one.
+Factors = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+# `diffmax.kernels.cpu.attention.weights_again`, or the compiled one.
+Again = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "float | Tensor", bool], "Tensor | None"]
+
+# Scores of one block: several heads where they are short, else some rows of one, but never fewer rows than a tile has.
+BLOCK_ELEMENTS = 1 << 19
+# Rows of a block of few keys: fewer cost more in calls than they save in scores.
+LEAST_ROWS = 4 * TILE
+# Leaving columns out costs a copy of the others. It pays where this share or less is left.
+SPARSE_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Where one sequence's queries, keys and tiles begin in the tensors, its lengths, and its number among the packed."""
+
+    length: int
+    keys: int
+    number: int = 0
+    query_at: int = 0
+    key_at: int = 0
+    tile_at: int = 0
+
+    def shift(self, call: AttentionCall) -> int:
+        """Query i stands at key i + shift."""
+        return self.keys - self.length if call.lower_right else 0
+
+    def seen(self, start: int, stop: int, call: AttentionCall) -> tuple[int, int]:
+        """The range of keys that causality and window leave for the queries from start to stop."""
+        shift = self.shift(call)
+        first = max(start + shift - call.left, 0) if call.left >= 0 else 0
+        last = min(stop + shift + call.right, self.keys) if call.right >= 0 else self.keys
+        return first, max(first, last)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some key heads of some batch entries, of one sequence, with the query heads that read them, of so many in all."""
+
+    sequence: Sequence
+    batch: slice
+    kv_heads: slice
+    group: int
+    query_heads: int
+
+    @property
+    def heads(self) -> int:
+        """How many key heads, batch entries counted."""
+        return int(self.batch.stop - self.batch.start) * int(self.kv_heads.stop - self.kv_heads.start)
+
+    def _view(self, t: Tensor) -> Tensor:
+        s = self.sequence
+        return t[self.batch, self.kv_heads, s.key_at : s.key_at + s.keys]
+
+    def keys_of(self, t: Tensor) -> Tensor:
+        """The part of (B, H_kv, S, n) as (heads, S, n), in the accumulation dtype."""
+        return self._view(t).to(accumulation_dtype(t.dtype)).flatten(0, 1)
+
+    def write_keys(self, t: Tensor, values: Tensor) -> None:
+        """Put (heads, S, n) where `keys_of` takes it from."""
+        view = self._view(t)
+        view.copy_(values.view(view.shape))
+
+    def blocks(self, call: AttentionCall) -> Iterator[Block]:
+        """Cover the queries that see a key."""
+        length, first = self.sequence.length, self.kv_heads.start * self.group
+        heads = (self.kv_heads.stop - self.kv_heads.start) * self.group
+        height, together = length, heads
+        if self.heads == 1:
+            limit = max(TILE, BLOCK_ELEMENTS // max(1, self._width(call)))
+            height = min(length, limit // TILE * TILE)
+            if call.left >= 0 and call.right >= 0:  # a block sees as many keys more as it has rows
+                height = min(height, max(LEAST_ROWS, -(-(call.left + call.right + 1) // TILE) * TILE))
+            together = min(heads, max(1, limit // max(1, length)))
+        for head in range(first, first + heads, together):
+            for start in range(0, length, max(1, height)):
+                stop = min(start + height, length)
+                seen = self.sequence.seen(start, stop, call)
+                if seen[0] < seen[1]:
+                    yield Block(self, slice(head, min(head + together, first + heads)), start, stop, *seen)
+
+    def _width(self, call: AttentionCall) -> int:
+        in_window = call.left + call.right + 1 + TILE if call.left >= 0 and call.right >= 0 else self.sequence.keys
+        return min(in_window, self.sequence.keys)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The queries from start to stop of a part's query heads, and the keys from first to last that they see.
+
+    As a matrix it has the shape (key heads, query heads of each * (stop - start), last - first).
+    """
+
+    part: Part
+    heads: slice
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    def _view(self, t: Tensor) -> Tensor:
+        at = self.part.sequence.query_at
+        return t[self.part.batch, self.heads, at + self.start : at + self.stop]
+
+    def rows_of(self, t: Tensor) -> Tensor:
+        """The block's rows of (B, H, L, n) as (key heads, rows, n), in the accumulation dtype; a copy."""
+        view = self._view(t)
+        copy = torch.empty(view.shape, dtype=accumulation_dtype(t.dtype)).copy_(view)
+        return copy.view(self.part.heads, view.shape[:3].numel() // self.part.heads, t.shape[3])
+
+    def row_values_of(self, t: Tensor) -> Tensor:
+        """The block's rows of (B, H, L) as one column."""
+        return self._view(t).reshape(-1, 1)
+
+    def e_of(self, e: float | Tensor) -> float | Tensor:
+        """e; where heads differ, one for each row, as a column."""
+        return self.of_heads(e) if isinstance(e, Tensor) else e
+
+    def of_heads(self, t: Tensor) -> Tensor:
+        """Of numbers per head, (H,), that of each row, as a column."""
+        batch = self.part.batch.stop - self.part.batch.start
+        return t[self.heads].view(1, -1, 1).expand(batch, -1, self.stop - self.start).reshape(-1, 1)
+
+    def write(self, t: Tensor, rows: Tensor) -> None:
+        """Put the block's rows into (B, H, L, n) or (B, H, L)."""
+        view = self._view(t)
+        view.copy_(rows.view(view.shape))
+
+    def complete(self, scores: Tensor, call: AttentionCall, columns: Tensor | None = None) -> None:
+        """Add bias and ALiBi to (key heads, rows, keys), of all keys or of these columns, and hide what is not seen."""
+        view, place = self._by_head(scores), self._places(columns)
+        row = torch.arange(self.start, self.stop).unsqueeze(1) + self.part.sequence.shift(call)
+        if call.bias is not None:
+            view.add_(self._of_keys(call.bias, columns))
+        if call.alibi is not None:
+            slopes = call.alibi.reshape(-1, call.alibi.shape[-1])
+            slopes = slopes[self.part.batch if len(slopes) > 1 else slice(None), self.heads, None, None]
+            view.addcmul_(slopes, (place - row).abs().to(view.dtype), value=-1)
+        if call.right >= 0:
+            # keys before this one are seen by every row
+            edge = int(row[0]) + call.right + 1 if columns is None else self.first
+            some = slice(max(edge - self.first, 0), None)
+            view[..., some].masked_fill_(place[some] > row + call.right, -torch.inf)
+        if call.left >= 0:
+            edge = int(row[-1]) - call.left if columns is None else self.last
+            some = slice(0, max(edge - self.first, 0))
+            view[..., some].masked_fill_(place[some] < row - call.left, -torch.inf)
+        if call.mask is not None:
+            view.masked_fill_(~self._of_keys(call.mask, columns), -torch.inf)
+
+    def add_to_bias(self, total: Tensor, d_s: Tensor, columns: Tensor | None) -> None:
+        """Add (key heads, rows, keys) to what has the bias's shape, summed where that is 1."""
+        view = self._by_head(d_s)
+        alone = [axis for axis, size in enumerate(total.shape) if size == 1]
+        share = view.sum(alone, keepdim=True) if alone else view
+        target = self._rows_of_mask(total)
+        if total.shape[3] == 1:
+            target.add_(share)
+        elif columns is None:
+            target[..., self.first : self.last].add_(share)
+        else:
+            target.index_add_(3, columns + self.first, share)
+
+    def dropped_by(self, weights: Tensor, call: AttentionCall, columns: Tensor | None, factors: Factors) -> Tensor:
+        """What dropout multiplies (key heads, rows, keys) by; the keys may have the sink behind them."""
+        if call.seed is None:
+            raise ValueError("attention: dropout_p comes with a seed, got dropout_p alone")
+        place = self._places(columns)
+        place = torch.cat([place, place.new_zeros(weights.shape[2] - len(place))])
+        batch = torch.arange(self.part.batch.start, self.part.batch.stop) + self.part.sequence.number
+        row = torch.arange(self.start, self.stop)
+        head = (batch * self.part.query_heads).view(-1, 1, 1) + torch.arange(self.heads.start, self.heads.stop).view(-1, 1)
+        shape = (len(batch), self.heads.stop - self.heads.start, len(row))
+        head, row = (t.expand(shape).reshape(-1) for t in (head, row))
+        rows = weights.view(len(head), -1)
+        return factors(rows, head, row, place, call.seed, call.dropout_p).view(weights.shape)
+
+    def _by_head(self, scores: Tensor) -> Tensor:
+        return scores.view(self.part.batch.stop - self.part.batch.start, -1, self.stop - self.start, scores.shape[2])
+
+    def _places(self, columns: Tensor | None) -> Tensor:
+        return torch.arange(self.first, self.last) if columns is None else columns + self.first
+
+    def _rows_of_mask(self, mask: Tensor) -> Tensor:
+        parts = (self.part.batch, self.heads, slice(self.start, self.stop))
+        return mask[tuple(part if size > 1 else slice(None) for part, size in zip(parts, mask.shape, strict=False))]
+
+    def _of_keys(self, mask: Tensor, columns: Tensor | None) -> Tensor:
+        mask = self._rows_of_mask(mask)
+        if mask.shape[3] == 1:
+            return mask
+        return mask[..., self.first : self.last] if columns is None else mask[..., columns + self.first]
+
+    def _live_view(self, live: Tensor) -> Tensor:
+        at = self.part.sequence.tile_at
+        return live[self.part.batch, self.heads, at + self.start // TILE : at - (-self.stop // TILE)]
+
+    def write_live(self, live: Tensor, p: Tensor, columns: Tensor | None) -> None:
+        """Set the bits of the tiles that hold a weight."""
+        view = self._live_view(live)
+        strips = torch.split(p.view(*view.shape[:2], self.stop - self.start, -1), TILE, 2)
+        touched = torch.stack([strip.amax(2) != 0 for strip in strips], 2)  # NaN counts: it has to reach the gradient
+        place = self._places(columns)
+        counts = torch.zeros(*view.shape[:3], live.shape[3] * WORD, dtype=torch.int32)
+        view.copy_(packed_bits(counts.index_add_(3, place // TILE, touched.int()) > 0))
+
+    def live_columns(self, live: Tensor) -> Tensor | None:
+        """The columns of the tiles that hold a weight; None for all, where leaving some out does not pay."""
+        if self.part.heads > 1 or live.numel() == 0:
+            return None
+        tiles = unpacked_bits(self._live_view(live).flatten(0, 2)).any(0).nonzero()
+        place = (tiles * TILE + torch.arange(TILE)).view(-1)
+        columns = place[(place >= self.first) & (place < self.last)] - self.first
+        return columns if len(columns) <= SPARSE_SHARE * (self.last - self.first) else None
+
+
+def parts(query: Tensor, key: Tensor, call: AttentionCall) -> Iterator[Part]:
+    """Cover all heads of all sequences: several at once where they are short."""
+    batch, kv_heads = key.shape[:2]
+    group = query.shape[1] // max(kv_heads, 1)
+    for sequence in _sequences(query, key, call):
+        together = max(1, BLOCK_ELEMENTS // max(1, group * sequence.length * sequence.keys))
+        if together >= kv_heads:
+            step = together // max(kv_heads, 1)
+            spans = [(slice(b, min(b + step, batch)), slice(0, kv_heads)) for b in range(0, batch, max(1, step))]
+        else:
+            heads = [slice(h, min(h + together, kv_heads)) for h in range(0, kv_heads, together)]
+            spans = [(slice(b, b + 1), some) for b in range(batch) for some in heads]
+        yield from (Part(sequence, *span, group, query.shape[1]) for span in spans if kv_heads and group)
+
+
+def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Iterator[Sequence]:
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        yield Sequence(query.shape[2], key.shape[2])
+        return
+    ends_q, ends_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    for n, (query_at, key_at) in enumerate(zip(ends_q[:-1], ends_k[:-1], strict=True)):
+        yield Sequence(ends_q[n + 1] - query_at, ends_k[n + 1] - key_at, n, query_at, key_at, query_at // TILE + n)

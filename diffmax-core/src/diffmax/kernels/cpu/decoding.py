@@ -1,0 +1,264 @@
+"""Decoding for CPUs: one sequence and one key head at a time, with the pages that can matter.
+
+With bounds: an upper bound of every page's scores, the keys of the best pages, the threshold of those alone, which is a lower
+bound of tau (docs/decoding.md); then the pages whose bound lies above it, the best first, until none is left. Values are read
+where a weight differs from 0. `diffmax.kernels.numba.decoding` is the same with the compiled row operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from diffmax.kernels.cpu import rows
+from diffmax.machine.forked import alone_in_child
+from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
+from diffmax.plugin import KVCacheCall
+from diffmax.reference.decoding import Results, append, lengths
+
+Solve = Callable[[Tensor, "float | Tensor", int, int, bool], tuple[Tensor, Tensor, Tensor]]
+
+# Where more than this share of the pages, or of the tokens' values, has to be read, all are, without gathering them.
+GATHERED_SHARE = 0.5
+# Pages of the first round; every further round may read as many as were read before it.
+FIRST_PAGES = 4
+# Tokens whose keys or values are converted to the accumulation dtype, or gathered, at once: they stay in a cache.
+CHUNK = 2048
+
+
+@alone_in_child
+def attention_kvcache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = rows.bisect
+) -> Results:
+    """Kernel; arguments and results as `diffmax.reference.decoding.attention_kvcache`. `solve` is a row operator's kernel."""
+    append(k_cache, v_cache, call)
+    acc = accumulation_dtype(query.dtype)
+    batch, length, heads, size = query.shape
+    kv_heads = k_cache.shape[2]
+    group = heads // max(kv_heads, 1)
+    out = torch.zeros(batch, length, heads, v_cache.shape[3], dtype=query.dtype)
+    m, delta = torch.full((batch, heads, length), -torch.inf, dtype=acc), torch.zeros(batch, heads, length, dtype=acc)
+    support = torch.zeros(m.shape if stats else (0,), dtype=torch.int32)
+    pages = torch.zeros((batch, kv_heads) if stats else (0,), dtype=torch.int32)
+    if out.numel() == 0:
+        return out, m, delta, support, pages
+    for b, end in enumerate(lengths(k_cache, call).tolist()):
+        for g in range(kv_heads):
+            heads_of_g = slice(g * group, (g + 1) * group)
+            q = query[b, :, heads_of_g].transpose(0, 1).to(acc).reshape(-1, size) * call.scale
+            head = _Head(call, k_cache, v_cache, b, g, end, q, length, heads_of_g, solve)
+            values, row_m, row_delta, row_support = head.attend(stats)
+            out[b, :, heads_of_g] = values.view(group, length, -1).transpose(0, 1).to(out.dtype)
+            m[b, heads_of_g], delta[b, heads_of_g] = row_m.view(group, length), row_delta.view(group, length)
+            if stats:
+                support[b, heads_of_g] = row_support.view(group, length)
+                pages[b, g] = head.pages_read
+    return out, m, delta, support, pages
+
+
+@dataclass
+class _Head:
+    """The queries (R, D), scaled, that share one key head of one sequence, and what they see of the cache."""
+
+    call: KVCacheCall
+    k_cache: Tensor
+    v_cache: Tensor
+    b: int
+    g: int
+    end: int
+    q: Tensor
+    length: int
+    heads: slice
+    solve: Solve
+    pages_read: int = 0
+
+    def __post_init__(self) -> None:
+        call, left = self.call, self.call.left
+        # what lies before every query's window is as if it were not there
+        self.first = max(self.end - self.length - left, 0) if left >= 0 else 0
+        self.blocks = None if call.block_table is None else call.block_table[self.b, : -(-self.end // call.page_size)].long()
+        self.row = self.b if call.cache_batch_idx is None else int(call.cache_batch_idx[self.b])
+        self.e: float | Tensor = self._per_row(call.e) if isinstance(call.e, Tensor) else call.e
+        self.slopes = None
+        if call.alibi is not None:
+            self.slopes = self._per_row(call.alibi[self.b if call.alibi.shape[0] > 1 else 0])
+        self.needs_places = call.alibi is not None or call.left >= 0 or (call.right >= 0 and self.length > 1)
+        self.sink = None if call.sink is None else self._per_row(call.sink)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(R, 1): row r of the queries is query r % length of head r // length."""
+        return torch.arange(self.end - self.length, self.end).repeat(self.q.shape[0] // self.length).unsqueeze(1)
+
+    def _per_row(self, per_head: Tensor) -> Tensor:
+        return per_head[self.heads].repeat_interleave(self.length).unsqueeze(1).to(self.q.dtype)
+
+    def attend(self, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Outputs (R, D_v), m and delta (R, 1), and support sizes (R, 1)."""
+        chosen = self._pages_that_matter() if self.call.low is not None and self.end > self.first else None
+        if chosen is None:
+            tokens = None
+            scores, places = self._all_scores(), torch.arange(self.first, self.end) if self.needs_places else None
+            scores = self._hidden(self._biased(scores, places), places)
+            self.pages_read = -(-self.end // self.call.page_size) - self.first // self.call.page_size
+        else:
+            tokens, scores = chosen
+        p, m, delta = self._weights(scores)
+        delta = delta.masked_fill(p.sum(1, keepdim=True).isnan(), torch.nan)
+        support = m.new_empty(0)
+        if stats:
+            z = clamp_e(self.e) * (scores - m.masked_fill(m == -torch.inf, 0.0))
+            support = (z > delta - 1).sum(1, dtype=torch.int32)
+        return self._weighted(p, tokens), m, delta, support
+
+    def _weights(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of keys, and m and delta, with the sink among the scores."""
+        if self.sink is None:
+            return self.solve(scores, self.e, 1, 200, True)
+        p, m, delta = self.solve(torch.cat([scores, self.sink], 1), self.e, 1, 200, True)
+        return p[:, :-1], m, delta
+
+    # scores
+
+    def _all_scores(self) -> Tensor:
+        """(R, end - first), products alone."""
+        if self.blocks is None and self.k_cache.dtype == self.q.dtype:
+            return self._products(self.k_cache[self.row, self.first : self.end, self.g])
+        scores = self.q.new_empty(self.q.shape[0], self.end - self.first)
+        for start in range(self.first, self.end, CHUNK):
+            stop = min(start + CHUNK, self.end)
+            scores[:, start - self.first : stop - self.first] = self._products(self._span(self.k_cache, start, stop))
+        return scores
+
+    def _products(self, keys: Tensor) -> Tensor:
+        """(R, n); for one query as a matrix times a vector, which reads the keys several times as fast."""
+        return torch.mv(keys, self.q[0]).unsqueeze(0) if self.q.shape[0] == 1 else self.q @ keys.mT
+
+    def _span(self, cache: Tensor, start: int, stop: int) -> Tensor:
+        """Keys or values of neighbouring tokens, in the accumulation dtype."""
+        if self.blocks is None:
+            return cache[self.row, start:stop, self.g].to(self.q.dtype)
+        size = self.call.page_size
+        first = start // size
+        held = cache[self.blocks[first : -(-stop // size)], :, self.g].flatten(0, 1)
+        return held[start - first * size : stop - first * size].to(self.q.dtype)
+
+    def _at(self, cache: Tensor, tokens: Tensor) -> Tensor:
+        """Keys or values of any tokens, in the accumulation dtype."""
+        if self.blocks is None:
+            return cache[self.row, :, self.g].index_select(0, tokens).to(self.q.dtype)
+        size = self.call.page_size
+        return cache[self.blocks[tokens // size], tokens % size, self.g].to(self.q.dtype)
+
+    def _biased(self, scores: Tensor, places: Tensor | None) -> Tensor:
+        """Softcap and ALiBi, in place; the places of the keys, where something needs them."""
+        if self.call.softcap:
+            scores.div_(self.call.softcap).tanh_().mul_(self.call.softcap)
+        if self.slopes is not None and places is not None:
+            scores.sub_(self.slopes * (places - self.place).abs())
+        return scores
+
+    def _hidden(self, scores: Tensor, places: Tensor | None) -> Tensor:
+        """-inf where causality or the window hides a key, in place."""
+        left, right = self.call.left, self.call.right
+        if places is not None and (left >= 0 or (right >= 0 and self.length > 1)):
+            away = places - self.place
+            if left >= 0:
+                scores.masked_fill_(away < -left, -torch.inf)
+            if right >= 0:
+                scores.masked_fill_(away > right, -torch.inf)
+        return scores
+
+    # pages
+
+    def _pages_that_matter(self) -> tuple[Tensor, Tensor] | None:
+        """The tokens of a superset of the pages that hold a weight, and their scores (R, n); None if it is most pages."""
+        size = self.call.page_size
+        bound, first = self._page_bounds()
+        count = bound.shape[1]
+        most = int(GATHERED_SHARE * count)
+        unread = torch.ones(count, dtype=torch.bool)
+        unread[bound.nan_to_num(nan=torch.inf).topk(min(FIRST_PAGES, count), 1).indices] = False
+        order = (~unread).nonzero().squeeze(1)
+        tokens, scores = [], []
+        while len(order):
+            self.pages_read += len(order)
+            if self.pages_read > most:
+                return None
+            unread[order] = False
+            these = ((order + first).unsqueeze(1) * size + torch.arange(size)).view(-1)
+            these = these[(these >= self.first) & (these < self.end)]
+            products = self._products(self._at(self.k_cache, these))
+            tokens.append(these)
+            scores.append(self._hidden(self._biased(products, these), these))
+            alive = (~(bound <= self._threshold(torch.cat(scores, 1)))).any(0) & unread
+            order = alive.nonzero().squeeze(1)
+            if len(tokens) > 1 and self.pages_read + len(order) > most:
+                return None
+            if len(order) > self.pages_read:
+                best = bound[:, order].amax(0).nan_to_num(nan=torch.inf)
+                order = order[best.topk(self.pages_read).indices]
+        # in the order of their places, so that the sums do not depend on the rounds
+        places, by_place = torch.cat(tokens).sort()
+        return places, torch.cat(scores, 1)[:, by_place]
+
+    def _threshold(self, scores: Tensor) -> Tensor:
+        """(R, 1): a lower bound of tau, the root of these scores alone, with room for rounding."""
+        _, m, delta = self._weights(scores)
+        e = clamp_e(self.e)
+        tau = m - (1 - delta) / e
+        return tau - 8 * torch.finfo(m.dtype).eps * (m.abs() + 1 / e)
+
+    def _page_bounds(self) -> tuple[Tensor, int]:
+        """An upper bound (R, pages) of the scores of each page, as they are computed; and the first page's number."""
+        call, size = self.call, self.call.page_size
+        if call.low is None or call.high is None:
+            raise ValueError("attention_kvcache: low and high are given together or not at all, got one of them")
+        first, last = self.first // size, -(-self.end // size)
+        if self.blocks is None:
+            low, high = (t[self.row, first:last, self.g].to(self.q.dtype) for t in (call.low, call.high))
+        else:
+            low, high = (t[self.blocks[first:last], self.g].to(self.q.dtype) for t in (call.low, call.high))
+        # the largest of q * low and q * high, summed; and how large the terms can be, for the error of such sums
+        bound = self.q.clamp_min(0) @ high.mT + self.q.clamp_max(0) @ low.mT
+        reach = self.q.abs() @ torch.maximum(low.abs(), high.abs()).mT
+        eps = torch.finfo(self.q.dtype).eps
+        bound += (2 * self.q.shape[1] + 16) * eps * reach
+        begin = torch.arange(first, last) * size
+        if call.softcap:
+            bound = call.softcap * (torch.tanh(bound / call.softcap) + 32 * eps)
+        if self.slopes is not None:
+            near = torch.maximum(begin - self.place, self.place - (begin + size - 1)).clamp_min(0)
+            far = torch.maximum((begin - self.place).abs(), (begin + size - 1 - self.place).abs())
+            taken = self.slopes * torch.where(self.slopes < 0, far, near)
+            bound += 4 * eps * (taken.abs() + bound.abs()) - taken
+        if call.right >= 0:
+            bound.masked_fill_(begin > self.place + call.right, -torch.inf)
+        if call.left >= 0:
+            bound.masked_fill_(begin + size - 1 < self.place - call.left, -torch.inf)
+        return bound, first
+
+    # values
+
+    def _weighted(self, p: Tensor, tokens: Tensor | None) -> Tensor:
+        """p @ values, of tokens with a weight alone where they are few."""
+        live = (p != 0).any(0)
+        count = int(live.sum())
+        if tokens is not None or count <= GATHERED_SHARE * p.shape[1]:
+            columns = live.nonzero().squeeze(1)
+            tokens = columns + self.first if tokens is None else tokens[columns]
+            return self._chunks(p[:, columns], lambda start, stop: self._at(self.v_cache, tokens[start:stop]))
+        if self.blocks is None and self.v_cache.dtype == p.dtype:
+            return p @ self.v_cache[self.row, self.first : self.end, self.g]
+        return self._chunks(p, lambda start, stop: self._span(self.v_cache, self.first + start, self.first + stop))
+
+    def _chunks(self, p: Tensor, values: Callable[[int, int], Tensor]) -> Tensor:
+        out = p.new_zeros(p.shape[0], self.v_cache.shape[3])
+        for start in range(0, p.shape[1], CHUNK):
+            stop = min(start + CHUNK, p.shape[1])
+            out.addmm_(p[:, start:stop], values(start, stop))
+        return out

@@ -1,0 +1,161 @@
+"""First kernel of attention's forward: each query's largest score and threshold, and which tiles hold a weight.
+
+A program goes through blocks of 64 queries, so that scratch belongs to the programs that are running, not to all queries. For
+each block:
+
+1. Keys spread evenly over those in sight give an estimate of the threshold.
+2. One pass over all tiles evaluates S there, finds the largest scores, and notes every tile's.
+3. Steps towards the threshold (Eq. 2); each evaluation visits only the tiles that hold a score above it.
+
+Nothing of this waits for the host. Why in this order, and what it costs: docs/performance.md.
+"""
+
+import triton
+import triton.language as tl
+
+from diffmax.kernels.triton.attention.scores import (
+    block_of,
+    exponents,
+    extras_of,
+    queries_of,
+    rows_at,
+    sampled_products,
+    scores_from,
+    scores_of,
+)
+from diffmax.kernels.triton.attention.steps import (
+    largest_delta,
+    list_live,
+    promises,
+    root_of_sample,
+    stalls,
+    store_live,
+    sums_at,
+    with_sink,
+)
+from diffmax.kernels.triton.attention.tiles import TILE, whole
+from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, next_iterate, scaled_scores
+
+_SAMPLE_STEPS = tl.constexpr(2)
+
+
+@triton.jit(do_not_specialize=[
+    "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "mask_b", "mask_h", "mask_row", "mask_key",
+    "bias_b", "bias_h", "bias_row", "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences", "blocks",
+    "items", "words", "most_tiles", "left", "right", "newton_steps", "scale", "softcap", "e", "k",
+])  # fmt: skip
+def attention_solve_kernel(
+    q_ptr, k_ptr, m_ptr, delta_ptr, live_ptr, e_ptr, mask_ptr, bias_ptr, alibi_ptr, sink_ptr, cu_q_ptr, cu_k_ptr,
+    tops_ptr, list_ptr,  # scratch of a program: (most_tiles, 64) and (most_tiles,)
+    q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
+    heads, group, length, n_keys, n_sequences, blocks, items, words, most_tiles, left, right, newton_steps,
+    scale, softcap, e, k,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
+    E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
+    HARDWARE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """m, delta and the tiles' bits.  Grid: as many programs as run at a time."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
+    VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
+    q_row, k_row = whole(q_row, ALIGNED, VECTOR), whole(k_row, ALIGNED, VECTOR)
+    lanes = tl.arange(0, TILE)
+    zero = tl.zeros((TILE,), tl.float32)
+    tops_ptr += tl.program_id(0).to(tl.int64) * most_tiles * TILE
+    list_ptr += tl.program_id(0).to(tl.int64) * most_tiles
+
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        block, b, h, kv_head, _sequence, q_start, k_start, sight, low_key, high_key = block_of(
+            item, heads, group, blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS
+        )
+        first, last, n_rows, _keys, shift, _left, _right = sight
+        in_rows = first + lanes < n_rows
+        first_tile = low_key // TILE
+        tiles = tl.where(high_key > low_key, tl.cdiv(high_key, TILE) - first_tile, 0)
+        k_at = rows_at(k_ptr, b, kv_head, k_start, k_b, k_h, k_row, ALIGNED)
+        q_at = rows_at(q_ptr, b, h, q_start, q_b, q_h, q_row, ALIGNED)
+        q = queries_of(q_at, q_row, first, n_rows, HEAD_DIM, BLOCK_D, CHUNK)
+        row_e, row_k = exponents(e_ptr, e, k, h, E_TENSOR)
+        extras = extras_of(
+            scale, softcap, mask_ptr + b * mask_b + h * mask_h, mask_row, mask_key,
+            bias_ptr + b * bias_b + h * bias_h, bias_row, bias_key, alibi_ptr, b, h, alibi_b, OPTIONS,
+        )  # fmt: skip
+        sink = zero - float("inf")
+        size = zero + (high_key - low_key).to(tl.float32)
+        if SINK:
+            sink = zero + tl.load(sink_ptr + h)
+            size += 1.0
+        size = tl.maximum(size, 1.0)
+        high = largest_delta(size, row_e)
+
+        # 1. the estimate, relative to the sample's largest score
+        span, odd = high_key - low_key, 2 * lanes + 1
+        # odd * span / 128, whose product would leave int32
+        spread = low_key + odd * (span // (2 * TILE)) + odd * (span % (2 * TILE)) // (2 * TILE)
+        sample = sampled_products(
+            q, q_row, k_at, k_row, spread, first, n_rows, high_key, PRECISION, HEAD_DIM, BLOCK_D, CHUNK
+        )  # fmt: skip
+        sampled = scores_of(sample, spread, True, (first, last, n_rows, high_key, shift, left, right), extras, OPTIONS)
+        reference = tl.maximum(tl.max(sampled, axis=1), sink)
+        reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+        share = tl.maximum(size / TILE, 1.0)
+        delta = root_of_sample(sampled, reference, high, row_e, row_k, share, K, HARDWARE, PTX, _SAMPLE_STEPS)
+
+        # 2. S at the estimate, and every tile's largest scores
+        m = sink
+        total, slope, curve = zero, zero, zero
+        tl.debug_barrier()  # the block before may still be read
+        for i in range(0, tiles):
+            x = scores_from(
+                q, q_row, k_at, k_row, (first_tile + i) * TILE, sight, extras, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE
+            )  # fmt: skip
+            top = tl.where(in_rows, tl.max(x, axis=1), -float("inf"))
+            tl.store(tops_ptr + i * TILE + lanes, top)
+            m = tl.maximum(m, top)
+            more, more_slope, more_curve = sums_at(scaled_scores(x, reference, row_e), delta, row_k, K, HARDWARE, PTX)
+            total, slope, curve = total + more, slope + more_slope, curve + more_curve
+        tl.debug_barrier()
+        if SINK:
+            total, slope, curve = with_sink(total, slope, curve, sink, reference, delta, row_e, row_k, K, HARDWARE, PTX)
+
+        # 3. from there to the root; where the sums say nothing, from the lowest delta that can be
+        bad = in_rows & ((total != total) | (m == float("inf")) | (row_e != row_e))
+        active = in_rows & (bad == 0) & (m > -float("inf"))
+        delta -= row_e * (tl.where(active, m, reference) - reference)
+        known = active & (total > 0.0) & (total < 1e30) & (slope < 1e30) & (curve < 1e30)
+        ready = promises(total, slope, curve, tl.maximum(delta, 0.0), row_k, True, CUT, LINEAR)
+        moved, low = next_iterate(delta, zero, high, total, slope, curve, row_e, row_k, True)
+        delta, low = tl.where(known, moved, 0.0), tl.where(known, low, 0.0)
+        going = active & ((known & ready) == 0)
+        steps = 1
+        while (tl.max(going.to(tl.int32), axis=0) > 0) & (steps < newton_steps + HALLEY_STEPS):
+            count = list_live(tops_ptr, list_ptr, tiles, m, row_e, delta)
+            tl.debug_barrier()
+            before = tl.where(known, total, 0.0)
+            total, slope, curve = zero, zero, zero
+            for i in range(0, count):
+                tile = first_tile + tl.load(list_ptr + i)
+                y = scores_from(
+                    q, q_row, k_at, k_row, tile * TILE, sight, extras, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE
+                )  # fmt: skip
+                own, own_slope, own_curve = sums_at(scaled_scores(y, m, row_e), delta, row_k, K, HARDWARE, PTX)
+                total, slope, curve = total + own, slope + own_slope, curve + own_curve
+            tl.debug_barrier()
+            if SINK:
+                total, slope, curve = with_sink(total, slope, curve, sink, m, delta, row_e, row_k, K, HARDWARE, PTX)
+            bends = steps < HALLEY_STEPS
+            known = active & (total > 0.0)
+            fine = promises(total, slope, curve, delta, row_k, bends, CUT, LINEAR) | stalls(total, before)
+            closer, bound = next_iterate(delta, low, high, total, slope, curve, row_e, row_k, bends)
+            delta, low = tl.where(known, closer, delta), tl.where(known, bound, low)
+            going = going & known & (fine == 0)
+            steps += 1
+
+        row_at = (b * heads + h) * length + q_start + first
+        tl.store(m_ptr + row_at + lanes, m, mask=in_rows)
+        tl.store(delta_ptr + row_at + lanes, tl.where(bad, float("nan"), delta), mask=in_rows)
+        live_rows = blocks
+        if OPTIONS.PACKED:
+            live_rows = blocks - 1  # a packed tensor has one block more than `live` has rows
+        live_at = live_ptr + ((b * heads + h) * live_rows + block) * words
+        bound = tl.where(bad, float("nan"), tl.where(active, low, 0.0))
+        store_live(tops_ptr, live_at, first_tile, tiles, words, m, row_e, bound, block < live_rows)

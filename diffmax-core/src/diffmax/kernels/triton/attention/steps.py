@@ -1,0 +1,153 @@
+"""What attention's forward decides about a block of queries: a start from a sample, which tiles still matter, when to stop.
+
+A tile's largest score per query, noted when the tile was first seen, tells for every later threshold whether the tile is
+dead. Equations: docs/theory.md; why in this order: docs/decisions/0055-attention-forward-on-a-gpu.md.
+"""
+
+import triton
+import triton.language as tl
+
+from diffmax.kernels.triton.attention.tiles import TILE, WORD
+from diffmax.kernels.triton.common.numerics import (
+    START_CUT,
+    expm1_of,
+    first_iterate,
+    next_iterate,
+    overshoot,
+    powers,
+    scaled_scores,
+)
+
+# Tiles whose largest scores are looked at together
+_AT_ONCE = tl.constexpr(32)
+_BITS_AT_ONCE = tl.constexpr(128)
+
+
+@triton.jit
+def sums_at(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
+    """S, S_1 and the sum of [z - t]^(k-2) of each row of a tile."""
+    b, r = powers(z, delta, k, K, HARDWARE, PTX)
+    return tl.sum(r * b * b, axis=1), tl.sum(r * b, axis=1), tl.sum(r, axis=1)
+
+
+@triton.jit
+def root_of_sample(
+    x, m, high, e, k, share, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, STEPS: tl.constexpr
+):  # fmt: skip
+    """The delta, relative to m, that the row would have if its other keys were like those in x.
+
+    share: how many keys each of the sample stands for. An estimate: nothing is certified by it.
+    """
+    z = scaled_scores(x, m, e)
+    near = z > START_CUT
+    delta = first_iterate(tl.sum(tl.where(near, z, 0.0), axis=1) * share, tl.sum(near.to(tl.float32), axis=1) * share, e)
+    delta = tl.minimum(delta, high)
+    low = tl.zeros_like(delta)
+    for _ in tl.static_range(STEPS):
+        total, slope, curve = sums_at(z, delta, k, K, HARDWARE, PTX)
+        moved, low = next_iterate(delta, low, high, total * share, slope * share, curve * share, e, k, True)
+        delta = tl.where(total > 0.0, moved, delta)
+    return delta
+
+
+@triton.jit
+def list_live(tops_ptr, list_ptr, tiles, m, e, delta):
+    """Write the numbers of the tiles that hold a score above some row's threshold; how many. Rows with a NaN keep all."""
+    lanes = tl.arange(0, TILE)
+    count = tiles * 0
+    for first in range(0, tiles, _AT_ONCE):
+        tile = first + tl.arange(0, _AT_ONCE)
+        alive = _alive(tops_ptr, tile, tiles, lanes, m, e, delta).to(tl.int32)
+        tl.store(list_ptr + count + tl.cumsum(alive, 0) - 1, tile, mask=alive > 0)
+        count += tl.sum(alive)
+    return count
+
+
+@triton.jit
+def list_set_bits(live_ptr, list_ptr, words, wanted):
+    """Write the places of the bits that are set in a block's words of `live`; how many."""
+    count = words * 0
+    for first in range(0, words * WORD, _BITS_AT_ONCE):
+        bit = first + tl.arange(0, _BITS_AT_ONCE)
+        word = tl.load(live_ptr + bit // WORD, mask=(bit < words * WORD) & wanted, other=0)
+        is_set = (word >> (bit % WORD)) & 1
+        tl.store(list_ptr + count + tl.cumsum(is_set, 0) - 1, bit, mask=is_set > 0)
+        count += tl.sum(is_set)
+    return count
+
+
+@triton.jit
+def store_live(tops_ptr, live_ptr, first_tile, tiles, words, m, e, delta, wanted):
+    """The block's words of `live`, for tiles first_tile, first_tile + 1, ... of the keys; the bits of the others are clear."""
+    lanes = tl.arange(0, TILE)
+    for word in range(0, words):
+        bits = tl.arange(0, WORD)
+        tile = word * WORD + bits - first_tile
+        alive = _alive(tops_ptr, tile, tiles, lanes, m, e, delta).to(tl.int32)
+        tl.store(live_ptr + word, tl.sum(alive << bits).to(tl.int32), mask=wanted)
+
+
+@triton.jit
+def _alive(tops_ptr, tile, tiles, lanes, m, e, delta):
+    inside = (tile >= 0) & (tile < tiles)
+    tops = tl.load(tops_ptr + tile[:, None] * TILE + lanes[None, :], mask=inside[:, None], other=-float("inf"))
+    z = e[None, :] * (tops - tl.where(m == -float("inf"), 0.0, m)[None, :])
+    dead = z - delta[None, :] <= -1.0
+    return (tl.min(dead.to(tl.int32), axis=1) == 0) & inside
+
+
+@triton.jit
+def good_enough(total, slope, curve, delta, e, k, size, CUT: tl.constexpr, LINEAR: tl.constexpr):
+    """Whether an output from weights at this delta is right to rounding.
+
+    LINEAR: the output takes the linear step that is left, and U does not: it is CUT that bounds U's error. Else the output is
+    divided by the sum. For k < 2 the weights' slope is not bounded, and delta must be right to its last digits.
+    """
+    c = tl.abs(overshoot(total, slope))
+    if LINEAR:
+        fine = (c <= CUT * (1.0 - delta)) & (c * c * curve <= 2.0 * CUT * CUT)
+        # right of the root entries may be missing from the sums, each less than (e c)^k
+        fine = fine & ((total >= 1.0) | (size * e * c * e * c <= 2.0 * CUT * CUT))
+        return tl.where(k >= 2.0, fine, c <= 2.0 * CUT * CUT + 2.0**-23) | (total == 0.0)
+    else:
+        return (tl.abs(total - 1.0) <= 0.5 * CUT) | (total == 0.0)
+
+
+@triton.jit
+def promises(total, slope, curve, delta, k, bends, CUT: tl.constexpr, LINEAR: tl.constexpr):
+    """Whether the step from these sums is expected to end where `good_enough` is content.
+
+    By the error of Newton's step on the norm, and for Halley's that times ln S. It may err: the pass that writes the output
+    looks at its own sums. For k < 2 there is no such estimate, and steps go on until they are small.
+    """
+    c = tl.abs(overshoot(total, slope))
+    h = tl.abs(tl.log(tl.where(total > 0.0, total, 1.0)))
+    spread = tl.maximum(curve * total / (slope * slope) - 1.0, 0.0)
+    missing = h * h * (spread + 0.02) * tl.where(bends, tl.minimum(h, 1.0), 1.0)  # of S from 1
+    if LINEAR:
+        left = missing / slope
+        fine = (left <= 0.5 * CUT * (1.0 - delta)) & (left * left * curve <= CUT * CUT)
+        fine = tl.where(k >= 2.0, fine, c <= CUT * CUT + 2.0**-24)
+    else:
+        fine = tl.where(k >= 2.0, missing, h) <= 0.25 * CUT
+    return fine & (c <= 0.25 * (1.0 - delta)) & (total > 0.0)
+
+
+@triton.jit
+def stalls(total, before):
+    """Whether an evaluation is no better than the one before, this near to the root: what is left is rounding."""
+    error = tl.abs(total - 1.0)
+    return (error < 1e-3) & (error > 0.5 * tl.abs(before - 1.0))
+
+
+@triton.jit
+def with_sink(total, slope, curve, sink, m, delta, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
+    """The three sums with one more score, the sink's (ROWS,)."""
+    own, own_slope, own_curve = sums_at(scaled_scores(sink[:, None], m, e), delta, k, K, HARDWARE, PTX)
+    return total + own, slope + own_slope, curve + own_curve
+
+
+@triton.jit
+def largest_delta(size, e):
+    """1 - n^-e of Eq. 7."""
+    return -expm1_of(-e * tl.log(size))

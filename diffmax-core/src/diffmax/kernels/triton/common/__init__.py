@@ -1,0 +1,1 @@
+"""What the Triton kernels of every operator share: arithmetic, layouts, tuning tables."""

@@ -1,0 +1,329 @@
+"""Triton arithmetic of the row operator: powers, the solver's step, its stop, the weight of Eq. 6. Equations: docs/theory.md.
+
+Shapes: scores are tiles (ROWS, BLOCK); what belongs to a row is a vector (ROWS,). NaN needs no branch: it is never dead, so
+it reaches the sum and from there the whole row.
+"""
+
+import triton
+import triton.language as tl
+
+# log2(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first; relative error 8e-9 before rounding
+_C9 = tl.constexpr(-0.10749789327383041)
+_C8 = tl.constexpr(0.18476033210754395)
+_C7 = tl.constexpr(-0.19138838350772858)
+_C6 = tl.constexpr(0.20485764741897583)
+_C5 = tl.constexpr(-0.23960812389850616)
+_C4 = tl.constexpr(0.28855255246162415)
+_C3 = tl.constexpr(-0.36069655418395996)
+_C2 = tl.constexpr(0.48089852929115295)
+_C1 = tl.constexpr(-0.7213473320007324)
+_C0 = tl.constexpr(1.4426950216293335)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+# Below it e is raised to it: softmax, see diffmax.operators.common.numerics
+_MIN_E = tl.constexpr(2.0**-60)
+
+# Halley's step is taken that often; should a row still be unsolved, Newton's follows, whose number of steps has a bound (Eq. 9)
+HALLEY_STEPS = tl.constexpr(8)
+_LARGEST_HALLEY_K = tl.constexpr(512.0)
+
+# The first iterate is the root of the entries above this score alone, as if they were equal: see `first_iterate`
+START_CUT = tl.constexpr(-0.35)
+
+# Where the logarithm of the device serves: nowhere, in the first evaluation, everywhere
+HARDWARE_NONE = tl.constexpr(0)
+HARDWARE_FIRST = tl.constexpr(1)
+HARDWARE_ALL = tl.constexpr(2)
+
+# As K: an exponent given at run time, any or above 2
+ANY_K = tl.constexpr(0)
+ABOVE_2 = tl.constexpr(-1)
+
+
+@triton.jit
+def hardware_log2(w):
+    """log2(w) as the compiler maps it to the device's own instruction, where it does."""
+    return tl.log2(w)
+
+
+@triton.jit
+def log2_by_hardware(w, PTX: tl.constexpr):
+    """log2(w) of float32 by the special-function unit, to 2^-22 absolute; -inf for 0."""
+    if PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [w], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return hardware_log2(w)
+
+
+@triton.jit
+def log2_1p(u, HARDWARE: tl.constexpr, PTX: tl.constexpr):
+    """log2(1 + u) for u > -1, with the digits that 1 + u loses unless HARDWARE."""
+    w = 1.0 + u
+    if u.dtype == tl.float64:
+        return (tl.log(w) + (u - (w - 1.0)) / w) * _LOG2_E
+    elif HARDWARE:
+        return log2_by_hardware(w, PTX)
+    else:
+        # 1 + u = 2^j (1 + f) with f in [sqrt(1/2) - 1, sqrt(2) - 1]; the fused multiply-add leaves f one rounding
+        j = (w.to(tl.int32, bitcast=True) - 0x3F3504F3) & -8388608
+        scale = (0x3F800000 - j).to(tl.float32, bitcast=True)
+        return _log2_of_parts(j, tl.fma(u, scale, scale - 1.0))
+
+
+@triton.jit
+def log2_of(w):
+    """log2(w) for w > 0; where w is subnormal some number near -127."""
+    if w.dtype == tl.float64:
+        return tl.log(w) * _LOG2_E
+    else:
+        j = (w.to(tl.int32, bitcast=True) - 0x3F3504F3) & -8388608
+        scale = (0x3F800000 - j).to(tl.float32, bitcast=True)
+        return _log2_of_parts(j, tl.fma(w, scale, -1.0))
+
+
+@triton.jit
+def _log2_of_parts(j, f):
+    y = tl.fma(f, _C9, _C8)
+    y = tl.fma(f, y, _C7)
+    y = tl.fma(f, y, _C6)
+    y = tl.fma(f, y, _C5)
+    y = tl.fma(f, y, _C4)
+    y = tl.fma(f, y, _C3)
+    y = tl.fma(f, y, _C2)
+    y = tl.fma(f, y, _C1)
+    y = tl.fma(f, y, _C0)
+    return tl.fma(f, y, j.to(tl.float32) * 1.1920928955078125e-07)  # j holds the exponent times 2^23
+
+
+@triton.jit
+def exp2_of(y, PTX: tl.constexpr):
+    """2^y; on NVIDIA in float32 the bare instruction, which flushes what is subnormal."""
+    if not PTX:  # noqa: SIM114  (Triton 3.2, which is Triton-Ascend's, cannot say "or" of the two)
+        return tl.exp2(y)
+    elif y.dtype == tl.float64:
+        return tl.exp2(y)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def expm1_of(y):
+    """e^y - 1 of a row's number, without cancellation: Newton's lower bound is one only as far as this is exact."""
+    TERMS: tl.constexpr = 15 if y.dtype == tl.float64 else 8
+    small = tl.abs(y) < 0.5
+    x = tl.where(small, y, 0.0)
+    series = tl.full(y.shape, 1.0, y.dtype)
+    # y (1 + y/2 (1 + y/3 (1 + ...)))
+    for j in tl.static_range(TERMS):
+        series = 1.0 + series * x * (1.0 / (TERMS + 1 - j))
+    return tl.where(small, y * series, tl.exp(y) - 1.0)
+
+
+@triton.jit
+def checked_e(e):
+    """e = 1 - alpha raised to the softmax limit; NaN where it lies outside [0, 1]."""
+    return tl.where((e >= 0.0) & (e <= 1.0), tl.maximum(e, _MIN_E), float("nan"))
+
+
+@triton.jit
+def clamped_e(e):
+    """e raised to the softmax limit; NaN stays."""
+    return tl.where(e < _MIN_E, _MIN_E, e)
+
+
+@triton.jit
+def scaled_scores(x, m, e):
+    """z = e (x - max x); in a fully masked row every z is -inf."""
+    return e[:, None] * (x - tl.where(m == -float("inf"), 0.0, m)[:, None])
+
+
+@triton.jit
+def sums_near_top(z):
+    """Sum and number of the entries with z > START_CUT, each (ROWS,)."""
+    near = z > START_CUT
+    return tl.sum(tl.where(near, z, 0.0), axis=1), tl.sum(near.to(z.dtype), axis=1)
+
+
+@triton.jit
+def cheap_base(z, delta):
+    """[z - t]_+ where a power is cheap (K > 0 or HARDWARE > 0): k is small, and this rounding no worse than the weight's.
+
+    One rounding for an entry: what 1 - delta loses is the same for all of a row.
+    """
+    return tl.maximum(z + (1.0 - delta)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sums(b, r):
+    """S, S_1 and the sum of [z - t]^(k-2), each (ROWS,)."""
+    slopes = r * b
+    return tl.sum(slopes * b, axis=1), tl.sum(slopes, axis=1), tl.sum(r, axis=1)
+
+
+@triton.jit
+def cheap_powers(z, delta, k, K: tl.constexpr, PTX: tl.constexpr):
+    """`powers` where a power is cheap."""
+    b = cheap_base(z, delta)
+    if K == 2:
+        r = tl.minimum(b * 2.0**100, 1.0)  # not a comparison: its predicates cost more
+    elif K == 3:
+        r = b
+    elif K == 4:
+        r = b * b
+    elif K == 5:
+        r = b * b * b
+    elif K == 10:
+        r = b * b
+        r = r * r
+        r = r * r
+    else:
+        r = exp2_of((k[:, None] - 2.0) * log2_by_hardware(b, PTX), PTX)
+        if K != ABOVE_2:  # where the logarithm of 0 gives 0
+            r = tl.where(b <= 0.0, 0.0, r)
+    return b, r
+
+
+@triton.jit
+def powers(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
+    """b = [z - t]_+ and r = b^(k-2), 0 off the support. Then r*b is the slope's term and r*b*b the weight.
+
+    K is k as an integer where it is one of those with a chain of multiplications, else `ANY_K` or `ABOVE_2`.
+    """
+    if K > 0 or HARDWARE > 0:
+        return cheap_powers(z, delta, k, K, PTX)
+    else:
+        u = z - delta[:, None]
+        dead = u <= -1.0
+        b = tl.where(dead, 0.0, u + 1.0)
+        r = tl.where(dead, 0.0, exp2_of((k[:, None] - 2.0) * log2_1p(u, False, PTX), PTX))
+        return b, r
+
+
+@triton.jit
+def first_iterate(z_sum, count, e):
+    """The delta at which `count` equal entries with the sum `z_sum` would be solved; 0 if there are none.
+
+    y -> y^k is convex, so that unequal entries weigh more: the row's own delta is not smaller (Jensen's inequality).
+    """
+    count = tl.maximum(count, 1.0)
+    return tl.maximum(z_sum / count - expm1_of(-e * tl.log(count)), 0.0)
+
+
+@triton.jit
+def overshoot(total, slope):
+    """c = (S - 1) / S_1: so far, in units of b, is t from its root, to first order (k times as far in t)."""
+    return (total - 1.0) / slope
+
+
+@triton.jit
+def rounding_in_sum(total, slope, curve, CUT: tl.constexpr):
+    """Whether the linear step (`weights`) leaves the sum at 1: it moves it by half of this, by more where it cuts off."""
+    c = overshoot(total, slope)
+    return c * c * curve <= 2.0 * CUT * CUT
+
+
+@triton.jit
+def unsolved(total, slope, curve, delta, e, k, size, CUT: tl.constexpr):
+    """Whether weights that are moved by one linear step would still be wrong by more than rounding.
+
+    For k >= 2 that step leaves an error of b^(k-2) c^2 / 2 in a weight: it must be small beside the largest weight
+    (1 - delta)^k, and in the sum. Right of the root (c < 0), entries may be missing from the sums, each less than
+    (e c)^k. For k < 2 there is no such bound as b -> 0, and c itself must be as small as delta's last digit.
+    """
+    c = overshoot(total, slope)
+    far = (tl.abs(c) > CUT * (1.0 - delta)) | (rounding_in_sum(total, slope, curve, CUT) == 0)
+    far = far | ((c < 0.0) & (size * e * c * e * c > 2.0 * CUT * CUT))
+    return tl.where(k >= 2.0, far, tl.abs(c) > 2.0 * CUT * CUT + 2.0**-52) & (total > 0.0)
+
+
+@triton.jit
+def next_iterate(delta, low, high, total, slope, curve, e, k, bends):
+    """One step towards S = 1 from either side: delta and the certified lower bound of its root.
+
+    Newton's step on the norm (Eq. 2) ends left of the root, from wherever it starts, because the norm is convex. Halley's step
+    on the norm goes further; it may pass the root, and is kept in [low, high].
+    """
+    excess = expm1_of(-e * tl.log(total))  # S^-e - 1; S - S^alpha = -S expm1(-e ln S) has no cancellation
+    newton = -total * excess / slope
+    low = tl.maximum(low, delta + newton)
+    bend = -0.5 * (k - 1.0) * excess * (curve * total / (slope * slope) - 1.0)
+    bend = tl.minimum(tl.maximum(bend, -0.5), 0.5)
+    bend = tl.where((k >= 2.0) & (k <= _LARGEST_HALLEY_K) & bends, bend, 0.0)
+    return tl.minimum(tl.maximum(delta + newton / (1.0 - bend), low), high), low
+
+
+@triton.jit
+def finishing(delta, total, slope, curve, e, k, size, CUT: tl.constexpr, ENSURE_SUM_ONE: tl.constexpr):
+    """What turns the last iterate's b and r into weights: the step in t that is left and a scale, and delta for the backward.
+
+    A division by the sum would take from all weights alike what belongs to the small ones, so it is for rows that are not
+    solved, or whose many small weights the step would move past 0.
+    """
+    near = (unsolved(total, slope, curve, delta, e, k, size, CUT) == 0) & rounding_in_sum(total, slope, curve, CUT)
+    small = near & (total > 0.0)
+    step = tl.where(small, e * overshoot(total, slope), 0.0)
+    if ENSURE_SUM_ONE:
+        scale = tl.where(small | (total == 0.0), 1.0, 1.0 / total)
+    else:
+        scale = tl.where(total != total, total, 1.0)
+    # a row of NaN has delta NaN: said aloud, because a maximum of NaN is NaN to the interpreter and a number to devices
+    return step, scale, tl.where(total != total, total, tl.maximum(delta + step, 0.0))
+
+
+@triton.jit
+def weights_at(z, delta, k, scale, K: tl.constexpr, PTX: tl.constexpr):
+    """p = [z - t]^k at the last threshold, where a power is cheap."""
+    b = cheap_base(z, delta)
+    if K <= 0:
+        return exp2_of(k[:, None] * log2_by_hardware(b, PTX), PTX) * scale[:, None]
+    square = b * b
+    if K == 2:
+        p = square
+    elif K == 3:
+        p = square * b
+    elif K == 4:
+        p = square * square
+    elif K == 5:
+        p = square * square * b
+    else:
+        p = square * square
+        p = p * p * square
+    return p * scale[:, None]
+
+
+@triton.jit
+def weights(z, delta, r, k, step, scale, CHEAP: tl.constexpr):
+    """p from the last iterate's r and what `finishing` returned: [b - dt]^k without another power.
+
+    b^k - k b^(k-1) dt, up to a term in dt^2 with which it is exact for k = 2 and, for small k, right where b is about dt: the
+    slope p^alpha of the backward is steep there. A step to the left brings entries back that were dead, with b > dt.
+
+    CHEAP: r comes from `cheap_powers`. k multiplies what a threshold loses by rounding: for k = 10 the step must not be added
+    to it, or weights in float32 are off by 5 ulp, all to one side.
+    """
+    if CHEAP:
+        b = z + (1.0 - delta)[:, None]
+    else:
+        b = z - delta[:, None] + 1.0
+    near = tl.maximum(b - step[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    far = tl.maximum(b - ((k - 1.0) * step)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    dead_r = tl.exp2((k - 2.0) * tl.log2(tl.maximum(tl.abs(step), 1e-30)))
+    r = tl.where(b <= 0.0, dead_r[:, None], r)
+    return r * near * far * scale[:, None]
+
+
+@triton.jit
+def alpha_weight(p, log2_p, e, TERMS: tl.constexpr):
+    """w = p phi(ln p) of Eq. 6. With v = -e ln p it is a series where v < 1, else as written. log2 p is 0 where p is."""
+    v2 = -e[:, None] * log2_p
+    v = v2 * _LN_2
+    log_p = log2_p * _LN_2
+    near = v < 1.0
+    x = tl.where(near, v, 0.0)
+    series = tl.full(v.shape, 1.0, v.dtype)
+    # 1/2 + v/6 + v^2/24 + ... = 1/2 (1 + v/3 (1 + v/4 (1 + ...)))
+    for j in tl.static_range(TERMS):
+        series = 1.0 + series * x * (1.0 / (TERMS + 2 - j))
+    far_e = tl.where(near, 1.0, e[:, None])  # where the series serves, e^2 may be too small to divide by
+    return p * tl.where(near, 0.5 * log_p * log_p * series, ((tl.exp2(v2) - 1.0) - v) / (far_e * far_e))

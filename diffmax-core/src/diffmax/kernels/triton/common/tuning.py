@@ -1,0 +1,393 @@
+"""How kernels are launched on each architecture: what a vendor's tables hold, what else could be tried, how to try it.
+
+Where a table has no entry, rules in the code decide: `attention.tuning_forward`, `attention.tuning_backward`, the defaults of
+`Decode`. A benchmark runs an operator with each of `candidates` inside `with_settings`, puts the fastest into the
+architecture's table by `Table.with_entry`, and writes the file by `write_tables`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+
+from diffmax.kernels.triton.attention.tuning_backward import Block, backward_blocks
+from diffmax.kernels.triton.attention.tuning_forward import Settings, forward_settings
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of one width in one program.
+
+    Attributes:
+        rows: Rows per program.
+        warps: Warps per program.
+        keep: Forward only: keep the last evaluation in registers until the weights are written, rather than repeat it.
+    """
+
+    rows: int
+    warps: int
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows that are too long for a program's registers.
+
+    Attributes:
+        block: Entries of a tile.
+        warps: Warps per program.
+        programs: Of rows that are split over several programs: so many per multiprocessor.
+    """
+
+    block: int
+    warps: int
+    programs: int = 2
+
+
+@dataclass(frozen=True)
+class Decode:
+    """The three launches of decoding.
+
+    Attributes:
+        start_warps, read_warps, values_warps: Warps of a program in each.
+        tile_bytes: Bytes of keys or values that a program looks at together.
+        tiles_per_split: A program has at least so many, where the cache is full.
+        programs: Programs per multiprocessor.
+    """
+
+    start_warps: int = 8
+    read_warps: int = 8
+    values_warps: int = 8
+    tile_bytes: int = 1 << 13
+    tiles_per_split: int = 4
+    programs: int = 2
+
+
+Launch: TypeAlias = Tile | Stream | Settings | Block | Decode
+
+# What a table's entries are about, and of which class each is
+KERNELS: dict[str, type[Any]] = {
+    "rows": Tile,
+    "rows_backward": Tile,
+    "stream": Stream,
+    "stream_backward": Stream,
+    "split": Stream,
+    "split_backward": Stream,
+    "attention_solve": Settings,
+    "attention_out": Settings,
+    "attention_dq": Block,
+    "attention_dkv": Block,
+    "attention_dbias": Block,
+    "decode": Decode,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an entry is for.
+
+    Attributes:
+        dtype: Of the scores or the queries.
+        size: Of rows in registers their padded length; of attention and decoding the padded head size, at least 64; else 0.
+        extras: Attention's forward with a mask, bias, ALiBi, softcap or dropout.
+    """
+
+    dtype: torch.dtype
+    size: int = 0
+    extras: bool = False
+
+    @classmethod
+    def of(cls, kernel: str, dtype: torch.dtype, size: int = 0, extras: bool = False) -> Case:
+        """The case that a call belongs to: `size` is the row's length, or the larger of the sizes of keys and values."""
+        padded = 1 << max(size - 1, 0).bit_length()
+        if kernel.startswith("rows"):
+            return cls(dtype, max(16, padded))
+        if kernel.startswith("s"):
+            return cls(dtype)
+        return cls(dtype, max(64, padded), extras and kernel in ("attention_solve", "attention_out"))
+
+    def __str__(self) -> str:
+        """Such as "bfloat16 64 extras"."""
+        words = [str(self.dtype).removeprefix("torch."), *([str(self.size)] if self.size else []), *(["extras"] * self.extras)]
+        return " ".join(words)
+
+    @classmethod
+    def read(cls, text: str) -> Case:
+        """From what `str` gave."""
+        name, *rest = text.split()
+        sizes = [int(word) for word in rest if word != "extras"]
+        return cls(getattr(torch, name), sizes[0] if sizes else 0, "extras" in rest)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one kernel is launched in one case, and where that comes from: "predicted", or "measured on ..." what, with what."""
+
+    launch: Launch
+    origin: str
+
+    def plain(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        return asdict(self.launch) | {"origin": self.origin}
+
+    @classmethod
+    def of(cls, kernel: str, plain: Mapping[str, Any]) -> Entry:
+        """From what `plain` returned."""
+        return cls(KERNELS[kernel](**{k: v for k, v in plain.items() if k != "origin"}), plain["origin"])
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tiles of one architecture.
+
+    Attributes:
+        origin: Where the numbers come from: "predicted", or the result file of the run that measured them.
+        forward, backward: The padded length of a row (a power of two) to its tile. Longer rows are streamed.
+        forward_float64, backward_float64: The same for float64.
+        stream_block, stream_warps: The tile of a row that is streamed; for float64 half the block.
+        adjacent_elements: Entries per program where neighbouring rows, not the entries of a row, lie side by side in memory.
+        entries: What was found for single cases, by kernel; goes before all else.
+    """
+
+    origin: str
+    forward: Mapping[int, Tile]
+    backward: Mapping[int, Tile]
+    forward_float64: Mapping[int, Tile]
+    backward_float64: Mapping[int, Tile]
+    stream_block: int
+    stream_warps: int
+    adjacent_elements: int
+    entries: Mapping[str, Mapping[Case, Entry]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Table:
+        """From what `plain` returned."""
+        tiles = {name: {int(n): Tile(*tile) for n, tile in plain[name].items()} for name in TILES}
+        entries = {
+            kernel: {Case.read(case): Entry.of(kernel, entry) for case, entry in found.items()}
+            for kernel, found in plain.get("entries", {}).items()
+        }
+        return cls(**{**plain, **tiles, "entries": entries})
+
+    def plain(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        tiles = {name: {str(n): [*asdict(t).values()] for n, t in getattr(self, name).items()} for name in TILES}
+        numbers = {name: getattr(self, name) for name in ("stream_block", "stream_warps", "adjacent_elements")}
+        entries = {
+            kernel: {str(case): entry.plain() for case, entry in sorted(found.items(), key=lambda item: str(item[0]))}
+            for kernel, found in sorted(self.entries.items())
+        }
+        return {"origin": self.origin, **tiles, **numbers, **({"entries": entries} if entries else {})}
+
+    def with_entry(
+        self, kernel: str, dtype: torch.dtype, size: int, launch: Launch, origin: str, *, extras: bool = False
+    ) -> Table:
+        """This table with one entry more, or another one in its place.
+
+        Args:
+            kernel: Of `KERNELS`.
+            dtype, size, extras: As for `candidates`.
+            launch: The settings.
+            origin: "measured on NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0", or "predicted".
+        """
+        if not isinstance(launch, KERNELS[kernel]):
+            raise TypeError(f"with_entry: {kernel} is launched by a {KERNELS[kernel].__name__}, got {launch!r}")
+        found = {**self.entries.get(kernel, {}), Case.of(kernel, dtype, size, extras): Entry(launch, origin)}
+        return replace(self, entries={**self.entries, kernel: found})
+
+
+TILES = ("forward", "backward", "forward_float64", "backward_float64")
+
+
+def read_tables(path: Path) -> dict[str, Table]:
+    """The tables of a file, by architecture."""
+    return {name: Table.of(plain) for name, plain in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def write_tables(path: Path, tables: Mapping[str, Table]) -> None:
+    """Write them, one line for each kind of tile and each entry, so that a diff shows what changed."""
+    blocks = []
+    for name, table in sorted(tables.items()):
+        plain = table.plain()
+        entries = plain.pop("entries", {})
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in plain.items()]
+        if entries:
+            kernels = []
+            for kernel, found in entries.items():
+                cases = ",\n".join(f"    {json.dumps(case)}: {json.dumps(entry)}" for case, entry in found.items())
+                kernels.append(f"   {json.dumps(kernel)}: {{\n{cases}\n   }}")
+            lines.append('  "entries": {\n' + ",\n".join(kernels) + "\n  }")
+        blocks.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
+    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+
+
+def no_table(device: torch.device) -> None:
+    """For an operator without tables."""
+
+
+class Tunable:
+    """An operator's way to its settings: what is forced, else what the table of the device has an entry for.
+
+    Attributes:
+        forced: Settings by kernel, whatever the case: `with_settings`.
+    """
+
+    forced: Mapping[str, Launch] = MappingProxyType({})
+
+    def tuned(self, table: Table | None, kernel: str, dtype: torch.dtype, size: int = 0, extras: bool = False) -> Any:
+        """The settings, or None where the rules in the code decide."""
+        if kernel in self.forced:
+            return self.forced[kernel]
+        if table is None or kernel not in table.entries:
+            return None
+        entry = table.entries[kernel].get(Case.of(kernel, dtype, size, extras))
+        return None if entry is None else entry.launch
+
+
+@contextlib.contextmanager
+def with_settings(operator: Tunable, **launches: Launch) -> Iterator[None]:
+    """Inside, `operator` launches the kernels that are named with these settings, whatever tables and rules say.
+
+    Public functions that reach the operator do so too. Not for several threads. What does not fit the device raises Triton's
+    own errors at the call: `triton.runtime.errors.OutOfResources`, or a `triton.compiler.errors.CompilationError`.
+
+    Args:
+        operator: A vendor's, such as `diffmax_cuda.attention.operator`, `diffmax_cuda.rows.operator`,
+            `diffmax_cuda.kvcache.decoder`.
+        launches: Settings by the kernel's name in `KERNELS`.
+    Raises:
+        TypeError: No such kernel, or settings of another class.
+    Example:
+        >>> from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+        >>> operator = AttentionOperator(lambda device: "sm90", lambda device: 132, ptx=True)
+        >>> solver = candidates("attention_solve", torch.bfloat16, 64, "sm90")[1]
+        >>> with with_settings(operator, attention_solve=solver):
+        ...     operator.tuned(None, "attention_solve", torch.bfloat16, 64) == solver
+        True
+    """
+    for kernel, launch in launches.items():
+        if kernel not in KERNELS or not isinstance(launch, KERNELS[kernel]):
+            raise TypeError(f"with_settings: {kernel} is not launched by {launch!r}")
+    before = operator.forced
+    operator.forced = {**before, **launches}
+    try:
+        yield
+    finally:
+        operator.forced = before
+
+
+def candidates(kernel: str, dtype: torch.dtype, size: int, architecture: str, *, extras: bool = False) -> list[Any]:
+    """What is worth trying, without repetitions; of attention and decoding the first is what the rules in the code say.
+
+    Some may not fit the device, and some spill: who times them passes over those.
+
+    Args:
+        kernel: Of `KERNELS`.
+        dtype: Of the scores or the queries.
+        size: Length of the rows; for attention and decoding the larger of the sizes of keys and values.
+        architecture: Such as "sm90" or "gfx942".
+        extras: For attention's forward, whether the call has a mask, bias, ALiBi, softcap or dropout.
+    """
+    lanes = 64 if architecture.startswith("gfx9") else 32
+    case = Case.of(kernel, dtype, size, extras)
+    found: Iterable[Any]
+    if kernel.startswith("rows"):
+        found = _tiles(case.size, lanes, keeps=kernel == "rows")
+    elif kernel.startswith("s"):
+        found = _streams(dtype, lanes, splits=kernel.startswith("split"))
+    elif kernel in ("attention_solve", "attention_out"):
+        writes = kernel == "attention_out"
+        found = _forward(forward_settings(architecture, dtype, case.size, extras)[writes], case.size, writes)
+    elif kernel == "decode":
+        found = _decoding()
+    else:
+        blocks = backward_blocks(architecture, dtype, case.size)
+        which = {"attention_dq": "queries", "attention_dkv": "keys", "attention_dbias": "bias"}[kernel]
+        found = _backward(getattr(blocks, which), case.size, tall=kernel == "attention_dq")
+    return list(dict.fromkeys(found))
+
+
+def _tiles(width: int, lanes: int, keeps: bool) -> Iterator[Tile]:
+    for per_thread in (32, 16, 64, 8, 4):
+        wide = width >= per_thread * lanes
+        for warps in (width // (per_thread * lanes),) if wide else (1, 4):
+            if warps * lanes <= 1024:
+                rows = max(1, per_thread * lanes * warps // width)
+                yield Tile(rows, warps)
+                if keeps and per_thread >= 32:
+                    yield Tile(rows, warps, keep=False)
+
+
+def _streams(dtype: torch.dtype, lanes: int, splits: bool) -> Iterator[Stream]:
+    blocks = (1024, 2048, 4096) if dtype == torch.float64 else (2048, 4096, 8192)
+    for block, warps, programs in itertools.product(blocks, (4, 8, 16), (1, 2, 4) if splits else (2,)):
+        if 4 <= block // (warps * lanes) <= 32:
+            yield Stream(block, warps, programs)
+
+
+def _forward(rule: Settings, size: int, writes: bool) -> Iterator[Settings]:
+    yield rule
+    chunks = (rule.chunk, *(chunk for chunk in (64, 32) if chunk < size and rule.chunk != chunk))
+    for warps, stages, programs, keys, chunk in itertools.product(
+        (4, 8), (1, 2, 3), (1, 2, 3), (16, 32, 64) if writes else (64,), chunks
+    ):
+        # one number is changed, or warps and another
+        changed = (stages != rule.stages) + (programs != rule.programs) + (keys != rule.keys) + (chunk != rule.chunk)
+        if changed <= 1 and warps * programs <= 16:
+            yield replace(rule, warps=warps, stages=stages, programs=programs, keys=keys, chunk=chunk)
+
+
+def _backward(rule: Block, size: int, tall: bool) -> Iterator[Block]:
+    yield rule
+    for rows, keys, warps, stages in itertools.product((16, 32, 64, *([128] if tall else [])), (16, 32, 64), (4, 8), (1, 2)):
+        if 512 <= rows * keys <= 8192:
+            yield Block(rows, keys, warps, stages, rule.chunk)
+    if rule.chunk >= size > 64:
+        yield from (replace(rule, chunk=chunk) for chunk in (32, 64))
+
+
+def _decoding() -> Iterator[Decode]:
+    yield Decode()
+    for warps, tile_bytes in itertools.product((2, 4, 8), (1 << 12, 1 << 13, 1 << 14, 1 << 15)):
+        yield Decode(warps, warps, warps, tile_bytes)
+    for tiles_per_split, programs in itertools.product((2, 4, 8), (1, 2, 4)):
+        yield Decode(tiles_per_split=tiles_per_split, programs=programs)
+    for warps in (2, 4):
+        yield from (Decode(start_warps=warps), Decode(read_warps=warps), Decode(values_warps=warps))
+
+
+def predicted_table(*, lanes: int, most_warps: int) -> Table:
+    """The table that counting registers suggests, before a compiler or a clock has seen it.
+
+    A thread holds 16 entries of a row and what was computed of them, 32 where that saves adding up over warps, 8 in float64.
+
+    Args:
+        lanes: Threads of a warp.
+        most_warps: Warps that one program can have.
+    """
+
+    def tiles(longest: int, single: int, shared: int) -> dict[int, Tile]:
+        result = {}
+        for n in (1 << power for power in range(4, longest.bit_length())):
+            per_thread = single if n <= single * lanes else shared
+            result[n] = Tile(max(1, per_thread * lanes // n), min(most_warps, max(1, n // (per_thread * lanes))))
+        return result
+
+    return Table(
+        origin="predicted",
+        forward=tiles(16384, 32, 16),
+        backward=tiles(8192, 32, 16),
+        forward_float64=tiles(4096, 8, 8),
+        backward_float64=tiles(4096, 8, 8),
+        stream_block=8192,
+        stream_warps=most_warps,
+        adjacent_elements=4096,
+    )

@@ -1,0 +1,1 @@
+"""Attention over a cache in Triton: `launch.Decoder` launches it."""

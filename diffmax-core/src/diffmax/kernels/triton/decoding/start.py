@@ -1,0 +1,222 @@
+"""First launch of decoding: new tokens into the cache, an upper bound of every page's scores, and two samples of scores.
+
+The threshold of any subset of the scores is a lower bound of tau. Each split takes it from one tile, the one with the largest
+bound, and guesses tau from another, as if all keys were like it. docs/decoding.md tells what the launches read.
+"""
+
+import triton
+import triton.language as tl
+
+from diffmax.kernels.triton.common.numerics import HARDWARE_NONE, expm1_of, powers, scaled_scores
+from diffmax.kernels.triton.decoding.tiles import (
+    GUESS_DELTA,
+    GUESS_TOP,
+    SAMPLE_DELTA,
+    SAMPLE_TOP,
+    capped,
+    exponents,
+    finite,
+    largest,
+    load_queries,
+    load_tile,
+    product,
+    rows_of,
+    scores_of,
+    stretch,
+    tokens_of,
+    whose,
+    write_slot,
+)
+
+_EPS = tl.constexpr(2.0**-23)
+_STEPS = tl.constexpr(10)
+_PAGES = tl.constexpr(16)
+
+
+@triton.jit
+def subset_delta(scores, top, goal, e, k, K: tl.constexpr, PTX: tl.constexpr):
+    """delta at which the weights of these scores alone sum to `goal` <= 1, or a little more: Newton's steps never pass it."""
+    z = scaled_scores(scores, top, e)
+    delta = tl.zeros(top.shape, tl.float32)
+    for _ in range(_STEPS):
+        b, r = powers(z, delta, k, K, HARDWARE_NONE, PTX)
+        total, slope = tl.sum(r * b * b, axis=1) / goal, tl.sum(r * b, axis=1) / goal
+        step = -total * expm1_of(-e * tl.log(total)) / slope
+        delta += tl.where((total > 1.0) & (step > 0.0), step, 0.0)
+    return delta
+
+
+@triton.jit
+def page_bound(
+    q, low, high, in_rows, place, query, page_size, end, length, scale, softcap, slope, left, right,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, pages): no score of the page, as it is computed, is larger. `place` is each page's first."""
+    kind: tl.constexpr = q.dtype
+    wide_q, wide_low, wide_high = q.to(tl.float32), low.to(tl.float32), high.to(tl.float32)
+    wide_q = tl.where(scale < 0.0, -wide_q, wide_q)
+    size = tl.abs(scale)
+    bound = product(tl.maximum(wide_q, 0.0).to(kind), tl.trans(high))
+    bound += product(tl.minimum(wide_q, 0.0).to(kind), tl.trans(low))
+    reach = tl.maximum(tl.abs(wide_low), tl.abs(wide_high)).to(kind)
+    reach = product(tl.abs(wide_q).to(kind), tl.trans(reach))
+    bound = size * (bound + (2 * HEAD_DIM + 16) * _EPS * reach)
+    if SOFTCAP:
+        bound = capped(bound, softcap) + 32 * _EPS * softcap
+    before = place[None, :] - (end - length + query)[:, None]  # of the first key of the page
+    behind = before + page_size - 1
+    if ALIBI:
+        near = tl.maximum(tl.maximum(before, -behind), 0).to(tl.float32)
+        far = tl.maximum(tl.abs(before), tl.abs(behind)).to(tl.float32)
+        taken = slope[:, None] * tl.where(slope[:, None] < 0.0, far, near)
+        bound += 4 * _EPS * (tl.abs(taken) + tl.abs(bound)) - taken
+    seen = in_rows[:, None] & (place[None, :] < end)
+    if WINDOW:
+        seen = seen & ((left < 0) | (behind >= -left)) & ((right < 0) | (before <= right))
+    return tl.where(seen, tl.where(bound != bound, float("inf"), bound), -float("inf"))
+
+
+@triton.jit
+def join(a, b, LOW: tl.constexpr):
+    """The smaller or the larger; NaN if one is."""
+    if LOW:
+        joined = tl.minimum(a, b)
+    else:
+        joined = tl.maximum(a, b)
+    return tl.where((a != a) | (b != b), float("nan"), joined)
+
+
+@triton.jit
+def widen(
+    bound_ptr, new_ptr, page, parts, page_size, b, kv_head, at, begin, end, new_b, new_s, new_h, new_d,
+    LOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Take a page's new keys into one of its bounds; a page whose first token is new starts afresh."""
+    column = tl.arange(0, BLOCK_D)
+    outside = float("inf") if LOW else -float("inf")
+    is_nan = tl.zeros((BLOCK_D,), tl.int32)
+    found = tl.full((BLOCK_D,), outside, tl.float32)
+    for tile in range(page * parts, page * parts + parts):
+        place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+        fresh = (there & (place >= begin))[:, None] & (column < HEAD_DIM)[None, :]
+        source = b * new_b + (place - begin).to(tl.int64)[:, None] * new_s + kv_head * new_h
+        keys = tl.load(new_ptr + source + column.to(tl.int64)[None, :] * new_d, mask=fresh, other=outside).to(tl.float32)
+        is_nan = tl.maximum(is_nan, tl.max((keys != keys).to(tl.int32), axis=0))
+        keys = tl.where(keys != keys, outside, keys)
+        found = tl.minimum(found, tl.min(keys, axis=0)) if LOW else tl.maximum(found, tl.max(keys, axis=0))
+    found = tl.where(is_nan > 0, float("nan"), found)
+    if page * page_size < begin:
+        old = tl.load(bound_ptr + at + column, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
+        found = join(old, found, LOW)
+    tl.store(bound_ptr + at + column, found.to(bound_ptr.dtype.element_ty), mask=column < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=[
+    "q_b", "q_l", "q_h", "kn_b", "kn_s", "kn_h", "vn_b", "vn_s", "vn_h", "table_b",
+    "alibi_b", "new", "room", "page_size", "parts", "pages", "kv_heads", "group", "length", "blocks", "splits", "most_tiles",
+    "left", "right", "scale", "softcap", "e", "k",
+])  # fmt: skip
+def kvcache_start_kernel(
+    q_ptr, k_ptr, v_ptr, kn_ptr, vn_ptr, low_ptr, high_ptr, seqlens_ptr, rows_ptr, table_ptr, e_ptr, alibi_ptr,
+    bounds_ptr, work_ptr, counters_ptr,
+    q_b, q_l, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d, kn_b, kn_s, kn_h, kn_d, vn_b, vn_s, vn_h, vn_d,
+    table_b, alibi_b,
+    new, room, page_size, parts, pages, kv_heads, group, length, blocks, splits, most_tiles, left, right,
+    scale, softcap, e, k,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PAGED: tl.constexpr,
+    HAS_NEW: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    WINDOW: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """bounds (block, tile, BLOCK_M), and four slots of the work.  Grid: (B * H_kv * blocks of rows, splits)."""
+    block, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, kv_head, held, head, query, in_rows, begin, end = whose(
+        block, seqlens_ptr, rows_ptr, kv_heads, group, length, blocks, new, room, HAS_ROWS, BLOCK_M
+    )
+    first, last = stretch(split, splits, begin, end, length, left, page_size, parts, HAS_NEW, WINDOW)
+    if split == 0:
+        tl.store(counters_ptr + block * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+    row_e, row_k = exponents(e_ptr, e, k, head, E_TENSOR)
+    slope = tl.zeros((BLOCK_M,), tl.float32)
+    if ALIBI:
+        slope += tl.load(alibi_ptr + b * alibi_b + head)
+    q = load_queries(q_ptr, b, head, query, in_rows, q_b, q_l, q_h, q_d, HEAD_DIM, BLOCK_D)
+
+    if HAS_NEW:
+        if block % blocks == 0:
+            for tile in range(tl.maximum(first, begin // page_size * parts), last):
+                place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+                fresh = there & (place >= begin)
+                source = (place - begin).to(tl.int64)[:, None]
+                at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, k_b, k_s, PAGED)[:, None]
+                d = tl.arange(0, BLOCK_D)[None, :]
+                mask = fresh[:, None] & (d < HEAD_DIM)
+                keys = tl.load(kn_ptr + b * kn_b + source * kn_s + kv_head * kn_h + d * kn_d, mask=mask)
+                tl.store(k_ptr + at + kv_head * k_h + d * k_d, keys, mask=mask)
+                at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, v_b, v_s, PAGED)[:, None]
+                d = tl.arange(0, BLOCK_V)[None, :]
+                mask = fresh[:, None] & (d < VALUE_DIM)
+                values = tl.load(vn_ptr + b * vn_b + source * vn_s + kv_head * vn_h + d * vn_d, mask=mask)
+                tl.store(v_ptr + at + kv_head * v_h + d * v_d, values, mask=mask)
+                if HAS_BOUNDS:
+                    if tile % parts == 0:
+                        page = tile // parts
+                        which = held * pages + page
+                        if PAGED:
+                            which = tl.load(table_ptr + b * table_b + page).to(tl.int64)
+                        at_bound = (which * kv_heads + kv_head) * HEAD_DIM
+                        widen(low_ptr, kn_ptr, page, parts, page_size, b, kv_head, at_bound, begin, end,
+                              kn_b, kn_s, kn_h, kn_d, True, HEAD_DIM, BLOCK_D, BLOCK_N)  # fmt: skip
+                        widen(high_ptr, kn_ptr, page, parts, page_size, b, kv_head, at_bound, begin, end,
+                              kn_b, kn_s, kn_h, kn_d, False, HEAD_DIM, BLOCK_D, BLOCK_N)  # fmt: skip
+
+    guess = first + (last - first) // 2
+    best = guess
+    if HAS_BOUNDS:
+        best_bound = -float("inf")
+        d = tl.arange(0, BLOCK_D)[None, :]
+        for start in range(first, last, _PAGES):
+            tile = start + tl.arange(0, _PAGES)
+            page, here = tile // parts, tile < last
+            # pages that are being written to have no bounds yet
+            settled = here
+            if HAS_NEW:
+                settled = here & ((page + 1) * page_size <= begin)
+            which = held * pages + page
+            if PAGED:
+                which = tl.load(table_ptr + b * table_b + page, mask=settled, other=0).to(tl.int64)
+            at = ((which * kv_heads + kv_head) * HEAD_DIM)[:, None] + d
+            mask = settled[:, None] & (d < HEAD_DIM)
+            bound = page_bound(
+                q, tl.load(low_ptr + at, mask=mask, other=0.0), tl.load(high_ptr + at, mask=mask, other=0.0), in_rows,
+                page * page_size, query, page_size, end, length, scale, softcap, slope, left, right,
+                SOFTCAP, ALIBI, WINDOW, HEAD_DIM,
+            )  # fmt: skip
+            bound = tl.where(settled[None, :] | (bound == -float("inf")), bound, float("inf"))
+            at = (block * most_tiles + tile)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+            tl.store(bounds_ptr + at, tl.trans(bound), mask=here[:, None])
+            top = tl.where(here, tl.max(bound, axis=0), -float("inf"))
+            if tl.max(top, axis=0) > best_bound:
+                best_bound = tl.max(top, axis=0)
+                best = start + tl.argmax(top, axis=0)
+
+    for sample in tl.static_range(2):
+        tile = best if sample == 0 else guess
+        top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        if first < last:
+            place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+            at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, k_b, k_s, PAGED)
+            keys = load_tile(
+                k_ptr, kn_ptr, at, place, there, b, kv_head, begin, k_h, k_d, kn_b, kn_s, kn_h, kn_d, HEAD_DIM, BLOCK_D, HAS_NEW
+            )
+            scores = scores_of(
+                q, keys, place, there, in_rows, query, end, length, scale, softcap, slope, left, right, SOFTCAP, ALIBI, WINDOW
+            )
+            top = largest(scores)
+            share = 1.0
+            if sample == 1:
+                share = tl.minimum(tl.sum(there.to(tl.float32), axis=0) / tl.maximum(end, 1), 1.0)
+            delta = subset_delta(scores, finite(top), share, row_e, row_k, K, PTX)
+        write_slot(work_ptr, block, SAMPLE_TOP if sample == 0 else GUESS_TOP, split, top, BLOCK_M, SPLITS)
+        write_slot(work_ptr, block, SAMPLE_DELTA if sample == 0 else GUESS_DELTA, split, delta, BLOCK_M, SPLITS)

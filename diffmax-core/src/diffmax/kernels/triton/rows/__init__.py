@@ -1,0 +1,1 @@
+"""The row operator in Triton: `launch.RowOperator` launches it."""

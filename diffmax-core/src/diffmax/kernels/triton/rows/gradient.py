@@ -1,0 +1,38 @@
+"""What the backward kernels share: from a tile of weights, or scores, to s = p^alpha (Eq. 3)."""
+
+import triton
+import triton.language as tl
+
+from diffmax.kernels.triton.common.numerics import clamped_e, exp2_of, log2_1p, log2_of
+
+
+@triton.jit
+def slopes(p, x, m, delta, e, FROM_X: tl.constexpr, PTX: tl.constexpr):
+    """Weights, s = p^alpha, and log2 p; all three 0 off the support. NaN in p is in all of them.
+
+    FROM_X: the weights are computed from the scores again, because p has lost the small ones (float16).
+    """
+    if FROM_X:
+        spoilt = p != p
+        u = e[:, None] * (x - tl.where(m == -float("inf"), 0.0, m)[:, None]) - delta[:, None]
+        live = u > -1.0
+        log_p = tl.where(live, log2_1p(u, False, PTX), 0.0) / e[:, None]
+        weight = tl.where(spoilt, p, tl.where(live, exp2_of(log_p, PTX), 0.0))
+        live = live | spoilt
+        log_p = tl.where(spoilt, p, log_p)
+    else:
+        weight = p
+        live = p != 0.0
+        log_p = tl.where(live, log2_of(p), 0.0)
+    return weight, tl.where(live, exp2_of((1.0 - e)[:, None] * log_p, PTX), 0.0), log_p
+
+
+@triton.jit
+def load_clamped_e(e_ptr, e, e_bits, offsets, in_rows, ACC: tl.constexpr, E_TENSOR: tl.constexpr):
+    """e of each row, raised to the softmax limit."""
+    if E_TENSOR:
+        return clamped_e(tl.load(e_ptr + offsets, mask=in_rows, other=1.0).to(ACC))
+    elif ACC == tl.float64:  # noqa: SIM300  (ACC is no constant to Python)
+        return tl.zeros(in_rows.shape, ACC) + e_bits.to(tl.float64, bitcast=True)
+    else:
+        return tl.zeros(in_rows.shape, ACC) + e

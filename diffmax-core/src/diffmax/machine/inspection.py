@@ -1,0 +1,371 @@
+"""What users see of the backends: `backends()` and `explain(...)`."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmax.errors import NoBackendError
+from diffmax.machine import dispatch
+from diffmax.operators.attention import api as attention_api
+from diffmax.operators.attention import operator as attention_operator
+from diffmax.operators.common.checks import check_dtype, check_scores, one_minus_alpha
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.decoding import api as decoding_api
+from diffmax.operators.decoding import operator as decoding_operator
+from diffmax.operators.loss import api as loss_api
+from diffmax.plugin import OPERATORS, Backend, CallSpec
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """One kernel of one backend, or a plugin that is not loaded."""
+
+    backend: str
+    distribution: str
+    version: str
+    device: str
+    operator: str
+    kernel: str
+    status: str
+    reason: str
+    dtypes: str
+
+
+class KernelTable(tuple[KernelRecord, ...]):
+    """Records that print as a narrow table of backends; `repr` and, in a notebook, HTML show every kernel."""
+
+    def __str__(self) -> str:
+        rows, reasons = [("backend", "device", "status", "operators")], [""]
+        for name in dict.fromkeys(record.backend for record in self):
+            row, reason = _summary([record for record in self if record.backend == name])
+            rows.append(row)
+            reasons.append(reason)
+        table = format_table(rows).splitlines()
+        return "\n".join(_with_reason(line, reason) for line, reason in zip(table, reasons, strict=True))
+
+    def __repr__(self) -> str:
+        return format_table([_HEADER, *map(astuple, self)])
+
+    def _repr_html_(self) -> str:
+        def row(tag: str, cells: Sequence[str]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        return f"<table>{row('th', _HEADER)}{''.join(row('td', astuple(record)) for record in self)}</table>"
+
+
+_HEADER = tuple(field.name for field in fields(KernelRecord))
+
+
+# Of several, the first that some kernel has is the backend's.
+_STATUSES = ("active", "available")
+_WIDTH = 97  # indented by two it stays under 100
+
+
+def _summary(records: Sequence[KernelRecord]) -> tuple[tuple[str, str, str, str], str]:
+    """The row of one backend, and why it is not active: of each operator where they differ."""
+    status = next((s for s in _STATUSES if any(record.status == s for record in records)), records[0].status)
+    names = [record.operator for record in records if record.operator]
+    operators = ", ".join(
+        f"{name} (no backward)" if f"{name}_backward" in OPERATORS and f"{name}_backward" not in names else name
+        for name in dict.fromkeys(names)
+        if not name.endswith("_backward")
+    )
+    devices = ", ".join(dict.fromkeys(record.device for record in records))
+    reasons = dict.fromkeys(record.reason for record in records)
+    if len(reasons) == 1:
+        reason = records[0].reason
+    else:
+        of_each = {text: ", ".join(dict.fromkeys(r.operator for r in records if r.reason == text)) for text in reasons if text}
+        reason = "; ".join(f"{where}: {text}" for text, where in of_each.items())
+    return (records[0].backend, devices, status, operators), reason
+
+
+def _with_reason(line: str, reason: str) -> str:
+    """The reason beside the row, or below it where it is too long."""
+    beside = f"{line}  {reason}".rstrip()
+    return beside if len(beside) <= _WIDTH else "\n".join([line, *wrapped(reason, indent="    ")])
+
+
+def wrapped(text: str, indent: str = "", width: int = _WIDTH) -> list[str]:
+    """Lines of at most `width` columns, broken at spaces alone: a path or a command stays whole."""
+    return textwrap.wrap(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def backends() -> KernelTable:
+    """List every kernel of every backend, and every plugin that is not loaded, with status and reason.
+
+    Returns:
+        Records with the fields backend, distribution, version, device (torch's device type, or "any"), operator, kernel
+        ("module:function"), status, reason, dtypes. They print as a table with a row per backend; `repr` has a row per
+        kernel, and all fields. The statuses:
+        "active": float32 calls on that device type go to it; "available": it can run, another is preferred;
+        "unavailable": its probe says that it cannot run on this machine; "incompatible": its requirements are not met;
+        "failed": it raised; "blocked": by DIFFMAX_BLOCK; "shadowed": its name is taken.
+    Example:
+        >>> import diffmax
+        >>> {record.status for record in diffmax.backends() if record.backend == "reference"}
+        {'active'}
+    """
+    records = []
+    for backend in dispatch.registry.backends():
+        plugin = dispatch.registry.owner(backend)
+        for operator, kernel in backend.provided.items():
+            for device in backend.device_types:
+                records.append(
+                    KernelRecord(
+                        backend.name,
+                        plugin.distribution,
+                        plugin.version,
+                        "any" if device == "*" else device,
+                        operator,
+                        kernel.function,
+                        *_status(backend, operator, device),
+                        ", ".join(map(_dtype_name, kernel.dtypes)),
+                    )
+                )
+    for plugin in dispatch.registry.plugins:
+        if plugin.status not in ("loaded", "deferred"):
+            records.append(
+                KernelRecord(plugin.name, plugin.distribution, plugin.version, "", "", "", plugin.status, plugin.reason, "")
+            )
+    return KernelTable(records)
+
+
+def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
+    status, reason = dispatch.registry.probe(backend)
+    if reason:
+        return status, reason
+    if device == "*":
+        return "active", "on devices that no other backend serves"
+    dtypes = backend.provided[operator].dtypes
+    dtype = torch.float32 if torch.float32 in dtypes else dtypes[0]
+    spec = dispatch.describe(operator, device, dtype)
+    if backend.runtime is not None and backend.runtime != spec.runtime:
+        return "available", f"for the {backend.runtime} runtime, this is {spec.runtime}"
+    try:
+        names = dispatch.names_for(spec, "")
+    except NoBackendError:  # the list has to be readable just then
+        return "available", "but DIFFMAX_BACKEND names a backend that is not loaded"
+    verdicts = dispatch.judge(spec, names)
+    first = next((candidate for candidate, reasons in verdicts if not reasons), None)
+    if first is backend:
+        return "active", ""
+    return "available", f"{first.name} is preferred" if first is not None and backend.automatic else "when asked for by name"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the backend for one call is chosen. Prints as text.
+
+    Attributes:
+        calls: For each operator of the call its CallSpec, the name of the chosen backend ("" if none can), the candidates in
+            order as (name, reasons against it), and what decided.
+    """
+
+    calls: tuple[tuple[CallSpec, str, tuple[tuple[str, tuple[str, ...]], ...], str], ...]
+
+    @property
+    def chosen(self) -> str:
+        """The backend of the forward call, "" if none can run it."""
+        return self.calls[0][1]
+
+    def __repr__(self) -> str:
+        lines = []
+        for spec, chosen, candidates, decided_by in self.calls:
+            lines.append(f"{spec}: {chosen or 'no backend'}, by {decided_by}")
+            lines += [f"  {name}: {'; '.join(reasons) or 'can run it'}" for name, reasons in candidates]
+        advice = dispatch.missing_package(self.calls[0][0].runtime)
+        return "\n".join([*lines, advice] if advice else lines)
+
+
+def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
+    """Say which backend a call would go to, and for each other one why not.
+
+    Nothing is computed, so tensors may live on the meta device.
+
+    Args:
+        op: `diffmax.diffmax_bisect`, `diffmax.diffmax_loss`, `diffmax.attention`, `diffmax.attention_varlen` or
+            `diffmax.attention_with_kvcache`, or one of these names.
+        arguments, options: The call's arguments, which are checked as the call would. The backward is explained too if one of
+            them requires a gradient and gradients are enabled.
+    Raises:
+        TypeError, ValueError: diffmax has no such operator, or the call would be refused.
+        NoBackendError: `backend` or DIFFMAX_BACKEND names one that is not loaded.
+    Example:
+        >>> import torch, diffmax
+        >>> diffmax.explain("diffmax_bisect", torch.randn(4, 5), 0.5)
+        bisect of float32 on cpu: numba, by priority
+          numba: can run it
+          cpu: can run it
+          reference: can run it
+        >>> x = torch.randn(1, 2, 100, 64)
+        >>> diffmax.explain(diffmax.attention, x, x, x, is_causal=True, backend="cpu")
+        attention of float32 on cpu, head size 64, needs causal: cpu, by the backend argument
+          cpu: can run it
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _EXPLAINED:
+        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(_EXPLAINED)}")
+    return _EXPLAINED[name](*arguments, **options)
+
+
+def _explain_bisect(
+    X: Tensor,
+    alpha: Any = 0.9,
+    dim: int = -1,
+    n_iter: int = 50,
+    ensure_sum_one: bool = True,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    alpha = alpha() if callable(alpha) else alpha
+    X = X if dtype is None else X.to(check_dtype("explain", dtype))
+    if isinstance(X, Tensor) and X.is_nested:  # one of its sequences, whose dimensions are one less
+        X, dim = X.unbind()[0], dim if dim < 0 else dim - 1
+    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
+    learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
+    return explain_call(
+        "bisect",
+        X.device.type,
+        X.dtype,
+        tensor_alpha=isinstance(alpha, Tensor),
+        alpha_gradient=learns_alpha,
+        backward=torch.is_grad_enabled() and (X.requires_grad or learns_alpha),
+        backend=backend,
+    )
+
+
+def _explain_loss(*arguments: Any, **options: Any) -> Explanation:
+    """A loss reaches its backend through rows in the accumulation dtype; their gradient it has itself."""
+    given = _bound(loss_api.diffmax_loss, arguments, options)
+    X, alpha = given["X"], given["alpha"]
+    alpha = alpha() if callable(alpha) else alpha
+    dim = 0 if isinstance(X, Tensor) and X.ndim == 1 else 1
+    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, given["n_iter"]))
+    is_tensor = isinstance(alpha, Tensor)
+    return explain_call("bisect", X.device.type, accumulation_dtype(X.dtype), tensor_alpha=is_tensor, backend=given["backend"])
+
+
+def _bound(function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    bound = inspect.signature(function).bind(*arguments, **options)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _explain_decoding(*arguments: Any, **options: Any) -> Explanation:
+    given = _bound(decoding_api.attention_with_kvcache, arguments, options)
+    stats, backend = bool(given.pop("return_stats")), given.pop("backend")
+    q, k_cache, v_cache, call = decoding_api.checked(
+        **{name: given[name] for name in inspect.signature(decoding_api.checked).parameters}
+    )
+    return explain_call(
+        "attention_kvcache",
+        q.device.type,
+        q.dtype,
+        tensor_alpha=isinstance(call.e, Tensor),
+        backend=backend,
+        features=decoding_operator.features(q, k_cache, v_cache, call, stats),
+        head_dim=q.shape[3],
+        value_dim=v_cache.shape[3],
+    )
+
+
+def _explain_attention(function: Callable[..., Any], check: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
+    given = _bound(function, arguments, options)
+    stats, backend = bool(given.pop("return_stats")), given.pop("backend")
+    places = [given.pop(parameter) for parameter in list(given) if _is_positional(function, parameter)]
+    query, key, value, call = check(*places, **given, draws=False)
+    learned = [t for t in (query, key, value, call.e, call.bias, call.sink) if isinstance(t, Tensor) and t.requires_grad]
+    return explain_call(
+        "attention",
+        query.device.type,
+        query.dtype,
+        tensor_alpha=isinstance(call.e, Tensor),
+        alpha_gradient=isinstance(call.e, Tensor) and call.e.requires_grad,
+        backward=torch.is_grad_enabled() and bool(learned),
+        backend=backend,
+        features=attention_operator.features(query, key, value, call, stats),
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+    )
+
+
+def _is_positional(function: Callable[..., Any], parameter: str) -> bool:
+    return inspect.signature(function).parameters[parameter].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def explain_call(
+    operator: str,
+    device_type: str,
+    dtype: torch.dtype,
+    *,
+    tensor_alpha: bool = False,
+    alpha_gradient: bool = False,
+    backward: bool = False,
+    backend: str | None = None,
+    features: frozenset[str] = frozenset(),
+    head_dim: int = 0,
+    value_dim: int = 0,
+) -> Explanation:
+    """`explain` for a call that is described, not given: no tensor and no device is needed."""
+    needed = {"tensor_alpha", *features} if tensor_alpha else {*features}
+    if torch.are_deterministic_algorithms_enabled():
+        needed.add("deterministic")
+    specs = [dispatch.describe(operator, device_type, dtype, frozenset(needed), head_dim, value_dim)]
+    if backward:
+        needed = (needed | {"alpha_gradient"} if alpha_gradient else needed) - {"attention_stats"}
+        specs.append(dispatch.describe(f"{operator}_backward", device_type, dtype, frozenset(needed), head_dim, value_dim))
+    return Explanation(tuple(_explain_one(spec, backend or dispatch.selected(), bool(backend)) for spec in specs))
+
+
+# The public function, or its operator, and the operator that its calls reach
+OPERATOR_OF = {
+    "diffmax_bisect": "bisect",
+    "bisect": "bisect",
+    "diffmax_loss": "bisect",
+    "attention": "attention",
+    "attention_varlen": "attention",
+    "attention_with_kvcache": "attention_kvcache",
+}
+_EXPLAINED: dict[str, Callable[..., Explanation]] = {
+    "diffmax_bisect": _explain_bisect,
+    "bisect": _explain_bisect,
+    "diffmax_loss": _explain_loss,
+    "attention": partial(_explain_attention, attention_api.attention, attention_api.checked),
+    "attention_varlen": partial(_explain_attention, attention_api.attention_varlen, attention_api.checked_varlen),
+    "attention_with_kvcache": _explain_decoding,
+}
+
+
+def _explain_one(
+    spec: CallSpec, backend: str, by_argument: bool
+) -> tuple[CallSpec, str, tuple[tuple[str, tuple[str, ...]], ...], str]:
+    names = dispatch.names_for(spec, backend)
+    verdicts = dispatch.judge(spec, names)
+    chosen = next((candidate.name for candidate, reasons in verdicts if not reasons), "")
+    decided_by = "priority"
+    if names:
+        decided_by = ("the backend argument" if by_argument else "use_backend") if backend else "DIFFMAX_BACKEND"
+    return spec, chosen, tuple((candidate.name, tuple(reasons)) for candidate, reasons in verdicts), decided_by
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""`attention` and `attention_varlen`: fused attention."""

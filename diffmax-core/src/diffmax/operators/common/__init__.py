@@ -1,0 +1,1 @@
+"""What every operator needs: checks of arguments, accumulation dtypes, tracing, nested tensors."""

@@ -1,0 +1,176 @@
+"""Argument checks that the public functions share. Each message says the rule, what was got, and what to do."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from diffmax.operators.common.numerics import FLOAT_DTYPES, accumulation_dtype
+
+
+def check_tensor(name: str, what: str, t: Tensor) -> None:
+    """Check that `t` is a tensor that the operators compute with: of their dtypes, and laid out by strides."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in FLOAT_DTYPES:
+        way = "dequantize()" if t.is_quantized else "real or .abs()" if t.is_complex() else "float()"
+        raise TypeError(
+            f"{name}: {what} must be float16, bfloat16, float32 or float64, got {_dtype(t)}\n"
+            f"convert it first, for instance with {what}.{way}"
+        )
+    check_strided(name, what, t)
+
+
+def check_strided(name: str, what: str, t: Tensor) -> None:
+    """Refuse sparse, opaque and nested tensors, which have no strides."""
+    if t.layout is torch.strided and not t.is_nested:
+        return
+    if t.is_nested:
+        way = f"pass {what}.values() of a jagged one, its sequences packed, or pad it with {what}.to_padded_tensor(0.0)"
+        raise TypeError(f"{name}: {what} must not be nested, got a nested tensor of layout {t.layout}\n{way}")
+    raise TypeError(f"{name}: {what} must be a strided tensor, got layout {t.layout}\nconvert it first, with {what}.to_dense()")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Check what the scores are to be converted to."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: dtype must be a torch.dtype, got {dtype!r} of type {type(dtype).__name__}")
+    return dtype
+
+
+def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
+    """Check everything but alpha; return `dim` as a non-negative number."""
+    check_tensor(name, "X", X)
+    if not is_whole(dim):
+        raise TypeError(f"{name}: dim must be an int, got {dim!r} of type {type(dim).__name__}")
+    ndim = X.ndim or 1
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"{name}: dim must lie in [{-ndim}, {ndim - 1}] for X of shape {_shape(X)}, got {dim}")
+    if not is_whole(n_iter):
+        raise TypeError(f"{name}: n_iter must be an int, got {n_iter!r} of type {type(n_iter).__name__}")
+    if n_iter < 1:
+        raise ValueError(f"{name}: n_iter must be at least 1, got {n_iter}")
+    return as_int(dim) % ndim
+
+
+def is_whole(n: Any) -> bool:
+    """Whether n is a whole number of any kind: Python's, NumPy's, or a tensor's with one entry."""
+    if type(n) is int:  # asking an abstract class takes a microsecond
+        return True
+    if isinstance(n, Tensor):
+        return n.ndim == 0 and not n.is_floating_point() and not n.is_complex() and n.dtype != torch.bool
+    return isinstance(n, (numbers.Integral, torch.SymInt)) and not isinstance(n, bool)
+
+
+def as_int(n: Any) -> int:
+    """A whole number as Python's, or as what stands for one while tracing."""
+    if isinstance(n, torch.SymInt):
+        return cast(int, n)
+    return int(n)
+
+
+# What else alpha may be where it is called before it is checked.
+OR_FUNCTION = ", or a function of no arguments that returns one"
+
+
+def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int, or_else: str = "") -> tuple[float, Tensor | None]:
+    """Check alpha and turn it into e = 1 - alpha, without losing digits: as a float, or as a tensor with a gradient."""
+    if type(alpha) is float and 0 < alpha < 1:
+        return 1.0 - alpha, None
+    if isinstance(alpha, Tensor):
+        check_alpha_tensor(name, X, alpha, dim)
+        _check_alpha_values(name, alpha)
+        acc = accumulation_dtype(X.dtype)
+        e_tensor = (1 - alpha.to(torch.promote_types(alpha.dtype, acc))).to(acc)
+        return 0.0, e_tensor if e_tensor.device == X.device else e_tensor.to(X.device)
+    if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
+        raise TypeError(f"{name}: alpha must be a float or a tensor{or_else}, got {alpha!r} of type {type(alpha).__name__}")
+    if not 0 < alpha < 1:
+        raise ValueError(f"{name}: alpha must lie strictly between 0 and 1, got {alpha}{_alpha_hint(name, alpha)}")
+    return 1.0 - float(alpha), None
+
+
+# Functions whose second argument is alpha, where torch.softmax has its dimension.
+_SECOND_IS_ALPHA = ("diffmax_bisect", "diffmax_bisect_monitored")
+
+
+def _alpha_hint(name: str, alpha: float) -> str:
+    """What to write for a number at or beyond the ends, see decision 0074."""
+    hint = ""
+    if isinstance(alpha, int) and name in _SECOND_IS_ALPHA:
+        hint = "\nfor a dimension, write dim: the second argument is alpha"
+    if 1 < alpha < 2:
+        hint += f"\nif that is entmax's alpha, its equal here is 2 - {alpha:g} = {2 - alpha:g}"
+    elif alpha == 2:
+        hint += "\nif that is entmax's alpha, its equal here is the limit 0, sparsemax: pass torch.tensor(0.0)"
+    elif alpha in (0, 1):
+        limit = "torch.softmax" if alpha else "sparsemax"
+        hint += f"\nthe limit alpha -> {alpha:g} is {limit}: if that is meant, pass torch.tensor({float(alpha)})"
+    return hint
+
+
+def check_alpha_tensor(name: str, X: Tensor, alpha: Tensor, dim: int, what: str = "alpha") -> None:
+    """Check dtype, device and shape of a tensor with one number per row: alpha, what alpha is computed from, or `what`."""
+    check_strided(name, what, alpha)
+    if not alpha.is_floating_point():
+        raise TypeError(f"{name}: {what} must be of a floating dtype, got {_dtype(alpha)}")
+    if alpha.device != X.device and not (alpha.ndim == 0 and alpha.device.type == "cpu"):
+        raise ValueError(f"{name}: {what} and X must be on one device, got {alpha.device} and {X.device}")
+    wanted = tuple(1 if axis == dim else size for axis, size in enumerate(X.shape))
+    if not broadcasts(alpha, wanted):
+        raise ValueError(
+            f"{name}: {what} must broadcast against X with dim reduced to 1, got shape {_shape(alpha)}\n"
+            f"  X {_shape(X)}   dim {dim}   {what} must broadcast to {wanted}{_shape_hint(X, alpha, wanted, what)}"
+        )
+
+
+def broadcasts(t: Tensor, wanted: tuple[int, ...]) -> bool:
+    """Whether t broadcasts to `wanted`. Sizes are compared one by one: torch.compile knows of no size what tuples it is in."""
+    if t.ndim > len(wanted):
+        return False
+    return all(size == 1 or size == among for size, among in zip(t.shape, wanted[len(wanted) - t.ndim :], strict=True))
+
+
+def has_shape(t: Tensor, *shapes: tuple[int, ...]) -> bool:
+    """Whether t has one of the shapes; compared like those of `broadcasts`."""
+    return any(t.ndim == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True)) for shape in shapes)
+
+
+def _check_alpha_values(name: str, alpha: Tensor) -> None:
+    if _readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
+        low, high = alpha.detach().aminmax()
+        raise ValueError(
+            f"{name}: alpha must lie between 0 and 1, got values from {low.item():g} to {high.item():g}\n"
+            "a learned alpha stays inside with alpha_map, see diffmax.HillMap"
+        )
+
+
+def _shape_hint(X: Tensor, alpha: Tensor, wanted: tuple[int, ...], what: str) -> str:
+    """For an alpha of shape (H,): the shape that puts it on the one axis of its length, heads (axis 1 of 4) before others."""
+    axes = [axis for axis, size in enumerate(wanted) if alpha.ndim == 1 and size == alpha.shape[0] and size != 1]
+    if not axes:
+        return ""
+    axis = 1 if X.ndim == 4 and 1 in axes else axes[0]
+    shape = (alpha.shape[0],) + (1,) * (X.ndim - axis - 1)
+    return f"\nfor one alpha per index of axis {axis}, pass {what}.view{shape}"
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether looking at `t`'s values is possible and free: it is on the CPU, and nothing is tracing or transforming it."""
+    return (
+        t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(int(size) if isinstance(size, Tensor) else size for size in t.shape)  # torch.jit.trace has tensors there
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")

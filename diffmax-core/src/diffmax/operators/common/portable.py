@@ -1,0 +1,184 @@
+"""The operators from plain operators of torch, for graphs that leave Python: torch.jit.trace and ONNX.
+
+Such a graph holds no operator of diffmax, so that it runs where diffmax is not. It has a fixed number of steps, enough for any
+length up to `LONGEST`, and uses what every exporter knows: no log1p, no expm1, and no size that a branch depends on. Scores and
+weights are in memory at once. Equations: docs/theory.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from diffmax import reference
+from diffmax.operators.common.numerics import MIN_E, accumulation_dtype, clamp_e, newton_steps
+from diffmax.operators.loss import terms
+from diffmax.plugin import AttentionCall, KVCacheCall
+from diffmax.reference import attention as reference_attention
+from diffmax.reference import decoding as reference_decoding
+
+# Rows of more entries are solved less accurately.
+LONGEST = 1 << 20
+
+# Below every score that matters, and finite: a product with 0 stays 0 where a gradient is computed.
+_HIDDEN = -1e30
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace is under way, which the older of torch's ONNX exporters uses too."""
+    return torch._C._get_tracing_state() is not None
+
+
+def exports_onnx() -> bool:
+    """Whether the newer ONNX exporter is taking operators apart."""
+    return torch._C._len_torch_dispatch_stack() > 0 and is_in_onnx_export()
+
+
+def is_in_onnx_export() -> bool:
+    """Whether either of torch's ONNX exporters is under way; they are not imported to find out."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `diffmax.reference.bisect`, and differentiable: in x to the third order, in e to the first."""
+    acc = accumulation_dtype(x.dtype)
+    scores = x.to(acc)
+    row_e = e.detach() if isinstance(e, Tensor) else torch.full((), e, dtype=acc, device=x.device)
+    wrong = ~((row_e >= 0) & (row_e <= 1)) | (scores.isnan() | (scores == torch.inf)).any(dim, keepdim=True)
+    row_e = row_e.clamp_min(MIN_E)
+    m = scores.detach().amax(dim, keepdim=True)
+    z = row_e * (scores - m.masked_fill(m == -torch.inf, 0.0)).clamp_min(_HIDDEN)
+    delta = _solved(z.detach(), row_e, dim, newton_steps(n_iter, LONGEST, 1.0 if isinstance(e, Tensor) else e, acc))
+    solved = delta
+    for _ in range(2):  # these change no value; through them tau's derivatives reach the graph, as in `reference.retraced`
+        powers, base = _power(z, delta, row_e)
+        slopes = (powers / base).sum(dim, keepdim=True)
+        delta = delta + row_e * (powers.sum(dim, keepdim=True) - 1) / _not_zero(slopes)
+    p = _power(z, delta, row_e)[0]
+    if ensure_sum_one:
+        p = p / _not_zero(p.sum(dim, keepdim=True))
+    if isinstance(e, Tensor) and not is_in_onnx_export():
+        # Eq. 4 written down, as a product with 0: derivatives of the steps would lose all digits as alpha -> 1
+        p = p + reference.bisect_jvp(None, e - e.detach(), p.detach(), m, solved, None, row_e, dim)
+    return p.masked_fill(wrong, torch.nan).to(x.dtype), m, solved
+
+
+def _solved(z: Tensor, e: Tensor, dim: int, steps: int) -> Tensor:
+    """Newton's method, as in `reference.bisect`."""
+    delta = torch.zeros_like(z.sum(dim, keepdim=True))
+    for _ in range(steps):
+        powers, base = _power(z, delta, e)
+        total = powers.sum(dim, keepdim=True)
+        slopes = (powers / base).sum(dim, keepdim=True)
+        step = -total * _expm1(-e * _not_zero(total).log()) / _not_zero(slopes)
+        delta = delta + step
+    return delta
+
+
+def _power(z: Tensor, delta: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """[z - t]^(1/e) with t = delta - 1, and the base z - t; off the support 0 and 1."""
+    u = z - delta
+    off = ~(u > -1)
+    u = u.masked_fill(off, 0.0)
+    return (_log1p(u) / e).exp().masked_fill(off, 0.0), 1 + u
+
+
+def _log1p(u: Tensor) -> Tensor:
+    """ln(1 + u), where exporters would write it so: what 1 + u rounds off is added to first order, which is all."""
+    w = 1 + u
+    return w.log() + (u - (w - 1)) / w
+
+
+def _expm1(v: Tensor) -> Tensor:
+    """exp(v) - 1, corrected likewise."""
+    y = v.exp()
+    return (y - 1) + y * (v - y.log())
+
+
+def _not_zero(t: Tensor) -> Tensor:
+    return t.masked_fill(t == 0, 1.0)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, stats: bool) -> reference_attention.Forward:
+    """As `diffmax.reference.attention.attention`, differentiable."""
+    if stats:  # the share of empty tiles depends on how many there are, in which the graph may not branch
+        raise NotImplementedError(
+            "diffmax.attention: return_stats must be False where a graph is traced, got True\n"
+            "ask for statistics in a call that is not traced"
+        )
+    if call.cu_seqlens_q is not None:
+        call = _unpacked(query, key, call)
+    return reference_attention.attention(query, key, value, call, False, stats, bisect)
+
+
+def _unpacked(query: Tensor, key: Tensor, call: AttentionCall) -> AttentionCall:
+    """The call for packed sequences as one long one, of which a mask says which tokens see each other."""
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        raise ValueError("attention: cu_seqlens_q and cu_seqlens_k are given together or not at all, got one of them")
+    if call.dropout_p > 0:
+        raise NotImplementedError(
+            f"diffmax.attention_varlen: dropout_p must be 0 where a graph is traced, got {call.dropout_p}\n"
+            "trace the model after model.eval()"
+        )
+    starts_q, starts_k = (ends[:-1].long() for ends in (call.cu_seqlens_q, call.cu_seqlens_k))
+    ends_q, ends_k = (ends[1:].long() for ends in (call.cu_seqlens_q, call.cu_seqlens_k))
+    place_q, sequence_q = _places(query.shape[2], ends_q)
+    place_k, sequence_k = _places(key.shape[2], ends_k)
+    shift = (ends_k - starts_k) - (ends_q - starts_q)  # the last query stands at the last key
+    stands = place_q + (shift - starts_q)[sequence_q.clamp_max(ends_q.shape[0] - 1)]
+    distance = (place_k - starts_k[sequence_k.clamp_max(ends_k.shape[0] - 1)]) - stands.unsqueeze(1)
+    seen = (sequence_q.unsqueeze(1) == sequence_k) & (place_k < ends_k[-1])
+    if call.left >= 0:
+        seen = seen & (distance >= -call.left)
+    if call.right >= 0:
+        seen = seen & (distance <= call.right)
+    return replace(
+        call,
+        mask=seen[None, None],
+        lower_right=False,
+        left=-1,
+        right=-1,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        bias=None if call.alibi is None else -call.alibi.view(1, -1, 1, 1) * distance.abs(),
+        alibi=None,
+    )
+
+
+def _places(total: int, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each token, and the number of its sequence, which no sequence has beyond the last end."""
+    place = torch.arange(total, device=ends.device)
+    return place, (place.unsqueeze(1) >= ends).sum(1)
+
+
+def loss(x: Tensor, target: Tensor, e: float | Tensor, dim: int, n_iter: int) -> Tensor:
+    """The losses of `diffmax.operators.loss.terms.loss`, with gradients of the first order in x and e."""
+    acc = accumulation_dtype(x.dtype)
+    scores = x.to(acc)
+    p, m, delta = (t.detach() for t in bisect(scores, e, dim, n_iter, True))
+    soft = target.is_floating_point()
+    row_e = clamp_e(e.detach() if isinstance(e, Tensor) else e)
+    solved = (scores.detach(), target, p.clone(), m, delta, row_e, dim)
+    losses = terms._soft_losses(*solved, _expm1) if soft else terms._index_losses(*solved)
+    if is_in_onnx_export():
+        return losses
+    # the gradients are written down: p - y for x, and the slope of Omega for e; the sum that carries them is 0
+    y = target.to(acc) if soft else torch.zeros_like(p).scatter(dim, target.clamp_min(0), 1.0)
+    idle = terms.silent(target, m == -torch.inf)
+    carried = ((p - y) * scores.masked_fill(scores == -torch.inf, 0.0)).sum(dim, keepdim=True)
+    if isinstance(e, Tensor):
+        carried = carried + terms.omega_slopes(target, p, row_e, dim) * e
+    return losses + (carried - carried.detach()).masked_fill(idle, 0.0)
+
+
+def kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> reference_decoding.Results:
+    """As `diffmax.reference.decoding.attention_kvcache`."""
+    if call.k is not None and is_in_onnx_export():
+        raise NotImplementedError(
+            "diffmax.attention_with_kvcache: an ONNX graph cannot change the caches, and k and v are given\n"
+            "write the new tokens into caches that the model returns, and call without k and v"
+        )
+    return reference_decoding.attention_kvcache(query, k_cache, v_cache, call, stats, bisect)

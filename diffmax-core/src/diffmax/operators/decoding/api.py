@@ -1,0 +1,279 @@
+"""`attention_with_kvcache` and `page_bounds`: what they mean. `operators.decoding.operator` is the next step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffmax.machine.dispatch import selected
+from diffmax.operators.attention import checks as attention_checks
+from diffmax.operators.attention.api import _autocast
+from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.numerics import clamp_e
+from diffmax.operators.decoding import checks
+from diffmax.operators.decoding import operator as decoding_operator
+from diffmax.operators.decoding.paged import from_late_start
+from diffmax.plugin import TILE, KVCacheCall
+from diffmax.reference import decoding as reference_decoding
+
+
+class PageBounds(NamedTuple):
+    """The smallest and the largest keys of a cache's pages, entry by entry: what lets decoding leave a page unread.
+
+    `attention_with_kvcache` keeps them up to date as it appends. Keys that are written into the cache in another way need
+    `page_bounds` again. A sequence that is cut back needs nothing: bounds that are too wide stay right.
+
+    Attributes:
+        low, high: Of the cache's dtype: (num_blocks, H_kv, D) for a cache in pages, else (B_cache, pages, H_kv, D).
+        page_size: Tokens of a page.
+    """
+
+    low: Tensor
+    high: Tensor
+    page_size: int
+
+
+class KVCacheStats(NamedTuple):
+    """What a decoding call found on its way.
+
+    Attributes:
+        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf where nothing is seen.
+        support_size: Like tau, int32: how many keys have a score above tau.
+        pages_read: int32 (B, H_kv), how many pages of keys were read. A chunk of many queries counts each page once for every
+            block of queries that a kernel takes together, of which the largest count is given.
+    """
+
+    tau: Tensor
+    support_size: Tensor
+    pages_read: Tensor
+
+
+def page_bounds(
+    k_cache: Tensor, cache_seqlens: int | Tensor, block_table: Tensor | None = None, page_size: int = TILE
+) -> PageBounds:
+    """The bounds of a cache that is filled already, for `attention_with_kvcache(..., page_bounds=...)`.
+
+    Args:
+        k_cache, cache_seqlens, block_table: As in `attention_with_kvcache`; sequence b has row b of a cache not in pages.
+        page_size: Tokens of a page, for a cache that is not in pages; with `block_table` the pages' own size is taken. Smaller
+            pages have tighter bounds, and more of them.
+    Returns:
+        A `PageBounds`, on the cache's device. Pages without a token have bounds of 0.
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, shape, device or value.
+    Numerics: Exact. Where a key holds NaN so do the bounds, and the page is always read.
+    Source: docs/decoding.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> k_cache = torch.randn(2, 1000, 4, 16)
+        >>> diffmax.page_bounds(k_cache, torch.tensor([1000, 3], dtype=torch.int32)).low.shape
+        torch.Size([2, 16, 4, 16])
+    """
+    name = "diffmax.page_bounds"
+    checks.check_cache(name, "k_cache", k_cache)
+    block_table = checks.check_block_table(name, block_table, k_cache, None)
+    page_size = k_cache.shape[1] if block_table is not None else checks.check_page_size(name, page_size)
+    batch = k_cache.shape[0] if block_table is None else block_table.shape[0]
+    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    lengths = checks.check_lengths(name, cache_seqlens, batch, room, None, k_cache.device)
+    checks.check_pages(name, block_table, lengths, 0, k_cache)
+    call = KVCacheCall(
+        scale=1.0,
+        e=1.0,
+        cache_seqlens=lengths,
+        block_table=block_table,
+        page_size=page_size,
+    )
+    return PageBounds(*reference_decoding.bounds_of(k_cache.detach(), call), page_size)
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    alpha: float | Tensor = 0.9,
+    sink: Tensor | None = None,
+    page_bounds: PageBounds | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+    cache_leftpad: Tensor | None = None,
+    rotary_cos: None = None,
+    rotary_sin: None = None,
+    rotary_interleaved: bool = True,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, KVCacheStats] | tuple[Tensor, Tensor]:
+    """Attention of new tokens over a cache of keys and values: flash-attn's `flash_attn_with_kvcache`, and alpha.
+
+    out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1)
+
+    With `k` and `v` the caches are changed in place: the new tokens are written behind each sequence's others, and then seen.
+    With `page_bounds`, a page of keys that cannot hold a weight is not read; the result is the same without.
+
+    Args:
+        q: (B, L, H, D), one new token or a chunk. float16, bfloat16, float32 or float64.
+        k_cache, v_cache: (B_cache, S, H_kv, D) and (B_cache, S, H_kv, D_v), of q's dtype, any strides; with `block_table`
+            (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv, D_v). H is a multiple of H_kv, and query head h
+            reads key head h // (H / H_kv). What lies behind a sequence's end is never looked at.
+        k, v: (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), or None: new tokens, mostly those of q.
+        cache_seqlens: int32 (B,), or one int for all: tokens in the cache before the call. None: the cache is full
+            (not with `k` and `v`).
+        cache_batch_idx: int32 (B,), the row of the cache that holds each sequence, all different; None: sequence b has row b.
+            Not with `block_table`.
+        block_table: int32 (B, pages), the pages of each sequence in order. Entries behind its last page may be anything.
+            Sequences may share pages, but not one that new tokens are written to. On an accelerator the entries in use are not
+            checked.
+        softmax_scale: Factor of the scores; None: 1 / sqrt(D).
+        causal: Each query sees the keys up to its own place, where the last query stands at the last key.
+        window_size: (left, right), how many keys before and after its own place a query sees; -1 is all.
+        softcap: c > 0 replaces each score x by c * tanh(x / c); 0: off.
+        alibi_slopes: float32 (H,) or (B, H): slope * abs(distance) is taken from the scores.
+        alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float, or a tensor () or (H,), which may hold 0 and 1.
+        sink: (H,), one more score per query, whose weight is lost; or None.
+        page_bounds: What `diffmax.page_bounds` returned for this cache, or None: then all keys are read.
+        return_stats: Whether to return a `KVCacheStats` too.
+        backend: A name from `diffmax.backends()`, which never falls back. None: the best one that can run the call.
+        cache_leftpad: int32 (B,), where each sequence begins in its row of the cache; what lies before is not seen, and
+            `cache_seqlens` counts it. Not with `block_table` or `page_bounds`. The cache is then read token by token.
+        rotary_cos, rotary_sin: Must be None: rotate q and k before the call. `rotary_interleaved` has no effect.
+        num_splits: No effect.
+        return_softmax_lse: Whether to return tau too, (B, H, L), which is here what the logarithm of the sum is to softmax.
+    Returns:
+        (B, L, H, D_v), contiguous, in q's dtype; and the stats or tau, if asked for. A query that sees no key gets zeros. A
+        query with NaN or +inf among the scores that it sees gets NaN.
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, shape, device or value, or new tokens do not fit. Values that
+            live on an accelerator are not read: tokens that do not fit are then neither written nor seen.
+        NotImplementedError: An argument requires a gradient, and gradients are on.
+        NoBackendError: No backend can run the call, or the named one cannot.
+    Numerics: As of `diffmax.attention`. Exact with and without bounds: a page is left out only where a bound proves that its
+        scores lie below a lower bound of tau, with room for rounding.
+    Source: docs/decoding.md. Written for diffmax; the argument names are flash-attn's.
+    Example:
+        >>> import torch, diffmax
+        >>> k_cache, v_cache = torch.zeros(2, 2, 512, 4, 16).unbind()
+        >>> q, k, v = torch.randn(2, 1, 8, 16), *torch.randn(2, 2, 1, 4, 16).unbind()
+        >>> lengths = torch.tensor([100, 7], dtype=torch.int32)
+        >>> diffmax.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
+        torch.Size([2, 1, 8, 16])
+    """
+    if is_captured(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, alibi_slopes, alpha, sink):
+        return captured(  # type: ignore[no-any-return]
+            attention_with_kvcache,
+            *(q, k_cache, v_cache, k, v),
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            block_table=block_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            alpha=alpha,
+            sink=sink,
+            page_bounds=page_bounds,
+            cache_leftpad=cache_leftpad,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            num_splits=num_splits,
+            return_softmax_lse=return_softmax_lse,
+            return_stats=return_stats,
+            backend=backend,
+        )
+    checks.check_unserved("diffmax.attention_with_kvcache", rotary_cos, rotary_sin, num_splits)
+    if return_softmax_lse and return_stats:
+        raise ValueError(
+            "diffmax.attention_with_kvcache: return_softmax_lse and return_stats exclude each other, got both\n"
+            "the stats have tau, which the former returns"
+        )
+    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink, page_bounds, cache_leftpad)
+    q, k_cache, v_cache, call = checked(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, *given)
+    out, m, delta, support, pages = decoding_operator.attention_kvcache(
+        q, k_cache, v_cache, call, bool(return_stats), selected(backend)
+    )
+    if not (return_stats or return_softmax_lse):
+        return out
+    row_e = clamp_e(call.e.unsqueeze(1) if isinstance(call.e, Tensor) else call.e)
+    tau = m - (1 - delta) / row_e
+    return (out, tau) if return_softmax_lse else (out, KVCacheStats(tau, support, pages))
+
+
+def checked(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    alpha: float | Tensor,
+    sink: Tensor | None,
+    page_bounds: PageBounds | None,
+    cache_leftpad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, KVCacheCall]:
+    """The queries, the caches and the call that `attention_with_kvcache`'s arguments mean."""
+    name = "diffmax.attention_with_kvcache"
+    checks.check_cache(name, "q", q)
+    checks.check_cache(name, "k_cache", k_cache)
+    q = _as_cached(q, k_cache)
+    k, v = (t if t is None else _as_cached(t, k_cache) for t in (k, v))
+    checks.check_tensors(name, q, k_cache, v_cache, k, v, block_table is not None)
+    checks.check_gradients(q, k_cache, v_cache, k, v, alpha, sink, alibi_slopes)
+    batch, _, heads, _ = q.shape
+    e, e_tensor = attention_checks.check_alpha(name, q, alpha, heads)
+    left, right = attention_checks.check_window(name, window_size, causal)
+    block_table = checks.check_block_table(name, block_table, k_cache, batch)
+    new = None if k is None else k.shape[1]
+    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    slopes = attention_checks.check_alibi(name, q, alibi_slopes, (batch, heads))
+    low, high, page_size = checks.check_bounds(name, page_bounds, k_cache, block_table)
+    lengths = checks.check_lengths(name, cache_seqlens, batch, room, new, q.device)
+    checks.check_pages(name, block_table, lengths, new or 0, k_cache)
+    rows = checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table)
+    if cache_leftpad is not None:
+        checks.check_alone(name, "cache_leftpad", block_table=block_table, page_bounds=page_bounds)
+        late = (name, cache_leftpad, k_cache, v_cache, lengths, rows, k is not None)
+        k_cache, v_cache, lengths, block_table = from_late_start(*late)
+        rows, page_size = None, 1
+    call = KVCacheCall(
+        scale=attention_checks.check_scale(name, q, softmax_scale),
+        e=e if e_tensor is None else e_tensor,
+        cache_seqlens=lengths,
+        k=k,
+        v=v,
+        cache_batch_idx=rows,
+        block_table=block_table,
+        low=low,
+        high=high,
+        page_size=page_size,
+        left=left,
+        right=right,
+        softcap=attention_checks.check_softcap(name, softcap),
+        alibi=slopes if slopes is None or slopes.ndim == 2 else slopes.unsqueeze(0),
+        sink=attention_checks.check_sink(name, q, sink, heads),
+    )
+    return q, k_cache, v_cache, call
+
+
+def _as_cached(t: Tensor, k_cache: Tensor) -> Tensor:
+    """What autocast makes of new tokens, where that is what the cache holds."""
+    (converted,) = _autocast(t)
+    return converted if isinstance(t, Tensor) and converted.dtype == k_cache.dtype else t

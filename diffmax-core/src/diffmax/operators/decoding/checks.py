@@ -1,0 +1,240 @@
+"""The argument checks of `diffmax.attention_with_kvcache`, which run before any backend is chosen."""
+
+from __future__ import annotations
+
+import numbers
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffmax.operators.common.checks import _dtype, _readable, _shape, as_int, check_strided, check_tensor, is_whole
+from diffmax.operators.decoding import operator as decoding_operator
+from diffmax.operators.rows import operator as rows_operator
+from diffmax.plugin import TILE
+
+if TYPE_CHECKING:
+    from diffmax.operators.decoding.api import PageBounds
+
+
+def check_cache(name: str, what: str, t: Tensor) -> None:
+    """Check one tensor on its own."""
+    check_tensor(name, what, t)
+    if t.ndim != 4:
+        raise ValueError(f"{name}: {what} must have 4 dimensions (batch, tokens, heads, size), got shape {_shape(t)}")
+
+
+def check_tensors(
+    name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, paged: bool
+) -> None:
+    """Check what queries, caches and new tokens have to have in common."""
+    check_cache(name, "v_cache", v_cache)
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    if (k is None) != (v is None):
+        raise ValueError(f"{name}: k and v are given together or not at all, got {'v' if k is None else 'k'} alone")
+    for what, t in (("k", k), ("v", v)):
+        if t is not None:
+            check_cache(name, what, t)
+            given[what] = t
+    if len({t.dtype for t in given.values()}) > 1:
+        raise TypeError(
+            f"{name}: q, the caches, k and v must have one dtype, got{_facts(given)}\nconvert q, k and v to the caches' dtype"
+        )
+    if len({t.device for t in given.values()}) > 1:
+        raise ValueError(f"{name}: q, the caches, k and v must be on one device, got{_facts(given)}")
+    for what in ("k_cache", "v_cache"):
+        if (
+            not torch.compiler.is_compiling() and given[what].is_neg()
+        ):  # torch would negate a copy and lose what is written to it
+            raise ValueError(
+                f"{name}: {what} must not be a negated view, got one\nmake it contiguous first, with resolve_neg()"
+            )
+    if q.shape[3] != k_cache.shape[3] or q.shape[3] == 0:
+        raise ValueError(
+            f"{name}: q and k_cache must have the same head size, at least 1, "
+            f"got {q.shape[3]} and {k_cache.shape[3]}{_facts(given)}"
+        )
+    heads, kv_heads = q.shape[2], k_cache.shape[2]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        got = f"{heads} and {kv_heads}{_facts(given)}"
+        raise ValueError(f"{name}: the query heads must be a multiple of the key heads, got {got}")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"{name}: k_cache and v_cache must have the same batch, tokens and heads, got{_facts(given)}")
+    if k is not None and v is not None:
+        for what, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+            wanted = (q.shape[0], k.shape[1], *cache.shape[2:])
+            if new.shape != wanted:
+                raise ValueError(f"{name}: {what} must have shape {tuple(wanted)}, got {_shape(new)}{_facts(given)}")
+        for what, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+                raise ValueError(
+                    f"{name}: {what} must have its own memory for each token where k and v are appended, got an expanded one, "
+                    f"of strides {cache.stride()}\nmake it contiguous first"
+                )
+        if _same_memory(k_cache, v_cache):
+            raise ValueError(
+                f"{name}: k_cache and v_cache must be two tensors where k and v are appended, got one{_facts(given)}"
+            )
+    if not paged and q.shape[0] > k_cache.shape[0]:
+        hint = "\nfor a cache in pages, pass block_table"
+        raise ValueError(
+            f"{name}: the caches must have a row for each sequence, "
+            f"got {k_cache.shape[0]} for {q.shape[0]}{_facts(given)}{hint}"
+        )
+
+
+def _facts(given: dict[str, Tensor]) -> str:
+    return "\n  " + "   ".join(f"{what} {_shape(t)} {_dtype(t)} {t.device}" for what, t in given.items())
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if a is b or not (_readable(a) and _readable(b) and a.numel()):
+        return a is b
+    return a.data_ptr() == b.data_ptr()
+
+
+def check_gradients(*arguments: Any) -> None:
+    """Refuse what a gradient should flow through."""
+    if rows_operator._differentiates(*(t for t in arguments if isinstance(t, Tensor))):
+        raise NotImplementedError(decoding_operator.NO_GRADIENT)
+
+
+def check_lengths(
+    name: str, lengths: int | Tensor | None, batch: int, room: int, new: int | None, device: torch.device
+) -> Tensor:
+    """cache_seqlens as int32 (B,) on the device, `new` tokens to come; values are looked at where that is free."""
+    if lengths is None and new is not None:
+        raise ValueError(
+            f"{name}: with k and v, cache_seqlens must say how many tokens are in the cache before them, got None\n"
+            "for an empty cache pass cache_seqlens=0"
+        )
+    if lengths is None:
+        return torch.full((batch,), room, dtype=torch.int32, device=device)
+    new = new or 0
+    if isinstance(lengths, bool) or not isinstance(lengths, (numbers.Integral, torch.SymInt, Tensor)):
+        raise TypeError(f"{name}: cache_seqlens must be an int or an int32 tensor, got {type(lengths).__name__}")
+    if not isinstance(lengths, Tensor):
+        if not torch.compiler.is_compiling():
+            _check_room(name, int(lengths), int(lengths), room, new)
+        return torch.full((batch,), lengths, dtype=torch.int32, device=device)
+    _check_index(name, "cache_seqlens", lengths, (batch,), device)
+    if _readable(lengths) and batch:
+        _check_room(name, int(lengths.min()), int(lengths.max()), room, new)
+    return lengths.to(torch.int32)
+
+
+def _check_room(name: str, least: int, most: int, room: int, new: int) -> None:
+    if least < 0 or most + new > room:
+        got = f"{least}" if least < 0 else f"{most}"
+        added = f" with {new} new ones" if new else ""
+        raise ValueError(f"{name}: cache_seqlens must be at least 0, and fit{added} into the cache's {room} tokens, got {got}")
+
+
+def _check_index(name: str, what: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    check_strided(name, what, t)
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: {what} must be an int32 tensor, got {_dtype(t)}")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: {what} must have shape {shape}, got {_shape(t)}")
+    if t.device != device:
+        raise ValueError(f"{name}: {what} and the caches must be on one device, got {t.device} and {device}")
+
+
+def check_rows(name: str, rows: Tensor | None, batch: int, k_cache: Tensor, block_table: Tensor | None) -> Tensor | None:
+    """Check cache_batch_idx."""
+    if rows is None:
+        return None
+    if block_table is not None:
+        raise ValueError(f"{name}: cache_batch_idx and block_table exclude each other, got both\npass the table of those rows")
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name}: cache_batch_idx must be an int32 tensor, got {type(rows).__name__}")
+    _check_index(name, "cache_batch_idx", rows, (batch,), k_cache.device)
+    if _readable(rows) and batch:
+        least, most = int(rows.min()), int(rows.max())
+        if least < 0 or most >= k_cache.shape[0]:
+            raise ValueError(f"{name}: cache_batch_idx must lie between 0 and {k_cache.shape[0] - 1}, got {least} to {most}")
+        if len(set(rows.tolist())) < batch:
+            raise ValueError(f"{name}: cache_batch_idx must have no row twice, got {rows.tolist()}")
+    return rows.to(torch.int32)
+
+
+def check_unserved(name: str, rotary_cos: Any, rotary_sin: Any, num_splits: Any) -> None:
+    """Refuse flash-attn's rotary embedding; its number of splits is looked at alone."""
+    for what, given in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        if given is not None:
+            raise ValueError(
+                f"{name}: {what} must be None, got {type(given).__name__}\n"
+                "rotate q and k before the call; the cache holds rotated keys"
+            )
+    if not is_whole(num_splits):
+        raise TypeError(f"{name}: num_splits must be an int, which has no effect, got {num_splits!r}")
+
+
+def check_alone(name: str, what: str, **others: Any) -> None:
+    """Check that none of the other arguments is given beside `what`."""
+    for other, given in others.items():
+        if given is not None:
+            raise ValueError(f"{name}: {what} and {other} exclude each other, got both\npass one of them")
+
+
+def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: int | None) -> Tensor | None:
+    """Check block_table on its own; `check_pages` looks at its entries."""
+    if table is None:
+        return None
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name}: block_table must be an int32 tensor, got {type(table).__name__}")
+    if table.ndim != 2 or (batch is not None and table.shape[0] != batch):
+        rows = "B" if batch is None else batch
+        raise ValueError(f"{name}: block_table must have shape ({rows}, pages), got {_shape(table)}")
+    _check_index(name, "block_table", table, tuple(table.shape), k_cache.device)
+    return table.to(torch.int32)
+
+
+def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_cache: Tensor) -> None:
+    """Check the entries of block_table that the sequences use, new tokens among them, where looking at them is free."""
+    if table is None or not (_readable(table) and _readable(lengths)):
+        return
+    used = table[torch.arange(table.shape[1], device=table.device) * k_cache.shape[1] < (lengths + new).view(-1, 1)]
+    wrong = used[(used < 0) | (used >= k_cache.shape[0])]
+    if len(wrong):
+        raise ValueError(
+            f"{name}: block_table must have pages from 0 to {k_cache.shape[0] - 1} up to each sequence's end, got {wrong[0]}\n"
+            "give a sequence its pages before its tokens"
+        )
+
+
+def check_page_size(name: str, page_size: int) -> int:
+    """Check a page size."""
+    if not is_whole(page_size):
+        raise TypeError(f"{name}: page_size must be an int, got {page_size!r} of type {type(page_size).__name__}")
+    if page_size < 1:
+        raise ValueError(f"{name}: page_size must be at least 1, got {page_size}")
+    return as_int(page_size)
+
+
+def check_bounds(
+    name: str, bounds: PageBounds | None, k_cache: Tensor, block_table: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Check the pages' bounds; return them and the size of a page."""
+    paged = block_table is not None
+    if bounds is None:
+        return None, None, k_cache.shape[1] if paged else TILE
+    if not isinstance(bounds, tuple) or len(bounds) != 3:
+        raise TypeError(f"{name}: page_bounds must be what diffmax.page_bounds returns, got {type(bounds).__name__}")
+    low, high, page_size = bounds
+    check_page_size(name, page_size)
+    rows, tokens, *rest = k_cache.shape
+    wanted = (rows, *rest) if paged else (rows, -(-tokens // page_size), *rest)
+    if paged and page_size != tokens:
+        raise ValueError(f"{name}: page_bounds must have the pages' size, got {page_size} for pages of {tokens}")
+    for what, t in (("low", low), ("high", high)):
+        if isinstance(t, Tensor) and not t.is_contiguous():
+            raise ValueError(
+                f"{name}: page_bounds.{what} must be contiguous, as diffmax.page_bounds makes it, got {t.stride()}"
+            )
+        if t.shape != wanted or t.dtype != k_cache.dtype or t.device != k_cache.device:
+            raise ValueError(
+                f"{name}: page_bounds.{what} must be {tuple(wanted)} {_dtype(k_cache)} {k_cache.device}, "
+                f"got {_shape(t)} {_dtype(t)} {t.device}\nmake the bounds of this cache with diffmax.page_bounds"
+            )
+    return low, high, page_size

@@ -1,0 +1,1 @@
+"""`diffmax_loss`: the Fenchel-Young loss of the weights."""

@@ -1,0 +1,149 @@
+"""torch.ops.diffmax.loss and loss_backward: schemas, shapes for tracing, gradients. The arithmetic is in `terms`.
+
+They are wired like the operators of `operators.rows.operator`, and reach the chosen backend through torch.ops.diffmax.bisect.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmax.operators.common import portable
+from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
+from diffmax.operators.loss import terms as rows
+from diffmax.operators.rows import operator as rows_operator
+
+_LIBRARY = torch.library.Library("diffmax", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+# x has at least two dimensions. target: int64 of x's shape with `dim` reduced to 1, where a number below 0 marks a row that
+# does not count; or of a floating dtype and x's shape, each row a point of the simplex. e and e_tensor as for bisect.
+# weights, of x's shape, are p where one block holds them; else (0,), and backward computes them again.
+_LIBRARY.define(
+    "loss(Tensor x, Tensor target, float e, Tensor? e_tensor, int dim, int n_iter, str backend)"
+    " -> (Tensor losses, Tensor weights)",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "loss_backward(Tensor grad, Tensor x, Tensor weights, Tensor target, float e, Tensor? e_tensor, int dim, int n_iter,"
+    " bool needs_x, bool needs_e, str backend) -> (Tensor grad_x, Tensor grad_e)",
+    tags=_TAGS,
+)
+
+
+def _loss_fake(
+    x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(x.dtype)
+    return x.new_empty(rows.row_shape(x, dim), dtype=acc), x.new_empty(rows.kept_shape(x), dtype=acc)
+
+
+def _loss_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    target: Tensor,
+    e: float,
+    e_tensor: Tensor | None,
+    dim: int,
+    n_iter: int,
+    needs_x: bool,
+    needs_e: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if needs_x else (0,)), grad.new_empty(grad.shape if needs_e else (0,))
+
+
+class _Loss(torch.autograd.Function):
+    """The gradient of torch.ops.diffmax.loss in x, which is p - y, and in e (Eq. 20)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            losses, weights = torch.ops.diffmax.loss(x, target, e, e_tensor, *rest)
+        ctx.mark_non_differentiable(weights)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weights, target, e_tensor)
+        ctx.e, ctx.rest = e, rest
+        return losses, weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        x, weights, target, e_tensor = ctx.saved_tensors
+        needs_x, _, _, needs_e, *_ = ctx.needs_input_grad
+        *rest, backend = ctx.rest
+        grad_x, grad_e = torch.ops.diffmax.loss_backward(
+            grad, x, weights, target, ctx.e, e_tensor, *rest, needs_x, needs_e, backend
+        )
+        grad_e = grad_e.sum_to_size(e_tensor.shape) if needs_e else None
+        return grad_x if needs_x else None, None, None, grad_e, None, None, None
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def loss(x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, backend: str) -> Tensor:
+    """The losses by torch.ops.diffmax.loss, by a way that torch.jit.trace can record."""
+    if not torch.compiler.is_compiling() and portable.is_tracing():
+        return portable.loss(x, target, e if e_tensor is None else e_tensor, dim, n_iter)
+    losses: Tensor = torch.ops.diffmax.loss(x, target, e, e_tensor, dim, n_iter, backend)[0]
+    return losses
+
+
+def _loss_autograd(x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
+    if portable.exports_onnx():
+        losses = portable.loss(x, target, e if e_tensor is None else e_tensor, *rest[:2])
+        return losses, losses.new_empty(rows.kept_shape(x))
+    if rows_operator._has_tangent(x, target, e_tensor) or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "diffmax_loss: forward-mode differentiation and torch.func transforms are not supported\n"
+            "use torch.autograd.grad, torch.autograd.functional.jacobian or hessian"
+        )
+    if _differentiates(x, e_tensor):
+        return _Loss.apply(x, target, e, e_tensor, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.diffmax.loss(x, target, e, e_tensor, *rest)
+
+
+def _loss_backward_autograd(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    target: Tensor,
+    e: float,
+    e_tensor: Tensor | None,
+    dim: int,
+    n_iter: int,
+    needs_x: bool,
+    needs_e: bool,
+    backend: str,
+) -> Any:
+    if not _differentiates(grad, x, e_tensor):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.diffmax.loss_backward(
+                grad, x, weights, target, e, e_tensor, dim, n_iter, needs_x, needs_e, backend
+            )
+    # the second derivative: the same formulas as differentiable operators, from weights that lead to x
+    p = torch.ops.diffmax.bisect(x.to(grad.dtype), e, e_tensor, dim, n_iter, True, backend)[0]
+    idle = rows.silent(target, p.detach().amax(dim, keepdim=True) == 0)
+    grad_x, grad_e = x.new_empty(0), grad.new_empty(0)
+    if needs_x:
+        y = target.to(p.dtype) if target.is_floating_point() else torch.zeros_like(p).scatter(dim, target.clamp_min(0), 1.0)
+        grad_x = (grad * (p - y)).masked_fill(idle, 0.0).to(x.dtype)
+    if needs_e:
+        slope = rows.omega_slopes(target, p, clamp_e(e if e_tensor is None else e_tensor), dim)
+        grad_e = (grad * slope).masked_fill(idle, 0.0)
+    return grad_x, grad_e
+
+
+_LIBRARY.impl("loss", rows.loss, "CompositeExplicitAutograd")
+_LIBRARY.impl("loss", _loss_autograd, "Autograd")
+torch.library.register_fake("diffmax::loss", _loss_fake, lib=_LIBRARY)
+_LIBRARY.impl("loss_backward", rows.loss_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("loss_backward", _loss_backward_autograd, "Autograd")
+torch.library.register_fake("diffmax::loss_backward", _loss_backward_fake, lib=_LIBRARY)

@@ -1,0 +1,1 @@
+"""`diffmax_bisect`: the weights of rows of scores."""

@@ -1,0 +1,91 @@
+"""The public functions: what they mean, and their arguments checked. Next, on the way to a kernel: `operator`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffmax.machine.dispatch import selected
+from diffmax.operators.common import nested, watch
+from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_dtype, check_scores, one_minus_alpha
+from diffmax.operators.rows import operator as rows_operator
+
+__all__ = ["Alpha", "diffmax_bisect"]
+
+Alpha: TypeAlias = "float | Tensor | Callable[[], float | Tensor]"
+
+
+def diffmax_bisect(
+    X: Tensor,
+    alpha: Alpha = 0.9,
+    dim: int = -1,
+    n_iter: int = 50,
+    ensure_sum_one: bool = True,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Map scores to a sparse probability vector along `dim`: a drop-in for `torch.softmax`.
+
+    p_i = [(1 - alpha) (x_i - tau)]_+ ^ (1 / (1 - alpha)),  tau the one number that makes the p_i sum to 1   (Eq. 1)
+
+    The limit alpha -> 1 is softmax, alpha -> 0 is sparsemax; it is entmax with alpha' = 2 - alpha. Every score at or below
+    tau, and so every score further than 1 / (1 - alpha) below the largest, gets weight exactly 0.
+
+    Args:
+        X: Scores, any shape and strides. float16, bfloat16, float32 or float64. -inf marks a masked entry. Or a nested tensor,
+            whose first dimension is a batch; a tensor alpha is then as for one of its sequences.
+        alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float; or a tensor that broadcasts against X with `dim`
+            reduced to 1, such as (H, 1, 1) for one alpha per head of scores (B, H, L, L); or a function of no arguments that
+            returns either. A tensor may require a gradient, and may hold 0 and 1 themselves, where a learned alpha can end:
+            they give sparsemax and softmax. Under torch.compile every new float is a new graph: pass a tensor if it changes.
+        dim: Axis that sums to one.
+        n_iter: The result is at least as accurate as after this many steps of bisection. It bounds the solver's steps, of which
+            Newton's method needs half as many, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
+        ensure_sum_one: Divide by the sum at the end. False gives the weights at the tau that was found.
+        dtype: What X is converted to first, as by `torch.softmax`.
+        backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
+            else the best one that can run the call.
+    Returns:
+        Tensor of X's shape, dtype and device, contiguous. A row with nothing visible (all -inf) is all 0, with gradient 0. A
+        row that holds NaN or +inf is all NaN. A row of one entry is 1.
+    Raises:
+        TypeError: X is no tensor of those dtypes, or an argument has the wrong type.
+        ValueError: alpha or `dim` is out of range, alpha's shape does not fit, or n_iter < 1. The values of an alpha that lives
+            on an accelerator, or under torch.compile, are not read: rows whose alpha lies outside [0, 1] are NaN.
+        NoBackendError: The named backend cannot run the call.
+    Numerics: Computes in float32, for float64 in float64. Gradient in X by Eq. 3, in alpha by Eq. 4; both are zero off the
+        support. Deterministic on CPU.
+    Source: docs/theory.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
+        tensor([0.8307, 0.1693, 0.0000, 0.0000])
+    """
+    if is_captured(X, alpha):
+        return captured(diffmax_bisect, X, alpha, dim, n_iter, ensure_sum_one, backend=backend, dtype=dtype)  # type: ignore[no-any-return]
+    if dtype is not None and isinstance(X, Tensor):
+        X = X.to(check_dtype("diffmax_bisect", dtype))
+    if isinstance(X, Tensor) and X.is_nested:
+        options = (n_iter, ensure_sum_one)
+        return nested.weights("diffmax_bisect", X, dim, lambda t, d: diffmax_bisect(t, alpha, d, *options, backend=backend))
+    dim = check_scores("diffmax_bisect", X, dim, n_iter)
+    e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
+    return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
+
+
+def normalize(
+    X: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str | None = None
+) -> Tensor:
+    """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
+    if X.ndim == 0:
+        return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
+    weights = rows_operator.bisect(X, e, e_tensor, dim, as_int(n_iter), bool(ensure_sum_one), selected(backend))
+    if not torch.compiler.is_compiling():
+        for watcher in watch.watchers:
+            watcher.saw_rows(X, weights, e if e_tensor is None else e_tensor, dim)
+    return weights

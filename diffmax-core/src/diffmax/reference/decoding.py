@@ -1,0 +1,194 @@
+"""Decoding over a cache in plain PyTorch: what the other kernels are measured against, and the fallback on any device.
+
+It reads the whole cache, however short the sequences are, and never waits for a device. docs/decoding.md has the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffmax import reference
+from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
+from diffmax.plugin import KVCacheCall
+from diffmax.reference.attention import Solve
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def attention_kvcache(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = reference.bisect
+) -> Results:
+    """Kernel for one call: append, then attend.
+
+    Args:
+        query: (B, L, H, D), any strides; L may be 0.
+        k_cache, v_cache: (B_cache, S, H_kv, D) and (B_cache, S, H_kv, D_v); with `call.block_table` (num_blocks, page_size,
+            H_kv, D) and (num_blocks, page_size, H_kv, D_v). Any strides. Query head h reads key head h // (H / H_kv). What
+            lies beyond a sequence's end may be anything, NaN too.
+        call: The rest.
+        stats: Whether support sizes and counts of pages are asked for.
+        solve: The row operator.
+    Returns:
+        A `Results`, contiguous tensors:
+
+        - out (B, L, H, D_v), in query's dtype. A query that sees nothing gets zeros.
+        - m, delta (B, H, L), in the accumulation dtype, as of `diffmax.reference.attention.attention`.
+        - support, int32 (B, H, L), how many scores lie above tau, the sink's aside; (0,) if not `stats`.
+        - pages, int32 (B, H_kv), how many pages of keys were read; (0,) if not `stats`.
+    """
+    append(k_cache, v_cache, call)
+    ends = lengths(k_cache, call)
+    keys, values = (pages_of(cache, call) for cache in (k_cache, v_cache))
+    acc, place = accumulation_dtype(query.dtype), torch.arange(keys.shape[1], device=query.device)
+    batch, length, heads, _ = query.shape
+    scores = _grouped(query.to(acc), keys.shape[2]) @ keys.to(acc).permute(0, 2, 3, 1) * call.scale
+    scores = biased(scores.reshape(batch, heads, length, keys.shape[1]), call, place, ends)
+    scores = scores.masked_fill(~seen(call, place, ends, length), -torch.inf)
+    e: float | Tensor = call.e.view(-1, 1, 1) if isinstance(call.e, Tensor) else call.e
+    if call.sink is not None:
+        sink = call.sink.to(acc).view(-1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], 3)
+    p, m, delta = solve(scores, e, 3, 200, True)
+    m, delta = m.squeeze(3), delta.squeeze(3)
+    row_e = e.squeeze(2) if isinstance(e, Tensor) else torch.full((), e, dtype=acc, device=m.device)
+    delta = delta.masked_fill(m.isnan() | (m == torch.inf) | ~((row_e >= 0) & (row_e <= 1)), torch.nan)
+    p = p[..., : keys.shape[1]]
+    values = torch.where((place < ends.view(-1, 1))[..., None, None], values, 0).to(acc).transpose(1, 2)
+    groups = p.reshape(batch, keys.shape[2], heads // max(keys.shape[2], 1) * length, keys.shape[1])
+    out = (groups @ values).view(batch, heads, length, values.shape[3]).transpose(1, 2).to(query.dtype).contiguous()
+    support, pages = (torch.empty(0, dtype=torch.int32, device=query.device) for _ in range(2))
+    if stats:
+        shift = torch.where(m == -torch.inf, 0.0, m)
+        above = clamp_e(e) * (scores - shift.unsqueeze(3)) > delta.unsqueeze(3) - 1
+        support = above[..., : keys.shape[1]].sum(3, dtype=torch.int32)
+        pages = -(-keys.shape[1] // call.page_size) + torch.zeros_like(m[:, :1, 0], dtype=torch.int32)
+        pages = pages.expand(batch, keys.shape[2]).contiguous() if length else m.new_zeros(batch, keys.shape[2]).int()
+    return out, m.contiguous(), delta.contiguous(), support, pages
+
+
+def capacity(k_cache: Tensor, call: KVCacheCall) -> int:
+    """How many tokens a sequence can have."""
+    return k_cache.shape[1] if call.block_table is None else call.block_table.shape[1] * k_cache.shape[1]
+
+
+def lengths(k_cache: Tensor, call: KVCacheCall) -> Tensor:
+    """int32 (B,): tokens of each sequence, the new ones among them."""
+    new = 0 if call.k is None else call.k.shape[1]
+    return (call.cache_seqlens + new).clamp(0, capacity(k_cache, call))
+
+
+def pages_of(cache: Tensor, call: KVCacheCall) -> Tensor:
+    """Each sequence's part of a cache, side by side: (B, capacity, H_kv, n)."""
+    if call.block_table is not None:
+        blocks = call.block_table.long().clamp(0, max(cache.shape[0] - 1, 0))
+        return cache[blocks].flatten(1, 2)
+    batch = call.cache_seqlens.shape[0]
+    return cache[:batch] if call.cache_batch_idx is None else cache[call.cache_batch_idx.long()]
+
+
+def biased(scores: Tensor, call: KVCacheCall, place: Tensor, ends: Tensor) -> Tensor:
+    """Scores (B, H, L, n) of the keys at `place`, with softcap and ALiBi."""
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.alibi is not None:
+        distance = _distance(place, ends, scores.shape[2]).abs().unsqueeze(1)
+        scores = scores - call.alibi.to(scores.dtype)[:, :, None, None] * distance
+    return scores
+
+
+def seen(call: KVCacheCall, place: Tensor, ends: Tensor, length: int) -> Tensor:
+    """Which of the keys at `place` each query sees: (B, 1, L, n)."""
+    distance = _distance(place, ends, length)
+    visible = (place < ends.view(-1, 1, 1)).expand_as(distance)
+    if call.left >= 0:
+        visible = visible & (distance >= -call.left)
+    if call.right >= 0:
+        visible = visible & (distance <= call.right)
+    return visible.unsqueeze(1)
+
+
+def _distance(place: Tensor, ends: Tensor, length: int) -> Tensor:
+    """From each query to each key, (B, L, n)."""
+    query_place = ends.view(-1, 1, 1) - length + torch.arange(length, device=place.device).unsqueeze(1)
+    return place - query_place
+
+
+def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
+    """Write the new tokens into the caches, and take them into the pages' bounds."""
+    if call.k is None or call.v is None or not (call.k.shape[1] and call.k.shape[0]):
+        return
+    start, room = call.cache_seqlens.long().clamp_min(0), capacity(k_cache, call)
+    last = (start + call.k.shape[1]).clamp_max(room) - 1  # the last token that fits
+    if room == 0:
+        return
+    token = torch.arange(call.k.shape[1], device=start.device)
+    place = torch.minimum(start.unsqueeze(1) + token, last.clamp_min(0).unsqueeze(1))
+    source = (place - start.unsqueeze(1)).clamp_min(0)  # what does not fit repeats the last that does
+    fits = (last >= start).view(-1, 1, 1, 1)
+    row = _row_of(call, place)
+    inside = place % call.page_size if call.block_table is not None else place
+    for cache, new in ((k_cache, call.k), (v_cache, call.v)):
+        chosen = new.gather(1, source[..., None, None].expand(-1, -1, *new.shape[2:]))
+        cache[row, inside] = torch.where(fits, chosen, cache[row, inside])
+    if call.low is not None and call.high is not None:
+        _widen_bounds(call.k, call, call.low, call.high, start, last)
+
+
+def _row_of(call: KVCacheCall, place: Tensor) -> Tensor:
+    """The cache's first index for the tokens at `place` (B, n)."""
+    if call.block_table is not None:
+        return call.block_table.long().gather(1, place // call.page_size).clamp_min(0)
+    batch = torch.arange(place.shape[0], device=place.device) if call.cache_batch_idx is None else call.cache_batch_idx.long()
+    return batch.unsqueeze(1).expand_as(place)
+
+
+def _widen_bounds(k: Tensor, call: KVCacheCall, low: Tensor, high: Tensor, start: Tensor, last: Tensor) -> None:
+    size = call.page_size
+    first = torch.minimum(start, last.clamp_min(0)) // size
+    for step in range((k.shape[1] + size - 2) // size + 1):
+        begin = (first + step) * size  # the page's first place
+        token = begin.unsqueeze(1) + torch.arange(size, device=k.device) - start.unsqueeze(1)
+        inside = (token >= 0) & (token <= (last - start).unsqueeze(1))
+        new = k.gather(1, token.clamp(0, k.shape[1] - 1)[..., None, None].expand(-1, -1, *k.shape[2:]))
+        touched = inside.any(1)
+        place = torch.where(touched, begin, first * size).unsqueeze(1)
+        where = (
+            (_row_of(call, place)[:, 0],) if call.block_table is not None else (_row_of(call, place)[:, 0], place[:, 0] // size)
+        )
+        for bound, outside, reduce, join in (
+            (low, torch.inf, torch.amin, torch.minimum),
+            (high, -torch.inf, torch.amax, torch.maximum),
+        ):
+            of_new = reduce(torch.where(inside[..., None, None], new, outside), 1)
+            old = bound[where]
+            fresh = (begin >= start).view(-1, 1, 1)
+            bound[where] = torch.where(touched.view(-1, 1, 1), torch.where(fresh, of_new, join(old, of_new)), old)
+
+
+def bounds_of(k_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest keys of each page that holds a token; 0 for the others."""
+    size = call.page_size
+    if call.block_table is None:
+        rows, tokens, *rest = k_cache.shape
+        count = -(-tokens // size)
+        keys = torch.nn.functional.pad(k_cache, (0, 0, 0, 0, 0, count * size - tokens)).view(rows * count, size, *rest)
+        filled = (call.cache_seqlens.view(-1, 1) - torch.arange(count, device=keys.device) * size).flatten()
+    else:
+        keys, pages = k_cache, torch.arange(call.block_table.shape[1], device=k_cache.device)
+        filled = (call.cache_seqlens.view(-1, 1) - pages * size).flatten()
+        # pages that a sequence has not reached count for one that is dropped; of those that sequences share the fullest counts
+        blocks = torch.where(filled > 0, call.block_table.flatten().long(), len(keys))
+        filled = filled.new_zeros(len(keys) + 1).scatter_reduce(0, blocks, filled, "amax")[:-1]
+    inside = (torch.arange(size, device=keys.device) < filled.unsqueeze(1))[..., None, None]
+    low, high = (
+        torch.where(inside[:, 0], reduce(torch.where(inside, keys, outside), 1), 0)
+        for reduce, outside in ((torch.amin, torch.inf), (torch.amax, -torch.inf))
+    )
+    return (low, high) if call.block_table is not None else (low.view(rows, count, *rest), high.view(rows, count, *rest))
+
+
+def _grouped(query: Tensor, kv_heads: int) -> Tensor:
+    """(B, L, H, D) as (B, H_kv, H / H_kv * L, D): the query heads that share a key head lie below one another."""
+    batch, length, heads, size = query.shape
+    return query.transpose(1, 2).reshape(batch, kv_heads, heads // max(kv_heads, 1) * length, size)

@@ -1,0 +1,560 @@
+"""What every backend's attention has to get right, as functions: `attention_conformance` and the tests call them.
+
+The truth is `diffmax.reference.attention` in float64 on the CPU, which diffmax's own tests hold to entmax and to finite
+differences. The gate is the one of the row operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import diffmax
+from diffmax import AttentionStats
+from diffmax.operators.attention import api as attention_api
+from diffmax.plugin import AttentionCall
+from diffmax.reference.dropout import kept
+from diffmax.testing.gate import Gate, gates
+from diffmax.testing.rows import checks
+from diffmax.testing.rows.checks import SPECIAL_ALPHAS, _expect, _grad, _near_on_average, _poisoned_memory, _within, inf, nan
+from diffmax.testing.rows.nasty import NASTY_ROWS
+
+# what they return depends on return_stats, which is passed among other keywords here
+attention: Callable[..., Any] = diffmax.attention
+attention_varlen: Callable[..., Any] = diffmax.attention_varlen
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and features of one attention call; `sigma` is the spread of queries and keys.
+
+    `masked` and `bias` are the axes of (B, H, L, S) along which mask and bias vary, `alibi` those of the slopes: "H" or "BH".
+    """
+
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    length: int = 65
+    keys: int = 129
+    head_dim: int = 16
+    value_dim: int = 0
+    sigma: float = 1.5
+    alpha: float | tuple[float, ...] = 0.7
+    masked: str = ""
+    bias: str = ""
+    alibi: str = ""
+    sink: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value on the CPU, in (B, L, H, D) memory, from torch's global generator."""
+        value_dim = self.value_dim or self.head_dim
+        sizes = ((self.length, self.heads, self.head_dim), (self.keys, self.kv_heads, self.head_dim))
+        query, key = (torch.randn(self.batch, *size) * self.sigma for size in sizes)
+        value = torch.randn(self.batch, self.keys, self.kv_heads, value_dim)
+        query, key, value = (t.to(dtype).transpose(1, 2) for t in (query, key, value))
+        return query, key, value
+
+    def mask(self) -> Tensor | None:
+        """A mask that hides a third of the keys, and everything from one query; None if the case has none."""
+        return self._hides(self.masked) if self.masked else None
+
+    def _hides(self, axes: str) -> Tensor:
+        mask = torch.rand(self._shape(axes)) > 1 / 3
+        if "L" in axes:
+            mask[..., self.length // 2, :] = False
+        return mask
+
+    def _shape(self, axes: str) -> list[int]:
+        sizes = {"B": self.batch, "H": self.heads, "L": self.length, "S": self.keys}
+        return [size if axis in axes else 1 for axis, size in sizes.items()]
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of `diffmax.attention` that are tensors, and alpha."""
+        query, key, value = self.tensors(dtype)
+        given: dict[str, Any] = {"query": query, "key": key, "value": value, "attn_mask": self.mask()}
+        given["alpha"] = torch.tensor(self.alpha, dtype=torch.float64) if isinstance(self.alpha, tuple) else self.alpha
+        if self.bias:
+            bias = torch.randn(self._shape(self.bias)).to(dtype)
+            given["attn_mask"] = bias.masked_fill(~self._hides(self.bias), -inf) if "S" in self.bias else bias
+        if self.alibi:
+            heads = 0.5 ** torch.arange(1.0, self.heads + 1)
+            entries = 1 + torch.arange(self.batch).view(-1, 1) / 2
+            given["alibi_slopes"] = heads * entries if self.alibi == "BH" else heads
+        if self.sink:
+            given["sink"] = torch.randn(self.heads).double()  # its gradient too, to compare it with its terms
+        return given
+
+    @property
+    def scores(self) -> int:
+        """How many there are."""
+        return self.batch * self.heads * self.length * self.keys
+
+    def features(self) -> set[str]:
+        """Those of `diffmax.plugin.FEATURES` that the call needs."""
+        causal, window = self.options.get("is_causal"), self.options.get("window_size", (-1, -1))
+        needs = {
+            "causal": causal or window[1] == 0,
+            "window": window[0] >= 0 or (window[1] > 0 and not causal),
+            "mask": bool(self.masked),
+            "bias": bool(self.bias),
+            "alibi": bool(self.alibi),
+            "sink": self.sink,
+            "softcap": "softcap" in self.options,
+            "dropout": "dropout_p" in self.options,
+            "gqa": self.heads != self.kv_heads,
+            "value_dim": self.value_dim not in (0, self.head_dim),
+            "tensor_alpha": isinstance(self.alpha, tuple),
+        }
+        return {name for name, needed in needs.items() if needed}
+
+
+def _lower_right(**more: Any) -> dict[str, Any]:
+    return {"causal_alignment": "lower_right", **more}
+
+
+# Every feature alone, and the pairs that interact.
+CASES: dict[str, Case] = {
+    "plain": Case(),
+    "one query": Case(length=1, keys=200),
+    "one key": Case(length=70, keys=1),
+    "one of each": Case(batch=1, heads=1, kv_heads=1, length=1, keys=1),
+    "63 by 127": Case(length=63, keys=127),
+    "129 by 64": Case(length=129, keys=64),
+    "long": Case(batch=1, heads=1, kv_heads=1, length=200, keys=3000, sigma=2.0),
+    "dense": Case(sigma=0.3, alpha=0.95),
+    "sparse": Case(sigma=4.0, alpha=0.3),
+    "alpha 0.5": Case(alpha=0.5),
+    "alpha 0.01": Case(alpha=0.01),
+    "alpha 0.999": Case(alpha=0.999),
+    "alpha per head": Case(heads=4, kv_heads=4, alpha=(0.1, 0.5, 0.9, 0.99)),
+    "sparsemax and softmax heads": Case(alpha=(0.0, 1.0)),
+    "head size 40": Case(head_dim=40),
+    "head size 80": Case(head_dim=80, sigma=1.0),
+    "head size 256": Case(head_dim=256, sigma=0.7, batch=1),
+    "value size 24": Case(value_dim=24),
+    "scale": Case(options={"scale": 0.7}),
+    "negative scale": Case(options={"scale": -0.2}),
+    "causal": Case(keys=65, options={"is_causal": True}),
+    "causal, fewer queries": Case(options={"is_causal": True}),
+    "causal, more queries": Case(length=150, keys=70, options={"is_causal": True}),
+    "causal, lower right": Case(options=_lower_right(is_causal=True)),
+    "causal, lower right, more queries": Case(length=150, keys=70, options=_lower_right(is_causal=True)),
+    "window": Case(length=140, keys=140, options={"window_size": (20, 5)}),
+    "window to the left": Case(length=140, keys=140, options={"window_size": (70, -1)}),
+    "window to the right": Case(length=140, keys=140, options={"window_size": (-1, 3)}),
+    "window of the own key": Case(keys=65, options={"window_size": (0, 0)}),
+    "causal window, lower right": Case(keys=200, options=_lower_right(is_causal=True, window_size=(30, -1))),
+    "window beyond the keys": Case(length=150, keys=60, options={"window_size": (10, 10)}),
+    "mask of keys": Case(masked="BS"),
+    "mask of queries and keys": Case(masked="LS"),
+    "mask of everything": Case(masked="BHLS"),
+    "mask, causal": Case(keys=65, masked="BLS", options={"is_causal": True}),
+    "grouped heads": Case(heads=6, kv_heads=2),
+    "one key head": Case(heads=5, kv_heads=1, length=130),
+    "grouped heads, causal, alpha per head": Case(
+        heads=4, kv_heads=2, alpha=(0.2, 0.5, 0.8, 0.97), options={"is_causal": True}
+    ),
+    "grouped heads, mask, window": Case(heads=4, kv_heads=1, masked="HLS", options={"window_size": (40, 40)}),
+    "bias": Case(bias="BHLS"),
+    "bias of queries and keys": Case(bias="LS", sigma=3.0, alpha=0.5),
+    "bias of heads and keys": Case(heads=4, kv_heads=2, bias="HS"),
+    "bias of queries": Case(bias="BL"),
+    "bias, causal window": Case(keys=65, bias="HLS", options={"is_causal": True, "window_size": (30, -1)}),
+    "ALiBi": Case(length=130, keys=200, alibi="H", sigma=2.5, alpha=0.5),
+    "ALiBi by sequence, causal, lower right": Case(heads=4, kv_heads=2, alibi="BH", options=_lower_right(is_causal=True)),
+    "softcap": Case(sigma=3.0, options={"softcap": 4.0}),
+    "softcap, bias, ALiBi": Case(sigma=3.0, bias="LS", alibi="H", options={"softcap": 3.0}),
+    "sink": Case(sink=True),
+    "sink, everything hidden": Case(masked="BHLS", sink=True, sigma=3.0, alpha=0.5),
+    "sink, sparsemax and softmax heads": Case(alpha=(0.0, 1.0), sink=True),
+    "sink, causal, grouped heads": Case(heads=4, kv_heads=1, sink=True, alpha=0.5, options={"is_causal": True}),
+    "dropout": Case(options={"dropout_p": 0.3}),
+    "dropout, causal, grouped heads": Case(
+        heads=4, kv_heads=2, length=130, keys=200, sigma=3.0, alpha=0.5, options={"dropout_p": 0.6, "is_causal": True}
+    ),
+    "dropout, sink, window, value size 24": Case(
+        length=140, keys=140, value_dim=24, sink=True, options={"dropout_p": 0.2, "window_size": (20, 5)}
+    ),
+    "everything": Case(
+        heads=4,
+        kv_heads=2,
+        length=130,
+        keys=150,
+        value_dim=8,
+        alpha=(0.0, 0.5, 0.9, 1.0),
+        bias="HLS",
+        alibi="H",
+        sink=True,
+        options=_lower_right(is_causal=True, window_size=(90, -1), softcap=5.0, dropout_p=0.2),
+    ),
+}
+
+
+def forward_passes_the_gate(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
+    """The output is as near to the truth as the gate asks."""
+    inputs = case.inputs(dtype)
+    wanted = _gate(case, inputs)
+    ours = _call(backend, case, _moved(device, inputs))
+    _expect(
+        ours.dtype == dtype and ours.shape == wanted.exact.shape and ours.is_contiguous(),
+        f"got {ours.dtype} {tuple(ours.shape)}",
+    )
+    _within(ours, *wanted, "output")
+
+
+def gradients_are_right_on_average(
+    backend: str, device: str, case: Case, dtype: torch.dtype, *, alpha_learns: bool = True
+) -> None:
+    """Forward and backward through autograd, for query, key, value, bias, sink and, where it can and is to be, alpha.
+
+    The gate holds for the mean error, for the reason that `checks.gradients_are_right_on_average` gives; of alpha and the sink,
+    for the mean over queries, before they are summed to one number per head.
+    """
+    inputs = case.inputs(dtype)
+    learns = alpha_learns and gives_alpha_gradient(backend)
+    if learns and not isinstance(case.alpha, tuple):
+        inputs["alpha"] = torch.full((case.heads,), case.alpha, dtype=torch.float64)
+    grad = torch.randn(case.batch, case.heads, case.length, inputs["value"].shape[3]).to(dtype)
+    given = _of_querys_dtype(inputs)
+
+    def gradients(grad: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+        batch = _draws_as_batch(case, inputs, dict(zip(given, drawn, strict=True)))
+        results = _gradients("reference", "cpu", case, batch, grad.flatten(0, 1), learns)
+        results = {name: t.unflatten(0, (len(grad), case.batch)) for name, t in results.items()}
+        if "attn_mask" in results and given["attn_mask"].shape[0] == 1:
+            results["attn_mask"] = results["attn_mask"].sum(1, keepdim=True)
+        return tuple(results.values())
+
+    wanted = gates(gradients, grad, *given.values(), average=True, stacked=True, numbers=case.scores)
+    ours = _gradients(backend, device, case, inputs, grad, learns)
+    for (what, got), gate in zip(ours.items(), wanted, strict=True):
+        _near_on_average(got, gate, f"gradient for {what}")
+
+
+def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: torch.dtype) -> None:
+    """attention_varlen gives what attention gives for each sequence alone, forward and backward; some are empty."""
+    lengths = ((0, 3), (70, 70), (1, 129), (64, 0), (130, 65), (0, 0))
+    heads, kv_heads, size = 4, 2, 24
+    causal = {"is_causal": True} if "causal" in checks.claimed(backend, "attention") else {}
+    kv_heads = kv_heads if "gqa" in checks.claimed(backend, "attention") else heads
+    query = (torch.randn(sum(q for q, _ in lengths), heads, size) * 1.5).to(dtype).to(device)
+    key, value = ((torch.randn(sum(k for _, k in lengths), kv_heads, size) * 1.5).to(dtype).to(device) for _ in range(2))
+    ends = [torch.tensor([0, *counts]).cumsum(0).to(torch.int32) for counts in zip(*lengths, strict=True)]
+    grad = torch.randn(query.shape).to(dtype).to(device)
+    for options in ({}, causal):
+        leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+        more: dict[str, Any] = {"alpha": 0.6, "enable_gqa": True, "backend": backend, **options}
+        out = attention_varlen(*leaves, *(e.to(device) for e in ends), 130, 200, **more)
+        _expect(isinstance(out, Tensor) and out.is_contiguous(), "the result is not contiguous")
+        out.backward(grad)
+        alone = [t.clone().requires_grad_() for t in (query, key, value)]
+        pieces = []
+        for n in range(len(lengths)):
+            spans = [slice(int(e[n]), int(e[n + 1])) for e in (ends[0], ends[1], ends[1])]
+            rows = [t[span].transpose(0, 1).unsqueeze(0) for t, span in zip(alone, spans, strict=True)]
+            pieces.append(attention(*rows, causal_alignment="lower_right", **more)[0].transpose(0, 1))
+        whole = torch.cat(pieces)
+        whole.backward(grad)
+        slack = 8 * torch.finfo(dtype).eps
+        _within(out, whole.detach().cpu().double(), slack * max(1.0, float(whole.detach().abs().max())), "packed output")
+        for what, a, b in zip(("query", "key", "value"), leaves, alone, strict=True):
+            scale = max(1.0, float(_grad(b).abs().max()))
+            _within(_grad(a), _grad(b).cpu().double(), 4 * slack * scale, f"packed gradient for {what}")
+
+
+def masked_and_bad_queries(backend: str, device: str, dtype: torch.dtype) -> None:
+    """A query that sees nothing is zero and passes no gradient on; NaN and +inf in a query spoil that query alone."""
+    query, key, value = (t.to(device) for t in Case(heads=1, kv_heads=1, batch=1, length=70, keys=70).tensors(dtype))
+    query[..., 3, :] = nan
+    query[..., 66, 0] = inf
+    leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+    options: dict[str, Any] = {"alpha": 0.6, "backend": backend}
+    out = attention(*leaves, **options).detach().cpu()[0, 0]
+    _expect(bool(out[3].isnan().all() and out[66].isnan().all()), "a query of NaN or inf does not give NaN")
+    keep = [i for i in range(70) if i not in (3, 66)]
+    _expect(bool(out[keep].isfinite().all()), "NaN reached another query")
+    if "mask" in checks.claimed(backend, "attention"):
+        mask = torch.ones(70, 70, dtype=torch.bool, device=device)
+        mask[:10], mask[:, 5], mask[66] = False, False, False
+        leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+        hidden = attention(*leaves, mask, **options)
+        grad = torch.randn(hidden.shape).to(dtype).to(device)
+        grad[..., 4, :] = nan
+        hidden.backward(grad)
+        empty = [*range(10), 66]  # the two queries of NaN and inf, and the gradient of NaN, among them
+        _expect(bool((hidden[0, 0, empty] == 0).all()), "a query that sees nothing is not zero")
+        grads = [_grad(leaf).cpu()[0, 0] for leaf in leaves]
+        _expect(bool((grads[0][empty] == 0).all()), "a query that sees nothing has a gradient")
+        _expect(bool((grads[1][5] == 0).all() and (grads[2][5] == 0).all()), "a key that nobody sees has a gradient")
+        _expect(all(bool(g.isfinite().all()) for g in grads), "what a query that sees nothing holds reached a gradient")
+
+
+def special_alphas_pass_the_gate(
+    backend: str, device: str, dtype: torch.dtype, alphas: Sequence[float] = SPECIAL_ALPHAS
+) -> None:
+    """`checks.special_alphas_pass_the_gate` of attention."""
+    for alpha in alphas:
+        case = Case(batch=1, heads=1, kv_heads=1, length=17, keys=33, alpha=alpha)
+        try:
+            forward_passes_the_gate(backend, device, case, dtype)
+            gradients_are_right_on_average(backend, device, case, dtype, alpha_learns=False)
+        except AssertionError as error:
+            raise AssertionError(f"alpha={alpha!r}: {error}") from None
+
+
+def nasty_rows_pass_the_gate(backend: str, device: str, dtype: torch.dtype, alpha: float) -> None:
+    """Ties, huge offsets, masks: each row of NASTY_ROWS as the scores of one query, exactly, and its weights as the output."""
+    for name, row in NASTY_ROWS.items():
+        x = torch.tensor(row, dtype=torch.float64).to(dtype)
+        if bool((x == inf).any()):  # 1e30 in float16
+            continue
+        hidden = x == -inf
+        if bool(hidden.any()) and "mask" not in checks.claimed(backend, "attention"):
+            continue  # such a row needs the feature; the kit asks elsewhere that it is refused
+        key = torch.where(hidden, 0.0, x).view(1, 1, -1, 1)
+        query, value = torch.ones(1, 1, 1, 1, dtype=dtype), torch.eye(len(row), dtype=dtype).view(1, 1, len(row), -1)
+        if "value_dim" not in checks.claimed(backend, "attention"):
+            query, key = (torch.nn.functional.pad(t, (0, len(row) - 1)) for t in (query, key))
+        mask = None if not bool(hidden.any()) else ~hidden.view(1, 1, 1, -1)
+        case = Case(batch=1, heads=1, kv_heads=1, length=1, keys=len(row), alpha=alpha, options={"scale": 1.0})
+        inputs = {"query": query, "key": key, "value": value, "attn_mask": mask, "alpha": alpha}
+        try:
+            _within(_call(backend, case, _moved(device, inputs)), *_gate(case, inputs), "weights")
+        except AssertionError as error:
+            raise AssertionError(f"row {name!r}: {error}") from None
+
+
+def dropout_keeps_what_the_contract_says(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Bit for bit the weights that `reference_dropout.kept` keeps, forward and backward, drawn from torch's generator."""
+    batch, heads, length, keys, share = 2, 3, 70, 90, 0.4
+    query = torch.zeros(batch, heads, length, keys, dtype=dtype, device=device)  # all weights are 1 / keys
+    key = torch.zeros(batch, heads, keys, keys, dtype=dtype, device=device)
+    value = torch.eye(keys, dtype=dtype, device=device).expand(batch, heads, keys, keys).clone().requires_grad_()
+
+    torch.manual_seed(5)
+    seed = attention_api._seed(share, query.device)
+    torch.manual_seed(5)
+    out = attention(query, key, value, dropout_p=share, alpha=0.5, backend=backend)
+    call = AttentionCall(scale=1.0, e=0.5, dropout_p=share, seed=seed)
+    expected = kept(call, (batch, heads, length, keys), torch.float32).cpu() != 0
+    _expect(torch.equal(out.detach().cpu() != 0, expected), "not the weights are dropped that the contract says")
+    again = attention(query, key, value, dropout_p=share, alpha=0.5, backend=backend)
+    _expect(not torch.equal(again, out), "a second call drops the same weights")
+    out.backward(torch.ones_like(out))
+    sums = (expected.double() / keys / (1 - share)).sum(2).unsqueeze(3).expand(value.shape)
+    slack = length * torch.finfo(dtype).eps
+    _within(_grad(value), sums, slack * float(sums.max()), "the value's gradient under the same mask")
+
+
+def residuals_are_exchangeable(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Its backward follows the reference's forward, and the reference's backward its forward."""
+    case = Case(length=130, keys=200, sigma=3.0, alpha=0.5)
+    tensors = case.tensors(dtype)
+    grad = torch.randn(2, 2, 130, 16).to(dtype)
+    shared = (0.25, 0.5, None, None, False, -1, -1, None, None, 0, 0)
+    needs_e = gives_alpha_gradient(backend)
+
+    def run(forward: str, backward: str, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        _, m, delta, u, live, _ = torch.ops.diffmax.attention(*tensors, True, False, *shared, forward)
+        _expect(m.shape == delta.shape == (2, 2, 130), f"m and delta have shapes {tuple(m.shape)}, {tuple(delta.shape)}")
+        _expect(u.shape == (2, 2, 130, 16) and u.dtype == grad.dtype, f"u is {u.dtype} {tuple(u.shape)}")
+        results = torch.ops.diffmax.attention_backward(grad, *tensors, m, delta, u, live, needs_e, *shared, backward)
+        return tuple(results[: 3 + needs_e])
+
+    wanted = gates(lambda *given: run("reference", "reference", *given), grad, *tensors, average=True, numbers=case.scores)
+    for forward, backward in ((backend, "reference"), ("reference", backend), (backend, backend)):
+        for ours, gate in zip(run(forward, backward, *(t.to(device) for t in (grad, *tensors))), wanted, strict=True):
+            _near_on_average(ours, gate, "gradient from exchanged residuals")
+
+
+def statistics_are_right(backend: str, device: str, dtype: torch.dtype) -> None:
+    """tau, support sizes and the share of empty tiles are the reference's, but for scores that lie at the threshold itself."""
+    for options in ({}, {"is_causal": True}):
+        if options and "causal" not in checks.claimed(backend, "attention"):
+            continue  # not claimed: the kit asks elsewhere that it is refused
+        case = Case(batch=1, length=200, keys=300, sigma=3.0)
+        query, key, value = case.tensors(dtype)
+        key[:, :, 64:128] *= 0.01  # a tile that loses
+        found = []
+        for name, where in ((backend, device), ("reference", "cpu")):
+            out = attention(*(t.to(where) for t in (query, key, value)), alpha=0.5, return_stats=True, backend=name, **options)
+            found.append(AttentionStats(*(t.cpu() for t in out[1])))
+        ours, theirs = found
+        _within(ours.tau, theirs.tau.double(), 64 * torch.finfo(ours.tau.dtype).eps * float(theirs.tau.abs().max()), "tau")
+        differing = int((ours.support_size != theirs.support_size).sum())
+        _expect(differing <= 2, f"{differing} support sizes differ")
+        _expect(bool((ours.tile_sparsity > 0).any()), "the example has no empty tile")
+        _within(ours.tile_sparsity, theirs.tile_sparsity.double(), 0.05, "tile sparsity")
+
+
+def one_tensor_for_all(backend: str, device: str, dtype: torch.dtype) -> None:
+    """attention(x, x, x) works, and its gradient is the sum of three."""
+    x = torch.randn(1, 2, 70, 16).to(dtype).to(device)
+    together = x.clone().requires_grad_()
+    apart = [x.clone().requires_grad_() for _ in range(3)]
+    attention(together, together, together, alpha=0.6, backend=backend).square().sum().backward()
+    attention(*apart, alpha=0.6, backend=backend).square().sum().backward()
+    total = sum(_grad(leaf).double() for leaf in apart)
+    assert isinstance(total, Tensor)
+    _within(_grad(together), total.cpu(), 8 * torch.finfo(dtype).eps * max(1.0, float(total.abs().max())), "gradient")
+
+
+def is_repeatable(backend: str, device: str, dtype: torch.dtype) -> None:
+    """The same input gives the same bits, forward and backward, in fresh memory full of NaN too."""
+    case = Case(heads=4, kv_heads=4, length=150, keys=170, sigma=3.0)
+    tensors = [t.to(device) for t in case.tensors(dtype)]
+
+    def run() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = attention(*leaves, alpha=0.5, backend=backend)
+        out.sum().backward()
+        return [out.detach(), *map(_grad, leaves)]
+
+    first = run()
+    with _poisoned_memory():
+        poisoned = run()
+    for result in (run(), poisoned):
+        _expect(all(torch.equal(a, b) for a, b in zip(first, result, strict=True)), "results differ in their bits")
+
+
+def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
+    """torch.library.opcheck: schema, gradients, shapes for tracing."""
+    query, key, value = (t.to(device).requires_grad_() for t in Case(batch=1, length=5, keys=7).tensors(dtype))
+    tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
+        tests.append("test_autograd_registration")
+    arguments = (query, key, value, False, False, 0.25, 0.5, None, None, False, -1, -1, None, None, 0, 0, backend)
+    torch.library.opcheck(torch.ops.diffmax.attention.default, arguments, test_utils=tuple(tests))
+
+
+def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None:
+    """torch.compile(fullgraph=True, dynamic=True), forward and backward, equals eager; a new length compiles nothing anew.
+
+    Before torch 2.5 it does.
+    """
+    torch._dynamo.reset()
+    graphs, counts = [], []
+
+    def attend(x: Tensor, alpha: Tensor) -> Tensor:
+        out: Tensor = attention(x * 2, x, x, alpha=alpha, backend=backend)
+        return out * x
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return compiled
+
+    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(attend, fullgraph=True, dynamic=True, backend=count)
+    for length in (70, 100, 200):
+        x = torch.randn(2, 3, length, 16).to(dtype).to(device)
+        results = []
+        for function in (compiled, attend):
+            leaves = (x.clone().requires_grad_(), torch.full((3,), 0.6, device=device).requires_grad_())
+            function(leaves[0], leaves[1] if gives_alpha_gradient(backend) else leaves[1].detach()).sum().backward()
+            results.append(_grad(leaves[0]))
+        scale = max(1.0, float(results[1].abs().max()))
+        _within(results[0], results[1].cpu().double(), 16 * torch.finfo(dtype).eps * scale, "compiled gradient")
+        counts.append(len(graphs))
+    grows = not hasattr(torch.library, "register_vmap")  # torch 2.4
+    _expect(grows or counts[0] == counts[-1], f"the number of graphs grew with the lengths: {counts}")
+
+
+def gives_alpha_gradient(backend: str) -> bool:
+    """Whether alpha's gradient arrives when the backend is named: it claims it, or leaves the backward to others."""
+    if "tensor_alpha" not in checks.claimed(backend, "attention"):
+        return False
+    return "alpha_gradient" in checks.claimed(backend, "attention_backward") or not checks.provides(
+        backend, "attention_backward"
+    )
+
+
+def _gate(case: Case, inputs: dict[str, Any]) -> Gate:
+    given = _of_querys_dtype(inputs)
+
+    def output(*drawn: Tensor) -> Tensor:
+        batch = _draws_as_batch(case, inputs, dict(zip(given, drawn, strict=True)))
+        together: Tensor = _call("reference", case, batch).unflatten(0, (len(drawn[0]), case.batch))
+        return together
+
+    return gates(output, *given.values(), stacked=True, numbers=case.scores)[0]
+
+
+def _draws_as_batch(case: Case, inputs: dict[str, Any], drawn: dict[str, Tensor]) -> dict[str, Any]:
+    """The inputs of one call that computes all draws, each of which fills a batch."""
+    draws = len(drawn["query"])
+    batch = {name: t.expand(draws, case.batch, *t.shape[2:]).flatten(0, 1) for name, t in drawn.items()}
+    repeated = {
+        name: t.repeat(draws, *[1] * (t.ndim - 1))
+        for name, t in inputs.items()
+        if isinstance(t, Tensor) and t.ndim > 1 and len(t) > 1
+    }
+    return inputs | repeated | batch
+
+
+def _of_querys_dtype(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    # alpha is converted by `attention`, slopes and sink hold the same numbers in every dtype
+    given = {name: inputs.get(name) for name in ("query", "key", "value", "attn_mask")}
+    return {name: t for name, t in given.items() if isinstance(t, Tensor) and t.is_floating_point()}
+
+
+def _moved(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    # alpha in float64 where the device has it, so that 0.999 is 0.999
+    wide = torch.device(device).type in ("cpu", "cuda")
+
+    def move(given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        return given.to(device) if wide or given.dtype != torch.float64 else given.float().to(device)
+
+    return {name: move(given) for name, given in inputs.items()}
+
+
+def _same_dropout(dropout_p: float, device: torch.device) -> Tensor | None:
+    # generators of different devices draw different numbers
+    return torch.tensor([123456789, 987654321], device=device) if dropout_p > 0 else None
+
+
+def _call(backend: str, case: Case, inputs: dict[str, Any]) -> Tensor:
+    with mock.patch.object(attention_api, "_seed", _same_dropout):
+        out: Tensor = attention(**inputs, enable_gqa=True, backend=backend, **case.options)
+    return out
+
+
+def _gradients(
+    backend: str, device: str, case: Case, inputs: dict[str, Any], grad: Tensor, learns_alpha: bool
+) -> dict[str, Tensor]:
+    inputs, grad = _moved(device, inputs), grad.to(device)
+    wanted = [name for name in ("query", "key", "value", "attn_mask", "sink", "alpha") if isinstance(inputs.get(name), Tensor)]
+    wanted = [name for name in wanted if inputs[name].is_floating_point() and (learns_alpha or name != "alpha")]
+    leaves = {name: inputs[name].clone().requires_grad_() for name in wanted}
+    out = _call(backend, case, inputs | leaves)
+    with _Recorder() as recorder:
+        out.backward(grad)
+    gradients = {name: _grad(leaf).detach() for name, leaf in leaves.items()}
+    for name, sign, per_query in (("alpha", -1, recorder.grad_e), ("sink", 1, recorder.grad_sink)):
+        if name in leaves:
+            total, summed = sign * per_query.sum((0, 2)).double(), gradients[name].double()
+            slack = 64 * torch.finfo(per_query.dtype).eps * max(1.0, float(per_query.abs().sum((0, 2)).max()))
+            _within(summed, total.cpu(), slack, f"{name}'s gradient against its sum over the queries")
+            gradients[name] = sign * per_query
+    return gradients
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the gradients for e and the sink that attention's backward computed for every query."""
+
+    grad_e: Tensor
+    grad_sink: Tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func is torch.ops.diffmax.attention_backward.default:
+            self.grad_e, self.grad_sink = results[3], results[5]
+        return results

@@ -1,0 +1,1 @@
+"""The checks of attention over a cache, and their kit for backends."""
