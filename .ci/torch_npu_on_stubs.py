@@ -167,7 +167,7 @@ def _kernels(torch: object) -> None:
     """Run the kernels themselves on tensors without values: every operator that they call has a meta function."""
     import torch as t
 
-    from diffmax.plugin import AttentionCall
+    from diffmax.plugin import AttentionCall, Saved, Wanted
     from diffmax_npu import attention, rows
 
     del torch
@@ -178,9 +178,9 @@ def _kernels(torch: object) -> None:
     assert (p.dtype, m.dtype, grad_x.dtype, grad_e.shape) == (t.float16, t.float32, t.float16, e.shape)
     q, kv = t.empty(2, 4, 70, 16, device="npu", dtype=t.bfloat16), t.empty(2, 2, 90, 16, device="npu", dtype=t.bfloat16)
     call = AttentionCall(scale=0.25, e=0.5, right=0, softcap=3.0, sink=t.empty(4, device="npu"))
-    out, m, delta, u, live, support = attention.attention(q, kv, kv, call, True, True)
-    assert (out.shape, out.device.type, m.dtype) == (q.shape, "npu", t.float32)
-    grads = attention.attention_backward(out, q, kv, kv, m, delta, u, live, call, True, False, True)
+    out, *saved, support = attention.attention(q, kv, kv, call, True, True)
+    assert (out.shape, out.device.type, saved[0].dtype) == (q.shape, "npu", t.float32)
+    grads = attention.attention_backward(out, q, kv, kv, Saved(*saved), call, Wanted(e=True, sink=True))
     assert [g.shape for g in grads[:3]] == [q.shape, kv.shape, kv.shape]
     assert support.dtype == t.int32
 

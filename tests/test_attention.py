@@ -13,8 +13,9 @@ import diffmax
 from benchmarks.memory import peak_bytes
 from diffmax import attention, attention_varlen, diffmax_bisect
 from diffmax.kernels.cpu import blocks
+from diffmax.kernels.tools import packed_bits, unpacked_bits
+from diffmax.operators.attention.operator import FORWARD
 from diffmax.plugin import TILE, AttentionCall
-from diffmax.reference import attention as reference_attention
 from diffmax.testing import gates, solve_exactly
 
 BACKENDS = ("reference", "cpu", "numba")
@@ -241,8 +242,7 @@ def test_a_window_costs_about_what_it_sees(left):
 
 def test_inference_keeps_nothing_for_a_backward():
     query, key, value = tensors(70, 70)
-    shared = (0.3, 0.5, None, None, False, -1, -1, None, None, 0, 0, "")
-    *_, u, live, support = torch.ops.diffmax.attention(query, key, value, False, False, *shared)
+    *_, u, live, support = FORWARD(query, key, value, False, False, AttentionCall(scale=0.3, e=0.5))
     assert u.numel() == live.numel() == support.numel() == 0
 
 
@@ -302,9 +302,9 @@ def test_tau_and_support_size_are_those_of_the_weights(backend):
 def test_live_bits_survive_packing_and_unpacking():
     tiles = torch.rand(3, 2, 70) > 0.5
     tiles[0, 0, 31] = True  # the sign bit
-    words = reference_attention.packed_bits(tiles)
+    words = packed_bits(tiles)
     assert words.dtype == torch.int32
-    assert torch.equal(reference_attention.unpacked_bits(words)[..., :70], tiles)
+    assert torch.equal(unpacked_bits(words)[..., :70], tiles)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "numba", "reference"])
@@ -341,9 +341,9 @@ def test_empty_tensors(backend, shape):
 
 def test_a_bad_alpha_of_one_head_spoils_that_head_alone():
     query, key, value = tensors(70, 70)
-    shared = (0.3, 0.0, torch.tensor([0.5, 1.5], dtype=torch.float64), None, False, -1, -1, None, None, 0, 0)
+    call = AttentionCall(scale=0.3, e=torch.tensor([0.5, 1.5], dtype=torch.float64))
     for backend in BACKENDS:
-        out = torch.ops.diffmax.attention(query, key, value, False, False, *shared, backend)[0]
+        out = FORWARD(query, key, value, False, False, call, backend)[0]
         assert out[:, 1].isnan().all()
         assert out[:, 0].isfinite().all()
 

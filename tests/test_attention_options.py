@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.memory import peak_bytes
 from diffmax import attention, attention_varlen, diffmax_bisect
 from diffmax.nn import RelativePositionBias
+from diffmax.operators.attention.operator import FORWARD
 from diffmax.plugin import AttentionCall
 from diffmax.reference.dropout import kept, philox, threshold
 from diffmax.testing import gates
@@ -418,9 +419,10 @@ def test_all_options_compile_in_one_graph():
 
 def test_opcheck_with_all_options():
     leaves = leaves_of(5, 7, bias=randn(1, 4, 5, 7), sink=randn(4))
-    call = (0.3, 0.5, None, None, True, -1, 0, None, None, 0, 0, "", leaves["bias"], SLOPES, 3.0, leaves["sink"], 0.3, draw(7))
+    options = {"bias": leaves["bias"], "alibi": SLOPES, "softcap": 3.0, "sink": leaves["sink"]}
+    call = AttentionCall(scale=0.3, e=0.5, lower_right=True, right=0, dropout_p=0.3, seed=draw(7), **options)
     tensors = (leaves["query"], leaves["key"], leaves["value"])
-    torch.library.opcheck(torch.ops.diffmax.attention.default, (*tensors, False, False, *call))
+    torch.library.opcheck(torch.ops.diffmax.attention.default, FORWARD.flatten(*tensors, False, False, call))
 
 
 def test_a_bias_under_autocast_stays_in_float32():

@@ -11,6 +11,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from diffmax import attention, attention_varlen, attention_with_kvcache
 from diffmax.operators.attention import differentiable
+from diffmax.operators.attention.operator import FORWARD
+from diffmax.plugin import AttentionCall
 
 newer_torch = pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="needs torch 2.5: vmap rules of operators")
 
@@ -122,8 +124,7 @@ def test_the_operator_itself(arguments):
     _, key, value, *_ = arguments
 
     def call(query):
-        shared = (0.5, 0.4, None, None, False, -1, -1, None, None, 0, 0, "")
-        return torch.ops.diffmax.attention(query, key, value, False, False, *shared)[0].square().sum()
+        return FORWARD(query, key, value, False, False, AttentionCall(scale=0.5, e=0.4))[0].square().sum()
 
     leaf = arguments[0].clone().requires_grad_()
     agrees(grad(call)(arguments[0]), torch.autograd.grad(call(leaf), leaf)[0])

@@ -9,6 +9,8 @@ from torch.autograd import forward_ad
 
 import diffmax
 from diffmax import attention_with_kvcache, page_bounds
+from diffmax.operators.decoding.operator import SCHEMA
+from diffmax.plugin import KVCacheCall
 from diffmax.testing.decoding import checks
 from diffmax.testing.decoding.checks import CASES, Case
 
@@ -156,9 +158,8 @@ def test_no_gradient_is_refused_not_forgotten():
     with pytest.raises(NotImplementedError, match="it has no gradient, and an argument requires one"):
         attention_with_kvcache(q, *cache)
     lengths = torch.tensor([3], dtype=torch.int32)
-    tensors = (q, *cache, None, None, lengths, None, None, None, None)
     with pytest.raises(NotImplementedError, match="it has no gradient"):
-        torch.ops.diffmax.attention_kvcache(*tensors, 64, False, 0.3, 0.5, None, -1, -1, 0.0, None, None, "")
+        SCHEMA(q, *cache, False, KVCacheCall(scale=0.3, e=0.5, cache_seqlens=lengths))
     with torch.no_grad():
         assert not attention_with_kvcache(q, *cache).requires_grad
     with torch.inference_mode():

@@ -10,15 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pluggy
 import torch
 from torch import Tensor
 
-API_VERSION = (1, 3)
+API_VERSION = (1, 4)
 """Interface version. A larger minor adds; a larger major changes the hooks, the fields or the kernels' signatures."""
 
-SHARED_KERNELS_VERSION = 1
+SHARED_KERNELS_VERSION = 2
 """Version of what `diffmax.kernels` offers to backends that build on core's shared kernels."""
 
 ENTRY_POINT_GROUP = "diffmax.backends"
@@ -184,6 +185,61 @@ class KVCacheCall:
     softcap: float = 0.0
     alibi: Tensor | None = None
     sink: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What attention's forward leaves for its backward, in this form for every backend. See `diffmax.reference.attention`.
+
+    Attributes:
+        m, delta: (B, H, L), the per-query statistics: tau = m - (1 - delta) / e.
+        u: U of Eq. 5, like the result.
+        live: int32, the tiles that hold a weight; (0,) where the forward did not know.
+    """
+
+    m: Tensor
+    delta: Tensor
+    u: Tensor
+    live: Tensor
+
+
+class Wanted(NamedTuple):
+    """Which gradients attention's backward is asked for, besides those for query, key and value: for e, the bias, the sink."""
+
+    e: bool = False
+    bias: bool = False
+    sink: bool = False
+
+
+class AttentionResults(NamedTuple):
+    """What a kernel of "attention" returns. See `diffmax.reference.attention.attention`."""
+
+    out: Tensor
+    m: Tensor
+    delta: Tensor
+    u: Tensor
+    live: Tensor
+    support: Tensor
+
+
+class AttentionGradients(NamedTuple):
+    """What a kernel of "attention_backward" returns; (0,) for what was not wanted."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    e: Tensor
+    bias: Tensor
+    sink: Tensor
+
+
+class KVCacheResults(NamedTuple):
+    """What a kernel of "attention_kvcache" returns. See `diffmax.reference.decoding.attention_kvcache`."""
+
+    out: Tensor
+    m: Tensor
+    delta: Tensor
+    support: Tensor
+    pages: Tensor
 
 
 @dataclass(frozen=True, eq=False)

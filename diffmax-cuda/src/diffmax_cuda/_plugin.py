@@ -22,7 +22,7 @@ class Plugin:
                 unsupported="diffmax_cuda.probe:unsupported",
                 install_hint="install a torch built for CUDA (pytorch.org, Get Started)",
                 api_version=(1, 3),
-                shared_kernels=1,
+                shared_kernels=2,
             ),
         )
 

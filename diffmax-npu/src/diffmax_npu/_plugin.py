@@ -33,7 +33,8 @@ class Plugin:
                 probe="diffmax_npu.probe:probe",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together, and the order of installation",
-                api_version=(1, 3),
+                api_version=(1, 4),
+                shared_kernels=2,
             ),
             Backend(
                 name="npu-triton",
@@ -47,8 +48,8 @@ class Plugin:
                 probe="diffmax_npu.probe:probe_triton",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together",
-                api_version=(1, 3),
-                shared_kernels=1,
+                api_version=(1, 4),
+                shared_kernels=2,
             ),
         )
 

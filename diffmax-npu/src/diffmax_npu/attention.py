@@ -6,31 +6,42 @@ computes them again. Packed sequences are padded to the longest: the host does n
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from diffmax.operators.attention.packing import Packing, packings
-from diffmax.operators.common.numerics import alpha_weight, clamp_e, integer_exponent
-from diffmax.plugin import AttentionCall
-from diffmax.reference.attention import Backward, Forward, live_shape, packed_bits, tiles_with, times
+from diffmax.kernels.tools import (
+    Packing,
+    alpha_weight,
+    clamp_e,
+    integer_exponent,
+    live_shape,
+    packed_bits,
+    packings,
+    padded_call,
+    padded_saved,
+    tiles_with,
+    times,
+    unpadded,
+)
+from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
 from diffmax_npu.blocks import Block, blocks, by_groups
 from diffmax_npu.scores import Scores
 from diffmax_npu.solver import logarithms, powers, solve
 
-Lengths = tuple[Tensor, Tensor] | None
+Lengths: TypeAlias = "tuple[Tensor, Tensor] | None"
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
+def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> AttentionResults:
     """Forward kernel; arguments and results as `diffmax.reference.attention.attention`, but for float64."""
     if call.cu_seqlens_q is None:
         return _forward(query, key, value, call, keep, stats, None)
     queries, keys = packings(call)
     padded = (queries.pad(query), keys.pad(key), keys.pad(value))
-    out, m, delta, u, live, support = _forward(*padded, _unpacked(call), keep, stats, _lengths(queries, keys))
+    out, m, delta, u, live, support = _forward(*padded, padded_call(call), keep, stats, _lengths(queries, keys))
     total = query.shape[2]
-    return (
+    return AttentionResults(
         queries.unpad(out, total),
         queries.unpad(m, total).masked_fill(~queries.inside(total), -torch.inf),
         queries.unpad(delta, total),
@@ -41,49 +52,20 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, ke
 
 
 def attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    u: Tensor,
-    live: Tensor,
-    call: AttentionCall,
-    needs_e: bool,
-    needs_bias: bool = False,
-    needs_sink: bool = False,
-) -> Backward:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, call: AttentionCall, wanted: Wanted
+) -> AttentionGradients:
     """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`."""
-    wanted = (needs_e, needs_bias, needs_sink)
     if call.cu_seqlens_q is None:
-        return _backward(grad, query, key, value, m, delta, u, call, wanted, None)
+        return _backward(grad, query, key, value, saved, call, wanted, None)
     queries, keys = packings(call)
-    grad_query, grad_key, grad_value, grad_e, grad_bias, grad_sink = _backward(
-        queries.pad(grad),
-        queries.pad(query),
-        keys.pad(key),
-        keys.pad(value),
-        queries.pad(m.unsqueeze(3)).squeeze(3),
-        queries.pad(delta.unsqueeze(3)).squeeze(3),
-        queries.pad(u),
-        _unpacked(call),
-        wanted,
-        _lengths(queries, keys),
-    )
-    return (
-        queries.unpad(grad_query, query.shape[2]),
-        keys.unpad(grad_key, key.shape[2]),
-        keys.unpad(grad_value, key.shape[2]),
-        queries.unpad(grad_e, query.shape[2]) if needs_e else grad_e,
-        grad_bias,
-        queries.unpad(grad_sink, query.shape[2]) if needs_sink else grad_sink,
-    )
+    padded = (queries.pad(grad), queries.pad(query), keys.pad(key), keys.pad(value))
+    found = _backward(*padded, padded_saved(saved, queries), padded_call(call), wanted, _lengths(queries, keys))
+    return unpadded(found, queries, keys, query.shape[2], key.shape[2], wanted)
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool, lengths: Lengths
-) -> Forward:
+) -> AttentionResults:
     # what a query gets that sees nothing is written first
     out = value.new_zeros((*query.shape[:3], value.shape[3]))
     m = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
@@ -101,13 +83,13 @@ def _forward(
     for block in blocks(query, key, call, lengths is not None):
         _forward_block(block, scores, value, results, keep, stats)
     live = packed_bits(touched) if keep or stats else support.new_empty(0)
-    return out, m, delta, u, live, support
+    return AttentionResults(out, m, delta, u, live, support)
 
 
 def _forward_block(block: Block, scores: Scores, value: Tensor, results: list[Tensor], keep: bool, stats: bool) -> None:
     out, m, delta, u, touched, support = results
     e, keys = scores.e_of(block), block.keys.stop - block.keys.start
-    solved = solve(scores.complete(block, scores.capped(block)), e, 200, True, True)
+    solved = solve(scores.of(block), e, 200, True, True)
     p, passed, v = solved.p[..., :keys], scores.passed(block), block.of_keys(value).to(torch.float32)
     block.of_queries(out).copy_(_weighted(times(p, passed), v))
     block.of_queries(m).copy_(solved.m.squeeze(4))
@@ -127,40 +109,35 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    u: Tensor,
+    saved: Saved,
     call: AttentionCall,
-    wanted: tuple[bool, bool, bool],
+    wanted: Wanted,
     lengths: Lengths,
-) -> Backward:
-    needs_e, needs_bias, needs_sink = wanted
-    device = query.device
+) -> AttentionGradients:
+    m, device = saved.m, query.device
     grad_query = torch.zeros(query.shape, dtype=query.dtype, device=device)
     grad_key, grad_value = (torch.zeros(t.shape, dtype=torch.float32, device=device) for t in (key, value))
-    grad_e, grad_sink = (torch.zeros(m.shape if needed else (0,), device=device) for needed in (needs_e, needs_sink))
-    grad_bias = torch.zeros(call.bias.shape if needs_bias and call.bias is not None else (0,), device=device)
+    grad_e, grad_sink = (torch.zeros(m.shape if needed else (0,), device=device) for needed in (wanted.e, wanted.sink))
+    grad_bias = torch.zeros(call.bias.shape if wanted.bias and call.bias is not None else (0,), device=device)
 
     kv_heads = max(key.shape[1], 1)
-    given = [by_groups(t, kv_heads) for t in (grad, m, delta, u)]
+    given = [by_groups(t, kv_heads) for t in (grad, m, saved.delta, saved.u)]
     results = [by_groups(t, kv_heads) if t.ndim > 1 else t for t in (grad_query, grad_e, grad_bias, grad_sink)]
     scores = Scores(by_groups(query, kv_heads), key, call, lengths)
     for block in blocks(query, key, call, lengths is not None):
         _backward_block(block, scores, value, given, [*results, grad_key, grad_value], wanted)
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_e, grad_bias, grad_sink
+    return AttentionGradients(grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_e, grad_bias, grad_sink)
 
 
 def _backward_block(
-    block: Block, scores: Scores, value: Tensor, given: list[Tensor], results: list[Tensor], wanted: tuple[bool, bool, bool]
+    block: Block, scores: Scores, value: Tensor, given: list[Tensor], results: list[Tensor], wanted: Wanted
 ) -> None:
     """Eq. 5 for one block: gradients of its queries are written, those of its keys and of the bias added up."""
     grad, m, delta, u = (block.of_queries(t).to(torch.float32) for t in given)
     grad_query, grad_e, grad_bias, grad_sink, grad_key, grad_value = results
     call, e, keys = scores.call, scores.e_of(block), block.keys.stop - block.keys.start
     m, delta = m.unsqueeze(4), delta.unsqueeze(4)
-    capped = scores.capped(block)
-    kept = capped.clone() if call.softcap > 0 else capped
-    complete = scores.complete(block, capped)
+    complete, slope = scores.with_slope(block)
     row_e, k = clamp_e(e), 0 if isinstance(e, Tensor) else integer_exponent(e, torch.float32)
     z = complete.sub_(m.masked_fill(m == -torch.inf, 0.0)).mul_(row_e)
     p, s = powers(z, delta, row_e, k, torch.empty_like(z), torch.empty_like(z))
@@ -173,20 +150,20 @@ def _backward_block(
     mean = (grad * u).sum(4, keepdim=True)
     v, passed = block.of_keys(value).to(torch.float32), scores.passed(block)
     centred = times(_weighted(grad, v.mT), passed) - mean
-    if wanted[0]:
+    if wanted.e:
         logs = logarithms(z, delta, row_e)
         of_e = (alpha_weight(p[..., :keys], logs[..., :keys], row_e) * centred).sum(4)
         if call.sink is not None:  # which has no value: its dP is 0
             of_e = of_e - (alpha_weight(p[..., keys:], logs[..., keys:], row_e) * mean).sum(4)
         block.of_queries(grad_e).copy_(of_e.neg_())
-    if wanted[2]:
+    if wanted.sink:
         block.of_queries(grad_sink).copy_((s[..., keys:] * mean).neg_().squeeze(4))
     d_s = s[..., :keys] * centred
-    if wanted[1]:
+    if wanted.bias:
         part = block.of_scores(grad_bias)
         part.add_(d_s.sum_to_size(part.shape))
-    if call.softcap > 0:
-        d_s = d_s.mul_(1 - kept.div_(call.softcap).square_()).masked_fill_(silent, 0.0)
+    if slope is not None:
+        d_s = d_s.mul_(slope).masked_fill_(silent, 0.0)
 
     d_s, weights = d_s.flatten(2, 3), times(p[..., :keys], passed).flatten(2, 3)
     query = block.of_queries(scores.query).to(torch.float32).masked_fill(silent, 0.0).flatten(2, 3).mul_(call.scale)
@@ -199,10 +176,6 @@ def _backward_block(
 def _weighted(weights: Tensor, value: Tensor) -> Tensor:
     """(batch, key heads, query heads, queries, keys) times (batch, key heads, keys, n)."""
     return torch.matmul(weights.flatten(2, 3), value).view(*weights.shape[:4], value.shape[-1])
-
-
-def _unpacked(call: AttentionCall) -> AttentionCall:
-    return replace(call, cu_seqlens_q=None, cu_seqlens_k=None)
 
 
 def _lengths(queries: Packing, keys: Packing) -> tuple[Tensor, Tensor]:

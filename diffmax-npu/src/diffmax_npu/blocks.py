@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffmax.kernels.tools import visible_span
 from diffmax.plugin import TILE, AttentionCall
 
 # Scores of one block. They and two buffers, 96 MiB in float32, stay in the 192 MiB of cache of an Ascend 910B.
@@ -94,6 +95,5 @@ def _width(call: AttentionCall, many: int, packed: bool) -> int:
 def _seen(rows: slice, length: int, many: int, call: AttentionCall) -> slice:
     """The keys that causality and window leave to these queries, from the beginning of a tile."""
     shift = many - length if call.lower_right else 0
-    first = max(rows.start + shift - call.left, 0) // TILE * TILE if call.left >= 0 else 0
-    last = min(rows.stop + shift + call.right, many) if call.right >= 0 else many
-    return slice(first, last)
+    first, last = visible_span(rows.start + shift, rows.stop - 1 + shift, call, many)
+    return slice(first // TILE * TILE, last)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffmax.operators.common.numerics import clamp_e, integer_exponent
+from diffmax.kernels.tools import clamp_e, integer_exponent
 
 # Bisection steps that float32 can tell apart
 DIGITS = 26

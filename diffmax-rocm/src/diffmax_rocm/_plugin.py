@@ -21,7 +21,7 @@ class Plugin:
                 probe="diffmax_rocm.probe:probe",
                 install_hint="install a torch built for ROCm (pytorch.org, Get Started)",
                 api_version=(1, 3),
-                shared_kernels=1,
+                shared_kernels=2,
             ),
         )
 

@@ -23,7 +23,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from diffmax.operators.attention.operator import unpacked
+from diffmax.operators.attention.operator import BACKWARD, FORWARD
+from diffmax.operators.decoding.operator import SCHEMA
+from diffmax.plugin import AttentionCall
 
 FORWARD_FLOPS = 3 + 4 * 5 + 1
 BACKWARD_FLOPS = 7
@@ -38,31 +40,22 @@ def _bisect_backward(grad_shape: Sequence[int], *_: Any, **__: Any) -> int:
     return BACKWARD_FLOPS * math.prod(grad_shape)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, _keep: bool, _stats: bool, *rest: Any, **__: Any) -> int:
-    return 2 * _pairs(query, key, rest) * (query.shape[3] + value.shape[3])
+def _attention(*flat: Any, **_: Any) -> int:
+    given = FORWARD.rebuild(flat)
+    return 2 * _pairs(given.query, given.key, given.call) * (given.query.shape[3] + given.value.shape[3])
 
 
-def _attention_backward(
-    _grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _m: Any,
-    _delta: Any,
-    _u: Any,
-    _live: Any,
-    _: bool,
-    *rest: Any,
-    **__: Any,
-) -> int:
+def _attention_backward(*flat: Any, **_: Any) -> int:
+    given = BACKWARD.rebuild(flat)
     # scores once more, and the gradients of query and key; those of weights and value
-    return 2 * _pairs(query, key, rest) * (3 * query.shape[3] + 2 * value.shape[3])
+    return 2 * _pairs(given.query, given.key, given.call) * (3 * given.query.shape[3] + 2 * given.value.shape[3])
 
 
-def _attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **__: Any) -> int:
-    block_table = rest[4]
-    keys = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    return 2 * math.prod(query.shape[:3]) * keys * (query.shape[3] + v_cache.shape[3])
+def _attention_kvcache(*flat: Any, **_: Any) -> int:
+    given = SCHEMA.rebuild(flat)
+    query, k_cache, table = given.query, given.k_cache, given.call.block_table
+    keys = k_cache.shape[1] * (1 if table is None else table.shape[1])
+    return int(2 * math.prod(query.shape[:3]) * keys * (query.shape[3] + given.v_cache.shape[3]))
 
 
 def _loss(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
@@ -73,9 +66,8 @@ def _loss_backward(_grad_shape: Any, x_shape: Sequence[int], *_: Any, **__: Any)
     return 2 * math.prod(x_shape)
 
 
-def _pairs(query: Tensor, key: Tensor, rest: tuple[Any, ...]) -> int:
+def _pairs(query: Tensor, key: Tensor, call: AttentionCall) -> int:
     """Of a query and a key in one sequence, over all heads."""
-    call, _ = unpacked(rest)
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         return math.prod(query.shape[:3]) * key.shape[2]
     offsets = (call.cu_seqlens_q, call.cu_seqlens_k)

@@ -104,24 +104,34 @@ def kernel(
     *,
     tensor_alpha: bool = False,
     alpha_gradient: bool = False,
-    attention: tuple[frozenset[str], int, int] | None = None,
+    features: frozenset[str] = frozenset(),
+    head_dims: tuple[int, int] = (0, 0),
 ) -> Callable[..., Any]:
     """The function that computes `operator` for these scores: of the named backend, or of the best one for backend "".
 
-    `attention` has what the choice of an attention kernel depends on besides: features, the size of a query, and of a value.
+    `features` are further ones that the call needs; `head_dims`, for attention, the sizes of a query and of a value.
 
     Raises:
         NoBackendError: No backend can, or the named one cannot.
         BackendError: The chosen kernel cannot be imported.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    key = (operator, scores.device.type, scores.dtype, backend, tensor_alpha, alpha_gradient, deterministic, attention)
+    key = (
+        operator,
+        scores.device.type,
+        scores.dtype,
+        backend,
+        tensor_alpha,
+        alpha_gradient,
+        deterministic,
+        features,
+        head_dims,
+    )
     found = registry.kernels.get(key)
     if found is None:
         wanted = {"tensor_alpha": tensor_alpha, "alpha_gradient": alpha_gradient, "deterministic": deterministic}
-        needed, *sizes = attention or (frozenset[str](), 0, 0)
-        needed |= {name for name, on in wanted.items() if on}
-        spec = describe(operator, scores.device.type, scores.dtype, needed, *sizes)
+        needed = features | {name for name, on in wanted.items() if on}
+        spec = describe(operator, scores.device.type, scores.dtype, needed, *head_dims)
         with registry.lock:  # or a backend that is unregistered meanwhile would stay
             found = registry.kernels[key] = _load_kernel(choose(spec, backend), operator)
     return found

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from diffmax.operators.attention import scores as rules
 from diffmax.operators.common.checks import _shape
 from diffmax.operators.rows.api import normalize
 from diffmax.plugin import AttentionCall
@@ -124,11 +125,11 @@ def with_weights(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall,
     # the dtypes are chosen by now, and autocast would choose again
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        capped = reference.capped_scores(query, key, call)
-        scores = reference.with_sink(reference.masked_scores(query, key, call, capped), call)
+        region = reference.Whole.of(query, key, call)
+        scores = rules.apply(reference.products(query, key, call.scale), call, region)
         e, e_tensor = (0.0, call.e.view(-1, 1, 1)) if isinstance(call.e, Tensor) else (call.e, None)
         weights = normalize(scores, e, e_tensor, 3, 200, True, backend)
-        kept = reference.times(weights[..., :keys], reference.dropped(capped, call))
+        kept = reference.times(weights[..., :keys], reference.keep_factors(scores[..., :keys], call))
         out = reference.weighted(kept, value).to(query.dtype)
         return out, torch.cat([kept, weights[..., keys:]], 3).to(query.dtype)
 

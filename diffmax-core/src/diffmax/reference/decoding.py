@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from diffmax import reference
+from diffmax.operators.attention import scores as rules
 from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
-from diffmax.plugin import KVCacheCall
+from diffmax.plugin import KVCacheCall, KVCacheResults
 from diffmax.reference.attention import Solve
-
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def attention_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = reference.bisect
-) -> Results:
+) -> KVCacheResults:
     """Kernel for one call: append, then attend.
 
     Args:
@@ -30,7 +29,7 @@ def attention_kvcache(
         stats: Whether support sizes and counts of pages are asked for.
         solve: The row operator.
     Returns:
-        A `Results`, contiguous tensors:
+        Contiguous tensors:
 
         - out (B, L, H, D_v), in query's dtype. A query that sees nothing gets zeros.
         - m, delta (B, H, L), in the accumulation dtype, as of `diffmax.reference.attention.attention`.
@@ -38,33 +37,54 @@ def attention_kvcache(
         - pages, int32 (B, H_kv), how many pages of keys were read; (0,) if not `stats`.
     """
     append(k_cache, v_cache, call)
-    ends = lengths(k_cache, call)
     keys, values = (pages_of(cache, call) for cache in (k_cache, v_cache))
-    acc, place = accumulation_dtype(query.dtype), torch.arange(keys.shape[1], device=query.device)
+    acc, tokens = accumulation_dtype(query.dtype), keys.shape[1]
     batch, length, heads, _ = query.shape
+    region = CacheRegion(lengths(k_cache, call), length, tokens)
     scores = _grouped(query.to(acc), keys.shape[2]) @ keys.to(acc).permute(0, 2, 3, 1) * call.scale
-    scores = biased(scores.reshape(batch, heads, length, keys.shape[1]), call, place, ends)
-    scores = scores.masked_fill(~seen(call, place, ends, length), -torch.inf)
+    scores = rules.apply(scores.reshape(batch, heads, length, tokens), call, region)
     e: float | Tensor = call.e.view(-1, 1, 1) if isinstance(call.e, Tensor) else call.e
-    if call.sink is not None:
-        sink = call.sink.to(acc).view(-1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], 3)
     p, m, delta = solve(scores, e, 3, 200, True)
     m, delta = m.squeeze(3), delta.squeeze(3)
     row_e = e.squeeze(2) if isinstance(e, Tensor) else torch.full((), e, dtype=acc, device=m.device)
     delta = delta.masked_fill(m.isnan() | (m == torch.inf) | ~((row_e >= 0) & (row_e <= 1)), torch.nan)
-    p = p[..., : keys.shape[1]]
-    values = torch.where((place < ends.view(-1, 1))[..., None, None], values, 0).to(acc).transpose(1, 2)
-    groups = p.reshape(batch, keys.shape[2], heads // max(keys.shape[2], 1) * length, keys.shape[1])
+    p = p[..., :tokens]
+    inside = (region.keys() < region.ends.view(-1, 1))[..., None, None]
+    values = torch.where(inside, values, 0).to(acc).transpose(1, 2)
+    groups = p.reshape(batch, keys.shape[2], heads // max(keys.shape[2], 1) * length, tokens)
     out = (groups @ values).view(batch, heads, length, values.shape[3]).transpose(1, 2).to(query.dtype).contiguous()
     support, pages = (torch.empty(0, dtype=torch.int32, device=query.device) for _ in range(2))
     if stats:
         shift = torch.where(m == -torch.inf, 0.0, m)
         above = clamp_e(e) * (scores - shift.unsqueeze(3)) > delta.unsqueeze(3) - 1
-        support = above[..., : keys.shape[1]].sum(3, dtype=torch.int32)
-        pages = -(-keys.shape[1] // call.page_size) + torch.zeros_like(m[:, :1, 0], dtype=torch.int32)
+        support = above[..., :tokens].sum(3, dtype=torch.int32)
+        pages = -(-tokens // call.page_size) + torch.zeros_like(m[:, :1, 0], dtype=torch.int32)
         pages = pages.expand(batch, keys.shape[2]).contiguous() if length else m.new_zeros(batch, keys.shape[2]).int()
-    return out, m.contiguous(), delta.contiguous(), support, pages
+    return KVCacheResults(out, m.contiguous(), delta.contiguous(), support, pages)
+
+
+class CacheRegion(rules.Region):
+    """All scores of a call, (B, H, L, tokens): the last query of each sequence stands at its last key."""
+
+    def __init__(self, ends: Tensor, length: int, tokens: int) -> None:
+        self.ends, self.length, self.tokens = ends, length, tokens
+
+    def queries(self) -> Tensor:
+        """(B, 1, L, 1)."""
+        positions = torch.arange(self.length, device=self.ends.device).unsqueeze(1)
+        return (self.ends.view(-1, 1, 1) - self.length + positions).unsqueeze(1)
+
+    def keys(self) -> Tensor:
+        """(tokens,)."""
+        return torch.arange(self.tokens, device=self.ends.device)
+
+    def of_heads(self, t: Tensor) -> Tensor:
+        """(1 or B, H, 1, 1)."""
+        return (t if t.ndim == 2 else t.unsqueeze(0))[..., None, None]
+
+    def padding(self) -> tuple[Tensor, ...]:
+        """What lies behind each sequence's end, where there may be anything."""
+        return (self.keys() >= self.ends.view(-1, 1, 1, 1),)
 
 
 def capacity(k_cache: Tensor, call: KVCacheCall) -> int:
@@ -85,33 +105,6 @@ def pages_of(cache: Tensor, call: KVCacheCall) -> Tensor:
         return cache[blocks].flatten(1, 2)
     batch = call.cache_seqlens.shape[0]
     return cache[:batch] if call.cache_batch_idx is None else cache[call.cache_batch_idx.long()]
-
-
-def biased(scores: Tensor, call: KVCacheCall, place: Tensor, ends: Tensor) -> Tensor:
-    """Scores (B, H, L, n) of the keys at `place`, with softcap and ALiBi."""
-    if call.softcap:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    if call.alibi is not None:
-        distance = _distance(place, ends, scores.shape[2]).abs().unsqueeze(1)
-        scores = scores - call.alibi.to(scores.dtype)[:, :, None, None] * distance
-    return scores
-
-
-def seen(call: KVCacheCall, place: Tensor, ends: Tensor, length: int) -> Tensor:
-    """Which of the keys at `place` each query sees: (B, 1, L, n)."""
-    distance = _distance(place, ends, length)
-    visible = (place < ends.view(-1, 1, 1)).expand_as(distance)
-    if call.left >= 0:
-        visible = visible & (distance >= -call.left)
-    if call.right >= 0:
-        visible = visible & (distance <= call.right)
-    return visible.unsqueeze(1)
-
-
-def _distance(place: Tensor, ends: Tensor, length: int) -> Tensor:
-    """From each query to each key, (B, L, n)."""
-    query_place = ends.view(-1, 1, 1) - length + torch.arange(length, device=place.device).unsqueeze(1)
-    return place - query_place
 
 
 def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:

@@ -18,9 +18,11 @@ from torch import Tensor
 from diffmax.kernels.cpu import dropout, rows
 from diffmax.kernels.cpu.blocks import SPARSE_SHARE, Again, Block, Factors, parts
 from diffmax.machine.forked import alone_in_child
+from diffmax.operators.attention import scores as rules
+from diffmax.operators.attention.tiles import live_shape
 from diffmax.operators.common.numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent
-from diffmax.plugin import AttentionCall
-from diffmax.reference.attention import Backward, Forward, Solve, live_shape
+from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
+from diffmax.reference.attention import Solve
 
 
 def weights_again(
@@ -54,7 +56,7 @@ def attention(
     stats: bool,
     solve: Solve = rows.bisect,
     factors: Factors = dropout.factors,
-) -> Forward:
+) -> AttentionResults:
     """Forward kernel; arguments and results as `diffmax.reference.attention.attention`.
 
     `solve` is a row operator's kernel, `factors` computes what dropout multiplies weights by.
@@ -78,9 +80,7 @@ def attention(
             v = values[:, block.first : block.last]
             q, k = block.rows_of(query).mul_(call.scale), keys[:, block.first : block.last]
             scores = torch.matmul(q, k.mT, out=scratch.of(q.shape[0], q.shape[1], k.shape[1]))
-            if call.softcap > 0:
-                scores.div_(call.softcap).tanh_().mul_(call.softcap)
-            block.complete(scores, call)
+            block.completed(scores, call)
             e, sink = block.e_of(call.e), None if call.sink is None else block.of_heads(call.sink)
             columns = _candidate_columns(scores[0], e, sink, work) if part.heads == 1 else None
             if columns is not None:
@@ -102,7 +102,7 @@ def attention(
             if passed is not None:
                 p.mul_(passed)
             block.write(out, of_keys @ v)
-    return out, m, delta, u, live, support
+    return AttentionResults(out, m, delta, u, live, support)
 
 
 @alone_in_child
@@ -111,30 +111,26 @@ def attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    u: Tensor,
-    live: Tensor,
+    saved: Saved,
     call: AttentionCall,
-    needs_e: bool,
-    needs_bias: bool = False,
-    needs_sink: bool = False,
+    wanted: Wanted,
     factors: Factors = dropout.factors,
     again: Again = weights_again,
-) -> Backward:
+) -> AttentionGradients:
     """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`.
 
     `again` computes the weights once more, `factors` what dropout multiplied them by.
     """
+    m = saved.m
     grad_query, grad_key, grad_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
-    grad_e, grad_sink = (torch.zeros(m.shape if needed else (0,), dtype=m.dtype) for needed in (needs_e, needs_sink))
-    grad_bias = torch.zeros(call.bias.shape if needs_bias and call.bias is not None else (0,), dtype=m.dtype)
+    grad_e, grad_sink = (torch.zeros(m.shape if needed else (0,), dtype=m.dtype) for needed in (wanted.e, wanted.sink))
+    grad_bias = torch.zeros(call.bias.shape if wanted.bias and call.bias is not None else (0,), dtype=m.dtype)
     scratch = [_Scratch(m.dtype) for _ in range(5)]
     for part in parts(query, key, call):
         keys, values = part.keys_of(key), part.keys_of(value)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         for block in part.blocks(call):
-            columns = block.live_columns(live)
+            columns = block.live_columns(saved.live)
             if columns is not None and len(columns) == 0:
                 continue
             span = slice(block.first, block.last)
@@ -142,24 +138,24 @@ def attention_backward(
             q, g = block.rows_of(query).mul_(call.scale), block.rows_of(grad)
             scores, d_p, p, s = (memory.of(q.shape[0], q.shape[1], k.shape[1]) for memory in scratch[:4])
             torch.matmul(q, k.mT, out=scores)
-            slope = _cap(scores, call.softcap, scratch[4]) if call.softcap > 0 else None
-            block.complete(scores, call, columns)
-            of_alpha = _weights_again(scores, p, s, block, m, delta, call, needs_e, again)
+            memory = scratch[4].of(*scores.shape) if rules.has_slope(call) else None
+            _, slope = block.completed(scores, call, columns, memory)
+            of_alpha = _weights_again(scores, p, s, block, saved, call, wanted.e, again)
             torch.matmul(g, v.mT, out=d_p)
             if call.dropout_p > 0:
                 passed = block.dropped_by(s, call, columns, factors)
                 p.mul_(passed)
                 d_p.mul_(passed)
-            mean = (g * block.rows_of(u)).sum(2, keepdim=True)
+            mean = (g * block.rows_of(saved.u)).sum(2, keepdim=True)
             _silence(q, g, s, d_p, mean, slope)
             centred = d_p.sub_(mean)
-            of_sink, sinks_share = _sink_again(block, m, delta, call, mean, needs_e, again)
+            of_sink, sinks_share = _sink_again(block, saved, call, mean, wanted.e, again)
             if of_alpha is not None:
                 block.write(grad_e, (of_alpha * centred.view(of_alpha.shape)).sum(1, keepdim=True).neg_().add_(sinks_share))
-            if needs_sink:
+            if wanted.sink:
                 block.write(grad_sink, of_sink)
             d_s = s.mul_(centred)
-            if needs_bias:
+            if wanted.bias:
                 block.add_to_bias(grad_bias, d_s, columns)
             if slope is not None:
                 d_s.mul_(slope)
@@ -171,7 +167,7 @@ def attention_backward(
                     total[0, span].index_add_(0, columns, share[0])
         part.write_keys(grad_key, grad_keys)
         part.write_keys(grad_value, grad_values)
-    return grad_query, grad_key, grad_value, grad_e, grad_bias, grad_sink
+    return AttentionGradients(grad_query, grad_key, grad_value, grad_e, grad_bias, grad_sink)
 
 
 class _Scratch:
@@ -186,14 +182,6 @@ class _Scratch:
         if size > self.memory.numel():
             self.memory = torch.empty(size, dtype=self.memory.dtype)
         return self.memory[:size].view(shape)
-
-
-def _cap(scores: Tensor, softcap: float, memory: _Scratch) -> Tensor:
-    """Cap the scores in place, and return the derivative."""
-    scores.div_(softcap).tanh_()
-    slope = torch.mul(scores, scores, out=memory.of(*scores.shape)).neg_().add_(1.0)
-    scores.mul_(softcap)
-    return slope
 
 
 def _silence(q: Tensor, g: Tensor, s: Tensor, d_p: Tensor, mean: Tensor, slope: Tensor | None) -> None:
@@ -228,19 +216,19 @@ def _candidate_columns(scores: Tensor, e: float | Tensor, sink: Tensor | None, w
 def _weights(scores: Tensor, e: float | Tensor, sink: Tensor | None, solve: Solve) -> tuple[Tensor, Tensor, Tensor]:
     """p like the scores, with the sink's behind it, and for every row m and delta, which is NaN where p is."""
     given = scores.view(-1, scores.shape[2])
-    p, m, delta = solve(given if sink is None else torch.cat([given, sink], 1), e, 1, 200, True)
+    p, m, delta = solve(given if sink is None else rules.with_sink(given, sink), e, 1, 200, True)
     return p.view(*scores.shape[:2], -1), m, delta.masked_fill(p[:, :1].isnan(), torch.nan)
 
 
 def _sink_again(
-    block: Block, m: Tensor, delta: Tensor, call: AttentionCall, mean: Tensor, needs_e: bool, again: Again
+    block: Block, saved: Saved, call: AttentionCall, mean: Tensor, needs_e: bool, again: Again
 ) -> tuple[Tensor, Tensor]:
     """For every row the sink's gradient, and its share of the gradient for e: it has no value, so its dP is 0."""
     if call.sink is None:
         return mean.new_zeros(()), mean.new_zeros(())
     score = block.of_heads(call.sink).clone()
     p, s = torch.empty_like(score), torch.empty_like(score)
-    of_alpha = _weights_again(score, p, s, block, m, delta, call, needs_e, again)
+    of_alpha = _weights_again(score, p, s, block, saved, call, needs_e, again)
     column = mean.view(-1, 1)
     return s.mul_(column).neg_(), s if of_alpha is None else of_alpha * column
 
@@ -255,13 +243,12 @@ def _weights_again(
     p: Tensor,
     s: Tensor,
     block: Block,
-    m: Tensor,
-    delta: Tensor,
+    saved: Saved,
     call: AttentionCall,
     needs_e: bool,
     again: Again,
 ) -> Tensor | None:
     """From scores, which are given up, write p and s = p^alpha; return the w of Eq. 6 where it is wanted. All are rows."""
-    row_m, row_delta = block.row_values_of(m).contiguous(), block.row_values_of(delta).contiguous()
+    row_m, row_delta = (block.row_values_of(t).contiguous() for t in (saved.m, saved.delta))
     p, s, scores = (t.view(row_m.shape[0], -1) for t in (p, s, scores))
     return again(scores, p, s, row_m, row_delta, clamp_e(block.e_of(call.e)), needs_e)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffmax.operators.attention import scores as rules
+from diffmax.operators.attention.tiles import WORD, packed_bits, unpacked_bits
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import TILE, AttentionCall
-from diffmax.reference.attention import WORD, packed_bits, unpacked_bits
 
 # `diffmax.kernels.cpu.dropout.factors`, or the compiled one.
 Factors = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -46,8 +47,7 @@ class Sequence:
     def seen(self, start: int, stop: int, call: AttentionCall) -> tuple[int, int]:
         """The range of keys that causality and window leave for the queries from start to stop."""
         shift = self.shift(call)
-        first = max(start + shift - call.left, 0) if call.left >= 0 else 0
-        last = min(stop + shift + call.right, self.keys) if call.right >= 0 else self.keys
+        first, last = rules.visible_span(start + shift, stop - 1 + shift, call, self.keys)
         return first, max(first, last)
 
 
@@ -144,27 +144,19 @@ class Block:
         view = self._view(t)
         view.copy_(rows.view(view.shape))
 
-    def complete(self, scores: Tensor, call: AttentionCall, columns: Tensor | None = None) -> None:
-        """Add bias and ALiBi to (key heads, rows, keys), of all keys or of these columns, and hide what is not seen."""
-        view, place = self._by_head(scores), self._places(columns)
-        row = torch.arange(self.start, self.stop).unsqueeze(1) + self.part.sequence.shift(call)
-        if call.bias is not None:
-            view.add_(self._of_keys(call.bias, columns))
-        if call.alibi is not None:
-            slopes = call.alibi.reshape(-1, call.alibi.shape[-1])
-            slopes = slopes[self.part.batch if len(slopes) > 1 else slice(None), self.heads, None, None]
-            view.addcmul_(slopes, (place - row).abs().to(view.dtype), value=-1)
-        if call.right >= 0:
-            # keys before this one are seen by every row
-            edge = int(row[0]) + call.right + 1 if columns is None else self.first
-            some = slice(max(edge - self.first, 0), None)
-            view[..., some].masked_fill_(place[some] > row + call.right, -torch.inf)
-        if call.left >= 0:
-            edge = int(row[-1]) - call.left if columns is None else self.last
-            some = slice(0, max(edge - self.first, 0))
-            view[..., some].masked_fill_(place[some] < row - call.left, -torch.inf)
-        if call.mask is not None:
-            view.masked_fill_(~self._of_keys(call.mask, columns), -torch.inf)
+    def completed(
+        self, scores: Tensor, call: AttentionCall, columns: Tensor | None = None, slope: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scaled products (key heads, rows, keys), of all keys or of these columns, after every rule but the sink's, in place.
+
+        And the rules' slope, written to `slope` if that is given; None: 1.
+        """
+        region, view = _BlockRegion(self, call, columns), self._by_head(scores)
+        if slope is None:
+            rules.apply(view, call, region, sink=False)
+            return scores, None
+        _, found = rules.apply_with_slope(view, call, region, sink=False, out=self._by_head(slope))
+        return scores, None if found is None else found.view(scores.shape)
 
     def add_to_bias(self, total: Tensor, d_s: Tensor, columns: Tensor | None) -> None:
         """Add (key heads, rows, keys) to what has the bias's shape, summed where that is 1."""
@@ -183,7 +175,7 @@ class Block:
         """What dropout multiplies (key heads, rows, keys) by; the keys may have the sink behind them."""
         if call.seed is None:
             raise ValueError("attention: dropout_p comes with a seed, got dropout_p alone")
-        place = self._places(columns)
+        place = self.positions(columns)
         place = torch.cat([place, place.new_zeros(weights.shape[2] - len(place))])
         batch = torch.arange(self.part.batch.start, self.part.batch.stop) + self.part.sequence.number
         row = torch.arange(self.start, self.stop)
@@ -196,14 +188,16 @@ class Block:
     def _by_head(self, scores: Tensor) -> Tensor:
         return scores.view(self.part.batch.stop - self.part.batch.start, -1, self.stop - self.start, scores.shape[2])
 
-    def _places(self, columns: Tensor | None) -> Tensor:
+    def positions(self, columns: Tensor | None) -> Tensor:
+        """Of the block's keys, or of some columns."""
         return torch.arange(self.first, self.last) if columns is None else columns + self.first
 
     def _rows_of_mask(self, mask: Tensor) -> Tensor:
         parts = (self.part.batch, self.heads, slice(self.start, self.stop))
         return mask[tuple(part if size > 1 else slice(None) for part, size in zip(parts, mask.shape, strict=False))]
 
-    def _of_keys(self, mask: Tensor, columns: Tensor | None) -> Tensor:
+    def of_keys(self, mask: Tensor, columns: Tensor | None) -> Tensor:
+        """The block's part of (B, H, L, S), of which dimensions may have size 1."""
         mask = self._rows_of_mask(mask)
         if mask.shape[3] == 1:
             return mask
@@ -218,7 +212,7 @@ class Block:
         view = self._live_view(live)
         strips = torch.split(p.view(*view.shape[:2], self.stop - self.start, -1), TILE, 2)
         touched = torch.stack([strip.amax(2) != 0 for strip in strips], 2)  # NaN counts: it has to reach the gradient
-        place = self._places(columns)
+        place = self.positions(columns)
         counts = torch.zeros(*view.shape[:3], live.shape[3] * WORD, dtype=torch.int32)
         view.copy_(packed_bits(counts.index_add_(3, place // TILE, touched.int()) > 0))
 
@@ -230,6 +224,42 @@ class Block:
         place = (tiles * TILE + torch.arange(TILE)).view(-1)
         columns = place[(place >= self.first) & (place < self.last)] - self.first
         return columns if len(columns) <= SPARSE_SHARE * (self.last - self.first) else None
+
+
+class _BlockRegion(rules.Region):
+    """A block's scores as (batch, query heads, rows, keys), of all keys or of some columns."""
+
+    in_place = True
+
+    def __init__(self, block: Block, call: AttentionCall, columns: Tensor | None) -> None:
+        self.block, self.columns = block, columns
+        self.start = block.start + block.part.sequence.shift(call)
+        self.stop = block.stop + block.part.sequence.shift(call)
+
+    def queries(self) -> Tensor:
+        """(rows, 1)."""
+        return torch.arange(self.start, self.stop).unsqueeze(1)
+
+    def keys(self) -> Tensor:
+        """(keys,)."""
+        return self.block.positions(self.columns)
+
+    def of_heads(self, t: Tensor) -> Tensor:
+        """(batch, query heads, 1, 1)."""
+        t = t.reshape(-1, t.shape[-1])
+        return t[self.block.part.batch if len(t) > 1 else slice(None), self.block.heads, None, None]
+
+    def of_scores(self, t: Tensor) -> Tensor:
+        """The block's part of a mask or a bias."""
+        return self.block.of_keys(t, self.columns)
+
+    def edge(self, call: rules.Call, side: str) -> slice:
+        """Keys before the first row's last, or behind the last row's first, are seen by every row."""
+        if self.columns is not None:
+            return rules.ALL
+        if side == "right":
+            return slice(max(self.start + call.right + 1 - self.block.first, 0), None)
+        return slice(0, max(self.stop - 1 - call.left - self.block.first, 0))
 
 
 def parts(query: Tensor, key: Tensor, call: AttentionCall) -> Iterator[Part]:

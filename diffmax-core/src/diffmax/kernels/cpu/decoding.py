@@ -16,9 +16,10 @@ from torch import Tensor
 
 from diffmax.kernels.cpu import rows
 from diffmax.machine.forked import alone_in_child
+from diffmax.operators.attention import scores as rules
 from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
-from diffmax.plugin import KVCacheCall
-from diffmax.reference.decoding import Results, append, lengths
+from diffmax.plugin import KVCacheCall, KVCacheResults
+from diffmax.reference.decoding import append, lengths
 
 Solve = Callable[[Tensor, "float | Tensor", int, int, bool], tuple[Tensor, Tensor, Tensor]]
 
@@ -33,7 +34,7 @@ CHUNK = 2048
 @alone_in_child
 def attention_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = rows.bisect
-) -> Results:
+) -> KVCacheResults:
     """Kernel; arguments and results as `diffmax.reference.decoding.attention_kvcache`. `solve` is a row operator's kernel."""
     append(k_cache, v_cache, call)
     acc = accumulation_dtype(query.dtype)
@@ -45,7 +46,7 @@ def attention_kvcache(
     support = torch.zeros(m.shape if stats else (0,), dtype=torch.int32)
     pages = torch.zeros((batch, kv_heads) if stats else (0,), dtype=torch.int32)
     if out.numel() == 0:
-        return out, m, delta, support, pages
+        return KVCacheResults(out, m, delta, support, pages)
     for b, end in enumerate(lengths(k_cache, call).tolist()):
         for g in range(kv_heads):
             heads_of_g = slice(g * group, (g + 1) * group)
@@ -57,7 +58,7 @@ def attention_kvcache(
             if stats:
                 support[b, heads_of_g] = row_support.view(group, length)
                 pages[b, g] = head.pages_read
-    return out, m, delta, support, pages
+    return KVCacheResults(out, m, delta, support, pages)
 
 
 @dataclass
@@ -82,19 +83,19 @@ class _Head:
         self.first = max(self.end - self.length - left, 0) if left >= 0 else 0
         self.blocks = None if call.block_table is None else call.block_table[self.b, : -(-self.end // call.page_size)].long()
         self.row = self.b if call.cache_batch_idx is None else int(call.cache_batch_idx[self.b])
-        self.e: float | Tensor = self._per_row(call.e) if isinstance(call.e, Tensor) else call.e
+        self.e: float | Tensor = self.per_row(call.e) if isinstance(call.e, Tensor) else call.e
         self.slopes = None
         if call.alibi is not None:
-            self.slopes = self._per_row(call.alibi[self.b if call.alibi.shape[0] > 1 else 0])
-        self.needs_places = call.alibi is not None or call.left >= 0 or (call.right >= 0 and self.length > 1)
-        self.sink = None if call.sink is None else self._per_row(call.sink)
+            self.slopes = self.per_row(call.alibi[self.b if call.alibi.shape[0] > 1 else 0])
+        self.sink = None if call.sink is None else self.per_row(call.sink)
 
     @cached_property
     def place(self) -> Tensor:
         """(R, 1): row r of the queries is query r % length of head r // length."""
         return torch.arange(self.end - self.length, self.end).repeat(self.q.shape[0] // self.length).unsqueeze(1)
 
-    def _per_row(self, per_head: Tensor) -> Tensor:
+    def per_row(self, per_head: Tensor) -> Tensor:
+        """Numbers per head, (H,), as (R, 1)."""
         return per_head[self.heads].repeat_interleave(self.length).unsqueeze(1).to(self.q.dtype)
 
     def attend(self, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,8 +103,7 @@ class _Head:
         chosen = self._pages_that_matter() if self.call.low is not None and self.end > self.first else None
         if chosen is None:
             tokens = None
-            scores, places = self._all_scores(), torch.arange(self.first, self.end) if self.needs_places else None
-            scores = self._hidden(self._biased(scores, places), places)
+            scores = self._after_rules(self._all_scores(), None)
             self.pages_read = -(-self.end // self.call.page_size) - self.first // self.call.page_size
         else:
             tokens, scores = chosen
@@ -119,7 +119,7 @@ class _Head:
         """The weights of keys, and m and delta, with the sink among the scores."""
         if self.sink is None:
             return self.solve(scores, self.e, 1, 200, True)
-        p, m, delta = self.solve(torch.cat([scores, self.sink], 1), self.e, 1, 200, True)
+        p, m, delta = self.solve(rules.with_sink(scores, self.sink), self.e, 1, 200, True)
         return p[:, :-1], m, delta
 
     # scores
@@ -154,24 +154,9 @@ class _Head:
         size = self.call.page_size
         return cache[self.blocks[tokens // size], tokens % size, self.g].to(self.q.dtype)
 
-    def _biased(self, scores: Tensor, places: Tensor | None) -> Tensor:
-        """Softcap and ALiBi, in place; the places of the keys, where something needs them."""
-        if self.call.softcap:
-            scores.div_(self.call.softcap).tanh_().mul_(self.call.softcap)
-        if self.slopes is not None and places is not None:
-            scores.sub_(self.slopes * (places - self.place).abs())
-        return scores
-
-    def _hidden(self, scores: Tensor, places: Tensor | None) -> Tensor:
-        """-inf where causality or the window hides a key, in place."""
-        left, right = self.call.left, self.call.right
-        if places is not None and (left >= 0 or (right >= 0 and self.length > 1)):
-            away = places - self.place
-            if left >= 0:
-                scores.masked_fill_(away < -left, -torch.inf)
-            if right >= 0:
-                scores.masked_fill_(away > right, -torch.inf)
-        return scores
+    def _after_rules(self, scores: Tensor, tokens: Tensor | None) -> Tensor:
+        """Scaled products with these tokens, or with all, after every rule but the sink's, in place."""
+        return rules.apply(scores, self.call, _HeadRegion(self, tokens), sink=False)
 
     # pages
 
@@ -194,7 +179,7 @@ class _Head:
             these = these[(these >= self.first) & (these < self.end)]
             products = self._products(self._at(self.k_cache, these))
             tokens.append(these)
-            scores.append(self._hidden(self._biased(products, these), these))
+            scores.append(self._after_rules(products, these))
             alive = (~(bound <= self._threshold(torch.cat(scores, 1)))).any(0) & unread
             order = alive.nonzero().squeeze(1)
             if len(tokens) > 1 and self.pages_read + len(order) > most:
@@ -229,18 +214,8 @@ class _Head:
         eps = torch.finfo(self.q.dtype).eps
         bound += (2 * self.q.shape[1] + 16) * eps * reach
         begin = torch.arange(first, last) * size
-        if call.softcap:
-            bound = call.softcap * (torch.tanh(bound / call.softcap) + 32 * eps)
-        if self.slopes is not None:
-            near = torch.maximum(begin - self.place, self.place - (begin + size - 1)).clamp_min(0)
-            far = torch.maximum((begin - self.place).abs(), (begin + size - 1 - self.place).abs())
-            taken = self.slopes * torch.where(self.slopes < 0, far, near)
-            bound += 4 * eps * (taken.abs() + bound.abs()) - taken
-        if call.right >= 0:
-            bound.masked_fill_(begin > self.place + call.right, -torch.inf)
-        if call.left >= 0:
-            bound.masked_fill_(begin + size - 1 < self.place - call.left, -torch.inf)
-        return bound, first
+        pages = rules.Pages(begin, begin + size - 1, self.place, self.slopes, eps)
+        return rules.bounds(bound, call, pages), first
 
     # values
 
@@ -262,3 +237,28 @@ class _Head:
             stop = min(start + CHUNK, p.shape[1])
             out.addmm_(p[:, start:stop], values(start, stop))
         return out
+
+
+class _HeadRegion(rules.Region):
+    """Scores (R, n) of the queries that share a key head, with all keys that they see or with some."""
+
+    in_place = True
+
+    def __init__(self, head: _Head, tokens: Tensor | None) -> None:
+        self.head, self.tokens = head, tokens
+
+    def queries(self) -> Tensor:
+        """(R, 1)."""
+        return self.head.place
+
+    def keys(self) -> Tensor:
+        """(n,)."""
+        return torch.arange(self.head.first, self.head.end) if self.tokens is None else self.tokens
+
+    def of_heads(self, t: Tensor) -> Tensor:
+        """(R, 1)."""
+        return self.head.per_row(t if t.ndim == 1 else t[self.head.b if t.shape[0] > 1 else 0])
+
+    def edge(self, call: rules.Call, side: str) -> slice:
+        """One query that stands at the last key: causality hides nothing from it."""
+        return slice(0, 0) if side == "right" and self.head.length == 1 else rules.ALL

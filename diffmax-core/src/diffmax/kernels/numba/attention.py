@@ -10,32 +10,19 @@ from diffmax.kernels.numba.compiled import AGAIN_JOB
 from diffmax.kernels.numba.dropout import factors
 from diffmax.kernels.numba.rows import bisect, run
 from diffmax.operators.common.numerics import integer_exponent
-from diffmax.plugin import AttentionCall
-from diffmax.reference.attention import Backward, Forward
+from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
+def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> AttentionResults:
     """Forward kernel; arguments and results as `diffmax.reference.attention.attention`."""
     return blocked.attention(query, key, value, call, keep, stats, bisect, factors)
 
 
 def attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    u: Tensor,
-    live: Tensor,
-    call: AttentionCall,
-    needs_e: bool,
-    needs_bias: bool = False,
-    needs_sink: bool = False,
-) -> Backward:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, call: AttentionCall, wanted: Wanted
+) -> AttentionGradients:
     """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`."""
-    residuals, needs = (m, delta, u, live), (needs_e, needs_bias, needs_sink)
-    return blocked.attention_backward(grad, query, key, value, *residuals, call, *needs, factors=factors, again=weights_again)
+    return blocked.attention_backward(grad, query, key, value, saved, call, wanted, factors, weights_again)
 
 
 def weights_again(
@@ -63,6 +50,6 @@ def warmup(
     query, value = (torch.zeros(1, 1, 2, size, dtype=dtype) for size in (head_dim, value_dim))
     dropout_p, seed = (0.5, torch.zeros(2, dtype=torch.int64)) if "dropout" in features else (0.0, None)
     call = AttentionCall(scale=1.0, e=0.5 if e is None else e, dropout_p=dropout_p, seed=seed)
-    out, m, delta, u, live, _ = attention(query, query, value, call, backward, False)
+    out, *saved, _ = attention(query, query, value, call, backward, False)
     if backward:
-        attention_backward(out, query, query, value, m, delta, u, live, call, False)
+        attention_backward(out, query, query, value, Saved(*saved), call, Wanted())

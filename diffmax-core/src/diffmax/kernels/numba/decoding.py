@@ -7,11 +7,10 @@ from torch import Tensor
 
 from diffmax.kernels.cpu import decoding
 from diffmax.kernels.numba.rows import bisect
-from diffmax.plugin import KVCacheCall
-from diffmax.reference.decoding import Results
+from diffmax.plugin import KVCacheCall, KVCacheResults
 
 
-def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> Results:
+def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> KVCacheResults:
     """Kernel; arguments and results as `diffmax.reference.decoding.attention_kvcache`."""
     return decoding.attention_kvcache(query, k_cache, v_cache, call, stats, bisect)
 

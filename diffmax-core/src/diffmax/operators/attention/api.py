@@ -11,12 +11,13 @@ from diffmax.machine.dispatch import selected
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention import checks
 from diffmax.operators.attention import operator as attention_operator
+from diffmax.operators.attention import scores as rules
+from diffmax.operators.attention.tiles import live_shape, unpacked_bits
 from diffmax.operators.common import nested, watch
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.numerics import clamp_e
 from diffmax.operators.decoding.paged import from_pages
 from diffmax.plugin import TILE, AttentionCall
-from diffmax.reference.attention import live_shape, unpacked_bits
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -511,10 +512,8 @@ def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall
         tile = row - first[sequence]
     last_row = torch.minimum(tile * TILE + TILE, length) - 1
     shift = keys - length if call.lower_right else torch.zeros_like(row)
-    low = tile * TILE + shift - call.left if call.left >= 0 else torch.zeros_like(tile)
-    high = last_row + shift + call.right if call.right >= 0 else keys
-    low, high = low.clamp_min(0), torch.minimum(high, keys - 1)
-    left = torch.where((high >= low) & (tile * TILE <= last_row), high // TILE - low // TILE + 1, 0).sum()
+    first, end = rules.visible_span(tile * TILE + shift, last_row + shift, call, keys)
+    left = torch.where((end > first) & (tile * TILE <= last_row), (end - 1) // TILE - first // TILE + 1, 0).sum()
     full = unpacked_bits(live).sum(2)
     return 1 - full / left.clamp_min(1).float()
 

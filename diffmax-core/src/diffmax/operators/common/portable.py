@@ -8,15 +8,16 @@ weights are in memory at once. Equations: docs/theory.md.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffmax import reference
+from diffmax.operators.attention.packing import packings
+from diffmax.operators.attention.scores import Region
 from diffmax.operators.common.numerics import MIN_E, accumulation_dtype, clamp_e, newton_steps
 from diffmax.operators.loss import terms
-from diffmax.plugin import AttentionCall, KVCacheCall
+from diffmax.plugin import AttentionCall, AttentionResults, KVCacheCall, KVCacheResults
 from diffmax.reference import attention as reference_attention
 from diffmax.reference import decoding as reference_decoding
 
@@ -102,54 +103,55 @@ def _not_zero(t: Tensor) -> Tensor:
     return t.masked_fill(t == 0, 1.0)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, stats: bool) -> reference_attention.Forward:
+def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, stats: bool) -> AttentionResults:
     """As `diffmax.reference.attention.attention`, differentiable."""
     if stats:  # the share of empty tiles depends on how many there are, in which the graph may not branch
         raise NotImplementedError(
             "diffmax.attention: return_stats must be False where a graph is traced, got True\n"
             "ask for statistics in a call that is not traced"
         )
-    if call.cu_seqlens_q is not None:
-        call = _unpacked(query, key, call)
-    return reference_attention.attention(query, key, value, call, False, stats, bisect)
+    if call.cu_seqlens_q is None:
+        return reference_attention.attention(query, key, value, call, False, stats, bisect)
+    region = _SideBySide(query, key, call)
+    return reference_attention.attend(query, key, value, reference_attention.padded_call(call), False, stats, bisect, region)
 
 
-def _unpacked(query: Tensor, key: Tensor, call: AttentionCall) -> AttentionCall:
-    """The call for packed sequences as one long one, of which a mask says which tokens see each other."""
-    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        raise ValueError("attention: cu_seqlens_q and cu_seqlens_k are given together or not at all, got one of them")
-    if call.dropout_p > 0:
-        raise NotImplementedError(
-            f"diffmax.attention_varlen: dropout_p must be 0 where a graph is traced, got {call.dropout_p}\n"
-            "trace the model after model.eval()"
-        )
-    starts_q, starts_k = (ends[:-1].long() for ends in (call.cu_seqlens_q, call.cu_seqlens_k))
-    ends_q, ends_k = (ends[1:].long() for ends in (call.cu_seqlens_q, call.cu_seqlens_k))
-    place_q, sequence_q = _places(query.shape[2], ends_q)
-    place_k, sequence_k = _places(key.shape[2], ends_k)
-    shift = (ends_k - starts_k) - (ends_q - starts_q)  # the last query stands at the last key
-    stands = place_q + (shift - starts_q)[sequence_q.clamp_max(ends_q.shape[0] - 1)]
-    distance = (place_k - starts_k[sequence_k.clamp_max(ends_k.shape[0] - 1)]) - stands.unsqueeze(1)
-    seen = (sequence_q.unsqueeze(1) == sequence_k) & (place_k < ends_k[-1])
-    if call.left >= 0:
-        seen = seen & (distance >= -call.left)
-    if call.right >= 0:
-        seen = seen & (distance <= call.right)
-    return replace(
-        call,
-        mask=seen[None, None],
-        lower_right=False,
-        left=-1,
-        right=-1,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        bias=None if call.alibi is None else -call.alibi.view(1, -1, 1, 1) * distance.abs(),
-        alibi=None,
-    )
+class _SideBySide(Region):
+    """Packed sequences as one long one, in which tokens of different sequences do not see each other."""
+
+    def __init__(self, query: Tensor, key: Tensor, call: AttentionCall) -> None:
+        if call.dropout_p > 0:
+            raise NotImplementedError(
+                f"diffmax.attention_varlen: dropout_p must be 0 where a graph is traced, got {call.dropout_p}\n"
+                "trace the model after model.eval()"
+            )
+        queries, keys = packings(call)
+        place_q, self._of_query = _places(query.shape[2], queries.ends)
+        place_k, self._of_key = _places(key.shape[2], keys.ends)
+        offset = keys.lengths - queries.lengths if call.lower_right else torch.zeros_like(queries.lengths)
+        self._queries = place_q + (offset - queries.starts)[self._of_query.clamp_max(queries.ends.shape[0] - 1)]
+        self._keys = place_k - keys.starts[self._of_key.clamp_max(keys.ends.shape[0] - 1)]
+        self._outside = place_k >= keys.ends[-1]
+
+    def queries(self) -> Tensor:
+        """(T_q, 1), in their sequences."""
+        return self._queries.unsqueeze(1)
+
+    def keys(self) -> Tensor:
+        """(T_k,), in their sequences."""
+        return self._keys
+
+    def of_heads(self, t: Tensor) -> Tensor:
+        """(1, H, 1, 1)."""
+        return (t if t.ndim == 2 else t.unsqueeze(0))[..., None, None]
+
+    def padding(self) -> tuple[Tensor, ...]:
+        """Keys of another sequence, and of none."""
+        return ((self._of_query.unsqueeze(1) != self._of_key) | self._outside,)
 
 
 def _places(total: int, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """The place of each token, and the number of its sequence, which no sequence has beyond the last end."""
+    """The position of each token, and the number of its sequence, which no sequence has beyond the last end."""
     place = torch.arange(total, device=ends.device)
     return place, (place.unsqueeze(1) >= ends).sum(1)
 
@@ -174,7 +176,7 @@ def loss(x: Tensor, target: Tensor, e: float | Tensor, dim: int, n_iter: int) ->
     return losses + (carried - carried.detach()).masked_fill(idle, 0.0)
 
 
-def kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> reference_decoding.Results:
+def kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> KVCacheResults:
     """As `diffmax.reference.decoding.attention_kvcache`."""
     if call.k is not None and is_in_onnx_export():
         raise NotImplementedError(

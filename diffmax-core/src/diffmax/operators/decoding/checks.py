@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffmax.operators.common.autograd import differentiates
 from diffmax.operators.common.checks import _dtype, _readable, _shape, as_int, check_strided, check_tensor, is_whole
 from diffmax.operators.decoding import operator as decoding_operator
-from diffmax.operators.rows import operator as rows_operator
 from diffmax.plugin import TILE
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 def check_gradients(*arguments: Any) -> None:
     """Refuse what a gradient should flow through."""
-    if rows_operator._differentiates(*(t for t in arguments if isinstance(t, Tensor))):
+    if differentiates(*(t for t in arguments if isinstance(t, Tensor))):
         raise NotImplementedError(decoding_operator.NO_GRADIENT)
 
 

@@ -5,55 +5,83 @@ They are wired like the operators of `operators.rows.operator`, and reach the ch
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffmax.operators.common import portable
+from diffmax.operators.common.autograd import differentiates, has_tangent
 from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
+from diffmax.operators.common.schema import LIBRARY, Schema
 from diffmax.operators.loss import terms as rows
-from diffmax.operators.rows import operator as rows_operator
-
-_LIBRARY = torch.library.Library("diffmax", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-# x has at least two dimensions. target: int64 of x's shape with `dim` reduced to 1, where a number below 0 marks a row that
-# does not count; or of a floating dtype and x's shape, each row a point of the simplex. e and e_tensor as for bisect.
-# weights, of x's shape, are p where one block holds them; else (0,), and backward computes them again.
-_LIBRARY.define(
-    "loss(Tensor x, Tensor target, float e, Tensor? e_tensor, int dim, int n_iter, str backend)"
-    " -> (Tensor losses, Tensor weights)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "loss_backward(Tensor grad, Tensor x, Tensor weights, Tensor target, float e, Tensor? e_tensor, int dim, int n_iter,"
-    " bool needs_x, bool needs_e, str backend) -> (Tensor grad_x, Tensor grad_e)",
-    tags=_TAGS,
-)
 
 
-def _loss_fake(
-    x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    acc = accumulation_dtype(x.dtype)
-    return x.new_empty(rows.row_shape(x, dim), dtype=acc), x.new_empty(rows.kept_shape(x), dtype=acc)
+class Arguments(NamedTuple):
+    """Of torch.ops.diffmax.loss.
+
+    Attributes:
+        x: At least two dimensions.
+        target: int64 of x's shape with `dim` reduced to 1, where a number below 0 marks a row that does not count; or of a
+            floating dtype and x's shape, each row a point of the simplex.
+        e, e_tensor: As for bisect.
+    """
+
+    x: Tensor
+    target: Tensor
+    e: float
+    e_tensor: Tensor | None
+    dim: int
+    n_iter: int
+    backend: str
 
 
-def _loss_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    target: Tensor,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    n_iter: int,
-    needs_x: bool,
-    needs_e: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if needs_x else (0,)), grad.new_empty(grad.shape if needs_e else (0,))
+class Results(NamedTuple):
+    """`weights`, of x's shape, are p where one block holds them; else (0,), and backward computes them again."""
+
+    losses: Tensor
+    weights: Tensor
+
+
+class BackwardArguments(NamedTuple):
+    """Of torch.ops.diffmax.loss_backward."""
+
+    grad: Tensor
+    x: Tensor
+    weights: Tensor
+    target: Tensor
+    e: float
+    e_tensor: Tensor | None
+    dim: int
+    n_iter: int
+    needs_x: bool
+    needs_e: bool
+    backend: str
+
+
+class Gradients(NamedTuple):
+    """Each (0,) where it is not wanted."""
+
+    grad_x: Tensor
+    grad_e: Tensor
+
+
+FORWARD = Schema("loss", Arguments, Results)
+BACKWARD = Schema("loss_backward", BackwardArguments, Gradients)
+FORWARD.define()
+BACKWARD.define()
+
+
+def _loss_fake(*flat: Any) -> Results:
+    given = Arguments(*flat)
+    x, acc = given.x, accumulation_dtype(given.x.dtype)
+    return Results(x.new_empty(rows.row_shape(x, given.dim), dtype=acc), x.new_empty(rows.kept_shape(x), dtype=acc))
+
+
+def _loss_backward_fake(*flat: Any) -> Gradients:
+    given = BackwardArguments(*flat)
+    x, grad = given.x, given.grad
+    return Gradients(x.new_empty(x.shape if given.needs_x else (0,)), grad.new_empty(grad.shape if given.needs_e else (0,)))
 
 
 class _Loss(torch.autograd.Function):
@@ -83,10 +111,6 @@ class _Loss(torch.autograd.Function):
         return grad_x if needs_x else None, None, None, grad_e, None, None, None
 
 
-def _differentiates(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def loss(x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, backend: str) -> Tensor:
     """The losses by torch.ops.diffmax.loss, by a way that torch.jit.trace can record."""
     if not torch.compiler.is_compiling() and portable.is_tracing():
@@ -99,35 +123,22 @@ def _loss_autograd(x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None,
     if portable.exports_onnx():
         losses = portable.loss(x, target, e if e_tensor is None else e_tensor, *rest[:2])
         return losses, losses.new_empty(rows.kept_shape(x))
-    if rows_operator._has_tangent(x, target, e_tensor) or torch._C._functorch.peek_interpreter_stack() is not None:
+    if has_tangent(x, target, e_tensor) or torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
             "diffmax_loss: forward-mode differentiation and torch.func transforms are not supported\n"
             "use torch.autograd.grad, torch.autograd.functional.jacobian or hessian"
         )
-    if _differentiates(x, e_tensor):
+    if differentiates(x, e_tensor):
         return _Loss.apply(x, target, e, e_tensor, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.loss(x, target, e, e_tensor, *rest)
 
 
-def _loss_backward_autograd(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    target: Tensor,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    n_iter: int,
-    needs_x: bool,
-    needs_e: bool,
-    backend: str,
-) -> Any:
-    if not _differentiates(grad, x, e_tensor):
+def _loss_backward_autograd(*flat: Any) -> Any:
+    grad, x, _, target, e, e_tensor, dim, n_iter, needs_x, needs_e, backend = BackwardArguments(*flat)
+    if not differentiates(grad, x, e_tensor):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.diffmax.loss_backward(
-                grad, x, weights, target, e, e_tensor, dim, n_iter, needs_x, needs_e, backend
-            )
+            return torch.ops.diffmax.loss_backward(*flat)
     # the second derivative: the same formulas as differentiable operators, from weights that lead to x
     p = torch.ops.diffmax.bisect(x.to(grad.dtype), e, e_tensor, dim, n_iter, True, backend)[0]
     idle = rows.silent(target, p.detach().amax(dim, keepdim=True) == 0)
@@ -141,9 +152,9 @@ def _loss_backward_autograd(
     return grad_x, grad_e
 
 
-_LIBRARY.impl("loss", rows.loss, "CompositeExplicitAutograd")
-_LIBRARY.impl("loss", _loss_autograd, "Autograd")
-torch.library.register_fake("diffmax::loss", _loss_fake, lib=_LIBRARY)
-_LIBRARY.impl("loss_backward", rows.loss_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("loss_backward", _loss_backward_autograd, "Autograd")
-torch.library.register_fake("diffmax::loss_backward", _loss_backward_fake, lib=_LIBRARY)
+LIBRARY.impl("loss", rows.loss, "CompositeExplicitAutograd")
+LIBRARY.impl("loss", _loss_autograd, "Autograd")
+torch.library.register_fake("diffmax::loss", _loss_fake, lib=LIBRARY)
+LIBRARY.impl("loss_backward", rows.loss_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("loss_backward", _loss_backward_autograd, "Autograd")
+torch.library.register_fake("diffmax::loss_backward", _loss_backward_fake, lib=LIBRARY)

@@ -6,38 +6,73 @@ Autograd key, so that torch.ops.diffmax.bisect called directly is as differentia
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
 from diffmax import reference
 from diffmax.machine.dispatch import kernel, weights_kernel
 from diffmax.operators.common import portable
+from diffmax.operators.common.autograd import differentiates, forward_levels, has_tangent, is_transformed
 from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.schema import LIBRARY, Schema
 from diffmax.operators.rows.fast_path import is_plain
 from diffmax.operators.rows.sharding import register_rules
 
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-_LIBRARY = torch.library.Library("diffmax", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
 
-# e = 1 - alpha is a float or, where e_tensor is given, a tensor that broadcasts against m; then the float is not read.
-# m and delta have x's shape with `dim` reduced to 1 and the accumulation dtype; tau = m - (1 - delta) / e.
-_LIBRARY.define(
-    "bisect(Tensor x, float e, Tensor? e_tensor, int dim, int n_iter, bool ensure_sum_one, str backend)"
-    " -> (Tensor p, Tensor m, Tensor delta)",
-    tags=_TAGS,
-)
-# x is given where p's dtype flushes small weights to zero (float16). grad_e has m's shape, or (0,) where it is not wanted.
-_LIBRARY.define(
-    "bisect_backward(Tensor grad, Tensor p, Tensor m, Tensor delta, Tensor? x, float e, Tensor? e_tensor, int dim,"
-    " bool needs_e, str backend) -> (Tensor grad_x, Tensor grad_e)",
-    tags=_TAGS,
-)
+class Arguments(NamedTuple):
+    """Of torch.ops.diffmax.bisect. e = 1 - alpha is a float or, where e_tensor is given, a tensor that broadcasts against m."""
+
+    x: Tensor
+    e: float
+    e_tensor: Tensor | None
+    dim: int
+    n_iter: int
+    ensure_sum_one: bool
+    backend: str
+
+
+class Results(NamedTuple):
+    """The weights; m and delta have x's shape with `dim` reduced to 1 and the accumulation dtype: tau = m - (1 - delta) / e."""
+
+    p: Tensor
+    m: Tensor
+    delta: Tensor
+
+
+class BackwardArguments(NamedTuple):
+    """Of torch.ops.diffmax.bisect_backward. x is given where p's dtype flushes small weights to zero (float16)."""
+
+    grad: Tensor
+    p: Tensor
+    m: Tensor
+    delta: Tensor
+    x: Tensor | None
+    e: float
+    e_tensor: Tensor | None
+    dim: int
+    needs_e: bool
+    backend: str
+
+    @property
+    def given_e(self) -> float | Tensor:
+        """The one of the two that counts."""
+        return self.e if self.e_tensor is None else self.e_tensor
+
+
+class Gradients(NamedTuple):
+    """grad_e has m's shape, or (0,) where it is not wanted."""
+
+    grad_x: Tensor
+    grad_e: Tensor
+
+
+FORWARD = Schema("bisect", Arguments, Results)
+BACKWARD = Schema("bisect_backward", BackwardArguments, Gradients)
+FORWARD.define()
+BACKWARD.define()
 
 
 def _bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str) -> Any:
@@ -54,36 +89,16 @@ def _bisect_fake(
     return x.new_empty(x.shape), m, torch.empty_like(m)
 
 
-def _bisect_backward(
-    grad: Tensor,
-    p: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    needs_e: bool,
-    backend: str,
-) -> Any:
+def _bisect_backward(*flat: Any) -> Any:
+    grad, p, m, delta, x, e, e_tensor, dim, needs_e, backend = flat
     run = kernel("bisect_backward", p, backend, tensor_alpha=e_tensor is not None, alpha_gradient=needs_e)
     return run(grad, p, m, delta, x, e if e_tensor is None else e_tensor, dim, needs_e)
 
 
-def _bisect_backward_fake(
-    grad: Tensor,
-    p: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    needs_e: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _bisect_backward_fake(*flat: Any) -> Gradients:
     register_rules()  # DTensor comes here for shapes just before it looks for its rule
-    return p.new_empty(p.shape), m.new_empty(m.shape if needs_e else (0,))
+    given = BackwardArguments(*flat)
+    return Gradients(given.p.new_empty(given.p.shape), given.m.new_empty(given.m.shape if given.needs_e else (0,)))
 
 
 class _Bisect(torch.autograd.Function):
@@ -102,7 +117,7 @@ class _Bisect(torch.autograd.Function):
         x, e_tensor, p, m, delta = ctx.saved_tensors
         needs_x, _, needs_e, *_ = ctx.needs_input_grad
         # where this is differentiated once more, the operator's own Autograd key makes its result differentiable
-        plain = not torch.is_grad_enabled() and not _is_transformed() and is_plain(grad) and is_plain(p)
+        plain = not torch.is_grad_enabled() and not is_transformed() and is_plain(grad) and is_plain(p)
         run = _bisect_backward if plain else torch.ops.diffmax.bisect_backward
         grad_x, grad_e = run(grad, p, m, delta, x, ctx.e, e_tensor, ctx.dim, needs_e, ctx.backend)
         grad_e = grad_e.sum_to_size(e_tensor.shape) if needs_e else None
@@ -156,9 +171,9 @@ def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, 
         p: Tensor = torch.ops.diffmax.bisect(*arguments)[0]
     elif portable.is_tracing():
         p = portable.bisect(x, e if e_tensor is None else e_tensor, dim, n_iter, ensure_sum_one)[0]
-    elif _is_transformed():
-        p = (_retraced if _forward_levels() > 1 else _TransformableBisect.apply)(*arguments)[0]
-    elif _differentiates(x, e_tensor):
+    elif is_transformed():
+        p = (_retraced if forward_levels() > 1 else _TransformableBisect.apply)(*arguments)[0]
+    elif differentiates(x, e_tensor):
         p = _Bisect.apply(*arguments)[0]
     elif e_tensor is None and is_plain(x) and (weights := weights_kernel(x, backend)):
         p = weights(x, e, dim, n_iter, ensure_sum_one)
@@ -167,43 +182,13 @@ def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, 
     return p
 
 
-def _is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is under way."""
-    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
-
-
-def _forward_levels() -> int:
-    """How many jvp transforms enclose the call. An autograd.Function knows of one: the tangents of a second are silently 0."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
-
-
-def _differentiates(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode differentiation goes through one of them; compiled code enters it unseen by `forward_ad`."""
-    with _unrecorded():  # looking makes an alias, which a compiler's graph would keep
-        return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
-
-
-def _unrecorded() -> AbstractContextManager[object]:
-    """What is done inside it, a graph that is being made does not show."""
-    if torch._C._len_torch_dispatch_stack() == 0 or torch._C._get_dispatch_mode(_PROXY) is None:
-        return nullcontext()
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-    return disable_proxy_modes_tracing()
-
-
 def _bisect_autograd(*arguments: Any) -> Any:
     """torch.ops.diffmax.bisect as users, compilers and sharding rules call it."""
     x, e, e_tensor, *rest, _ = arguments
     if portable.exports_onnx():
         return portable.bisect(x, e if e_tensor is None else e_tensor, *rest)
-    forward_mode = _has_tangent(x, e_tensor)
-    if not forward_mode and not _differentiates(x, e_tensor):
+    forward_mode = has_tangent(x, e_tensor)
+    if not forward_mode and not differentiates(x, e_tensor):
         return _below_autograd(*arguments)
     if peek_interpreter_stack() is not None:  # where no autograd.Function may be called
         return _retraced(*arguments)
@@ -215,69 +200,44 @@ def _retraced(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, *rest: Any
     return reference.retraced(x, e if e_tensor is None else e_tensor, m, delta, dim).to(x.dtype), m, delta
 
 
-def _bisect_backward_autograd(
-    grad: Tensor,
-    p: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    needs_e: bool,
-    backend: str,
-) -> Any:
-    if _has_tangent(grad, p, e_tensor) or _differentiates(grad, p, e_tensor):
+def _bisect_backward_autograd(*flat: Any) -> Any:
+    given = BackwardArguments(*flat)
+    grad, p = given.grad, given.p
+    if has_tangent(grad, p, given.e_tensor) or differentiates(grad, p, given.e_tensor):
         # The second derivative: the reference consists of differentiable operators of grad, p and e, and p leads on to x.
         # It is not given x, because it would combine it with delta, which autograd takes for a constant; where p has lost
         # its small weights, one in float32 that leads to x takes its place.
-        if x is not None:
-            p = reference.retraced(x, e if e_tensor is None else e_tensor, m, delta, dim)
-        grad_x, grad_e = reference.bisect_backward(grad, p, m, delta, None, e if e_tensor is None else e_tensor, dim, needs_e)
+        if given.x is not None:
+            p = reference.retraced(given.x, given.given_e, given.m, given.delta, given.dim)
+        residuals = (p, given.m, given.delta, None)
+        grad_x, grad_e = reference.bisect_backward(grad, *residuals, given.given_e, given.dim, given.needs_e)
         return grad_x.to(grad.dtype), grad_e
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.diffmax.bisect_backward(grad, p, m, delta, x, e, e_tensor, dim, needs_e, backend)
+        return torch.ops.diffmax.bisect_backward(*flat)
 
 
 # vmap: the batch becomes the first axis of every tensor
 
 
-def _bisect_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    x: Tensor,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    n_iter: int,
-    ensure_sum_one: bool,
-    backend: str,
-) -> Any:
-    ndim = x.ndim - (in_dims[0] is not None)
-    batch, batch_e = _batched(x, in_dims[0], ndim, info.batch_size), _batched(e_tensor, in_dims[2], ndim, None)
-    outputs = torch.ops.diffmax.bisect(batch, e, batch_e, dim + 1, n_iter, ensure_sum_one, backend)
-    return outputs, (0, 0, 0)
+def _bisect_vmap(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+    given, dims = Arguments(*flat), dict(zip(Arguments._fields, in_dims, strict=True))
+    ndim = given.x.ndim - (dims["x"] is not None)
+    wide = {
+        "x": _batched(given.x, dims["x"], ndim, info.batch_size),
+        "e_tensor": _batched(given.e_tensor, dims["e_tensor"], ndim, None),
+        "dim": given.dim + 1,
+    }
+    return torch.ops.diffmax.bisect(*(given._asdict() | wide).values()), (0, 0, 0)
 
 
-def _bisect_backward_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    grad: Tensor,
-    p: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    needs_e: bool,
-    backend: str,
-) -> Any:
-    ndim = p.ndim - (in_dims[1] is not None)
-    tensors = [_batched(t, d, ndim, info.batch_size) for t, d in zip((grad, p, m, delta, x), in_dims[:5], strict=True)]
-    e_tensor = _batched(e_tensor, in_dims[6], ndim, None)
-    grad_x, grad_e = torch.ops.diffmax.bisect_backward(*tensors, e, e_tensor, dim + 1, needs_e, backend)
-    return (grad_x, grad_e), (0, 0 if needs_e else None)
+def _bisect_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+    given, dims = BackwardArguments(*flat), dict(zip(BackwardArguments._fields, in_dims, strict=True))
+    ndim = given.p.ndim - (dims["p"] is not None)
+    tensors = ("grad", "p", "m", "delta", "x")
+    wide: dict[str, Any] = {name: _batched(getattr(given, name), dims[name], ndim, info.batch_size) for name in tensors}
+    wide |= {"e_tensor": _batched(given.e_tensor, dims["e_tensor"], ndim, None), "dim": given.dim + 1}
+    grads = torch.ops.diffmax.bisect_backward(*(given._asdict() | wide).values())
+    return tuple(grads), (0, 0 if given.needs_e else None)
 
 
 def _batched(t: Tensor | None, batch_dim: int | None, ndim: int, batch_size: int | None) -> Tensor | None:
@@ -291,12 +251,12 @@ def _batched(t: Tensor | None, batch_dim: int | None, ndim: int, batch_size: int
     return t.reshape(t.shape[0], *(1,) * (ndim - t.ndim + 1), *t.shape[1:])
 
 
-_LIBRARY.impl("bisect", _bisect, "CompositeExplicitAutograd")
-_LIBRARY.impl("bisect", _bisect_autograd, "Autograd")
-torch.library.register_fake("diffmax::bisect", _bisect_fake, lib=_LIBRARY)
-_LIBRARY.impl("bisect_backward", _bisect_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("bisect_backward", _bisect_backward_autograd, "Autograd")
-torch.library.register_fake("diffmax::bisect_backward", _bisect_backward_fake, lib=_LIBRARY)
+LIBRARY.impl("bisect", _bisect, "CompositeExplicitAutograd")
+LIBRARY.impl("bisect", _bisect_autograd, "Autograd")
+torch.library.register_fake("diffmax::bisect", _bisect_fake, lib=LIBRARY)
+LIBRARY.impl("bisect_backward", _bisect_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("bisect_backward", _bisect_backward_autograd, "Autograd")
+torch.library.register_fake("diffmax::bisect_backward", _bisect_backward_fake, lib=LIBRARY)
 if hasattr(torch.library, "register_vmap"):  # torch 2.5
-    torch.library.register_vmap("diffmax::bisect", _bisect_vmap, lib=_LIBRARY)
-    torch.library.register_vmap("diffmax::bisect_backward", _bisect_backward_vmap, lib=_LIBRARY)
+    torch.library.register_vmap("diffmax::bisect", _bisect_vmap, lib=LIBRARY)
+    torch.library.register_vmap("diffmax::bisect_backward", _bisect_backward_vmap, lib=LIBRARY)

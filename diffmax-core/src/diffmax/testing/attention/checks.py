@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffmax
 from diffmax import AttentionStats
 from diffmax.operators.attention import api as attention_api
-from diffmax.plugin import AttentionCall
+from diffmax.operators.attention.operator import BACKWARD, FORWARD
+from diffmax.plugin import AttentionCall, Saved, Wanted
 from diffmax.reference.dropout import kept
 from diffmax.testing.gate import Gate, gates
 from diffmax.testing.rows import checks
@@ -358,14 +359,15 @@ def residuals_are_exchangeable(backend: str, device: str, dtype: torch.dtype) ->
     case = Case(length=130, keys=200, sigma=3.0, alpha=0.5)
     tensors = case.tensors(dtype)
     grad = torch.randn(2, 2, 130, 16).to(dtype)
-    shared = (0.25, 0.5, None, None, False, -1, -1, None, None, 0, 0)
-    needs_e = gives_alpha_gradient(backend)
+    call, needs_e = AttentionCall(scale=0.25, e=0.5), gives_alpha_gradient(backend)
 
     def run(forward: str, backward: str, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        _, m, delta, u, live, _ = torch.ops.diffmax.attention(*tensors, True, False, *shared, forward)
+        _, *saved, _ = FORWARD(*tensors, True, False, call, forward)
+        m, delta, u, _ = saved
         _expect(m.shape == delta.shape == (2, 2, 130), f"m and delta have shapes {tuple(m.shape)}, {tuple(delta.shape)}")
         _expect(u.shape == (2, 2, 130, 16) and u.dtype == grad.dtype, f"u is {u.dtype} {tuple(u.shape)}")
-        results = torch.ops.diffmax.attention_backward(grad, *tensors, m, delta, u, live, needs_e, *shared, backward)
+        given = (grad, *tensors, Saved(*saved), Wanted(needs_e), call, backward)
+        results = BACKWARD(*given)
         return tuple(results[: 3 + needs_e])
 
     wanted = gates(lambda *given: run("reference", "reference", *given), grad, *tensors, average=True, numbers=case.scores)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffmax.kernels.tools import live_shape
 from diffmax.kernels.triton.attention import launch_backward
 from diffmax.kernels.triton.attention.launch_backward import (
-    Backward,
     _aligned,
     _hardware,
     _layout,
@@ -31,8 +31,7 @@ from diffmax.kernels.triton.attention.tuning_forward import Settings, forward_se
 from diffmax.kernels.triton.common.tuning import Table, Tunable, no_table
 from diffmax.kernels.triton.rows.launch import SOLVED, Exponent, _on
 from diffmax.operators.common.numerics import newton_steps
-from diffmax.plugin import TILE, AttentionCall
-from diffmax.reference.attention import Forward, live_shape
+from diffmax.plugin import TILE, AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
 from diffmax.reference.dropout import threshold
 
 # How far from its root, in units of the slope, the threshold may be when the output is computed: `attention_steps.good_enough`
@@ -111,7 +110,9 @@ class AttentionOperator(Tunable):
             self.tuned(table, "attention_dbias", dtype, size) or rule.bias,
         )
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> Forward:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool
+    ) -> AttentionResults:
         """Forward kernel; arguments and results as `diffmax.reference.attention.attention`."""
         rows, device = query.shape[:3], query.device
         out = value.new_empty((*rows, value.shape[3]))
@@ -122,27 +123,13 @@ class AttentionOperator(Tunable):
         support = torch.empty(rows if stats else (0,), dtype=torch.int32, device=device)
         if m.numel() > 0:
             self._launch(query, key, value, call, out, m, delta, u, live, support)
-        return out, m, delta, u, live if keep or stats else live.new_empty(0), support
+        return AttentionResults(out, m, delta, u, live if keep or stats else live.new_empty(0), support)
 
     def attention_backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        m: Tensor,
-        delta: Tensor,
-        u: Tensor,
-        live: Tensor,
-        call: AttentionCall,
-        needs_e: bool,
-        needs_bias: bool = False,
-        needs_sink: bool = False,
-    ) -> Backward:
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, call: AttentionCall, wanted: Wanted
+    ) -> AttentionGradients:
         """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`."""
-        return launch_backward.attention_backward(
-            self, grad, query, key, value, m, delta, u, live, call, needs_e, needs_bias, needs_sink
-        )
+        return AttentionGradients(*launch_backward.attention_backward(self, grad, query, key, value, *saved, call, *wanted))
 
     def warmup(
         self,
@@ -173,11 +160,10 @@ class AttentionOperator(Tunable):
         for call in example_calls(device, dtype, length, e, features):
             query, key, value = (torch.zeros(1, heads, length, size, dtype=dtype, device=device) for heads, size in sizes)
             for stats in (False, True) if "attention_stats" in features else (False,):
-                out, m, delta, u, live, _ = self.attention(query, key, value, call, backward, stats)
+                out, *saved, _ = self.attention(query, key, value, call, backward, stats)
             for needs_e in ((False, True) if "alpha_gradient" in features else (False,)) if backward else ():
-                self.attention_backward(
-                    out, query, key, value, m, delta, u, live, call, needs_e, call.bias is not None, call.sink is not None
-                )
+                wanted = Wanted(needs_e, call.bias is not None, call.sink is not None)
+                self.attention_backward(out, query, key, value, Saved(*saved), call, wanted)
 
     def _launch(
         self,

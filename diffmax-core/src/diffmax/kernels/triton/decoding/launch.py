@@ -18,8 +18,8 @@ from diffmax.kernels.triton.decoding.tiles import LISTED, SLOTS
 from diffmax.kernels.triton.decoding.values import kvcache_values_kernel
 from diffmax.kernels.triton.rows.launch import SOLVED, Exponent, _on
 from diffmax.operators.common.numerics import newton_steps
-from diffmax.plugin import TILE, KVCacheCall
-from diffmax.reference.decoding import Results, append, capacity
+from diffmax.plugin import TILE, KVCacheCall, KVCacheResults
+from diffmax.reference.decoding import append, capacity
 
 MOST_SPLITS = 128
 
@@ -44,7 +44,9 @@ class Decoder(Tunable):
         self.ptx = ptx
         self.table = table
 
-    def attention_kvcache(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> Results:
+    def attention_kvcache(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool
+    ) -> KVCacheResults:
         """Kernel; arguments and results as `diffmax.reference.decoding.attention_kvcache`."""
         device, (batch, length, heads, size) = query.device, query.shape
         kv_heads, value_size, room = k_cache.shape[2], v_cache.shape[3], capacity(k_cache, call)
@@ -54,7 +56,7 @@ class Decoder(Tunable):
         if m.numel() == 0 or room == 0 or value_size == 0:
             append(k_cache, v_cache, call)
             pages = torch.zeros((batch, kv_heads) if stats else (0,), dtype=torch.int32, device=device)
-            return out.zero_(), m.fill_(-torch.inf), delta.zero_(), support.zero_(), pages
+            return KVCacheResults(out.zero_(), m.fill_(-torch.inf), delta.zero_(), support.zero_(), pages)
 
         group = heads // kv_heads
         block_d, block_v = _padded(size), _padded(value_size)
@@ -133,7 +135,7 @@ class Decoder(Tunable):
         pages = read[:0].view(-1)
         if stats:
             pages = read.view(batch, kv_heads, blocks, splits).sum(3).amax(2).to(torch.int32)
-        return out, m, delta, support, pages
+        return KVCacheResults(out, m, delta, support, pages)
 
     def warmup(
         self,

@@ -1,0 +1,45 @@
+"""What a backend's kernels may take from core, under `SHARED_KERNELS_VERSION`; everything else of core is private to it.
+
+Numerics of the accumulation dtype, what acts on attention's scores (`rules`, `Region`), packed sequences, and the bits of live
+tiles. `diffmax.plugin` has the calls and bundles that kernels are given, `diffmax.reference` the definition of their results.
+"""
+
+from diffmax.operators.attention import scores as rules
+from diffmax.operators.attention.packing import Packing, packings
+from diffmax.operators.attention.scores import Pages, Region, visible_span
+from diffmax.operators.attention.tiles import WORD, live_shape, packed_bits, tiles_with, unpacked_bits
+from diffmax.operators.common.numerics import (
+    FLOAT_DTYPES,
+    MIN_E,
+    accumulation_dtype,
+    alpha_weight,
+    clamp_e,
+    integer_exponent,
+    newton_steps,
+)
+from diffmax.reference.attention import padded_call, padded_saved, times, unpadded
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "MIN_E",
+    "WORD",
+    "Packing",
+    "Pages",
+    "Region",
+    "accumulation_dtype",
+    "alpha_weight",
+    "clamp_e",
+    "integer_exponent",
+    "live_shape",
+    "newton_steps",
+    "packed_bits",
+    "packings",
+    "padded_call",
+    "padded_saved",
+    "rules",
+    "tiles_with",
+    "times",
+    "unpacked_bits",
+    "unpadded",
+    "visible_span",
+]
