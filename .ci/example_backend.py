@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "example-backend"
 EXAMPLE = ROOT / "docs" / "examples" / "diffmax-example-backend"
-TEMPLATE = "templates/backend/src/@package@/_plugin.py.in"
+TEMPLATE = "cli/templates/backend/src/@package@/_plugin.py.in"
 
 
 def main() -> None:

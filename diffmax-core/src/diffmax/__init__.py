@@ -11,11 +11,13 @@ from diffmax.machine.warmup import warmup
 from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
 from diffmax.monitor import diffmax_bisect_monitored
 from diffmax.nn import DiffmaxBisectModule
+from diffmax.operators import register_all
 from diffmax.operators.attention.api import AttentionStats, attention, attention_varlen
 from diffmax.operators.decoding.api import KVCacheStats, PageBounds, attention_with_kvcache, page_bounds
 from diffmax.operators.loss.api import DiffmaxLoss, diffmax_loss
 from diffmax.operators.rows.api import diffmax_bisect
 
+register_all()
 __version__ = discovery.CORE_VERSION
 
 name_conflict.warn_if_installed()

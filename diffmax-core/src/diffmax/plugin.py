@@ -24,48 +24,34 @@ SHARED_KERNELS_VERSION = 2
 
 ENTRY_POINT_GROUP = "diffmax.backends"
 
-FEATURES = {
+FEATURES: dict[str, str] = {
     "tensor_alpha": "alpha as a tensor: per row, per head",
     "alpha_gradient": "the backward gives the gradient for alpha",
     "deterministic": "the same input gives the same bits",
-    "causal": "attention in which a query sees no later key",
-    "window": "attention in which a query sees the keys of a window",
-    "mask": "attention with a boolean mask",
-    "gqa": "attention with fewer key heads than query heads",
-    "kv_cache": "attention over a cache, to which new keys and values are appended",
-    "paged": "attention over a cache whose pages lie anywhere",
-    "varlen": "attention over packed sequences",
-    "value_dim": "attention whose values have another size than its keys",
-    "attention_stats": "attention that reports support sizes and live tiles",
-    "bias": "attention with numbers added to the scores, and their gradient",
-    "alibi": "attention with ALiBi's slopes",
-    "softcap": "attention with capped scores",
-    "sink": "attention with a learned sink, and its gradient",
-    "dropout": "attention with dropout of the weights",
 }
-"""What a call may need beyond an operator, a device type and a dtype. A backend must claim it to be chosen for such a call."""
+"""What a call may need beyond an operator, a device type and a dtype. A backend must claim it to be chosen for such a call.
+Operators add theirs."""
 
-OPERATOR_FEATURES: Mapping[str, frozenset[str]] = {
-    "bisect": frozenset({"tensor_alpha", "deterministic"}),
-    "bisect_backward": frozenset({"tensor_alpha", "alpha_gradient", "deterministic"}),
-    "attention": frozenset(
-        {"tensor_alpha", "deterministic", "causal", "window", "mask", "gqa", "varlen", "value_dim", "attention_stats"}
-        | {"bias", "alibi", "softcap", "sink", "dropout"}
-    ),
-    "attention_backward": frozenset(
-        {"tensor_alpha", "alpha_gradient", "deterministic", "causal", "window", "mask", "gqa", "varlen", "value_dim"}
-        | {"bias", "alibi", "softcap", "sink", "dropout"}
-    ),
-    "attention_kvcache": frozenset(
-        {"tensor_alpha", "deterministic", "causal", "window", "gqa", "kv_cache", "paged", "value_dim", "attention_stats"}
-        | {"alibi", "softcap", "sink"}
-    ),
-}
-"""What a call of each operator may need of `FEATURES`, and so what its kernel can claim."""
+OPERATOR_FEATURES: dict[str, frozenset[str]] = {}
+"""What a call of each operator may need of `FEATURES`, and so what its kernel can claim. Operators enter themselves."""
 
-OPERATORS = tuple(OPERATOR_FEATURES)
-"""What a backend can provide kernels for. `diffmax.reference`, `.reference_attention` and `.reference_kvcache` have their
-signatures."""
+
+def __getattr__(name: str) -> tuple[str, ...]:
+    if name == "OPERATORS":
+        return tuple(OPERATOR_FEATURES)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# What a backend can provide kernels for, with the signatures of `diffmax.reference`.
+OPERATORS: tuple[str, ...]
+
+
+def describe_operator(name: str, features: frozenset[str], described: Mapping[str, str]) -> None:
+    """Enter an operator that backends can provide, and the features that it describes: for core itself."""
+    OPERATOR_FEATURES.pop(name, None)  # in the order of the last call
+    OPERATOR_FEATURES[name] = features
+    FEATURES.update(described)
+
 
 TILE = 64
 """Queries and keys of one tile of attention: what a bit of `live` stands for, see `diffmax.reference.attention`."""
@@ -338,7 +324,7 @@ class Backend:
         if not _all_strings(self.device_types):
             raise TypeError(f"{who}: device_types must be a sequence of names, got {self.device_types!r}")
         object.__setattr__(self, "features", _checked_features(who, self.features))
-        _check_known(who, "operator", self.kernels, OPERATORS)
+        _check_known(who, "operator", self.kernels, OPERATOR_FEATURES)
         if not self.kernels:
             raise ValueError(f"{who}: kernels must name at least one operator, got {dict(self.kernels)}")
         if not isinstance(self.priority, int):

@@ -11,9 +11,9 @@ import torch
 
 from diffmax.cli import bench, new_backend, report, selftest
 from diffmax.errors import DiffmaxError
-from diffmax.machine.inspection import OPERATOR_OF, explain_call
+from diffmax.machine.inspection import explain_question
 from diffmax.operators.common.numerics import FLOAT_DTYPES
-from diffmax.plugin import OPERATOR_FEATURES
+from diffmax.operators.common.spec import SPECS, Function, Question, spec_of
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -36,32 +36,30 @@ def _report_all(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    operator = OPERATOR_OF[options.operator]
-    asked = {"tensor_alpha": options.alpha_tensor or options.alpha_gradient, "alpha_gradient": options.alpha_gradient}
-    is_attention = operator.startswith("attention")
-    if options.features and not is_attention:
+    function = _functions()[options.operator]
+    spec, operator = spec_of(function.operator), function.operator
+    if options.features and not spec.has_heads:
         raise ValueError(f"explain: --features are attention's, got {options.features[0]} for {options.operator}")
-    if operator == "attention_kvcache" and (options.backward or options.alpha_gradient):
-        raise ValueError("explain: attention_with_kvcache has no backward: leave --backward and --alpha-gradient out")
-    unknown = sorted(set(options.features) - OPERATOR_FEATURES[operator])
+    if f"{operator}_backward" not in spec.kernels and (options.backward or options.alpha_gradient):
+        raise ValueError(f"explain: {options.operator} has no backward: leave --backward and --alpha-gradient out")
+    has = spec.kernels[operator].features
+    unknown = sorted(set(options.features) - has)
     if unknown:
-        known = ", ".join(sorted(OPERATOR_FEATURES[operator]))
-        raise ValueError(f"explain: {options.operator} has no feature {unknown[0]!r}, it has: {known}")
-    implied = {"attention_varlen": {"varlen"}, "attention_with_kvcache": {"kv_cache"}}.get(options.operator, set())
-    size = options.head_dim if is_attention else 0
-    print(
-        explain_call(
-            operator,
-            _device_type(options.device),
-            _DTYPES[options.dtype],
-            **asked,
-            backward=options.backward or options.alpha_gradient,
-            backend=options.backend,
-            features=frozenset({*options.features} | implied),
-            head_dim=size,
-            value_dim=(options.value_dim or size) if is_attention else 0,
-        )
+        raise ValueError(f"explain: {options.operator} has no feature {unknown[0]!r}, it has: {', '.join(sorted(has))}")
+    size = options.head_dim if spec.has_heads else 0
+    asked = Question(
+        operator,
+        _device_type(options.device),
+        _DTYPES[options.dtype],
+        tensor_alpha=options.alpha_tensor or options.alpha_gradient,
+        alpha_gradient=options.alpha_gradient,
+        backward=options.backward or options.alpha_gradient,
+        backend=options.backend,
+        features=frozenset(options.features) | function.implies,
+        head_dim=size,
+        value_dim=(options.value_dim or size) if spec.has_heads else 0,
     )
+    print(explain_question(asked))
     return 0
 
 
@@ -96,6 +94,10 @@ def _write_new_backend(options: argparse.Namespace) -> int:
     return 0
 
 
+def _functions() -> dict[str, Function]:
+    return {name: function for spec in SPECS.values() for name, function in spec.functions.items()}
+
+
 def _device_type(device: str) -> str:
     kind = device.partition(":")[0]
     if kind == "npu":  # torch knows the name only once torch_npu has been imported
@@ -123,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="")
 
     explain = commands.add_parser("explain", help="say which backend a call would go to, and why; the device need not be there")
-    explain.add_argument("--operator", choices=sorted(OPERATOR_OF), default="diffmax_bisect")
+    explain.add_argument("--operator", choices=sorted(_functions()), default="diffmax_bisect")
     explain.add_argument("--device", default="cpu", help="torch device type")
     explain.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     explain.add_argument("--alpha-tensor", action="store_true", help="alpha is a tensor")

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffmax.errors import BackendError, NoBackendError
 from diffmax.machine import builtin, discovery, env
 from diffmax.machine.discovery import Plugin, PluginRefusedError
+from diffmax.operators.common.spec import adapted
 from diffmax.plugin import Backend, CallSpec
 
 PLUGIN_FOR_RUNTIME = {"cuda": "diffmax-cuda", "hip": "diffmax-rocm", "cann": "diffmax-npu"}
@@ -303,7 +304,7 @@ def _asked(backend: Backend, spec: CallSpec) -> list[str]:
 def _load_kernel(backend: Backend, operator: str) -> Callable[..., Any]:
     target = backend.provided[operator].function
     try:
-        return import_function(target)
+        return adapted(operator, import_function(target), backend.api_version)
     except Exception as error:
         raise BackendError(
             f"backend {backend.name}: its kernel {target} cannot be imported: {error}\nto leave it out, {_leave_out(backend)}"

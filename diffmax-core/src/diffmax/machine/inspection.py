@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import html
-import inspect
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffmax.errors import NoBackendError
 from diffmax.machine import dispatch
-from diffmax.operators.attention import api as attention_api
-from diffmax.operators.attention import operator as attention_operator
-from diffmax.operators.common.checks import check_dtype, check_scores, one_minus_alpha
-from diffmax.operators.common.numerics import accumulation_dtype
-from diffmax.operators.decoding import api as decoding_api
-from diffmax.operators.decoding import operator as decoding_operator
-from diffmax.operators.loss import api as loss_api
-from diffmax.plugin import OPERATORS, Backend, CallSpec
+from diffmax.operators.common.spec import SPECS, Question
+from diffmax.plugin import OPERATOR_FEATURES, Backend, CallSpec
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ def _summary(records: Sequence[KernelRecord]) -> tuple[tuple[str, str, str, str]
     status = next((s for s in _STATUSES if any(record.status == s for record in records)), records[0].status)
     names = [record.operator for record in records if record.operator]
     operators = ", ".join(
-        f"{name} (no backward)" if f"{name}_backward" in OPERATORS and f"{name}_backward" not in names else name
+        f"{name} (no backward)" if f"{name}_backward" in OPERATOR_FEATURES and f"{name}_backward" not in names else name
         for name in dict.fromkeys(names)
         if not name.endswith("_backward")
     )
@@ -221,138 +212,24 @@ def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Ex
           cpu: can run it
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _EXPLAINED:
-        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(_EXPLAINED)}")
-    return _EXPLAINED[name](*arguments, **options)
+    known = {name: function for spec in SPECS.values() for name, function in spec.functions.items()}
+    if name not in known:
+        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(known)}")
+    return explain_question(known[name].asks(*arguments, **options))
 
 
-def _explain_bisect(
-    X: Tensor,
-    alpha: Any = 0.9,
-    dim: int = -1,
-    n_iter: int = 50,
-    ensure_sum_one: bool = True,
-    *,
-    dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> Explanation:
-    alpha = alpha() if callable(alpha) else alpha
-    X = X if dtype is None else X.to(check_dtype("explain", dtype))
-    if isinstance(X, Tensor) and X.is_nested:  # one of its sequences, whose dimensions are one less
-        X, dim = X.unbind()[0], dim if dim < 0 else dim - 1
-    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
-    learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
-    return explain_call(
-        "bisect",
-        X.device.type,
-        X.dtype,
-        tensor_alpha=isinstance(alpha, Tensor),
-        alpha_gradient=learns_alpha,
-        backward=torch.is_grad_enabled() and (X.requires_grad or learns_alpha),
-        backend=backend,
-    )
-
-
-def _explain_loss(*arguments: Any, **options: Any) -> Explanation:
-    """A loss reaches its backend through rows in the accumulation dtype; their gradient it has itself."""
-    given = _bound(loss_api.diffmax_loss, arguments, options)
-    X, alpha = given["X"], given["alpha"]
-    alpha = alpha() if callable(alpha) else alpha
-    dim = 0 if isinstance(X, Tensor) and X.ndim == 1 else 1
-    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, given["n_iter"]))
-    is_tensor = isinstance(alpha, Tensor)
-    return explain_call("bisect", X.device.type, accumulation_dtype(X.dtype), tensor_alpha=is_tensor, backend=given["backend"])
-
-
-def _bound(function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(function).bind(*arguments, **options)
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
-def _explain_decoding(*arguments: Any, **options: Any) -> Explanation:
-    given = _bound(decoding_api.attention_with_kvcache, arguments, options)
-    stats, backend = bool(given.pop("return_stats")), given.pop("backend")
-    q, k_cache, v_cache, call = decoding_api.checked(
-        **{name: given[name] for name in inspect.signature(decoding_api.checked).parameters}
-    )
-    return explain_call(
-        "attention_kvcache",
-        q.device.type,
-        q.dtype,
-        tensor_alpha=isinstance(call.e, Tensor),
-        backend=backend,
-        features=decoding_operator.features(q, k_cache, v_cache, call, stats),
-        head_dim=q.shape[3],
-        value_dim=v_cache.shape[3],
-    )
-
-
-def _explain_attention(function: Callable[..., Any], check: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
-    given = _bound(function, arguments, options)
-    stats, backend = bool(given.pop("return_stats")), given.pop("backend")
-    places = [given.pop(parameter) for parameter in list(given) if _is_positional(function, parameter)]
-    query, key, value, call = check(*places, **given, draws=False)
-    learned = [t for t in (query, key, value, call.e, call.bias, call.sink) if isinstance(t, Tensor) and t.requires_grad]
-    return explain_call(
-        "attention",
-        query.device.type,
-        query.dtype,
-        tensor_alpha=isinstance(call.e, Tensor),
-        alpha_gradient=isinstance(call.e, Tensor) and call.e.requires_grad,
-        backward=torch.is_grad_enabled() and bool(learned),
-        backend=backend,
-        features=attention_operator.features(query, key, value, call, stats),
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
-    )
-
-
-def _is_positional(function: Callable[..., Any], parameter: str) -> bool:
-    return inspect.signature(function).parameters[parameter].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-
-def explain_call(
-    operator: str,
-    device_type: str,
-    dtype: torch.dtype,
-    *,
-    tensor_alpha: bool = False,
-    alpha_gradient: bool = False,
-    backward: bool = False,
-    backend: str | None = None,
-    features: frozenset[str] = frozenset(),
-    head_dim: int = 0,
-    value_dim: int = 0,
-) -> Explanation:
+def explain_question(asked: Question) -> Explanation:
     """`explain` for a call that is described, not given: no tensor and no device is needed."""
-    needed = {"tensor_alpha", *features} if tensor_alpha else {*features}
+    needed = asked.features | {"tensor_alpha"} if asked.tensor_alpha else asked.features
     if torch.are_deterministic_algorithms_enabled():
-        needed.add("deterministic")
-    specs = [dispatch.describe(operator, device_type, dtype, frozenset(needed), head_dim, value_dim)]
-    if backward:
-        needed = (needed | {"alpha_gradient"} if alpha_gradient else needed) - {"attention_stats"}
-        specs.append(dispatch.describe(f"{operator}_backward", device_type, dtype, frozenset(needed), head_dim, value_dim))
-    return Explanation(tuple(_explain_one(spec, backend or dispatch.selected(), bool(backend)) for spec in specs))
-
-
-# The public function, or its operator, and the operator that its calls reach
-OPERATOR_OF = {
-    "diffmax_bisect": "bisect",
-    "bisect": "bisect",
-    "diffmax_loss": "bisect",
-    "attention": "attention",
-    "attention_varlen": "attention",
-    "attention_with_kvcache": "attention_kvcache",
-}
-_EXPLAINED: dict[str, Callable[..., Explanation]] = {
-    "diffmax_bisect": _explain_bisect,
-    "bisect": _explain_bisect,
-    "diffmax_loss": _explain_loss,
-    "attention": partial(_explain_attention, attention_api.attention, attention_api.checked),
-    "attention_varlen": partial(_explain_attention, attention_api.attention_varlen, attention_api.checked_varlen),
-    "attention_with_kvcache": _explain_decoding,
-}
+        needed |= {"deterministic"}
+    where, head_dims = (asked.device_type, asked.dtype), (asked.head_dim, asked.value_dim)
+    specs = [dispatch.describe(asked.operator, *where, needed, *head_dims)]
+    if asked.backward:
+        needed = (needed | {"alpha_gradient"} if asked.alpha_gradient else needed) - {"attention_stats"}
+        specs.append(dispatch.describe(f"{asked.operator}_backward", *where, needed, *head_dims))
+    backend = asked.backend or dispatch.selected()
+    return Explanation(tuple(_explain_one(spec, backend, bool(asked.backend)) for spec in specs))
 
 
 def _explain_one(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from diffmax.machine.dispatch import choose, describe, import_function, selected
-from diffmax.plugin import OPERATOR_FEATURES
+from diffmax.operators.common.spec import SPECS, Needed
 
 ROW_LENGTH, HEAD_DIM = 1024, 64  # what a call without lengths and head sizes prepares
 _OF_ALPHA = frozenset({"tensor_alpha", "alpha_gradient"})  # said by `alphas` and `backward`
@@ -62,32 +62,19 @@ def warmup(
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
+    needed = Needed(lengths or (), sizes, [frozenset(some) for some in combinations], decoding)
     prepared: dict[str, int] = {}
     for dtype, alpha in itertools.product(dtypes, alphas):
         e, name = None if alpha is None else 1 - alpha, selected(backend)
         of_alpha = frozenset({"tensor_alpha"} if alpha is None else ())
-        if lengths:
-            chosen = choose(describe("bisect", place.type, dtype, of_alpha), name)
-            target = chosen.provided["bisect"].warmup
-            for length in lengths:
-                _count(prepared, chosen.name, target, place, dtype, length, e, backward)
-        for operator, needed, size in _attention_calls(sizes, combinations, decoding):
-            chosen = choose(describe(operator, place.type, dtype, needed | of_alpha, *size), name)
-            target = chosen.provided[operator].warmup
-            asked = needed | {"alpha_gradient"} if alpha is None and backward else needed
-            _count(prepared, chosen.name, target, place, dtype, *size, e, backward, asked)
+        for spec in SPECS.values():
+            for operator, asked, head_dims, its_sizes in spec.prepares(needed):
+                chosen = choose(describe(operator, place.type, dtype, asked | of_alpha, *head_dims), name)
+                learned = frozenset({"alpha_gradient"} if alpha is None and backward else ())
+                more = (asked | learned,) if spec.has_heads else ()
+                target = chosen.provided[operator].warmup
+                _count(prepared, chosen.name, target, place, dtype, *its_sizes, e, backward, *more)
     return prepared
-
-
-def _attention_calls(
-    sizes: Sequence[tuple[int, int]], combinations: Sequence[Collection[str]], decoding: bool
-) -> Iterator[tuple[str, frozenset[str], tuple[int, int]]]:
-    for size, features in itertools.product(sizes, combinations):
-        more = {"value_dim"} if size[0] != size[1] else set()
-        yield "attention", (frozenset(features) | more) & OPERATOR_FEATURES["attention"], size
-        if decoding:
-            needed = frozenset(features) | more | {"kv_cache"}
-            yield "attention_kvcache", needed & OPERATOR_FEATURES["attention_kvcache"], size
 
 
 def _count(prepared: dict[str, int], backend: str, target: str | None, *arguments: object) -> None:
@@ -109,7 +96,8 @@ def _check(
     outside = [alpha for alpha in alphas if alpha is not None and not 0 < alpha < 1]
     if outside:
         raise ValueError(f"warmup: alphas must lie between 0 and 1, or be None for a tensor, got {outside[0]}")
-    known = (OPERATOR_FEATURES["attention"] | OPERATOR_FEATURES["attention_kvcache"]) - _OF_ALPHA
+    with_heads = [kernel.features for spec in SPECS.values() if spec.has_heads for kernel in spec.kernels.values()]
+    known = frozenset[str]().union(*with_heads) - _OF_ALPHA
     unknown = sorted({*features} - known)
     if unknown:
         raise ValueError(f"warmup: no such feature of attention: {unknown[0]!r}, known: {', '.join(sorted(known))}")

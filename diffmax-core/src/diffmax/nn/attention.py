@@ -13,7 +13,7 @@ from diffmax.nn._checkpoint import AlphaFromSoftmax
 from diffmax.nn._multihead import Apart, merged, with_weights
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
-from diffmax.operators.attention.api import attention, checked
+from diffmax.operators.attention.api import attention, build_call
 from diffmax.operators.attention.checks import check_mask
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_tensor, one_minus_alpha
@@ -410,7 +410,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
         }
         if not weighed:
             return attention(*given, **options, backend=self.backend), None
-        out, weights = with_weights(*checked(*given, **options, alibi_slopes=None, softcap=0.0), self.backend)
+        out, weights = with_weights(*build_call(*given, **options, alibi_slopes=None, softcap=0.0), self.backend)
         return out, weights * 0.0 if given[4] == 1 else weights
 
     def _heads(self, projection: nn.Linear, tokens: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """diffmax's conformance kit for the backend `example`."""
 
-from diffmax.testing.rows.conformance import BackendConformance
+from diffmax.testing.conformance import BackendConformance
 
 
 class TestExample(BackendConformance):

@@ -172,7 +172,7 @@ def attention(
             return_stats=return_stats,
             backend=backend,
         )
-    q, k, v, call = checked(
+    q, k, v, call = build_call(
         *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
         alpha=alpha,
         window_size=window_size,
@@ -272,7 +272,7 @@ def attention_varlen(
     packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2:
         return _one_by_one(*packed, alibi_slopes, options | {"return_stats": return_stats, "backend": backend})
-    query, key, value, call = checked_varlen(*packed, alibi_slopes=alibi_slopes, **options)
+    query, key, value, call = build_packed_call(*packed, alibi_slopes=alibi_slopes, **options)
     out, stats = _attend(query, key, value, call, return_stats, backend)
     out, stats = _by_token(out, stats)
     return out if stats is None else (out, stats)
@@ -292,7 +292,7 @@ def _one_by_one(
     """`attention_varlen` with slopes (N, H), for which no kernel has a place: each sequence alone."""
     how = {"return_stats": options.pop("return_stats"), "backend": options.pop("backend")}
     packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    checked_varlen(*packed, alibi_slopes=slopes, draws=False, **options)
+    build_packed_call(*packed, alibi_slopes=slopes, draws=False, **options)
     if (table := options.pop("block_table")) is not None:
         key, value = from_pages("diffmax.attention_varlen", key, value, cu_seqlens_k, table)
     of_query, of_key, of_value = (
@@ -311,7 +311,7 @@ def _one_by_one(
     return torch.cat([out.transpose(0, 1) for out in outs]), AttentionStats(torch.cat(tau), torch.cat(support), unknown)
 
 
-def checked(
+def build_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -335,7 +335,7 @@ def checked(
         nested.check_all(name, query, key, value, attn_mask)
         queries, keys, values = (nested.pack(name, what, t) for what, t in (("query", query), ("key", key), ("value", value)))
         nested.check_same_lengths(name, keys, values)
-        return checked_varlen(
+        return build_packed_call(
             *(queries.tokens, keys.tokens, values.tokens, queries.ends, keys.ends, queries.longest, keys.longest),
             dropout_p=dropout_p,
             is_causal=is_causal,
@@ -388,7 +388,7 @@ def checked(
     return query, key, value, call
 
 
-def checked_varlen(
+def build_packed_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -411,7 +411,7 @@ def checked_varlen(
     lower_right: bool = True,
     name: str = "diffmax.attention_varlen",
 ) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
-    """As `checked`, of `attention_varlen`'s; the tensors are (1, H, T, D)."""
+    """As `build_call`, of `attention_varlen`'s; the tensors are (1, H, T, D)."""
     if block_table is not None:
         key, value = from_pages(name, key, value, cu_seqlens_k, block_table)
     query, key, value = _autocast(query, key, value)

@@ -10,7 +10,9 @@ Positions are the keys': key j has position j, and each query has the position t
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -94,7 +96,15 @@ class Pages:
 
 
 class Rule:
-    """What acts on the scores of a call that needs one of its features."""
+    """What acts on the scores of a call that needs one of its features.
+
+    Attributes:
+        fields: Of a call, those that it reads; calls that lack one never need it.
+        described: The features, with their meaning.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+    described: ClassVar[Mapping[str, str]] = {}
 
     def features(self, call: Call) -> frozenset[str]:
         """Those of `diffmax.plugin.FEATURES` that the call needs for this rule; none if it has no use for it."""
@@ -115,6 +125,9 @@ class Rule:
 
 class Softcap(Rule):
     """c tanh(score / c), which lies between -c and c."""
+
+    fields = ("softcap",)
+    described: ClassVar = {"softcap": "attention with capped scores"}
 
     def features(self, call: Call) -> frozenset[str]:
         """`softcap`."""
@@ -140,6 +153,9 @@ class Softcap(Rule):
 class Bias(Rule):
     """A tensor that is added; its gradient is the scores', summed over what it broadcasts along."""
 
+    fields = ("bias",)
+    described: ClassVar = {"bias": "attention with numbers added to the scores, and their gradient"}
+
     def features(self, call: Call) -> frozenset[str]:
         """`bias`."""
         return _if(_given(call, "bias") is not None, "bias")
@@ -151,6 +167,9 @@ class Bias(Rule):
 
 class Alibi(Rule):
     """- slope |distance|. The slopes have no gradient."""
+
+    fields = ("alibi",)
+    described: ClassVar = {"alibi": "attention with ALiBi's slopes"}
 
     def features(self, call: Call) -> frozenset[str]:
         """`alibi`."""
@@ -173,6 +192,12 @@ class Alibi(Rule):
 
 class Window(Rule):
     """Keys more than `left` before a query, or more than `right` behind it, are hidden. Causality is right = 0."""
+
+    fields = ("left", "right")
+    described: ClassVar = {
+        "causal": "attention in which a query sees no later key",
+        "window": "attention in which a query sees the keys of a window",
+    }
 
     def features(self, call: Call) -> frozenset[str]:
         """`causal`, `window`."""
@@ -216,6 +241,9 @@ class Padding(Rule):
 class Mask(Rule):
     """A boolean tensor: what is False is hidden."""
 
+    fields = ("mask",)
+    described: ClassVar = {"mask": "attention with a boolean mask"}
+
     def features(self, call: Call) -> frozenset[str]:
         """`mask`."""
         return _if(_given(call, "mask") is not None, "mask")
@@ -231,6 +259,9 @@ class Sink(Rule):
     Its gradient is its score's. Kernels that cut the scores by keys add its column themselves, by `with_sink`.
     """
 
+    fields = ("sink",)
+    described: ClassVar = {"sink": "attention with a learned sink, and its gradient"}
+
     def features(self, call: Call) -> frozenset[str]:
         """`sink`."""
         return _if(call.sink is not None, "sink")
@@ -242,6 +273,12 @@ class Sink(Rule):
 
 RULES: tuple[Rule, ...] = (Softcap(), Bias(), Alibi(), Window(), Padding(), Mask(), Sink())
 """In the order in which they act."""
+
+
+def described(kind: type) -> dict[str, str]:
+    """The features that calls of a kind may need for the rules, with their meaning."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return {name: text for rule in RULES if known >= {*rule.fields} for name, text in rule.described.items()}
 
 
 def features(call: Call) -> frozenset[str]:

@@ -199,7 +199,7 @@ def attention_with_kvcache(
             "the stats have tau, which the former returns"
         )
     given = (softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink, page_bounds, cache_leftpad)
-    q, k_cache, v_cache, call = checked(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, *given)
+    q, k_cache, v_cache, call = build_call(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, *given)
     out, m, delta, support, pages = decoding_operator.attention_kvcache(
         q, k_cache, v_cache, call, bool(return_stats), selected(backend)
     )
@@ -210,7 +210,7 @@ def attention_with_kvcache(
     return (out, tau) if return_softmax_lse else (out, KVCacheStats(tau, support, pages))
 
 
-def checked(
+def build_call(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,

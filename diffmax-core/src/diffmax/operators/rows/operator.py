@@ -18,8 +18,8 @@ from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, forward_levels, has_tangent, is_transformed
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.sharding import register_rules
 from diffmax.operators.rows.fast_path import is_plain
-from diffmax.operators.rows.sharding import register_rules
 
 
 class Arguments(NamedTuple):

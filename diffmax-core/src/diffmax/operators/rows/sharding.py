@@ -1,35 +1,11 @@
-"""DTensor: how each diffmax operator may be sharded. Rows are independent, so any dimension but the normalised one may be.
-
-DTensor takes half a second to import, which `import diffmax` must not cost, and no operator is called before it is too late
-to ask for a rule. But DTensor first asks an operator's fake kernel for the shapes and only then looks for its rule, in eager
-mode, inference mode and under torch.compile: so the fake kernels in `operators.rows.operator` call `register_rules`.
-"""
+"""How rows may be sharded: they are independent, so along any dimension but the normalised one."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
-import torch
-
-# Placements of the outputs, and of the arguments (None: not a tensor): one way to run an operator without communication.
-Sharding: TypeAlias = "tuple[list[Any], list[Any]]"
-
-_registered = False
-
-
-def register_rules() -> None:
-    """Give DTensor the rules below, once, if it has been imported; torch before 2.5 takes no rules."""
-    global _registered
-    if _registered or "torch.distributed.tensor" not in sys.modules:
-        return
-    _registered = True
-    try:
-        from torch.distributed.tensor.experimental import register_sharding
-    except ImportError:
-        return
-    for name, rule in _RULES.items():
-        register_sharding(getattr(torch.ops.diffmax, name).default)(rule)
+from diffmax.operators.common.sharding import Sharding
 
 
 def _bisect(x: Any, e: float, e_tensor: Any, dim: int, *_: Any) -> list[Sharding]:
@@ -49,8 +25,7 @@ def _bisect_backward(
     return shardings
 
 
-# An operator that is added to diffmax gets a line here.
-_RULES = {"bisect": _bisect, "bisect_backward": _bisect_backward}
+RULES: dict[str, Callable[..., list[Sharding]]] = {"bisect": _bisect, "bisect_backward": _bisect_backward}
 
 
 def _row_placements(x: Any, e_tensor: Any, dim: int) -> list[tuple[Any, Any]]:

@@ -432,7 +432,7 @@ def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
         tests.append("test_autograd_registration")
-    arguments = (query, key, value, False, False, 0.25, 0.5, None, None, False, -1, -1, None, None, 0, 0, backend)
+    arguments = FORWARD.flatten(query, key, value, False, False, AttentionCall(scale=0.25, e=0.5), backend)
     torch.library.opcheck(torch.ops.diffmax.attention.default, arguments, test_utils=tuple(tests))
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import diffmax
 from diffmax import KVCacheStats, PageBounds
+from diffmax.operators.decoding.operator import SCHEMA
+from diffmax.plugin import KVCacheCall
 from diffmax.testing.attention.checks import attention
 from diffmax.testing.gate import Gate, gates
 from diffmax.testing.rows.checks import SPECIAL_ALPHAS, _expect, _poisoned_memory, _within, inf, nan
@@ -350,8 +352,9 @@ def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
         for cache in (t.k_cache, t.v_cache):
             cache.nan_to_num_()  # opcheck compares with ==
         low, high = t.bounds[:2] if t.bounds else (None, None)
-        tensors = (t.q, t.k_cache, t.v_cache, t.k, t.v, t.keywords["cache_seqlens"], None, None, low, high)
-        arguments = (*tensors, 16, False, 0.25, 0.5, None, -1, -1, 0.0, None, None, backend)
+        options = {"cache_seqlens": t.keywords["cache_seqlens"], "low": low, "high": high, "page_size": 16}
+        call = KVCacheCall(scale=0.25, e=0.5, k=t.k, v=t.v, **options)
+        arguments = SCHEMA.flatten(t.q, t.k_cache, t.v_cache, False, call, backend)
         torch.library.opcheck(torch.ops.diffmax.attention_kvcache.default, arguments, test_utils=tuple(tests))
 
 

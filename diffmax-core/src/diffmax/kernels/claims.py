@@ -1,0 +1,37 @@
+"""What the kernels of core's own backends can do, for their descriptions. It imports none of them."""
+
+from __future__ import annotations
+
+from diffmax.operators.common.numerics import FLOAT_DTYPES
+from diffmax.operators.common.spec import SPECS, spec_of
+from diffmax.plugin import Kernel
+
+# Listed one by one, as every backend's claims are: a feature that is added is not claimed by itself.
+_ALPHA = {"tensor_alpha", "deterministic"}
+_SCORES = {"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"}
+_CPU = {
+    "bisect": _ALPHA,
+    "bisect_backward": _ALPHA | {"alpha_gradient"},
+    "attention": _ALPHA | _SCORES | {"mask", "bias", "varlen", "dropout", "attention_stats"},
+    "attention_backward": _ALPHA | _SCORES | {"mask", "bias", "varlen", "dropout", "alpha_gradient"},
+    "attention_kvcache": _ALPHA | _SCORES | {"kv_cache", "paged", "attention_stats"},
+}
+
+
+def cpu_kernels(package: str, *, compiled: bool = False) -> dict[str, Kernel]:
+    """Of `diffmax.kernels.cpu` and `.numba`, whose modules are named as the operators' folders."""
+    found = {}
+    for operator, features in _CPU.items():
+        module = f"{package}.{spec_of(operator).name}"
+        warmup = f"{module}:warmup" if compiled and not operator.endswith("_backward") else None
+        found[operator] = Kernel(f"{module}:{operator}", FLOAT_DTYPES, frozenset(features), warmup=warmup)
+    return found
+
+
+def reference_kernels() -> dict[str, Kernel]:
+    """Of `diffmax.reference`, which defines every operator and every feature."""
+    return {
+        name: Kernel(f"diffmax.reference.{spec.name}:{name}", FLOAT_DTYPES, kernel.features)
+        for spec in SPECS.values()
+        for name, kernel in spec.kernels.items()
+    }

@@ -1,0 +1,50 @@
+"""The loss, to the rest of diffmax. It has no kernels of its own: it reaches its backend through rows."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+from torch import Tensor
+
+from diffmax.operators.common.checks import check_scores, one_minus_alpha
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.spec import Function, OperatorSpec, Question, register
+from diffmax.operators.loss import operator
+from diffmax.operators.loss.api import diffmax_loss
+from diffmax.operators.rows.spec import FORWARD_FLOPS
+
+LOSS_FLOPS = 2  # a power and a sum; the backward is a difference and a product
+
+
+def _asks(*arguments: Any, **options: Any) -> Question:
+    """A loss asks for rows in the accumulation dtype; their gradient it has itself."""
+    bound = inspect.signature(diffmax_loss).bind(*arguments, **options)
+    bound.apply_defaults()
+    given = bound.arguments
+    X, alpha = given["X"], given["alpha"]
+    alpha = alpha() if callable(alpha) else alpha
+    dim = 0 if isinstance(X, Tensor) and X.ndim == 1 else 1
+    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, given["n_iter"]))
+    dtype, is_tensor = accumulation_dtype(X.dtype), isinstance(alpha, Tensor)
+    return Question("bisect", X.device.type, dtype, tensor_alpha=is_tensor, backend=given["backend"])
+
+
+def _forward_flops(x: Tensor, *_: Any, **__: Any) -> int:
+    return (FORWARD_FLOPS + LOSS_FLOPS) * math.prod(x.shape)
+
+
+def _backward_flops(_grad: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
+    return LOSS_FLOPS * math.prod(x.shape)
+
+
+register(
+    OperatorSpec(
+        name="loss",
+        rank=30,
+        functions={"diffmax_loss": Function("bisect", _asks)},
+        schemas=(operator.FORWARD, operator.BACKWARD),
+        flops={"loss": _forward_flops, "loss_backward": _backward_flops},
+    )
+)
