@@ -525,29 +525,6 @@ def pads(*values):
         ),
         (
             ValueError,
-            "cache_leftpad and block_table exclude each other",
-            lambda: attention_with_kvcache(
-                *caches(), block_table=torch.zeros(2, 1, dtype=torch.int32), cache_leftpad=pads(1, 1)
-            ),
-        ),
-        (
-            ValueError,
-            "cache_leftpad and page_bounds exclude each other",
-            lambda: attention_with_kvcache(
-                *(c := caches()), page_bounds=diffmax.page_bounds(c[1], 12), cache_leftpad=pads(1, 1)
-            ),
-        ),
-        (
-            ValueError,
-            "k_cache must have its rows one behind the other .*\nmake it contiguous first",
-            lambda: attention_with_kvcache(
-                *(caches()[0], randn(12, B, KV, D).transpose(0, 1), caches()[2], randn(B, 1, KV, D), randn(B, 1, KV, D)),
-                cache_seqlens=5,
-                cache_leftpad=pads(1, 1),
-            ),
-        ),
-        (
-            ValueError,
             "return_softmax_lse and return_stats exclude each other",
             lambda: attention_with_kvcache(*caches(), return_stats=True, return_softmax_lse=True),
         ),

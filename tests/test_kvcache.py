@@ -44,6 +44,7 @@ def by_entmax(case, given):
         if case.slopes:
             scores = scores - given.keywords["alibi_slopes"][b, h].to(q.dtype) * away.abs()
         seen = (away >= -left if left >= 0 else away == away) & (away <= right if right >= 0 else away == away)
+        seen = seen & (torch.arange(len(key)) >= (case.leftpad or (0,) * q.shape[0])[b])
         scores, value = scores[seen], value[seen]
         if case.sink:
             scores = torch.cat([scores, given.keywords["sink"][h : h + 1].to(q.dtype)])

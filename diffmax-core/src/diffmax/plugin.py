@@ -154,6 +154,8 @@ class KVCacheCall:
         left, right: How many keys before and after its own place a query sees, -1: all of them. The last query stands at the
             last key.
         alibi: (B or 1, H), in the accumulation dtype: slope * abs(distance) is taken from scores, after the softcap; or None.
+        leftpad: int32 (B,), where each sequence starts: what lies before in its row or pages is not seen, and may be anything;
+            `cache_seqlens` counts it. None: at 0.
     """
 
     scale: float
@@ -171,6 +173,7 @@ class KVCacheCall:
     softcap: float = 0.0
     alibi: Tensor | None = None
     sink: Tensor | None = None
+    leftpad: Tensor | None = None
 
 
 class Saved(NamedTuple):

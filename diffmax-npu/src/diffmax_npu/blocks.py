@@ -95,5 +95,5 @@ def _width(call: AttentionCall, many: int, packed: bool) -> int:
 def _seen(rows: slice, length: int, many: int, call: AttentionCall) -> slice:
     """The keys that causality and window leave to these queries, from the beginning of a tile."""
     shift = many - length if call.lower_right else 0
-    first, last = visible_span(rows.start + shift, rows.stop - 1 + shift, call, many)
+    first, last = visible_span(rows.start + shift, rows.stop - 1 + shift, call.left, call.right, many)
     return slice(first // TILE * TILE, last)

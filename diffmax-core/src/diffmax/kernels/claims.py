@@ -14,7 +14,7 @@ _CPU = {
     "bisect_backward": _ALPHA | {"alpha_gradient"},
     "attention": _ALPHA | _SCORES | {"mask", "bias", "varlen", "dropout", "attention_stats"},
     "attention_backward": _ALPHA | _SCORES | {"mask", "bias", "varlen", "dropout", "alpha_gradient"},
-    "attention_kvcache": _ALPHA | _SCORES | {"kv_cache", "paged", "attention_stats"},
+    "attention_kvcache": _ALPHA | _SCORES | {"kv_cache", "paged", "leftpad", "attention_stats"},
 }
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from diffmax.nn._shapes import check_heads
 from diffmax.operators.attention.checks import check_window
+from diffmax.operators.attention.scores import visible_span
 from diffmax.operators.common.capture import captured, is_captured
 
 
@@ -22,8 +23,7 @@ def visible_keys(
     """How many keys each query sees, (L,) or with a mask (..., L), float32; at least 1."""
     left, right = check_window("LengthScale", window_size, is_causal)
     place = torch.arange(queries, device=device) + (keys - queries if causal_alignment == "lower_right" else 0)
-    first = torch.zeros_like(place) if left < 0 else (place - left).clamp(0, keys)
-    end = torch.zeros_like(place) + keys if right < 0 else (place + right + 1).clamp(0, keys)
+    first, end = (torch.as_tensor(at).clamp(0, keys) for at in visible_span(place, place, left, right, keys))
     if attn_mask is None:
         return (end - first).clamp_min(1).float()
     seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf

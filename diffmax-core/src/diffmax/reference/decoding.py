@@ -49,8 +49,8 @@ def attention_kvcache(
     row_e = e.squeeze(2) if isinstance(e, Tensor) else torch.full((), e, dtype=acc, device=m.device)
     delta = delta.masked_fill(m.isnan() | (m == torch.inf) | ~((row_e >= 0) & (row_e <= 1)), torch.nan)
     p = p[..., :tokens]
-    inside = (region.keys() < region.ends.view(-1, 1))[..., None, None]
-    values = torch.where(inside, values, 0).to(acc).transpose(1, 2)
+    seen = (scores[..., :tokens] != -torch.inf).any(1).any(1)  # what no query sees may be anything
+    values = torch.where(seen[..., None, None], values, 0).to(acc).transpose(1, 2)
     groups = p.reshape(batch, keys.shape[2], heads // max(keys.shape[2], 1) * length, tokens)
     out = (groups @ values).view(batch, heads, length, values.shape[3]).transpose(1, 2).to(query.dtype).contiguous()
     support, pages = (torch.empty(0, dtype=torch.int32, device=query.device) for _ in range(2))

@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffmax.operators.attention import scores as rules
 from diffmax.operators.rows.api import diffmax_bisect
+from diffmax.plugin import AttentionCall
+from diffmax.reference.attention import Whole
 
 
 def attend_with_weights(
@@ -27,29 +30,41 @@ def attend_with_weights(
 
     The query heads of a group are laid below one another: one product per key head serves them, and no key is repeated.
     """
-    batch, heads, length, head_dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    grouped_query = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = grouped_query @ key.transpose(2, 3) * (1 / math.sqrt(head_dim) if scale is None else scale)
-    scores = scores.view(batch, heads, length, keys)
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-    scores = masked(scores, mask, is_causal, window_size)
-    if sink is not None:
-        scores = torch.cat([scores, sink.to(scores.dtype).view(-1, 1, 1).expand(batch, heads, length, 1)], -1)
+    keys, e = key.shape[2], 1 - alpha
+    call = _call(mask, is_causal, window_size, 1 / math.sqrt(query.shape[3]) if scale is None else scale, e, softcap, sink)
+    grouped = query.reshape(*key.shape[:2], -1, query.shape[3])
+    scores = (grouped @ key.transpose(2, 3) * call.scale).view(*query.shape[:3], keys)
+    scores = rules.apply(scores, call, Whole.of(query, key, call))
     weights = diffmax_bisect(scores, alpha.reshape(-1, 1, 1) if isinstance(alpha, Tensor) else alpha)[..., :keys]
     weights = nn.functional.dropout(weights.to(value.dtype), dropout_p)
-    output = weights.reshape(batch, kv_heads, grouped_query.shape[2], keys) @ value
-    return output.view(batch, heads, length, value.shape[3]), weights
+    output = weights.reshape(*key.shape[:2], grouped.shape[2], keys) @ value
+    return output.view(*query.shape[:3], value.shape[3]), weights
 
 
 def masked(scores: Tensor, mask: Tensor | None, is_causal: bool, window_size: tuple[int, int] | None = None) -> Tensor:
-    """The scores and what is added to them, with -inf where nothing is to be seen."""
-    if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        if window_size is not None:
-            hidden = hidden | torch.ones_like(hidden).tril(-window_size[0] - 1)
-        scores = scores.masked_fill(hidden, -torch.inf)
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    """The scores (B, H, L, S) and what is added to them, with -inf where nothing is to be seen."""
+    call = _call(mask, is_causal, window_size, 1.0, 1.0)
+    return rules.apply(scores, call, Whole(scores.shape[-2], scores.shape[-1], call, scores.device))
+
+
+def _call(
+    mask: Tensor | None,
+    is_causal: bool,
+    window_size: tuple[int, int] | None,
+    scale: float,
+    e: float | Tensor,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+) -> AttentionCall:
+    """What acts on the scores. A window belongs to causality here, as transformers' masks have it."""
+    boolean = mask is not None and mask.dtype == torch.bool
+    return AttentionCall(
+        scale=scale,
+        e=e,
+        mask=mask if boolean else None,
+        bias=None if boolean else mask,
+        left=window_size[0] if is_causal and window_size is not None else -1,
+        right=0 if is_causal else -1,
+        softcap=softcap,
+        sink=sink,
+    )

@@ -47,7 +47,7 @@ class Sequence:
     def seen(self, start: int, stop: int, call: AttentionCall) -> tuple[int, int]:
         """The range of keys that causality and window leave for the queries from start to stop."""
         shift = self.shift(call)
-        first, last = rules.visible_span(start + shift, stop - 1 + shift, call, self.keys)
+        first, last = rules.visible_span(start + shift, stop - 1 + shift, call.left, call.right, self.keys)
         return first, max(first, last)
 
 

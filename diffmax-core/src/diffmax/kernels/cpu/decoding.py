@@ -79,8 +79,10 @@ class _Head:
 
     def __post_init__(self) -> None:
         call, left = self.call, self.call.left
-        # what lies before every query's window is as if it were not there
+        # what lies before every query's window, or before the sequence, is as if it were not there
         self.first = max(self.end - self.length - left, 0) if left >= 0 else 0
+        if call.leftpad is not None:
+            self.first = min(max(self.first, int(call.leftpad[self.b])), self.end)
         self.blocks = None if call.block_table is None else call.block_table[self.b, : -(-self.end // call.page_size)].long()
         self.row = self.b if call.cache_batch_idx is None else int(call.cache_batch_idx[self.b])
         self.e: float | Tensor = self.per_row(call.e) if isinstance(call.e, Tensor) else call.e
@@ -258,6 +260,10 @@ class _HeadRegion(rules.Region):
     def of_heads(self, t: Tensor) -> Tensor:
         """(R, 1)."""
         return self.head.per_row(t if t.ndim == 1 else t[self.head.b if t.shape[0] > 1 else 0])
+
+    def of_sequences(self, t: Tensor) -> Tensor:
+        """(1, 1)."""
+        return t[self.head.b].view(1, 1)
 
     def edge(self, call: rules.Call, side: str) -> slice:
         """One query that stands at the last key: causality hides nothing from it."""

@@ -512,7 +512,7 @@ def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall
         tile = row - first[sequence]
     last_row = torch.minimum(tile * TILE + TILE, length) - 1
     shift = keys - length if call.lower_right else torch.zeros_like(row)
-    first, end = rules.visible_span(tile * TILE + shift, last_row + shift, call, keys)
+    first, end = rules.visible_span(tile * TILE + shift, last_row + shift, call.left, call.right, keys)
     left = torch.where((end > first) & (tile * TILE <= last_row), (end - 1) // TILE - first // TILE + 1, 0).sum()
     full = unpacked_bits(live).sum(2)
     return 1 - full / left.clamp_min(1).float()

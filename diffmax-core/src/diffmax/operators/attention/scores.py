@@ -1,4 +1,4 @@
-"""What acts on attention's scores, written once: softcap, bias, ALiBi, window, padding, mask and sink, in this order.
+"""What acts on attention's scores, written once: softcap, bias, ALiBi, window, padding, mask, sink, in this order.
 
 A `Rule` says which features a call needs for it, what it does to a block of scores, its derivative, and what it makes of an
 upper bound. The reference, the CPU kernels, decoding, the Ascend kernels and the integrations apply the same rules; a `Region`
@@ -238,6 +238,21 @@ class Padding(Rule):
         return scores
 
 
+class LeftPad(Rule):
+    """Keys before the start of their sequence are hidden."""
+
+    fields = ("leftpad",)
+    described: ClassVar = {"leftpad": "attention over a cache whose sequences start late"}
+
+    def features(self, call: Call) -> frozenset[str]:
+        """`leftpad`."""
+        return _if(_given(call, "leftpad") is not None, "leftpad")
+
+    def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
+        """-inf before the start."""
+        return region.hide(scores, region.keys() < region.of_sequences(_given(call, "leftpad")))
+
+
 class Mask(Rule):
     """A boolean tensor: what is False is hidden."""
 
@@ -271,7 +286,7 @@ class Sink(Rule):
         return with_sink(scores, region.of_heads(_given(call, "sink")))
 
 
-RULES: tuple[Rule, ...] = (Softcap(), Bias(), Alibi(), Window(), Padding(), Mask(), Sink())
+RULES: tuple[Rule, ...] = (Softcap(), Bias(), Alibi(), Window(), Padding(), LeftPad(), Mask(), Sink())
 """In the order in which they act."""
 
 
@@ -324,13 +339,13 @@ def with_sink(scores: Tensor, sink: Tensor) -> Tensor:
     return torch.cat([scores, sink.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
 
 
-def visible_span(first: Any, last: Any, call: Call, keys: Any) -> tuple[Any, Any]:
-    """The first key, and one behind the last, that the window leaves to queries at the positions `first` to `last`.
+def visible_span(first: Any, last: Any, left: int, right: int, keys: Any) -> tuple[Any, Any]:
+    """The first key, and one behind the last, that a window leaves to queries at the positions `first` to `last`.
 
     Positions and the number of keys are ints, or tensors of them. The span may be empty, or end before it begins.
     """
-    low = first - call.left if call.left >= 0 else first * 0
-    high = last + call.right + 1 if call.right >= 0 else last * 0 + keys
+    low = first - left if left >= 0 else first * 0
+    high = last + right + 1 if right >= 0 else last * 0 + keys
     if isinstance(low, Tensor):
         return low.clamp_min(0), torch.minimum(high, torch.as_tensor(keys, device=low.device))
     return max(low, 0), min(high, keys)

@@ -13,7 +13,6 @@ from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.numerics import clamp_e
 from diffmax.operators.decoding import checks
 from diffmax.operators.decoding import operator as decoding_operator
-from diffmax.operators.decoding.paged import from_late_start
 from diffmax.plugin import TILE, KVCacheCall
 from diffmax.reference import decoding as reference_decoding
 
@@ -145,8 +144,8 @@ def attention_with_kvcache(
         page_bounds: What `diffmax.page_bounds` returned for this cache, or None: then all keys are read.
         return_stats: Whether to return a `KVCacheStats` too.
         backend: A name from `diffmax.backends()`, which never falls back. None: the best one that can run the call.
-        cache_leftpad: int32 (B,), where each sequence begins in its row of the cache; what lies before is not seen, and
-            `cache_seqlens` counts it. Not with `block_table` or `page_bounds`. The cache is then read token by token.
+        cache_leftpad: int32 (B,), where each sequence starts in its row or its pages: what lies before is not seen, and may be
+            anything. `cache_seqlens` counts it.
         rotary_cos, rotary_sin: Must be None: rotate q and k before the call. `rotary_interleaved` has no effect.
         num_splits: No effect.
         return_softmax_lse: Whether to return tau too, (B, H, L), which is here what the logarithm of the sum is to softmax.
@@ -248,11 +247,6 @@ def build_call(
     lengths = checks.check_lengths(name, cache_seqlens, batch, room, new, q.device)
     checks.check_pages(name, block_table, lengths, new or 0, k_cache)
     rows = checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table)
-    if cache_leftpad is not None:
-        checks.check_alone(name, "cache_leftpad", block_table=block_table, page_bounds=page_bounds)
-        late = (name, cache_leftpad, k_cache, v_cache, lengths, rows, k is not None)
-        k_cache, v_cache, lengths, block_table = from_late_start(*late)
-        rows, page_size = None, 1
     call = KVCacheCall(
         scale=attention_checks.check_scale(name, q, softmax_scale),
         e=e if e_tensor is None else e_tensor,
@@ -269,6 +263,7 @@ def build_call(
         softcap=attention_checks.check_softcap(name, softcap),
         alibi=slopes if slopes is None or slopes.ndim == 2 else slopes.unsqueeze(0),
         sink=attention_checks.check_sink(name, q, sink, heads),
+        leftpad=checks.check_leftpad(name, cache_leftpad, lengths, q.device),
     )
     return q, k_cache, v_cache, call
 

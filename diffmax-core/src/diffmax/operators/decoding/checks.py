@@ -140,6 +140,20 @@ def _check_index(name: str, what: str, t: Tensor, shape: tuple[int, ...], device
         raise ValueError(f"{name}: {what} and the caches must be on one device, got {t.device} and {device}")
 
 
+def check_leftpad(name: str, leftpad: Tensor | None, lengths: Tensor, device: torch.device) -> Tensor | None:
+    """Check cache_leftpad."""
+    if leftpad is None:
+        return None
+    if not isinstance(leftpad, Tensor):
+        raise TypeError(f"{name}: cache_leftpad must be an int32 tensor, got {type(leftpad).__name__}")
+    _check_index(name, "cache_leftpad", leftpad, tuple(lengths.shape), device)
+    if _readable(leftpad) and _readable(lengths) and not bool(((leftpad >= 0) & (leftpad <= lengths)).all()):
+        raise ValueError(
+            f"{name}: cache_leftpad must lie between 0 and cache_seqlens, got {leftpad.tolist()} for {lengths.tolist()}"
+        )
+    return leftpad.to(torch.int32)
+
+
 def check_rows(name: str, rows: Tensor | None, batch: int, k_cache: Tensor, block_table: Tensor | None) -> Tensor | None:
     """Check cache_batch_idx."""
     if rows is None:
@@ -168,13 +182,6 @@ def check_unserved(name: str, rotary_cos: Any, rotary_sin: Any, num_splits: Any)
             )
     if not is_whole(num_splits):
         raise TypeError(f"{name}: num_splits must be an int, which has no effect, got {num_splits!r}")
-
-
-def check_alone(name: str, what: str, **others: Any) -> None:
-    """Check that none of the other arguments is given beside `what`."""
-    for other, given in others.items():
-        if given is not None:
-            raise ValueError(f"{name}: {what} and {other} exclude each other, got both\npass one of them")
 
 
 def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: int | None) -> Tensor | None:

@@ -36,6 +36,7 @@ class Case:
         page_size: Of a cache in pages; 0: not in pages.
         bounds: Page size of the bounds that are passed for a cache not in pages; for one in pages any number but 0. 0: none.
         rows: Whether the sequences lie in other rows of a larger cache.
+        leftpad: Where each sequence starts; empty: at 0.
         sigma: Spread of queries and keys.
     """
 
@@ -45,6 +46,7 @@ class Case:
     page_size: int = 0
     bounds: int = 0
     rows: bool = False
+    leftpad: tuple[int, ...] = ()
     length: int = 1
     heads: int = 2
     kv_heads: int = 2
@@ -70,6 +72,7 @@ class Case:
             "softcap": "softcap" in self.options,
             "alibi": self.slopes,
             "sink": self.sink,
+            "leftpad": bool(self.leftpad),
         }
         return {name for name, needed in needs.items() if needed}
 
@@ -150,6 +153,10 @@ CASES: dict[str, Case] = {
     "softcap": Case(options={"softcap": 4.0}),
     "slopes": Case(slopes=True, length=4, lengths=(129, 65)),
     "sink": Case(sink=True, lengths=(129, 0)),
+    "late start": Case(leftpad=(70, 0, 1), length=3, options={"causal": True}),
+    "late start, pages, bounds, window, new token": Case(
+        lengths=(129, 65, 40), leftpad=(100, 3, 39), new=1, page_size=16, bounds=1, options={"window_size": (60, 0)}
+    ),
 }
 
 
@@ -163,12 +170,16 @@ def inputs(case: Case, dtype: torch.dtype) -> Inputs:
     k = torch.randn(batch, case.new, case.kv_heads, case.head_dim).mul(case.sigma).to(dtype) if case.new else None
     v = torch.randn(batch, case.new, case.kv_heads, value_dim).to(dtype) if case.new else None
     behind = torch.arange(case.room) >= before.unsqueeze(1)
-    held[behind], values[behind] = nan, nan
+    before_start = torch.arange(case.room) < torch.tensor(case.leftpad or (0,) * batch).unsqueeze(1)
+    hidden = behind | before_start
+    held[hidden], values[hidden] = nan, nan
     keywords: dict[str, Any] = {"cache_seqlens": before, "alpha": case.alpha, **case.options}
     if isinstance(case.alpha, tuple):
         keywords["alpha"] = torch.tensor(case.alpha, dtype=torch.float64)
     if case.slopes:
         keywords["alibi_slopes"] = torch.rand(batch, case.heads) * 0.2
+    if case.leftpad:
+        keywords["cache_leftpad"] = torch.tensor(case.leftpad, dtype=torch.int32)
     if case.sink:
         keywords["sink"] = torch.randn(case.heads, dtype=torch.float64).to(torch.float32)
     if case.page_size:
