@@ -3,7 +3,7 @@
 A `Rule` says which features a call needs for it, what it does to a block of scores, its derivative, and what it makes of an
 upper bound. The reference, the CPU kernels, decoding, the Ascend kernels and the integrations apply the same rules; a `Region`
 tells how each of them cuts the scores. A new rule is a class here, a field of the call, and one function of the Triton kernels:
-docs/decisions/0079-rules-of-the-scores.md. Symbols: docs/theory.md.
+docs/decisions/0080-rules-of-the-scores.md. Symbols: docs/theory.md.
 
 Positions are the keys': key j has position j, and each query has the position that causality, windows and ALiBi count from.
 """
