@@ -294,5 +294,5 @@ def test_warmup_calls_the_backend_of_the_device(machine, monkeypatch):
     given = (torch.device("cuda", 0), torch.float16, 64, 32, None, False)
     assert calls == [
         ("diffmax_cuda.attention:warmup", *given, {"causal", "value_dim"}),
-        ("diffmax_cuda.kvcache:warmup", *given, {"causal", "value_dim", "kv_cache"}),
+        ("diffmax_cuda.decoding:warmup", *given, {"causal", "value_dim", "kv_cache"}),
     ]

@@ -20,7 +20,7 @@ def _kernels(**modules: str) -> dict[str, Kernel]:
     found = {}
     for operator, features in FEATURES.items():
         module = modules[operator.removesuffix("_backward")]
-        warmup = None if operator.endswith("_backward") or ".numba_" not in module else f"{module}:warmup"
+        warmup = None if operator.endswith("_backward") or ".numba." not in module else f"{module}:warmup"
         found[operator] = Kernel(f"{module}:{operator}", FLOAT_DTYPES, frozenset(features), warmup=warmup)
     return found
 
