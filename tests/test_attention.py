@@ -17,6 +17,8 @@ from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference import attention as reference_attention
 from diffmax.testing import gates, solve_exactly
 
+pytestmark = pytest.mark.sampled(3)
+
 BACKENDS = ("reference", "cpu", "numba")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
