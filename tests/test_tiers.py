@@ -29,8 +29,10 @@ def test_every_file_has_a_test_in_the_fast_tier(files_with_fast_tests):
     assert not [file for file, fast in files_with_fast_tests.items() if not fast]
 
 
-@pytest.mark.parametrize("processes", ["0", "2"])
+@pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["one process", "two"])
 def test_the_first_case_and_every_nth_are_fast_and_what_is_left_out_is_counted(processes, tmp_path):
+    if processes:
+        pytest.importorskip("xdist", reason="needs pytest-xdist: pip install pytest-xdist")
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
     (tmp_path / "test_examples.py").write_text(EXAMPLES)
     options = [
@@ -40,8 +42,7 @@ def test_the_first_case_and_every_nth_are_fast_and_what_is_left_out_is_counted(p
         str(tmp_path),
         "-p",
         "no:cacheprovider",
-        "-n",
-        processes,
+        *processes,
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "not slow", *options, str(tmp_path)], capture_output=True, text=True, check=False
