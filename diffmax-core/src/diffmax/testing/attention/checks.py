@@ -21,7 +21,7 @@ from diffmax.plugin import AttentionCall
 from diffmax.reference.dropout import kept
 from diffmax.testing.attention.cases import CASES as CASES
 from diffmax.testing.attention.cases import Case as Case
-from diffmax.testing.gate import Gate, gates
+from diffmax.testing.gate import Gate, gates, reordered
 from diffmax.testing.rows import checks
 from diffmax.testing.rows.cases import SPECIAL_ALPHAS, inf, nan
 from diffmax.testing.rows.checks import _expect, _grad, _near_on_average, _poisoned_memory, _within
@@ -97,11 +97,9 @@ def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: tor
             pieces.append(attention(*rows, causal_alignment="lower_right", **more)[0].transpose(0, 1))
         whole = torch.cat(pieces)
         whole.backward(grad)
-        slack = 8 * torch.finfo(dtype).eps
-        _within(out, whole.detach().cpu().double(), slack * max(1.0, float(whole.detach().abs().max())), "packed output")
+        _within(out, whole.detach().cpu().double(), reordered(129, whole), "packed output")
         for what, a, b in zip(("query", "key", "value"), leaves, alone, strict=True):
-            scale = max(1.0, float(_grad(b).abs().max()))
-            _within(_grad(a), _grad(b).cpu().double(), 4 * slack * scale, f"packed gradient for {what}")
+            _within(_grad(a), _grad(b).cpu().double(), reordered(130, _grad(b)), f"packed gradient for {what}")
 
 
 def masked_and_bad_queries(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -184,8 +182,8 @@ def dropout_keeps_what_the_contract_says(backend: str, device: str, dtype: torch
     _expect(not torch.equal(again, out), "a second call drops the same weights")
     out.backward(torch.ones_like(out))
     sums = (expected.double() / keys / (1 - share)).sum(2).unsqueeze(3).expand(value.shape)
-    slack = length * torch.finfo(dtype).eps
-    _within(_grad(value), sums, slack * float(sums.max()), "the value's gradient under the same mask")
+    allowed = length * torch.finfo(dtype).eps * float(sums.max())  # the weights are equal, and so are their errors: they add up
+    _within(_grad(value), sums, allowed, "the value's gradient under the same mask")
 
 
 def residuals_are_exchangeable(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -222,7 +220,7 @@ def statistics_are_right(backend: str, device: str, dtype: torch.dtype) -> None:
             out = attention(*(t.to(where) for t in (query, key, value)), alpha=0.5, return_stats=True, backend=name, **options)
             found.append(AttentionStats(*(t.cpu() for t in out[1])))
         ours, theirs = found
-        _within(ours.tau, theirs.tau.double(), 64 * torch.finfo(ours.tau.dtype).eps * float(theirs.tau.abs().max()), "tau")
+        _within(ours.tau, theirs.tau.double(), reordered(300, theirs.tau), "tau")
         differing = int((ours.support_size != theirs.support_size).sum())
         _expect(differing <= 2, f"{differing} support sizes differ")
         _expect(bool((ours.tile_sparsity > 0).any()), "the example has no empty tile")
@@ -238,7 +236,7 @@ def one_tensor_for_all(backend: str, device: str, dtype: torch.dtype) -> None:
     attention(*apart, alpha=0.6, backend=backend).square().sum().backward()
     total = sum(_grad(leaf).double() for leaf in apart)
     assert isinstance(total, Tensor)
-    _within(_grad(together), total.cpu(), 8 * torch.finfo(dtype).eps * max(1.0, float(total.abs().max())), "gradient")
+    _within(_grad(together), total.cpu(), reordered(70, total, dtype), "gradient")
 
 
 def is_repeatable(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -265,8 +263,11 @@ def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
         tests.append("test_autograd_registration")
-    arguments = (query, key, value, False, False, 0.25, 0.5, None, None, False, -1, -1, None, None, 0, 0, backend)
-    torch.library.opcheck(torch.ops.diffmax.attention.default, arguments, test_utils=tuple(tests))
+    arguments: dict[str, Any] = {"keep": False, "stats": False, "scale": 0.25, "e": 0.5, "backend": backend}
+    arguments |= dict.fromkeys(("e_tensor", "mask", "cu_seqlens_q", "cu_seqlens_k"))
+    arguments |= {"lower_right": False, "left": -1, "right": -1, "max_seqlen_q": 0, "max_seqlen_k": 0}
+    operator = torch.ops.diffmax.attention.default
+    torch.library.opcheck(operator, (query, key, value), arguments, test_utils=tuple(tests))
 
 
 def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -294,8 +295,7 @@ def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None
             leaves = (x.clone().requires_grad_(), torch.full((3,), 0.6, device=device).requires_grad_())
             function(leaves[0], leaves[1] if gives_alpha_gradient(backend) else leaves[1].detach()).sum().backward()
             results.append(_grad(leaves[0]))
-        scale = max(1.0, float(results[1].abs().max()))
-        _within(results[0], results[1].cpu().double(), 16 * torch.finfo(dtype).eps * scale, "compiled gradient")
+        _within(results[0], results[1].cpu().double(), reordered(length, results[1]), "compiled gradient")
         counts.append(len(graphs))
     grows = not hasattr(torch.library, "register_vmap")  # torch 2.4
     _expect(grows or counts[0] == counts[-1], f"the number of graphs grew with the lengths: {counts}")
@@ -376,8 +376,8 @@ def _gradients(
     for name, sign, per_query in (("alpha", -1, recorder.grad_e), ("sink", 1, recorder.grad_sink)):
         if name in leaves:
             total, summed = sign * per_query.sum((0, 2)).double(), gradients[name].double()
-            slack = 64 * torch.finfo(per_query.dtype).eps * max(1.0, float(per_query.abs().sum((0, 2)).max()))
-            _within(summed, total.cpu(), slack, f"{name}'s gradient against its sum over the queries")
+            allowed = reordered(case.batch * case.length, per_query.abs().sum((0, 2)))
+            _within(summed, total.cpu(), allowed, f"{name}'s gradient against its sum over the queries")
             gradients[name] = sign * per_query
     return gradients
 
