@@ -28,10 +28,12 @@ class KVCacheConformance(Kit):
     operators = ("attention_kvcache",)
 
     @every_dtype
-    def test_a_dtype_that_is_not_claimed_is_refused_by_the_call(self, dtype: torch.dtype) -> None:
-        """The public function raises, with the reason."""
-        if dtype not in self.description.provided["attention_kvcache"].dtypes:
-            x = torch.zeros(1, 1, 1, 16, dtype=dtype, device=self.device)
+    def test_a_dtype_is_taken_or_refused_by_the_call(self, dtype: torch.dtype) -> None:
+        """As claimed: the public function answers in the dtype, or raises with the reason."""
+        x = torch.zeros(1, 1, 1, 16, dtype=dtype, device=self.device)
+        if dtype in self.description.provided["attention_kvcache"].dtypes:
+            assert checks.attend(x, x, x, backend=self.backend).dtype == dtype
+        else:
             with pytest.raises(NoBackendError, match=f"{self.backend}: .*not {dtype_id(dtype)}"):
                 checks.attend(x, x, x, backend=self.backend)
 

@@ -150,11 +150,14 @@ class BackendConformance(Kit):
     # what it says of itself
 
     @every_dtype
-    def test_a_dtype_that_is_not_claimed_is_refused_by_the_call(self, dtype: torch.dtype) -> None:
-        """The public function raises, with the reason."""
-        if dtype not in self.description.provided["bisect"].dtypes:
+    def test_a_dtype_is_taken_or_refused_by_the_call(self, dtype: torch.dtype) -> None:
+        """As claimed: the public function answers in the dtype, or raises with the reason."""
+        x = torch.zeros(3, dtype=dtype, device=self.device)
+        if dtype in self.description.provided["bisect"].dtypes:
+            assert diffmax_bisect(x, 0.5, backend=self.backend).dtype == dtype
+        else:
             with pytest.raises(NoBackendError, match=f"{self.backend}: .*not {dtype_id(dtype)}"):
-                diffmax_bisect(torch.zeros(3, dtype=dtype, device=self.device), 0.5, backend=self.backend)
+                diffmax_bisect(x, 0.5, backend=self.backend)
 
     def test_importing_diffmax_imports_no_kernel_and_a_fork_survives_it(self) -> None:
         """In a fresh process: the kernels' modules are not loaded, and a forked child can compute."""
