@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # A thread that waits lets others run: where cores are shared, spinning makes small operators a hundred times slower.
-test nightly demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
+test test-all nightly demo train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them.
-test nightly: export OMP_NUM_THREADS = 1
+test test-all nightly: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
+.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
 	packages example-backend floor clean
 
 setup: $(STAMP)
@@ -28,8 +28,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Every kind of test, in minutes; `make test-all` runs what is marked slow too. tests/conftest.py
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 # The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds.
 test-processors: setup

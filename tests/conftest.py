@@ -1,6 +1,11 @@
-"""Seeds every test, so that a failure repeats."""
+"""Seeds every test, so that a failure repeats; deals the tests out in tiers; counts at the end what was left out, and why.
+
+`make test` runs the fast tier: all that is not `slow`. Of a test marked `sampled(n)` the first case and every n-th after it are
+fast, and the others slow. `make test-all`, and pytest called by hand, run both tiers.
+"""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -9,20 +14,76 @@ from hypothesis import settings
 from diffmax.machine.dispatch import registry
 
 # helpers for processes of their own: to collect the stand-in device is to import it, and to turn this process into its host
-collect_ignore = ["npu_on_standin.py", "overlay.py", "ranks.py", "standin_device.py", "standin_npu.py"]
+collect_ignore = ["interpreted.py", "npu_on_standin.py", "overlay.py", "ranks.py", "standin_device.py", "standin_npu.py"]
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # test_triton_*.py run these in processes of their own
     collect_ignore_glob = ["triton_*.py"]
 
+FILES_WITH_FAST_TESTS = pytest.StashKey[dict[str, bool]]()
+LEFT_OUT = pytest.StashKey[int]()
 
-def pytest_collection_modifyitems(items):
-    """What runs for minutes, in a process of its own, starts first: the processes of tests then end at the same time."""
-    items.sort(key=lambda item: "under_the_interpreter" not in item.name and "on_a_stand_in" not in item.name)
+
+def pytest_addoption(parser):
+    parser.addoption("--sample", type=int, default=1, metavar="N", help="what is not marked sampled is sampled(N)")
+
+
+def pytest_configure(config):
+    config.stash[LEFT_OUT] = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark what is slow, before pytest chooses by marks; note which files have something that is not."""
+    sample = config.getoption("--sample")
+    cases, fast = Counter(), {}
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        sampled = item.get_closest_marker("sampled")
+        every = sampled.args[0] if sampled else sample
+        if cases[test] % every:
+            item.add_marker(pytest.mark.slow)
+        cases[test] += 1
+        file = item.nodeid.partition("::")[0]
+        fast[file] = fast.get(file, False) or item.get_closest_marker("slow") is None
+    config.stash[FILES_WITH_FAST_TESTS] = fast
+    # What runs for minutes, in processes of its own, starts first: the processes of tests then end at the same time.
+    items.sort(key=lambda item: item.get_closest_marker("interpreter") is None)
+
+
+def pytest_deselected(items):
+    for item in items:
+        item.config.stash[LEFT_OUT] += item.get_closest_marker("slow") is not None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's processes, each of which collects all tests
+        session.config.workeroutput["left out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """How many tests were skipped for each reason, and how many are left to the other tier."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
+    if config.stash[LEFT_OUT]:
+        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} left to `make test-all`")
 
 
 settings.register_profile("diffmax", max_examples=100, deadline=None)  # deadlines measure the machine, not the code
 settings.register_profile("nightly", max_examples=10_000, deadline=None)  # make nightly
 settings.load_profile("diffmax")
+
+
+@pytest.fixture
+def files_with_fast_tests(request):
+    """Of the files of which something was collected, whether one of their tests is not slow."""
+    return request.config.stash[FILES_WITH_FAST_TESTS]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Tests that run on the ranks of a gloo group, each rank a process of its own; all of a file's tests share one launch.
 
-`on_ranks(2, 4)` turns a function without arguments, which runs on each rank, into a test per group size. A rank on which one
+`on_ranks(2, 4)` turns a function without arguments, which runs on each rank, into a test per group size; of more than two ranks
+they are slow. A rank on which one
 fails ends there, so that the others do not wait for messages that never come; the tests after it are then reported as not
 reached. The ranks meet in a file: no port is chosen.
 """
@@ -27,7 +28,7 @@ def on_ranks(*world_sizes, marks=()):
     """Decorate a test with the sizes of the groups it runs on; it fails if it raises on any rank."""
 
     def decorate(body):
-        @pytest.mark.parametrize("world_size", world_sizes)
+        @pytest.mark.parametrize("world_size", [pytest.param(n, marks=[pytest.mark.slow] * (n > 2)) for n in world_sizes])
         def test(world_size):
             failures = [f"rank {rank}: {what}" for rank, what in launch(body.__code__.co_filename, world_size)(body.__name__)]
             assert not failures, "\n".join(failures)

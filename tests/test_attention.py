@@ -18,6 +18,8 @@ from diffmax.operators.attention.operator import FORWARD
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.testing import gates, solve_exactly
 
+pytestmark = pytest.mark.sampled(3)
+
 BACKENDS = ("reference", "cpu", "numba")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

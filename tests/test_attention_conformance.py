@@ -7,6 +7,8 @@ import diffmax
 from diffmax.plugin import Backend
 from diffmax.testing.attention.conformance import AttentionConformance
 
+pytestmark = pytest.mark.sampled(7)
+
 
 class TestNumba(AttentionConformance):
     backend = "numba"

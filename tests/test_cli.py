@@ -314,6 +314,7 @@ def test_selftest_names_what_fails(register, capsys, function, words):
     assert " failed, " in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_selftest_fails_for_a_named_backend_that_cannot_run(register, capsys):
     register(probe=f"{__name__}:why_not")
     assert main(["selftest", "--backend", "mine"]) == 1

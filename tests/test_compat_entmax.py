@@ -16,6 +16,8 @@ import diffmax
 from diffmax.compat import entmax as ours
 from diffmax.testing import gates, solve_exactly
 
+pytestmark = pytest.mark.sampled(5)
+
 INSIDE = [1.0, 1.001, 1.25, 1.5, 1.75, 2.0]
 OUTSIDE = [0.05, 0.2, 0.5, 0.75, 0.999, 2.001, 2.25, 3.0, 5.0]
 MAPS = {

@@ -19,7 +19,11 @@ from diffmax.compat import adasplash, entmax
 from diffmax.nn import DiffmaxAttention
 
 newer_torch = pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="needs torch 2.5: rules for its tracer")
-pytestmark = [newer_torch, pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")]  # Dynamo's own
+pytestmark = [
+    newer_torch,
+    pytest.mark.compiler,
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo's own
+]
 
 LENGTHS = (60, 2100, 33)  # of one tile of 64 and of several, of one word of 32 tiles and of two
 

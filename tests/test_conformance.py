@@ -8,6 +8,8 @@ from diffmax.plugin import Backend
 from diffmax.testing.rows import checks
 from diffmax.testing.rows.conformance import DTYPES, BackendConformance
 
+pytestmark = pytest.mark.sampled(5)
+
 
 class TestNumba(BackendConformance):
     backend = "numba"

@@ -83,6 +83,7 @@ def of(found, cell):
     return [line for line in found if line["cell"] == cell and "contestant" not in line]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_valid_lines_and_no_process(rehearsal):
     out, before, left, _ = rehearsal
     assert left == []
@@ -161,6 +162,7 @@ def test_a_run_leaves_few_files_that_name_no_machine(rehearsal):
     assert os.uname().nodename not in text
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_does_not_starve_the_next(tmp_path):
     out = tmp_path / "out"
     run = command(out, "--seconds", "60", "--only", "ceilings", "smoke", "--inject", "hang:copy")

@@ -17,6 +17,7 @@ from diffmax.operators.common.numerics import newton_steps
 from diffmax.operators.rows import sharded
 from diffmax.testing import gates
 from diffmax.testing.oracle import solve_exactly
+from diffmax.testing.pairs import every_pair
 from diffmax.testing.rows.nasty import NASTY_ROWS
 
 _spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
@@ -48,7 +49,7 @@ def part(t, dim=-1, how="even"):
 
 
 def forward_passes(x, alpha, dim, how):
-    ((exact, gate),) = gates(lambda x: reference.bisect(x, 1 - alpha, dim % x.ndim, 200, True)[0], x)
+    ((exact, gate),) = gates(lambda x: reference.bisect(x, 1 - alpha, dim % (x.ndim - 1) + 1, 200, True)[0], x, stacked=True)
     p = diffmax_bisect_sharded(part(x, dim, how), alpha, dim)
     mine = part(exact, dim, how)
     assert p.dtype == x.dtype
@@ -59,10 +60,9 @@ def forward_passes(x, alpha, dim, how):
 
 @on_ranks(2, 4)
 def test_the_weights_pass_the_gate():
+    for dtype, alpha, sigma in every_pair(DTYPES, ALPHAS, (0.3, 1.0, 10.0)):
+        forward_passes((torch.randn(3, 63) * sigma).to(dtype), alpha, 1, "even")
     for dtype in DTYPES:
-        for alpha in ALPHAS:
-            for sigma in (0.3, 1.0, 10.0):
-                forward_passes((torch.randn(3, 63) * sigma).to(dtype), alpha, 1, "even")
         forward_passes(torch.randn(2, 4099).to(dtype), 0.5, 1, "even")
         forward_passes(torch.randn(2, 9, 5).to(dtype), 0.9, 1, "even")
         forward_passes(torch.randn(4, 1).to(dtype), 0.5, 1, "even")
@@ -225,9 +225,9 @@ def test_gradients_of_narrow_dtypes_are_right_on_average():
 
             def both(x, grad, e=1 - alpha):
                 kept = x if x.dtype == torch.float16 else None
-                return reference.bisect_backward(grad, *reference.bisect(x, e, 1, 200, True), kept, e, 1, True)
+                return reference.bisect_backward(grad, *reference.bisect(x, e, 2, 200, True), kept, e, 2, True)
 
-            wanted = gates(both, x, grad, average=True)
+            wanted = gates(both, x, grad, average=True, stacked=True)
             leaf, a = part(x).clone().requires_grad_(), torch.full((200, 1), alpha, dtype=torch.float64, requires_grad=True)
             diffmax_bisect_sharded(leaf, a).backward(part(grad))
             for ours, truth, gate in (

@@ -19,7 +19,11 @@ from diffmax import (
 from diffmax.nn import DiffmaxAttention
 
 newer_torch = pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="needs torch 2.5: rules for its tracer")
-pytestmark = [newer_torch, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]  # torch's own
+pytestmark = [
+    newer_torch,
+    pytest.mark.compiler,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),  # torch's own
+]
 
 FREE = {1: Dim("length", min=2, max=4096)}
 LENGTHS = (33, 65, 2100)  # one tile of 64, two, and more than one word of 32 tiles
@@ -125,6 +129,7 @@ def everything(x):
     return torch.cat([function(x).flatten() for function in functions])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler: g++")
 @pytest.mark.skipif(not hasattr(torch._inductor, "aoti_compile_and_package"), reason="needs torch 2.6")
 def test_aot_inductor(tmp_path):

@@ -23,7 +23,10 @@ from diffmax.nn import DiffmaxAttention
 
 close = torch.testing.assert_close
 ONE = torch.tensor(1.0)  # softmax
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype"),
+    pytest.mark.sampled(5),
+]
 
 
 def randn(*shape):

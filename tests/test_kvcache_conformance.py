@@ -8,6 +8,8 @@ from diffmax.plugin import Backend
 from diffmax.testing.decoding import checks
 from diffmax.testing.decoding.conformance import KVCacheConformance
 
+pytestmark = pytest.mark.sampled(5)
+
 
 class TestNumba(KVCacheConformance):
     backend = "numba"

@@ -322,6 +322,7 @@ def test_onnx_by_the_newer_exporter():
 
 @newer_exporter
 @pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
 def test_onnx_of_an_exported_program():
     """Its operators are taken apart where the exporter decomposes the graph."""
     given, others = ([t for name in TOGETHER for t in CALLS[name][1](*sizes)] for sizes in ((2, 9), (3, 23)))

@@ -288,6 +288,7 @@ def test_export_keeps_the_operator_and_dynamic_shapes(exported, tmp_path):
         torch.testing.assert_close(loaded(x), Attend()(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # torch's own, of its loader
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler: g++")
 @pytest.mark.skipif(not hasattr(torch._inductor, "aoti_compile_and_package"), reason="needs torch 2.6")

@@ -19,6 +19,8 @@ from diffmax.testing.ahead_of_time import TARGETS, recording
 from diffmax_cuda import configs as cuda_configs
 from diffmax_rocm import configs as rocm_configs
 
+pytestmark = pytest.mark.compiler
+
 KERNELS = (
     rows_fwd.bisect_rows_kernel,
     rows_bwd.bisect_bwd_rows_kernel,

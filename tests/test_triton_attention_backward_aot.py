@@ -18,6 +18,8 @@ from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference.attention import WORD
 from diffmax.testing.ahead_of_time import TARGETS, recording
 
+pytestmark = pytest.mark.compiler
+
 KERNELS = (
     attention_bwd_dq.attention_bwd_dq_kernel,
     attention_bwd_dkv.attention_bwd_dkv_kernel,

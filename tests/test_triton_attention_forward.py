@@ -4,12 +4,7 @@ Triton decides at its import whether it interprets, so those tests run in a proc
 `triton_forward_interpreted.py` holds. Registers, spills and shared memory: `make check-triton`, docs/kernels.md.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
+import pytest
 import torch
 
 from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
@@ -17,19 +12,13 @@ from diffmax.kernels.triton.attention.output import attention_out_kernel
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
 from diffmax.plugin import AttentionCall
 from diffmax.testing.ahead_of_time import TARGETS, recording
+from tests import interpreted
 
-HERE = Path(__file__).parent
 
-
-def test_the_kernels_pass_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", str(HERE / "triton_forward_interpreted.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent, env=environment)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) >= 80
-    assert "skipped" not in done.stdout
+@pytest.mark.interpreter
+@interpreted.in_tiers
+def test_the_kernels_pass_under_the_interpreter(tier):
+    interpreted.passes("triton_forward_interpreted.py", tier)
 
 
 def launches(target, dtype, size, e, keep, length=256, heads=2):

@@ -1,11 +1,6 @@
 """Decoding's Triton kernels: under the interpreter, in a process of their own, and how they are launched."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
+import pytest
 import torch
 
 from diffmax.kernels.triton.decoding import read as kvcache_read
@@ -13,8 +8,8 @@ from diffmax.kernels.triton.decoding import start as kvcache_start
 from diffmax.kernels.triton.decoding import values as kvcache_values
 from diffmax.kernels.triton.decoding.launch import Decoder
 from diffmax.testing.ahead_of_time import recording
+from tests import interpreted
 
-HERE = Path(__file__).parent
 KERNELS = (
     kvcache_start.kvcache_start_kernel,
     kvcache_read.kvcache_read_kernel,
@@ -22,15 +17,10 @@ KERNELS = (
 )
 
 
-def test_the_kernels_pass_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", str(HERE / "triton_kvcache.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent, env=environment)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) == 22
-    assert "skipped" not in done.stdout
+@pytest.mark.interpreter
+@interpreted.in_tiers
+def test_the_kernels_pass_under_the_interpreter(tier):
+    interpreted.passes("triton_kvcache.py", tier)
 
 
 def test_three_launches_fill_a_device():

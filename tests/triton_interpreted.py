@@ -12,15 +12,15 @@ import diffmax
 from diffmax import reference
 from diffmax.kernels.triton.common import numerics
 from diffmax.testing.interpreter import harden, quicken
-from diffmax.testing.rows import checks
+from diffmax.testing.rows import cases, checks
 
 harden()
 quicken()
 
 # an interpreter takes milliseconds for a program: fewer and smaller tensors than the kit's own
-checks.ALPHAS = (0.01, 0.5, 0.85, 0.999)
-checks.SIGMAS = (3.0,)
-checks.SHAPES = ((5, 1), (4, 2), (2, 63), (2, 3, 129), (2, 1000), (40, 17))
+cases.ALPHAS = (0.01, 0.5, 0.85, 0.999)
+cases.SIGMAS = (3.0,)
+cases.SHAPES = ((5, 1), (4, 2), (2, 63), (2, 3, 129), (2, 1000), (40, 17))
 
 sys.path.insert(0, str(Path(__file__).parent))
 import triton_backend

@@ -7,6 +7,7 @@ its roundings drawn anew (docs/decisions/0067-a-stable-yardstick.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,6 +65,21 @@ def gates(
         allowed = 2 * error + 2 * eps * max(1.0, _size(exact[:1], scale, average))
         found.append(Gate(exact[0], 2 * allowed if in_float64 else allowed))
     return found
+
+
+def reordered(terms: int, result: Tensor, dtype: torch.dtype | None = None) -> float:
+    """How far a result may be from itself where its sums of `terms` numbers are taken in another order, or by other code.
+
+    2 ulp and, on either side, a random walk of that many roundings of half an ulp: (2 + sqrt(terms)) eps of the largest number,
+    or of 1. It is for comparing a kernel with itself; with the truth it is compared by a gate.
+
+    Args:
+        terms: How many numbers its longest sum has.
+        result: One of the two.
+        dtype: What is rounded to, if it is not the result's.
+    """
+    eps = torch.finfo(dtype or result.dtype).eps
+    return (2 + math.sqrt(terms)) * eps * max(1.0, float(result.detach().abs().max()))
 
 
 def _neighbours(inputs: list[Tensor | None], numbers: int) -> list[Tensor | None]:

@@ -17,12 +17,12 @@ import torch
 from diffmax import attention
 from diffmax.errors import NoBackendError
 from diffmax.testing.attention import checks
-from diffmax.testing.rows.conformance import DTYPES, Kit, _dtype_id, every_dtype
+from diffmax.testing.rows.conformance import DTYPES, Kit, dtype_id, every_dtype
 
 every_case = pytest.mark.parametrize("case", checks.CASES.values(), ids=[name.replace(" ", "-") for name in checks.CASES])
 FLOAT32_CASES = ("head size 256", "long", "dense", "sparse")
 FLOAT32_IDS = [name.replace(" ", "-") for name in FLOAT32_CASES]
-low = pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize < 8], ids=_dtype_id)
+low = pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize < 8], ids=dtype_id)
 
 
 class AttentionConformance(Kit):
@@ -31,11 +31,13 @@ class AttentionConformance(Kit):
     operators = ("attention", "attention_backward")
 
     @every_dtype
-    def test_a_dtype_that_is_not_claimed_is_refused_by_the_call(self, dtype: torch.dtype) -> None:
-        """The public function raises, with the reason."""
-        if dtype not in self.description.provided["attention"].dtypes:
-            x = torch.zeros(1, 1, 2, 16, dtype=dtype, device=self.device)
-            with pytest.raises(NoBackendError, match=f"{self.backend}: .*not {_dtype_id(dtype)}"):
+    def test_a_dtype_is_taken_or_refused_by_the_call(self, dtype: torch.dtype) -> None:
+        """As claimed: the public function answers in the dtype, or raises with the reason."""
+        x = torch.zeros(1, 1, 2, 16, dtype=dtype, device=self.device)
+        if dtype in self.description.provided["attention"].dtypes:
+            assert attention(x, x, x, backend=self.backend).dtype == dtype
+        else:
+            with pytest.raises(NoBackendError, match=f"{self.backend}: .*not {dtype_id(dtype)}"):
                 attention(x, x, x, backend=self.backend)
 
     @every_dtype
@@ -45,7 +47,7 @@ class AttentionConformance(Kit):
         if self.claims(dtype, *case.features(), backward=False):
             checks.forward_passes_the_gate(self.backend, self.device, case, dtype)
         else:
-            with pytest.raises(NoBackendError, match=f"{self.backend}: .*(lacks|not {_dtype_id(dtype)})"):
+            with pytest.raises(NoBackendError, match=f"{self.backend}: .*(lacks|not {dtype_id(dtype)})"):
                 checks.forward_passes_the_gate(self.backend, self.device, case, dtype)
 
     @pytest.mark.parametrize("case", [checks.CASES[name] for name in FLOAT32_CASES], ids=FLOAT32_IDS)

@@ -19,7 +19,8 @@ from diffmax.operators.decoding.operator import SCHEMA
 from diffmax.plugin import KVCacheCall
 from diffmax.testing.attention.checks import attention
 from diffmax.testing.gate import Gate, gates
-from diffmax.testing.rows.checks import SPECIAL_ALPHAS, _expect, _poisoned_memory, _within, inf, nan
+from diffmax.testing.rows.cases import SPECIAL_ALPHAS, inf, nan
+from diffmax.testing.rows.checks import _expect, _poisoned_memory, _within
 
 # what it returns depends on return_stats, which is passed among other keywords here
 attend: Callable[..., Any] = diffmax.attention_with_kvcache

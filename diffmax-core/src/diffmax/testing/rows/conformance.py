@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import pytest
@@ -25,16 +25,30 @@ from diffmax import diffmax_bisect, reference
 from diffmax.errors import NoBackendError
 from diffmax.machine import dispatch
 from diffmax.plugin import OPERATOR_FEATURES, Backend
-from diffmax.testing.rows import checks
+from diffmax.testing.pairs import every_pair
+from diffmax.testing.rows import cases, checks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _dtype_id(dtype: torch.dtype) -> str:
+def dtype_id(dtype: torch.dtype) -> str:
+    """A dtype as test names have it."""
     return str(dtype).removeprefix("torch.")
 
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=_dtype_id)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+
+
+def _pairs_of(shapes: Sequence[tuple[int, ...]]) -> dict[tuple[float, torch.dtype], list[tuple[tuple[int, ...], float]]]:
+    """Shapes and spreads of the scores for each alpha and dtype: each meets each of the others, not their product."""
+    chosen: dict[tuple[float, torch.dtype], list[tuple[tuple[int, ...], float]]] = {}
+    for alpha, dtype, shape, sigma in every_pair(cases.ALPHAS, DTYPES, shapes, cases.SIGMAS):
+        chosen.setdefault((alpha, dtype), []).append((shape, sigma))
+    return chosen
+
+
+FORWARD_PAIRS = _pairs_of(cases.SHAPES)
+GRADIENT_PAIRS = _pairs_of(cases.GRADIENT_SHAPES)
 
 
 class Kit:
@@ -83,7 +97,7 @@ class Kit:
         lacking = sorted(features - kernel.features)
         if dtype in kernel.dtypes and not lacking:
             return True
-        words = f"lacks {lacking[0]}" if lacking else f"not {_dtype_id(dtype)}"
+        words = f"lacks {lacking[0]}" if lacking else f"not {dtype_id(dtype)}"
         self._is_refused(operator, dtype, features, words)
         return False
 
@@ -111,7 +125,7 @@ class Kit:
                 self._is_refused(operator, kernel.dtypes[0], {feature}, f"lacks {feature}")
             for dtype in (*DTYPES, torch.int64):
                 if dtype not in kernel.dtypes:
-                    self._is_refused(operator, dtype, set(), f"not {_dtype_id(dtype)}")
+                    self._is_refused(operator, dtype, set(), f"not {dtype_id(dtype)}")
             if kernel.max_head_dim is not None:
                 size = kernel.max_head_dim + 1
                 words = f"heads of at most {kernel.max_head_dim} entries, not {size}"
@@ -136,11 +150,14 @@ class BackendConformance(Kit):
     # what it says of itself
 
     @every_dtype
-    def test_a_dtype_that_is_not_claimed_is_refused_by_the_call(self, dtype: torch.dtype) -> None:
-        """The public function raises, with the reason."""
-        if dtype not in self.description.provided["bisect"].dtypes:
-            with pytest.raises(NoBackendError, match=f"{self.backend}: .*not {_dtype_id(dtype)}"):
-                diffmax_bisect(torch.zeros(3, dtype=dtype, device=self.device), 0.5, backend=self.backend)
+    def test_a_dtype_is_taken_or_refused_by_the_call(self, dtype: torch.dtype) -> None:
+        """As claimed: the public function answers in the dtype, or raises with the reason."""
+        x = torch.zeros(3, dtype=dtype, device=self.device)
+        if dtype in self.description.provided["bisect"].dtypes:
+            assert diffmax_bisect(x, 0.5, backend=self.backend).dtype == dtype
+        else:
+            with pytest.raises(NoBackendError, match=f"{self.backend}: .*not {dtype_id(dtype)}"):
+                diffmax_bisect(x, 0.5, backend=self.backend)
 
     def test_importing_diffmax_imports_no_kernel_and_a_fork_survives_it(self) -> None:
         """In a fresh process: the kernels' modules are not loaded, and a forked child can compute."""
@@ -161,16 +178,15 @@ class BackendConformance(Kit):
     # forward
 
     @every_dtype
-    @pytest.mark.parametrize("alpha", checks.ALPHAS)
+    @pytest.mark.parametrize("alpha", cases.ALPHAS)
     def test_random_rows(self, alpha: float, dtype: torch.dtype) -> None:
         """Rows of every length, dense to sparse, through the gate."""
         if self.claims(dtype, backward=False):
-            for shape in checks.SHAPES:
-                for sigma in checks.SIGMAS:
-                    checks.forward_passes_the_gate(self.backend, self.device, checks.random_scores(shape, dtype, sigma), alpha)
+            for shape, sigma in FORWARD_PAIRS[alpha, dtype]:
+                checks.forward_passes_the_gate(self.backend, self.device, checks.random_scores(shape, dtype, sigma), alpha)
 
     @every_dtype
-    @pytest.mark.parametrize("alpha", checks.ALPHAS)
+    @pytest.mark.parametrize("alpha", cases.ALPHAS)
     def test_nasty_rows(self, alpha: float, dtype: torch.dtype) -> None:
         """Ties, offsets of 1e9, masks."""
         if self.claims(dtype, backward=False):
@@ -226,16 +242,15 @@ class BackendConformance(Kit):
     # backward
 
     @every_dtype
-    @pytest.mark.parametrize("alpha", checks.ALPHAS)
+    @pytest.mark.parametrize("alpha", cases.ALPHAS)
     def test_gradients(self, alpha: float, dtype: torch.dtype) -> None:
         """For x and, where claimed, alpha, through the gate; what the backend does not provide comes from the next one."""
         self.claims(dtype, "alpha_gradient")
         if self.claims(dtype):
-            for shape in ((7, 64), (3, 129), (40, 257)):
-                for sigma in checks.SIGMAS:
-                    x = checks.random_scores(shape, dtype, sigma)
-                    checks.backward_passes_the_gate(self.backend, self.device, x, alpha)
-                    checks.gradients_are_right_on_average(self.backend, self.device, x, alpha)
+            for shape, sigma in GRADIENT_PAIRS[alpha, dtype]:
+                x = checks.random_scores(shape, dtype, sigma)
+                checks.backward_passes_the_gate(self.backend, self.device, x, alpha)
+                checks.gradients_are_right_on_average(self.backend, self.device, x, alpha)
 
     def test_gradcheck(self) -> None:
         """Finite differences in float64."""

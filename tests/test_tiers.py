@@ -1,0 +1,52 @@
+"""The tiers of the tests: what `make test` leaves to `make test-all`, and that it says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+EXAMPLES = """
+import pytest
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("n", range(7))
+def test_of_seven_cases(n):
+    assert n % 3 == 0
+
+@pytest.mark.slow
+def test_that_takes_minutes():
+    raise AssertionError
+
+@pytest.mark.parametrize("n", range(2))
+def test_skipped(n):
+    pytest.skip("needs a device")
+"""
+
+
+def test_every_file_has_a_test_in_the_fast_tier(files_with_fast_tests):
+    assert not [file for file, fast in files_with_fast_tests.items() if not fast]
+
+
+@pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["one process", "two"])
+def test_the_first_case_and_every_nth_are_fast_and_what_is_left_out_is_counted(processes, tmp_path):
+    if processes:
+        pytest.importorskip("xdist", reason="needs pytest-xdist: pip install pytest-xdist")
+    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+    (tmp_path / "test_examples.py").write_text(EXAMPLES)
+    options = [
+        "-c",
+        str(TESTS.parent / "pyproject.toml"),
+        "--rootdir",
+        str(tmp_path),
+        "-p",
+        "no:cacheprovider",
+        *processes,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "not slow", *options, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 passed, 2 skipped" in done.stdout
+    assert "2 skipped: needs a device\n5 left to `make test-all`\n" in done.stdout
