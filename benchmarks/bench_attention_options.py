@@ -25,7 +25,7 @@ from benchmarks.bench_attention import CHECKED, HEAD_SIZE, ULP, inputs
 from benchmarks.environment import environment, result_path, without_paths
 from benchmarks.runner import FAILURES
 from benchmarks.timing import interleave, summarize
-from diffmax.operators.attention import api as attention_api
+from diffmax.operators.attention import call as building
 
 LENGTH = 2048
 KINDS = ("randn", "sharp", "local")
@@ -109,7 +109,7 @@ def fault(backend: str, kind: str, make: Callable[[int], dict[str, Any]]) -> str
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
         leaves = tuple(t.to(dtype).requires_grad_() for t in tensors)
         given = make(CHECKED)
-        with mock.patch.object(attention_api, "_seed", lambda p, _device: seed if p > 0 else None):
+        with mock.patch.object(building, "draw_seed", lambda p, _device: seed if p > 0 else None):
             out = attend(name, leaves, given)
         wanted = (*leaves, *learned(given))
         results.append([out.detach(), *torch.autograd.grad(out, wanted, torch.ones_like(out))])

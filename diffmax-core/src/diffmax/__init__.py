@@ -12,7 +12,8 @@ from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
 from diffmax.monitor import diffmax_bisect_monitored
 from diffmax.nn import DiffmaxBisectModule
 from diffmax.operators import register_all
-from diffmax.operators.attention.api import AttentionStats, attention, attention_varlen
+from diffmax.operators.attention.api import attention, attention_varlen
+from diffmax.operators.attention.stats import AttentionStats
 from diffmax.operators.decoding.api import KVCacheStats, PageBounds, attention_with_kvcache, page_bounds
 from diffmax.operators.loss.api import DiffmaxLoss, diffmax_loss
 from diffmax.operators.rows.api import diffmax_bisect

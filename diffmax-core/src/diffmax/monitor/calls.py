@@ -10,7 +10,7 @@ from torch import Tensor
 from diffmax.errors import NoBackendError
 from diffmax.machine.dispatch import selected
 from diffmax.operators.attention import operator as attention_operator
-from diffmax.operators.attention.api import _tile_sparsity
+from diffmax.operators.attention.stats import tile_sparsity
 from diffmax.plugin import AttentionCall
 
 # Of each name, how a sum over calls takes in one more.
@@ -36,7 +36,7 @@ def of_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall)
     except NoBackendError:  # the one that is asked for by name keeps none
         _, m, _, _, live, support = attention_operator.attention(query, key, value, True, call, "reference")
     seen = visible_keys(query, key, call)
-    tiles = _tile_sparsity(query, key, live, call)
+    tiles = tile_sparsity(query, key, live, call)
     of_tiles = {"tiles": tiles.nansum(), "tile_counts": (~tiles.isnan()).sum()}
     return _counted(support, seen.expand_as(support), m.isnan()) | _alphas(call.e, query) | of_tiles
 

@@ -13,7 +13,8 @@ from diffmax.nn._checkpoint import AlphaFromSoftmax
 from diffmax.nn._multihead import Apart, merged, with_weights
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
-from diffmax.operators.attention.api import attention, build_call
+from diffmax.operators.attention.api import attention
+from diffmax.operators.attention.call import build_call
 from diffmax.operators.attention.checks import check_mask
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_tensor, one_minus_alpha

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from diffmax.machine.dispatch import selected
 from diffmax.machine.forked import alone_in_child
-from diffmax.operators.attention import checks
 from diffmax.operators.attention import operator as attention_operator
-from diffmax.operators.attention import scores as rules
-from diffmax.operators.attention.tiles import live_shape, unpacked_bits
+from diffmax.operators.attention.call import build_call, build_packed_call
+from diffmax.operators.attention.stats import AttentionStats, tile_sparsity
 from diffmax.operators.common import nested, watch
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.numerics import clamp_e
 from diffmax.operators.decoding.paged import from_pages
-from diffmax.plugin import TILE, AttentionCall
+from diffmax.plugin import AttentionCall
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
-
-
-class AttentionStats(NamedTuple):
-    """What an attention call found on its way. None of it has a gradient.
-
-    Attributes:
-        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf where nothing is seen. For packed
-            sequences (T, H).
-        support_size: Like tau, int32: how many keys have a score above tau.
-        tile_sparsity: (B, H), for packed sequences (H,), float32: of the 64 x 64 tiles of queries and keys that causality and
-            window leave, the share without a single weight. Tiles that a mask hides count as such.
-    """
-
-    tau: Tensor
-    support_size: Tensor
-    tile_sparsity: Tensor
 
 
 @overload
@@ -311,145 +294,6 @@ def _one_by_one(
     return torch.cat([out.transpose(0, 1) for out in outs]), AttentionStats(torch.cat(tau), torch.cat(support), unknown)
 
 
-def build_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | CausalBias | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    *,
-    alpha: float | Tensor,
-    window_size: tuple[int, int] | None,
-    causal_alignment: str,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    sink: Tensor | None,
-    draws: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
-    """The tensors and the call that `attention`'s arguments mean. `draws`: whether dropout's seed is drawn."""
-    name = "diffmax.attention"
-    if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
-        nested.check_all(name, query, key, value, attn_mask)
-        queries, keys, values = (nested.pack(name, what, t) for what, t in (("query", query), ("key", key), ("value", value)))
-        nested.check_same_lengths(name, keys, values)
-        return build_packed_call(
-            *(queries.tokens, keys.tokens, values.tokens, queries.ends, keys.ends, queries.longest, keys.longest),
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            alpha=alpha,
-            window_size=window_size,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            sink=sink,
-            draws=draws,
-            lower_right=checks.check_alignment(name, causal_alignment),
-            name=name,
-        )
-    query, key, value = _autocast(query, key, value)
-    query, key, value, attn_mask = checks.as_heads(name, query, key, value, attn_mask, enable_gqa)
-    checks.check_tensors(name, query, key, value, "BHLD")
-    query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
-    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa or key.shape[1] == 1)
-    e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
-    lower_right = checks.check_alignment(name, causal_alignment)
-    # of torch's CausalBias, a Tensor that must not be looked into; torch 2.4 cannot trace this question to others
-    variant = None if type(attn_mask) is Tensor else getattr(attn_mask, "variant", None)
-    if attn_mask is not None and variant is not None:
-        if is_causal:
-            raise ValueError(f"{name}: is_causal=True and a CausalBias as attn_mask exclude each other\npass one of them")
-        if lower_right and variant.name != "LOWER_RIGHT":
-            raise ValueError(
-                f'{name}: causal_alignment="lower_right" contradicts attn_mask, a causal_upper_left\n'
-                "pass torch.nn.attention.bias.causal_lower_right, or is_causal=True"
-            )
-        is_causal, lower_right, attn_mask = True, variant.name == "LOWER_RIGHT", None
-    left, right = checks.check_window(name, window_size, is_causal)
-    mask = None if attn_mask is None else checks.check_mask(name, query, key, attn_mask)
-    boolean = mask is not None and mask.dtype == torch.bool
-    call = AttentionCall(
-        scale=checks.check_scale(name, query, scale),
-        e=e if e_tensor is None else e_tensor,
-        mask=mask if boolean else None,
-        lower_right=lower_right,
-        left=left,
-        right=right,
-        bias=None if boolean else mask,
-        alibi=checks.check_alibi(name, query, alibi_slopes, (query.shape[0], query.shape[1])),
-        softcap=checks.check_softcap(name, softcap),
-        sink=checks.check_sink(name, query, sink, query.shape[1]),
-        dropout_p=dropout_p,
-        seed=_seed(dropout_p, query.device) if draws else None,
-    )
-    return query, key, value, call
-
-
-def build_packed_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    alpha: float | Tensor,
-    window_size: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    sink: Tensor | None,
-    block_table: Tensor | None = None,
-    draws: bool = True,
-    lower_right: bool = True,
-    name: str = "diffmax.attention_varlen",
-) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
-    """As `build_call`, of `attention_varlen`'s; the tensors are (1, H, T, D)."""
-    if block_table is not None:
-        key, value = from_pages(name, key, value, cu_seqlens_k, block_table)
-    query, key, value = _autocast(query, key, value)
-    checks.check_tensors(name, query, key, value, "THD")
-    query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
-    checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
-    e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
-    left, right = checks.check_window(name, window_size, is_causal)
-    max_seqlen_q, max_seqlen_k = (
-        checks.check_longest(name, what, longest) for what, longest in (("q", max_seqlen_q), ("k", max_seqlen_k))
-    )
-    cu_seqlens_q = checks.check_packing(name, "q", cu_seqlens_q, max_seqlen_q, query.shape[0], query.device)
-    cu_seqlens_k = checks.check_packing(name, "k", cu_seqlens_k, max_seqlen_k, key.shape[0], query.device)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"{name}: cu_seqlens_q and cu_seqlens_k must count the same sequences, got {cu_seqlens_q.shape[0] - 1} and "
-            f"{cu_seqlens_k.shape[0] - 1}"
-        )
-    call = AttentionCall(
-        scale=checks.check_scale(name, query, scale),
-        e=e if e_tensor is None else e_tensor,
-        lower_right=lower_right,
-        left=left,
-        right=right,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        alibi=checks.check_alibi(name, query, alibi_slopes, (cu_seqlens_q.shape[0] - 1, query.shape[1])),
-        softcap=checks.check_softcap(name, softcap),
-        sink=checks.check_sink(name, query, sink, query.shape[1]),
-        dropout_p=dropout_p,
-        seed=_seed(dropout_p, query.device) if draws else None,
-    )
-    query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    return query, key, value, call
-
-
 @alone_in_child
 def _by_token(out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
     """(1, H, T, D) as (T, H, D), and the stats likewise."""
@@ -489,39 +333,4 @@ def _attend(
     if not return_stats:
         return out, None
     row_e = clamp_e(call.e.detach().unsqueeze(1) if isinstance(call.e, Tensor) else call.e)
-    return out, AttentionStats(m - (1 - delta) / row_e, support, _tile_sparsity(query, key, live, call))
-
-
-def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """What decides which weights are dropped, from torch's generator of the device."""
-    return torch.randint(2**32, (2,), dtype=torch.int64, device=device) if dropout_p > 0 else None
-
-
-def _tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall) -> Tensor:
-    """The share of empty tiles, by head, of those that causality and window leave."""
-    if live.ndim == 1:
-        return torch.full(query.shape[:2], torch.nan, device=query.device)  # this backend does not know
-    tiles = torch.sym_max(2, live_shape(query, key, call)[2])  # type: ignore[no-untyped-call]  # one too many counts nothing
-    row = torch.arange(tiles, device=query.device)
-    if call.cu_seqlens_q is None:
-        length, keys, tile = torch.full_like(row, query.shape[2]), torch.full_like(row, key.shape[2]), row
-    else:
-        first = call.cu_seqlens_q[:-1] // TILE + torch.arange(len(call.cu_seqlens_q) - 1, device=query.device)
-        sequence = (torch.searchsorted(first, row, right=True) - 1).clamp_min(0)
-        length, keys = (ends.diff()[sequence] for ends in (call.cu_seqlens_q, call.cu_seqlens_k) if ends is not None)
-        tile = row - first[sequence]
-    last_row = torch.minimum(tile * TILE + TILE, length) - 1
-    shift = keys - length if call.lower_right else torch.zeros_like(row)
-    first, end = rules.visible_span(tile * TILE + shift, last_row + shift, call.left, call.right, keys)
-    left = torch.where((end > first) & (tile * TILE <= last_row), (end - 1) // TILE - first // TILE + 1, 0).sum()
-    full = unpacked_bits(live).sum(2)
-    return 1 - full / left.clamp_min(1).float()
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What torch's own attention computes with under autocast."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)
+    return out, AttentionStats(m - (1 - delta) / row_e, support, tile_sparsity(query, key, live, call))

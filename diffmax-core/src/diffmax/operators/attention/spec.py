@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from diffmax.operators.attention import api, operator
+from diffmax.operators.attention import api, call, operator
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
 from diffmax.plugin import AttentionCall
@@ -95,9 +95,9 @@ register(
             "attention_backward": KernelSpec(BOTH_WAYS | {"alpha_gradient"}, adapt=_with_bundles),
         },
         functions={
-            "attention": Function("attention", partial(_asks, api.attention, api.build_call)),
+            "attention": Function("attention", partial(_asks, api.attention, call.build_call)),
             "attention_varlen": Function(
-                "attention", partial(_asks, api.attention_varlen, api.build_packed_call), frozenset({"varlen"})
+                "attention", partial(_asks, api.attention_varlen, call.build_packed_call), frozenset({"varlen"})
             ),
         },
         described=DESCRIBED,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffmax.machine.dispatch import selected
 from diffmax.operators.attention import checks as attention_checks
-from diffmax.operators.attention.api import _autocast
+from diffmax.operators.attention.call import autocast
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.numerics import clamp_e
 from diffmax.operators.decoding import checks
@@ -270,5 +270,5 @@ def build_call(
 
 def _as_cached(t: Tensor, k_cache: Tensor) -> Tensor:
     """What autocast makes of new tokens, where that is what the cache holds."""
-    (converted,) = _autocast(t)
+    (converted,) = autocast(t)
     return converted if isinstance(t, Tensor) and converted.dtype == k_cache.dtype else t

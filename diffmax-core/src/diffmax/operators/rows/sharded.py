@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import _get_group_size_by_name
 
+from diffmax.operators.common.autograd import differentiates
 from diffmax.operators.common.numerics import MIN_E, accumulation_dtype, alpha_weight, clamp_e, newton_steps
 from diffmax.reference.rows import _power
 
@@ -212,10 +213,6 @@ class _Hand(torch.autograd.Function):
         return _Add.apply(grad, ctx.group), None
 
 
-def _differentiates(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def refuse_transforms() -> None:
     """Raise under a torch.func transform or in forward mode: neither has a meaning here that would not be slow or silent."""
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -227,7 +224,7 @@ def refuse_transforms() -> None:
 
 def _bisect_autograd(x: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
     refuse_transforms()
-    if _differentiates(x, e_tensor):
+    if differentiates(x, e_tensor):
         return _Bisect.apply(x, e, e_tensor, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.bisect_sharded(x, e, e_tensor, *rest)
@@ -245,7 +242,7 @@ def _bisect_backward_autograd(
     needs_e: bool,
     group: str,
 ) -> Any:
-    if _differentiates(grad, p, e_tensor):
+    if differentiates(grad, p, e_tensor):
         # p leads on to x; where p has lost its small weights, a p in float32 that leads to x takes its place
         if x is not None:
             p = torch.ops.diffmax.bisect_sharded(x.float(), e, e_tensor, dim, 50, True, group)[0]

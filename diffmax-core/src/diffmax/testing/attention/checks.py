@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
 from diffmax import AttentionStats
-from diffmax.operators.attention import api as attention_api
+from diffmax.operators.attention import call as building
 from diffmax.operators.attention.operator import BACKWARD, FORWARD
 from diffmax.plugin import AttentionCall, Saved, Wanted
 from diffmax.reference.dropout import kept
@@ -173,7 +173,7 @@ def dropout_keeps_what_the_contract_says(backend: str, device: str, dtype: torch
     value = torch.eye(keys, dtype=dtype, device=device).expand(batch, heads, keys, keys).clone().requires_grad_()
 
     torch.manual_seed(5)
-    seed = attention_api._seed(share, query.device)
+    seed = building.draw_seed(share, query.device)
     torch.manual_seed(5)
     out = attention(query, key, value, dropout_p=share, alpha=0.5, backend=backend)
     call = AttentionCall(scale=1.0, e=0.5, dropout_p=share, seed=seed)
@@ -356,7 +356,7 @@ def _same_dropout(dropout_p: float, device: torch.device) -> Tensor | None:
 
 
 def _call(backend: str, case: Case, inputs: dict[str, Any]) -> Tensor:
-    with mock.patch.object(attention_api, "_seed", _same_dropout):
+    with mock.patch.object(building, "draw_seed", _same_dropout):
         out: Tensor = attention(**inputs, enable_gqa=True, backend=backend, **case.options)
     return out
 

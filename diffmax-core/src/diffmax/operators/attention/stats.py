@@ -1,0 +1,49 @@
+"""What an attention call reports of itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmax.operators.attention import scores as rules
+from diffmax.operators.attention.tiles import live_shape, unpacked_bits
+from diffmax.plugin import TILE, AttentionCall
+
+
+class AttentionStats(NamedTuple):
+    """What an attention call found on its way. None of it has a gradient.
+
+    Attributes:
+        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf where nothing is seen. For packed
+            sequences (T, H).
+        support_size: Like tau, int32: how many keys have a score above tau.
+        tile_sparsity: (B, H), for packed sequences (H,), float32: of the 64 x 64 tiles of queries and keys that causality and
+            window leave, the share without a single weight. Tiles that a mask hides count as such.
+    """
+
+    tau: Tensor
+    support_size: Tensor
+    tile_sparsity: Tensor
+
+
+def tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall) -> Tensor:
+    """The share of empty tiles, by head, of those that causality and window leave."""
+    if live.ndim == 1:
+        return torch.full(query.shape[:2], torch.nan, device=query.device)  # this backend does not know
+    tiles = torch.sym_max(2, live_shape(query, key, call)[2])  # type: ignore[no-untyped-call]  # one too many counts nothing
+    row = torch.arange(tiles, device=query.device)
+    if call.cu_seqlens_q is None:
+        length, keys, tile = torch.full_like(row, query.shape[2]), torch.full_like(row, key.shape[2]), row
+    else:
+        first = call.cu_seqlens_q[:-1] // TILE + torch.arange(len(call.cu_seqlens_q) - 1, device=query.device)
+        sequence = (torch.searchsorted(first, row, right=True) - 1).clamp_min(0)
+        length, keys = (ends.diff()[sequence] for ends in (call.cu_seqlens_q, call.cu_seqlens_k) if ends is not None)
+        tile = row - first[sequence]
+    last_row = torch.minimum(tile * TILE + TILE, length) - 1
+    shift = keys - length if call.lower_right else torch.zeros_like(row)
+    first, end = rules.visible_span(tile * TILE + shift, last_row + shift, call.left, call.right, keys)
+    left = torch.where((end > first) & (tile * TILE <= last_row), (end - 1) // TILE - first // TILE + 1, 0).sum()
+    full = unpacked_bits(live).sum(2)
+    return 1 - full / left.clamp_min(1).float()
