@@ -253,7 +253,7 @@ class _BlockRegion(rules.Region):
         """The block's part of a mask or a bias."""
         return self.block.of_keys(t, self.columns)
 
-    def edge(self, call: rules.Call, side: str) -> slice:
+    def edge(self, call: rules.Call, side: str) -> slice | None:
         """Keys before the first row's last, or behind the last row's first, are seen by every row."""
         if self.columns is not None:
             return rules.ALL

@@ -265,6 +265,6 @@ class _HeadRegion(rules.Region):
         """(1, 1)."""
         return t[self.head.b].view(1, 1)
 
-    def edge(self, call: rules.Call, side: str) -> slice:
-        """One query that stands at the last key: causality hides nothing from it."""
-        return slice(0, 0) if side == "right" and self.head.length == 1 else rules.ALL
+    def edge(self, call: rules.Call, side: str) -> slice | None:
+        """One query stands at the last key: the window hides nothing behind it, and what lies before it is left out."""
+        return None if self.head.length == 1 and (side == "right" or self.tokens is None) else rules.ALL

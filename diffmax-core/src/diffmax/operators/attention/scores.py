@@ -59,8 +59,8 @@ class Region(ABC):
         """Booleans, to broadcast against the scores: what lies behind the end of its sequence. Empty where nothing does."""
         return ()
 
-    def edge(self, call: Call, side: str) -> slice:
-        """The columns among which the window hides some on this side, "left" or "right"."""
+    def edge(self, call: Call, side: str) -> slice | None:
+        """The columns among which the window hides some on this side, "left" or "right"; None: it hides none."""
         return ALL
 
     def add(self, scores: Tensor, term: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -205,12 +205,10 @@ class Window(Rule):
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """-inf outside."""
-        if call.right >= 0:
-            columns = region.edge(call, "right")
+        if call.right >= 0 and (columns := region.edge(call, "right")) is not None:
             hidden = _columns(region.keys(), columns) > region.queries() + call.right
             scores = region.hide(scores, hidden, columns)
-        if call.left >= 0:
-            columns = region.edge(call, "left")
+        if call.left >= 0 and (columns := region.edge(call, "left")) is not None:
             hidden = _columns(region.keys(), columns) < region.queries() - call.left
             scores = region.hide(scores, hidden, columns)
         return scores
