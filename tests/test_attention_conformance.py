@@ -7,7 +7,7 @@ import diffmax
 from diffmax.plugin import Backend
 from diffmax.testing.attention.conformance import AttentionConformance
 
-pytestmark = pytest.mark.sampled(7)
+pytestmark = pytest.mark.sampled(11)
 
 
 class TestNumba(AttentionConformance):

@@ -16,6 +16,8 @@ from diffmax.plugin import AttentionCall
 from diffmax.reference.dropout import kept, philox, threshold
 from diffmax.testing import gates
 
+pytestmark = pytest.mark.sampled(3)
+
 BACKENDS = ("reference", "cpu", "numba")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 ONE = torch.tensor(1.0, dtype=torch.float64)

@@ -22,6 +22,7 @@ newer_torch = pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), re
 pytestmark = [
     newer_torch,
     pytest.mark.compiler,
+    pytest.mark.sampled(3),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo's own
 ]
 

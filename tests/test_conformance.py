@@ -8,7 +8,7 @@ from diffmax.plugin import Backend
 from diffmax.testing.rows import checks
 from diffmax.testing.rows.conformance import DTYPES, BackendConformance
 
-pytestmark = pytest.mark.sampled(5)
+pytestmark = pytest.mark.sampled(9)
 
 
 class TestNumba(BackendConformance):

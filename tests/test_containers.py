@@ -35,6 +35,7 @@ def run(code, **options):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **options)
 
 
+@pytest.mark.slow
 def test_where_numba_has_no_place_for_its_cache_kernels_are_compiled_in_memory():
     """Every call raised "cannot cache function: no locator available", while `explain` said that numba could run it."""
     done = run(NO_PLACE + CALLS)
@@ -49,11 +50,13 @@ def as_nobody(code):
     return subprocess.run([*change, sys.executable, "-c", code], capture_output=True, text=True, check=False, env=EMPTY)
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home_and_without_a_folder_to_write_to_gets_the_compiled_kernels():
     done = as_nobody(CALLS)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_no_reason_to_fail(tmp_path):
     done = run(FULL + CALLS, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr

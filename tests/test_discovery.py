@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.sampled(3)
+
 _spec = importlib.util.spec_from_file_location("overlay", Path(__file__).with_name("overlay.py"))
 overlay = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(overlay)
@@ -122,6 +124,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("plugin", EXPECTED)
+@pytest.mark.sampled(4)
 def test_is_listed_with_its_status_and_reason(outcome, plugin):
     status, reason = outcome["records"][plugin]
     assert status == EXPECTED[plugin][0]
@@ -203,6 +206,7 @@ def test_a_blocked_name_that_no_plugin_has_is_warned_about():
     assert run(code, DIFFMAX_BLOCK="nosuch") == "diffmax: DIFFMAX_BLOCK names nosuch, and no such plugin is installed"
 
 
+@pytest.mark.slow
 def test_discovery_can_be_switched_off(tmp_path):
     add_plugin(tmp_path, "good")
     code = "import diffmax, json; "

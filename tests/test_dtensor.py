@@ -192,6 +192,7 @@ dist.destroy_process_group()
     ],
     ids=["eager", "inference mode", "the operator itself", "the backward operator", "compiled"],
 )
+@pytest.mark.sampled(3)
 def test_the_rules_are_there_at_the_first_call(call):
     done = subprocess.run([sys.executable, "-c", FIRST_CALL.format(call=call)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -30,6 +30,7 @@ def run(name, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_training_runs_and_goes_on_where_it_was_stopped(tmp_path):
     output = tmp_path / "trained"
     first = run("train_alpha", "--quick", "--output", output)
@@ -122,6 +123,7 @@ def test_the_committed_result_reaches_what_the_pages_quote():
         assert row in page
 
 
+@pytest.mark.slow
 def test_adapting_runs_and_saves_a_model_that_loads_again(tmp_path):
     done = run("adapt_minilm", "--quick", "--output", tmp_path / "adapted", "--model", tmp_path / "model")
     assert done.returncode == 0, done.stderr

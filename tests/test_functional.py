@@ -14,7 +14,7 @@ from diffmax.kernels.cpu import rows as cpu_rows
 from diffmax.testing import NASTY_ROWS, gates, solve_exactly
 from diffmax.testing.rows.cases import SPECIAL_ALPHAS
 
-pytestmark = pytest.mark.sampled(5)
+pytestmark = pytest.mark.sampled(11)
 
 ALPHAS = [0.003, 0.01, 0.1, 1 / 3, 0.5, 2 / 3, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 0.999, 0.9999]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -11,6 +11,8 @@ from diffmax import diffmax_bisect, reference
 from diffmax.kernels.cpu import rows as cpu_rows
 from diffmax.testing import gates, solve_exactly
 
+pytestmark = pytest.mark.sampled(3)
+
 ALPHAS = [0.003, 0.05, 0.1, 0.3, 0.5, 2 / 3, 0.85, 0.9, 0.95, 0.99, 0.999, 0.9999]
 inf, nan = math.inf, math.nan
 

@@ -25,7 +25,7 @@ close = torch.testing.assert_close
 ONE = torch.tensor(1.0)  # softmax
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype"),
-    pytest.mark.sampled(5),
+    pytest.mark.sampled(7),
 ]
 
 

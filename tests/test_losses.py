@@ -19,7 +19,7 @@ from diffmax import DiffmaxLoss, diffmax_bisect, diffmax_loss
 from diffmax.operators.loss import terms
 from diffmax.testing import solve_exactly
 
-pytestmark = pytest.mark.sampled(5)
+pytestmark = pytest.mark.sampled(7)
 
 ALPHAS = [1e-6, 0.05, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 0.999, 0.9999, 1 - 1e-6]
 HALVES = [torch.float16, torch.bfloat16]

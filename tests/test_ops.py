@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
 
+pytestmark = pytest.mark.sampled(3)
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

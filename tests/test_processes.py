@@ -70,12 +70,14 @@ def run(code, tmp_path, timeout=240, arguments=(), **environment):
     ],
     ids=lambda environment: " ".join(f"{name}={value}" for name, value in environment.items()),
 )
+@pytest.mark.sampled(5)
 def test_any_number_of_threads_of_openmp(environment, tmp_path):
     code = "assert right(results('reference')); print(torch.get_num_threads())"
     assert int(run(code, tmp_path, **environment)) >= 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs os.sched_setaffinity")
+@pytest.mark.slow
 def test_fewer_processors_than_the_machine_has(tmp_path):
     run("import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nassert right(results('reference'))", tmp_path)
 
@@ -117,6 +119,7 @@ assert fork(1) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.slow
 def test_threads_of_a_forked_child_call_at_once(tmp_path):
     code = """
 import os, signal
@@ -140,6 +143,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.sampled(3)
 def test_pools_and_workers_of_a_data_loader(method, tmp_path):
     code = f"""
 import multiprocessing
@@ -165,6 +169,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("switch", ["1e-6", "0.005"])
+@pytest.mark.slow
 def test_many_threads_compile_and_call_at_once(switch, tmp_path):
     """The first calls of a process come from eight threads, and nothing was compiled before."""
     code = f"""
@@ -180,6 +185,7 @@ with ThreadPoolExecutor(8) as pool:
     run(code, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache(tmp_path):
     (tmp_path / "cache").mkdir()
     script = tmp_path / "script.py"
@@ -189,6 +195,7 @@ def test_two_processes_fill_one_cache(tmp_path):
     assert [process.wait(timeout=240) for process in started] == [0, 0]
 
 
+@pytest.mark.slow
 def test_signals_arrive_between_calls_and_change_nothing(tmp_path):
     code = """
 import signal
@@ -248,6 +255,7 @@ diffmax.warmup()
 """
 
 
+@pytest.mark.slow
 def test_in_pythons_development_mode_there_is_no_warning(tmp_path):
     run(DEVELOPMENT, tmp_path, arguments=("-X", "dev", "-W", "error"))
 

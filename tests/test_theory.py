@@ -14,6 +14,8 @@ from diffmax import diffmax_bisect
 from diffmax.operators.common.numerics import MIN_E, alpha_weight, newton_steps
 from diffmax.testing import solve_exactly
 
+pytestmark = pytest.mark.sampled(3)
+
 ROOT = Path(__file__).parents[1]
 THEORY = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
 ALPHAS = [0.003, 0.1, 0.3, 0.5, 0.7, 0.85, 0.9, 0.99, 0.9999]
