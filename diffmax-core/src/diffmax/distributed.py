@@ -1,4 +1,4 @@
-"""Rows that are spread over the ranks of a process group: solved together, never gathered. docs/distributed.md."""
+"""Rows that are sharded over the ranks of a process group, solved without gathering. See docs/distributed.md."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ def diffmax_bisect_sharded(
     *,
     group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    """`diffmax_bisect` of rows that are spread over the ranks of a process group along `dim`, without gathering them.
+    """`diffmax_bisect` for rows that are sharded over the ranks of a process group along `dim`, without gathering them.
 
-    The result on each rank is its part of `diffmax_bisect(torch.cat(all X, dim), alpha, dim)`: of vocabulary-parallel logits,
-    or of attention scores whose keys are sharded. All ranks of the group must make the call, and the backward pass.
+    The result on each rank is its shard of `diffmax_bisect(torch.cat(all X, dim), alpha, dim)`: for vocabulary-parallel logits,
+    or attention scores for sharded keys. All ranks of the group must make the call, and the backward pass.
 
     Args:
-        X: This rank's part of the scores. Along `dim` the parts may be of any length, 0 too; else all are of one shape.
-        alpha: As for `diffmax_bisect`, with the same value on every rank. A tensor's gradient is that of the whole rows,
-            the same on every rank: do not sum it over the group again.
-        dim: The axis that is sharded, and along which the whole row sums to one.
+        X: This rank's shard of the scores. Shards may differ in length along `dim`, 0 included, but not in other sizes.
+        alpha: As for `diffmax_bisect`, with the same value on every rank. The gradient of a tensor is that of the whole rows,
+            the same on every rank: do not all-reduce it again.
+        dim: The sharded axis, along which the whole row sums to one.
         n_iter, ensure_sum_one: As for `diffmax_bisect`.
-        group: A process group, or a DeviceMesh of one dimension. None: the default group.
+        group: A process group, or a one-dimensional DeviceMesh. None: the default group.
     Returns:
-        Tensor of X's shape, dtype and device. A row with nothing visible on any rank is all 0; a row with NaN or +inf on one
+        Tensor of X's shape, dtype and device. A row that is fully masked on all ranks is all 0; a row with NaN or +inf on any
         rank is all NaN on every rank.
     Raises:
         RuntimeError: torch.distributed is not initialised.
-        TypeError: As for `diffmax_bisect`; X is a DTensor, or group is of another type.
-        ValueError: As for `diffmax_bisect`; X has no dimension, this rank is not in the group, or the ranks' calls differ in
-            anything but the length along `dim` and the values of an alpha tensor. Then every rank raises.
+        TypeError: As for `diffmax_bisect`; or X is a DTensor, or group has the wrong type.
+        ValueError: As for `diffmax_bisect`; or X is a scalar, this rank is not in the group, or the calls of the ranks differ
+            in more than the length along `dim` and the values of an alpha tensor: then every rank raises.
         NotImplementedError: Forward-mode differentiation or a torch.func transform.
-    Communication: With R rows, forward sends 11 integers (do the calls agree?), R maxima, and then, in every iteration of
-        Newton's method (Eq. 2), two numbers per row, S and S_1, and one that says whether to go on. Ordinary scores take 3
-        to 12 such messages (docs/distributed.md has a table), and none take more than Eq. 9 allows. Backward sends two
-        numbers per row, the sums of Eq. 3, and alpha's gradient if it is learned. Gathering brings n numbers per row.
-    Numerics: Computes in float32, for float64 in float64; the same arithmetic as `diffmax.reference`. A second derivative is
-        exact, and sends such messages too. Works under torch.compile, where it stays one operator.
-        The end of the iteration is read by the host, so that it cannot be captured in a CUDA graph.
+    Communication: For R rows, forward sends 11 integers, which check that the calls agree, then R maxima, then in every
+        iteration of Newton's method (Eq. 2) two numbers per row, S and S_1, and one number for the stopping decision. Typical
+        scores take 3 to 12 such messages (docs/distributed.md has a table); Eq. 9 bounds their number. Backward sends two
+        numbers per row, the sums of Eq. 3, and the gradient of alpha if it is learned. Gathering would send n numbers per row.
+    Numerics: Computes in float32, for float64 in float64, with the arithmetic of `diffmax.reference`. A second derivative is
+        exact, and sends messages too. Works under torch.compile, where it stays one operator. The host reads the stopping
+        decision, so a CUDA graph cannot capture the call.
     Source: docs/theory.md, docs/distributed.md. Written for diffmax.
     Example:
         >>> import torch, torch.distributed as dist
@@ -66,7 +66,7 @@ def diffmax_bisect_sharded(
     """
     name = "diffmax_bisect_sharded"
     if not torch.compiler.is_compiling():
-        sharded.refuse_transforms()  # here too, because vmap would call the operator once per sample and never ask
+        sharded.refuse_transforms()  # here too: vmap would call the operator once per sample without this check
     dim = check_scores(name, X, dim, n_iter)
     if type(X).__name__ == "DTensor":  # by name, because importing it takes half a second
         raise TypeError(
@@ -82,7 +82,7 @@ def diffmax_bisect_sharded(
 
 
 def _name_of(group: dist.ProcessGroup | DeviceMesh | None) -> str:
-    """The name under which torch's collectives know the group; `sharded` sees only it, so that graphs can hold it."""
+    """The name of the group for torch's collectives; `sharded` gets only the name, so graphs can contain it."""
     if not dist.is_initialized():
         raise RuntimeError(
             "diffmax_bisect_sharded: torch.distributed must be initialised, got no process group\n"

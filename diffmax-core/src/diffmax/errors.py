@@ -1,4 +1,4 @@
-"""The exception types that diffmax raises beside ValueError and TypeError."""
+"""The exception types that diffmax raises in addition to ValueError and TypeError."""
 
 
 class DiffmaxError(RuntimeError):
@@ -6,8 +6,8 @@ class DiffmaxError(RuntimeError):
 
 
 class NoBackendError(DiffmaxError):
-    """No backend can run the call, or the one that was named cannot. The message gives each candidate's reasons."""
+    """No backend can run the call, or the requested backend cannot. The message lists the reasons of each candidate."""
 
 
 class BackendError(DiffmaxError):
-    """A backend that was chosen is broken: its kernel cannot be imported."""
+    """The selected backend is broken: its kernel cannot be imported."""

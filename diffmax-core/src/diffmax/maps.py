@@ -1,4 +1,4 @@
-"""Maps from a free parameter beta > 0 to alpha, for an alpha that is learned."""
+"""Alpha maps: from a free parameter beta > 0 to alpha, for a learned alpha."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["AlphaMap", "ExpMap", "HillMap", "TanhMap"]
 
 FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
-# Every h(u) has reached 1 here, in float64 too. Beyond, u would overflow and turn a derivative of 0 into 0 * inf.
+# Every h(u) is 1 here, also in float64. A larger u could overflow, and a derivative of 0 would become 0 * inf.
 _MAX_U = 1e30
 
 
 @dataclass(frozen=True)
 class AlphaMap:
-    """alpha = 1 - c * h(beta / beta0), with h rising from 0 at 0 to 1 at infinity: a larger beta gives a sparser alpha.
+    """alpha = 1 - c * h(beta / beta0), where h rises from 0 at 0 to 1 at infinity: a larger beta gives a smaller alpha.
 
     Args:
-        c: Reach, 0 < c <= 1: alpha stays in (1 - c, 1).
+        c: Width of the range, 0 < c <= 1: alpha lies in (1 - c, 1).
         beta0: Scale of beta, > 0.
     Raises:
-        TypeError: c or beta0 is no number.
+        TypeError: c or beta0 is not a number.
         ValueError: c or beta0 is out of range.
     """
 
@@ -47,7 +47,7 @@ class AlphaMap:
         return 1 - self.one_minus_alpha(beta)
 
     def one_minus_alpha(self, beta: FloatOrTensor) -> FloatOrTensor:
-        """e = 1 - alpha = c * h(beta / beta0), to full relative accuracy where alpha is near 1."""
+        """e = 1 - alpha = c * h(beta / beta0), with full relative accuracy for alpha near 1."""
         if not isinstance(beta, Tensor):
             _check_number(type(self).__name__, "beta", beta)
             if not beta >= 0:
@@ -63,7 +63,7 @@ class AlphaMap:
         """The beta that gives `alpha`, a float or a tensor.
 
         Raises:
-            TypeError: alpha is no number and no tensor.
+            TypeError: alpha is neither a number nor a tensor.
             ValueError: alpha lies outside (1 - c, 1). A tensor on the device "meta" has no values to check.
         """
         if not isinstance(alpha, Tensor):

@@ -1,4 +1,4 @@
-"""Pictures of sparse attention and of learned alphas. Needs matplotlib, which is imported on use; nothing is shown or saved."""
+"""Plotting: sparse attention and learned alphas. Needs matplotlib, which is imported on use; nothing is shown or saved."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# A tensor of any dtype and device, an array, or a list of such, of numbers, or of lists.
+# A tensor of any dtype and device, an array, a number, or a nested list of these.
 Numbers: TypeAlias = "Tensor | Iterable[Any]"
 
 
 def alpha_and_support(alpha: Numbers, support: Numbers, labels: Sequence[str] | None = None) -> Any:
-    """Each head's alpha against the size of its support; the layers differ in colour.
+    """Plot the alpha of each head against its support size, with one colour per layer.
 
     Args:
-        alpha: Of each head, shape (H,) or (layers, H).
-        support: The mean number of weights that are not 0, of the same shape.
+        alpha: One per head, shape (H,) or (layers, H).
+        support: The mean number of nonzero weights, of the same shape.
         labels: A name per layer.
     Returns:
         A matplotlib Figure.
@@ -50,17 +50,17 @@ def alpha_and_support(alpha: Numbers, support: Numbers, labels: Sequence[str] | 
 
 
 def attention_maps(weights: Numbers, tokens: Sequence[str] | None = None, labels: Sequence[str] | None = None) -> Any:
-    """Attention weights as pictures, one per head, on a logarithmic scale; exact zeros stay blank.
+    """Plot attention weights as one image per head, on a logarithmic scale; exact zeros are blank.
 
     Args:
         weights: Shape (H, L, S): rows are queries, columns are keys.
-        tokens: The names of the keys, and of the queries where L = S.
+        tokens: The names of the keys, and of the queries if L = S.
         labels: A title per head.
     Returns:
         A matplotlib Figure.
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: The shape is another, or the tokens or labels are not as many as they should be.
+        ValueError: The shape, or the number of tokens or labels, is wrong.
     Example:
         >>> figure = attention_maps(torch.eye(3).expand(2, 3, 3), tokens=["a", "b", "c"])
         >>> [axis.get_title() for axis in figure.axes[:2]]
@@ -79,10 +79,10 @@ def attention_maps(weights: Numbers, tokens: Sequence[str] | None = None, labels
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     from matplotlib.colors import LogNorm
 
-    for axis, name, of_head in zip(axes, names, weights, strict=False):
-        shown = torch.where(of_head > 0, of_head.clamp_min(1e-4), torch.nan).float().numpy()
+    for axis, name, head in zip(axes, names, weights, strict=False):
+        shown = torch.where(head > 0, head.clamp_min(1e-4), torch.nan).float().numpy()
         image = axis.imshow(shown, norm=LogNorm(vmin=1e-4, vmax=1), cmap="viridis")
-        tenths = 1000 * int((of_head == 0).sum()) // of_head.numel()  # rounded down: 100 % are all
+        tenths = 1000 * int((head == 0).sum()) // head.numel()  # rounded down: 100 % only if all are zero
         axis.set_title(f"{name}: {tenths / 10} % zeros", fontsize=9)
         if tokens is not None:
             axis.set_xticks(range(keys), tokens, rotation=90, fontsize=7)
@@ -95,17 +95,17 @@ def attention_maps(weights: Numbers, tokens: Sequence[str] | None = None, labels
 
 
 def alpha_curves(alphas: Numbers, steps: Numbers | None = None, labels: Sequence[str] | None = None) -> Any:
-    """How alphas moved in training.
+    """Plot alphas over training.
 
     Args:
-        alphas: Shape (records, ...): at each record, alpha of each head, of any shape.
+        alphas: Shape (records, ...): one record per step, each with the alphas of all heads in any shape.
         steps: The training step of each record. None counts them.
         labels: A name per alpha.
     Returns:
         A matplotlib Figure.
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: There is no record, or the steps or labels are not as many as they should be.
+        ValueError: There is no record, or the number of steps or labels is wrong.
     Example:
         >>> figure = alpha_curves(torch.tensor([[0.85, 0.85], [0.8, 0.9]]), steps=[0, 100])
         >>> len(figure.axes[0].lines)
@@ -130,7 +130,7 @@ def alpha_curves(alphas: Numbers, steps: Numbers | None = None, labels: Sequence
 
 
 def _tensor(function: str, name: str, given: Any) -> Tensor:
-    """The numbers on the CPU, without a gradient, in float64, which holds every other dtype's."""
+    """The numbers as a float64 tensor on the CPU, without a gradient."""
     if isinstance(given, Tensor):
         if given.is_complex() or given.is_meta:
             raise TypeError(f"{function}: {name} must hold real numbers, got {given.dtype} on {given.device}")

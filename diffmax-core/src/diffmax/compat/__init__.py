@@ -1,1 +1,1 @@
-"""Other packages' names over diffmax's operator, for code that was written for them."""
+"""Compatibility modules: the names and signatures of other packages, on diffmax's operators."""

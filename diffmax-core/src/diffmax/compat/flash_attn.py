@@ -1,9 +1,9 @@
-"""flash-attn's names and signatures over diffmax: `from diffmax.compat import flash_attn` for code written for the package.
+"""flash-attn compatibility: its names and signatures on diffmax. Use `from diffmax.compat import flash_attn` in existing code.
 
-Tokens come before heads, (B, L, H, D) or packed (T, H, D); keys may have fewer heads; causality and windows are aligned at the
-lower right. Every function takes `alpha`, a float or a tensor () or (H,), and `backend`, as `diffmax.attention`. Where
-flash-attn returns the logarithm of the sum there is tau, of the same shape; in the place of weights there is None.
-`deterministic` and `num_splits` change nothing. What each argument does is in docs/arguments.md.
+The layout is (B, L, H, D), or packed (T, H, D); there may be fewer key/value heads than query heads; causality and windows are
+aligned at the lower right. Every function has the keyword-only arguments `alpha`, a float or a tensor () or (H,), and
+`backend`, as in `diffmax.attention`. The log-sum-exp is replaced by tau, of the same shape, and the weights by None.
+`deterministic` and `num_splits` have no effect. docs/arguments.md lists every argument.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def flash_attn_func(
     alpha: float | Tensor = 0.9,
     backend: str | None = None,
 ) -> Result:
-    """`diffmax.attention` of (B, L, H, D), with flash-attn's names.
+    """`diffmax.attention` in the layout (B, L, H, D), with flash-attn's argument names.
 
     Args:
         q: (B, L, H, D).
         k, v: (B, S, H_kv, D) and (B, S, H_kv, D_v), where H is a multiple of H_kv.
         dropout_p, softcap, alibi_slopes, alpha, backend: As for `diffmax.attention`.
         softmax_scale: Factor of the scores; None: 1 / sqrt(D).
-        causal, window_size: The last query stands at the last key.
-        deterministic: No effect: the backward always is, as far as its backend says so.
+        causal, window_size: Aligned at the lower right: the last query has the position of the last key.
+        deterministic: No effect: the backward is deterministic if its backend claims it.
         return_attn_probs: Whether to return a triple: the result, tau (B, H, L), and None.
     Returns:
         (B, L, H, D_v), contiguous.
@@ -105,7 +105,7 @@ def flash_attn_kvpacked_func(
     alpha: float | Tensor = 0.9,
     backend: str | None = None,
 ) -> Result:
-    """`flash_attn_func` of keys and values in one tensor.
+    """`flash_attn_func` with keys and values in one tensor.
 
     Args:
         q: (B, L, H, D).
@@ -144,7 +144,7 @@ def flash_attn_qkvpacked_func(
     alpha: float | Tensor = 0.9,
     backend: str | None = None,
 ) -> Result:
-    """`flash_attn_func` of queries, keys and values in one tensor.
+    """`flash_attn_func` with queries, keys and values in one tensor.
 
     Args:
         qkv: (B, L, 3, H, D).
@@ -189,7 +189,7 @@ def flash_attn_varlen_func(
     alpha: float | Tensor = 0.9,
     backend: str | None = None,
 ) -> Result:
-    """`diffmax.attention_varlen`, with flash-attn's names.
+    """`diffmax.attention_varlen` with flash-attn's argument names.
 
     Args:
         q: (T_q, H, D).
@@ -242,7 +242,7 @@ def flash_attn_varlen_kvpacked_func(
     alpha: float | Tensor = 0.9,
     backend: str | None = None,
 ) -> Result:
-    """`flash_attn_varlen_func` of keys and values in one tensor.
+    """`flash_attn_varlen_func` with keys and values in one tensor.
 
     Args:
         q: (T_q, H, D).
@@ -286,7 +286,7 @@ def flash_attn_varlen_qkvpacked_func(
     alpha: float | Tensor = 0.9,
     backend: str | None = None,
 ) -> Result:
-    """`flash_attn_varlen_func` of queries, keys and values in one tensor.
+    """`flash_attn_varlen_func` with queries, keys and values in one tensor.
 
     Args:
         qkv: (T, 3, H, D).
@@ -337,12 +337,12 @@ def flash_attn_with_kvcache(
     alpha: float | Tensor = 0.9,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`diffmax.attention_with_kvcache`, in flash-attn's order.
+    """`diffmax.attention_with_kvcache` with flash-attn's argument order.
 
     Args:
-        q, k_cache, v_cache, k, v: As for `diffmax.attention_with_kvcache`, and so are all that follow, by the same names.
+        q, k_cache, v_cache, k, v: As for `diffmax.attention_with_kvcache`, which has all other arguments under the same names.
     Returns:
-        (B, L, H, D_v), contiguous; and tau (B, H, L), if asked for.
+        (B, L, H, D_v), contiguous; and tau (B, H, L), if requested.
     Example:
         >>> caches = torch.zeros(2, 2, 32, 4, 16).unbind()
         >>> flash_attn_with_kvcache(torch.randn(2, 1, 8, 16), *caches, cache_seqlens=7, causal=True).shape
@@ -371,7 +371,7 @@ def flash_attn_with_kvcache(
 
 
 def _parts(name: str, what: str, packed: Tensor, ndim: int, count: int) -> tuple[Tensor, ...]:
-    """The tensors that lie beside one another, `count` of them, in the third dimension from the end."""
+    """The `count` tensors that are packed along the third dimension from the end."""
     if not isinstance(packed, Tensor):
         raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(packed).__name__}")
     if packed.ndim != ndim or packed.shape[-3] != count:

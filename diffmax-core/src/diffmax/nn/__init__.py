@@ -1,4 +1,4 @@
-"""Modules: the operator, multi-head attention, and what recent papers put around an attention's weights or output."""
+"""Modules: the row operator, multi-head attention, and add-ons of recent papers for any attention."""
 
 from diffmax.nn.affine import AffineScale
 from diffmax.nn.attention import DiffmaxAttention

@@ -1,4 +1,4 @@
-"""What a module with an alpha loads from a checkpoint that has none."""
+"""Loading a checkpoint without an alpha, such as one of a softmax model, into a module that has one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from diffmax.nn._precision import PreciseBuffers
 
-# What holds an alpha, in our modules and in most others that call our functions.
+# Names of attributes that hold an alpha, in our modules and usually in others.
 ALPHAS = ("alpha", "log_beta")
 
 
 class AlphaFromSoftmax(PreciseBuffers):
-    """A module that keeps its alpha where a checkpoint has none: the model was trained with softmax, or with a float alpha.
+    """A module that keeps its alpha if a checkpoint has none, because the model was trained with softmax or with a float alpha.
 
-    So `strict=True` asks for all else. An alpha that cannot be kept, on the device "meta", is still missing.
+    So `strict=True` requires only the other entries. An alpha on the device "meta" has no value to keep and is missing.
     """
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

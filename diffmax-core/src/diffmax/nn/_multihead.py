@@ -1,4 +1,4 @@
-"""How torch.nn.MultiheadAttention is called, as `DiffmaxAttention` answers it: masks, weights, and torch's shortcuts."""
+"""Calls of `DiffmaxAttention` in the style of torch.nn.MultiheadAttention: masks, weights, and torch's fast paths."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from diffmax.operators.rows.api import normalize
 from diffmax.plugin import AttentionCall
 from diffmax.reference import attention as reference
 
-SWAPPED = "tokens come batch first, unless the module is made with batch_first=False"
-_WHERE = "the projections are apart, in q_proj, k_proj and v_proj"
+_LAYOUT_HINT = "tokens come batch first, unless the module is made with batch_first=False"
+_PROJECTIONS_HINT = "the projections are apart, in q_proj, k_proj and v_proj"
 
 
-class Apart:
-    """Stands where torch's layers look for the packed weights that they would compute with, past the module.
+class SeparateProjections:
+    """Replaces the packed weights with which the fast path of torch's layers would bypass the module.
 
-    They do not where one of their tensors has a __torch_function__: then they call the module. Encoders ask in the same way
-    before they make nested tensors.
+    If one of these tensors has a __torch_function__, the layers call the module instead. Encoders check the same before they
+    make nested tensors.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         raise TypeError(
-            f"DiffmaxAttention: there is no in_proj_weight or in_proj_bias, got a call of {func.__name__}\n{_WHERE}"
+            f"DiffmaxAttention: there is no in_proj_weight or in_proj_bias, got a call of {func.__name__}\n{_PROJECTIONS_HINT}"
         )
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            f"DiffmaxAttention: there is no in_proj_weight or in_proj_bias, got a look at its {name}\n{_WHERE}"
+            f"DiffmaxAttention: there is no in_proj_weight or in_proj_bias, got a look at its {name}\n{_PROJECTIONS_HINT}"
         )
 
 
-def merged(
+def merge_masks(
     name: str,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -45,28 +45,28 @@ def merged(
     query: Tensor,
     key: Tensor,
     batched: bool,
-    torchs_call: bool,
-    weighed: bool,
+    is_torch_call: bool,
+    needs_weights: bool,
 ) -> tuple[Tensor | None, bool]:
-    """attn_mask and is_causal as `diffmax.attention` takes them, with padding hidden; `query` and `key` are heads."""
-    padding = _padding(name, key_padding_mask, key, batched, torchs_call)
-    if attn_mask is not None and hasattr(attn_mask, "variant"):  # torch's CausalBias, which must not be looked into
+    """attn_mask and is_causal for `diffmax.attention`, with padding masked; `query` and `key` are split into heads."""
+    padding = _padding(name, key_padding_mask, key, batched, is_torch_call)
+    if attn_mask is not None and hasattr(attn_mask, "variant"):  # torch's CausalBias, whose values must not be read
         if padding is not None:
             raise ValueError(f"{name}: a CausalBias and key_padding_mask exclude each other\npass is_causal=True instead")
         return attn_mask, is_causal
     if attn_mask is None:
         return padding, is_causal
-    _check_kind(name, attn_mask, "hidden" if torchs_call else "seen")
-    if not torchs_call:
-        return _both(attn_mask, padding), is_causal
-    attn_mask = _torchs_mask(name, attn_mask, query, key, batched)
-    if is_causal and padding is None and not weighed:  # then torch's module, too, takes the word for the mask
+    _check_kind(name, attn_mask, "hidden" if is_torch_call else "seen")
+    if not is_torch_call:
+        return _combine(attn_mask, padding), is_causal
+    attn_mask = _torch_mask(name, attn_mask, query, key, batched)
+    if is_causal and padding is None and not needs_weights:  # torch's module then ignores the mask too
         return None, True
-    return _both(attn_mask, padding), False
+    return _combine(attn_mask, padding), False
 
 
-def _torchs_mask(name: str, mask: Tensor, query: Tensor, key: Tensor, batched: bool) -> Tensor:
-    """attn_mask as nn.MultiheadAttention reads it, True where hidden, as `diffmax.attention` does, of four dimensions."""
+def _torch_mask(name: str, mask: Tensor, query: Tensor, key: Tensor, batched: bool) -> Tensor:
+    """Convert an attn_mask of nn.MultiheadAttention, True where masked, to a 4-d mask of `diffmax.attention`."""
     batch, heads, length, _ = query.shape
     keys = key.shape[2]
     folded = (batch * heads, length, keys)
@@ -86,7 +86,7 @@ def _mask_hint(mask: Tensor, query: Tensor, keys: int) -> str:
     if len(padded) == 4 and all(a in (1, w) for a, w in zip(padded, wanted, strict=True)):
         hidden = "" if mask.is_floating_point() else "if it is True where a key is seen, pass ~mask; "
         return f"{hidden}give it the shape with .expand{tuple(wanted)}.flatten(0, 1)"
-    return SWAPPED
+    return _LAYOUT_HINT
 
 
 def _padding(name: str, mask: Tensor | None, key: Tensor, batched: bool, floating: bool) -> Tensor | None:
@@ -102,14 +102,14 @@ def _padding(name: str, mask: Tensor | None, key: Tensor, batched: bool, floatin
     batch, keys = key.shape[0], key.shape[2]
     wanted, axes = ((batch, keys), "(B, S)") if batched else ((keys,), "(S,)")
     if tuple(mask.shape) != wanted:
-        hint = f"\n{SWAPPED}" if tuple(mask.shape) == wanted[::-1] else ""
+        hint = f"\n{_LAYOUT_HINT}" if tuple(mask.shape) == wanted[::-1] else ""
         raise ValueError(f"{name}: key_padding_mask must have shape {axes} = {wanted}, got {_shape(mask)}{hint}")
     mask = mask.view(batch, 1, 1, keys)
     return ~mask if mask.dtype == torch.bool else mask
 
 
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """One mask that says what both say, each boolean and True where seen, or floating and added."""
+def _combine(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Combine two masks, each boolean and True where visible, or floating and added."""
     if first is None or second is None:
         return second if first is None else first
     if first.dtype == second.dtype == torch.bool:
@@ -120,9 +120,9 @@ def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def with_weights(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, backend: str | None) -> tuple[Tensor, Tensor]:
-    """The result of attention, and its weights after dropout (B, H, L, S), with a sink (B, H, L, S + 1): all in memory."""
+    """The output of attention, and its weights after dropout (B, H, L, S), with a sink (B, H, L, S + 1), unfused."""
     keys, kind = key.shape[2], query.device.type
-    # the dtypes are chosen by now, and autocast would choose again
+    # autocast was already applied; it must not change the dtypes again
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if autocast else nullcontext():
         region = reference.Whole.of(query, key, call)

@@ -1,4 +1,4 @@
-"""Numbers that stay exact in a module of half precision."""
+"""Buffers that keep their dtype in a module of half precision."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffmax.nn._kept import Keeps
+from diffmax.nn._resettable import Resettable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PreciseBuffers(Keeps):
-    """A module whose own buffers keep their dtype where `.half()`, `.bfloat16()` or `.to(dtype)` would round them.
+class PreciseBuffers(Resettable):
+    """A module whose buffers keep their dtype if `.half()`, `.bfloat16()` or `.to(dtype)` would round them.
 
-    Of an alpha the digits of 1 - alpha count: 0.998 in bfloat16 is 0.996, where 1 - alpha is its double.
+    The digits of 1 - alpha matter: 0.998 rounds to 0.996 in bfloat16, which doubles 1 - alpha.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

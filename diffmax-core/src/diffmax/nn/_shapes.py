@@ -1,4 +1,4 @@
-"""A check that the modules share."""
+"""A shape check that the modules share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention weights that a token scales and shifts."""
+"""Affine-scaled attention: weights with a scale and an offset per token and head."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from diffmax.operators.common.numerics import accumulation_dtype
 
 
 class AffineScale(nn.Module):
-    """out = [a P + (m - a) / N] V, from the output P V alone: a * (P V) + (m - a) * mean of the values that are seen.
+    """out = [a P + (m - a) / N] V, from the output P V alone: a * (P V) + (m - a) * mean of the visible values.
 
-    a = clamp(0.1 (W x + b) + 0.5, 0, 1) is of each token and head, m is the moving average of a over the batches of training,
-    and N is the number of keys that the query sees. Rows then sum to m, and weights may be negative. The second part has no
-    zeros among its weights: with `offset=False` it is left out, and what is sparse stays sparse.
+    a = clamp(0.1 (W x + b) + 0.5, 0, 1) per token and head, m is the moving average of a over training batches, and N is the
+    number of keys visible to the query. Rows then sum to m, and weights may be negative. The second term makes the weights
+    dense: with `offset=False` it is omitted, and sparse weights stay sparse.
 
     Args:
         embed_dim: Size of the tokens x.
         heads: H.
-        offset: Whether to add the second part.
+        offset: Whether to add the second term.
         momentum: Share of the old m in the new one, in [0, 1); m starts at 0, in the buffer `average` (H,).
     Raises:
-        ValueError: momentum is out of range, shapes do not fit, or a mask and is_causal are both given.
+        ValueError: momentum is out of range, shapes do not match, or a mask and is_causal are both given.
         TypeError: attn_mask is not boolean.
     Numerics: the mean of the values is computed in float32, for float64 in float64.
-    Source: Affine-Scaled Attention (arXiv:2602.23057), with N the number of visible keys and not of all: otherwise hidden ones
-        would be read. Written for diffmax.
+    Source: Affine-Scaled Attention (arXiv:2602.23057), with N the number of visible keys instead of all keys: otherwise masked
+        keys would contribute. Written for diffmax.
     Example:
         >>> scale, x = AffineScale(16, 4), torch.randn(2, 5, 16)
         >>> out, value = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
@@ -45,7 +45,7 @@ class AffineScale(nn.Module):
         self.register_buffer("average", torch.zeros(heads))
 
     def reset_parameters(self) -> None:
-        """Begin anew, as after `to_empty`."""
+        """Initialize W, b and m again, for example after `to_empty`."""
         self.project.reset_parameters()
         nn.init.zeros_(self.average)
 
@@ -54,7 +54,7 @@ class AffineScale(nn.Module):
     ) -> Tensor:
         """The scaled output of an attention (B, H, L, D) over values (B, H_kv, S, D), with queries from tokens x (B, L, E).
 
-        attn_mask is boolean, True where a key is seen; is_causal is aligned at the upper left, as in `diffmax.attention`.
+        attn_mask is boolean, True where a key is visible; is_causal is aligned at the upper left, as in `diffmax.attention`.
         """
         if is_captured(out, value, x, attn_mask):
             return captured(self, out, value, x, attn_mask, is_causal)  # type: ignore[no-any-return]
@@ -68,12 +68,12 @@ class AffineScale(nn.Module):
             return scaled
         shift: Tensor = (self.average.unsqueeze(1) - a).unsqueeze(3).to(out.dtype)
         value = value.repeat_interleave(out.shape[1] // value.shape[1], dim=1)
-        return scaled + (shift * _mean_of_seen(value, out.shape[2], attn_mask, is_causal)).to(out.dtype)
+        return scaled + (shift * _mean_of_visible(value, out.shape[2], attn_mask, is_causal)).to(out.dtype)
 
 
-def _mean_of_seen(value: Tensor, queries: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Per query the mean of the values it sees, (B, H, L, D) or with L = 1; 0 where it sees none."""
-    value = value.to(accumulation_dtype(value.dtype))  # a sum of values may be too large for float16
+def _mean_of_visible(value: Tensor, queries: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Mean of the visible values per query, (B, H, L, D) or with L = 1; 0 for a fully masked query."""
+    value = value.to(accumulation_dtype(value.dtype))  # a sum of values may overflow float16
     if attn_mask is not None:
         if is_causal:
             raise ValueError("AffineScale: attn_mask and is_causal=True exclude each other\npass one mask that holds both")
@@ -82,8 +82,8 @@ def _mean_of_seen(value: Tensor, queries: int, attn_mask: Tensor | None, is_caus
                 f"AffineScale: attn_mask must be boolean, True where a key is seen, got {attn_mask.dtype}\n"
                 "of a mask that is added to the scores it is attn_mask != -torch.inf"
             )
-        seen = attn_mask.to(value.dtype)
-        return (seen @ value) / seen.sum(-1, keepdim=True).clamp_min(1)
+        visible = attn_mask.to(value.dtype)
+        return (visible @ value) / visible.sum(-1, keepdim=True).clamp_min(1)
     if not is_causal:
         return value.mean(2, keepdim=True)
     last = torch.arange(queries, device=value.device).clamp_max(value.shape[2] - 1)

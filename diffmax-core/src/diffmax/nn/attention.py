@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffmax.maps import AlphaMap
 from diffmax.nn._checkpoint import AlphaFromSoftmax
-from diffmax.nn._multihead import Apart, merged, with_weights
+from diffmax.nn._multihead import SeparateProjections, merge_masks, with_weights
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
 from diffmax.operators.attention.api import attention
@@ -25,41 +25,41 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class DiffmaxAttention(AlphaFromSoftmax):
-    """Multi-head attention with diffmax weights: torch.nn.MultiheadAttention, and an alpha per head, fixed or learned.
+    """Multi-head attention with diffmax weights: torch.nn.MultiheadAttention with an alpha per head, fixed or learned.
 
-    Called with query, key and value it answers as that module does, masks and pair included, also inside of torch's own
-    TransformerEncoderLayer, TransformerDecoderLayer and Transformer; called without value it has masks as `diffmax.attention`
-    and returns the tokens alone: see `forward`. Tokens come batch first, unless batch_first=False.
+    Called with query, key and value it behaves like that module: same masks, and a pair as result. So it also works inside
+    torch's TransformerEncoderLayer, TransformerDecoderLayer and Transformer. Called without value, masks are those of
+    `diffmax.attention`, and only the tokens are returned: see `forward`. Tokens are batch first, unless batch_first=False.
 
-    Its layers are `q_proj`, `k_proj`, `v_proj` and `out_proj`. A state dict of torch.nn.MultiheadAttention loads too:
-    `in_proj_weight` and `in_proj_bias` are split, and what that module does not have (alphas, sinks, gates) stays as it is.
-    `from_torch` makes this module from that one, `to_torch` is the way back.
+    The projections are `q_proj`, `k_proj`, `v_proj` and `out_proj`. A state dict of torch.nn.MultiheadAttention loads too:
+    `in_proj_weight` and `in_proj_bias` are split, and parameters that it lacks (alphas, sinks, gates) keep their values.
+    `from_torch` converts that module to this one, `to_torch` converts back.
 
     Args:
         embed_dim: Size of the query's tokens and of the output.
         num_heads: H.
-        num_kv_heads: H_kv, of which H is a multiple: grouped query heads. Default: H.
-        alpha: As for `diffmax.attention`. A tensor () or (H,) becomes a buffer, which keeps its dtype where the module becomes
-            float16 or bfloat16; an nn.Parameter becomes a parameter of the module.
+        num_kv_heads: H_kv, the number of key/value heads, which divides H (grouped query heads). Default: H.
+        alpha: As for `diffmax.attention`. A tensor () or (H,) becomes a buffer, which keeps its dtype if the module is
+            converted to float16 or bfloat16; an nn.Parameter becomes a parameter of the module.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: one trainable parameter, `log_beta` (H,),
-            with which every head starts at `alpha`. Weight decay must not act on it: `diffmax.nn.param_groups`.
+            and every head starts at `alpha`. It must get no weight decay: use `diffmax.nn.param_groups`.
         kdim, vdim: Sizes of key and value tokens. Default: embed_dim.
         head_dim: D. Default: embed_dim / H.
-        bias: Whether the projections have one.
-        dropout: On the weights, in training.
-        batch_first: Whether tokens are (B, L, embed_dim) and not (L, B, embed_dim). torch's own layers have False by default,
-            and a module inside of them must be made with what they have.
-        add_zero_attn: As in torch.nn.MultiheadAttention: `sink="null"`, which is the same.
+        bias: Whether the projections have a bias.
+        dropout: Dropout probability of the weights, in training.
+        batch_first: Whether tokens are (B, L, embed_dim) instead of (L, B, embed_dim). The default of torch's own layers is
+            False, and a module inside them needs the same value.
+        add_zero_attn: As in torch.nn.MultiheadAttention; the same as `sink="null"`.
         add_bias_kv: Must be False.
         window_size: As for `diffmax.attention`.
-        sink: "null": a score of 0 that takes weight and has no value. "learned": one score per head, in the parameter `sink`
+        sink: "null": an extra score of 0 whose weight is discarded. "learned": one score per head, in the parameter `sink`
             (H,), which starts at 0. See `Sink`.
-        head_gate: Whether a `HeadGate` follows the attention, at first with all factors 1.
-        length_scale: Whether a `LengthScale` goes before it.
-        device, dtype: Where and of what dtype the parameters are made.
+        head_gate: Whether to apply a `HeadGate` after the attention; all factors start at 1.
+        length_scale: Whether to apply a `LengthScale` before the attention.
+        device, dtype: Device and dtype of the parameters.
         backend: As for `diffmax.attention`.
     Raises:
-        TypeError, ValueError: Numbers do not fit each other, alpha is out of range, or an option is unknown.
+        TypeError, ValueError: Sizes do not match, alpha is out of range, or an option is unknown.
     Source: written for diffmax.
     Example:
         >>> from diffmax import HillMap
@@ -76,7 +76,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
 
     alpha: float | Tensor
     log_beta: nn.Parameter
-    _qkv_same_embed_dim = True  # torch's encoder asks this of a module that it would compute past: see `Apart`
+    _qkv_same_embed_dim = True  # torch's encoder reads it before its fast path: see `SeparateProjections`
 
     def __init__(
         self,
@@ -118,11 +118,11 @@ class DiffmaxAttention(AlphaFromSoftmax):
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.dropout, self.window_size, self.backend, self.batch_first = dropout, window_size, backend, batch_first
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
-        made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, **made)
-        self.k_proj = nn.Linear(self.kdim, num_kv_heads * self.head_dim, **made)
-        self.v_proj = nn.Linear(self.vdim, num_kv_heads * self.head_dim, **made)
-        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **made)
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, **factory)
+        self.k_proj = nn.Linear(self.kdim, num_kv_heads * self.head_dim, **factory)
+        self.v_proj = nn.Linear(self.vdim, num_kv_heads * self.head_dim, **factory)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **factory)
         self._set_alpha(alpha, alpha_map, device, dtype)
         self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sink == "learned" else None
         self.null_sink = sink == "null"
@@ -134,10 +134,10 @@ class DiffmaxAttention(AlphaFromSoftmax):
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> DiffmaxAttention:
-        """This module with the weights and settings of that one; `options` are the constructor's, such as alpha.
+        """Convert a torch.nn.MultiheadAttention, with its weights and settings; `options` are the constructor's, such as alpha.
 
         Raises:
-            ValueError: The module has add_bias_kv=True, which is not served.
+            ValueError: The module has add_bias_kv=True, which is not supported.
         Example:
             >>> layer = torch.nn.TransformerEncoderLayer(32, 4)
             >>> layer.self_attn = DiffmaxAttention.from_torch(layer.self_attn, alpha=0.85)
@@ -156,12 +156,12 @@ class DiffmaxAttention(AlphaFromSoftmax):
         """The torch.nn.MultiheadAttention with these weights: the same function where every alpha is 1.
 
         Raises:
-            ValueError: That module has no place for an option of this one.
+            ValueError: torch.nn.MultiheadAttention does not support an option of this module.
         Example:
             >>> DiffmaxAttention(32, 4, alpha=0.85).to_torch().in_proj_weight.shape
             torch.Size([96, 32])
         """
-        lacking = {
+        unsupported = {
             "num_kv_heads": self.num_kv_heads != self.num_heads,
             "head_dim": self.num_heads * self.head_dim != self.embed_dim,
             "window_size": self.window_size is not None,
@@ -169,11 +169,11 @@ class DiffmaxAttention(AlphaFromSoftmax):
             "head_gate": self.gate is not None,
             "length_scale": self.length_scale is not None,
         }
-        if any(lacking.values()):
-            names = ", ".join(name for name, lacks in lacking.items() if lacks)
+        if any(unsupported.values()):
+            names = ", ".join(name for name, lacks in unsupported.items() if lacks)
             raise ValueError(f"{_NAME}: to_torch must have a module that nn.MultiheadAttention can be, got one with {names}")
         weight, packed = self.q_proj.weight, self.kdim == self.vdim == self.embed_dim
-        theirs = nn.MultiheadAttention(
+        converted = nn.MultiheadAttention(
             *(self.embed_dim, self.num_heads, self.dropout, self.q_proj.bias is not None, False, self.null_sink),
             *(self.kdim, self.vdim, self.batch_first, weight.device, weight.dtype),
         )
@@ -188,8 +188,8 @@ class DiffmaxAttention(AlphaFromSoftmax):
             given |= {f"{name}_weight": tensor for name, tensor in zip(_PROJECTIONS, parts["weight"], strict=True)}
         if self.q_proj.bias is not None:
             given["in_proj_bias"] = torch.cat(parts["bias"])
-        theirs.load_state_dict(given)
-        return theirs.train(self.training)
+        converted.load_state_dict(given)
+        return converted.train(self.training)
 
     def _set_alpha(
         self, alpha: float | Tensor, alpha_map: AlphaMap | None, device: torch.device | str | None, dtype: torch.dtype | None
@@ -208,18 +208,18 @@ class DiffmaxAttention(AlphaFromSoftmax):
         if alpha_map is None:
             if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
                 alpha = alpha.to(device)
-            self._keep("alpha", alpha)
+            self._store("alpha", alpha)
         elif isinstance(alpha, Tensor):
             start = alpha_map.inverse(alpha.detach().double()).log().float()
-            self._learn("log_beta", start, start.expand(self.num_heads).clone().to(device=device, dtype=dtype))
+            self._store_learned("log_beta", start, start.expand(self.num_heads).clone().to(device=device, dtype=dtype))
         else:
             first = math.log(alpha_map.inverse(float(alpha)))
-            self._learn(
+            self._store_learned(
                 "log_beta", torch.tensor(first, device="cpu"), torch.full((self.num_heads,), first, device=device, dtype=dtype)
             )
 
     def reset_parameters(self) -> None:
-        """Begin anew, as after `to_empty`: projections as nn.Linear's, alpha and all else as the module was made."""
+        """Initialize again, for example after `to_empty`: projections as nn.Linear, alpha and the rest as at construction."""
         for child in self.children():
             child.reset_parameters()  # type: ignore[operator]
         super().reset_parameters()
@@ -230,20 +230,20 @@ class DiffmaxAttention(AlphaFromSoftmax):
 
     @property
     def current_alpha(self) -> float | Tensor:
-        """The alpha that the next call uses: a float, or a tensor that leads back to what is learned."""
+        """The alpha that the next call uses: a float, or a tensor with a gradient to the learned parameter."""
         if self.alpha_map is None:
             return self.alpha
         return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
 
     @property
-    def in_proj_weight(self) -> Apart:
+    def in_proj_weight(self) -> SeparateProjections:
         """Nothing to compute with: it keeps torch's layers from computing attention past this module."""
-        return Apart()
+        return SeparateProjections()
 
     @property
-    def in_proj_bias(self) -> Apart | None:
+    def in_proj_bias(self) -> SeparateProjections | None:
         """As `in_proj_weight`; None without a bias."""
-        return None if self.q_proj.bias is None else Apart()
+        return None if self.q_proj.bias is None else SeparateProjections()
 
     @overload
     def forward(
@@ -285,30 +285,30 @@ class DiffmaxAttention(AlphaFromSoftmax):
         is_causal: bool = False,
         causal_alignment: str = "upper_left",
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Attend, from tokens to tokens. Whether `value` is given decides whose call it is.
+        """Attention from tokens to tokens. With `value` it follows nn.MultiheadAttention, without it `diffmax.attention`.
 
-        With query, key and value it is a call of nn.MultiheadAttention: masks mean what they mean there, and the result is a
-        pair. Without value it is a call in the way of `diffmax.attention`, and the result is one tensor.
+        With query, key and value, masks have the meaning of nn.MultiheadAttention, and the result is a pair. Without value,
+        masks have the meaning of `diffmax.attention`, and the result is one tensor.
 
         Args:
             query: (B, L, embed_dim); (L, B, embed_dim) for a module with batch_first=False; (L, embed_dim) for one sequence.
                 Or nested (B, j, embed_dim) of layout torch.jagged, without masks and weights.
-            key: (B, S, kdim), likewise. Default: query.
-            value: (B, S, vdim), likewise. Default: key.
-            key_padding_mask: Boolean (B, S), or (S,) for one sequence, True at padding, which is not seen. With value also
+            key: (B, S, kdim), in the same layout. Default: query.
+            value: (B, S, vdim), in the same layout. Default: key.
+            key_padding_mask: Boolean (B, S), or (S,) for one sequence, True at padding, which is masked. With value also
                 floating, added to the scores.
-            need_weights: Whether to compute the weights, which takes their memory. With value the default is True; without
-                there are none to return.
-            attn_mask: Without value as for `diffmax.attention`, and broadcast as there: True marks what is *seen*. With value
-                (L, S) or (B * H, L, S), as in nn.MultiheadAttention: True marks what is *hidden*. Floating numbers are added.
+            need_weights: Whether to return the weights, which need the memory of all scores. Default with value: True; without
+                value no weights are returned.
+            attn_mask: Without value as for `diffmax.attention`, also its broadcasting: True marks *visible* keys. With value
+                (L, S) or (B * H, L, S), as in nn.MultiheadAttention: True marks *masked* keys. A floating mask is added.
             average_attn_weights: Whether the weights are averaged over heads.
-            is_causal, causal_alignment: As for `diffmax.attention`, and holding together with attn_mask. With value and
-                attn_mask is_causal says, as in nn.MultiheadAttention, that the mask is causal.
+            is_causal, causal_alignment: As for `diffmax.attention`, combined with attn_mask. With value and attn_mask,
+                is_causal=True states, as in nn.MultiheadAttention, that the mask is causal.
         Returns:
-            Without value the tokens, (B, L, embed_dim) or as query is laid out. With value the pair of them and the weights:
+            Without value the tokens, (B, L, embed_dim) or in the layout of query. With value the pair of tokens and weights:
             (B, L, S), (B, H, L, S) if not averaged, or None. With a sink the weights have one more column, the sink's.
         Raises:
-            ValueError: Shapes do not fit, or an argument does not belong to the call.
+            ValueError: Shapes do not match, or an argument is not valid for the call.
             TypeError: A mask is not boolean or floating.
         """
         if is_captured(query, key, value, key_padding_mask, attn_mask):
@@ -319,10 +319,10 @@ class DiffmaxAttention(AlphaFromSoftmax):
                 "causal_alignment": causal_alignment,
             }
             return captured(self, query, key, value, **masks, **options)  # type: ignore[no-any-return]
-        torchs_call = value is not None
-        if torchs_call and key is None:
+        is_torch_call = value is not None
+        if is_torch_call and key is None:
             raise ValueError(f"{_NAME}: value must come with key, got value alone\npass both, or leave value out")
-        if not torchs_call and (need_weights or not average_attn_weights):
+        if not is_torch_call and (need_weights or not average_attn_weights):
             raise ValueError(
                 f"{_NAME}: need_weights and average_attn_weights belong to a call with query, key and value, got no value\n"
                 "write out, weights = attend(x, x, x); boolean masks are then True where hidden"
@@ -332,19 +332,21 @@ class DiffmaxAttention(AlphaFromSoftmax):
             if tokens is not None and not (isinstance(tokens, Tensor) and tokens.is_nested):
                 check_tensor(_NAME, what, tokens)
         if query.is_nested:
-            self._check_nested(query, attn_mask, key_padding_mask, torchs_call and need_weights is not False)
+            self._check_nested(query, attn_mask, key_padding_mask, is_torch_call and need_weights is not False)
         batched = self._check_tokens(query, key, key if value is None else value)
         query, key, value = (self._batch_first(t) for t in (query, key, key if value is None else value))
         q, k, v = (
             self._heads(projection, tokens)
             for projection, tokens in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
-        weighed = torchs_call and need_weights is not False
-        mask, is_causal = merged(_NAME, attn_mask, key_padding_mask, is_causal, q, k, batched, torchs_call, weighed)
+        needs_weights = is_torch_call and need_weights is not False
+        mask, is_causal = merge_masks(
+            _NAME, attn_mask, key_padding_mask, is_causal, q, k, batched, is_torch_call, needs_weights
+        )
         if self.length_scale is not None:
             mask = mask if mask is None or hasattr(mask, "variant") else check_mask(_NAME, q, k, mask)
             q = self.length_scale(q, k.shape[2], is_causal, causal_alignment, self.window_size, mask)
-        out, weights = self._attend(q, k, v, mask, is_causal, causal_alignment, weighed)
+        out, weights = self._attend(q, k, v, mask, is_causal, causal_alignment, needs_weights)
         if self.gate is not None:
             out = self.gate(out, query)
         result: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
@@ -352,7 +354,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
             result, weights = result.squeeze(0), None if weights is None else weights.squeeze(0)
         elif not self.batch_first:
             result = result.transpose(0, 1)
-        if not torchs_call:
+        if not is_torch_call:
             return result
         return result, weights if weights is None or not average_attn_weights else weights.mean(-3)
 
@@ -368,20 +370,20 @@ class DiffmaxAttention(AlphaFromSoftmax):
                 )
         return query.ndim == 3
 
-    def _check_nested(self, query: Tensor, attn_mask: Any, key_padding_mask: Any, weighed: bool) -> None:
-        """Check what a nested query, its sequences one after the other, goes together with."""
+    def _check_nested(self, query: Tensor, attn_mask: Any, key_padding_mask: Any, needs_weights: bool) -> None:
+        """Check that the options support a nested query."""
         if query.layout is not torch.jagged:
             raise TypeError(f"{_NAME}: a nested query must be of layout torch.jagged, got {query.layout}")
-        unfit = {
+        unsupported = {
             "attn_mask": attn_mask is not None,
             "key_padding_mask": key_padding_mask is not None,
-            "need_weights": weighed,
+            "need_weights": needs_weights,
             "batch_first=False": not self.batch_first,
             "head_gate": self.gate is not None,
             "length_scale": self.length_scale is not None,
         }
-        if any(unfit.values()):
-            names = ", ".join(name for name, given in unfit.items() if given)
+        if any(unsupported.values()):
+            names = ", ".join(name for name, given in unsupported.items() if given)
             raise ValueError(
                 f"{_NAME}: a nested query goes without masks, weights, gate and length scale, and batch first, got {names}\n"
                 "its sequences have no padding; pad them with .to_padded_tensor(0.0) for the rest"
@@ -400,7 +402,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
         mask: Tensor | None,
         is_causal: bool,
         causal_alignment: str,
-        weighed: bool,
+        needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         given = (q, k, v, mask, self.dropout if self.training else 0.0, is_causal, None, self.num_kv_heads != self.num_heads)
         options: dict[str, Any] = {
@@ -409,7 +411,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
             "causal_alignment": causal_alignment,
             "sink": torch.zeros(self.num_heads, dtype=q.dtype, device=q.device) if self.null_sink else self.sink,
         }
-        if not weighed:
+        if not needs_weights:
             return attention(*given, **options, backend=self.backend), None
         out, weights = with_weights(*build_call(*given, **options, alibi_slopes=None, softcap=0.0), self.backend)
         return out, weights * 0.0 if given[4] == 1 else weights
@@ -420,19 +422,19 @@ class DiffmaxAttention(AlphaFromSoftmax):
         if tokens.is_nested:
             split: Tensor = projected.unflatten(-1, (heads, self.head_dim))  # type: ignore[no-untyped-call]
             return split.transpose(1, 2)
-        # no unflatten, of which the older ONNX exporter makes a constant shape
+        # not unflatten: the older ONNX exporter makes its shape a constant
         return projected.reshape(*tokens.shape[:2], heads, self.head_dim).transpose(1, 2)
 
     def _alpha_for(self, q: Tensor) -> float | Tensor:
         if self.alpha_map is None:
             return self.alpha
-        # not in half precision, also where the module is: the digits of 1 - alpha are what counts
+        # never in half precision, because the digits of 1 - alpha matter
         dtype = torch.promote_types(self.log_beta.dtype, accumulation_dtype(q.dtype))
         return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta.to(dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also from the names of torch.nn.MultiheadAttention."""
-        found = {name: state_dict[prefix + name] for name in _OF_TORCH if prefix + name in state_dict}
+        """Also accepts the parameter names of torch.nn.MultiheadAttention."""
+        found = {name: state_dict[prefix + name] for name in _TORCH_PARAMETERS if prefix + name in state_dict}
         if found and not any(prefix + f"{name}.weight" in state_dict for name in _PROJECTIONS):
             for name in found:
                 del state_dict[prefix + name]
@@ -444,16 +446,16 @@ class DiffmaxAttention(AlphaFromSoftmax):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """What repr shows between the brackets."""
+        """The settings that repr shows."""
         alpha = f"alpha_map={self.alpha_map}" if self.alpha_map is not None else f"alpha={self.alpha}"
         return f"{self.embed_dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, {alpha}"
 
 
-_OF_TORCH = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_TORCH_PARAMETERS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def _split(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights and biases per projection; equal thirds of what torch keeps in one."""
+    """Weights and biases per projection; torch's packed ones are split into equal thirds."""
     result = {name.replace("_weight", ".weight"): tensor for name, tensor in found.items() if name[0] != "i"}
     for kind in ("weight", "bias"):
         if f"in_proj_{kind}" in found:

@@ -1,4 +1,4 @@
-"""Module faces of the functions in `diffmax.operators.rows.api`."""
+"""The row operator as a module."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from diffmax.operators.rows.api import Alpha, diffmax_bisect, normalize
 
 
 class DiffmaxBisectModule(AlphaFromSoftmax):
-    """`diffmax_bisect` as a module, with an alpha that is fixed, given from outside, or learned.
+    """`diffmax_bisect` as a module, with an alpha that is fixed, provided by a function, or learned.
 
     Args:
-        alpha: As for `diffmax_bisect`. A tensor becomes a buffer, which keeps its dtype where the module becomes float16 or
-            bfloat16; an nn.Parameter becomes a parameter of the module. A checkpoint without an alpha, such as one of softmax,
-            leaves either as it is, and loads with `strict=True`.
+        alpha: As for `diffmax_bisect`. A tensor becomes a buffer, which keeps its dtype if the module is converted to float16
+            or bfloat16; an nn.Parameter becomes a parameter of the module. A checkpoint without an alpha, such as one of a
+            softmax model, loads with `strict=True` and leaves alpha unchanged.
         dim, n_iter, ensure_sum_one: As for `diffmax_bisect`.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: the module has one trainable parameter,
             `log_beta`, of alpha's shape (a tensor alpha of shape (H, 1, 1): one per head), and starts at `alpha`. Weight decay
-            pulls it to 0 whatever the loss says, and at a model's own rate it hardly moves: `diffmax.nn.param_groups`.
+            pulls it to 0, and the learning rate of a model is too small for it: use `diffmax.nn.param_groups`.
     Raises:
-        TypeError: alpha is a function although an alpha_map is given, or alpha_map is no map.
+        TypeError: alpha is a function although an alpha_map is given, or alpha_map is not an alpha map.
         ValueError: alpha lies outside the range of alpha_map.
     Example:
         >>> import torch
@@ -55,7 +55,7 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
         super().__init__()
         self.dim, self.n_iter, self.ensure_sum_one, self.alpha_map = dim, n_iter, ensure_sum_one, alpha_map
         if alpha_map is None:
-            self._keep("alpha", alpha)
+            self._store("alpha", alpha)
             return
         if not isinstance(alpha_map, AlphaMap):
             raise TypeError(f"DiffmaxBisectModule: alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
@@ -65,14 +65,14 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
             )
         if isinstance(alpha, Tensor):
             start = alpha_map.inverse(alpha.detach().double()).log().to(alpha.dtype)
-            self._learn("log_beta", start, start.clone())
+            self._store_learned("log_beta", start, start.clone())
         else:
             first = math.log(alpha_map.inverse(alpha))
-            self._learn("log_beta", torch.tensor(first, device="cpu"), torch.tensor(first, dtype=torch.float32))
+            self._store_learned("log_beta", torch.tensor(first, device="cpu"), torch.tensor(first, dtype=torch.float32))
 
     @property
     def current_alpha(self) -> float | Tensor:
-        """The alpha that the next call uses: a float, or a tensor that leads back to what is learned."""
+        """The alpha that the next call uses: a float, or a tensor with a gradient to the learned parameter."""
         if self.alpha_map is not None:
             return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
         return self.alpha() if callable(self.alpha) else self.alpha
@@ -90,12 +90,12 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
     def _learned(self, alpha_map: AlphaMap, X: Tensor, dim: int) -> Tensor:
         dim = check_scores("DiffmaxBisectModule", X, dim, self.n_iter)
         check_alpha_tensor("DiffmaxBisectModule", X, self.log_beta, dim)
-        # the map gives 1 - alpha itself: alpha would round to 1 where 1 - alpha is still a good number
+        # the map gives 1 - alpha itself: alpha could round to 1 while 1 - alpha still has all its digits
         acc = accumulation_dtype(X.dtype)
         e = alpha_map.one_minus_alpha_of_log(self.log_beta.to(torch.promote_types(self.log_beta.dtype, acc)))
         return normalize(X, 0.0, e.to(device=X.device, dtype=acc), dim, self.n_iter, self.ensure_sum_one)
 
     def extra_repr(self) -> str:
-        """What repr shows between the brackets."""
+        """The settings that repr shows."""
         shown = f"alpha_map={self.alpha_map}" if self.alpha_map is not None else f"alpha={self.alpha}"
         return f"{shown}, dim={self.dim}, n_iter={self.n_iter}, ensure_sum_one={self.ensure_sum_one}"

@@ -1,4 +1,4 @@
-"""A second threshold, on the weights."""
+"""Elastic softmax: a second, learned threshold on the weights."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from diffmax.operators.common.capture import captured, is_captured
 
 
 class Elastic(nn.Module):
-    """weights = [P - c / n]_+ for P = normalize(x), n the number of keys that the query sees, and c in (0, 1) learned per head.
+    """weights = [P - c / n]_+ for P = normalize(x), n the number of visible keys, and c in (0, 1) learned per head.
 
-    What is below c times the uniform weight becomes exactly zero, with softmax too. Zeros stay zeros, and as c < 1 no row loses
-    all of its weight: the largest of n weights that sum to 1 is at least 1 / n. After a `Sink`, which takes weight away, rows
-    may be all 0.
+    Weights below c times the uniform weight become exactly zero, also with softmax. Zeros stay zeros. As c < 1, no row loses
+    all of its weight: the largest of n weights that sum to 1 is at least 1 / n. After a `Sink`, which takes part of the weight,
+    rows may be all 0.
 
     Args:
-        normalize: From scores to weights along the last axis, such as a `DiffmaxBisectModule`.
+        normalize: Maps scores to weights along the last axis, such as a `DiffmaxBisectModule`.
         heads: H, of scores (B, H, L, S). The parameter `logit` (H,) holds ln(c / (1 - c)).
-        start: What c starts at.
-        renormalize: Whether to divide by the sum. Without, rows sum to less than 1.
+        start: Initial value of c.
+        renormalize: Whether to divide by the sum. If not, rows sum to less than 1.
     Raises:
         ValueError: start is not in (0, 1), or the scores have other than `heads` heads.
-    Source: Elastic-Softmax (arXiv:2601.00919), with its offset bounded: at c = 1 the first row of a causal attention would die,
-        and a negative c would let hidden keys in. Written for diffmax.
+    Source: Elastic-Softmax (arXiv:2601.00919), with its offset bounded: with c = 1 the first row of a causal attention would be
+        0, and a negative c would give masked keys a weight. Written for diffmax.
     Example:
         >>> weights = Elastic(lambda x: x.softmax(-1), heads=1)(torch.tensor([[[[3.0, 2.0, 0.0, -1.0]]]]))
         >>> weights
@@ -46,18 +46,18 @@ class Elastic(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin anew, as after `to_empty`."""
+        """Reset c to `start`, for example after `to_empty`."""
         nn.init.constant_(self.logit, math.log(self.start / (1 - self.start)))
 
     def forward(self, scores: Tensor) -> Tensor:
-        """Weights of scores (B, H, L, S), in which -inf marks what is hidden; a row that sees nothing is 0."""
+        """Weights of scores (B, H, L, S), in which -inf masks; a fully masked row is 0."""
         if is_captured(scores):
             return captured(self, scores)  # type: ignore[no-any-return]
         check_heads("Elastic", scores, len(self.logit), "scores")
         visible = scores != -torch.inf
         empty = ~visible.any(-1, keepdim=True)
         threshold = self.logit.sigmoid().view(-1, 1, 1) / visible.sum(-1, keepdim=True).clamp_min(1)
-        # softmax of a row that sees nothing would be NaN, and so would its gradient
+        # softmax of a fully masked row would be NaN, and so would its gradient
         weights = self.normalize(scores.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
         weights = (weights - threshold.to(weights.dtype)).relu()
         if not self.renormalize:

@@ -1,4 +1,4 @@
-"""A factor per head and token on the output of attention."""
+"""Head gates: a factor per head and token on the output of attention."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from diffmax.operators.common.capture import captured, is_captured
 
 
 class HeadGate(nn.Module):
-    """Each head's output times 2 sigmoid(W x + b), a factor in (0, 2) that the query's token decides.
+    """Each head's output times 2 sigmoid(W x + b), a factor in (0, 2) computed from the token of the query.
 
-    A head can so say nothing, or more. In effect the weights of a row no longer sum to 1, which takes away the reason for
-    attention sinks and for outliers in the activations. W and b start at 0, where every factor is 1.
+    So a head can output about 0, or more than a weighted mean. Effectively the weights of a row no longer sum to 1, which
+    removes the cause of attention sinks and of outliers in the activations. W and b start at 0, where every factor is 1.
 
     Args:
         embed_dim: Size of the tokens x.
         heads: H.
-        bias: Whether there is a b.
+        bias: Whether to add b.
     Source: "Systematic Outliers in Large Language Models" (An et al., 2025), its context-aware scale; "Gated Attention" (Qiu et
         al., 2025). Written for diffmax.
     Example:
@@ -33,7 +33,7 @@ class HeadGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin anew, as after `to_empty`: all factors are 1."""
+        """Reset all factors to 1, for example after `to_empty`."""
         for parameter in self.project.parameters():
             nn.init.zeros_(parameter)
 

@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: what weight decay would harm is left alone by it, and alpha has a rate of its own."""
+"""Parameter groups for an optimizer: no weight decay where it would harm, and a learning rate of its own for alpha."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffmax.nn.length import LengthScale
 from diffmax.nn.position import RelativePositionBias
 from diffmax.nn.sink import Sink
 
-# Of our modules, what decay would pull to a place that means something: an even gate, a sink at 0, no position.
+# Parameters of our modules that decay would pull to a meaningful value: an open gate, a sink at 0, no position bias.
 _NOT_DECAYED: tuple[tuple[type[nn.Module], str], ...] = (
     (AffineScale, "project."),
     (DiffmaxAttention, "sink"),
@@ -40,28 +40,28 @@ def param_groups(
     alphas: nn.Module | nn.Parameter | Iterable[nn.Module | nn.Parameter] = (),
     decay_biases_and_norms: bool = False,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer, so that weight decay does not move a learned alpha and its rate fits.
+    """Parameter groups for an optimizer that give a learned alpha no weight decay and a learning rate of its own.
 
-    Decay pulls `log_beta` to 0 and so alpha to the middle of its map's range, whatever the loss says. And at the rate of a
-    large model's weights an alpha hardly moves, because Adam moves every number by about its rate in a step.
+    Decay pulls `log_beta` to 0, and so alpha to the middle of the range of its map, whatever the loss. And with the learning
+    rate of a large model an alpha hardly moves, because Adam moves every number by about the learning rate per step.
 
     Args:
         model: Any model; also after torch.compile, DistributedDataParallel, `fully_shard`, or FullyShardedDataParallel with
-            `use_orig_params=True`. Frozen parameters are left out, and shared ones are there once.
-        lr: The rate of all but alpha.
-        weight_decay: Of the weights.
-        alpha_lr: The rate of alpha. A scheduler of torch multiplies it as it does `lr`.
-        alphas: Further parameters from which an alpha is computed, or modules whose parameters are such; they need not belong
-            to the model. Parameters named `alpha` or `log_beta` are found, whoever owns them; so are those of a module that is
-            given where alpha may be a function, and a tensor given to `diffmax.integrations.transformers.register`.
-        decay_biases_and_norms: Whether weight decay acts on biases, norms, and all else that has fewer than two dimensions. It
-            never acts on alphas, nor on what the modules of `diffmax.nn` own beside their projections: sinks, gates, scales,
+            `use_orig_params=True`. Frozen parameters are omitted, and shared ones appear once.
+        lr: The learning rate of everything but alpha.
+        weight_decay: The weight decay of the weights.
+        alpha_lr: The learning rate of alpha. A torch scheduler scales it like `lr`.
+        alphas: Other parameters from which an alpha is computed, or modules with such parameters; they need not belong to the
+            model. Parameters named `alpha` or `log_beta` are found in any module; so are the parameters of a module that is
+            passed as an alpha function, and a tensor passed to `diffmax.integrations.transformers.register`.
+        decay_biases_and_norms: Whether weight decay acts on biases, norms, and other parameters with fewer than two dimensions.
+            It never acts on alphas, nor on parameters of `diffmax.nn` modules other than projections: sinks, gates, scales,
             thresholds, position biases.
     Returns:
         Up to three dictionaries with the keys "params", "lr", "weight_decay" and "name": "weights", "not decayed", "alpha".
     Raises:
-        TypeError: A rate or weight_decay is no number, or model or one of alphas is no module (or parameter).
-        ValueError: A rate or weight_decay is out of range, nothing is to be trained, or parameters are flattened into one.
+        TypeError: A learning rate or weight_decay is not a number, or model or an entry of alphas has the wrong type.
+        ValueError: A learning rate or weight_decay is out of range, no parameter requires a gradient, or FSDP flattened them.
     Example:
         >>> import torch
         >>> from diffmax import HillMap
@@ -97,7 +97,7 @@ def param_groups(
 
 
 def _check_number(name: str, number: Any) -> None:
-    if isinstance(number, Tensor) and number.ndim == 0:  # a rate that CUDA graphs may change
+    if isinstance(number, Tensor) and number.ndim == 0:  # a learning rate that a CUDA graph may change
         return
     if not isinstance(number, numbers.Real) or isinstance(number, bool):
         raise TypeError(f"param_groups: {name} must be a number, got {number!r} of type {type(number).__name__}")
@@ -116,7 +116,7 @@ def _given(alphas: nn.Module | nn.Parameter | Iterable[nn.Module | nn.Parameter]
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Every parameter with its owner and its name there; a parametrized one by the name that it has for its owner."""
+    """Every parameter with its owner and its name; a parametrized one has the name of the original tensor."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(parameter, "_is_flat_param", False):
@@ -136,13 +136,13 @@ def _alphas_of(model: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
     for module in model.modules():
         function = module._modules.get("alpha")
-        if function is not None:  # a module in the place of a function that gives alpha
+        if function is not None:  # a module that is used as an alpha function
             yield from function.parameters()
     yield from _registered(model)
 
 
 def _registered(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What was registered as the alpha of the model's attention in transformers."""
+    """The learned alphas that were registered for the attention of a transformers model."""
     if "transformers" not in sys.modules:
         return
     from diffmax.integrations.transformers.registered import alphas_of
@@ -161,7 +161,7 @@ def _not_decayed(model: nn.Module, decay_biases_and_norms: bool) -> set[int]:
             if isinstance(module, owner):
                 result |= {id(parameter) for name, parameter in module.named_parameters() if name.startswith(start)}
     if not decay_biases_and_norms:
-        # FullyShardedDataParallel shows its part of a matrix with one dimension
+        # FullyShardedDataParallel flattens its shard of a matrix to one dimension
         flat = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
         for module, name, parameter in _owned(model):
             is_small = parameter.ndim < 2 and not flat

@@ -1,4 +1,4 @@
-"""What a score gains or loses by the distance of its key, learned."""
+"""Learned relative position bias."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from diffmax.operators.common.capture import captured, is_captured
 class RelativePositionBias(nn.Embedding):
     """T5's relative position bias, for `diffmax.attention`'s `attn_mask`: a learned number per head and bucket of distances.
 
-    Half of the buckets hold one distance each; the others grow with the logarithm of the distance, up to `max_distance`, and
-    the last holds what lies beyond.
+    Half of the buckets hold one distance each; the others are logarithmic in the distance, up to `max_distance`, and the last
+    holds all larger distances.
 
     Args:
         num_heads: H.
         num_buckets: Rows of the table; its `weight` is (num_buckets, H), like that of T5's `relative_attention_bias`.
-        max_distance: Distances from here on share a bucket.
-        bidirectional: Whether keys behind the query have buckets of their own, half of all, as in T5's encoder. If not, they
-            count as distance 0, as in its decoder, whose attention is causal.
+        max_distance: All distances from this one on share a bucket.
+        bidirectional: Whether keys after the query have half of the buckets, as in T5's encoder. If not, they count as
+            distance 0, as in its causal decoder.
     Raises:
         ValueError: There are too few buckets: four if bidirectional, else two; or max_distance is not larger than the number
             of distances that have a bucket each.
@@ -29,8 +29,8 @@ class RelativePositionBias(nn.Embedding):
         its released models. Written for diffmax.
     Example:
         >>> import torch, diffmax
-        >>> place, x = RelativePositionBias(4), torch.randn(1, 4, 10, 16)
-        >>> diffmax.attention(x, x, x, place(10, 10), alpha=0.85).shape
+        >>> bias, x = RelativePositionBias(4), torch.randn(1, 4, 10, 16)
+        >>> diffmax.attention(x, x, x, bias(10, 10), alpha=0.85).shape
         torch.Size([1, 4, 10, 16])
     """
 
@@ -58,7 +58,7 @@ class RelativePositionBias(nn.Embedding):
         return bias
 
     def forward(self, length: int, keys: int, first: int = 0) -> Tensor:  # type: ignore[override]  # sizes, not indices
-        """The bias (1, H, length, keys) of queries at the places from `first` on, for keys at the places from 0 on."""
+        """The bias (1, H, length, keys) for query positions from `first` on, and key positions from 0 on."""
         if is_captured(length, keys, first):
             return captured(self, length, keys, first)  # type: ignore[no-any-return]
         query = torch.arange(first, first + length, device=self.weight.device).unsqueeze(1)
@@ -66,7 +66,7 @@ class RelativePositionBias(nn.Embedding):
         return super().forward(self.buckets(key - query)).permute(2, 0, 1).unsqueeze(0)
 
     def buckets(self, ahead: Tensor) -> Tensor:
-        """The rows of the table for keys that lie so many places behind the query's (negative: before it)."""
+        """The rows of the table for relative positions `ahead`: key position minus query position."""
         one_way, first = self.num_embeddings, torch.zeros_like(ahead)
         if self.bidirectional:
             one_way //= 2
@@ -74,13 +74,13 @@ class RelativePositionBias(nn.Embedding):
             distance = ahead.abs()
         else:
             distance = (-ahead).clamp_min(0)
-        alone = one_way // 2
-        # in float32 and in this order, as the released models do: where the logarithm is whole, rounding decides
-        octaves = torch.log(distance.clamp_min(1).float() / alone) / math.log(self.max_distance / alone)
-        shared = (alone + (octaves * (one_way - alone)).long()).clamp_max(one_way - 1)
-        return first + torch.where(distance < alone, distance, shared)
+        exact = one_way // 2
+        # in float32 and in this order, as in the released models: if the logarithm is an integer, rounding decides
+        octaves = torch.log(distance.clamp_min(1).float() / exact) / math.log(self.max_distance / exact)
+        shared = (exact + (octaves * (one_way - exact)).long()).clamp_max(one_way - 1)
+        return first + torch.where(distance < exact, distance, shared)
 
     def extra_repr(self) -> str:
-        """What repr shows between the brackets."""
+        """The settings that repr shows."""
         shape = f"num_heads={self.embedding_dim}, num_buckets={self.num_embeddings}"
         return f"{shape}, max_distance={self.max_distance}, bidirectional={self.bidirectional}"

@@ -1,4 +1,4 @@
-"""An alpha that moves with the training step, such as from softmax to where it is to be."""
+"""Alpha schedules: alpha as a function of the training step, for example from softmax to a target."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ _SHAPES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A buffer that moves from `start` to `end`, or a float that is a buffer while it moves."""
+class _ScheduledValue:
+    """A buffer that moves from `start` to `end`, or a float that becomes a buffer while it moves."""
 
     owner: nn.Module
     name: str
     start: float
-    end: Tensor  # of a float in float64, which gives that float again
+    end: Tensor  # of a float in float64, which is exact
     is_float: bool = False
 
 
 class AlphaSchedule:
     """alpha as a function of the training step: start + (alpha - start) s, with a share s that rises from 0 to 1.
 
-    A model that was trained with softmax keeps its quality better if alpha moves while it is trained. From start = 1, softmax,
-    1 - alpha grows with s.
+    A model that was trained with softmax keeps more of its quality if alpha moves during training. With start = 1, softmax,
+    1 - alpha grows in proportion to s.
 
     Args:
-        alpha: Where to go. A float or a tensor: the schedule is then given where alpha may be a function, such as
+        alpha: The target. A float or a tensor: pass the schedule as an alpha function, such as
             `DiffmaxBisectModule(schedule)`, `diffmax_bisect(X, schedule)`, or
             `diffmax.integrations.transformers.register(alpha=schedule)`. A module: every alpha of a `DiffmaxBisectModule` and
-            a `DiffmaxAttention` in it that is a float or a buffer goes from `start` to what it is now; so do alphas and scales
-            of a model that `diffmax.integrations.transformers.replace` changed, the scales from 1.
-        steps: In how many steps s goes from 0 to 1. With "constant" it does so at once.
-        start: Where alpha begins, 0 < start <= 1.
+            a `DiffmaxAttention` in it that is a float or a buffer moves from `start` to its current value; so do alphas and
+            scales of a model that `diffmax.integrations.transformers.replace` changed, the scales from 1.
+        steps: Number of steps in which s rises from 0 to 1. With "constant" it rises in one step.
+        start: Initial alpha, 0 < start <= 1.
         shape: "constant", "linear" or "cosine": how s rises.
-        warmup: Steps before that, with s = 0.
+        warmup: Number of steps with s = 0 before the rise.
     Raises:
-        TypeError: An argument is of another type.
-        ValueError: A number is out of range, shape is unknown, or the module has no alpha that can be moved: a learned one is
-            not touched.
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of range, shape is unknown, or the module has no alpha to move: a learned one is not
+            changed.
 
-    A module's float is held in a buffer while it moves, which is not saved, and is the float again at the end: a compiled model
-    is not compiled again at each step, but once at the end. Buffers are written in place.
+    A float alpha of a module becomes a non-persistent buffer while it moves, and a float again at the end: so a compiled model
+    is not recompiled at each step, but once at the end. Buffers are written in place.
 
     Example:
         >>> import torch
@@ -93,24 +93,24 @@ class AlphaSchedule:
         self.steps, self.warmup, self.shape = steps, warmup, shape
         self.start = float(start)
         self._alpha: Any = None
-        self._places: list[_Place]
+        self._scheduled: list[_ScheduledValue]
         if isinstance(alpha, nn.Module):
-            self._places = _places_in(alpha, self.start)
-            if not self._places:
+            self._scheduled = _scheduled_in(alpha, self.start)
+            if not self._scheduled:
                 raise ValueError(
                     f"{_NAME}: the module must have an alpha that is not learned, got {type(alpha).__name__} with none\n"
                     "pass a float, and give the schedule where alpha may be a function"
                 )
         else:
-            like = alpha if isinstance(alpha, Tensor) else torch.empty(1)  # its shape is for the call to check
+            like = alpha if isinstance(alpha, Tensor) else torch.empty(1)  # its shape is checked by the call
             one_minus_alpha(_NAME, like, alpha, -1, ", or a module")
             self._alpha = nn.Module()
             self._alpha.alpha = alpha
-            self._places = [_place(self._alpha, self.start)]
+            self._scheduled = [_scheduled_value(self._alpha, self.start)]
         self.step(0)
 
     def __call__(self, module: nn.Module | None = None) -> float | Tensor:
-        """The alpha of the present step, of a schedule that was made from a float or a tensor."""
+        """The alpha of the current step, for a schedule that was made from a float or a tensor."""
         if self._alpha is None:
             raise TypeError(f"{_NAME}: a schedule of a module writes into it and is no function\nmake one from a float instead")
         result: float | Tensor = self._alpha.alpha
@@ -118,7 +118,7 @@ class AlphaSchedule:
 
     @property
     def share(self) -> float:
-        """s at the present step, in [0, 1]."""
+        """s at the current step, in [0, 1]."""
         done = self.last_step - self.warmup
         if self.shape == "constant" or done >= self.steps:
             return 1.0 if done >= 0 else 0.0
@@ -131,25 +131,25 @@ class AlphaSchedule:
             _check_count("step", step)
         self.last_step = self.last_step + 1 if step is None else step
         share = self.share
-        for place in self._places:
-            _write(place, share)
+        for value in self._scheduled:
+            _write(value, share)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and where each alpha goes: a module that is saved on the way does not know that."""
-        return {"step": self.last_step, "ends": [place.end.clone() for place in self._places]}
+        """The step and the target of each alpha, which the state of a half-trained module does not contain."""
+        return {"step": self.last_step, "ends": [value.end.clone() for value in self._scheduled]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, after the model's own state was loaded; steps, shape, start and warmup are this schedule's own.
+        """Resume; load the state of the model first. steps, shape, start and warmup are not part of the state.
 
         Raises:
-            ValueError: The state is that of a schedule for another module.
+            ValueError: The state belongs to a schedule of another module.
         """
         ends = state_dict["ends"]
-        if [end.shape for end in ends] != [place.end.shape for place in self._places]:
-            got, wanted = ([tuple(end.shape) for end in shapes] for shapes in (ends, [p.end for p in self._places]))
+        if [end.shape for end in ends] != [value.end.shape for value in self._scheduled]:
+            got, wanted = ([tuple(end.shape) for end in shapes] for shapes in (ends, [p.end for p in self._scheduled]))
             raise ValueError(f"{_NAME}: the state must have alphas of shapes {wanted}, got {got}\nis it of another module?")
-        for place, end in zip(self._places, ends, strict=True):
-            place.end.copy_(end)
+        for value, end in zip(self._scheduled, ends, strict=True):
+            value.end.copy_(end)
         self.step(state_dict["step"])
 
 
@@ -160,44 +160,44 @@ def _check_count(name: str, number: Any) -> None:
         raise ValueError(f"{_NAME}: {name} must not be negative, got {number}")
 
 
-def _places_in(model: nn.Module, start: float) -> list[_Place]:
-    places: list[_Place] = []
+def _scheduled_in(model: nn.Module, start: float) -> list[_ScheduledValue]:
+    values: list[_ScheduledValue] = []
     for module in model.modules():
         is_ours = isinstance(module, (DiffmaxAttention, DiffmaxBisectModule)) and module.alpha_map is None
         if is_ours and ("alpha" in module._buffers or isinstance(module.alpha, numbers.Real)):
-            places.append(_place(module, start))
+            values.append(_scheduled_value(module, start))
         heads = module._modules.get("diffmax_heads")  # of integrations.transformers.replace
         if heads is not None:
-            places += [_place(heads, start), _place(heads, 1.0, "scale")]
-    return places
+            values += [_scheduled_value(heads, start), _scheduled_value(heads, 1.0, "scale")]
+    return values
 
 
-def _place(owner: nn.Module, start: float, name: str = "alpha") -> _Place:
+def _scheduled_value(owner: nn.Module, start: float, name: str = "alpha") -> _ScheduledValue:
     given = getattr(owner, name)
     if not isinstance(given, Tensor):
-        return _Place(owner, name, start, torch.tensor(float(given), dtype=torch.float64, device="cpu"), is_float=True)
+        return _ScheduledValue(owner, name, start, torch.tensor(float(given), dtype=torch.float64, device="cpu"), is_float=True)
     if name not in owner._buffers:  # the tensor of a schedule that is a function
         setattr(owner, name, given.detach().clone())
-    return _Place(owner, name, start, given.detach().clone())
+    return _ScheduledValue(owner, name, start, given.detach().clone())
 
 
 @torch.no_grad()
-def _write(place: _Place, share: float) -> None:
-    owner, name = place.owner, place.name
-    if place.is_float:
+def _write(value: _ScheduledValue, share: float) -> None:
+    owner, name = value.owner, value.name
+    if value.is_float:
         if share == 1:
-            _put(owner, name, place.end.item())
+            _put(owner, name, value.end.item())
             return
         if name not in owner._buffers:
             device = next((parameter.device for parameter in owner.parameters()), None)
             _put(owner, name, torch.empty((), dtype=torch.float32, device=device))
     tensor: Tensor = getattr(owner, name)
-    end = place.end.to(tensor.device)
-    tensor.copy_(end if share == 1 else place.start + (end - place.start) * share)
+    end = value.end.to(tensor.device)
+    tensor.copy_(end if share == 1 else value.start + (end - value.start) * share)
 
 
 def _put(owner: nn.Module, name: str, value: float | Tensor) -> None:
-    """A float where a buffer was, or the other way round."""
+    """Replace a buffer by a float, or a float by a buffer."""
     delattr(owner, name)
     if isinstance(value, Tensor):
         owner.register_buffer(name, value, persistent=False)

@@ -1,4 +1,4 @@
-"""A place for weight that no key deserves."""
+"""Attention sinks, null or learned."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from diffmax.operators.common.capture import captured, is_captured
 
 
 class Sink(nn.Module):
-    """Weights of a row with one more entry, which has no value: what it takes, the keys do not get.
+    """Weights of a row with an extra score, whose weight is discarded (attention sink).
 
     weights = normalize([x, s])[..., :-1]
 
-    A query for which nothing fits can so look at nothing: an attention whose rows must sum to 1 gives such weight to some token
-    that does not matter. With diffmax the slot gets exactly 0 where s is at or below tau, and all where s is above the row's
-    largest score by 1 / (1 - alpha) or more. In fused attention this is `diffmax.attention(..., sink=...)`.
+    So a query with no relevant key can attend to nothing; without a sink its weights must sum to 1 over irrelevant keys. With
+    diffmax the sink gets exactly 0 if s is at or below tau, and all of the weight if s exceeds the largest score of the row by
+    1 / (1 - alpha) or more. In fused attention this is `diffmax.attention(..., sink=...)`.
 
     Args:
-        normalize: From scores to weights along the last axis, such as a `DiffmaxBisectModule` or torch.softmax at dim -1. It
-            is called with one more entry per row.
-        heads: None: s is 0, a null slot. H: s is learned, one per head of scores (B, H, L, S), in the parameter `sink`, and
+        normalize: Maps scores to weights along the last axis, such as a `DiffmaxBisectModule` or torch.softmax with dim -1.
+            It is called with one more entry per row.
+        heads: None: s is 0, a null sink. H: s is learned, one per head of scores (B, H, L, S), in the parameter `sink`, and
             starts at 0.
     Raises:
         ValueError: The scores do not have `heads` heads.
@@ -41,7 +41,7 @@ class Sink(nn.Module):
         self.sink = None if heads is None else nn.Parameter(torch.zeros(heads))
 
     def reset_parameters(self) -> None:
-        """Begin anew, as after `to_empty`."""
+        """Reset the sink to 0, for example after `to_empty`."""
         if self.sink is not None:
             nn.init.zeros_(self.sink)
 

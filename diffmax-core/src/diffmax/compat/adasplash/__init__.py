@@ -1,9 +1,9 @@
-"""AdaSplash's names and signatures over diffmax: `from diffmax.compat import adasplash` for code written for the package.
+"""AdaSplash compatibility: its names and signatures on diffmax. Use `from diffmax.compat import adasplash` in existing code.
 
-alpha is entmax's alpha' = 2 - alpha, in (1, 2]. What AdaSplash limits is lifted: any length, any head size, fewer queries than
-keys, grouped heads and every alpha in every function; alpha may also be a tensor, one number per head, with a gradient.
-`niter`, `n_iter`, `use_histogram` and `fast_math` are accepted and change nothing: thresholds are always solved to the dtype's
-last digits. The submodules of AdaSplash 0.1 and 0.2 can be imported too.
+alpha is entmax's alpha' = 2 - alpha, in (1, 2]. AdaSplash's limits do not apply: any length, any head dimension, fewer queries
+than keys, grouped heads and every alpha in every function; alpha may also be a tensor, one number per head, with a gradient.
+`niter`, `n_iter`, `use_histogram` and `fast_math` have no effect: thresholds are always solved to the precision of the dtype.
+The submodules of AdaSplash 0.1 and 0.2 can be imported too.
 """
 
 # The submodules come first: where a function has a submodule's name, the package's attribute is the function.

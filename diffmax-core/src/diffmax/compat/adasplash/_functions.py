@@ -1,4 +1,4 @@
-"""What AdaSplash's functions are in terms of diffmax's; the package and its submodules name them."""
+"""AdaSplash's functions, implemented with diffmax's; the package and its submodules export them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ def adasplash(
         k, v: (B, H_kv, M, D), where H is a multiple of H_kv.
         alpha: alpha', in (1, 2]; 2 is sparsemax. A tensor () or (H,) may require a gradient.
         is_causal: Query i sees the keys 0 to i.
-        varlen: (B,), int32 or int64: how many tokens of each sequence count, the rest is padding on the right. Queries there
-            get 0.
+        varlen: (B,), int32 or int64: the length of each sequence without padding, which is on the right. Padding queries get 0.
         niter: No effect.
     Returns:
         (B, H, N, D), like q.
@@ -52,8 +51,8 @@ def adasplash(
     check_tensors(name, q, k, v, "BHLD")
     mask = None
     if varlen is not None:
-        queries, keys = _inside(name, varlen, q.shape, k.shape[2])
-        # padding may hold anything, and 0 times NaN is NaN
+        queries, keys = _valid_tokens(name, varlen, q.shape, k.shape[2])
+        # padding may hold NaN, and 0 times NaN is NaN
         q, k, v, mask = q.masked_fill(~queries, 0), k.masked_fill(~keys, 0), v.masked_fill(~keys, 0), keys.mT
     out = attention(
         q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1], alpha=_our_alpha(name, alpha, q.device)
@@ -149,17 +148,17 @@ def entmax_attention(
     niter: int = 2,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """`adasplash` with padding on either side, causality aligned at the lower right, and slopes that a score gains by.
+    """`adasplash` with padding on either side, causality aligned at the lower right, and ALiBi slopes that are added.
 
     Args:
         q: (B, H, N, D), any strides.
         k, v: (B, H, M, D).
         alpha: alpha', in (1, 2], or a tensor.
-        varlen: (B,): how many tokens of each sequence count. Queries beside them get 0 where N equals M.
-        is_causal: The last query stands at the last key.
-        padding: "right" or "left": where the tokens that do not count are.
+        varlen: (B,): the length of each sequence without padding. Padding queries get 0 if N equals M.
+        is_causal: Aligned at the lower right: the last query has the position of the last key.
+        padding: "right" or "left": the side of the padding.
         niter: No effect.
-        alibi_slopes: (H,): key j has slope * (j - i) added to its score; for one query alone, slope * (j - M + 1).
+        alibi_slopes: (H,): slope * (j - i) is added to the score of key j; for a single query, slope * (j - M + 1).
     Returns:
         (B, H, N, D), like q.
     Raises:
@@ -174,22 +173,22 @@ def entmax_attention(
     check_tensors(name, q, k, v, "BHLD")
     if padding not in ("right", "left"):
         raise ValueError(f'{name}: padding must be "right" or "left", got {padding!r}')
-    length, many = q.shape[2], k.shape[2]
+    length, num_keys = q.shape[2], k.shape[2]
     mask: Tensor | None = None
     queries: Tensor | None = None
     if varlen is not None:
-        inside, keys = _inside(name, varlen, q.shape, many)
+        inside, keys = _valid_tokens(name, varlen, q.shape, num_keys)
         if padding == "left":
             inside, keys = inside.flip(2), keys.flip(2)
         k, v, mask = k.masked_fill(~keys, 0), v.masked_fill(~keys, 0), keys.mT
-        queries = inside if length == many else None
+        queries = inside if length == num_keys else None
         q = q if queries is None else q.masked_fill(~queries, 0)
     if alibi_slopes is not None:
         check_alibi(name, q, alibi_slopes, (q.shape[1],))
-        first = many - 1 if length == 1 else 0
-        place = torch.arange(length, device=q.device).unsqueeze(1) + first
+        first = num_keys - 1 if length == 1 else 0
+        position = torch.arange(length, device=q.device).unsqueeze(1) + first
         bias = alibi_slopes.detach().to(accumulation_dtype(q.dtype)).view(-1, 1, 1) * (
-            torch.arange(many, device=q.device) - place
+            torch.arange(num_keys, device=q.device) - position
         )
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
     out = attention(
@@ -203,7 +202,7 @@ def entmax_attention(
 
 
 def _our_alpha(name: str, alpha: float | Tensor, device: torch.device | None) -> float | Tensor:
-    """2 - alpha'; for sparsemax a tensor, because diffmax takes the limit alpha = 0 in that form alone."""
+    """2 - alpha'; for sparsemax a tensor, because diffmax accepts the limit alpha = 0 only as a tensor."""
     if isinstance(alpha, Tensor):
         if not alpha.is_floating_point():
             raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
@@ -220,8 +219,8 @@ def _our_alpha(name: str, alpha: float | Tensor, device: torch.device | None) ->
     return torch.zeros((), device=device) if alpha == 2 else 2 - float(alpha)
 
 
-def _inside(name: str, varlen: Tensor, shape: torch.Size, keys: int) -> tuple[Tensor, Tensor]:
-    """Which queries and which keys are no padding, (B, 1, N, 1) and (B, 1, M, 1)."""
+def _valid_tokens(name: str, varlen: Tensor, shape: torch.Size, keys: int) -> tuple[Tensor, Tensor]:
+    """Masks of the queries and keys that are not padding, (B, 1, N, 1) and (B, 1, M, 1)."""
     batch, _, length, _ = shape
     if not isinstance(varlen, Tensor) or varlen.dtype not in (torch.int32, torch.int64) or varlen.shape != (batch,):
         got = f"{_shape(varlen)} {_dtype(varlen)}" if isinstance(varlen, Tensor) else type(varlen).__name__
@@ -230,5 +229,5 @@ def _inside(name: str, varlen: Tensor, shape: torch.Size, keys: int) -> tuple[Te
     if _readable(varlen) and not bool(((varlen >= 0) & (varlen <= longest)).all()):
         raise ValueError(f"{name}: varlen must lie between 0 and the sequences' length, {longest}, got {varlen.tolist()}")
     lengths = varlen.view(-1, 1, 1, 1)
-    queries, seen = (torch.arange(n, device=varlen.device).view(-1, 1) < lengths for n in (length, keys))
-    return queries, seen
+    queries, visible = (torch.arange(n, device=varlen.device).view(-1, 1) < lengths for n in (length, keys))
+    return queries, visible

@@ -1,4 +1,4 @@
-"""AdaSplash's module of this name."""
+"""Stands in for AdaSplash's module `adasplash_v2`."""
 
 from diffmax.compat.adasplash._functions import adasplash_v2 as sparse_attn
 

@@ -1,4 +1,4 @@
-"""AdaSplash's module of this name."""
+"""Stands in for AdaSplash's module `attention`."""
 
 from diffmax.compat.adasplash._functions import entmax_attention
 

@@ -1,7 +1,7 @@
-"""The public names of entmax 1.3 with their signatures: replace `import entmax` by `from diffmax.compat import entmax`.
+"""entmax compatibility: names and signatures of entmax 1.3. Replace `import entmax` by `from diffmax.compat import entmax`.
 
-entmax's alpha' is 2 - alpha: 1 is softmax, 1.5 is entmax15, 2 is sparsemax. Over [1, 2] every function runs diffmax's operator
-on whichever backend is active, with its exact limits at both ends. docs/losses.md lists what differs from entmax on purpose.
+entmax's alpha' is 2 - alpha: 1 is softmax, 1.5 is entmax15, 2 is sparsemax. For alpha' in [1, 2] every function runs the
+row operator on the selected backend, with its exact limits at both ends. docs/losses.md lists the intended differences.
 """
 
 from diffmax.compat.entmax.activations import Entmax15, Sparsemax, entmax15, sparsemax

@@ -21,7 +21,7 @@ def budget_rows(X: Tensor, budget: float | Tensor, dim: int, n_iter: int) -> Ten
 
 
 class _Budget(torch.autograd.Function):
-    """Eq. 25. Its gradients only ask which entries lie strictly between 0 and 1."""
+    """Eq. 25. Its gradients depend only on which entries lie strictly between 0 and 1."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, budget: Tensor, dim: int, n_iter: int) -> Tensor:
@@ -49,7 +49,7 @@ def _solve(x: Tensor, budget: Tensor, dim: int, n_iter: int) -> Tensor:
         middle = (low + high) / 2
         reached = (z - middle).clamp(0, 1).sum(dim, keepdim=True) >= budget
         low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
-    # now it is known which entries are free, and the sum is linear in tau
+    # the free entries are known now, and the sum is linear in tau
     free = (z > low) & (z < low + 1)
     count = free.sum(dim, keepdim=True)
     full = (z >= low + 1).sum(dim, keepdim=True)

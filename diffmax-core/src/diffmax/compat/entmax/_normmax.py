@@ -1,4 +1,4 @@
-"""normmax by way of diffmax's operator, and its loss (docs/theory.md, section 14)."""
+"""normmax, computed with the row operator, and its loss (docs/theory.md, section 14)."""
 
 from __future__ import annotations
 

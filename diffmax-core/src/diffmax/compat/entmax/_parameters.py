@@ -1,4 +1,4 @@
-"""Checks of what entmax's functions are called with: its alpha, budgets, the size of a partial sort."""
+"""Checks of the arguments of entmax's functions: alpha, budgets, the size of a partial sort."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffmax.compat.entmax._normmax import normmax_losses
 from diffmax.compat.entmax._parameters import check_k, check_values, order_minus_one
 from diffmax.compat.entmax.root_finding import norm_order
-from diffmax.nn._kept import Keeps
+from diffmax.nn._resettable import Resettable
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_scores
 from diffmax.operators.common.numerics import MIN_E
@@ -118,15 +118,15 @@ def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_
     return _normmax_losses("normmax_bisect_loss", X, target, alpha, n_iter, IGNORE_INDEX, "none")
 
 
-class _Loss(Keeps):
-    """What the loss modules share: which rows count, and the reduction. "elementwise_mean" is "mean"."""
+class _Loss(Resettable):
+    """Base of the loss modules: the ignored index and the reduction. "elementwise_mean" is "mean"."""
 
     def __init__(self, ignore_index: int = IGNORE_INDEX, reduction: str = "elementwise_mean") -> None:
         super().__init__()
         check_reduction(type(self).__name__, reduction, REDUCTIONS)
         self.ignore_index, self.reduction = int(ignore_index), reduction
 
-    def _of(self, X: Tensor, target: Tensor, alpha: float | Tensor, n_iter: int) -> Tensor:
+    def _loss(self, X: Tensor, target: Tensor, alpha: float | Tensor, n_iter: int) -> Tensor:
         return _losses(type(self).__name__, X, target, alpha, n_iter, self.ignore_index, self.reduction)
 
 
@@ -146,7 +146,7 @@ class SparsemaxLoss(_Loss):
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X."""
-        return self._of(X, target, 2, 50)
+        return self._loss(X, target, 2, 50)
 
 
 class SparsemaxBisectLoss(_Loss):
@@ -164,7 +164,7 @@ class SparsemaxBisectLoss(_Loss):
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X."""
-        return self._of(X, target, 2, self.n_iter)
+        return self._loss(X, target, 2, self.n_iter)
 
 
 class Entmax15Loss(_Loss):
@@ -183,7 +183,7 @@ class Entmax15Loss(_Loss):
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X."""
-        return self._of(X, target, 1.5, 50)
+        return self._loss(X, target, 1.5, 50)
 
 
 class EntmaxBisectLoss(_Loss):
@@ -206,11 +206,11 @@ class EntmaxBisectLoss(_Loss):
     ) -> None:
         super().__init__(ignore_index, reduction)
         self.n_iter = n_iter
-        self._keep("alpha", alpha, persistent=False)
+        self._store("alpha", alpha, persistent=False)
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X."""
-        return self._of(X, target, self.alpha, self.n_iter)
+        return self._loss(X, target, self.alpha, self.n_iter)
 
 
 class NormmaxBisectLoss(_Loss):
@@ -233,7 +233,7 @@ class NormmaxBisectLoss(_Loss):
     ) -> None:
         super().__init__(ignore_index, reduction)
         self.n_iter = n_iter
-        self._keep("alpha", alpha, persistent=False)
+        self._store("alpha", alpha, persistent=False)
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X."""
@@ -246,7 +246,7 @@ def _losses(
 ) -> Tensor:
     if is_captured(X, target, alpha):
         return captured(_losses, name, X, target, alpha, n_iter, ignore_index, reduction)  # type: ignore[no-any-return]
-    dim = _checked(name, X, target, n_iter, ignore_index)
+    dim = _check(name, X, target, n_iter, ignore_index)
     e, e_tensor = order_minus_one(name, X, alpha, dim)
     given = alpha if isinstance(alpha, Tensor) else float(alpha)
     check_values(name, given, lambda t: (t >= 1) & (t <= 2), "alpha must lie in [1, 2]", "entmax_bisect takes alpha above 2")
@@ -259,7 +259,7 @@ def _normmax_losses(
 ) -> Tensor:
     if is_captured(X, target, alpha):
         return captured(_normmax_losses, name, X, target, alpha, n_iter, ignore_index, reduction)  # type: ignore[no-any-return]
-    dim = _checked(name, X, target, n_iter, ignore_index)
+    dim = _check(name, X, target, n_iter, ignore_index)
     if target.is_floating_point():
         raise TypeError(f"{name}: target must hold class indices as int64, got {str(target.dtype).removeprefix('torch.')}")
     order = norm_order(name, X, alpha, dim)
@@ -269,7 +269,7 @@ def _normmax_losses(
     return reduce_losses(losses, counts.to(losses.dtype), _torch_name(reduction), X)
 
 
-def _checked(name: str, X: Tensor, target: Tensor, n_iter: int, ignore_index: int) -> int:
+def _check(name: str, X: Tensor, target: Tensor, n_iter: int, ignore_index: int) -> int:
     dim = check_scores(name, X, 0 if isinstance(X, Tensor) and X.ndim == 1 else 1, n_iter)
     check_target(name, X, target, dim, ignore_index)
     return dim

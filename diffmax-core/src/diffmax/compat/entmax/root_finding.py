@@ -11,7 +11,7 @@ from diffmax.compat.entmax._budget import budget_rows
 from diffmax.compat.entmax._normmax import normmax_rows
 from diffmax.compat.entmax._outside import outside
 from diffmax.compat.entmax._parameters import check_values, number_or_rows, order_minus_one, wrong_value
-from diffmax.nn._kept import Keeps
+from diffmax.nn._resettable import Resettable
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import _readable, check_scores
 from diffmax.operators.common.numerics import MIN_E
@@ -89,7 +89,7 @@ def sparsemax_bisect(X: Tensor, dim: int = -1, n_iter: int | None = 50, ensure_s
 
 
 def normmax_bisect(X: Tensor, alpha: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> Tensor:
-    """alpha-normmax: the p on the simplex that maximises <x, p> - ||p||_alpha (Eq. 23), here by way of diffmax's operator.
+    """alpha-normmax: the p on the simplex that maximises <x, p> - ||p||_alpha (Eq. 23), computed with the row operator.
 
     Args:
         X, dim, n_iter: As for `entmax_bisect`.
@@ -170,8 +170,8 @@ class SparsemaxBisect(nn.Module):
         return sparsemax_bisect(X, self.dim, self.n_iter)
 
 
-class EntmaxBisect(Keeps):
-    """`entmax_bisect` as a module. An nn.Parameter alpha is learned; a tensor moves with the module.
+class EntmaxBisect(Resettable):
+    """`entmax_bisect` as a module. An nn.Parameter alpha is learned; a tensor alpha becomes a buffer.
 
     Example:
         >>> import torch
@@ -186,14 +186,14 @@ class EntmaxBisect(Keeps):
     def __init__(self, alpha: float | Tensor = 1.5, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.dim, self.n_iter = dim, n_iter
-        self._keep("alpha", alpha, persistent=False)  # which entmax's checkpoints do not know
+        self._store("alpha", alpha, persistent=False)  # entmax's checkpoints do not contain it
 
     def forward(self, X: Tensor) -> Tensor:
         """Weights for scores X."""
         return entmax_bisect(X, self.alpha, self.dim, self.n_iter)
 
 
-class NormmaxBisect(Keeps):
+class NormmaxBisect(Resettable):
     """`normmax_bisect` as a module.
 
     Example:
@@ -207,14 +207,14 @@ class NormmaxBisect(Keeps):
     def __init__(self, alpha: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.dim, self.n_iter = dim, n_iter
-        self._keep("alpha", alpha, persistent=False)  # which entmax's checkpoints do not know
+        self._store("alpha", alpha, persistent=False)  # entmax's checkpoints do not contain it
 
     def forward(self, X: Tensor) -> Tensor:
         """Weights for scores X."""
         return normmax_bisect(X, self.alpha, self.dim, self.n_iter)
 
 
-class BudgetBisect(Keeps):
+class BudgetBisect(Resettable):
     """`budget_bisect` as a module.
 
     Example:
@@ -228,7 +228,7 @@ class BudgetBisect(Keeps):
     def __init__(self, budget: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.dim, self.n_iter = dim, n_iter
-        self._keep("budget", budget, persistent=False)  # which entmax's checkpoints do not know
+        self._store("budget", budget, persistent=False)  # entmax's checkpoints do not contain it
 
     def forward(self, X: Tensor) -> Tensor:
         """Weights for scores X."""

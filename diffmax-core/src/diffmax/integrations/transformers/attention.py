@@ -1,4 +1,4 @@
-"""Hugging Face transformers: `register()`, then `attn_implementation="diffmax"` works in every model that lets one choose."""
+"""Hugging Face transformers: `register()`, then `attn_implementation="diffmax"` works in models with a selectable attention."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from diffmax.operators.decoding.api import attention_with_kvcache
 
 ModelAlpha: TypeAlias = "float | Tensor | Callable[[nn.Module], float | Tensor]"
 
-# transformers looks for these in the name of an attention implementation and changes course when it finds one.
+# transformers gives these substrings of an attention implementation's name a special meaning.
 _RESERVED = ("eager", "flash", "flex", "paged", "sdpa", "/", "|")
 
-# What models hand to every attention function and what says nothing about the weights.
+# Arguments that models pass to every attention function and that do not affect the weights.
 _BOOKKEEPING = {
     "cache_position",
     "deterministic",
@@ -44,29 +44,29 @@ _WHAT_TO_DO = {"cache": "continuous batching keeps its own paged cache: call mod
 def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, partial: bool = False) -> None:
     """Make diffmax an attention implementation of Hugging Face transformers, under `name`.
 
-    Afterwards `AutoModel.from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` know it.
-    Both the attention function and its mask function are registered: with the first alone, models would receive no mask.
+    Afterwards `AutoModel.from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` accept it.
+    Both the attention function and its mask function are registered: without the second, models would pass no mask.
 
     Args:
-        name: The key. Two keys with different alphas live side by side. Registering a key again replaces it, also in the models
-            that use it already.
+        name: The name to register. Several names with different alphas can coexist. Registering a name again replaces it, also
+            in models that already use it.
         alpha: Shape parameter in (0, 1), as in `diffmax_bisect`. A float; a tensor of shape () or (H,), one per query head,
-            which may require a gradient; or a function that takes the attention module and returns either: called in every
-            forward pass, it gives each layer its own (`lambda module: alphas[module.layer_idx]`).
-        partial: Also take models that keep softmax in a part of their attention, such as a pooling head. Else they are refused.
+            which may require a gradient; or a function of the attention module that returns either. It is called in every
+            forward pass, and can return a different alpha per layer (`lambda module: alphas[module.layer_idx]`).
+        partial: Accept models that keep softmax in a part of their attention, such as a pooling head. Default: refuse them.
     Raises:
         ImportError: transformers is missing or too old.
-        TypeError: name or alpha is of another type.
-        ValueError: alpha lies outside (0, 1), or transformers would read another meaning into `name`. Later, from a model: it
-            computes attention itself, and would keep softmax. That is found when the model is loaded, or at its first forward
-            pass, for which this function puts a check into `PreTrainedModel`; docs/models.md lists the types.
+        TypeError: name or alpha has the wrong type.
+        ValueError: alpha lies outside (0, 1), or `name` has a special meaning in transformers. Later, from a model: it computes
+            attention itself, and would keep softmax. This is detected when the model is loaded, or at its first forward pass,
+            by a check that this function adds to `PreTrainedModel`; docs/models.md lists the types.
 
-    In a model: the attention is `diffmax.attention`, which holds no scores in memory, except where `output_attentions=True`
-    asks for the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
-    KV caches, sliding windows, softcap, sinks (s_aux) and dropout are supported; so are sequences packed into one row, by
-    cu_seq_lens_q and cu_seq_lens_k, or by position_ids with `use_cache=False`: with a cache, transformers does not look for
-    packed sequences, and each token sees the ones before. A token that sees nothing gets zeros. What would change the weights
-    and is not implemented (any argument of unknown meaning) raises a ValueError.
+    A model then uses `diffmax.attention`, which does not hold the score matrix in memory, unless `output_attentions=True`
+    requests the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
+    KV caches, sliding windows, softcap, sinks (s_aux) and dropout are supported; so are packed sequences, given by
+    cu_seq_lens_q and cu_seq_lens_k, or by position_ids with `use_cache=False`: with a cache, transformers does not detect
+    packed sequences, and each token sees all previous ones. A fully masked token gets zeros. An argument that could change the
+    weights and is not implemented, or is unknown, raises a ValueError.
 
     Example:
         >>> register("diffmax-sparser", alpha=0.5)
@@ -90,7 +90,7 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, partial: bool = 
 
 
 def register_functions(name: str, attend: Callable[..., Any], label: str | None = None, partial: bool = False) -> None:
-    """An attention function and its mask function under one name, and the models that take it watched."""
+    """Register an attention function and its mask function under one name, and check the models that use it."""
     attention_interface, mask_interface, sdpa_mask = _import_transformers()
     attention_interface.register(name, attend)
     mask_interface.register(name, functools.partial(mask_of, sdpa_mask))
@@ -102,7 +102,7 @@ def _import_transformers() -> tuple[Any, Any, Any]:
         found = version("transformers")
     except PackageNotFoundError:
         found = "none"
-    # 4.57 takes the registration too, and then keeps softmax in BERT and its kin with no more than a log line
+    # 4.57 accepts the registration too, but keeps softmax in BERT and similar models, with only a log line
     if found == "none" or Version(found) < Version("5.0.0"):
         raise ImportError(
             f'register: transformers 5.0 or newer is needed, got {found}\npip install "diffmax-core[transformers]"'
@@ -134,16 +134,16 @@ def _attention_forward(
     alpha: ModelAlpha,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls: query (B, H, L, D), key and value (B, H_kv, S, D) to output (B, L, H, D) and weights or None."""
+    """The registered function: query (B, H, L, D), key and value (B, H_kv, S, D) to output (B, L, H, D) and weights or None."""
     refusals.called()
     _refuse_what_changes_the_weights(kwargs)
     length, heads = query.shape[2], query.shape[1]
     packing = _packing(query, key, cu_seq_lens_q, cu_seq_lens_k)
     if packing is not None and is_causal is None:
-        is_causal = getattr(module, "is_causal", True)  # packed sequences come without a mask, as to flash-attention
+        is_causal = getattr(module, "is_causal", True)  # packed sequences come without a mask, as for flash-attention
     attention_mask, is_causal = read(module, attention_mask, is_causal, length, key.shape[2])
     if is_causal:
-        # the rest is the empty part of a static cache, which no query sees: save the work
+        # the rest is the empty part of a static cache, which is masked for every query: skip it
         key, value = key[:, :, :length], value[:, :, :length]
         position_bias = None if position_bias is None else position_bias[..., :length]
     window = _window(sliding_window, attention_mask, key.shape[2], is_causal)
@@ -151,7 +151,7 @@ def _attention_forward(
         "dropout_p": dropout if module.training else 0.0,
         "is_causal": is_causal,
         "scale": scaling,
-        "alpha": _checked(alpha(module) if callable(alpha) else alpha, heads),
+        "alpha": _check_alpha_shape(alpha(module) if callable(alpha) else alpha, heads),
         "window_size": window,
         "softcap": softcap or 0.0,
         "sink": s_aux,
@@ -163,18 +163,18 @@ def _attention_forward(
         out: Any = attention_varlen(q, k, v, *packing, *longest, enable_gqa=True, **settings)
         return out.unsqueeze(0), None
     if packing is not None:
-        attention_mask = _together(attention_mask, packing, length, key.shape[2])
+        attention_mask = _mask_other_sequences(attention_mask, packing, length, key.shape[2])
     mask = merged_mask(attention_mask, position_bias)
     if wants_weights:
         output, weights = attend_with_weights(query, key, value, mask, **settings)
         return output.transpose(1, 2).contiguous(), weights
     if mask is None and length == 1 and settings["dropout_p"] == 0 and not torch.is_grad_enabled():
-        return _decoded(query, key, value, settings), None
+        return _decode(query, key, value, settings), None
     return attention(query, key, value, mask, enable_gqa=True, **settings).transpose(1, 2).contiguous(), None
 
 
-def _decoded(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:
-    """A new token that sees the whole cache: the operator that splits its work over the cache, and not over queries."""
+def _decode(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:
+    """One new token that sees the whole cache: the decoding operator splits the work over the cache instead of the queries."""
     out: Any = attention_with_kvcache(
         *(t.transpose(1, 2) for t in (query, key, value)),
         softmax_scale=settings["scale"],
@@ -195,23 +195,23 @@ def _refuse_what_changes_the_weights(kwargs: dict[str, Any]) -> None:
 
 
 def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """As transformers decides what to collect: by the model's argument, handed down or not, or else by the configuration."""
+    """Whether weights are requested, as transformers decides it: by the model's argument, or else by the configuration."""
     if kwargs.get("output_attentions") is not None:
         return bool(kwargs["output_attentions"])
-    collected = _collected()
+    collected = _requested_outputs()
     if collected is not None:
         return any(key.endswith("attentions") for key in collected)
     return bool(getattr(getattr(module, "config", None), "output_attentions", False))
 
 
-def _collected() -> dict[str, Any] | None:
-    """What transformers collects from the layers in this forward pass, where it does so by hooks."""
+def _requested_outputs() -> dict[str, Any] | None:
+    """The outputs that transformers collects from the layers by hooks in this forward pass."""
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:  # before 5.2
         return None
     collector: Any = _active_collector
-    if torch.compiler.is_compiling():  # no graph reads a context variable; a whole model that is compiled sets this one
+    if torch.compiler.is_compiling():  # a graph cannot read a context variable; a compiled model sets this one
         known: dict[str, Any] | None = collector.global_var if collector.compiling else None
         return known
     known = collector.get()
@@ -219,7 +219,7 @@ def _collected() -> dict[str, Any] | None:
 
 
 def _window(sliding_window: int | None, mask: Tensor | None, keys: int, is_causal: bool) -> tuple[int, int] | None:
-    """The window of a causal attention without a mask; with one, the mask has it."""
+    """The window of a causal attention without a mask; a mask already contains it."""
     if sliding_window is None or mask is not None or keys <= sliding_window:
         return None
     if not is_causal:
@@ -230,30 +230,32 @@ def _window(sliding_window: int | None, mask: Tensor | None, keys: int, is_causa
     return sliding_window - 1, 0
 
 
-def _packing(query: Tensor, key: Tensor, of_queries: Tensor | None, of_keys: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Where the sequences begin that are packed into one row."""
-    if of_queries is None and of_keys is None:
+def _packing(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """The sequence starts (cu_seqlens) of queries and keys that are packed into one row."""
+    if cu_seqlens_q is None and cu_seqlens_k is None:
         return None
-    if of_queries is None or of_keys is None or query.shape[0] != 1:
-        given = ["no" if t is None else "some" for t in (of_queries, of_keys)]
+    if cu_seqlens_q is None or cu_seqlens_k is None or query.shape[0] != 1:
+        given = ["no" if t is None else "some" for t in (cu_seqlens_q, cu_seqlens_k)]
         raise ValueError(
             "diffmax attention: packed sequences must come as one row, with cu_seq_lens_q and cu_seq_lens_k, got "
             f"{query.shape[0]} rows, {given[0]} cu_seq_lens_q and {given[1]} cu_seq_lens_k"
         )
-    return of_queries, of_keys
+    return cu_seqlens_q, cu_seqlens_k
 
 
-def _together(mask: Tensor | None, packing: tuple[Tensor, Tensor], queries: int, keys: int) -> Tensor:
-    """A mask that hides other sequences' keys too."""
-    places = (torch.arange(n, device=ends.device) for n, ends in zip((queries, keys), packing, strict=True))
-    q, k = (torch.searchsorted(ends[1:].contiguous(), at, right=True) for at, ends in zip(places, packing, strict=True))
+def _mask_other_sequences(mask: Tensor | None, packing: tuple[Tensor, Tensor], queries: int, keys: int) -> Tensor:
+    """The mask, with the keys of other sequences masked too."""
+    positions = (torch.arange(n, device=ends.device) for n, ends in zip((queries, keys), packing, strict=True))
+    q, k = (torch.searchsorted(ends[1:].contiguous(), at, right=True) for at, ends in zip(positions, packing, strict=True))
     same = (q.unsqueeze(1) == k)[None, None]
     if mask is None:
         return same
     return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
 
 
-def _checked(alpha: float | Tensor, heads: int) -> float | Tensor:
+def _check_alpha_shape(alpha: float | Tensor, heads: int) -> float | Tensor:
     if isinstance(alpha, Tensor) and alpha.shape not in ((), (heads,)):
         raise ValueError(
             f"diffmax attention: a tensor alpha must have shape () or ({heads},), got {tuple(alpha.shape)}\n"

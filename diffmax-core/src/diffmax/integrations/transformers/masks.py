@@ -1,4 +1,4 @@
-"""Masks as transformers writes them, and one that is not written out unless something reads it."""
+"""Masks of transformers, and a lazy mask that is materialized only if something reads it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.utils._pytree import tree_map_only
 
 
 class UnbuiltMask(Tensor):
-    """A boolean mask (B, 1, L, S) that says "causal" or "everything" in a word, until an operation needs it written.
+    """A lazy boolean mask (B, 1, L, S), causal or all True, that is materialized when an operation reads it.
 
-    transformers' SDPA gets None for both, and a flag of the layer then says which was meant. Where a layer's flag is missing or
-    wrong, a decoder sees the future. This mask says itself what it means, however the model hands it on, and costs no memory.
+    For transformers' SDPA both are None, and a flag of the layer distinguishes them. If the flag is missing or wrong, a decoder
+    sees future tokens. This mask carries its meaning itself, however the model passes it on, and needs no memory.
     """
 
     is_causal: bool
     build: Callable[[], Tensor]
-    written: Tensor | None  # since the first operation, which may have changed it
+    written: Tensor | None  # materialized by the first operation, which may have modified it
 
     def write(self) -> Tensor:
-        """The mask as an ordinary tensor, always the same one."""
+        """The materialized mask, the same tensor at every call."""
         if self.written is None:
             self.written = self.build()
         return self.written
@@ -40,19 +40,19 @@ class UnbuiltMask(Tensor):
         return self.write().__reduce_ex__(protocol)
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The written mask as an array."""
+        """The materialized mask as an array."""
         return self.write().numpy(force=force)
 
     def tolist(self) -> Any:
-        """The written mask as lists."""
+        """The materialized mask as lists."""
         return self.write().tolist()
 
     def data_ptr(self) -> int:
-        """Where the written mask lies."""
+        """The address of the materialized mask."""
         return self.write().data_ptr()
 
     def share_memory_(self) -> Tensor:
-        """The written mask, in shared memory."""
+        """The materialized mask, in shared memory."""
         shared: Tensor = self.write().share_memory_()
         return shared
 
@@ -60,13 +60,13 @@ class UnbuiltMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Any operation reads, or changes, the written mask."""
+        """Every operation reads or modifies the materialized mask."""
         args, kwargs = tree_map_only(UnbuiltMask, UnbuiltMask.write, (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
 def unbuilt(is_causal: bool, shape: tuple[int, ...], device: Any, build: Callable[[], Tensor]) -> UnbuiltMask:
-    """A mask that `build` writes when it is needed."""
+    """A lazy mask that `build` materializes."""
     make: Any = Tensor._make_wrapper_subclass
     mask: UnbuiltMask = make(UnbuiltMask, shape, dtype=torch.bool, device=device)
     mask.is_causal, mask.build, mask.written = is_causal, build, None
@@ -74,7 +74,7 @@ def unbuilt(is_causal: bool, shape: tuple[int, ...], device: Any, build: Callabl
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is reading along: nothing may depend on a value then."""
+    """Whether torch.compile, torch.export or torch.jit.trace is tracing: then nothing may depend on values."""
     return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None)
 
 
@@ -85,7 +85,7 @@ def mask_of(
     allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """The mask function that is registered: transformers' own boolean mask, unbuilt where that would have left it out."""
+    """The registered mask function: transformers' own boolean mask, or a lazy one where transformers would return None."""
     build = partial(_written, sdpa_mask, kwargs)
     if is_traced():
         return build()
@@ -109,20 +109,20 @@ def _written(sdpa_mask: Callable[..., Tensor | None], kwargs: dict[str, Any]) ->
 
 
 def read(module: nn.Module, mask: Tensor | None, is_causal: bool | None, queries: int, keys: int) -> tuple[Tensor | None, bool]:
-    """What a call's mask, argument and layer say together: a mask or None, and whether the call is causal."""
+    """The mask or None, and whether the call is causal, from the mask, the argument and the layer of a call."""
     if isinstance(mask, UnbuiltMask):
         if mask.written is None and (not mask.is_causal or mask.shape[2:] == (queries, keys)):
             return None, mask.is_causal
         mask = mask.write()
     if mask is not None:
-        return mask, False  # it says it all
+        return mask, False  # the mask includes causality
     if is_causal is None:
         is_causal = _is_causal_by_itself(module, queries)
     return None, bool(is_causal and queries > 1)
 
 
 def _is_causal_by_itself(module: nn.Module, length: int) -> bool:
-    """Without a mask: the layer's flag, as transformers' own SDPA function reads it. A layer without the flag says nothing."""
+    """Whether a call without a mask is causal: the layer's flag, as in transformers' own SDPA function."""
     flag = getattr(module, "is_causal", None)
     if flag is None and length > 1:
         raise ValueError(
@@ -134,7 +134,7 @@ def _is_causal_by_itself(module: nn.Module, length: int) -> bool:
 
 
 def merged_mask(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
-    """One mask that says what both say, for `diffmax.attention`: boolean, or floating with -inf where nothing is to be seen."""
+    """Both masks combined, for `diffmax.attention`: boolean, or floating with -inf at masked keys."""
     if attention_mask is None or attention_mask.dtype == torch.bool:
         if position_bias is None or attention_mask is None:
             return attention_mask if position_bias is None else position_bias
@@ -144,7 +144,7 @@ def merged_mask(attention_mask: Tensor | None, position_bias: Tensor | None) -> 
             f"diffmax attention: a mask must be boolean or floating, got {attention_mask.dtype}\n"
             "convert it first: True marks what is visible, and a floating mask is added to the scores"
         )
-    # transformers writes "hidden" as the most negative number: added to a whole row, it would not hide anything
+    # transformers masks with the most negative number: added to a whole row, it would not mask anything
     hidden = attention_mask <= torch.finfo(attention_mask.dtype).min
     bias = attention_mask if position_bias is None else attention_mask + position_bias
     return bias.masked_fill(hidden, -torch.inf)

@@ -1,10 +1,9 @@
-"""Models that would keep softmax, wholly or in part, are refused: when they are loaded, or at their first forward pass.
+"""Models that would keep softmax, in whole or in part, are refused: when they are loaded, or at their first forward pass.
 
-transformers takes any registered name for any model. A class that computes attention by itself then keeps softmax, or worse:
-the mask function of the name is asked, and what it returns is read as something else. Two checks find them. The source of a
-class says whether it reads ALL_ATTENTION_FUNCTIONS at all. And during the first forward pass every softmax whose result is
-multiplied with something, or that a class named after attention computes, and every call of torch's own attention, is traced
-back to its module.
+transformers accepts any registered name for any model. A class that computes attention itself then keeps softmax, or worse:
+it calls the registered mask function, and misinterprets the result. Two checks find such models. First, the source of a class
+must read ALL_ATTENTION_FUNCTIONS. Second, during the first forward pass, three things are traced back to their module: a
+softmax whose result enters a product, a softmax in a class named after attention, and a call of torch's own attention.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from diffmax.integrations.transformers.masks import is_traced
 
 
 @dataclass(frozen=True)
-class _Name:
-    """A name that is registered: how errors call it, and whether a model may keep softmax in a part of its attention."""
+class _Registration:
+    """A registered name: its label in errors, and whether a model may keep softmax in a part of its attention."""
 
     label: str
     partial: bool
 
 
-_names: dict[str, _Name] = {}
-_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # their first forward pass was seen
+_registered: dict[str, _Registration] = {}
+_verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # their first forward pass was checked
 _watched: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = (
     weakref.WeakKeyDictionary()
-)  # their first is still to come
+)  # their first forward pass is not checked yet
 _current = threading.local()
 
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|AttentionInterface")
@@ -53,13 +52,13 @@ _FUSED = (
     "scaled_dot_product_attention",
 )
 _SOFTMAX = ("softmax", "_softmax", "log_softmax", "softmin")
-_SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)  # named for whom they work
+_SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)  # the module that calls them is named instead
 _PRODUCTS = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "linear", "tensordot", "__matmul__", "__rmatmul__")
 
 
 def watch(name: str, label: str | None = None, partial: bool = False) -> None:
-    """From now on check the models that take this attention implementation; `label` begins the errors."""
-    _names[name] = _Name(label or f'attn_implementation="{name}"', partial)
+    """From now on check models with this attention implementation; errors start with `label`."""
+    _registered[name] = _Registration(label or f'attn_implementation="{name}"', partial)
     import transformers
 
     kind: Any = transformers.PreTrainedModel
@@ -71,14 +70,14 @@ def watch(name: str, label: str | None = None, partial: bool = False) -> None:
     @functools.wraps(choose)
     def choose_checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         chosen = choose(self, *args, **kwargs)
-        if chosen in _names:
+        if chosen in _registered:
             _refuse_class(self.__class__, chosen)
             _watch_first_forward(self)
         return chosen
 
     @functools.wraps(change)
     def change_checked(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(attn_implementation, str) and attn_implementation in _names:
+        if isinstance(attn_implementation, str) and attn_implementation in _registered:
             for part in self.modules():
                 if isinstance(part, kind):
                     _refuse_class(part.__class__, attn_implementation)
@@ -86,8 +85,8 @@ def watch(name: str, label: str | None = None, partial: bool = False) -> None:
         if isinstance(attn_implementation, dict):
             _refuse_unchanged(self.config, attn_implementation)
         for part in self.modules():
-            if isinstance(part, kind) and part.config._attn_implementation in _names:
-                _checked.discard(part)
+            if isinstance(part, kind) and part.config._attn_implementation in _registered:
+                _verified.discard(part)
                 _watch_first_forward(part)
         return result
 
@@ -96,7 +95,7 @@ def watch(name: str, label: str | None = None, partial: bool = False) -> None:
 
 
 def called() -> None:
-    """The attention function says that it was."""
+    """Record a call of the attention function."""
     run = getattr(_current, "run", None)
     if run is not None:
         run.calls += 1
@@ -104,7 +103,7 @@ def called() -> None:
 
 @functools.cache
 def _refuse_class(kind: type, name: str) -> None:
-    """A class that has attention of its own, and that nothing of its source asks for a function or for this one."""
+    """Refuse a class that computes attention itself and whose source does not read the registered functions."""
     source = "\n".join(_source_of(base) for base in kind.__mro__)
     if _CLASS_TABLE.search(source):
         does = f'takes its attention from a table of classes, which has none for "{name}"'
@@ -113,14 +112,14 @@ def _refuse_class(kind: type, name: str) -> None:
     else:
         return
     raise ValueError(
-        f"{_names[name].label}: {kind.__name__} {does}\n"
+        f"{_registered[name].label}: {kind.__name__} {does}\n"
         f"its source, {kind.__module__}, does not read transformers' ALL_ATTENTION_FUNCTIONS: load this model with "
         f'attn_implementation="eager", or this part of it ({{"text_config": "{name}", "vision_config": "eager"}})'
     )
 
 
 def _source_of(kind: type) -> str:
-    """The source of a class of a model, and of the classes of its Python module that it names, and so on."""
+    """The source of a model's class, and recursively of the classes of its Python module that it uses."""
     classes = _classes(kind.__module__)
     found, waiting = {}, [kind.__name__]
     while waiting:
@@ -133,7 +132,7 @@ def _source_of(kind: type) -> str:
 
 @functools.cache
 def _classes(module: str) -> dict[str, str]:
-    """Classes, and tables of classes, of a Python module of models by name, with their source."""
+    """Source of the classes, and tables of classes, of a Python module, by name."""
     if module.partition(".")[0] in ("torch", "builtins", "abc", "typing") or module == "transformers.modeling_utils":
         return {}
     try:
@@ -149,12 +148,12 @@ def _classes(module: str) -> dict[str, str]:
 
 
 def _refuse_unchanged(config: Any, wanted: dict[str, Any]) -> None:
-    """transformers only logs it when a part of a model does not let its implementation be changed."""
+    """Refuse a part whose implementation cannot be changed, which transformers only logs."""
     for key, name in wanted.items():
         part = config if key == "" else getattr(config, key, None)
         if isinstance(name, dict):
             _refuse_unchanged(part, name)
-        elif name in _names and part is not None and part._attn_implementation != name:
+        elif name in _registered and part is not None and part._attn_implementation != name:
             raise ValueError(
                 f'set_attn_implementation: {key or "the model"} must let its attention be chosen, got "{name}" for one that '
                 f'keeps "{part._attn_implementation}"\nit computes its attention itself: leave it out of the dictionary'
@@ -172,31 +171,31 @@ class _Run:
 
 
 class _Softmaxes(TorchFunctionMode):
-    """Finds the modules that compute attention without asking: those whose softmax is multiplied with something."""
+    """Finds modules that compute attention themselves: those with a softmax whose result enters a product."""
 
     def __init__(self) -> None:
         super().__init__()
-        # softmax's results and what was made of them, by id, and whose they are
+        # results of softmax and tensors derived from them, by id, with the module that computed them
         self.weights: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self.kept: dict[str, None] = {}
+        self.softmax_in: dict[str, None] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         if name in _FUSED:
-            self._found(_owner())
+            self._record(_owner())
         result = function(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result
         if name in _SOFTMAX and result.dim() >= 2:
             owner = _owner()
             if owner is not None and _ATTENTION_NAME.search(owner):
-                self._found(owner)  # whatever it does with its weights
+                self._record(owner)  # however it uses the weights
             self._follow(result, owner if result.dim() >= 3 else None)
         for given in _tensors(args) if self.weights else ():
             owner = self._owner_of(given)
             if name in _PRODUCTS and not (name == "linear" and isinstance(args[1], nn.Parameter)):  # a layer reads it
-                self._found(owner)
+                self._record(owner)
             elif result.numel() == given.numel() and result.is_floating_point():
                 self._follow(result, owner)
         return result
@@ -209,9 +208,9 @@ class _Softmaxes(TorchFunctionMode):
         known = self.weights.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
-    def _found(self, owner: str | None) -> None:
+    def _record(self, owner: str | None) -> None:
         if owner is not None:
-            self.kept[owner] = None
+            self.softmax_in[owner] = None
 
 
 def _tensors(args: Any) -> Iterator[Tensor]:
@@ -223,7 +222,7 @@ def _tensors(args: Any) -> Iterator[Tensor]:
 
 
 def _owner() -> str | None:
-    """The class of the module that is running, unless the configuration it runs under chose another implementation."""
+    """The class of the running module, unless its configuration selects another implementation."""
     from transformers import PreTrainedModel
 
     frame = inspect.currentframe()
@@ -231,13 +230,13 @@ def _owner() -> str | None:
     while frame is not None:
         where = str(frame.f_globals.get("__name__"))
         if where.startswith("diffmax.") and where != __name__:
-            return None  # ours, asked for
+            return None  # one of diffmax's own functions
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and frame.f_code.co_name != "_call_impl":
             owner = module if owner is None and not isinstance(module, _SOFTMAX_MODULES) else owner
             config = getattr(module, "config", None)
             if owner is not None and (isinstance(module, PreTrainedModel) or hasattr(config, "_attn_implementation")):
-                return type(owner).__name__ if getattr(config, "_attn_implementation", None) in _names else None
+                return type(owner).__name__ if getattr(config, "_attn_implementation", None) in _registered else None
         frame = frame.f_back
     return None
 
@@ -254,12 +253,12 @@ def _begin(model: Any, _: Any) -> None:
     if is_traced():
         return
     run = getattr(_current, "run", None)
-    if run is not None and not _is_running(run.model):  # it was interrupted, which no hook is told of
+    if run is not None and not _is_running(run.model):  # it was interrupted; no hook reports that
         _stop(run)
         run = None
     if run is not None:
         run.inside.append(model)
-    elif model not in _checked and model.config._attn_implementation in _names:
+    elif model not in _verified and model.config._attn_implementation in _registered:
         _current.run = _Run(model, _Softmaxes())
         _current.run.mode.__enter__()
 
@@ -269,25 +268,29 @@ def _end(model: Any, _: Any, output: Any) -> None:
     if run is None or run.model is not model:
         return
     _stop(run)
-    if output is None:  # the forward pass failed: the next one is the first
+    if output is None:  # the forward pass failed: check the next one
         return
     name = model.config._attn_implementation
     if not run.calls:
-        if not run.mode.kept and _is_a_part(model):
+        if not run.mode.softmax_in and _is_a_part(model):
             return
-        does = f"it computed softmax in {', '.join(run.mode.kept)}" if run.mode.kept else "it computed no attention at all"
-        raise ValueError(
-            f"{_names[name].label}: {type(model).__name__} must ask for its attention function, got a forward pass without "
-            f'a call\n{does}: load this model with attn_implementation="eager"'
+        does = (
+            f"it computed softmax in {', '.join(run.mode.softmax_in)}"
+            if run.mode.softmax_in
+            else "it computed no attention at all"
         )
-    if run.mode.kept and not _names[name].partial:
         raise ValueError(
-            f"{_names[name].label}: {type(model).__name__} asks for its attention function, and also computes softmax "
-            f"itself, in {', '.join(run.mode.kept)}\n"
+            f"{_registered[name].label}: {type(model).__name__} must ask for its attention function, got a forward pass "
+            f'without a call\n{does}: load this model with attn_implementation="eager"'
+        )
+    if run.mode.softmax_in and not _registered[name].partial:
+        raise ValueError(
+            f"{_registered[name].label}: {type(model).__name__} asks for its attention function, and also computes softmax "
+            f"itself, in {', '.join(run.mode.softmax_in)}\n"
             "to have softmax there and diffmax elsewhere, write register(..., partial=True)"
         )
     for seen in (model, *run.inside):
-        _checked.add(seen)
+        _verified.add(seen)
         for hook in _watched.pop(seen, []):
             hook.remove()
 
@@ -305,5 +308,5 @@ def _is_running(model: nn.Module) -> bool:
 
 
 def _is_a_part(model: nn.Module) -> bool:
-    """Whether a larger model that is watched contains it, as an encoder without attention that `generate` calls first."""
+    """Whether a larger watched model contains it, such as an encoder without attention that `generate` calls first."""
     return any(other is not model and any(part is model for part in other.modules()) for other in list(_watched))

@@ -1,4 +1,4 @@
-"""The alphas that models of transformers use by the name of their attention."""
+"""The registered alphas that a transformers model uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffmax.integrations.transformers.attention import ModelAlpha, _attention_f
 
 
 def alphas_of(model: nn.Module) -> Iterator[ModelAlpha]:
-    """What `register` was given for each attention of ours that a configuration in the model names, each once."""
+    """The alpha of each registered diffmax attention that a configuration in the model names, each once."""
     from transformers import AttentionInterface
 
     functions = AttentionInterface()

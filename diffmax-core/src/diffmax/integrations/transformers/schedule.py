@@ -8,16 +8,16 @@ from diffmax.nn.schedule import AlphaSchedule
 
 
 def alpha_callback(schedule: AlphaSchedule) -> Any:
-    """A callback for transformers' Trainer that moves a schedule with the Trainer's steps, and logs its share as `alpha_share`.
+    """A callback for transformers' Trainer that steps a schedule with the Trainer, and logs its share as `alpha_share`.
 
     Args:
-        schedule: Made for the model, or a function that was given to `register`. Training that is resumed goes on at the
-            Trainer's own step.
+        schedule: A schedule of the model, or the one that was passed to `register` as alpha. Resumed training continues at the
+            step of the Trainer.
     Returns:
         A `transformers.TrainerCallback`, for `Trainer(callbacks=[...])`.
     Raises:
         ImportError: transformers is missing.
-        TypeError: schedule is no `AlphaSchedule`.
+        TypeError: schedule is not an `AlphaSchedule`.
     Example:
         >>> from diffmax.integrations.transformers import register
         >>> schedule = AlphaSchedule(0.75, steps=1000)

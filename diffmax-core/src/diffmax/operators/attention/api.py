@@ -1,4 +1,7 @@
-"""`attention` and `attention_varlen`: what they mean, and their arguments checked. Next: `operator`."""
+"""`attention` and `attention_varlen`: what they mean, and their arguments checked. Next: `operator`.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 

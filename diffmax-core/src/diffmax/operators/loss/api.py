@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffmax.machine.dispatch import selected
-from diffmax.nn._kept import Keeps
+from diffmax.nn._resettable import Resettable
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
 from diffmax.operators.loss import operator as loss_operator
@@ -132,7 +132,7 @@ def _reweighted(target: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tenso
     return weighted / torch.where(mass == 0, 1.0, mass), mass.squeeze(dim)
 
 
-class DiffmaxLoss(Keeps):
+class DiffmaxLoss(Resettable):
     """`diffmax_loss` as a module: a drop-in for `torch.nn.CrossEntropyLoss`.
 
     Args:
@@ -161,8 +161,8 @@ class DiffmaxLoss(Keeps):
         super().__init__()
         check_reduction("DiffmaxLoss", reduction)
         self.ignore_index, self.reduction, self.n_iter = ignore_index, reduction, n_iter
-        self._keep("weight", weight)
-        self._keep("alpha", alpha)
+        self._store("weight", weight)
+        self._store("alpha", alpha)
 
     def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of scores X; see `diffmax_loss`."""

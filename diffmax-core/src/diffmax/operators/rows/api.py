@@ -1,4 +1,7 @@
-"""The public functions: what they mean, and their arguments checked. Next, on the way to a kernel: `operator`."""
+"""The public functions: what they mean, and their arguments checked. Next, on the way to a kernel: `operator`.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 

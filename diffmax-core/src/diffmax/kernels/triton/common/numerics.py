@@ -1,4 +1,5 @@
 """Triton arithmetic of the row operator: powers, the solver's step, its stop, the weight of Eq. 6. Equations: docs/theory.md.
+Symbols: docs/glossary.md.
 
 Shapes: scores are tiles (ROWS, BLOCK); what belongs to a row is a vector (ROWS,). NaN needs no branch: it is never dead, so
 it reaches the sum and from there the whole row.
