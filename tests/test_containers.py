@@ -69,7 +69,7 @@ def test_another_error_of_the_compiler_is_not_taken_for_a_missing_folder():
         raise RuntimeError("the compiler failed")
 
     with pytest.raises(RuntimeError, match="the compiler failed"):
-        compile_cached(decorator, function=None)
+        compile_cached(decorator, function=lambda: None)
 
 
 def test_a_compilation_says_that_it_is_one_after_two_seconds():

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
 from diffmax import diffmax_bisect, reference
-from diffmax.kernels.numba import compiled, simd, threads
+from diffmax.kernels.numba import functions, simd, solver, threads
 from diffmax.kernels.numba import rows as numba_rows
 from diffmax.kernels.numba.probe import numba_cannot, numba_converts_float16, numba_missing
 from diffmax.machine.dispatch import registry
@@ -45,7 +44,7 @@ def run(code, **environment):
 
 
 def applied(function, values):
-    """A vector function of compiled.py at every value."""
+    """A vector function of functions.py at every value."""
 
     @njit
     def loop(x, y):
@@ -72,7 +71,7 @@ def applied(function, values):
 def test_elementary_functions_are_right_to_a_few_ulp(name, exact, low, high, dtype):
     values = np.concatenate([np.linspace(low, high, 997), [v for v in (-1e-9, 1e-9, 1 - 1e-6, 1 + 1e-6) if low <= v <= high]])
     values = values.astype(dtype)[np.abs(values) > 0]
-    result = applied(getattr(compiled, name), values)
+    result = applied(getattr(functions, name), values)
     with mpmath.workdps(40):
         truth = [exact(mpmath.mpf(float(v))) for v in values]
         # of 2^y the digits are lost with y's: half an ulp of y, times ln 2
@@ -206,7 +205,7 @@ def test_halleys_step_is_that_of_the_norm_and_longer_than_newtons(alpha):
     @njit
     def step(like, s0, s1, s2, e):
         v = simd.splat(like, 0.0)
-        ahead, low = compiled.advance(v + s0, v + s1, v + s2, v + 0.1, v, v + 1.0, v + e, v + 1.0 / e, v > 0.0)
+        ahead, low = solver.advance(v + s0, v + s1, v + s2, v + 0.1, v, v + 1.0, v + e, v + 1.0 / e, v > 0.0)
         return simd.maximum(ahead), simd.maximum(low)
 
     ahead, low = step(np.zeros(8), s0, s1, s2, e)
@@ -229,14 +228,14 @@ def test_the_step_on_the_logarithm_and_the_shift(alpha):
     z -= z.max()
     root = float(reference.bisect(z / e, e, 0, 200, True)[2]) - 1
     t = root - 0.02 * e
-    d = compiled.step_on_log(*sums(z, t, k, 4), k)
+    d = solver.step_on_log(*sums(z, t, k, 4), k)
     assert t + d == pytest.approx(root, abs=1e-5 * e)
     u = (z - t).clamp_min(0)
     weights, reciprocals = (u**k).numpy(), (1 / u.clamp_min(1e-9)).numpy()
 
     @njit
     def shift(p, r, d, k):
-        return compiled.shift(p, r, 512, d, k)
+        return solver.shift(p, r, 512, d, k)
 
     total, slope = shift(weights, reciprocals, d, k)
     exact = (z - t - d).clamp_min(0) ** k
@@ -476,7 +475,7 @@ import torch, diffmax
 x = torch.randn(4, 300).to(torch.{dtype}).requires_grad_()
 a = torch.full((4, 1), 0.7, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, requires_grad=True)
 diffmax.diffmax_bisect(x, a, backend="numba").sum().backward()
-from diffmax.kernels.numba.compiled import compiled
+from diffmax.kernels.numba.jobs import compiled
 for name in ("forward", "backward"):
     print(compiled(name, x.dtype)._library.get_asm_str())
 """
@@ -501,7 +500,7 @@ def test_the_kernels_are_kept_on_disk_and_shared_between_processes(tmp_path):
 import torch, diffmax
 x = torch.randn(20, 30, requires_grad=True)
 diffmax.diffmax_bisect(x, 0.7, backend="numba").square().sum().backward()
-from diffmax.kernels.numba.compiled import compiled
+from diffmax.kernels.numba.jobs import compiled
 print([compiled(name, x.dtype).cache_hits for name in ("forward", "backward")])
 """
     assert run(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "[0, 0]"
@@ -552,4 +551,3 @@ def test_float16_needs_the_conversions_of_the_processor_that_numba_compiles_for(
 
 def test_is_chosen_when_it_is_there():
     assert diffmax.explain("diffmax_bisect", torch.zeros(3)).chosen == "numba"
-    assert Path(compiled.__file__).name == "compiled.py"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from diffmax.kernels.cpu import attention as blocked
-from diffmax.kernels.numba.compiled import AGAIN_JOB
 from diffmax.kernels.numba.dropout import factors
+from diffmax.kernels.numba.jobs import AGAIN_JOB
 from diffmax.kernels.numba.rows import bisect, run
 from diffmax.operators.common.numerics import integer_exponent
 from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted

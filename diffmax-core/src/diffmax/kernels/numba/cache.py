@@ -2,15 +2,21 @@
 
 Containers run as a user without a home, on images that cannot be written to. The kernels are compiled in memory there, at each
 start of a process.
+
+Numba takes what it has kept for a function if the function's own file has not changed. Here a function is made of what stands
+in all files of this folder, so their content is part of its name, and of the names of its files in the cache.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from typing import Any
 
 PATIENCE = 2.0  # seconds after which a compilation says that it is one
@@ -19,6 +25,7 @@ _told: set[str] = set()
 
 def compile_cached(decorator: Callable[..., Callable[[Any], Any]], *arguments: Any, function: Any, **options: Any) -> Any:
     """`decorator(*arguments, cache=True, **options)(function)`, where Numba finds no place for a cache with cache=False."""
+    function.__qualname__ += f"_{sources()}"
     with _telling():
         try:
             return decorator(*arguments, cache=True, **options)(function)
@@ -27,6 +34,15 @@ def compile_cached(decorator: Callable[..., Callable[[Any], Any]], *arguments: A
                 raise
             _tell_once(error)
             return decorator(*arguments, cache=False, **options)(function)
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of all Python files of this folder."""
+    files = sorted(
+        (file.name, file.read_bytes()) for file in resources.files(__package__).iterdir() if file.name.endswith(".py")
+    )
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def compiled_on_call(decorator: Callable[..., Callable[[Any], Any]], *, function: Any, **options: Any) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffmax import reference
 from diffmax.kernels.cpu.rows import from_rows
-from diffmax.kernels.numba.compiled import BACKWARD_JOB, DONE, FORWARD_JOB, compiled
+from diffmax.kernels.numba.jobs import BACKWARD_JOB, DONE, FORWARD_JOB, compiled
 from diffmax.kernels.numba.threads import Kernel, run_on_threads
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import accumulation_dtype, integer_exponent, newton_steps

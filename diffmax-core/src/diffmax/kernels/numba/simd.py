@@ -5,8 +5,6 @@ instructions everywhere, and which ones does not depend on what an automatic vec
 
 An array's dtype says how its elements are stored, and vectors of it hold the type that one computes in: float32 and float64
 as they are, uint16 for bfloat16 and int16 for float16 (torch's bits), both as float32.
-
-Numba's cache on disk looks at the file of the cached function alone: touch `compiled.py` after a change here.
 """
 
 import operator
@@ -352,6 +350,16 @@ def _narrow(builder, floats, dtype):
 def _pointer(context, builder, array_type, array, index, llvm):
     data = cgutils.create_struct_proxy(array_type)(context, builder, value=array).data
     return builder.bitcast(builder.gep(data, [index]), llvm.as_pointer())
+
+
+def places(array):
+    """How many elements of the array a vector holds."""
+
+
+@overload(places)
+def _places(array):
+    width = _vector_of(array).width
+    return lambda array: width
 
 
 @intrinsic

@@ -1,0 +1,167 @@
+"""What a row's gradient is made of: the slopes s = p^alpha and the weights of alpha (Eq. 6), from p or from the scores."""
+
+from numba.core.extending import register_jitable
+
+from diffmax.kernels.numba.functions import (
+    LN_2,
+    LOG2_E,
+    TINY,
+    exp2_m1,
+    integer_power,
+    ln_1p,
+    phi_series,
+    power_of_two,
+    smallest_normal,
+)
+from diffmax.kernels.numba.simd import (
+    bits,
+    get,
+    larger,
+    load,
+    nearest_integer,
+    places,
+    put,
+    select,
+    smaller,
+    splat,
+    split_exponent,
+    square_root,
+    store,
+    total,
+)
+from diffmax.kernels.numba.solver import SUMMED
+
+
+@register_jitable
+def slopes_from_weights(weights, e):
+    """s = p^alpha, and ln p as j and log_f with ln p = j ln 2 + log_f; where p is 0, s is 0 and ln p finite."""
+    normal = larger(weights, smallest_normal(weights))
+    j, scale = split_exponent(normal)
+    log_f = ln_1p(normal * scale - 1.0)
+    return select(weights > 0.0, power_of_two(j, log_f, 1.0 - e), 0.0), j, log_f
+
+
+@register_jitable
+def slopes_from_scores(w, e, k):
+    """s, p, and ln p as `slopes_from_weights`, from w = z - delta, for weights that p's own dtype has flushed to zero."""
+    inside = larger(w, -1.0)
+    j, scale = split_exponent(larger(inside + 1.0, TINY))
+    j, log_f = j * k, ln_1p(inside * scale + (scale - 1.0)) * k
+    live = w > -1.0
+    return (
+        select(live, power_of_two(j, log_f, 1.0 - e), 0.0),
+        select(live, power_of_two(j, log_f, e * 0.0 + 1.0), 0.0),
+        j,
+        log_f,
+    )
+
+
+@register_jitable
+def alpha_weight(p, j, log_f, e):
+    """w = p phi(ln p) (Eq. 6): a series where v = -e ln p is small, so that no digit is lost as alpha -> 1."""
+    log_p = j * LN_2 + log_f
+    v = 0.0 - log_p * e
+    i, scale = nearest_integer(0.0 - v * LOG2_E)
+    exp_v = (1.0 + exp2_m1((i - j * e) - log_f * (e * LOG2_E))) / scale
+    far = (exp_v - 1.0 - v) / (e * e)
+    return p * select(v < 1.0, log_p * log_p * phi_series(smaller(v, 1.0)), far)
+
+
+@register_jitable
+def slope_sums(p, g, s, start, stop, e, square_roots):
+    """Write s for the vectors from start to stop; returns the sums of s and s g, lane by lane."""
+    width = places(s)
+    zero = splat(s, 0.0)
+    sums, products = zero, zero
+    for i in range(start, stop, width):
+        weights = load(p, i)
+        slopes = zero
+        if bits(weights > 0.0) != 0:
+            slopes = square_root(weights) if square_roots else slopes_from_weights(weights, e)[0]
+            sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+    return sums, products
+
+
+@register_jitable
+def slope_and_alpha_sums(p, g, s, w, start, stop, e):
+    """As `slope_sums`, and writes w of Eq. 6."""
+    width = places(s)
+    zero = splat(s, 0.0)
+    sums, products = zero, zero
+    for i in range(start, stop, width):
+        weights = load(p, i)
+        slopes = of_alpha = zero
+        if bits(weights > 0.0) != 0:
+            slopes, j, log_f = slopes_from_weights(weights, e)
+            of_alpha = alpha_weight(weights, j, log_f, e)
+            sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+        store(w, i, of_alpha)
+    return sums, products
+
+
+@register_jitable
+def score_sums(x, g, s, w, start, stop, e, top, delta):
+    """As `slope_and_alpha_sums`, from the scores: for weights that p's own dtype has flushed to zero."""
+    width = places(s)
+    sums = products = splat(s, 0.0)
+    k = 1.0 / e
+    for i in range(start, stop, width):
+        slopes, weights, j, log_f = slopes_from_scores((load(x, i) - top) * e - delta, e, k)
+        sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+        store(w, i, alpha_weight(weights, j, log_f, e))
+    return sums, products
+
+
+@register_jitable
+def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
+    """Write p and s for the vectors of scores from start to stop, and w of Eq. 6 over the scores if that is wanted."""
+    width = places(x)
+    k, zero = 1.0 / e, e * 0.0
+    for i in range(start, stop, width):
+        w = (load(x, i) - top) * e - delta
+        slopes = weights = of_alpha = zero
+        if bits(w > -1.0) != 0:
+            if integer == 0:
+                slopes, weights, j, log_f = slopes_from_scores(w, e, k)
+                if wants_alpha:
+                    of_alpha = select(w > -1.0, alpha_weight(weights, j, log_f, e), 0.0)
+            else:
+                inside = larger(w, -1.0)
+                u = inside + 1.0
+                slopes = integer_power(u, integer) * u
+                weights = slopes * (u + (inside - (u - 1.0)) * k)
+        store(p, i, weights)
+        store(s, i, slopes)
+        if wants_alpha:
+            store(x, i, of_alpha)
+
+
+@register_jitable
+def centred(s, g, grad_x, n, mean):
+    """grad_x = s (g - mean)."""
+    width = places(s)
+    whole = n // width * width
+    for i in range(0, whole, width):
+        store(grad_x, i, load(s, i) * (load(g, i) - mean))
+    for i in range(whole, n):
+        put(grad_x, i, s[i] * (get(g, i) - mean))
+
+
+@register_jitable
+def centred_sum(w, g, n, mean, rounded):
+    """The sum of w (g - mean), where `rounded` is the mean in the computing dtype."""
+    width = places(w)
+    whole = n // width * width
+    result, weight = 0.0, 0.0
+    for block in range(0, whole, SUMMED):
+        part = parts = splat(w, 0.0)
+        for i in range(block, min(block + SUMMED, whole), width):
+            v = load(w, i)
+            part, parts = part + v * (load(g, i) - rounded), parts + v
+        result, weight = result + total(part), weight + total(parts)
+    for i in range(whole, n):
+        result, weight = result + w[i] * (get(g, i) - rounded), weight + w[i]
+    return result - (mean - rounded) * weight

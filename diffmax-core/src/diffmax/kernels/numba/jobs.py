@@ -1,0 +1,309 @@
+"""The row operator for CPUs, compiled by Numba: the kernels, and the jobs that they find their rows in.
+
+`rows` is the way in. What happens to a row is in `one_row`, `solver` and `gradient`; what that is made of, in `functions` and
+`simd`.
+
+A row whose list of candidates (entries with z > -1, Eq. 2) is short joins a group: the lists of as many rows as a vector has
+places are solved together, one row per place. A longer one is solved alone, its entries side by side. Equations are those of
+docs/theory.md; what each step costs stands in docs/performance.md.
+"""
+
+import functools
+import math
+from struct import Struct
+
+import numpy as np
+import torch
+from numba import cfunc
+from numba.core import types
+from numba.core.ccallback import CFunc
+from numba.core.extending import register_jitable
+
+from diffmax.kernels.numba.cache import compile_cached
+from diffmax.kernels.numba.gradient import centred, centred_sum, score_sums, slope_and_alpha_sums, slope_sums, weights_again
+from diffmax.kernels.numba.one_row import DEAD, LISTED, fill, listed, row_alone, top_of
+from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, load, put, splat, store, total
+from diffmax.kernels.numba.solver import SUMMED, solve_group
+from diffmax.operators.common.numerics import MIN_E
+
+PAGE = 4096  # bytes: what the low bits of an address tell apart
+
+# A kernel is a C function of one address, where a job stands as words of 8 bytes. It returns how many rows it did. Any number
+# of threads may run one job: each takes the next chunk of rows that none has taken. A job that is one chunk is for one thread
+# and is read only. Strides and sizes are in elements; what is not there has address 0.
+KERNEL = types.int64(types.intp)
+WORDS = 18  # of the longest job
+
+# The first words of every job: the next row to take, rows done, all rows, and how many are taken at a time.
+NEXT, DONE, STOP, CHUNK = range(4)
+# then x, its stride, p, m, delta, e, its stride, n, integer, steps, normalise, e_value
+FORWARD_JOB = Struct("=15qd")
+# then grad, its stride, p, its stride, x, its stride, m, delta, grad_x, grad_e, e, its stride, n, e_value
+BACKWARD_JOB = Struct("=17qd")
+# then scores, p, s, m, delta, e, its stride, n, integer, wants_alpha, e_value
+AGAIN_JOB = Struct("=14qd")
+
+
+@register_jitable
+def apart(size, width):
+    """At least `size`, so that arrays which follow each other at this distance do not share the low bits of their addresses.
+
+    A processor takes a load for one of what it has just stored where the last twelve bits are those, and waits.
+    """
+    page = PAGE // BYTES * width
+    return (size + page - 1) // page * page + page // 3 // width * width
+
+
+@register_jitable
+def first_aligned(array, beside):
+    """Index of the first element at a line of the cache a quarter of a page behind one that `beside` may have (see `apart`).
+
+    A vector that starts there lies in one line.
+    """
+    return ((beside // BYTES + 16) * BYTES - array.ctypes.data) % PAGE // array.itemsize
+
+
+@register_jitable
+def words_of(job):
+    """The job's words, as integers and as numbers."""
+    return array_at(job, WORDS, np.int64), array_at(job, WORDS, np.float64)
+
+
+@register_jitable
+def take(words, done, start, end):
+    """Count the rows from start to end as done, and take the next ones, if any are left; returns done, start and end."""
+    done += end - start
+    start = fetch_add(words, NEXT, words[CHUNK]) if words[CHUNK] < words[STOP] else end
+    return done, start, min(start + words[CHUNK], words[STOP])
+
+
+@register_jitable
+def finish(words, done):
+    """Tell whoever shares the job how many rows are done; returns it."""
+    if words[CHUNK] < words[STOP]:
+        fetch_add(words, DONE, done)
+    return done
+
+
+@register_jitable
+def keep(at, row, value, computing):
+    """Write a number of a row, if there is somewhere to."""
+    if at != 0:
+        array_at(at, row + 1, computing)[row] = value
+
+
+@register_jitable
+def exponent(at, stride, value, row, computing):
+    """e of a row, from where each row's stands, or the same for all."""
+    return array_at(at, row * stride + 1, computing)[row * stride] if at != 0 else computing(value)
+
+
+def _constants(dtype, computing):
+    """Bytes of a score, numbers in a vector, and the least e that is told from 0."""
+    return np.dtype(dtype).itemsize, BYTES // np.dtype(computing).itemsize, computing(MIN_E)
+
+
+def _forward(dtype, computing):
+    """The forward kernel for scores whose bits are `dtype` (see simd.py), computed in `computing`."""
+    itemsize, width, least_e = _constants(dtype, computing)
+
+    def forward(job):
+        words, numbers = words_of(job)
+        x_at, x_stride, p_at, m_at, delta_at, e_at, e_stride, n = (
+            *(words[4], words[5], words[6], words[7]),
+            *(words[8], words[9], words[10], words[11]),
+        )
+        integer, steps, normalise, e_value = words[12], words[13], words[14] != 0, numbers[15]
+        long = apart(n + width, width) if n > LISTED else 0
+        lists = min(n, LISTED) * width
+        memory = np.empty(2 * lists + 3 * long + 4 * width + PAGE // itemsize, computing)
+        scratch = memory[first_aligned(memory, x_at) :]
+        acc = scratch[:width]
+        lane_count, lane_e, lane_delta, lane_factor = acc, scratch[width:], scratch[2 * width :], scratch[3 * width :]
+        z, weights = scratch[4 * width :], scratch[4 * width + lists :]
+        long_z = scratch[4 * width + 2 * lists :]
+        long_weights, long_reciprocals = long_z[long:], long_z[2 * long :]
+        indices = np.empty(LISTED * width + long // 2, np.int32)
+        index, long_index = indices[: LISTED * width], indices[LISTED * width :]
+        done, start, end = take(words, 0, 0, 0)
+        while start < end:
+            for base in range(start, end, width):
+                rows = min(width, end - base)
+                longest = 0
+                fill(z, lists, DEAD, acc)
+                fill(lane_count, width, 0.0, acc)
+                fill(lane_e, width, 0.5, acc)
+                for lane in range(rows):
+                    row = base + lane
+                    x = array_at(x_at + row * x_stride * itemsize, n, dtype)
+                    p = array_at(p_at + row * n * itemsize, n, dtype)
+                    e = exponent(e_at, e_stride, e_value, row, computing)
+                    top, bad = top_of(x, n)
+                    if bad or top == math.inf or not 0.0 <= e <= 1.0:
+                        keep(m_at, row, math.nan if bad else top, computing)
+                        keep(delta_at, row, math.nan, computing)
+                        fill(p, n, math.nan, acc)
+                        continue
+                    keep(m_at, row, top, computing)
+                    if top == -math.inf:
+                        keep(delta_at, row, 0.0, computing)
+                        fill(p, n, 0.0, acc)
+                        continue
+                    e = max(e, least_e)
+                    lane_e[lane] = e
+                    count = listed(x, n, top, e, z, index, lane)
+                    if count < 0:
+                        delta = row_alone(
+                            x, p, n, top, e, integer, steps, normalise, long_z, long_weights, long_reciprocals, long_index
+                        )
+                        keep(delta_at, row, delta, computing)
+                    else:
+                        lane_count[lane] = count
+                        longest = max(longest, count)
+                if longest == 0:
+                    continue
+                deltas, sums = solve_group(z, weights, longest, load(lane_count, 0), load(lane_e, 0), integer, steps)
+                store(lane_delta, 0, deltas)
+                store(lane_factor, 0, 1.0 / sums if normalise else sums * 0.0 + 1.0)
+                for lane in range(rows):
+                    count = int(lane_count[lane])
+                    if count == 0:
+                        continue
+                    row = base + lane
+                    keep(delta_at, row, lane_delta[lane], computing)
+                    p = array_at(p_at + row * n * itemsize, n, dtype)
+                    fill(p, n, 0.0, acc)
+                    for i in range(count):
+                        put(p, index[lane * LISTED + i], weights[i * width + lane] * lane_factor[lane])
+            done, start, end = take(words, done, start, end)
+        return finish(words, done)
+
+    return forward
+
+
+def _backward(dtype, computing):
+    """The backward kernel."""
+    itemsize, width, least_e = _constants(dtype, computing)
+
+    def backward(job):
+        words, numbers = words_of(job)
+        grad_at, grad_stride, p_at, p_stride, x_at, x_stride = words[4], words[5], words[6], words[7], words[8], words[9]
+        m_at, delta_at, grad_x_at, grad_e_at = words[10], words[11], words[12], words[13]
+        e_at, e_stride, n, e_value = words[14], words[15], words[16], numbers[17]
+        m, delta = array_at(m_at, words[STOP], computing), array_at(delta_at, words[STOP], computing)
+        wants_alpha, from_scores = grad_e_at != 0, x_at != 0
+        padded = (n + width - 1) // width * width
+        second = padded if wants_alpha or from_scores else 0
+        memory = np.empty(padded + second + 2 * width + PAGE // itemsize, computing)
+        scratch = memory[first_aligned(memory, p_at) :]
+        last, last_g = scratch[:width], scratch[width:]
+        acc, s, w = last, scratch[2 * width :], scratch[2 * width + (padded if second else 0) :]
+        whole = n // width * width
+        square_roots = e_at == 0 and e_value == 0.5
+        done, start, end = take(words, 0, 0, 0)
+        while start < end:
+            for row in range(start, end):
+                p, g = (
+                    array_at(p_at + row * p_stride * itemsize, n, dtype),
+                    array_at(grad_at + row * grad_stride * itemsize, n, dtype),
+                )
+                x = array_at(x_at + row * x_stride * itemsize, n, dtype)
+                grad_x = array_at(grad_x_at + row * n * itemsize, n, dtype)
+                if get(p, 0) != get(p, 0) or m[row] == -math.inf:  # rows are NaN as a whole; fully masked ones are 0
+                    lost = math.nan if m[row] != -math.inf else 0.0
+                    fill(grad_x, n, lost, acc)
+                    keep(grad_e_at, row, lost, computing)
+                    continue
+                e = splat(acc, max(exponent(e_at, e_stride, e_value, row, computing), least_e))
+                sum_s, sum_sg = 0.0, 0.0
+                for block in range(0, n, SUMMED):
+                    stop_at = min(block + SUMMED, whole)
+                    if from_scores:
+                        sums, products = score_sums(x, g, s, w, block, stop_at, e, m[row], delta[row])
+                    elif wants_alpha:
+                        sums, products = slope_and_alpha_sums(p, g, s, w, block, stop_at, e)
+                    else:
+                        sums, products = slope_sums(p, g, s, block, stop_at, e, square_roots)
+                    sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
+                if whole < n:
+                    source, beyond = (x, -math.inf) if from_scores else (p, 0.0)
+                    for place in range(width):
+                        inside = whole + place < n
+                        last[place] = get(source, whole + place) if inside else beyond
+                        last_g[place] = get(g, whole + place) if inside else 0.0
+                    end_s, end_w = s[whole:], w[whole:]
+                    if from_scores:
+                        sums, products = score_sums(last, last_g, end_s, end_w, 0, width, e, m[row], delta[row])
+                    elif wants_alpha:
+                        sums, products = slope_and_alpha_sums(last, last_g, end_s, end_w, 0, width, e)
+                    else:
+                        sums, products = slope_sums(last, last_g, end_s, 0, width, e, square_roots)
+                    sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
+                mean = sum_sg / sum_s if sum_s != 0.0 else 0.0
+                centred(s, g, grad_x, n, computing(mean))
+                if wants_alpha:
+                    keep(grad_e_at, row, -centred_sum(w, g, n, mean, computing(mean)), computing)
+            done, start, end = take(words, done, start, end)
+        return finish(words, done)
+
+    return backward
+
+
+def _again(dtype, computing):
+    """The kernel that computes the weights and their slopes once more, from the scores and what solved them."""
+    itemsize, width, least_e = _constants(dtype, computing)
+
+    def again(job):
+        words, numbers = words_of(job)
+        x_at, p_at, s_at, m_at, delta_at, e_at, e_stride = words[4], words[5], words[6], words[7], words[8], words[9], words[10]
+        n, integer, wants_alpha, e_value = words[11], words[12], words[13] != 0, numbers[14]
+        m, delta = array_at(m_at, words[STOP], computing), array_at(delta_at, words[STOP], computing)
+        scratch = np.empty(3 * width, computing)
+        last, last_p, last_s = scratch[:width], scratch[width:], scratch[2 * width :]
+        whole = n // width * width
+        done, start, end = take(words, 0, 0, 0)
+        while start < end:
+            for row in range(start, end):
+                x, p, s = (
+                    array_at(x_at + row * n * itemsize, n, dtype),
+                    array_at(p_at + row * n * itemsize, n, dtype),
+                    array_at(s_at + row * n * itemsize, n, dtype),
+                )
+                if delta[row] != delta[row]:
+                    fill(p, n, math.nan, last)
+                    fill(s, n, math.nan, last)
+                    if wants_alpha:
+                        fill(x, n, math.nan, last)
+                    continue
+                top = m[row] if m[row] != -math.inf else computing(0.0)
+                e = splat(last, max(exponent(e_at, e_stride, e_value, row, computing), least_e))
+                weights_again(x, p, s, 0, whole, e, top, delta[row], integer, wants_alpha)
+                if whole < n:
+                    for place in range(width):
+                        last[place] = x[whole + place] if whole + place < n else -math.inf
+                    weights_again(last, last_p, last_s, 0, width, e, top, delta[row], integer, wants_alpha)
+                    for place in range(n - whole):
+                        p[whole + place], s[whole + place] = last_p[place], last_s[place]
+                        if wants_alpha:
+                            x[whole + place] = last[place]
+            done, start, end = take(words, done, start, end)
+        return finish(words, done)
+
+    return again
+
+
+# dtype -> what its bits are stored as, and what one computes in
+_STORED = {
+    torch.float32: (np.float32, np.float32),
+    torch.float64: (np.float64, np.float64),
+    torch.bfloat16: (np.uint16, np.float32),
+    torch.float16: (np.int16, np.float32),
+}
+
+
+@functools.cache
+def compiled(name: str, dtype: torch.dtype) -> CFunc:
+    """The kernel "forward", "backward" or "again" for a dtype, compiled now or read from the cache on disk."""
+    make = {"forward": _forward, "backward": _backward, "again": _again}[name]
+    kernel: CFunc = compile_cached(cfunc, KERNEL, error_model="numpy", function=make(*_STORED[dtype]))
+    return kernel
