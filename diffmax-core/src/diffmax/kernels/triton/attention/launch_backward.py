@@ -19,7 +19,7 @@ from diffmax.kernels.triton.attention.dkv import attention_bwd_dkv_kernel
 from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
 from diffmax.kernels.triton.attention.tiles import ABSENT, ADJACENT_KEYS, ANY_STRIDES, NO_LIMIT, SHARED_BY_QUERIES
 from diffmax.kernels.triton.attention.tuning_backward import Blocks
-from diffmax.kernels.triton.rows.launch import SERIES_TERMS, SMALLEST_E_FOR_HARDWARE, Exponent, _on
+from diffmax.kernels.triton.common.launch import SERIES_TERMS, SMALLEST_E_FOR_HARDWARE, Exponent, on_device, padded
 from diffmax.plugin import AttentionCall
 from diffmax.reference.dropout import threshold
 
@@ -73,7 +73,7 @@ def attention_backward(
 
     launch = _Launch.of(operator, grad.to(value.dtype), query, key, value, (m, delta, u, live), call)
     mean = torch.empty_like(launch.m)
-    with _on(query.device):
+    with on_device(query.device):
         launch.queries(grads[0], grad_e, grad_sink, mean)
         launch.keys(grads[1], grads[2], mean)
         if needs_bias and call.bias is not None:
@@ -135,8 +135,8 @@ class _Launch:
             "inverse_keep": 1 / (1 - call.dropout_p) if call.dropout_p < 1 else 0.0,
         }  # fmt: skip
         flags = {
-            "HEAD_DIM": query.shape[3], "VALUE_DIM": value.shape[3], "BLOCK_D": _padded(query.shape[3]),
-            "BLOCK_V": _padded(value.shape[3]), "ALIGNED": all(_aligned(t) for t in (grad, query, key, value)),
+            "HEAD_DIM": query.shape[3], "VALUE_DIM": value.shape[3], "BLOCK_D": padded(query.shape[3]),
+            "BLOCK_V": padded(value.shape[3]), "ALIGNED": all(_aligned(t) for t in (grad, query, key, value)),
             "LOWER_RIGHT": _lower_right(query, key, call), "WINDOW": call.left >= 0 or call.right >= 0,
             "MASK": _layout(mask), "BIAS": _layout(call.bias), "ALIBI": alibi is not None, "SOFTCAP": call.softcap > 0,
             "DROPOUT": call.dropout_p > 0, "LIVE": live.numel() > 0, "E_TENSOR": exponent.tensor, "K": exponent.integer,
@@ -234,10 +234,6 @@ def _lower_right(query: Tensor, key: Tensor, call: AttentionCall) -> bool:
     """Whether a query's place depends on the number of keys, and anything on the place: else one binary serves both."""
     placed = call.left >= 0 or call.right >= 0 or call.alibi is not None
     return call.lower_right and placed and (call.cu_seqlens_q is not None or query.shape[2] != key.shape[2])
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _hardware(exponent: Exponent, dtype: torch.dtype) -> int:

@@ -20,7 +20,6 @@ from diffmax.kernels.triton.attention.launch_backward import (
     _hardware,
     _layout,
     _lower_right,
-    _padded,
     _rows_of_entries,
 )
 from diffmax.kernels.triton.attention.output import attention_out_kernel
@@ -28,8 +27,8 @@ from diffmax.kernels.triton.attention.solve import attention_solve_kernel
 from diffmax.kernels.triton.attention.tiles import NO_LIMIT
 from diffmax.kernels.triton.attention.tuning_backward import Blocks, backward_blocks
 from diffmax.kernels.triton.attention.tuning_forward import Settings, forward_settings
+from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, Exponent, on_device, padded
 from diffmax.kernels.triton.common.tuning import Table, Tunable, no_table
-from diffmax.kernels.triton.rows.launch import SOLVED, Exponent, _on
 from diffmax.operators.common.numerics import newton_steps
 from diffmax.plugin import TILE, AttentionCall
 from diffmax.reference.attention import Forward, live_shape
@@ -194,7 +193,7 @@ class AttentionOperator(Tunable):
     ) -> None:
         query, key, value = (_rows_of_entries(t) for t in (query, key, value))
         device, dtype, keep = query.device, query.dtype, u.numel() > 0
-        size = max(_padded(query.shape[3]), _padded(value.shape[3]))
+        size = max(padded(query.shape[3]), padded(value.shape[3]))
         solver, writer = self.forward_settings(device, dtype, size, call)
         tensors, shared = self._shared(query, key, call)
         items = query.shape[0] * query.shape[1] * shared["blocks"]
@@ -210,7 +209,7 @@ class AttentionOperator(Tunable):
             return programs, torch.empty(programs * shared["most_tiles"] * per_tile, dtype=kind, device=device)
 
         start = torch.empty_like(delta)
-        with _on(device):
+        with on_device(device):
             programs, tops = scratch(solver, TILE, torch.float32)
             attention_solve_kernel[(programs,)](
                 query, key, m, start, live, **tensors, tops_ptr=tops, list_ptr=scratch(solver, 1, torch.int32)[1], **shared,
@@ -222,7 +221,7 @@ class AttentionOperator(Tunable):
                 query, key, value, out, u if keep else out, m, start, delta, live, support if support.numel() else live,
                 **tensors, list_ptr=listed, seed_ptr=live if call.seed is None else call.seed,
                 v_b=value.stride(0), v_h=value.stride(1), v_row=value.stride(2), **shared, **_dropout(call),
-                VALUE_DIM=value.shape[3], BLOCK_V=min(writer.values, _padded(value.shape[3])),
+                VALUE_DIM=value.shape[3], BLOCK_V=min(writer.values, padded(value.shape[3])),
                 KEEP=keep, SUPPORT=support.numel() > 0, CUT=CUT[dtype], SOLVED=SOLVED[dtype],
                 KEYS=writer.keys, PARTS=TILE // writer.keys, CHUNK=min(writer.chunk, shared["BLOCK_D"]),
                 num_warps=writer.warps, num_stages=writer.stages,
@@ -259,11 +258,10 @@ class AttentionOperator(Tunable):
             "n_sequences": n_sequences, "blocks": length // TILE + n_sequences + 1 if packed else -(-length // TILE),
             "left": call.left if call.left >= 0 else NO_LIMIT.value, "right": call.right if call.right >= 0 else NO_LIMIT.value,
             "scale": call.scale, "softcap": call.softcap, "e": exponent.e, "k": exponent.k,
-            "HEAD_DIM": query.shape[3], "BLOCK_D": _padded(query.shape[3]), "OPTIONS": options,
+            "HEAD_DIM": query.shape[3], "BLOCK_D": padded(query.shape[3]), "OPTIONS": options,
             "E_TENSOR": exponent.tensor, "K": exponent.integer, "SINK": call.sink is not None,
             "HARDWARE": _hardware(exponent, query.dtype), "PTX": self.ptx,
-            # a * b + c in one rounding, said aloud: Triton's default is about to change
-            "enable_fp_fusion": True,
+            **COMPILER_OPTIONS,
         }  # fmt: skip
 
 
