@@ -175,7 +175,7 @@ def kernels() -> list[Any]:
     """Every kernel that is launched."""
     from triton.runtime.jit import JITFunction
 
-    for operator in ("attention.launch_forward", "decoding.launch", "rows.launch"):
+    for operator in ("attention.launch", "decoding.launch", "rows.launch"):
         importlib.import_module(f"diffmax.kernels.triton.{operator}")
 
     modules = [module for name, module in sys.modules.items() if name.startswith("diffmax.kernels.triton.")]
@@ -218,7 +218,7 @@ def call_rows(of: Mapping[str, str]) -> None:
 
 
 def call_attention(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.attention.launch_forward import AttentionOperator, example_calls
+    from diffmax.kernels.triton.attention.launch import AttentionOperator, example_calls
     from diffmax.plugin import TILE
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])

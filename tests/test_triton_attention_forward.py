@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.attention.output import attention_out_kernel
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
 from diffmax.plugin import AttentionCall

@@ -8,9 +8,8 @@ import torch
 
 import diffmax_cuda.configs
 from benchmarks.compile_kernels import TARGETS, kernels
-from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
-from diffmax.kernels.triton.attention.tuning_backward import backward_blocks
-from diffmax.kernels.triton.attention.tuning_forward import forward_settings
+from diffmax.kernels.triton.attention.launch import AttentionOperator
+from diffmax.kernels.triton.attention.settings import backward_blocks, forward_settings
 from diffmax.kernels.triton.common.tuning import (
     KERNELS,
     Case,
@@ -73,8 +72,8 @@ def test_candidates_are_many_differ_and_begin_with_the_rule():
         assert candidates("attention_solve", torch.bfloat16, 128, architecture)[0] == solver
         assert candidates("attention_out", torch.bfloat16, 128, architecture)[0] == writer
         blocks = backward_blocks(architecture, torch.bfloat16, 128)
-        assert candidates("attention_dq", torch.bfloat16, 128, architecture)[0] == blocks.queries
-        assert candidates("attention_dkv", torch.bfloat16, 128, architecture)[0] == blocks.keys
+        assert candidates("attention_dq", torch.bfloat16, 128, architecture)[0] == blocks.dq
+        assert candidates("attention_dkv", torch.bfloat16, 128, architecture)[0] == blocks.dkv
         for block in candidates("attention_dkv", torch.bfloat16, 128, architecture):
             assert TILE % block.rows == TILE % block.keys == 0
     assert candidates("decode", torch.bfloat16, 128, "sm90")[0] == Decode()

@@ -36,13 +36,20 @@ def attention_bwd_dbias_kernel(
     batches_each, heads_each, rows_each, keys_each,  # what one entry is for: batch entries, heads, blocks of rows and of keys
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ALIGNED: tl.constexpr, LOWER_RIGHT: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     LIVE: tl.constexpr, E_TENSOR: tl.constexpr, ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
-    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The sum of dS.  Grid: (bias batches * bias_heads * row_blocks * key_blocks,). BLOCK_M and BLOCK_N divide TILE."""
+    LOWER_RIGHT: tl.constexpr = OPTIONS.LOWER_RIGHT
+    WINDOW: tl.constexpr = OPTIONS.WINDOW
+    MASK: tl.constexpr = OPTIONS.MASK
+    BIAS: tl.constexpr = OPTIONS.BIAS
+    ALIBI: tl.constexpr = OPTIONS.ALIBI
+    SOFTCAP: tl.constexpr = OPTIONS.SOFTCAP
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     index = tl.program_id(0)
     key_block = index % key_blocks

@@ -42,10 +42,10 @@ def attention_bwd_dkv_kernel(
     heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words,
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ALIGNED: tl.constexpr, PACKED: tl.constexpr, LOWER_RIGHT: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     LIVE: tl.constexpr, SILENT: tl.constexpr, E_TENSOR: tl.constexpr,
-    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """dK = scale * dS^T Q and dV = P^T dO, Eq. 5.  Grid: (B * H_kv * n_blocks,). BLOCK_M and BLOCK_N divide TILE.
@@ -53,6 +53,14 @@ def attention_bwd_dkv_kernel(
     Tiles are keys by queries, so that their products need no transposed weights. SILENT: queries may be silent for other
     reasons than their place, and what they hold must not reach the products.
     """
+    PACKED: tl.constexpr = OPTIONS.PACKED
+    LOWER_RIGHT: tl.constexpr = OPTIONS.LOWER_RIGHT
+    WINDOW: tl.constexpr = OPTIONS.WINDOW
+    MASK: tl.constexpr = OPTIONS.MASK
+    BIAS: tl.constexpr = OPTIONS.BIAS
+    ALIBI: tl.constexpr = OPTIONS.ALIBI
+    SOFTCAP: tl.constexpr = OPTIONS.SOFTCAP
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     index = tl.program_id(0)
     kv_heads = heads // group

@@ -51,10 +51,10 @@ def attention_bwd_dq_kernel(
     heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words,
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ALIGNED: tl.constexpr, PACKED: tl.constexpr, LOWER_RIGHT: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
+    SINK: tl.constexpr, DROPOUT: tl.constexpr,
     LIVE: tl.constexpr, E_TENSOR: tl.constexpr, NEEDS_E: tl.constexpr, NEEDS_SINK: tl.constexpr,
-    K: tl.constexpr, TERMS: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, TERMS: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * dS K with dS = s (dP - mean), Eq. 5.  Grid: (B * H * n_blocks,).
@@ -62,6 +62,14 @@ def attention_bwd_dq_kernel(
     BLOCK_N divides TILE; BLOCK_M does, or is a multiple of it. The last blocks come first: under causality they have most
     to do.
     """
+    PACKED: tl.constexpr = OPTIONS.PACKED
+    LOWER_RIGHT: tl.constexpr = OPTIONS.LOWER_RIGHT
+    WINDOW: tl.constexpr = OPTIONS.WINDOW
+    MASK: tl.constexpr = OPTIONS.MASK
+    BIAS: tl.constexpr = OPTIONS.BIAS
+    ALIBI: tl.constexpr = OPTIONS.ALIBI
+    SOFTCAP: tl.constexpr = OPTIONS.SOFTCAP
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     index = tl.program_id(0)
     block = n_blocks - 1 - index % n_blocks

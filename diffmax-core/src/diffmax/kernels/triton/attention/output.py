@@ -27,16 +27,16 @@ _ROUNDS = tl.constexpr(30)
 
 @triton.jit(do_not_specialize=[
     "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "v_b", "v_h", "v_row", "mask_b", "mask_h", "mask_row", "mask_key",
-    "bias_b", "bias_h", "bias_row", "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences", "blocks",
-    "items", "words", "most_tiles", "left", "right", "least", "scale", "softcap", "e", "k", "unkept",
+    "bias_b", "bias_h", "bias_row", "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences", "n_blocks",
+    "items", "n_words", "most_tiles", "left", "right", "threshold", "scale", "softcap", "e", "k", "inverse_keep",
 ])  # fmt: skip
 def attention_out_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, u_ptr, m_ptr, start_ptr, delta_ptr, live_ptr, support_ptr, e_ptr,
     mask_ptr, bias_ptr, alibi_ptr, sink_ptr, seed_ptr, cu_q_ptr, cu_k_ptr, list_ptr,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row, mask_b, mask_h, mask_row, mask_key,
     bias_b, bias_h, bias_row, bias_key, alibi_b,
-    heads, group, length, n_keys, n_sequences, blocks, items, words, most_tiles, left, right, least,
-    scale, softcap, e, k, unkept,
+    heads, group, length, n_keys, n_sequences, n_blocks, items, n_words, most_tiles, left, right, threshold,
+    scale, softcap, e, k, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
     OPTIONS: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
@@ -56,7 +56,7 @@ def attention_out_kernel(
     for turn in range(tl.program_id(0), items * SHARES, tl.num_programs(0)):
         item, share = turn // SHARES, turn % SHARES
         block, b, h, kv_head, sequence, q_start, k_start, sight, low_key, high_key = block_of(
-            item, heads, group, blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS
+            item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS
         )
         first, _last, n_rows, keys_in_all, _shift, _left, _right = sight
         in_rows = first + lanes < n_rows
@@ -85,11 +85,11 @@ def attention_out_kernel(
         active = in_rows & (bad == 0) & (m > -float("inf"))
         delta = tl.where(active, delta, 0.0)
         high = largest_delta(size, row_e)
-        live_rows = blocks
+        live_rows = n_blocks
         if OPTIONS.PACKED:
-            live_rows = blocks - 1
+            live_rows = n_blocks - 1
         tl.debug_barrier()  # the block before may still be read
-        count = list_set_bits(live_ptr + ((b * heads + h) * live_rows + block) * words, list_ptr, words, block < live_rows)
+        count = list_set_bits(live_ptr + ((b * heads + h) * live_rows + block) * n_words, list_ptr, n_words, block < live_rows)
         tl.debug_barrier()
 
         final = zero
@@ -118,8 +118,8 @@ def attention_out_kernel(
                 total += tl.sum(p, axis=1)
                 if DROPOUT:
                     own = ((b + sequence) * heads + h).to(tl.int32)
-                    keeps = kept(seed_ptr, (first + lanes)[:, None], (begin + tl.arange(0, KEYS))[None, :], own, least)
-                    p, s = tl.where(keeps, p * unkept, 0.0), tl.where(keeps, s * unkept, 0.0)
+                    keeps = kept(seed_ptr, (first + lanes)[:, None], (begin + tl.arange(0, KEYS))[None, :], own, threshold)
+                    p, s = tl.where(keeps, p * inverse_keep, 0.0), tl.where(keeps, s * inverse_keep, 0.0)
                 if HALF:
                     p, s = p * lift[:, None], s * lift_u[:, None]
                 acc = tl.dot(p.to(v_ptr.dtype.element_ty), value, acc, input_precision=PRECISION)

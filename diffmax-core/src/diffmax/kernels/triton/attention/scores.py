@@ -1,7 +1,6 @@
-"""Scores of a block of 64 queries: which block a program has, which keys it meets, and a tile of scores with every option.
+"""Scores of a block of 64 queries: which block a program has, which keys it meets, and a tile of scores with every option."""
 
-OPTIONS is `attention_launch.Options`.
-"""
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,6 +18,25 @@ from diffmax.kernels.triton.attention.tiles import (
     with_biases,
 )
 from diffmax.kernels.triton.common.numerics import checked_e
+
+
+class Options(NamedTuple):
+    """What the kernels are compiled for, as their OPTIONS.
+
+    Attributes:
+        WINDOW, SOFTCAP, ALIBI, PACKED, LOWER_RIGHT: Whether the call has it.
+        MASK, BIAS: How it lies in memory, as `attention.tiles` numbers it.
+        PRECISION: Of products.
+    """
+
+    WINDOW: bool
+    MASK: int
+    SOFTCAP: bool
+    ALIBI: bool
+    BIAS: int
+    PACKED: bool
+    LOWER_RIGHT: bool
+    PRECISION: str
 
 
 @triton.jit

@@ -41,14 +41,14 @@ _SAMPLE_STEPS = tl.constexpr(2)
 
 @triton.jit(do_not_specialize=[
     "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "mask_b", "mask_h", "mask_row", "mask_key",
-    "bias_b", "bias_h", "bias_row", "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences", "blocks",
-    "items", "words", "most_tiles", "left", "right", "newton_steps", "scale", "softcap", "e", "k",
+    "bias_b", "bias_h", "bias_row", "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences", "n_blocks",
+    "items", "n_words", "most_tiles", "left", "right", "newton_steps", "scale", "softcap", "e", "k",
 ])  # fmt: skip
 def attention_solve_kernel(
     q_ptr, k_ptr, m_ptr, delta_ptr, live_ptr, e_ptr, mask_ptr, bias_ptr, alibi_ptr, sink_ptr, cu_q_ptr, cu_k_ptr,
     tops_ptr, list_ptr,  # scratch of a program: (most_tiles, 64) and (most_tiles,)
     q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
-    heads, group, length, n_keys, n_sequences, blocks, items, words, most_tiles, left, right, newton_steps,
+    heads, group, length, n_keys, n_sequences, n_blocks, items, n_words, most_tiles, left, right, newton_steps,
     scale, softcap, e, k,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
@@ -65,7 +65,7 @@ def attention_solve_kernel(
 
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         block, b, h, kv_head, _sequence, q_start, k_start, sight, low_key, high_key = block_of(
-            item, heads, group, blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS
+            item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS
         )
         first, last, n_rows, _keys, shift, _left, _right = sight
         in_rows = first + lanes < n_rows
@@ -153,9 +153,9 @@ def attention_solve_kernel(
         row_at = (b * heads + h) * length + q_start + first
         tl.store(m_ptr + row_at + lanes, m, mask=in_rows)
         tl.store(delta_ptr + row_at + lanes, tl.where(bad, float("nan"), delta), mask=in_rows)
-        live_rows = blocks
+        live_rows = n_blocks
         if OPTIONS.PACKED:
-            live_rows = blocks - 1  # a packed tensor has one block more than `live` has rows
-        live_at = live_ptr + ((b * heads + h) * live_rows + block) * words
+            live_rows = n_blocks - 1  # a packed tensor has one block more than `live` has rows
+        live_at = live_ptr + ((b * heads + h) * live_rows + block) * n_words
         bound = tl.where(bad, float("nan"), tl.where(active, low, 0.0))
-        store_live(tops_ptr, live_at, first_tile, tiles, words, m, row_e, bound, block < live_rows)
+        store_live(tops_ptr, live_at, first_tile, tiles, n_words, m, row_e, bound, block < live_rows)
