@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax.kernels.triton.attention.scores import Options
-from diffmax.kernels.triton.attention.tiles import ABSENT, ADJACENT_KEYS, ANY_STRIDES, NO_LIMIT, SHARED_BY_QUERIES
 from diffmax.kernels.triton.common.geometry import VECTOR_BYTES
 from diffmax.kernels.triton.common.launch import SMALLEST_E_FOR_HARDWARE, Exponent, padded
+from diffmax.kernels.triton.common.scores import ABSENT, ADJACENT_KEYS, ANY_STRIDES, NO_LIMIT, SHARED_BY_QUERIES, Options
 from diffmax.plugin import AttentionCall
 from diffmax.reference.dropout import threshold
 
@@ -105,7 +104,7 @@ def _score_strides(name: str, t: Tensor | None) -> Names:
 
 
 def _layout(t: Tensor | None) -> int:
-    """How a mask or a bias lies in memory, as `attention.tiles` numbers it."""
+    """How a mask or a bias lies in memory, as `common.scores` numbers it."""
     if t is None:
         return int(ABSENT.value)
     adjacent = t.stride(3) == 1 and t.shape[3] > 1
