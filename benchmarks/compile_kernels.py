@@ -175,7 +175,7 @@ def kernels() -> list[Any]:
     """Every kernel that is launched."""
     from triton.runtime.jit import JITFunction
 
-    for operator in ("attention.launch_forward", "decoding.launch", "rows.launch"):
+    for operator in ("attention.launch", "decoding.launch", "rows.launch"):
         importlib.import_module(f"diffmax.kernels.triton.{operator}")
 
     modules = [module for name, module in sys.modules.items() if name.startswith("diffmax.kernels.triton.")]
@@ -218,8 +218,8 @@ def call_rows(of: Mapping[str, str]) -> None:
 
 
 def call_attention(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.attention.launch_forward import AttentionOperator, example_calls
-    from diffmax.plugin import TILE
+    from diffmax.kernels.triton.attention.launch import AttentionOperator, example_calls
+    from diffmax.plugin import TILE, Wanted
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
     operator = AttentionOperator(
@@ -228,10 +228,10 @@ def call_attention(of: Mapping[str, str]) -> None:
     training, features = of["for"] == "training", frozenset(OPTIONS[of["options"]])
     call = example_calls(torch.device("cpu"), dtype, TILE, ALPHAS[of["alpha"]], features)[-1]
     query, key = (torch.zeros(1, heads, TILE, size, dtype=dtype) for heads in (2, 1 if "gqa" in features else 2))
-    out, m, delta, u, live, _ = operator.attention(query, key, key, call, training, not training)
+    found = operator.attention(query, key, key, call, training, not training)
     if training:
-        needs = (ALPHAS[of["alpha"]] is None, call.bias is not None, call.sink is not None)
-        operator.attention_backward(out, query, key, key, m, delta, u, live, call, *needs)
+        wanted = Wanted(ALPHAS[of["alpha"]] is None, call.bias is not None, call.sink is not None)
+        operator.attention_backward(found.out, query, key, key, found.saved, call, wanted)
 
 
 def call_decoding(of: Mapping[str, str]) -> None:

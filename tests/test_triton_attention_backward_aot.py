@@ -3,19 +3,17 @@
 Registers, spills and shared memory on every architecture: `make check-triton`, docs/kernels.md.
 """
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
+from diffmax.kernels.tools import WORD
 from diffmax.kernels.triton.attention import dbias as attention_bwd_dbias
 from diffmax.kernels.triton.attention import dkv as attention_bwd_dkv
 from diffmax.kernels.triton.attention import dq as attention_bwd_dq
 from diffmax.kernels.triton.attention import tiles as attention_tiles
-from diffmax.kernels.triton.attention.launch_backward import attention_backward
-from diffmax.kernels.triton.attention.tuning_backward import backward_blocks
-from diffmax.plugin import TILE, AttentionCall
-from diffmax.reference.attention import WORD
+from diffmax.kernels.triton.attention.launch import AttentionOperator
+from diffmax.kernels.triton.attention.settings import backward_blocks
+from diffmax.plugin import TILE, AttentionCall, Saved, Wanted
 from diffmax.testing.ahead_of_time import TARGETS, recording
 
 pytestmark = pytest.mark.compiler
@@ -28,16 +26,8 @@ KERNELS = (
 MATRIX_INSTRUCTIONS = {"cuda": ("mma.sync", "wgmma.mma_async", "tcgen05.mma"), "hip": ("v_mfma_", "v_wmma_")}
 
 
-@dataclass
-class Operator:
-    target: str
-
-    @property
-    def ptx(self):
-        return TARGETS[self.target].backend == "cuda"
-
-    def backward_blocks(self, device, dtype, size):
-        return backward_blocks(self.target, dtype, size)
+def operator(target):
+    return AttentionOperator(lambda device: target, lambda device: 132, ptx=TARGETS[target].backend == "cuda")
 
 
 def launches(target, dtype, size, e=None, more=None, needs_bias=False):
@@ -47,7 +37,7 @@ def launches(target, dtype, size, e=None, more=None, needs_bias=False):
     needs_e, e = e is None, torch.full((2,), 0.3) if e is None else e
     call = AttentionCall(scale=0.1, e=e, right=0, **(more or {}))
     with recording(target, *KERNELS) as launched:
-        attention_backward(Operator(target), x, x, x, x, m, m, x, live, call, needs_e, needs_bias)
+        operator(target).attention_backward(x, x, x, x, Saved(m, m, x, live), call, Wanted(needs_e, needs_bias))
     return launched
 
 
@@ -56,11 +46,11 @@ def test_lengths_heads_windows_and_alphas_share_their_binaries():
     seen = {}
     launched = []
     for length, heads, e in ((128, 2, 0.15), (1000, 3, 0.31), (64, 1, 0.7), (77, 5, 0.24)):
-        operator, call = Operator("sm90"), AttentionCall(scale=0.1 * heads, e=e, left=length // 3, lower_right=True)
+        call = AttentionCall(scale=0.1 * heads, e=e, left=length // 3, lower_right=True)
         query, m = torch.zeros(2, heads, length, 64, dtype=torch.bfloat16), torch.zeros(2, heads, length)
         live = torch.zeros(2, heads, -(-length // 64), 1, dtype=torch.int32)
         with recording("sm90", *(KERNELS if not launched else ())) as some:
-            attention_backward(operator, query, query, query, query, m, m, query, live, call, False)
+            operator("sm90").attention_backward(*(query,) * 4, Saved(m, m, query, live), call, Wanted())
         launched += some
     for compiled in launched:
         seen.setdefault(compiled.name, set()).add(id(compiled.kernel))
@@ -85,7 +75,7 @@ def test_every_architecture_has_tiles_that_fit_together():
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for size in (16, 40, 64, 80, 128, 192, 256):
                 blocks = backward_blocks(architecture, dtype, size)
-                assert TILE % blocks.queries.keys == 0
-                assert TILE % blocks.queries.rows == 0 or blocks.queries.rows % TILE == 0
-                for block in (blocks.keys, blocks.bias):
+                assert TILE % blocks.dq.keys == 0
+                assert TILE % blocks.dq.rows == 0 or blocks.dq.rows % TILE == 0
+                for block in (blocks.dkv, blocks.dbias):
                     assert TILE % block.rows == TILE % block.keys == 0

@@ -7,7 +7,7 @@ Triton decides at its import whether it interprets, so those tests run in a proc
 import pytest
 import torch
 
-from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.attention.output import attention_out_kernel
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
 from diffmax.plugin import AttentionCall

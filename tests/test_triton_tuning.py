@@ -8,9 +8,8 @@ import torch
 
 import diffmax_cuda.configs
 from benchmarks.compile_kernels import TARGETS, kernels
-from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
-from diffmax.kernels.triton.attention.tuning_backward import backward_blocks
-from diffmax.kernels.triton.attention.tuning_forward import forward_settings
+from diffmax.kernels.triton.attention.launch import AttentionOperator
+from diffmax.kernels.triton.attention.settings import backward_blocks, forward_settings
 from diffmax.kernels.triton.common.tuning import (
     KERNELS,
     Case,
@@ -24,7 +23,7 @@ from diffmax.kernels.triton.common.tuning import (
 )
 from diffmax.kernels.triton.decoding.launch import Decoder
 from diffmax.kernels.triton.rows.launch import RowOperator
-from diffmax.plugin import TILE, AttentionCall, KVCacheCall
+from diffmax.plugin import TILE, AttentionCall, KVCacheCall, Wanted
 from diffmax.testing.ahead_of_time import recording
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +72,8 @@ def test_candidates_are_many_differ_and_begin_with_the_rule():
         assert candidates("attention_solve", torch.bfloat16, 128, architecture)[0] == solver
         assert candidates("attention_out", torch.bfloat16, 128, architecture)[0] == writer
         blocks = backward_blocks(architecture, torch.bfloat16, 128)
-        assert candidates("attention_dq", torch.bfloat16, 128, architecture)[0] == blocks.queries
-        assert candidates("attention_dkv", torch.bfloat16, 128, architecture)[0] == blocks.keys
+        assert candidates("attention_dq", torch.bfloat16, 128, architecture)[0] == blocks.dq
+        assert candidates("attention_dkv", torch.bfloat16, 128, architecture)[0] == blocks.dkv
         for block in candidates("attention_dkv", torch.bfloat16, 128, architecture):
             assert TILE % block.rows == TILE % block.keys == 0
     assert candidates("decode", torch.bfloat16, 128, "sm90")[0] == Decode()
@@ -126,8 +125,8 @@ def test_after_warmup_attention_compiles_nothing():
             query = torch.zeros(batch, length, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
             key = torch.zeros(batch, keys, heads // 2, 64, dtype=torch.bfloat16).transpose(1, 2)
             call = AttentionCall(scale=0.1, e=e, right=0, lower_right=lower_right, sink=torch.zeros(heads))
-            out, m, delta, u, live, _ = operator.attention(query, key, key, call, True, False)
-            operator.attention_backward(out, query, key, key, m, delta, u, live, call, False, False, True)
+            found = operator.attention(query, key, key, call, True, False)
+            operator.attention_backward(found.out, query, key, key, found.saved, call, Wanted(sink=True))
     assert prepared == 4
     binaries = [id(one.kernel) for one in launched]
     assert set(binaries[prepared:]) == set(binaries[:prepared])

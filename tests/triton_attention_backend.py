@@ -7,31 +7,27 @@ queries at once; `triton-backward-small` has the smallest pieces, of heads too.
 import torch
 
 import diffmax
-from diffmax.kernels.triton.attention import launch_backward
-from diffmax.kernels.triton.attention.tuning_backward import Block, Blocks
+from diffmax.kernels.triton.attention.launch import AttentionOperator
+from diffmax.kernels.triton.attention.settings import Backward, Block
 from diffmax.plugin import FEATURES, Backend
 
 BLOCKS = {
-    "triton-backward": Blocks(Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 1)),
-    "triton-backward-pieces": Blocks(Block(128, 32, 4, 2), Block(32, 64, 4, 2), Block(32, 32, 4, 1)),
-    "triton-backward-small": Blocks(Block(32, 32, 4, 1, 16), Block(16, 32, 4, 1, 16), Block(64, 32, 4, 1, 16)),
+    "triton-backward": Backward(Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 1)),
+    "triton-backward-pieces": Backward(Block(128, 32, 4, 2), Block(32, 64, 4, 2), Block(32, 32, 4, 1)),
+    "triton-backward-small": Backward(Block(32, 32, 4, 1, 16), Block(16, 32, 4, 1, 16), Block(64, 32, 4, 1, 16)),
 }
 
 
-class Operator:
-    ptx = False
+class Operator(AttentionOperator):
+    def __init__(self, blocks):
+        super().__init__(lambda device: "sm90", lambda device: 1, ptx=False)
+        self.blocks = blocks
 
-    def __init__(self, name):
-        self.name = name
-
-    def backward_blocks(self, device, dtype, size):
-        return BLOCKS[self.name]
-
-    def attention_backward(self, *arguments):
-        return launch_backward.attention_backward(self, *arguments)
+    def backward_blocks(self, device, dtype, size, call):
+        return self.blocks
 
 
-OPERATORS = {name: Operator(name) for name in BLOCKS}
+OPERATORS = {name: Operator(blocks) for name, blocks in BLOCKS.items()}
 for _name, _operator in OPERATORS.items():
     globals()[_name.replace("-", "_")] = _operator.attention_backward
 

@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from diffmax.kernels.tools import unpacked_bits
 from diffmax.kernels.triton.attention import tiles as attention_tiles
-from diffmax.plugin import TILE, AttentionCall
+from diffmax.kernels.triton.common import scores
+from diffmax.plugin import TILE, AttentionCall, Wanted
 from diffmax.reference import attention as reference
 from diffmax.reference.dropout import threshold
 from diffmax.testing.attention import checks
@@ -97,17 +99,17 @@ def test_one_tensor_for_all_and_any_strides():
 
 def results(call, tensors, grad, spoilt=None, kind="triton-backward", live=True):
     """What the kernels return, what the reference does, and the truth; the forward's residuals are the reference's."""
-    wants = (True, call.bias is not None, call.sink is not None)
+    wanted = Wanted(True, call.bias is not None, call.sink is not None)
     found = []
     for kernel, dtype in ((backend.OPERATORS[kind].attention_backward, None), (reference.attention_backward, None), (None, 1)):
         given = [t if dtype is None else t.double() for t in (*tensors, grad)]
         own = replace(call, **{name: widened(getattr(call, name), dtype) for name in ("e", "bias", "alibi", "sink")})
-        _, m, delta, u, bits, _ = reference.attention(*given[:3], own, True, False)
+        saved = reference.attention(*given[:3], own, True, False).saved
         if spoilt is not None and kernel == backend.OPERATORS[kind].attention_backward:
             given[1], given[2] = (torch.where(spoilt, torch.nan, t) for t in given[1:3])
-        bits = bits if live else bits.new_empty(0)
+        saved = saved if live else saved._replace(live=saved.live.new_empty(0))
         run = kernel or reference.attention_backward
-        found.append(run(given[3], *given[:3], m, delta, u, bits, own, *wants))
+        found.append(run(given[3], *given[:3], saved, own, wanted))
     return found
 
 
@@ -211,7 +213,7 @@ def test_only_live_tiles_are_visited(kind):
     tensors[0] += 1
     tensors[1][:, :, :TILE] += 2
     call = AttentionCall(scale=0.5, e=0.5)
-    live = reference.unpacked_bits(reference.attention(*tensors, call, True, False)[4])[0, 0, :, :3]
+    live = unpacked_bits(reference.attention(*tensors, call, True, False)[4])[0, 0, :, :3]
     assert not live[:, 1].any()
     spoilt = torch.zeros(1, 1, 3 * TILE, 1, dtype=torch.bool)
     spoilt[:, :, TILE : 2 * TILE] = True
@@ -250,7 +252,7 @@ def test_hyperbolic_tangent():
     @triton.jit
     def evaluate(x_ptr, y_ptr, BLOCK: tl.constexpr):
         cols = tl.arange(0, BLOCK)
-        tl.store(y_ptr + cols, attention_tiles.tanh(tl.load(x_ptr + cols)))
+        tl.store(y_ptr + cols, scores.tanh(tl.load(x_ptr + cols)))
 
     x = torch.cat([torch.linspace(-1, 1, 1021), torch.linspace(-30, 30, 1024), torch.tensor([torch.nan, 100.0, -torch.inf])])
     y, exact = torch.empty_like(x), x.double().tanh()

@@ -7,15 +7,15 @@ in two, and one program goes through all blocks.
 import torch
 
 import diffmax
-from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
-from diffmax.kernels.triton.attention.tuning_forward import Settings
+from diffmax.kernels.triton.attention.launch import AttentionOperator
+from diffmax.kernels.triton.attention.settings import Forward, Settings
 from diffmax.plugin import FEATURES, Backend
 
 
 class Operator(AttentionOperator):
     def __init__(self, processors, solver, writer):
         super().__init__(lambda device: "sm90", lambda device: processors, ptx=False)
-        self.settings = solver, writer
+        self.settings = Forward(solver, writer)
 
     def forward_settings(self, device, dtype, size, call):
         return self.settings

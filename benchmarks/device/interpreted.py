@@ -13,7 +13,7 @@ import torch
 
 import diffmax
 from benchmarks.device import faults
-from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.common.tuning import predicted_table
 from diffmax.kernels.triton.decoding.launch import Decoder
 from diffmax.kernels.triton.rows.launch import RowOperator

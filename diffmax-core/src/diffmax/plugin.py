@@ -209,6 +209,11 @@ class AttentionResults(NamedTuple):
     live: Tensor
     support: Tensor
 
+    @property
+    def saved(self) -> Saved:
+        """What it leaves for the backward."""
+        return Saved(self.m, self.delta, self.u, self.live)
+
 
 class AttentionGradients(NamedTuple):
     """What a kernel of "attention_backward" returns; (0,) for what was not wanted."""

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax_rocm.rows import own_table, processors
 
 

@@ -6,17 +6,11 @@ A program holds a tile of the bias and walks all tiles of scores that it is adde
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.gradient import exponent_of_head, heard_mean, products, recompute
-from diffmax.kernels.triton.attention.tiles import (
-    TILE,
-    WORD,
-    first_row,
-    kept,
-    keys_of_rows,
-    load_vector,
-    place_shift,
-    whole,
-)
+from diffmax.kernels.triton.attention.gradient import heard_mean, recompute
+from diffmax.kernels.triton.attention.scores import products, rules_of
+from diffmax.kernels.triton.attention.tiles import TILE, WORD, keys_of_rows, load_vector, position_shift, row_ptr
+from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
+from diffmax.kernels.triton.common.scores import keep_mask
 
 
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_row", "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "v_b", "v_h",
@@ -36,22 +30,23 @@ def attention_bwd_dbias_kernel(
     batches_each, heads_each, rows_each, keys_each,  # what one entry is for: batch entries, heads, blocks of rows and of keys
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ALIGNED: tl.constexpr, LOWER_RIGHT: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     LIVE: tl.constexpr, E_TENSOR: tl.constexpr, ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,
-    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The sum of dS.  Grid: (bias batches * bias_heads * row_blocks * key_blocks,). BLOCK_M and BLOCK_N divide TILE."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     index = tl.program_id(0)
     key_block = index % key_blocks
     row_block = index // key_blocks % row_blocks
     bias_head = index // key_blocks // row_blocks % bias_heads
     bias_batch = index // key_blocks // row_blocks // bias_heads
-    q_row, k_row = whole(q_row, ALIGNED, VECTOR), whole(k_row, ALIGNED, VECTOR)
-    v_row, g_row = whole(v_row, ALIGNED, VECTOR), whole(g_row, ALIGNED, VECTOR)
-    shift = place_shift(length, n_keys, LOWER_RIGHT)
+    q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
+    v_row, g_row = vector_multiple(v_row, ALIGNED, VECTOR), vector_multiple(g_row, ALIGNED, VECTOR)
+    shift = position_shift(length, n_keys, OPTIONS.LOWER_RIGHT)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(batches_each * heads_each * rows_each * keys_each):
@@ -61,7 +56,7 @@ def attention_bwd_dbias_kernel(
         batch = bias_batch * batches_each + step // keys_each // rows_each // heads_each
         batch_wide, head_wide, kv_wide = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
         of_head = batch_wide * heads + head
-        low, high = keys_of_rows(first, length, n_keys, shift, left, right, BLOCK_M, WINDOW)
+        low, high = keys_of_rows(first, length, n_keys, shift, left, right, BLOCK_M, OPTIONS.WINDOW)
         meets = (first_key < high) & (first_key + BLOCK_N > low)
         if LIVE:
             tile = first_key // TILE
@@ -69,14 +64,16 @@ def attention_bwd_dbias_kernel(
             meets = meets & (((bits >> (tile % WORD)) & 1) != 0)
         if meets:
             rows, keys = first + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
-            head_e, head_k = exponent_of_head(e_ptr, head, e, k, E_TENSOR)
-            slope = scale
-            if ALIBI:
-                slope = tl.load(alibi_ptr + batch_wide * alibi_b + head)
-            head_q = first_row(q_ptr, batch_wide, head_wide, 0, q_b, q_h, q_row, ALIGNED, VECTOR)
-            head_g = first_row(g_ptr, batch_wide, head_wide, 0, g_b, g_h, g_row, ALIGNED, VECTOR)
-            head_key = first_row(k_ptr, batch_wide, kv_wide, 0, k_b, k_h, k_row, ALIGNED, VECTOR)
-            head_v = first_row(v_ptr, batch_wide, kv_wide, 0, v_b, v_h, v_row, ALIGNED, VECTOR)
+            head_e, head_k = head_exponent(e_ptr, e, k, head, E_TENSOR, False)
+            rules = rules_of(
+                batch_wide, head_wide, shift, length, n_keys, mask_ptr, bias_ptr, alibi_ptr,
+                mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b, left, right, scale, softcap,
+                OPTIONS,
+            )  # fmt: skip
+            head_q = row_ptr(q_ptr, batch_wide, head_wide, 0, q_b, q_h, q_row, ALIGNED)
+            head_g = row_ptr(g_ptr, batch_wide, head_wide, 0, g_b, g_h, g_row, ALIGNED)
+            head_key = row_ptr(k_ptr, batch_wide, kv_wide, 0, k_b, k_h, k_row, ALIGNED)
+            head_v = row_ptr(v_ptr, batch_wide, kv_wide, 0, v_b, v_h, v_row, ALIGNED)
             m = load_vector(m_ptr + of_head * length, first, length, BLOCK_M, 0.0)
             m = tl.where(m == -float("inf"), 0.0, m)
             delta = load_vector(delta_ptr + of_head * length, first, length, BLOCK_M, 0.0)
@@ -90,24 +87,21 @@ def attention_bwd_dbias_kernel(
                 PRECISION, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
             )  # fmt: skip
             _, s, _, _ = recompute(
-                x * scale, rows[:, None], keys[None, :], length, n_keys, shift, left, right,
-                mask_ptr + batch_wide * mask_b + head_wide * mask_h, mask_row, mask_key,
-                softcap, slope, bias_ptr + batch_wide * bias_b + head_wide * bias_h, bias_row, bias_key,
-                m[:, None], delta[:, None], head_e, head_k, WINDOW, MASK, SOFTCAP, ALIBI, BIAS, K, HARDWARE, PTX,
-            )  # fmt: skip
+                x, rows[:, None], keys[None, :], rules, m[:, None], delta[:, None], head_e, head_k, OPTIONS, K, HARDWARE, PTX
+            )
             if DROPOUT:
-                keep = kept(seed_ptr, rows[:, None], keys[None, :], batch * heads + head, threshold)
+                keep = keep_mask(seed_ptr, rows[:, None], keys[None, :], batch * heads + head, threshold)
                 d_p = tl.where(keep, d_p * inverse_keep, 0.0)
             acc += tl.where(heard[:, None], s * (d_p - mean[:, None]), 0.0)
 
     rows, keys = row_block * BLOCK_M + tl.arange(0, BLOCK_M), key_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    bias_place = bias_batch.to(tl.int64) * bias_heads + bias_head
+    bias_at = bias_batch.to(tl.int64) * bias_heads + bias_head
     if ONE_ROW and ONE_KEY:
-        tl.store(grad_bias_ptr + bias_place, tl.sum(acc))
+        tl.store(grad_bias_ptr + bias_at, tl.sum(acc))
     elif ONE_ROW:
-        tl.store(grad_bias_ptr + bias_place * n_keys + keys, tl.sum(acc, axis=0), mask=keys < n_keys)
+        tl.store(grad_bias_ptr + bias_at * n_keys + keys, tl.sum(acc, axis=0), mask=keys < n_keys)
     elif ONE_KEY:
-        tl.store(grad_bias_ptr + bias_place * length + rows, tl.sum(acc, axis=1), mask=rows < length)
+        tl.store(grad_bias_ptr + bias_at * length + rows, tl.sum(acc, axis=1), mask=rows < length)
     else:
-        offsets = (bias_place * length + rows[:, None]) * n_keys + keys[None, :]
+        offsets = (bias_at * length + rows[:, None]) * n_keys + keys[None, :]
         tl.store(grad_bias_ptr + offsets, acc, mask=(rows < length)[:, None] & (keys < n_keys)[None, :])

@@ -6,26 +6,26 @@ A program holds a block of keys and walks the live tiles of its column, for all 
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.gradient import exponent_of_head, heard_mean, products, recompute
+from diffmax.kernels.triton.attention.gradient import heard_mean, recompute
+from diffmax.kernels.triton.attention.scores import products, rules_of
 from diffmax.kernels.triton.attention.tiles import (
     TILE,
     WORD,
     bit_count,
     bits_between,
     bits_of_column,
-    block_place,
-    first_row,
-    kept,
     load_rows,
-    load_these_rows,
     load_vector,
-    other_side,
-    place_shift,
+    locate_block,
+    locate_other,
+    position_shift,
+    row_ptr,
     rows_of_keys,
     store_rows,
     walk,
-    whole,
 )
+from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
+from diffmax.kernels.triton.common.scores import keep_mask, score_gradient
 
 
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_row", "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "v_b", "v_h",
@@ -42,10 +42,10 @@ def attention_bwd_dkv_kernel(
     heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words,
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ALIGNED: tl.constexpr, PACKED: tl.constexpr, LOWER_RIGHT: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
+    DROPOUT: tl.constexpr,
     LIVE: tl.constexpr, SILENT: tl.constexpr, E_TENSOR: tl.constexpr,
-    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """dK = scale * dS^T Q and dV = P^T dO, Eq. 5.  Grid: (B * H_kv * n_blocks,). BLOCK_M and BLOCK_N divide TILE.
@@ -53,45 +53,47 @@ def attention_bwd_dkv_kernel(
     Tiles are keys by queries, so that their products need no transposed weights. SILENT: queries may be silent for other
     reasons than their place, and what they hold must not reach the products.
     """
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     index = tl.program_id(0)
     kv_heads = heads // group
     batch = index // n_blocks // kv_heads
     kv_head = index // n_blocks % kv_heads
-    sequence, start_k, keys_here, first = block_place(index % n_blocks, cu_k_ptr, n_sequences, n_keys, BLOCK_N, PACKED)
-    start_q, rows_here = other_side(sequence, cu_q_ptr, n_sequences, length, PACKED)
+    sequence, k_start, keys_here, first = locate_block(index % n_blocks, cu_k_ptr, n_sequences, n_keys, BLOCK_N, OPTIONS.PACKED)
+    q_start, rows_here = locate_other(sequence, cu_q_ptr, n_sequences, length, OPTIONS.PACKED)
     keys_seen = keys_here
-    if PACKED:
+    if OPTIONS.PACKED:
         keys_seen = tl.minimum(keys_here, max_keys)
-    shift = place_shift(rows_here, keys_seen, LOWER_RIGHT)
+    shift = position_shift(rows_here, keys_seen, OPTIONS.LOWER_RIGHT)
 
     batch_wide, kv_wide = batch.to(tl.int64), kv_head.to(tl.int64)
-    q_row, k_row = whole(q_row, ALIGNED, VECTOR), whole(k_row, ALIGNED, VECTOR)
-    v_row, g_row = whole(v_row, ALIGNED, VECTOR), whole(g_row, ALIGNED, VECTOR)
-    k_ptr = first_row(k_ptr, batch_wide, kv_wide, start_k, k_b, k_h, k_row, ALIGNED, VECTOR)
-    v_ptr = first_row(v_ptr, batch_wide, kv_wide, start_k, v_b, v_h, v_row, ALIGNED, VECTOR)
-    places = (batch_wide * kv_heads + kv_head) * n_keys + start_k
+    q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
+    v_row, g_row = vector_multiple(v_row, ALIGNED, VECTOR), vector_multiple(g_row, ALIGNED, VECTOR)
+    k_ptr = row_ptr(k_ptr, batch_wide, kv_wide, k_start, k_b, k_h, k_row, ALIGNED)
+    v_ptr = row_ptr(v_ptr, batch_wide, kv_wide, k_start, v_b, v_h, v_row, ALIGNED)
+    row_at = (batch_wide * kv_heads + kv_head) * n_keys + k_start
 
-    key = load_rows(k_ptr, first, keys_here, k_row, BLOCK_N, HEAD_DIM, BLOCK_D)
-    value = load_rows(v_ptr, first, keys_here, v_row, BLOCK_N, VALUE_DIM, BLOCK_V)
     keys = first + tl.arange(0, BLOCK_N)
-    low, high = rows_of_keys(first, rows_here, keys_seen, shift, left, right, BLOCK_N, WINDOW)
+    valid = keys < keys_here
+    key = load_rows(k_ptr, first, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D)
+    value = load_rows(v_ptr, first, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V)
+    low, high = rows_of_keys(first, rows_here, keys_seen, shift, left, right, BLOCK_N, OPTIONS.WINDOW)
     high = tl.where(first < keys_seen, high, low)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for head in range(kv_head * group, kv_head * group + group):
         head_wide = tl.cast(head, tl.int64)
-        head_e, head_k = exponent_of_head(e_ptr, head, e, k, E_TENSOR)
-        slope = scale
-        if ALIBI:
-            slope = tl.load(alibi_ptr + batch_wide * alibi_b + head)
-        head_q = first_row(q_ptr, batch_wide, head_wide, start_q, q_b, q_h, q_row, ALIGNED, VECTOR)
-        head_g = first_row(g_ptr, batch_wide, head_wide, start_q, g_b, g_h, g_row, ALIGNED, VECTOR)
-        head_mask = mask_ptr + batch_wide * mask_b + head_wide * mask_h
-        head_bias = bias_ptr + batch_wide * bias_b + head_wide * bias_h
+        head_e, head_k = head_exponent(e_ptr, e, k, head, E_TENSOR, False)
+        rules = rules_of(
+            batch_wide, head_wide, shift, rows_here, keys_seen, mask_ptr, bias_ptr, alibi_ptr,
+            mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b, left, right, scale, softcap,
+            OPTIONS,
+        )  # fmt: skip
+        head_q = row_ptr(q_ptr, batch_wide, head_wide, q_start, q_b, q_h, q_row, ALIGNED)
+        head_g = row_ptr(g_ptr, batch_wide, head_wide, q_start, g_b, g_h, g_row, ALIGNED)
         of_head = batch_wide * heads + head
-        of_rows = of_head * length + start_q
-        head_live = live_ptr + (of_head * n_tiles + start_q // TILE + sequence) * n_words
+        of_rows = of_head * length + q_start
+        head_live = live_ptr + (of_head * n_tiles + q_start // TILE + sequence) * n_words
         for word in range(low // (TILE * WORD), (high + TILE * WORD - 1) // (TILE * WORD)):
             bits = bits_between(word, low, high)
             if LIVE:
@@ -103,43 +105,53 @@ def attention_bwd_dkv_kernel(
                 rows = first_query + tl.arange(0, BLOCK_M)
                 mean, heard = heard_mean(load_vector(mean_ptr + of_rows, first_query, rows_here, BLOCK_M, 0.0))
                 wanted = rows < rows_here
-                if WINDOW:
+                if OPTIONS.WINDOW:
                     wanted = wanted & (rows + shift >= -right) & (rows + shift - left < keys_seen)
                 if SILENT:  # the tile waits for mean
                     wanted = wanted & heard
-                q = load_these_rows(head_q, first_query, wanted, q_row, BLOCK_M, HEAD_DIM, BLOCK_D)
-                g = load_these_rows(head_g, first_query, wanted, g_row, BLOCK_M, VALUE_DIM, BLOCK_V)
+                q = load_rows(head_q, first_query, wanted, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D)
+                g = load_rows(head_g, first_query, wanted, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V)
                 m = load_vector(m_ptr + of_rows, first_query, rows_here, BLOCK_M, 0.0)
                 m = tl.where(m == -float("inf"), 0.0, m)
                 delta = load_vector(delta_ptr + of_rows, first_query, rows_here, BLOCK_M, 0.0)
                 if CHUNK < BLOCK_D or CHUNK < BLOCK_V:
                     d_p = products(
-                        v_ptr, first, keys < keys_here, v_row, head_g, first_query, wanted, g_row,
+                        v_ptr, first, valid, v_row, head_g, first_query, wanted, g_row,
                         PRECISION, BLOCK_N, BLOCK_M, VALUE_DIM, BLOCK_V, min(CHUNK, BLOCK_V),
                     )  # fmt: skip
                     x = products(
-                        k_ptr, first, keys < keys_here, k_row, head_q, first_query, wanted, q_row,
+                        k_ptr, first, valid, k_row, head_q, first_query, wanted, q_row,
                         PRECISION, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
                     )  # fmt: skip
                 else:
                     d_p = tl.dot(value, tl.trans(g), input_precision=PRECISION)
                     x = tl.dot(key, tl.trans(q), input_precision=PRECISION)
-                b, s, _, slack = recompute(
-                    x * scale, rows[None, :], keys[:, None], rows_here, keys_seen, shift, left, right,
-                    head_mask, mask_row, mask_key,
-                    softcap, slope, head_bias, bias_row, bias_key, m[None, :], delta[None, :], head_e, head_k,
-                    WINDOW, MASK, SOFTCAP, ALIBI, BIAS, K, HARDWARE, PTX,
-                )  # fmt: skip
+                b, s, _, capped = recompute(
+                    x,
+                    rows[None, :],
+                    keys[:, None],
+                    rules,
+                    m[None, :],
+                    delta[None, :],
+                    head_e,
+                    head_k,
+                    OPTIONS,
+                    K,
+                    HARDWARE,
+                    PTX,
+                )
                 p = s * b
                 if DROPOUT:
-                    keep = kept(seed_ptr, rows[None, :], keys[:, None], (batch + sequence) * heads + head, threshold)
+                    keep = keep_mask(seed_ptr, rows[None, :], keys[:, None], (batch + sequence) * heads + head, threshold)
                     p = tl.where(keep, p * inverse_keep, 0.0)
                     d_p = tl.where(keep, d_p * inverse_keep, 0.0)
                 acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
-                d_s = s * (d_p - mean[None, :])
-                if SOFTCAP:
-                    d_s = d_s * slack
+                d_s = score_gradient(s * (d_p - mean[None, :]), capped, rules, OPTIONS)
                 acc_k = tl.dot(d_s.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
-    store_rows(grad_k_ptr + places * HEAD_DIM, acc_k * scale, first, keys_here, HEAD_DIM, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_rows(grad_v_ptr + places * VALUE_DIM, acc_v, first, keys_here, VALUE_DIM, BLOCK_N, VALUE_DIM, BLOCK_V)
+    store_rows(
+        grad_k_ptr + row_at * HEAD_DIM, acc_k * scale, first, valid, HEAD_DIM, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D
+    )
+    store_rows(
+        grad_v_ptr + row_at * VALUE_DIM, acc_v, first, valid, VALUE_DIM, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V
+    )

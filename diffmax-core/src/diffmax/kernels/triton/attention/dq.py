@@ -6,25 +6,25 @@ A program holds a block of queries and walks its live tiles.
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.gradient import base_and_slope, exponent_of_head, products, recompute, weight_of_alpha
+from diffmax.kernels.triton.attention.gradient import base_and_slope, recompute, weight_of_alpha
+from diffmax.kernels.triton.attention.scores import products, rules_of
 from diffmax.kernels.triton.attention.tiles import (
     TILE,
     WORD,
     bit_count,
     bits_between,
-    block_place,
-    first_row,
-    kept,
     keys_of_rows,
     load_rows,
-    load_these_rows,
     load_vector,
-    other_side,
-    place_shift,
+    locate_block,
+    locate_other,
+    position_shift,
+    row_ptr,
     store_rows,
     walk,
-    whole,
 )
+from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
+from diffmax.kernels.triton.common.scores import keep_mask, score_gradient
 
 
 @triton.jit
@@ -51,10 +51,10 @@ def attention_bwd_dq_kernel(
     heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words,
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ALIGNED: tl.constexpr, PACKED: tl.constexpr, LOWER_RIGHT: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
+    SINK: tl.constexpr, DROPOUT: tl.constexpr,
     LIVE: tl.constexpr, E_TENSOR: tl.constexpr, NEEDS_E: tl.constexpr, NEEDS_SINK: tl.constexpr,
-    K: tl.constexpr, TERMS: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, TERMS: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * dS K with dS = s (dP - mean), Eq. 5.  Grid: (B * H * n_blocks,).
@@ -62,47 +62,47 @@ def attention_bwd_dq_kernel(
     BLOCK_N divides TILE; BLOCK_M does, or is a multiple of it. The last blocks come first: under causality they have most
     to do.
     """
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     index = tl.program_id(0)
     block = n_blocks - 1 - index % n_blocks
     batch = index // n_blocks // heads
     head = index // n_blocks % heads
-    sequence, start_q, rows_here, first = block_place(block, cu_q_ptr, n_sequences, length, BLOCK_M, PACKED)
-    start_k, keys_here = other_side(sequence, cu_k_ptr, n_sequences, n_keys, PACKED)
-    if PACKED:
+    sequence, q_start, rows_here, first = locate_block(block, cu_q_ptr, n_sequences, length, BLOCK_M, OPTIONS.PACKED)
+    k_start, keys_here = locate_other(sequence, cu_k_ptr, n_sequences, n_keys, OPTIONS.PACKED)
+    if OPTIONS.PACKED:
         keys_here = tl.minimum(keys_here, max_keys)
-    shift = place_shift(rows_here, keys_here, LOWER_RIGHT)
+    shift = position_shift(rows_here, keys_here, OPTIONS.LOWER_RIGHT)
 
     batch_wide, head_wide, kv_wide = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-    q_row, k_row = whole(q_row, ALIGNED, VECTOR), whole(k_row, ALIGNED, VECTOR)
-    v_row, g_row = whole(v_row, ALIGNED, VECTOR), whole(g_row, ALIGNED, VECTOR)
-    q_ptr = first_row(q_ptr, batch_wide, head_wide, start_q, q_b, q_h, q_row, ALIGNED, VECTOR)
-    g_ptr = first_row(g_ptr, batch_wide, head_wide, start_q, g_b, g_h, g_row, ALIGNED, VECTOR)
-    k_ptr = first_row(k_ptr, batch_wide, kv_wide, start_k, k_b, k_h, k_row, ALIGNED, VECTOR)
-    v_ptr = first_row(v_ptr, batch_wide, kv_wide, start_k, v_b, v_h, v_row, ALIGNED, VECTOR)
-    mask_ptr += batch_wide * mask_b + head_wide * mask_h
-    bias_ptr += batch_wide * bias_b + head_wide * bias_h
+    q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
+    v_row, g_row = vector_multiple(v_row, ALIGNED, VECTOR), vector_multiple(g_row, ALIGNED, VECTOR)
+    q_ptr = row_ptr(q_ptr, batch_wide, head_wide, q_start, q_b, q_h, q_row, ALIGNED)
+    g_ptr = row_ptr(g_ptr, batch_wide, head_wide, q_start, g_b, g_h, g_row, ALIGNED)
+    k_ptr = row_ptr(k_ptr, batch_wide, kv_wide, k_start, k_b, k_h, k_row, ALIGNED)
+    v_ptr = row_ptr(v_ptr, batch_wide, kv_wide, k_start, v_b, v_h, v_row, ALIGNED)
     of_head = batch_wide * heads + head
-    places = of_head * length + start_q
-    live_ptr += (of_head * n_tiles + start_q // TILE + sequence) * n_words
+    row_at = of_head * length + q_start
+    live_ptr += (of_head * n_tiles + q_start // TILE + sequence) * n_words
 
-    e, k = exponent_of_head(e_ptr, head, e, k, E_TENSOR)
-    slope = scale
-    if ALIBI:
-        slope = tl.load(alibi_ptr + batch_wide * alibi_b + head)
+    e, k = head_exponent(e_ptr, e, k, head, E_TENSOR, False)
+    rules = rules_of(
+        batch_wide, head_wide, shift, rows_here, keys_here, mask_ptr, bias_ptr, alibi_ptr,
+        mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b, left, right, scale, softcap, OPTIONS,
+    )  # fmt: skip
     rows = first + tl.arange(0, BLOCK_M)
-    m = load_vector(m_ptr + places, first, rows_here, BLOCK_M, -float("inf"))
+    m = load_vector(m_ptr + row_at, first, rows_here, BLOCK_M, -float("inf"))
     heard = m != -float("inf")  # with a sink m is finite, and what is silent shows at the end
     m = tl.where(heard, m, 0.0)
-    delta = load_vector(delta_ptr + places, first, rows_here, BLOCK_M, 0.0)
-    q = load_these_rows(q_ptr, first, heard, q_row, BLOCK_M, HEAD_DIM, BLOCK_D)
-    g = load_these_rows(g_ptr, first, heard, g_row, BLOCK_M, VALUE_DIM, BLOCK_V)
-    u = load_these_rows(u_ptr + places * VALUE_DIM, first, heard, VALUE_DIM, BLOCK_M, VALUE_DIM, BLOCK_V)
+    delta = load_vector(delta_ptr + row_at, first, rows_here, BLOCK_M, 0.0)
+    q = load_rows(q_ptr, first, heard, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D)
+    g = load_rows(g_ptr, first, heard, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V)
+    u = load_rows(u_ptr + row_at * VALUE_DIM, first, heard, VALUE_DIM, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V)
     mean = tl.sum(g.to(tl.float32) * u.to(tl.float32), axis=1)
     if not SINK:
-        tl.store(mean_ptr + places + rows, tl.where(heard, mean, -float("inf")), mask=rows < rows_here)
+        tl.store(mean_ptr + row_at + rows, tl.where(heard, mean, -float("inf")), mask=rows < rows_here)
 
-    low, high = keys_of_rows(first, rows_here, keys_here, shift, left, right, BLOCK_M, WINDOW)
+    low, high = keys_of_rows(first, rows_here, keys_here, shift, left, right, BLOCK_M, OPTIONS.WINDOW)
     high = tl.where(first < rows_here, high, low)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     acc_e = tl.zeros((BLOCK_M,), tl.float32)
@@ -114,50 +114,50 @@ def attention_bwd_dq_kernel(
             bits = bits & bits_of_rows(live_ptr, word, first // TILE, row_tiles, n_words, (BLOCK_M + TILE - 1) // TILE)
         for step in range(bit_count(bits) * (TILE // BLOCK_N)):
             first_key, bits = walk(bits, word, step, BLOCK_N)
-            key = load_rows(k_ptr, first_key, keys_here, k_row, BLOCK_N, HEAD_DIM, BLOCK_D)
             keys = first_key + tl.arange(0, BLOCK_N)
+            valid = keys < keys_here
+            key = load_rows(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D)
             if CHUNK < BLOCK_D or CHUNK < BLOCK_V:
                 d_p = products(
-                    g_ptr, first, heard, g_row, v_ptr, first_key, keys < keys_here, v_row,
+                    g_ptr, first, heard, g_row, v_ptr, first_key, valid, v_row,
                     PRECISION, BLOCK_M, BLOCK_N, VALUE_DIM, BLOCK_V, min(CHUNK, BLOCK_V),
                 )  # fmt: skip
                 x = products(
-                    q_ptr, first, heard, q_row, k_ptr, first_key, keys < keys_here, k_row,
+                    q_ptr, first, heard, q_row, k_ptr, first_key, valid, k_row,
                     PRECISION, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
                 )  # fmt: skip
             else:
-                value = load_rows(v_ptr, first_key, keys_here, v_row, BLOCK_N, VALUE_DIM, BLOCK_V)
+                value = load_rows(v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V)
                 d_p = tl.dot(g, tl.trans(value), input_precision=PRECISION)
                 x = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-            b, s, log_b, slack = recompute(
-                x * scale, rows[:, None], keys[None, :], rows_here, keys_here, shift, left, right, mask_ptr, mask_row, mask_key,
-                softcap, slope, bias_ptr, bias_row, bias_key, m[:, None], delta[:, None], e, k,
-                WINDOW, MASK, SOFTCAP, ALIBI, BIAS, K, HARDWARE, PTX,
-            )  # fmt: skip
+            b, s, log_b, capped = recompute(
+                x, rows[:, None], keys[None, :], rules, m[:, None], delta[:, None], e, k, OPTIONS, K, HARDWARE, PTX
+            )
             if SINK:
                 total += tl.sum(s, axis=1)
             if DROPOUT:
-                keep = kept(seed_ptr, rows[:, None], keys[None, :], (batch + sequence) * heads + head, threshold)
+                keep = keep_mask(seed_ptr, rows[:, None], keys[None, :], (batch + sequence) * heads + head, threshold)
                 d_p = tl.where(keep, d_p * inverse_keep, 0.0)
             centred = d_p - mean[:, None]
             if NEEDS_E:
                 acc_e += tl.sum(weight_of_alpha(b, s * b, log_b, e, k, K, TERMS) * centred, axis=1)
-            d_s = s * centred
-            if SOFTCAP:
-                d_s = d_s * slack
+            d_s = score_gradient(s * centred, capped, rules, OPTIONS)
             acc = tl.dot(d_s.to(key.dtype), key, acc, input_precision=PRECISION)
 
     if SINK:
         heard = total != 0.0
-        tl.store(mean_ptr + places + rows, tl.where(heard, mean, -float("inf")), mask=rows < rows_here)
+        tl.store(mean_ptr + row_at + rows, tl.where(heard, mean, -float("inf")), mask=rows < rows_here)
         mean, acc_e = tl.where(heard, mean, 0.0), tl.where(heard, acc_e, 0.0)
         acc = tl.where(heard[:, None], acc, 0.0)
         b, s, log_b = base_and_slope(tl.load(sink_ptr + head), m, delta, e, k, K, HARDWARE, PTX)
         if NEEDS_SINK:
-            tl.store(grad_sink_ptr + places + rows, -s * mean, mask=rows < rows_here)
+            tl.store(grad_sink_ptr + row_at + rows, -s * mean, mask=rows < rows_here)
         if NEEDS_E:
             w = weight_of_alpha(b[:, None], (s * b)[:, None], log_b[:, None], e, k, K, TERMS)
             acc_e -= tl.sum(w, axis=1) * mean
-    store_rows(grad_q_ptr + places * HEAD_DIM, acc * scale, first, rows_here, HEAD_DIM, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_rows(
+        grad_q_ptr + row_at * HEAD_DIM, acc * scale, first, rows < rows_here, HEAD_DIM, HEAD_DIM,
+        BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D,
+    )  # fmt: skip
     if NEEDS_E:
-        tl.store(grad_e_ptr + places + rows, -acc_e, mask=rows < rows_here)
+        tl.store(grad_e_ptr + row_at + rows, -acc_e, mask=rows < rows_here)

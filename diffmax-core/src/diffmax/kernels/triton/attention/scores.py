@@ -1,183 +1,182 @@
-"""Scores of a block of 64 queries: which block a program has, which keys it meets, and a tile of scores with every option.
+"""Scores of attention's tiles: what a head's rules are told, products, and the forward's blocks of 64 queries.
 
-OPTIONS is `attention_launch.Options`.
+What acts on a score is in `common.scores`.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from diffmax.kernels.triton.attention.tiles import (
     TILE,
-    block_place,
-    capped,
-    is_visible,
     keys_of_rows,
     load_rows,
-    other_side,
-    place_shift,
-    whole,
-    with_biases,
+    locate_block,
+    locate_other,
+    position_shift,
+    rows_inside,
 )
-from diffmax.kernels.triton.common.numerics import checked_e
+from diffmax.kernels.triton.common.scores import ABSENT, PerPair, Rules, score, visible
+
+
+class Block(NamedTuple):
+    """A block of 64 queries, which a forward program works on.
+
+    Attributes:
+        index: Of the block.
+        batch, head, kv_head: Of its queries, and of their keys.
+        sequence: Its packed sequence.
+        q_start, k_start: Where the sequence's queries and keys begin.
+        first, last: Its first and its last query in the sequence.
+        n_rows, n_keys: The sequence's queries and keys.
+        shift: Query i stands at key i + shift.
+        low_key, high_key: Its keys in sight: [low_key, high_key), none for a block beyond its sequence's end.
+    """
+
+    index: Any
+    batch: Any
+    head: Any
+    kv_head: Any
+    sequence: Any
+    q_start: Any
+    k_start: Any
+    first: Any
+    last: Any
+    n_rows: Any
+    n_keys: Any
+    shift: Any
+    low_key: Any
+    high_key: Any
 
 
 @triton.jit
-def block_of(item, heads, group, blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS: tl.constexpr):
-    """The item's batch entry, head, key head and block; where its queries and keys begin; what it sees.
-
-    The last blocks come first: under causality they see most. `sight` is what `scores_of` wants; the keys in sight are
-    [low_key, high_key), none for a block beyond its packed sequence's end.
-    """
-    WINDOW: tl.constexpr = OPTIONS.WINDOW
-    PACKED: tl.constexpr = OPTIONS.PACKED
-    LOWER_RIGHT: tl.constexpr = OPTIONS.LOWER_RIGHT
-    block = blocks - 1 - item % blocks
-    b, h = (item // blocks // heads).to(tl.int64), (item // blocks % heads).to(tl.int64)
-    sequence, q_start, n_rows, first = block_place(block, cu_q_ptr, n_sequences, length, TILE, PACKED)
-    k_start, keys_in_all = other_side(sequence, cu_k_ptr, n_sequences, n_keys, PACKED)
-    shift = place_shift(n_rows, keys_in_all, LOWER_RIGHT)
-    low_key, high_key = keys_of_rows(first, n_rows, keys_in_all, shift, left, right, TILE, WINDOW)
+def block_of(item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS: tl.constexpr):
+    """The item's block. The last blocks come first: under causality they see most."""
+    index = n_blocks - 1 - item % n_blocks
+    batch, head = (item // n_blocks // heads).to(tl.int64), (item // n_blocks % heads).to(tl.int64)
+    sequence, q_start, n_rows, first = locate_block(index, cu_q_ptr, n_sequences, length, TILE, OPTIONS.PACKED)
+    k_start, keys_in_all = locate_other(sequence, cu_k_ptr, n_sequences, n_keys, OPTIONS.PACKED)
+    shift = position_shift(n_rows, keys_in_all, OPTIONS.LOWER_RIGHT)
+    low_key, high_key = keys_of_rows(first, n_rows, keys_in_all, shift, left, right, TILE, OPTIONS.WINDOW)
     high_key = tl.where(first < n_rows, high_key, low_key)
     last = tl.minimum(first + TILE, n_rows) - 1
-    sight = (first, last, n_rows, keys_in_all, shift, left, right)
-    return block, b, h, h // group, sequence, q_start, k_start, sight, low_key, high_key
+    return Block(
+        index,
+        batch,
+        head,
+        head // group,
+        sequence,
+        q_start,
+        k_start,
+        first,
+        last,
+        n_rows,
+        keys_in_all,
+        shift,
+        low_key,
+        high_key,
+    )
 
 
 @triton.jit
-def rows_at(ptr, b, h, start, stride_b, stride_h, stride_row, ALIGNED: tl.constexpr):
-    """Where a head's rows begin, from row `start` on."""
-    VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    return ptr + whole(b * stride_b + h * stride_h, ALIGNED, VECTOR) + tl.cast(start, tl.int64) * stride_row
-
-
-@triton.jit
-def exponents(e_ptr, e, k, h, E_TENSOR: tl.constexpr):
-    """e = 1 - alpha and 1/e, for each of the block's queries the same."""
-    zero = tl.zeros((TILE,), tl.float32)
-    if E_TENSOR:
-        row_e = zero + checked_e(tl.load(e_ptr + h))
-        return row_e, 1.0 / row_e
-    else:
-        return zero + e, zero + k
-
-
-@triton.jit
-def extras_of(
-    scale, softcap, mask_at, mask_row, mask_key, bias_at, bias_row, bias_key, alibi_ptr, b, h, alibi_b,
+def rules_of(
+    batch, head, shift, n_rows, n_keys, mask_ptr, bias_ptr, alibi_ptr,
+    mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b, left, right, scale, softcap,
     OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """What `scores_of` wants beside places."""
+    """A head's rules. batch and head in int64."""
     slope = 0.0
     if OPTIONS.ALIBI:
-        slope = tl.load(alibi_ptr + b * alibi_b + h)
-    return scale, softcap, slope, mask_at, mask_row, mask_key, bias_at, bias_row, bias_key
+        slope = tl.load(alibi_ptr + batch * alibi_b + head)
+    mask = PerPair(mask_ptr + batch * mask_b + head * mask_h, mask_row, mask_key)
+    bias = PerPair(bias_ptr + batch * bias_b + head * bias_h, bias_row, bias_key)
+    return Rules(scale, softcap, slope, left, right, shift, n_rows, n_keys, mask, bias)
 
 
 @triton.jit
-def queries_of(q_ptr, q_row, first, n_rows, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
+def products(
+    a_ptr, a_first, a_valid, a_row, b_ptr, b_first, b_valid, b_row, PRECISION: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A rows times B rows, (A, B) in float32, CHUNK entries at a time: where whole rows would take too many registers."""
+    WHOLE: tl.constexpr = SIZE % CHUNK == 0
+    x = tl.zeros((A, B), tl.float32)
+    for at in range(0, BLOCK, CHUNK):
+        a = load_rows(a_ptr + at, a_first, a_valid, a_row, SIZE - at, A, CHUNK, WHOLE)
+        b = load_rows(b_ptr + at, b_first, b_valid, b_row, SIZE - at, B, CHUNK, WHOLE)
+        x = tl.dot(a, tl.trans(b), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def queries_of(q_ptr, q_row, block, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
     """The block's queries; where heads are cut into chunks, which are loaded when they are needed, their address."""
     if CHUNK == BLOCK_D:
-        return load_rows(q_ptr, first, n_rows, q_row, TILE, SIZE, BLOCK_D)
+        valid = rows_inside(block.first, block.n_rows, TILE)
+        return load_rows(q_ptr, block.first, valid, q_row, SIZE, TILE, BLOCK_D, SIZE == BLOCK_D)
     else:
         return q_ptr
 
 
 @triton.jit
-def products(
-    q, q_row, k_ptr, k_row, begin, first, n_rows, n_keys, PRECISION: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """The block's queries, from `queries_of`, times KEYS keys from the place `begin` on: a tile in float32."""
-    if CHUNK == BLOCK_D:
-        k = load_rows(k_ptr, begin, n_keys, k_row, KEYS, SIZE, BLOCK_D)
-        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    else:
-        x = tl.zeros((TILE, KEYS), tl.float32)
-        for at in range(0, BLOCK_D, CHUNK):
-            part = load_part(q + at, first, n_rows, q_row, SIZE - at, TILE, CHUNK, SIZE % CHUNK == 0)
-            k = load_part(k_ptr + at, begin, n_keys, k_row, SIZE - at, KEYS, CHUNK, SIZE % CHUNK == 0)
-            x = tl.dot(part, tl.trans(k), x, input_precision=PRECISION)
-        return x
-
-
-@triton.jit
 def sampled_products(
-    q, q_row, k_ptr, k_row, keys, first, n_rows, n_keys, PRECISION: tl.constexpr,
+    q, q_row, k_ptr, k_row, keys, block, PRECISION: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Like `products`, with keys at any places."""
+    """The block's queries times keys at any positions in sight."""
     x = tl.zeros((TILE, TILE), tl.float32)
     for at in range(0, BLOCK_D, CHUNK):
         cols = at + tl.arange(0, CHUNK)
-        inside = (keys < n_keys)[:, None] & (cols < SIZE)[None, :]
+        inside = (keys < block.high_key)[:, None] & (cols < SIZE)[None, :]
         k = tl.load(k_ptr + tl.cast(keys, tl.int64)[:, None] * k_row + cols[None, :], mask=inside, other=0.0)
         if CHUNK == BLOCK_D:
             x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         else:
-            part = load_part(q + at, first, n_rows, q_row, SIZE - at, TILE, CHUNK, SIZE % CHUNK == 0)
+            valid = rows_inside(block.first, block.n_rows, TILE)
+            part = load_rows(q + at, block.first, valid, q_row, SIZE - at, TILE, CHUNK, SIZE % CHUNK == 0)
             x = tl.dot(part, tl.trans(k), x, input_precision=PRECISION)
     return x
 
 
 @triton.jit
-def load_part(ptr, first, length, stride, size, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """(ROWS, BLOCK) from row `first` on, of rows that have `size` more entries, BLOCK or more if WHOLE; zeros beside them."""
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK)
-    inside = (rows < length - first)[:, None]
-    if not WHOLE:
-        inside = inside & (cols < size)[None, :]
-    return tl.load(ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :], mask=inside, other=0.0)
+def sampled_scores(
+    q, q_row, k_ptr, k_row, keys, block, rules, OPTIONS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """(TILE, TILE) scores with keys at any positions, -inf where nothing is to be seen."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION  # a name first: as an argument Triton 3.6 takes no str out of a tuple
+    x = sampled_products(q, q_row, k_ptr, k_row, keys, block, PRECISION, SIZE, BLOCK_D, CHUNK)
+    rows, keys = (block.first + tl.arange(0, TILE))[:, None], keys[None, :]
+    scores, _ = score(x, rows, keys, rules, OPTIONS)
+    return tl.where(visible(rows, keys, keys < block.high_key, rules, OPTIONS), scores, -float("inf"))
 
 
 @triton.jit
-def store_part(ptr, tile, first, length, stride, size, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """The reverse."""
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK)
-    inside = (rows < length - first)[:, None]
-    if not WHOLE:
-        inside = inside & (cols < size)[None, :]
-    offsets = tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def scores_of(x, keys, partly, sight, extras, OPTIONS: tl.constexpr):
-    """From the products with the keys at the places `keys` to scores, -inf where nothing is to be seen.
-
-    partly: whether causality, the window or the last key can cut through them; a mask always can.
-    sight: the block's first and last query, how many there are, how many keys, the shift, the window.
-    extras: scale, softcap, ALiBi's slope, and where mask and bias lie.
-    """
-    first, _last, n_rows, n_keys, shift, left, right = sight
-    scale, softcap, slope, mask_ptr, mask_row, mask_key, bias_ptr, bias_row, bias_key = extras
-    WINDOW: tl.constexpr = OPTIONS.WINDOW
-    MASK: tl.constexpr = OPTIONS.MASK
-    SOFTCAP: tl.constexpr = OPTIONS.SOFTCAP
-    ALIBI: tl.constexpr = OPTIONS.ALIBI
-    BIAS: tl.constexpr = OPTIONS.BIAS
-    rows, keys = (first + tl.arange(0, TILE))[:, None], keys[None, :]
-    x = capped(x * scale, softcap, SOFTCAP)
-    x = with_biases(x, rows, keys, n_rows, n_keys, shift, slope, bias_ptr, bias_row, bias_key, ALIBI, BIAS)
-    if MASK != 0:
-        partly = True
-    if partly:
-        seen = is_visible(rows, keys, n_rows, n_keys, shift, left, right, mask_ptr, mask_row, mask_key, WINDOW, MASK)
-        x = tl.where(seen, x, -float("inf"))
-    return x
-
-
-@triton.jit
-def scores_from(
-    q, q_row, k_ptr, k_row, begin, sight, extras, OPTIONS: tl.constexpr,
+def tile_scores(
+    q, q_row, k_ptr, k_row, begin, block, rules, OPTIONS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Scores with KEYS keys from the place `begin` on."""
-    PRECISION: tl.constexpr = OPTIONS.PRECISION  # a name first: as an argument Triton 3.6 takes no str out of a tuple
-    first, last, n_rows, n_keys, shift, left, right = sight
-    partly = begin + KEYS > n_keys
+    """(TILE, KEYS) scores with the keys from the position `begin` on, -inf where nothing is to be seen."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
+    # a tile that neither the last key nor the window cuts through is seen as a whole; a mask always can cut
+    partly = begin + KEYS > block.n_keys
     if OPTIONS.WINDOW:
-        partly = partly | (begin + KEYS - 1 - first - shift > right) | (last + shift - begin > left)
-    x = products(q, q_row, k_ptr, k_row, begin, first, n_rows, n_keys, PRECISION, SIZE, BLOCK_D, CHUNK, KEYS)
-    return scores_of(x, begin + tl.arange(0, KEYS), partly, sight, extras, OPTIONS)
+        partly = partly | (begin + KEYS - 1 - block.first - rules.shift > rules.right)
+        partly = partly | (block.last + rules.shift - begin > rules.left)
+    if OPTIONS.MASK != ABSENT:
+        partly = True
+    valid = rows_inside(begin, block.n_keys, KEYS)
+    if CHUNK == BLOCK_D:
+        k = load_rows(k_ptr, begin, valid, k_row, SIZE, KEYS, BLOCK_D, SIZE == BLOCK_D)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    else:
+        x = products(
+            q, block.first, rows_inside(block.first, block.n_rows, TILE), q_row, k_ptr, begin, valid, k_row,
+            PRECISION, TILE, KEYS, SIZE, BLOCK_D, CHUNK,
+        )  # fmt: skip
+    rows, keys = (block.first + tl.arange(0, TILE))[:, None], (begin + tl.arange(0, KEYS))[None, :]
+    scores, _ = score(x, rows, keys, rules, OPTIONS)
+    if partly:
+        scores = tl.where(visible(rows, keys, keys < block.n_keys, rules, OPTIONS), scores, -float("inf"))
+    return scores

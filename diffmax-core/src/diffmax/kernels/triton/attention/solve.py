@@ -13,16 +13,7 @@ Nothing of this waits for the host. Why in this order, and what it costs: docs/p
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.scores import (
-    block_of,
-    exponents,
-    extras_of,
-    queries_of,
-    rows_at,
-    sampled_products,
-    scores_from,
-    scores_of,
-)
+from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, sampled_scores, tile_scores
 from diffmax.kernels.triton.attention.steps import (
     largest_delta,
     list_live,
@@ -30,54 +21,52 @@ from diffmax.kernels.triton.attention.steps import (
     root_of_sample,
     stalls,
     store_live,
-    sums_at,
-    with_sink,
 )
-from diffmax.kernels.triton.attention.tiles import TILE, whole
-from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, next_iterate, scaled_scores
+from diffmax.kernels.triton.attention.tiles import TILE, row_ptr
+from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
+from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, next_iterate, scaled_scores, sums_at, with_sink
 
 _SAMPLE_STEPS = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=[
     "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "mask_b", "mask_h", "mask_row", "mask_key",
-    "bias_b", "bias_h", "bias_row", "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences", "blocks",
-    "items", "words", "most_tiles", "left", "right", "newton_steps", "scale", "softcap", "e", "k",
+    "bias_b", "bias_h", "bias_row", "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences", "n_blocks",
+    "items", "n_words", "most_tiles", "left", "right", "newton_steps", "scale", "softcap", "e", "k",
 ])  # fmt: skip
 def attention_solve_kernel(
     q_ptr, k_ptr, m_ptr, delta_ptr, live_ptr, e_ptr, mask_ptr, bias_ptr, alibi_ptr, sink_ptr, cu_q_ptr, cu_k_ptr,
     tops_ptr, list_ptr,  # scratch of a program: (most_tiles, 64) and (most_tiles,)
     q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
-    heads, group, length, n_keys, n_sequences, blocks, items, words, most_tiles, left, right, newton_steps,
+    heads, group, length, n_keys, n_sequences, n_blocks, items, n_words, most_tiles, left, right, newton_steps,
     scale, softcap, e, k,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
     HARDWARE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """m, delta and the tiles' bits.  Grid: as many programs as run at a time."""
-    PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
-    q_row, k_row = whole(q_row, ALIGNED, VECTOR), whole(k_row, ALIGNED, VECTOR)
+    q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
     lanes = tl.arange(0, TILE)
     zero = tl.zeros((TILE,), tl.float32)
     tops_ptr += tl.program_id(0).to(tl.int64) * most_tiles * TILE
     list_ptr += tl.program_id(0).to(tl.int64) * most_tiles
 
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        block, b, h, kv_head, _sequence, q_start, k_start, sight, low_key, high_key = block_of(
-            item, heads, group, blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS
-        )
-        first, last, n_rows, _keys, shift, _left, _right = sight
-        in_rows = first + lanes < n_rows
+        block = block_of(item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS)
+        b, h, first, low_key, high_key = block.batch, block.head, block.first, block.low_key, block.high_key
+        in_rows = first + lanes < block.n_rows
         first_tile = low_key // TILE
         tiles = tl.where(high_key > low_key, tl.cdiv(high_key, TILE) - first_tile, 0)
-        k_at = rows_at(k_ptr, b, kv_head, k_start, k_b, k_h, k_row, ALIGNED)
-        q_at = rows_at(q_ptr, b, h, q_start, q_b, q_h, q_row, ALIGNED)
-        q = queries_of(q_at, q_row, first, n_rows, HEAD_DIM, BLOCK_D, CHUNK)
-        row_e, row_k = exponents(e_ptr, e, k, h, E_TENSOR)
-        extras = extras_of(
-            scale, softcap, mask_ptr + b * mask_b + h * mask_h, mask_row, mask_key,
-            bias_ptr + b * bias_b + h * bias_h, bias_row, bias_key, alibi_ptr, b, h, alibi_b, OPTIONS,
+        k_at = row_ptr(k_ptr, b, block.kv_head, block.k_start, k_b, k_h, k_row, ALIGNED)
+        q_at = row_ptr(q_ptr, b, h, block.q_start, q_b, q_h, q_row, ALIGNED)
+        q = queries_of(q_at, q_row, block, HEAD_DIM, BLOCK_D, CHUNK)
+        head_e, head_k = head_exponent(e_ptr, e, k, h, E_TENSOR, True)
+        row_e, row_k = zero + head_e, zero + head_k
+        rules = rules_of(
+            b, h, block.shift, block.n_rows, block.n_keys, mask_ptr, bias_ptr, alibi_ptr,
+            mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b, left, right, scale, softcap,
+            OPTIONS,
         )  # fmt: skip
         sink = zero - float("inf")
         size = zero + (high_key - low_key).to(tl.float32)
@@ -91,10 +80,7 @@ def attention_solve_kernel(
         span, odd = high_key - low_key, 2 * lanes + 1
         # odd * span / 128, whose product would leave int32
         spread = low_key + odd * (span // (2 * TILE)) + odd * (span % (2 * TILE)) // (2 * TILE)
-        sample = sampled_products(
-            q, q_row, k_at, k_row, spread, first, n_rows, high_key, PRECISION, HEAD_DIM, BLOCK_D, CHUNK
-        )  # fmt: skip
-        sampled = scores_of(sample, spread, True, (first, last, n_rows, high_key, shift, left, right), extras, OPTIONS)
+        sampled = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK)
         reference = tl.maximum(tl.max(sampled, axis=1), sink)
         reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
         share = tl.maximum(size / TILE, 1.0)
@@ -105,9 +91,9 @@ def attention_solve_kernel(
         total, slope, curve = zero, zero, zero
         tl.debug_barrier()  # the block before may still be read
         for i in range(0, tiles):
-            x = scores_from(
-                q, q_row, k_at, k_row, (first_tile + i) * TILE, sight, extras, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE
-            )  # fmt: skip
+            x = tile_scores(
+                q, q_row, k_at, k_row, (first_tile + i) * TILE, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE
+            )
             top = tl.where(in_rows, tl.max(x, axis=1), -float("inf"))
             tl.store(tops_ptr + i * TILE + lanes, top)
             m = tl.maximum(m, top)
@@ -134,9 +120,7 @@ def attention_solve_kernel(
             total, slope, curve = zero, zero, zero
             for i in range(0, count):
                 tile = first_tile + tl.load(list_ptr + i)
-                y = scores_from(
-                    q, q_row, k_at, k_row, tile * TILE, sight, extras, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE
-                )  # fmt: skip
+                y = tile_scores(q, q_row, k_at, k_row, tile * TILE, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE)
                 own, own_slope, own_curve = sums_at(scaled_scores(y, m, row_e), delta, row_k, K, HARDWARE, PTX)
                 total, slope, curve = total + own, slope + own_slope, curve + own_curve
             tl.debug_barrier()
@@ -150,12 +134,12 @@ def attention_solve_kernel(
             going = going & known & (fine == 0)
             steps += 1
 
-        row_at = (b * heads + h) * length + q_start + first
+        row_at = (b * heads + h) * length + block.q_start + first
         tl.store(m_ptr + row_at + lanes, m, mask=in_rows)
         tl.store(delta_ptr + row_at + lanes, tl.where(bad, float("nan"), delta), mask=in_rows)
-        live_rows = blocks
+        live_rows = n_blocks
         if OPTIONS.PACKED:
-            live_rows = blocks - 1  # a packed tensor has one block more than `live` has rows
-        live_at = live_ptr + ((b * heads + h) * live_rows + block) * words
+            live_rows = n_blocks - 1  # a packed tensor has one block more than `live` has rows
+        live_at = live_ptr + ((b * heads + h) * live_rows + block.index) * n_words
         bound = tl.where(bad, float("nan"), tl.where(active, low, 0.0))
-        store_live(tops_ptr, live_at, first_tile, tiles, words, m, row_e, bound, block < live_rows)
+        store_live(tops_ptr, live_at, first_tile, tiles, n_words, m, row_e, bound, block.index < live_rows)

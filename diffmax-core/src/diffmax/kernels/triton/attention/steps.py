@@ -14,20 +14,13 @@ from diffmax.kernels.triton.common.numerics import (
     first_iterate,
     next_iterate,
     overshoot,
-    powers,
     scaled_scores,
+    sums_at,
 )
 
 # Tiles whose largest scores are looked at together
 _AT_ONCE = tl.constexpr(32)
 _BITS_AT_ONCE = tl.constexpr(128)
-
-
-@triton.jit
-def sums_at(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """S, S_1 and the sum of [z - t]^(k-2) of each row of a tile."""
-    b, r = powers(z, delta, k, K, HARDWARE, PTX)
-    return tl.sum(r * b * b, axis=1), tl.sum(r * b, axis=1), tl.sum(r, axis=1)
 
 
 @triton.jit
@@ -138,13 +131,6 @@ def stalls(total, before):
     """Whether an evaluation is no better than the one before, this near to the root: what is left is rounding."""
     error = tl.abs(total - 1.0)
     return (error < 1e-3) & (error > 0.5 * tl.abs(before - 1.0))
-
-
-@triton.jit
-def with_sink(total, slope, curve, sink, m, delta, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """The three sums with one more score, the sink's (ROWS,)."""
-    own, own_slope, own_curve = sums_at(scaled_scores(sink[:, None], m, e), delta, k, K, HARDWARE, PTX)
-    return total + own, slope + own_slope, curve + own_curve
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.numerics import checked_e
+from diffmax.kernels.triton.common.numerics import bounded_e
 
 STRIDED = tl.constexpr(0)
 COLUMNS = tl.constexpr(1)  # a row's entries are neighbours
@@ -21,12 +21,18 @@ def place(pid, size_1, size_2, ROWS: tl.constexpr):
 
 
 @triton.jit
-def whole_vectors(size, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
-    """`size`, for the compiler a multiple of VECTOR where the layout promises it."""
-    if LAYOUT == ALIGNED:
+def vector_multiple(size, IS_MULTIPLE: tl.constexpr, VECTOR: tl.constexpr):
+    """`size`, for the compiler a multiple of VECTOR where IS_MULTIPLE promises it."""
+    if IS_MULTIPLE:
         return size // VECTOR * VECTOR
     else:
         return size
+
+
+@triton.jit
+def whole_vectors(size, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
+    """`size`, for the compiler a multiple of VECTOR where the layout promises it."""
+    return vector_multiple(size, LAYOUT == ALIGNED, VECTOR)
 
 
 @triton.jit
@@ -50,14 +56,31 @@ def columns(cols, stride, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def load_e(e_ptr, e, k, e_bits, offsets, in_rows, ACC: tl.constexpr, E_TENSOR: tl.constexpr):
-    """e = 1 - alpha and k = 1/e of each row. A float comes as float32, and for float64 as its bits (arguments are float32)."""
+def load_e(e_ptr, e, e_bits, offsets, in_rows, ACC: tl.constexpr, E_TENSOR: tl.constexpr, CHECKED: tl.constexpr):
+    """e = 1 - alpha of each row. A float comes as float32, and for float64 as its bits (arguments are float32)."""
     if E_TENSOR:
-        row_e = checked_e(tl.load(e_ptr + offsets, mask=in_rows, other=1.0).to(ACC))
-        return row_e, 1.0 / row_e
+        return bounded_e(tl.load(e_ptr + offsets, mask=in_rows, other=1.0).to(ACC), CHECKED)
     elif ACC == tl.float64:  # noqa: SIM300  (ACC is no constant to Python)
-        row_e = tl.zeros(in_rows.shape, ACC) + e_bits.to(tl.float64, bitcast=True)
+        return tl.zeros(in_rows.shape, ACC) + e_bits.to(tl.float64, bitcast=True)
+    else:
+        return tl.zeros(in_rows.shape, ACC) + e
+
+
+@triton.jit
+def load_exponent(e_ptr, e, k, e_bits, offsets, in_rows, ACC: tl.constexpr, E_TENSOR: tl.constexpr):
+    """e, checked, and k = 1/e of each row."""
+    row_e = load_e(e_ptr, e, e_bits, offsets, in_rows, ACC, E_TENSOR, True)
+    if E_TENSOR or tl.float64 == ACC:
         return row_e, 1.0 / row_e
     else:
-        zero = tl.zeros(in_rows.shape, ACC)
-        return zero + e, zero + k
+        return row_e, tl.zeros(in_rows.shape, ACC) + k
+
+
+@triton.jit
+def head_exponent(e_ptr, e, k, head, E_TENSOR: tl.constexpr, CHECKED: tl.constexpr):
+    """e and k of attention's heads, one or several, in float32; the same number for all where it is a float."""
+    if E_TENSOR:
+        head_e = bounded_e(tl.load(e_ptr + head).to(tl.float32), CHECKED)
+        return head_e, 1.0 / head_e
+    else:
+        return e, k

@@ -1,4 +1,4 @@
-"""Triton arithmetic of the row operator: powers, the solver's step, its stop, the weight of Eq. 6. Equations: docs/theory.md.
+"""Triton arithmetic of all operators: powers, the solver's step, its stop, the weight of Eq. 6. Equations: docs/theory.md.
 Symbols: docs/glossary.md.
 
 Shapes: scores are tiles (ROWS, BLOCK); what belongs to a row is a vector (ROWS,). NaN needs no branch: it is never dead, so
@@ -134,6 +134,15 @@ def clamped_e(e):
 
 
 @triton.jit
+def bounded_e(e, CHECKED: tl.constexpr):
+    """`checked_e` if CHECKED, as a forward needs it; else `clamped_e`, as for a backward that comes after it."""
+    if CHECKED:
+        return checked_e(e)
+    else:
+        return clamped_e(e)
+
+
+@triton.jit
 def scaled_scores(x, m, e):
     """z = e (x - max x); in a fully masked row every z is -inf."""
     return e[:, None] * (x - tl.where(m == -float("inf"), 0.0, m)[:, None])
@@ -163,21 +172,37 @@ def sums(b, r):
 
 
 @triton.jit
+def integer_power(b, N: tl.constexpr):
+    """b^N by multiplications, for N of 1 to 5 and 8 to 10: what k of `INTEGER_EXPONENTS`, k - 1 and k - 2 can be."""
+    square = b * b
+    if N == 1:
+        power = b
+    elif N == 2:
+        power = square
+    elif N == 3:
+        power = square * b
+    elif N == 4:
+        power = square * square
+    elif N == 5:
+        power = square * square * b
+    else:
+        power = square * square
+        power = power * power
+        if N == 9:
+            power = power * b
+        elif N == 10:
+            power = power * square
+    return power
+
+
+@triton.jit
 def cheap_powers(z, delta, k, K: tl.constexpr, PTX: tl.constexpr):
     """`powers` where a power is cheap."""
     b = cheap_base(z, delta)
     if K == 2:
         r = tl.minimum(b * 2.0**100, 1.0)  # not a comparison: its predicates cost more
-    elif K == 3:
-        r = b
-    elif K == 4:
-        r = b * b
-    elif K == 5:
-        r = b * b * b
-    elif K == 10:
-        r = b * b
-        r = r * r
-        r = r * r
+    elif K > 0:
+        r = integer_power(b, K - 2)
     else:
         r = exp2_of((k[:, None] - 2.0) * log2_by_hardware(b, PTX), PTX)
         if K != ABOVE_2:  # where the logarithm of 0 gives 0
@@ -199,6 +224,20 @@ def powers(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constex
         b = tl.where(dead, 0.0, u + 1.0)
         r = tl.where(dead, 0.0, exp2_of((k[:, None] - 2.0) * log2_1p(u, False, PTX), PTX))
         return b, r
+
+
+@triton.jit
+def sums_at(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
+    """`sums` of a tile at a threshold."""
+    b, r = powers(z, delta, k, K, HARDWARE, PTX)
+    return sums(b, r)
+
+
+@triton.jit
+def with_sink(total, slope, curve, sink, m, delta, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
+    """`sums` with one score more for each row, the sink's (ROWS,)."""
+    own, own_slope, own_curve = sums_at(scaled_scores(sink[:, None], m, e), delta, k, K, HARDWARE, PTX)
+    return total + own, slope + own_slope, curve + own_curve
 
 
 @triton.jit
@@ -278,19 +317,7 @@ def weights_at(z, delta, k, scale, K: tl.constexpr, PTX: tl.constexpr):
     b = cheap_base(z, delta)
     if K <= 0:
         return exp2_of(k[:, None] * log2_by_hardware(b, PTX), PTX) * scale[:, None]
-    square = b * b
-    if K == 2:
-        p = square
-    elif K == 3:
-        p = square * b
-    elif K == 4:
-        p = square * square
-    elif K == 5:
-        p = square * square * b
-    else:
-        p = square * square
-        p = p * p * square
-    return p * scale[:, None]
+    return integer_power(b, K) * scale[:, None]
 
 
 @triton.jit

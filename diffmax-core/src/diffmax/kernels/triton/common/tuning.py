@@ -1,8 +1,8 @@
 """How kernels are launched on each architecture: what a vendor's tables hold, what else could be tried, how to try it.
 
-Where a table has no entry, rules in the code decide: `attention.tuning_forward`, `attention.tuning_backward`, the defaults of
-`Decode`. A benchmark runs an operator with each of `candidates` inside `with_settings`, puts the fastest into the
-architecture's table by `Table.with_entry`, and writes the file by `write_tables`.
+Where a table has no entry, the rules in the code decide: `attention.settings`, the defaults of `Decode`. A benchmark runs an
+operator with each of `candidates` inside `with_settings`, puts the fastest into the architecture's table by
+`Table.with_entry`, and writes the file by `write_tables`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from diffmax.kernels.triton.attention.tuning_backward import Block, backward_blocks
-from diffmax.kernels.triton.attention.tuning_forward import Settings, forward_settings
+from diffmax.kernels.triton.attention.settings import Block, Settings, backward_blocks, forward_settings
 
 
 @dataclass(frozen=True)
@@ -261,12 +260,12 @@ def with_settings(operator: Tunable, **launches: Launch) -> Iterator[None]:
 
     Args:
         operator: A vendor's, such as `diffmax_cuda.attention.operator`, `diffmax_cuda.rows.operator`,
-            `diffmax_cuda.kvcache.decoder`.
+            `diffmax_cuda.decoding.decoder`.
         launches: Settings by the kernel's name in `KERNELS`.
     Raises:
         TypeError: No such kernel, or settings of another class.
     Example:
-        >>> from diffmax.kernels.triton.attention.launch_forward import AttentionOperator
+        >>> from diffmax.kernels.triton.attention.launch import AttentionOperator
         >>> operator = AttentionOperator(lambda device: "sm90", lambda device: 132, ptx=True)
         >>> solver = candidates("attention_solve", torch.bfloat16, 64, "sm90")[1]
         >>> with with_settings(operator, attention_solve=solver):
@@ -309,9 +308,8 @@ def candidates(kernel: str, dtype: torch.dtype, size: int, architecture: str, *,
     elif kernel == "decode":
         found = _decoding()
     else:
-        blocks = backward_blocks(architecture, dtype, case.size)
-        which = {"attention_dq": "queries", "attention_dkv": "keys", "attention_dbias": "bias"}[kernel]
-        found = _backward(getattr(blocks, which), case.size, tall=kernel == "attention_dq")
+        rule = getattr(backward_blocks(architecture, dtype, case.size), kernel.removeprefix("attention_"))
+        found = _backward(rule, case.size, tall=kernel == "attention_dq")
     return list(dict.fromkeys(found))
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, Exponent, on_device, padded, power_of_two
 from diffmax.kernels.triton.common.tuning import Decode, Table, Tunable, no_table
 from diffmax.kernels.triton.decoding.read import kvcache_read_kernel
 from diffmax.kernels.triton.decoding.start import kvcache_start_kernel
 from diffmax.kernels.triton.decoding.tiles import LISTED, SLOTS
 from diffmax.kernels.triton.decoding.values import kvcache_values_kernel
-from diffmax.kernels.triton.rows.launch import SOLVED, Exponent, _on
 from diffmax.operators.common.numerics import newton_steps
 from diffmax.plugin import TILE, KVCacheCall, KVCacheResults
 from diffmax.reference.decoding import append, capacity
@@ -59,16 +59,16 @@ class Decoder(Tunable):
             return KVCacheResults(out.zero_(), m.fill_(-torch.inf), delta.zero_(), support.zero_(), pages)
 
         group = heads // kv_heads
-        block_d, block_v = _padded(size), _padded(value_size)
+        block_d, block_v = padded(size), padded(value_size)
         launch = self.tuned(self.table(device), "decode", query.dtype, max(size, value_size)) or Decode()
-        block_m = min(_padded(group * length), 32 if max(block_d, block_v) <= 64 else 16)
-        block_n = min(_padded(call.page_size), max(16, launch.tile_bytes // (max(block_d, block_v) * query.element_size())), 64)
+        block_m = min(padded(group * length), 32 if max(block_d, block_v) <= 64 else 16)
+        block_n = min(padded(call.page_size), max(16, launch.tile_bytes // (max(block_d, block_v) * query.element_size())), 64)
         blocks, parts = -(-group * length // block_m), -(-call.page_size // block_n)
         most_tiles = -(-room // call.page_size) * parts
         programs = batch * kv_heads * blocks
         splits = min(MOST_SPLITS, -(-most_tiles // launch.tiles_per_split))
         splits = min(splits, max(1, -(-launch.programs * self.processors(device) // programs)))
-        lanes = _power_of_two(splits)
+        lanes = power_of_two(splits)
 
         def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -104,7 +104,7 @@ class Decoder(Tunable):
             "PAGED": call.block_table is not None, "HAS_NEW": new > 0, "HAS_ROWS": call.cache_batch_idx is not None,
             "WINDOW": call.left >= 0 or call.right > 0 or (call.right == 0 and length > 1),
             "E_TENSOR": exponent.tensor, "K": exponent.integer, "PTX": self.ptx,
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": lanes, "enable_fp_fusion": True,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": lanes, **COMPILER_OPTIONS,
         }  # fmt: skip
         of_scores = {
             "HEAD_DIM": size, "BLOCK_D": block_d, "HAS_BOUNDS": call.low is not None, "SOFTCAP": call.softcap != 0,
@@ -114,7 +114,7 @@ class Decoder(Tunable):
         solving = {"CUT": SOLVED[torch.float32], "HAS_SINK": call.sink is not None}
         steps = 8 + newton_steps(200, room + 1, 1.0 if exponent.tensor else exponent.e, torch.float32)
         grid = (programs, splits)
-        with _on(device):
+        with on_device(device):
             kvcache_start_kernel[grid](
                 query, k_cache, v_cache, k, v, low, high, lengths, rows, table, e, alibi, tops, work, counters,
                 **queries, **keys, **values, **sizes, **scoring, pages=-(-room // call.page_size),
@@ -203,11 +203,3 @@ class Decoder(Tunable):
 
 def _strides(letter: str, t: Tensor) -> dict[str, int]:
     return {f"{letter}_{axis}": step for axis, step in zip("bshd", t.stride(), strict=True)}
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _padded(n: int) -> int:
-    return max(16, _power_of_two(n))

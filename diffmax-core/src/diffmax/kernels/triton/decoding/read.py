@@ -7,7 +7,15 @@ they hold all; else one step is taken from the guess. The third launch says whet
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, HARDWARE_NONE, next_iterate, powers, scaled_scores, unsolved
+from diffmax.kernels.triton.common.numerics import (
+    HALLEY_STEPS,
+    HARDWARE_NONE,
+    next_iterate,
+    powers,
+    scaled_scores,
+    unsolved,
+    with_sink,
+)
 from diffmax.kernels.triton.decoding.tiles import (
     COUNT,
     GUESS_DELTA,
@@ -34,14 +42,6 @@ from diffmax.kernels.triton.decoding.tiles import (
 )
 
 _EPS = tl.constexpr(2.0**-23)
-
-
-@triton.jit
-def with_sink(total, slope, curve, sink, m, delta, k, e, K: tl.constexpr, PTX: tl.constexpr):
-    """The sums with the sink's score among the others."""
-    b, r = powers(scaled_scores(sink[:, None], m, e), delta, k, K, HARDWARE_NONE, PTX)
-    b, r = tl.sum(b, axis=1), tl.sum(r, axis=1)
-    return total + r * b * b, slope + r * b, curve + r
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def kvcache_read_kernel(
         curve = tl.sum(read_slot(work_ptr, block, SUMS + 2, splits, 0.0, BLOCK_M, SPLITS), axis=1)
         started = moved(guess, origin, m, row_e)
         if HAS_SINK:
-            total, slopes, curve = with_sink(total, slopes, curve, sink, m, started, row_k, row_e, K, PTX)
+            total, slopes, curve = with_sink(total, slopes, curve, sink, m, started, row_e, row_k, K, HARDWARE_NONE, PTX)
         useful = (started >= 0.0) & (total > 0.0) & (total < 1e30) & (slopes > 0.0)
         start = tl.where(useful, started, low)
         total, slopes, curve = tl.where(useful, total, 1.0), tl.where(useful, slopes, 1.0), tl.where(useful, curve, 1.0)
@@ -175,7 +175,7 @@ def kvcache_read_kernel(
                 slopes += tl.sum(r * base, axis=1)
                 curve += tl.sum(r, axis=1)
             if HAS_SINK:
-                total, slopes, curve = with_sink(total, slopes, curve, sink, m, delta, row_k, row_e, K, PTX)
+                total, slopes, curve = with_sink(total, slopes, curve, sink, m, delta, row_e, row_k, K, HARDWARE_NONE, PTX)
             far = whole & in_rows & unsolved(total, slopes, curve, delta, row_e, row_k, size, CUT)
             going = tl.max(far.to(tl.int32), axis=0)
             bends = far & (step < HALLEY_STEPS)

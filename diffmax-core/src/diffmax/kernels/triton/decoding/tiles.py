@@ -7,7 +7,8 @@ the group. A page of the cache has `parts` tiles of BLOCK_N tokens, so that no t
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.numerics import checked_e, expm1_of
+from diffmax.kernels.triton.common.layout import head_exponent
+from diffmax.kernels.triton.common.numerics import expm1_of
 
 # What the programs of one block of rows, `split` over the cache, leave for the next launch, each (BLOCK_M, SPLITS):
 SAMPLE_TOP = tl.constexpr(0)  # of the sample that the lower bound is taken from: its largest score and its delta
@@ -127,12 +128,11 @@ def load_queries(q_ptr, b, head, query, in_rows, q_b, q_l, q_h, q_d, HEAD_DIM: t
 @triton.jit
 def exponents(e_ptr, e, k, head, E_TENSOR: tl.constexpr):
     """e = 1 - alpha and 1/e of every row."""
-    if E_TENSOR:
-        row_e = checked_e(tl.load(e_ptr + head))
-        return row_e, 1.0 / row_e
-    else:
+    row_e, row_k = head_exponent(e_ptr, e, k, head, E_TENSOR, True)
+    if not E_TENSOR:
         zero = tl.zeros(head.shape, tl.float32)
-        return zero + e, zero + k
+        row_e, row_k = zero + row_e, zero + row_k
+    return row_e, row_k
 
 
 @triton.jit

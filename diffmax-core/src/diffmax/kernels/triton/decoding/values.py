@@ -16,8 +16,8 @@ from diffmax.kernels.triton.common.numerics import (
     powers,
     scaled_scores,
     unsolved,
+    with_sink,
 )
-from diffmax.kernels.triton.decoding.read import with_sink
 from diffmax.kernels.triton.decoding.tiles import (
     SUMS,
     SUPPORT,
@@ -144,7 +144,7 @@ def kvcache_values_kernel(
         curve = tl.sum(read_slot(work_ptr, block, SUMS + 2, splits, 0.0, BLOCK_M, SPLITS), axis=1)
         support = tl.sum(read_slot(work_ptr, block, SUPPORT, splits, 0.0, BLOCK_M, SPLITS), axis=1)
         if HAS_SINK:
-            total, slopes, curve = with_sink(total, slopes, curve, sink, m, delta, row_k, row_e, K, PTX)
+            total, slopes, curve = with_sink(total, slopes, curve, sink, m, delta, row_e, row_k, K, HARDWARE_NONE, PTX)
         # beyond the root so far that nothing is left of the sum, which `unsolved` takes for a row that sees nothing
         missed = (total == 0.0) & (m > -float("inf"))
         far = in_rows & (missed | unsolved(total, slopes, curve, delta, row_e, row_k, size, CUT))
@@ -171,7 +171,7 @@ def kvcache_values_kernel(
                     slopes += tl.sum(r * base, axis=1)
                     curve += tl.sum(r, axis=1)
                 if HAS_SINK:
-                    total, slopes, curve = with_sink(total, slopes, curve, sink, m, delta, row_k, row_e, K, PTX)
+                    total, slopes, curve = with_sink(total, slopes, curve, sink, m, delta, row_e, row_k, K, HARDWARE_NONE, PTX)
                 far = in_rows & unsolved(total, slopes, curve, delta, row_e, row_k, size, CUT)
                 going = tl.max(far.to(tl.int32), axis=0)
                 safe, safe_slopes = tl.where(far, total, 1.0), tl.where(far, slopes, 1.0)
@@ -202,7 +202,7 @@ def kvcache_values_kernel(
                     out += times_values(r * base * base, values)
                     tilt += times_values(r * base, values)
             if HAS_SINK:
-                total, slopes, curve = with_sink(total, slopes, curve, sink, m, delta, row_k, row_e, K, PTX)
+                total, slopes, curve = with_sink(total, slopes, curve, sink, m, delta, row_e, row_k, K, HARDWARE_NONE, PTX)
 
         step, scale, delta = finishing(delta, total, slopes, curve, row_e, row_k, size, CUT, True)
         # p - k b^(k-1) dt, and k dt is what `overshoot` says

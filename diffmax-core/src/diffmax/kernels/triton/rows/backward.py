@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.layout import columns, place, row_starts, whole_vectors
+from diffmax.kernels.triton.common.layout import columns, load_e, place, row_starts, whole_vectors
 from diffmax.kernels.triton.common.numerics import alpha_weight
-from diffmax.kernels.triton.rows.gradient import load_clamped_e, slopes
+from diffmax.kernels.triton.rows.gradient import slopes
 
 
 @triton.jit(do_not_specialize=["n", "size_1", "size_2", "g_0", "g_1", "g_2", "g_col", "p_0", "p_1", "p_2", "p_col",
@@ -36,7 +36,7 @@ def bisect_bwd_rows_kernel(
     p = tl.load(p_ptr + at_p, mask=inside, other=0.0).to(ACC)
     g = tl.load(g_ptr + at_g, mask=inside, other=0.0).to(ACC)
     e_starts = index_0 * e_0 + index_1 * e_1 + rows.to(tl.int64) * e_2
-    row_e = load_clamped_e(e_ptr, e, e_bits, e_starts, in_rows, ACC, E_TENSOR)
+    row_e = load_e(e_ptr, e, e_bits, e_starts, in_rows, ACC, E_TENSOR, False)
     places = (index_0 * size_1 + index_1) * size_2 + rows
     x, m, delta = p, row_e, row_e
     if FROM_X:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.layout import columns, load_e, place, row_starts, whole_vectors
+from diffmax.kernels.triton.common.layout import columns, load_exponent, place, row_starts, whole_vectors
 from diffmax.kernels.triton.common.numerics import (
     HALLEY_STEPS,
     cheap_powers,
@@ -43,7 +43,7 @@ def bisect_rows_kernel(
     starts = row_starts(index_0, index_1, rows, x_0, x_1, x_2, X_LAYOUT, VECTOR)
     x = tl.load(x_ptr + starts[:, None] + columns(cols, x_col, X_LAYOUT)[None, :], mask=inside, other=-float("inf")).to(ACC)
     e_starts = index_0 * e_0 + index_1 * e_1 + rows.to(tl.int64) * e_2
-    row_e, row_k = load_e(e_ptr, e, k, e_bits, e_starts, in_rows, ACC, E_TENSOR)
+    row_e, row_k = load_exponent(e_ptr, e, k, e_bits, e_starts, in_rows, ACC, E_TENSOR)
 
     m = tl.max(x, axis=1)
     z = scaled_scores(x, m, row_e)

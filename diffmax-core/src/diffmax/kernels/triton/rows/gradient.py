@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.numerics import clamped_e, exp2_of, log2_1p, log2_of
+from diffmax.kernels.triton.common.numerics import exp2_of, log2_1p, log2_of
 
 
 @triton.jit
@@ -25,14 +25,3 @@ def slopes(p, x, m, delta, e, FROM_X: tl.constexpr, PTX: tl.constexpr):
         live = p != 0.0
         log_p = tl.where(live, log2_of(p), 0.0)
     return weight, tl.where(live, exp2_of((1.0 - e)[:, None] * log_p, PTX), 0.0), log_p
-
-
-@triton.jit
-def load_clamped_e(e_ptr, e, e_bits, offsets, in_rows, ACC: tl.constexpr, E_TENSOR: tl.constexpr):
-    """e of each row, raised to the softmax limit."""
-    if E_TENSOR:
-        return clamped_e(tl.load(e_ptr + offsets, mask=in_rows, other=1.0).to(ACC))
-    elif ACC == tl.float64:  # noqa: SIM300  (ACC is no constant to Python)
-        return tl.zeros(in_rows.shape, ACC) + e_bits.to(tl.float64, bitcast=True)
-    else:
-        return tl.zeros(in_rows.shape, ACC) + e

@@ -7,8 +7,6 @@ and five integer exponents; not for each length, stride or alpha.
 
 from __future__ import annotations
 
-import contextlib
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +16,16 @@ from torch import Tensor
 
 from diffmax.kernels.triton.common import geometry
 from diffmax.kernels.triton.common.geometry import Geometry, View
-from diffmax.kernels.triton.common.numerics import ABOVE_2, ANY_K, HARDWARE_ALL, HARDWARE_FIRST, HARDWARE_NONE
+from diffmax.kernels.triton.common.launch import (
+    COMPILER_OPTIONS,
+    SERIES_TERMS,
+    SMALLEST_E_FOR_HARDWARE,
+    SOLVED,
+    Exponent,
+    on_device,
+    padded,
+)
+from diffmax.kernels.triton.common.numerics import HARDWARE_ALL, HARDWARE_FIRST, HARDWARE_NONE
 from diffmax.kernels.triton.common.tuning import Stream, Table, Tile, Tunable
 from diffmax.kernels.triton.rows.backward import bisect_bwd_rows_kernel
 from diffmax.kernels.triton.rows.forward import bisect_rows_kernel
@@ -31,53 +38,9 @@ from diffmax.kernels.triton.rows.split import (
     split_write_kernel,
 )
 from diffmax.kernels.triton.rows.stream import bisect_stream_kernel
-from diffmax.operators.common.numerics import MIN_E, accumulation_dtype, integer_exponent, newton_steps
-
-# A row is solved where the linear step that remains is at most this, in units of its largest base: the error is its square / 2.
-SOLVED = {torch.float64: 1e-9, torch.float32: 2.4e-4, torch.float16: 2e-3, torch.bfloat16: 2e-3}
-
-# The hardware's log2 is off by 2^-22, which k multiplies: for a larger k its sums say too little
-SMALLEST_E_FOR_HARDWARE = 1 / 64
-
-# Terms of Eq. 6's series: as many as `diffmax.operators.common.numerics` has
-SERIES_TERMS = {torch.float32: 10, torch.float64: 17}
+from diffmax.operators.common.numerics import accumulation_dtype, newton_steps
 
 MOST_CHUNKS = 512
-
-
-@dataclass(frozen=True)
-class Exponent:
-    """What the kernels are told of e = 1 - alpha: a float, or a tensor that they read.
-
-    What is decided here about a float is decided of the numbers that the kernels compute with: float32 has no k between 2 and
-    2 + 2e-7.
-
-    Attributes:
-        e, k: As the kernels have them, k = 1/e.
-        bits: Of e as float64.
-        integer: k, if it is one of the exponents that are multiplications; else 0.
-        tensor: Whether they read e.
-    """
-
-    e: float
-    k: float
-    bits: int
-    integer: int
-    tensor: bool
-
-    @classmethod
-    def of(cls, e: float | Tensor, acc: torch.dtype) -> Exponent:
-        """From the contract's argument, for kernels that compute in `acc`."""
-        if isinstance(e, Tensor):
-            return cls(1.0, 1.0, _bits(1.0), 0, True)
-        e = max(e, MIN_E)
-        k, integer = 1 / e, integer_exponent(e, acc)
-        return cls(*((e, k) if acc == torch.float64 else (_float32(e), _float32(k))), _bits(e), integer, False)
-
-    @property
-    def code(self) -> int:
-        """As the kernels' K, where `ABOVE_2` has one of its own."""
-        return self.integer or int(ABOVE_2 if self.k > 2 and not self.tensor else ANY_K)
 
 
 class RowOperator(Tunable):
@@ -125,14 +88,14 @@ class RowOperator(Tunable):
         }
         view_x, view_p = shape.views
         tile = self._tile("rows", table.forward_float64 if acc == torch.float64 else table.forward, n, table, shape, x.dtype)
-        with _on(x.device):
+        with on_device(x.device):
             if tile is not None:
                 bisect_rows_kernel[_grid(shape, tile.rows)](
                     x, p, m, delta, e_tensor,
                     **_strides("x", view_x), **_strides("p", view_p), **_e_strides(shape), **_sizes(shape, n),
                     **scalars, **limits, **fixed,
                     P_LAYOUT=view_p.layout, ENSURE_SUM_ONE=ensure_sum_one, HARDWARE=_hardware(exponent, x.dtype),
-                    ROWS=tile.rows, BLOCK=_padded(n), KEEP=tile.keep, num_warps=tile.warps,
+                    ROWS=tile.rows, BLOCK=padded(n), KEEP=tile.keep, num_warps=tile.warps,
                 )  # fmt: skip
                 return p, m, delta
             cut, chunks = self._cut("", table, x, shape.rows, n)
@@ -178,12 +141,12 @@ class RowOperator(Tunable):
         is_double = m.dtype == torch.float64
         tiles = table.backward_float64 if is_double else table.backward
         tile = self._tile("rows_backward", tiles, n, table, shape, p.dtype)
-        with _on(p.device):
+        with on_device(p.device):
             if tile is not None:
                 grad_e = torch.empty(m.shape if needs_e else (0,), dtype=m.dtype, device=p.device)
                 bisect_bwd_rows_kernel[_grid(shape, tile.rows)](
                     grad, p, x, m, delta, e_tensor, grad_x, grad_e if needs_e else m,
-                    **shared, ROWS=tile.rows, BLOCK=_padded(n), num_warps=tile.warps,
+                    **shared, ROWS=tile.rows, BLOCK=padded(n), num_warps=tile.warps,
                 )  # fmt: skip
                 return grad_x, grad_e
             cut, chunks = self._cut("_backward", table, p, shape.rows, n)
@@ -220,16 +183,16 @@ class RowOperator(Tunable):
         self, kernel: str, tiles: Mapping[int, Tile], n: int, table: Table, shape: Geometry, dtype: torch.dtype
     ) -> Tile | None:
         """The tile for rows of length n; None where they are streamed."""
-        padded = _padded(n)
-        tile: Tile | None = tiles.get(padded)
+        width = padded(n)
+        tile: Tile | None = tiles.get(width)
         if tile is None:
             return None
         tile = self.tuned(table, kernel, dtype, n) or tile
         if geometry.ROWS_ADJACENT not in (view.layout for view in shape.views):
             return tile
         # neighbouring rows share cache lines: take more of them, as far as registers go
-        rows = max(tile.rows, min(16, table.adjacent_elements // padded))
-        return replace(tile, rows=rows, warps=max(tile.warps, min(16, rows * padded // 1024)))
+        rows = max(tile.rows, min(16, table.adjacent_elements // width))
+        return replace(tile, rows=rows, warps=max(tile.warps, min(16, rows * width // 1024)))
 
     def _cut(self, suffix: str, table: Table, x: Tensor, rows: int, n: int) -> tuple[Stream, int]:
         """Tiles of rows that are streamed, and by how many programs each row is."""
@@ -310,18 +273,13 @@ class _LongCall:
         return torch.empty(self.shape.rows * per_row, dtype=self.m.dtype, device=self.x.device)
 
 
-def _padded(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def _grid(shape: Geometry, rows: int) -> tuple[int]:
     size_0, size_1, size_2 = shape.sizes
     return (size_0 * size_1 * -(-size_2 // rows),)
 
 
 def _sizes(shape: Geometry, n: int) -> dict[str, int]:
-    # a * b + c in one rounding, said aloud: Triton's default is about to change
-    return {"n": n, "size_1": shape.sizes[1], "size_2": shape.sizes[2], "enable_fp_fusion": True}
+    return {"n": n, "size_1": shape.sizes[1], "size_2": shape.sizes[2], **COMPILER_OPTIONS}
 
 
 def _strides(letter: str, view: View) -> dict[str, int]:
@@ -344,19 +302,3 @@ def _expected_iterates(exponent: Exponent) -> int:
     if exponent.tensor:
         return 4
     return 3 if exponent.k >= 2 else 5
-
-
-def _float32(number: float) -> float:
-    rounded: float = struct.unpack("<f", struct.pack("<f", number))[0]
-    return rounded
-
-
-def _bits(e: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", e))[0])
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensors' one."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.layout import columns, row_starts, whole_vectors
+from diffmax.kernels.triton.common.layout import columns, load_e, row_starts, whole_vectors
 from diffmax.kernels.triton.common.numerics import alpha_weight
-from diffmax.kernels.triton.rows.gradient import load_clamped_e, slopes
+from diffmax.kernels.triton.rows.gradient import slopes
 from diffmax.kernels.triton.rows.split import whose
 
 
@@ -50,7 +50,7 @@ def bisect_bwd_long_kernel(
     g_start = row_starts(index_0, index_1, rows, g_0, g_1, g_2, G_LAYOUT, VECTOR)
     p_start = row_starts(index_0, index_1, rows, p_0, p_1, p_2, P_LAYOUT, VECTOR)
     e_start = index_0 * e_0 + index_1 * e_1 + rows.to(tl.int64) * e_2
-    row_e = load_clamped_e(e_ptr, e, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
+    row_e = load_e(e_ptr, e, e_bits, e_start, rows < size_2, ACC, E_TENSOR, False)
     m, delta = row_e, row_e
     lane = tl.arange(0, 1)
     if FROM_X:

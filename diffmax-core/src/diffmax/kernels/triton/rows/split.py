@@ -9,7 +9,7 @@ see the same bits, at every run.
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.layout import load_e, place, row_starts, whole_vectors
+from diffmax.kernels.triton.common.layout import load_e, load_exponent, place, row_starts, whole_vectors
 from diffmax.kernels.triton.common.numerics import expm1_of, finishing, first_iterate, next_iterate, unsolved
 from diffmax.kernels.triton.rows.stream import solve_alone
 from diffmax.kernels.triton.rows.tiles import largest_of_tiles, solver_sums, start_sums, store_weights
@@ -85,7 +85,7 @@ def split_start_kernel(
     index_0, index_1, rows, row, chunk, first, last = whose(tl.program_id(0), chunks, tiles, size_1, size_2)
     start = row_starts(index_0, index_1, rows, x_0, x_1, x_2, X_LAYOUT, VECTOR)
     e_start = index_0 * e_0 + index_1 * e_1 + rows.to(tl.int64) * e_2
-    row_e, _ = load_e(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
+    row_e = load_e(e_ptr, e, e_bits, e_start, rows < size_2, ACC, E_TENSOR, True)
     m = largest(chunk_tops_ptr, row, chunks, CHUNKS)
     z_sum, count = start_sums(x_ptr, start, first, last, n, x_col, tops_ptr + row * tiles, m, row_e, ACC, X_LAYOUT, BLOCK)
     put_sums(sums_ptr, row, chunk, z_sum, count, tl.zeros((1,), ACC), CHUNKS)
@@ -108,7 +108,7 @@ def split_step_kernel(
     index_0, index_1, rows, row, chunk, first, last = whose(tl.program_id(0), chunks, tiles, size_1, size_2)
     start = row_starts(index_0, index_1, rows, x_0, x_1, x_2, X_LAYOUT, VECTOR)
     e_start = index_0 * e_0 + index_1 * e_1 + rows.to(tl.int64) * e_2
-    row_e, row_k = load_e(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
+    row_e, row_k = load_exponent(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
     m = largest(chunk_tops_ptr, row, chunks, CHUNKS)
     size = n.to(ACC)
     high = -expm1_of(-row_e * tl.log(size))
@@ -163,7 +163,7 @@ def split_finish_kernel(
     index_0, index_1, rows, row, _, _, _ = whose(tl.program_id(0), 1, tiles, size_1, size_2)
     start = row_starts(index_0, index_1, rows, x_0, x_1, x_2, X_LAYOUT, VECTOR)
     e_start = index_0 * e_0 + index_1 * e_1 + rows.to(tl.int64) * e_2
-    row_e, row_k = load_e(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
+    row_e, row_k = load_exponent(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
     m = largest(chunk_tops_ptr, row, chunks, CHUNKS)
     size = n.to(ACC)
     high = -expm1_of(-row_e * tl.log(size))
@@ -205,7 +205,7 @@ def split_write_kernel(
     start = row_starts(index_0, index_1, rows, x_0, x_1, x_2, X_LAYOUT, VECTOR)
     p_start = row_starts(index_0, index_1, rows, p_0, p_1, p_2, P_LAYOUT, VECTOR)
     e_start = index_0 * e_0 + index_1 * e_1 + rows.to(tl.int64) * e_2
-    row_e, row_k = load_e(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
+    row_e, row_k = load_exponent(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
     lane = tl.arange(0, 1)
     m = tl.load(m_ptr + row + lane)
     ends = ends_ptr + row * 3 + lane

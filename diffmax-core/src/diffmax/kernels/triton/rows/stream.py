@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.layout import load_e, place, row_starts, whole_vectors
+from diffmax.kernels.triton.common.layout import load_exponent, place, row_starts, whole_vectors
 from diffmax.kernels.triton.common.numerics import (
     HALLEY_STEPS,
     expm1_of,
@@ -55,7 +55,7 @@ def bisect_stream_kernel(
     start = row_starts(index_0, index_1, rows, x_0, x_1, x_2, X_LAYOUT, VECTOR)
     p_start = row_starts(index_0, index_1, rows, p_0, p_1, p_2, P_LAYOUT, VECTOR)
     e_start = index_0 * e_0 + index_1 * e_1 + rows.to(tl.int64) * e_2
-    row_e, row_k = load_e(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
+    row_e, row_k = load_exponent(e_ptr, e, k, e_bits, e_start, rows < size_2, ACC, E_TENSOR)
     tiles = tl.cdiv(n, BLOCK)
     tops_ptr += tl.program_id(0).to(tl.int64) * tiles
 
