@@ -227,9 +227,9 @@ class InPlace(reference.Whole):
 def test_in_place_and_out_of_place_are_the_same():
     call, query, key = one_of_each()
     products = reference.products(query, key, call.scale)
-    expected = rules.apply(products, call, reference.Whole.of(query, key, call), sink=False)
+    expected = rules.apply(products, call, reference.Whole.of(query, key, call), rules.acting(call, sink=False))
     given = products.clone()
-    got = rules.apply(given, call, InPlace.of(query, key, call), sink=False)
+    got = rules.apply(given, call, InPlace.of(query, key, call), rules.acting(call, sink=False))
     assert torch.equal(got, expected)
     assert got.data_ptr() == given.data_ptr()
 

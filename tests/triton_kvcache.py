@@ -42,6 +42,8 @@ REACH = (
     "grouped heads",
     "alpha per head",
     "dense",
+    "late start",
+    "late start, pages, bounds, window, new token",
 )
 
 

@@ -2,7 +2,12 @@
 
 import sys
 
+from diffmax import functional as functional
+from diffmax import losses as losses
 from diffmax import nn as nn
+from diffmax import reference_attention as reference_attention
+from diffmax import reference_dropout as reference_dropout
+from diffmax import reference_kvcache as reference_kvcache
 from diffmax.errors import BackendError, DiffmaxError, NoBackendError
 from diffmax.machine import discovery, dispatch, name_conflict
 from diffmax.machine.dispatch import register_backend, unregister_backend, use_backend

@@ -29,7 +29,7 @@ def shared_kernels(package: str) -> dict[str, Kernel]:
         "attention_kvcache": Kernel(
             f"{decoding}:attention_kvcache",
             FLOATS,
-            ALPHA | SCORES | {"kv_cache", "paged", "attention_stats"},
+            ALPHA | SCORES | {"kv_cache", "paged", "leftpad", "attention_stats"},
             MOST_ENTRIES,
             warmup=f"{decoding}:warmup",
         ),

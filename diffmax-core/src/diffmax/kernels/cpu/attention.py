@@ -73,14 +73,14 @@ def attention(
     u = torch.zeros_like(out) if keep else out.new_empty(0)
     live = torch.zeros(live_shape(query, key, call) if keep or stats else (0,), dtype=torch.int32)
     support = torch.zeros(shape if stats else (0,), dtype=torch.int32)
-    scratch, work = _Scratch(acc), _Scratch(acc)
+    scratch, work, acting = _Scratch(acc), _Scratch(acc), rules.acting(call, sink=False)
     for part in parts(query, key, call):
         keys, values = part.keys_of(key), part.keys_of(value)
         for block in part.blocks(call):
             v = values[:, block.first : block.last]
             q, k = block.rows_of(query).mul_(call.scale), keys[:, block.first : block.last]
             scores = torch.matmul(q, k.mT, out=scratch.of(q.shape[0], q.shape[1], k.shape[1]))
-            block.completed(scores, call)
+            block.completed(scores, call, acting)
             e, sink = block.e_of(call.e), None if call.sink is None else block.of_heads(call.sink)
             columns = _candidate_columns(scores[0], e, sink, work) if part.heads == 1 else None
             if columns is not None:
@@ -126,6 +126,7 @@ def attention_backward(
     grad_e, grad_sink = (torch.zeros(m.shape if needed else (0,), dtype=m.dtype) for needed in (wanted.e, wanted.sink))
     grad_bias = torch.zeros(call.bias.shape if wanted.bias and call.bias is not None else (0,), dtype=m.dtype)
     scratch = [_Scratch(m.dtype) for _ in range(5)]
+    acting, has_slope = rules.acting(call, sink=False), rules.has_slope(call)
     for part in parts(query, key, call):
         keys, values = part.keys_of(key), part.keys_of(value)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -138,8 +139,8 @@ def attention_backward(
             q, g = block.rows_of(query).mul_(call.scale), block.rows_of(grad)
             scores, d_p, p, s = (memory.of(q.shape[0], q.shape[1], k.shape[1]) for memory in scratch[:4])
             torch.matmul(q, k.mT, out=scores)
-            memory = scratch[4].of(*scores.shape) if rules.has_slope(call) else None
-            _, slope = block.completed(scores, call, columns, memory)
+            memory = scratch[4].of(*scores.shape) if has_slope else None
+            _, slope = block.completed(scores, call, acting, columns, memory)
             of_alpha = _weights_again(scores, p, s, block, saved, call, wanted.e, again)
             torch.matmul(g, v.mT, out=d_p)
             if call.dropout_p > 0:

@@ -145,17 +145,22 @@ class Block:
         view.copy_(rows.view(view.shape))
 
     def completed(
-        self, scores: Tensor, call: AttentionCall, columns: Tensor | None = None, slope: Tensor | None = None
+        self,
+        scores: Tensor,
+        call: AttentionCall,
+        some: tuple[rules.Rule, ...],
+        columns: Tensor | None = None,
+        slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Scaled products (key heads, rows, keys), of all keys or of these columns, after every rule but the sink's, in place.
+        """Scaled products (key heads, rows, keys), of all keys or of these columns, after some rules, in place.
 
         And the rules' slope, written to `slope` if that is given; None: 1.
         """
         region, view = _BlockRegion(self, call, columns), self._by_head(scores)
         if slope is None:
-            rules.apply(view, call, region, sink=False)
+            rules.apply(view, call, region, some)
             return scores, None
-        _, found = rules.apply_with_slope(view, call, region, sink=False, out=self._by_head(slope))
+        _, found = rules.apply_with_slope(view, call, region, some, self._by_head(slope))
         return scores, None if found is None else found.view(scores.shape)
 
     def add_to_bias(self, total: Tensor, d_s: Tensor, columns: Tensor | None) -> None:

@@ -47,11 +47,12 @@ def attention_kvcache(
     pages = torch.zeros((batch, kv_heads) if stats else (0,), dtype=torch.int32)
     if out.numel() == 0:
         return KVCacheResults(out, m, delta, support, pages)
+    acting = rules.acting(call, sink=False)
     for b, end in enumerate(lengths(k_cache, call).tolist()):
         for g in range(kv_heads):
             heads_of_g = slice(g * group, (g + 1) * group)
             q = query[b, :, heads_of_g].transpose(0, 1).to(acc).reshape(-1, size) * call.scale
-            head = _Head(call, k_cache, v_cache, b, g, end, q, length, heads_of_g, solve)
+            head = _Head(call, k_cache, v_cache, b, g, end, q, length, heads_of_g, solve, acting)
             values, row_m, row_delta, row_support = head.attend(stats)
             out[b, :, heads_of_g] = values.view(group, length, -1).transpose(0, 1).to(out.dtype)
             m[b, heads_of_g], delta[b, heads_of_g] = row_m.view(group, length), row_delta.view(group, length)
@@ -75,6 +76,7 @@ class _Head:
     length: int
     heads: slice
     solve: Solve
+    acting: tuple[rules.Rule, ...]
     pages_read: int = 0
 
     def __post_init__(self) -> None:
@@ -158,7 +160,7 @@ class _Head:
 
     def _after_rules(self, scores: Tensor, tokens: Tensor | None) -> Tensor:
         """Scaled products with these tokens, or with all, after every rule but the sink's, in place."""
-        return rules.apply(scores, self.call, _HeadRegion(self, tokens), sink=False)
+        return rules.apply(scores, self.call, _HeadRegion(self, tokens), self.acting)
 
     # pages
 

@@ -299,19 +299,24 @@ def features(call: Call) -> frozenset[str]:
     return frozenset[str]().union(*(rule.features(call) for rule in RULES))
 
 
-def apply(scores: Tensor, call: Call, region: Region, sink: bool = True) -> Tensor:
-    """Scaled products of queries and keys, which may be given up, after every rule; without the sink's column if not `sink`."""
-    for rule in _acting(call, region, sink):
+def acting(call: Call, sink: bool = True) -> tuple[Rule, ...]:
+    """The rules that a call needs, without the sink's if not `sink`: asked once for all blocks of a call."""
+    return tuple(rule for rule in RULES if (rule.features(call) or type(rule) is Padding) and (sink or type(rule) is not Sink))
+
+
+def apply(scores: Tensor, call: Call, region: Region, some: tuple[Rule, ...] | None = None) -> Tensor:
+    """Scaled products of queries and keys, which may be given up, after every rule, or after those of `some`."""
+    for rule in acting(call) if some is None else some:
         scores = rule.apply(scores, call, region)
     return scores
 
 
 def apply_with_slope(
-    scores: Tensor, call: Call, region: Region, sink: bool = True, out: Tensor | None = None
+    scores: Tensor, call: Call, region: Region, some: tuple[Rule, ...] | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `apply`, and the derivative of each score in the product before the rules, written to `out` if given; None: 1."""
     slope = None
-    for rule in _acting(call, region, sink):
+    for rule in acting(call) if some is None else some:
         scores = rule.apply(scores, call, region)
         own = rule.slope(scores, call, out if slope is None else None)
         if own is not None:
@@ -347,10 +352,6 @@ def visible_span(first: Any, last: Any, left: int, right: int, keys: Any) -> tup
     if isinstance(low, Tensor):
         return low.clamp_min(0), torch.minimum(high, torch.as_tensor(keys, device=low.device))
     return max(low, 0), min(high, keys)
-
-
-def _acting(call: Call, region: Region, sink: bool) -> list[Rule]:
-    return [rule for rule in RULES if (rule.features(call) or type(rule) is Padding) and (sink or type(rule) is not Sink)]
 
 
 def _columns(keys: Tensor, columns: slice) -> Tensor:

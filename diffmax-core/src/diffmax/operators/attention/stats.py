@@ -28,6 +28,9 @@ class AttentionStats(NamedTuple):
     tile_sparsity: Tensor
 
 
+AttentionStats.__module__ = "diffmax"  # where pickles look for it
+
+
 def tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall) -> Tensor:
     """The share of empty tiles, by head, of those that causality and window leave."""
     if live.ndim == 1:

@@ -114,9 +114,10 @@ class Schema(Generic[Arguments]):
         return slots
 
     def _kind(self, kind: Any) -> str:
-        if get_args(kind):
-            return f"{self._kind(get_args(kind)[0])}?"
-        return {Tensor: "Tensor", float: "float", bool: "bool", int: self._integer, str: "str"}[kind]
+        known = {Tensor: "Tensor", float: "float", bool: "bool", int: self._integer, str: "str", Tensor | None: "Tensor?"}
+        if kind not in known:
+            raise TypeError(f"schema of {self.name}: a field may be {', '.join(map(str, known))}, got {kind}")
+        return known[kind]
 
     def _declared(self, mutated: Sequence[str]) -> str:
         marks = {name: f"({chr(ord('a') + place)}!)" for place, name in enumerate(mutated)}

@@ -132,7 +132,10 @@ def register(spec: OperatorSpec) -> None:
 
 def spec_of(operator: str) -> OperatorSpec:
     """The spec that has this kernel, or that public function."""
-    return next(spec for spec in SPECS.values() if operator in spec.kernels or operator in spec.functions)
+    for spec in SPECS.values():
+        if operator in spec.kernels or operator in spec.functions:
+            return spec
+    raise ValueError(f"no operator is named {operator!r}, known: {', '.join(SPECS)}")
 
 
 def adapted(operator: str, function: Callable[..., Any], version: tuple[int, int]) -> Callable[..., Any]:

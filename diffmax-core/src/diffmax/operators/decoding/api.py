@@ -48,6 +48,10 @@ class KVCacheStats(NamedTuple):
     pages_read: Tensor
 
 
+for _kind in (PageBounds, KVCacheStats):
+    _kind.__module__ = "diffmax"  # where pickles look for them
+
+
 def page_bounds(
     k_cache: Tensor, cache_seqlens: int | Tensor, block_table: Tensor | None = None, page_size: int = TILE
 ) -> PageBounds:

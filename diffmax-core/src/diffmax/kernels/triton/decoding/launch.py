@@ -83,7 +83,7 @@ class Decoder(Tunable):
         new = 0 if call.k is None else call.k.shape[1]
         low, high = (call.low, call.high) if call.low is not None and call.high is not None else (k_cache, k_cache)
         table = none if call.block_table is None else call.block_table.contiguous()
-        rows = none if call.cache_batch_idx is None else call.cache_batch_idx.contiguous()
+        places, kind = _places(call, none)
         alibi = work if call.alibi is None else call.alibi.contiguous()
         e, sink = (t.contiguous() if isinstance(t, Tensor) else work for t in (call.e, call.sink))
         lengths = call.cache_seqlens.contiguous()
@@ -101,7 +101,7 @@ class Decoder(Tunable):
             "right": call.right, "scale": call.scale, "softcap": call.softcap,
         }  # fmt: skip
         shared = {
-            "PAGED": call.block_table is not None, "HAS_NEW": new > 0, "HAS_ROWS": call.cache_batch_idx is not None,
+            "PAGED": call.block_table is not None, "HAS_NEW": new > 0, "PLACES": kind,
             "WINDOW": call.left >= 0 or call.right > 0 or (call.right == 0 and length > 1),
             "E_TENSOR": exponent.tensor, "K": exponent.integer, "PTX": self.ptx,
             "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": lanes, **COMPILER_OPTIONS,
@@ -116,18 +116,18 @@ class Decoder(Tunable):
         grid = (programs, splits)
         with on_device(device):
             kvcache_start_kernel[grid](
-                query, k_cache, v_cache, k, v, low, high, lengths, rows, table, e, alibi, tops, work, counters,
+                query, k_cache, v_cache, k, v, low, high, lengths, places, table, e, alibi, tops, work, counters,
                 **queries, **keys, **values, **sizes, **scoring, pages=-(-room // call.page_size),
                 **shared, **of_scores, **of_values, num_warps=launch.start_warps,
             )  # fmt: skip
             kvcache_read_kernel[grid](
-                query, k_cache, k, lengths, rows, table, e, alibi, sink,
+                query, k_cache, k, lengths, places, table, e, alibi, sink,
                 tops, scores, work, lists, state, read, counters,
                 **queries, **keys, **sizes, **scoring, steps=steps, **shared, **of_scores, **solving,
                 num_warps=launch.read_warps,
             )  # fmt: skip
             kvcache_values_kernel[grid](
-                v_cache, v, lengths, rows, table, e, sink, tops, scores, work, state, partial, filled, counters,
+                v_cache, v, lengths, places, table, e, sink, tops, scores, work, state, partial, filled, counters,
                 out, m, delta, support if stats else filled,
                 **values, **sizes, steps=steps, STATS=stats, **shared, **of_values, **solving,
                 num_warps=launch.values_warps,
@@ -199,6 +199,15 @@ class Decoder(Tunable):
         )
         for stats in (False, True) if "attention_stats" in features else (False,):
             self.attention_kvcache(zeros(batch, length, heads, head_dim), cache(head_dim), cache(value_dim), call, stats)
+
+
+def _places(call: KVCacheCall, none: Tensor) -> tuple[Tensor, int]:
+    """Rows of the cache and starts of the sequences, and how they lie there: PLACES of `tiles.whose`."""
+    rows, starts = call.cache_batch_idx, call.leftpad
+    if starts is None:
+        return (none, 0) if rows is None else (rows.contiguous(), 1)
+    rows = torch.arange(starts.shape[0], dtype=torch.int32, device=starts.device) if rows is None else rows
+    return torch.stack([rows, starts], 1), 2
 
 
 def _strides(letter: str, t: Tensor) -> dict[str, int]:

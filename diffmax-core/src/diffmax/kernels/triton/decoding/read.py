@@ -65,22 +65,23 @@ def lower_bound(work_ptr, block, splits, sink, e, BLOCK_M: tl.constexpr, SPLITS:
     "kv_heads", "group", "length", "blocks", "splits", "most_tiles", "left", "right", "steps", "scale", "softcap", "e", "k",
 ])  # fmt: skip
 def kvcache_read_kernel(
-    q_ptr, k_ptr, kn_ptr, seqlens_ptr, rows_ptr, table_ptr, e_ptr, alibi_ptr, sink_ptr,
+    q_ptr, k_ptr, kn_ptr, seqlens_ptr, places_ptr, table_ptr, e_ptr, alibi_ptr, sink_ptr,
     bounds_ptr, scores_ptr, work_ptr, lists_ptr, state_ptr, pages_ptr, counters_ptr,
     q_b, q_l, q_h, q_d, k_b, k_s, k_h, k_d, kn_b, kn_s, kn_h, kn_d, table_b, alibi_b,
     new, room, page_size, parts, kv_heads, group, length, blocks, splits, most_tiles, left, right, steps,
     scale, softcap, e, k,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, HAS_NEW: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, HAS_NEW: tl.constexpr, PLACES: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """scores (block, tile, BLOCK_M, BLOCK_N), the tiles' largest in bounds' place, m and delta.  Grid: as the first launch."""
     block, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, kv_head, held, head, query, in_rows, begin, end = whose(
-        block, seqlens_ptr, rows_ptr, kv_heads, group, length, blocks, new, room, HAS_ROWS, BLOCK_M
+    b, kv_head, held, head, query, in_rows, span = whose(
+        block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
     )
-    first, last = stretch(split, splits, begin, end, length, left, page_size, parts, HAS_NEW, WINDOW)
+    _, begin, end = span
+    first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, WINDOW)
     row_e, row_k = exponents(e_ptr, e, k, head, E_TENSOR)
     zero = tl.zeros((BLOCK_M,), tl.float32)
     slope, sink = zero, zero - float("inf")
@@ -106,7 +107,7 @@ def kvcache_read_kernel(
         if alive > 0:
             read += (tile // parts != last_page).to(tl.int32)
             last_page = tile // parts
-            place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+            place, there = tokens_of(tile, page_size, parts, span, BLOCK_N)
             at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, k_b, k_s, PAGED)
             keys = load_tile(
                 k_ptr, kn_ptr, at, place, there, b, kv_head, begin, k_h, k_d, kn_b, kn_s, kn_h, kn_d, HEAD_DIM, BLOCK_D, HAS_NEW

@@ -88,16 +88,17 @@ def join(a, b, LOW: tl.constexpr):
 
 @triton.jit
 def widen(
-    bound_ptr, new_ptr, page, parts, page_size, b, kv_head, at, begin, end, new_b, new_s, new_h, new_d,
+    bound_ptr, new_ptr, page, parts, page_size, b, kv_head, at, span, new_b, new_s, new_h, new_d,
     LOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Take a page's new keys into one of its bounds; a page whose first token is new starts afresh."""
+    _, begin, _ = span
     column = tl.arange(0, BLOCK_D)
     outside = float("inf") if LOW else -float("inf")
     is_nan = tl.zeros((BLOCK_D,), tl.int32)
     found = tl.full((BLOCK_D,), outside, tl.float32)
     for tile in range(page * parts, page * parts + parts):
-        place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+        place, there = tokens_of(tile, page_size, parts, span, BLOCK_N)
         fresh = (there & (place >= begin))[:, None] & (column < HEAD_DIM)[None, :]
         source = b * new_b + (place - begin).to(tl.int64)[:, None] * new_s + kv_head * new_h
         keys = tl.load(new_ptr + source + column.to(tl.int64)[None, :] * new_d, mask=fresh, other=outside).to(tl.float32)
@@ -117,23 +118,24 @@ def widen(
     "left", "right", "scale", "softcap", "e", "k",
 ])  # fmt: skip
 def kvcache_start_kernel(
-    q_ptr, k_ptr, v_ptr, kn_ptr, vn_ptr, low_ptr, high_ptr, seqlens_ptr, rows_ptr, table_ptr, e_ptr, alibi_ptr,
+    q_ptr, k_ptr, v_ptr, kn_ptr, vn_ptr, low_ptr, high_ptr, seqlens_ptr, places_ptr, table_ptr, e_ptr, alibi_ptr,
     bounds_ptr, work_ptr, counters_ptr,
     q_b, q_l, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d, kn_b, kn_s, kn_h, kn_d, vn_b, vn_s, vn_h, vn_d,
     table_b, alibi_b,
     new, room, page_size, parts, pages, kv_heads, group, length, blocks, splits, most_tiles, left, right,
     scale, softcap, e, k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PAGED: tl.constexpr,
-    HAS_NEW: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    HAS_NEW: tl.constexpr, PLACES: tl.constexpr, HAS_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     WINDOW: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """bounds (block, tile, BLOCK_M), and four slots of the work.  Grid: (B * H_kv * blocks of rows, splits)."""
     block, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, kv_head, held, head, query, in_rows, begin, end = whose(
-        block, seqlens_ptr, rows_ptr, kv_heads, group, length, blocks, new, room, HAS_ROWS, BLOCK_M
+    b, kv_head, held, head, query, in_rows, span = whose(
+        block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
     )
-    first, last = stretch(split, splits, begin, end, length, left, page_size, parts, HAS_NEW, WINDOW)
+    _, begin, end = span
+    first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, WINDOW)
     if split == 0:
         tl.store(counters_ptr + block * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
     row_e, row_k = exponents(e_ptr, e, k, head, E_TENSOR)
@@ -145,7 +147,7 @@ def kvcache_start_kernel(
     if HAS_NEW:
         if block % blocks == 0:
             for tile in range(tl.maximum(first, begin // page_size * parts), last):
-                place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+                place, there = tokens_of(tile, page_size, parts, span, BLOCK_N)
                 fresh = there & (place >= begin)
                 source = (place - begin).to(tl.int64)[:, None]
                 at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, k_b, k_s, PAGED)[:, None]
@@ -165,9 +167,9 @@ def kvcache_start_kernel(
                         if PAGED:
                             which = tl.load(table_ptr + b * table_b + page).to(tl.int64)
                         at_bound = (which * kv_heads + kv_head) * HEAD_DIM
-                        widen(low_ptr, kn_ptr, page, parts, page_size, b, kv_head, at_bound, begin, end,
+                        widen(low_ptr, kn_ptr, page, parts, page_size, b, kv_head, at_bound, span,
                               kn_b, kn_s, kn_h, kn_d, True, HEAD_DIM, BLOCK_D, BLOCK_N)  # fmt: skip
-                        widen(high_ptr, kn_ptr, page, parts, page_size, b, kv_head, at_bound, begin, end,
+                        widen(high_ptr, kn_ptr, page, parts, page_size, b, kv_head, at_bound, span,
                               kn_b, kn_s, kn_h, kn_d, False, HEAD_DIM, BLOCK_D, BLOCK_N)  # fmt: skip
 
     guess = first + (last - first) // 2
@@ -205,7 +207,7 @@ def kvcache_start_kernel(
         top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         delta = tl.zeros((BLOCK_M,), tl.float32)
         if first < last:
-            place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+            place, there = tokens_of(tile, page_size, parts, span, BLOCK_N)
             at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, k_b, k_s, PAGED)
             keys = load_tile(
                 k_ptr, kn_ptr, at, place, there, b, kv_head, begin, k_h, k_d, kn_b, kn_s, kn_h, kn_d, HEAD_DIM, BLOCK_D, HAS_NEW

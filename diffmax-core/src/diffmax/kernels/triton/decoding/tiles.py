@@ -46,9 +46,13 @@ def write_slot(work_ptr, block, which, split, values, BLOCK_M: tl.constexpr, SPL
 
 @triton.jit
 def whose(
-    block, seqlens_ptr, rows_ptr, kv_heads, group, length, blocks, new, room, HAS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr
+    block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """b, key head, the cache's row, rows' heads and queries, which are there, tokens before the call and after it."""
+    """b, key head, the cache's row, rows' heads and queries, which are there, and the sequence's span.
+
+    The span is where the sequence starts, and its tokens before the call and after it. PLACES: 0, sequence b has row b and
+    starts at 0; 1, it has row `places[b]`; 2, `places[b]` is its row and its start.
+    """
     b = (block // blocks // kv_heads).to(tl.int64)
     kv_head = (block // blocks % kv_heads).to(tl.int64)
     row = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -58,18 +62,23 @@ def whose(
     begin = tl.maximum(tl.load(seqlens_ptr + b), 0)
     end = tl.minimum(begin + new, room)
     held = b
-    if HAS_ROWS:
-        held = tl.load(rows_ptr + b).to(tl.int64)
-    return b, kv_head, held, head, query, in_rows, tl.minimum(begin, end), end
+    start = end * 0
+    if PLACES == 1:
+        held = tl.load(places_ptr + b).to(tl.int64)
+    elif PLACES == 2:
+        held = tl.load(places_ptr + 2 * b).to(tl.int64)
+        start = tl.load(places_ptr + 2 * b + 1)
+    return b, kv_head, held, head, query, in_rows, (start, tl.minimum(begin, end), end)
 
 
 @triton.jit
-def stretch(split, splits, begin, end, length, left, page_size, parts, HAS_NEW: tl.constexpr, WINDOW: tl.constexpr):
+def stretch(split, splits, span, length, left, page_size, parts, HAS_NEW: tl.constexpr, WINDOW: tl.constexpr):
     """The tiles that can be seen or are written to, shared among the splits: the first and the one behind the last."""
-    low = 0
+    low, begin, end = span
+    start = low
     if WINDOW:
         if left >= 0:
-            low = tl.maximum(end - length - left, 0)
+            low = tl.maximum(end - length - left, start)
         if HAS_NEW:
             low = tl.minimum(low, begin)
     low = low // page_size * parts
@@ -80,11 +89,12 @@ def stretch(split, splits, begin, end, length, left, page_size, parts, HAS_NEW: 
 
 
 @triton.jit
-def tokens_of(tile, page_size, parts, end, BLOCK_N: tl.constexpr):
-    """The places of a tile's tokens, and which of them are there."""
+def tokens_of(tile, page_size, parts, span, BLOCK_N: tl.constexpr):
+    """The positions of a tile's tokens, and which of them are there."""
+    start, _, end = span
     inside = tile % parts * BLOCK_N + tl.arange(0, BLOCK_N)
     place = tile // parts * page_size + inside
-    return place, (inside < page_size) & (place < end)
+    return place, (inside < page_size) & (place >= start) & (place < end)
 
 
 @triton.jit

@@ -65,22 +65,23 @@ def weights_of(
     "blocks", "splits", "most_tiles", "left", "steps", "e", "k",
 ])  # fmt: skip
 def kvcache_values_kernel(
-    v_ptr, vn_ptr, seqlens_ptr, rows_ptr, table_ptr, e_ptr, sink_ptr,
+    v_ptr, vn_ptr, seqlens_ptr, places_ptr, table_ptr, e_ptr, sink_ptr,
     tops_ptr, scores_ptr, work_ptr, state_ptr, partial_ptr, filled_ptr, counters_ptr,
     out_ptr, m_ptr, delta_ptr, support_ptr,
     v_b, v_s, v_h, v_d, vn_b, vn_s, vn_h, vn_d, table_b,
     new, room, page_size, parts, kv_heads, group, length, blocks, splits, most_tiles, left, steps,
     e, k,
-    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PAGED: tl.constexpr, HAS_NEW: tl.constexpr, HAS_ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PAGED: tl.constexpr, HAS_NEW: tl.constexpr, PLACES: tl.constexpr,
     HAS_SINK: tl.constexpr, WINDOW: tl.constexpr, E_TENSOR: tl.constexpr, STATS: tl.constexpr, K: tl.constexpr,
     CUT: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """out (B, L, H, D_v), m, delta and support (B, H, L).  Grid: as the first launch."""
     block, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, kv_head, held, head, query, in_rows, begin, end = whose(
-        block, seqlens_ptr, rows_ptr, kv_heads, group, length, blocks, new, room, HAS_ROWS, BLOCK_M
+    b, kv_head, held, head, query, in_rows, span = whose(
+        block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
     )
-    first, last = stretch(split, splits, begin, end, length, left, page_size, parts, HAS_NEW, WINDOW)
+    _, begin, end = span
+    first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, WINDOW)
     row_e, row_k = exponents(e_ptr, e, k, head, E_TENSOR)
     zero, rows, column = tl.zeros((BLOCK_M,), tl.float32), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
     m = tl.load(state_ptr + block * 2 * BLOCK_M + rows)
@@ -100,7 +101,7 @@ def kvcache_values_kernel(
             slopes += tl.sum(s, axis=1)
             curve += tl.sum(r, axis=1)
             support += tl.sum((base > 0.0).to(tl.float32), axis=1)
-            place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+            place, there = tokens_of(tile, page_size, parts, span, BLOCK_N)
             wanted = there & (tl.max((base > 0.0).to(tl.int32), axis=0) > 0)
             at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, v_b, v_s, PAGED)
             values = load_tile(
@@ -157,7 +158,7 @@ def kvcache_values_kernel(
                     out += tl.load(partial_ptr + at)
                     tilt += tl.load(partial_ptr + at + BLOCK_M * BLOCK_V)
         else:
-            begin_tile = stretch(0, splits, begin, end, length, left, page_size, parts, HAS_NEW, WINDOW)[0]
+            begin_tile = stretch(0, splits, span, length, left, page_size, parts, HAS_NEW, WINDOW)[0]
             end_tile = tl.cdiv(end, page_size) * parts
             delta = tl.where(missed, 0.0, delta)
             floor, going, step = zero, 1, 0
@@ -192,7 +193,7 @@ def kvcache_values_kernel(
                     slopes += tl.sum(r * base, axis=1)
                     curve += tl.sum(r, axis=1)
                     support += tl.sum((base > 0.0).to(tl.float32), axis=1)
-                    place, there = tokens_of(tile, page_size, parts, end, BLOCK_N)
+                    place, there = tokens_of(tile, page_size, parts, span, BLOCK_N)
                     wanted = there & (tl.max((base > 0.0).to(tl.int32), axis=0) > 0)
                     at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, v_b, v_s, PAGED)
                     values = load_tile(
