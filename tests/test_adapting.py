@@ -28,15 +28,11 @@ from transformers import (
 
 from diffmax import diffmax_bisect
 from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, replace
-from diffmax.integrations.transformers.adapting import (
-    _Call,
-    _device,
-    _mask_for,
-    _measure,
-    _of_layer,
-    final_output,
-    relative_error,
-)
+from diffmax.integrations.transformers.adapting import final_output, relative_error
+from diffmax.integrations.transformers.adapting.calibration import _measure, _of_layer
+from diffmax.integrations.transformers.adapting.outputs import mask_for
+from diffmax.integrations.transformers.adapting.recording import Call
+from diffmax.integrations.transformers.adapting.replacement import _device
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 LINEARS = [f"encoder.layer.{i}.{name}.dense" for i in range(2) for name in ("attention.output", "output")]
@@ -249,8 +245,8 @@ def test_the_encoders_padding_hides_nothing_of_the_decoder():
     batch["decoder_attention_mask"] = of_decoder
     decoder = model.decoder.block[0].layer
     for part in (decoder[0].SelfAttention, decoder[1].EncDecAttention, decoder[2].DenseReluDense.wo):
-        assert _mask_for(model, part, batch) is of_decoder
-    assert _mask_for(model, model.encoder.block[1].layer[0].SelfAttention, batch) is batch["attention_mask"]
+        assert mask_for(model, part, batch) is of_decoder
+    assert mask_for(model, model.encoder.block[1].layer[0].SelfAttention, batch) is batch["attention_mask"]
 
 
 def test_zeros_of_the_decoder_are_counted_for_all_of_its_queries():
@@ -302,7 +298,7 @@ def test_a_layer_that_runs_several_times_is_one_layer():
 def test_the_movement_of_a_layer_that_runs_several_times_is_that_of_the_sum_of_its_runs():
     """Runs add up before the square: here each doubles the other, and the output moves four times as much, not twice."""
     scores, values, output = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 3)
-    run = _Call(nn.Module(), scores, values, output), torch.randn(7, 2, 4, 5, 3)
+    run = Call(nn.Module(), scores, values, output), torch.randn(7, 2, 4, 5, 3)
     once, twice = (_of_layer([run] * n, [(0.5, 0.7)], None) for n in (1, 2))
     torch.testing.assert_close(twice[0], 4 * once[0])
     assert torch.equal(twice[1], 2 * once[1])

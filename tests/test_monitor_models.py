@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import diffmax
-from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect, monitor
+from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
 from diffmax.monitor import Monitor
 from diffmax.nn import DiffmaxAttention, Elastic, Sink
 
@@ -95,7 +95,7 @@ def test_results_gradients_and_random_numbers_stay_the_same_to_the_bit(make):
 def test_one_look_at_the_device_per_log(monkeypatch):
     made, kept, looks = model(), Kept(), []
     with Monitor(made, kept, every=2) as watch:
-        monkeypatch.setattr(monitor, "read", lambda metrics: looks.append(len(metrics)) or metrics)
+        monkeypatch.setattr("diffmax.monitor.model.read", lambda metrics: looks.append(len(metrics)) or metrics)
         for _ in range(5):
             made(torch.randn(1, 4, 8))
             made(torch.randn(1, 4, 8))  # gradients may be accumulated
@@ -107,8 +107,8 @@ def test_one_look_at_the_device_per_log(monkeypatch):
 def test_nothing_is_measured_at_other_steps_and_after_it_is_removed(monkeypatch):
     made, x = model(), torch.randn(1, 4, 8)
     calls = []
-    monkeypatch.setattr(monitor, "of_attention", lambda *_: calls.append("attention") or {})
-    monkeypatch.setattr(monitor, "of_rows", lambda *_: calls.append("rows") or {})
+    monkeypatch.setattr("diffmax.monitor.model.of_attention", lambda *_: calls.append("attention") or {})
+    monkeypatch.setattr("diffmax.monitor.model.of_rows", lambda *_: calls.append("rows") or {})
     watch = Monitor(made, Kept(), every=10)
     watch.step(3)
     made(x)

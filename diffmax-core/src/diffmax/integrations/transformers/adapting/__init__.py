@@ -1,0 +1,31 @@
+"""From a pretrained softmax model to a diffmax model: calibrate, replace, refit, distil.
+
+docs/adapting.md says when it is worth it.
+
+Each head of each layer gets an alpha and a scale for its scores. They are kept in `model.config.diffmax`, so `save_pretrained`
+writes them, and `replace(model)` reads them again after `from_pretrained`.
+"""
+
+from diffmax.integrations.transformers.adapting.calibration import ALPHAS, SCALES, calibrate
+from diffmax.integrations.transformers.adapting.distillation import distil
+from diffmax.integrations.transformers.adapting.outputs import Batch, Loss, Output, final_output, relative_error
+from diffmax.integrations.transformers.adapting.recipe import adapt
+from diffmax.integrations.transformers.adapting.refitting import refit
+from diffmax.integrations.transformers.adapting.replacement import NAME, Heads, replace
+
+__all__ = [
+    "ALPHAS",
+    "NAME",
+    "SCALES",
+    "Batch",
+    "Heads",
+    "Loss",
+    "Output",
+    "adapt",
+    "calibrate",
+    "distil",
+    "final_output",
+    "refit",
+    "relative_error",
+    "replace",
+]

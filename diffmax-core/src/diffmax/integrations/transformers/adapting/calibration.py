@@ -1,0 +1,161 @@
+"""`calibrate`: each head's alpha and scale, from how far they move the output and how many zeros they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffmax.integrations.transformers.adapting.outputs import Batch, Output, final_output, mask_for
+from diffmax.integrations.transformers.adapting.recording import Call, record
+from diffmax.integrations.transformers.adapting.replacement import Heads
+from diffmax.operators.common.checks import one_minus_alpha
+from diffmax.operators.rows.api import diffmax_bisect
+
+# What calibrate chooses from. A low alpha on flattened scores is where most of the zeros for the least change are found.
+ALPHAS = (0.99, 0.97, 0.93, 0.88, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    zeros: float | None = None,
+    alpha: float | None = None,
+    output: Output = final_output,
+    probes: int = 4,
+) -> Heads:
+    """Choose alpha and scale for each head of a softmax model, so that its output moves least.
+
+    A head's change is known for each alpha and scale on a grid, and how far the model's output then moves is estimated to first
+    order, from gradients of random projections of the output. Heads trade with each other: with `zeros`, each takes the point
+    that minimises movement less a price per zero, and the price is the one at which the wanted share of zeros is met. So a head
+    that pays with little for many zeros becomes very sparse, and one that cannot stays dense.
+
+    Args:
+        model: A transformers model, as loaded. It is put back into the state in which it was.
+        batches: A few dictionaries of the model's inputs, such as three of 24 sentences.
+        zeros: The share of exact zeros to reach over all layers, in (0, 1), among what queries that are no padding can see.
+        alpha: Instead: one alpha for all heads, of which only the scales are then chosen.
+        output: From the model's output and its inputs, the tensor that must not move. Default: logits, or last hidden state.
+        probes: Random projections per batch. More make a better estimate.
+    Returns:
+        For `replace`.
+    Raises:
+        ValueError: `zeros` and `alpha` are both given or both missing, or out of range; there is no batch; no layer calls
+            the attention interface of transformers, or one is given what diffmax cannot do; or the share of zeros cannot be
+            reached.
+    Source: written for diffmax.
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+        >>> heads = calibrate(BertModel(config).eval(), [{"input_ids": torch.tensor([[1, 2, 3, 4, 5, 6]])}], alpha=0.5)
+        >>> {name: sorted(of_layer) for name, of_layer in heads.items()}
+        {'encoder.layer.0.attention.self': ['alpha', 'scale']}
+    """
+    if (zeros is None) == (alpha is None):
+        raise ValueError(f"calibrate: give either zeros or alpha, got zeros {zeros} and alpha {alpha}")
+    if zeros is not None and not 0 < zeros < 1:
+        raise ValueError(f"calibrate: zeros must lie strictly between 0 and 1, got {zeros}")
+    if alpha is not None:
+        one_minus_alpha("calibrate", torch.empty(1), alpha, 0)
+    table = _measure(model, batches, ALPHAS if alpha is None else (float(alpha),), output, probes)
+    chosen = table.cheapest(0.0) if zeros is None else table.with_zeros(zeros)
+    return table.heads(chosen)
+
+
+@dataclass
+class _Table:
+    """For each head (of all layers, one after the other) and each point of the grid: movement of the output, share of zeros."""
+
+    layers: list[tuple[str, int]]  # name, heads
+    grid: list[tuple[float, float]]  # alpha, scale
+    movement: Tensor
+    zeros: Tensor
+
+    def cheapest(self, price: float) -> Tensor:
+        """Per head the point with the least movement less price times zeros."""
+        return (self.movement - price * self.zeros).argmin(1)
+
+    def share(self, chosen: Tensor) -> float:
+        """The share of zeros over all heads."""
+        return float(self.zeros.gather(1, chosen[:, None]).mean())
+
+    def with_zeros(self, wanted: float) -> Tensor:
+        """The choice at the lowest price at which the share of zeros is reached, found by bisection on its logarithm."""
+        largest = float(self.movement.max())
+        if self.share(self.cheapest(math.inf if largest == 0 else 1e12 * largest)) < wanted:
+            raise ValueError(
+                f"calibrate: no choice has a share of zeros of {wanted}\nask for less, or calibrate on longer inputs"
+            )
+        low, high = math.log(1e-12 * largest), math.log(1e12 * largest)
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.share(self.cheapest(math.exp(middle))) < wanted else (low, middle)
+        return self.cheapest(math.exp(high))
+
+    def heads(self, chosen: Tensor) -> Heads:
+        """What the choice means, layer by layer."""
+        points = iter([self.grid[i] for i in chosen.tolist()])
+        result: Heads = {}
+        for name, count in self.layers:
+            of_layer = [next(points) for _ in range(count)]
+            result[name] = {"alpha": [a for a, _ in of_layer], "scale": [s for _, s in of_layer]}
+        return result
+
+
+def _measure(model: nn.Module, batches: Iterable[Batch], alphas: tuple[float, ...], output: Output, probes: int) -> _Table:
+    grid = [(alpha, scale) for alpha in alphas for scale in SCALES]
+    names = {module: name for name, module in model.named_modules()}
+    layers: list[tuple[str, int]] = []
+    movement, zeros, entries = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        calls, final = record(model, batch, output)
+        outputs = [call.output for call in calls]
+        projections = [torch.autograd.grad(final, outputs, torch.randn_like(final), retain_graph=True) for _ in range(probes)]
+        of_module: dict[nn.Module, list[tuple[Call, Tensor]]] = {}
+        for call, of_call in zip(calls, zip(*projections, strict=True), strict=True):
+            of_module.setdefault(call.module, []).append((call, torch.stack(of_call)))
+        layers = [(names[module], module_calls[0][0].scores.shape[1]) for module, module_calls in of_module.items()]
+        with torch.no_grad():
+            per_layer = [
+                _of_layer(module_calls, grid, mask_for(model, module, batch)) for module, module_calls in of_module.items()
+            ]
+        moved, zero, visible = (torch.cat(parts).double().cpu() for parts in zip(*per_layer, strict=True))
+        movement, zeros, entries = movement + moved, zeros + zero, entries + visible
+    if not layers:
+        raise ValueError("calibrate: a batch is needed, got none")
+    return _Table(layers, grid, movement, zeros / entries[:, None])
+
+
+def _of_layer(
+    calls: list[tuple[Call, Tensor]], grid: list[tuple[float, float]], mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Movement (H, grid), zeros (H, grid) and visible entries (H,) of a layer, from its calls and their projections.
+
+    Projections are (probes, B, H, L, D). A layer that is called several times, as ALBERT's is, moves the output by the sum.
+    """
+    moved, zeros = [], []
+    visible = [_visible(call, mask) for call, _ in calls]
+    for alpha, scale in grid:
+        by, zero = torch.zeros(()), torch.zeros(())
+        for (call, projections), seen in zip(calls, visible, strict=True):
+            weights = diffmax_bisect(call.scores * scale, alpha)
+            by = by + (projections * (weights @ call.values - call.output)).sum((-1, -2))
+            zero = zero + ((weights == 0) & seen).sum((0, 2, 3))
+        moved.append(by.square().mean(0).sum(0))
+        zeros.append(zero)
+    entries = torch.stack([seen.sum((0, 2, 3)) for seen in visible]).sum(0)
+    return torch.stack(moved, 1), torch.stack(zeros, 1), entries
+
+
+def _visible(call: Call, mask: Tensor | None) -> Tensor:
+    """Where a query that is no padding sees a key."""
+    visible = call.scores != -torch.inf
+    if mask is None or mask.shape != (visible.shape[0], visible.shape[2]):
+        return visible
+    return visible & mask.bool()[:, None, :, None]

@@ -1,0 +1,72 @@
+"""`distil`: train the student to give its teacher's output again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sized
+
+import torch
+from torch import nn
+
+from diffmax.integrations.transformers.adapting.outputs import Batch, Loss, relative_error
+from diffmax.integrations.transformers.adapting.replacement import replace
+
+_TOO_FEW = "distil: a batch per step is needed, got {} for {} steps\npass more, or fewer steps"
+
+
+def distil(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    lr: float = 5e-5,
+    anneal: float = 0.3,
+    loss: Loss = relative_error,
+    progress: Callable[[int, float], object] | None = None,
+) -> None:
+    """Train a model that `replace` changed to give its teacher's output again, while its heads move from softmax to diffmax.
+
+    Args:
+        model: The student. The parameters that require a gradient are trained: freeze what is to stay.
+        teacher: The softmax model.
+        batches: At least `steps` dictionaries of inputs, without labels: any text of the kind that the model will read.
+        steps: Steps of Adam; the rate rises for a twentieth of them, and falls to 0 along a cosine.
+        lr: The largest rate.
+        anneal: The share of the steps in which the heads move from near softmax to where they are. 0: they do not move.
+        loss: From the student's output, the teacher's, and the inputs, what is minimised.
+        progress: Called with the number of steps done and the loss, which waits for the device.
+    Raises:
+        ValueError: There are fewer batches than steps, the model was not replaced, or nothing is to be trained. The heads are
+            then where they are to be; the parameters stay as the steps so far have left them.
+    """
+    if isinstance(batches, Sized) and len(batches) < steps:
+        raise ValueError(_TOO_FEW.format(len(batches), steps))
+    heads = getattr(model.config, "diffmax", None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not heads or not trained:
+        raise ValueError(
+            "distil: the model must have diffmax heads and a parameter to train, got none\ncall replace(model, heads)"
+        )
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
+    source = iter(batches)
+    try:
+        for step in range(steps):
+            batch = next(source, None)
+            if batch is None:
+                raise ValueError(_TOO_FEW.format(step, steps))
+            if step < anneal * steps:
+                replace(model, heads, min(1.0, (step + 1) / max(1.0, anneal * steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, 20 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            with torch.no_grad():
+                wanted = teacher(**batch)
+            value = loss(model(**batch), wanted, batch)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            if progress is not None:
+                progress(step + 1, float(value.detach()))
+    finally:
+        replace(model, heads)

@@ -1,0 +1,107 @@
+"""Run a model with softmax, and keep what its attention layers did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmax.integrations.transformers import refusals
+from diffmax.integrations.transformers.adapting.outputs import Batch, Output
+from diffmax.integrations.transformers.attention import _refuse_what_changes_the_weights, register_functions
+from diffmax.integrations.transformers.masks import merged_mask, read
+from diffmax.integrations.transformers.unfused import masked
+
+_RECORDING = "diffmax-recording"
+
+# What attention layers hand over and the measurement knows what to do with: refuse it, or nothing.
+_MEASURED = {
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "dropout",
+    "is_causal",
+    "max_length_k",
+    "max_length_q",
+    "position_bias",
+    "s_aux",
+    "scaling",
+    "sliding_window",
+    "softcap",
+}
+
+
+@dataclass
+class Call:
+    """One attention layer's call: masked scores (B, H, L, S), values (B, H, S, D), softmax's output (B, H, L, D)."""
+
+    module: nn.Module
+    scores: Tensor
+    values: Tensor
+    output: Tensor
+
+
+def record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], Tensor]:
+    """The calls of the model's attention layers, and the output that they led to."""
+    calls: list[Call] = []
+
+    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        calls.append(_attend_with_softmax(*args, **kwargs))
+        return calls[-1].output.transpose(1, 2).contiguous(), None
+
+    with _as_it_was(model):
+        register_functions(_RECORDING, attend, "calibrate")
+        model.eval()
+        model.set_attn_implementation(_RECORDING)  # type: ignore[operator]
+        with torch.enable_grad():
+            final = output(model(**batch), batch)
+    return calls, final
+
+
+def _attend_with_softmax(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Call:
+    """The attention of a layer that calls the interface of transformers; its output requires a gradient."""
+    refusals.called()
+    _refuse_what_changes_the_weights({name: given for name, given in kwargs.items() if name not in _MEASURED})
+    for name in ("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"calibrate: {name} is not implemented, got {type(module).__name__} with one")
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    attention_mask, causal = read(module, attention_mask, kwargs.get("is_causal"), query.shape[2], key.shape[2])
+    scores = masked(query @ key.mT * scale, merged_mask(attention_mask, kwargs.get("position_bias")), causal)
+    # a row that sees nothing would be NaN; it is 0, as it will be with diffmax
+    weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores).softmax(-1)
+    weights = weights.masked_fill(scores == -torch.inf, 0.0)
+    result = weights @ value
+    if not result.requires_grad:
+        result.requires_grad_()
+    return Call(module, scores.detach(), value.detach(), result)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo what is done to the modes and attention implementations of the model and its parts."""
+    modes = [(module, module.training) for module in model.modules()]
+    configs = [config for module in model.modules() for config in _configs(getattr(module, "config", None))]
+    implementations = [(config, config._attn_implementation) for config in configs]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for config, implementation in implementations:
+            # not by the property without "_internal", which writes to the configurations inside too
+            config._attn_implementation_internal = implementation
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A transformers configuration, and those inside it."""
+    if hasattr(config, "_attn_implementation"):
+        yield config
+        for name in config.sub_configs:
+            yield from _configs(getattr(config, name, None))

@@ -1,0 +1,47 @@
+"""Where metrics go, and when: what one call and a whole model have in common."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Log(Protocol):
+    """Where metrics go: `swanlab.log` and `wandb.log` are of this kind, and so is any function of these two arguments."""
+
+    def __call__(self, metrics: dict[str, float], *, step: int) -> object:
+        """Take the metrics of one call."""
+
+
+def check_step(function: str, step: int | None, every: int) -> None:
+    """Refuse what is no step, or no number of steps."""
+    for name, number in (("step", step), ("every", every)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise TypeError(f"{function}: {name} must be an int, got {number!r} of type {type(number).__name__}")
+    if every < 1:
+        raise ValueError(f"{function}: every must be at least 1, got {every}")
+
+
+def swanlab_log(function: str) -> Log:
+    """`swanlab.log`, for a function of ours that was given no log."""
+    try:
+        import swanlab
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: swanlab is needed where no log is given, got none\n"
+            'pip install "diffmax-core[monitoring]", or pass log=, a function that takes (metrics, step=...)'
+        ) from error
+    log: Log = swanlab.log
+    return log
+
+
+def read(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """The numbers, read from each device all at once."""
+    result = dict.fromkeys(metrics, 0.0)
+    for device in dict.fromkeys(metric.device for metric in metrics.values()):
+        here = {name: metric for name, metric in metrics.items() if metric.device == device}
+        values = torch.stack([metric.to(torch.promote_types(metric.dtype, torch.float32)) for metric in here.values()]).tolist()
+        result |= dict(zip(here, values, strict=True))
+    return result

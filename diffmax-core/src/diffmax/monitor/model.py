@@ -1,0 +1,151 @@
+"""`Monitor`: all calls in a model."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+
+from diffmax.monitor.calls import Sums, metrics_of, of_attention, of_rows, together
+from diffmax.monitor.logs import Log, check_step, read, swanlab_log
+from diffmax.operators.common.watch import watchers
+from diffmax.plugin import AttentionCall
+
+
+class Monitor:
+    """Watches every call of rows and attention inside a model, and logs one dictionary for each logged step.
+
+    Modules, fused attention, functions that a user's module calls, and models of transformers are all watched: hooks tell which
+    module a call belongs to. Results stay the same to the bit.
+
+    Args:
+        model: Any module. One that is compiled is refused: what it runs is no longer these calls. Watch the model that was
+            compiled, in a forward pass of its own, such as each hundredth step.
+        log: Called as `log(metrics, step=step)`. None: `swanlab.log`, into the run that `swanlab.init` started.
+        every: Log only the steps that it divides. At other steps nothing is measured.
+        name_prefix: Begins every metric's name.
+    Raises:
+        TypeError, ValueError: An argument is of another type or out of range, or the model is compiled.
+        ImportError: `log` is None and swanlab is not installed.
+
+    The metrics of a module, under its name in the model, over all calls in the step: `support_mean`, `support_max`,
+    `zeros_share` (of the entries that are visible), `rows_masked` and `rows_nan` (rows left out of the others), `alpha/mean`,
+    `alpha/min`, `alpha/max`, and for attention `tile_sparsity`, as of `AttentionStats`, where the backend knows it.
+
+    A call that gradient checkpointing repeats in backward counts once. Not watched are calls in other threads, under
+    torch.func, on the device "meta", inside compiled code, and of `attention_with_kvcache`. With DistributedDataParallel each
+    rank sees its own part of the batch: one monitor, on rank 0, is enough. `remove()` takes the hooks away.
+
+    Numerics: A logged step waits for the device once, in `step()`, and runs each attention's forward a second time.
+    Example:
+        >>> import torch
+        >>> from diffmax.nn import DiffmaxAttention
+        >>> model = torch.nn.Sequential(DiffmaxAttention(16, 2, alpha=0.5), DiffmaxAttention(16, 2, alpha=0.75))
+        >>> def show(metrics, *, step):
+        ...     print(step, [name for name in metrics if name.endswith("/zeros_share")], round(metrics["1/alpha/mean"], 2))
+        >>> monitor = Monitor(model, show, every=100)
+        >>> for _ in range(3):  # steps 0, 1, 2
+        ...     out = model(torch.randn(1, 10, 16))
+        ...     monitor.step()  # after optimizer.step()
+        0 ['0/zeros_share', '1/zeros_share'] 0.75
+        >>> monitor.remove()
+    """
+
+    def __init__(self, model: nn.Module, log: Log | None = None, *, every: int = 1, name_prefix: str = "") -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Monitor: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_step("Monitor", None, every)
+        compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
+        if compiled is not None:
+            raise ValueError(
+                f"Monitor: model must not be compiled, got a compiled {compiled or 'model'}\n"
+                "watch the module that was compiled (its _orig_mod), in a forward pass of its own"
+            )
+        self.every, self.prefix, self.current_step = every, f"{name_prefix}/" if name_prefix else "", 0
+        self._log = swanlab_log("Monitor") if log is None else log
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._modules = list(model.modules())  # so that no other takes the place of one in memory
+        self._running: dict[int, list[str]] = {}  # of each thread, the modules that are running, outermost first
+        self._sums: dict[str, Sums] = {}
+        self._warned = False
+        self._hooks = [module.register_forward_pre_hook(self._enter) for module in self._modules]
+        self._hooks += [module.register_forward_hook(self._leave, always_call=True) for module in self._modules]
+        watchers.append(self)
+
+    def step(self, step: int | None = None) -> None:
+        """End the present step, and log it if `every` divides it; go to the next, or to a given one."""
+        check_step("Monitor", step, self.every)
+        if self._sums:
+            metrics = {
+                f"{self.prefix}{name}/{metric}" if name else f"{self.prefix}{metric}": value
+                for name, sums in self._sums.items()
+                for metric, value in metrics_of(sums).items()
+            }
+            self._sums = {}
+            self._log(read(metrics), step=self.current_step)
+        elif step is None and self.current_step % self.every == 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Monitor: step {self.current_step} saw no call of diffmax in the model\n"
+                "compiled code is not watched: watch the model before torch.compile, in a forward pass of its own",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.current_step = self.current_step + 1 if step is None else step
+
+    def remove(self) -> None:
+        """Take every hook away. What was measured since the last step is forgotten."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._sums, self._names, self._modules = [], {}, {}, []
+        if self in watchers:
+            watchers.remove(self)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
+        return self  # with the hooks of a model that is copied, whose modules have no name here
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        if not torch.compiler.is_compiling() and id(module) in self._names:
+            self._running.setdefault(threading.get_ident(), []).append(self._names[id(module)])
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and id(module) in self._names:
+            self._running[threading.get_ident()].pop()
+
+    def _counts(self, given: Tensor) -> bool:
+        """Whether this call is one of the model's, in a step that is logged, and for the first time."""
+        inside = self._running.get(threading.get_ident())
+        if self.current_step % self.every != 0 or not inside or given.is_meta or peek_interpreter_stack() is not None:
+            return False
+        in_backward: bool = torch._C._current_graph_task_id() != -1  # where checkpointing runs a forward again
+        return not in_backward
+
+    def _add(self, more: Sums) -> None:
+        name = self._running[threading.get_ident()][-1]
+        self._sums[name] = together(self._sums[name], more) if name in self._sums else more
+
+    @torch.no_grad()
+    def saw_rows(self, X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> None:
+        """Of `diffmax_bisect` and what calls it."""
+        if self._counts(X):
+            self._add(of_rows(X, weights, e, dim))
+
+    @torch.no_grad()
+    def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+        """Of `attention` and `attention_varlen`."""
+        if self._counts(query):
+            self._add(of_attention(query, key, value, call))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
