@@ -225,7 +225,8 @@ def test_attention_runs_and_who_is_wrong_gets_no_number():
 
 def test_options_of_attention_are_checked_and_compared_with_the_plain_call():
     options = bench_attention_options.OPTIONS | {"wrong": lambda n: {"scale": torch.rand(()).item()}}
-    rows = {row["option"]: row for row in bench_attention_options.run_cell("numba", "sharp", "both", 64, 1, options)}
+    case = {"backend": "numba", "kind": "sharp", "operation": "both", "length": 64, "alpha": 0.5, "threads": 1}
+    rows = {row["option"]: row for row in bench_attention_options.run_case(case, 1, options)}
     assert [name for name, row in rows.items() if not row["correct"]] == ["wrong"]
     assert all(rows[name]["ratio_plain"] > 0 for name in bench_attention_options.OPTIONS)
     assert "wrong RED: the output errs by" in bench_attention_options.table(list(rows.values()))
