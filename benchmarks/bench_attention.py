@@ -9,7 +9,6 @@ share of empty tiles is in every row. Before the clock the output and gradients 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -116,8 +115,9 @@ def outcome(function: Attention, tensors: Sequence[Tensor], dtype: torch.dtype, 
 
 def difference(results: list[Tensor], exact: list[Tensor]) -> str | None:
     """Which of some outcome's results errs, None if none does."""
-    learned = (f"the gradient for {what}" for what in itertools.chain(("query", "key", "value"), itertools.repeat("an option")))
-    for what, got, truth in zip(itertools.chain(["the output"], learned), results, exact, strict=False):
+    inputs_and_options = ("query", "key", "value", *["an option"] * (len(results) - 4))
+    names = ("the output", *(f"the gradient for {what}" for what in inputs_and_options))
+    for what, got, truth in zip(names, results, exact, strict=True):
         # a gradient whose entries cancel is judged by the size of what is summed
         error = ((got - truth).abs().mean() / truth.abs().max().clamp_min(1.0)).item() / torch.finfo(torch.float32).eps
         if not error <= ULP:
