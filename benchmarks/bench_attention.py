@@ -9,25 +9,16 @@ share of empty tiles is in every row. Before the clock the output and gradients 
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import math
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 
 import diffmax
-from benchmarks.environment import environment, result_path, without_paths
-from benchmarks.memory import peak_bytes
-from benchmarks.runner import FAILURES
-from benchmarks.timing import interleave, summarize
+from benchmarks import harness
+from benchmarks.harness import Call, Row
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -40,26 +31,15 @@ ULP = 256  # of the largest entry; scores of a hundred have an error of their ow
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="short sequences, to see that everything runs")
-    parser.add_argument("--output", help="result file (default: benchmarks/results/<device>/<date>-<commit>-attention.json)")
-    options = parser.parse_args(arguments)
-    started = time.perf_counter()
-    env = environment("bench_attention", arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = run((256,) if options.quick else LENGTHS, rounds=1 if options.quick else 3)
-    finally:
-        torch.set_num_threads(threads)
-    env["seconds"] = round(time.perf_counter() - started)
-    path = Path(options.output) if options.output else result_path("bench_attention", env)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    head = json.dumps({"environment": env}, indent=1)
-    path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
-    print(table(rows))
-    print(f"\n{len(rows)} rows, {sum(not row['correct'] for row in rows)} of them not correct; {env['seconds']} s; {path.name}")
+    def run(case: Row, rounds: int) -> list[Row]:
+        return run_case(case, contestants(case["alpha"], case["causal"]), rounds)
+
+    harness.run("bench_attention", __doc__, arguments, cells, run, 3, table)
+
+
+def cells(quick: bool) -> list[Row]:
+    lengths, operations = (256,) if quick else LENGTHS, ("forward", "both")
+    return harness.grid(length=lengths, kind=KINDS, alpha=ALPHAS, causal=(False, True), operation=operations, threads=(1,))
 
 
 def inputs(kind: str, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,54 +71,29 @@ def contestants(alpha: float, causal: bool) -> dict[str, Attention]:
     }
 
 
-def run(lengths: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    results = []
-    cells = list(itertools.product(lengths, KINDS, ALPHAS, (False, True), ("forward", "both")))
-    for length, kind, alpha, causal, operation in tqdm(cells, unit="cell"):
-        case = {"length": length, "kind": kind, "alpha": alpha, "causal": causal, "operation": operation, "threads": 1}
-        results += run_case(case, contestants(alpha, causal), rounds)
-    return results
-
-
-def run_case(case: dict[str, Any], field: dict[str, Attention], rounds: int) -> list[dict[str, Any]]:
+def run_case(case: Row, field: dict[str, Attention], rounds: int) -> list[Row]:
     """One row per contestant; who fails its check, or raises, is not timed and keeps the reason."""
     tensors = inputs(case["kind"], case["length"])
     options = {"is_causal": case["causal"], "alpha": case["alpha"]}
     empty = diffmax.attention(*tensors, **options, return_stats=True)[1].tile_sparsity.item()
-    rows, calls = {}, {}
-    for name, function in field.items():
-        rows[name] = {"contestant": name, **case, "empty_tiles": round(empty, 3), "correct": False, "reason": None}
-        try:
-            rows[name]["reason"] = reason = fault(name, function, case)
-            rows[name]["correct"] = reason is None
-            if reason is None:
-                calls[name] = step(function, tensors, case["operation"])
-                rows[name]["peak_bytes"] = peak_bytes(calls[name])
-        except FAILURES as error:
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            rows[name]["reason"] = without_paths(f"{type(error).__name__}: {first_line}")
-    for name, samples in interleave(calls, rounds, "cpu").items():
-        rows[name] |= {key: float(f"{value:.4g}") for key, value in summarize(samples).items()}
-    for row in rows.values():
-        if "median_s" in row and "median_s" in rows["sdpa"]:
-            row["ratio_sdpa"] = float(f"{row['median_s'] / rows['sdpa']['median_s']:.4g}")
-    return list(rows.values())
+    rows = {name: {"contestant": name, **case, "empty_tiles": round(empty, 3)} for name in field}
+
+    def prepare(name: str) -> tuple[Row, Call]:
+        return {"reason": fault(name, field[name], case)}, step(field[name], tensors, case["operation"])
+
+    return harness.measure(rows, prepare, rounds, ("sdpa",))
 
 
-def step(function: Attention, tensors: tuple[Tensor, Tensor, Tensor], operation: str) -> Callable[[], object]:
+def step(function: Attention, tensors: Sequence[Tensor], operation: str, learned: Sequence[Tensor] = ()) -> Call:
+    """What is timed: the forward pass, or "both" with the gradients for the tensors and for what else is learned."""
     if operation == "forward":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return function(*tensors)
-
-        return forward
-    leaves = tuple(t.clone().requires_grad_() for t in tensors)
+        return torch.no_grad()(lambda: function(*tensors))
+    leaves = [t.clone().requires_grad_() for t in tensors]
     grad = torch.ones_like(leaves[2])
-    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+    return lambda: torch.autograd.grad(function(*leaves), (*leaves, *learned), grad)
 
 
-def fault(name: str, function: Attention, case: dict[str, Any]) -> str | None:
+def fault(name: str, function: Attention, case: Row) -> str | None:
     """What is wrong with a contestant's output and gradients, None if nothing is."""
     tensors = inputs(case["kind"], min(case["length"], CHECKED), seed=1)
 
@@ -148,35 +103,32 @@ def fault(name: str, function: Attention, case: dict[str, Any]) -> str | None:
         options = {"is_causal": case["causal"], "alpha": case["alpha"], "backend": "reference"}
         return diffmax.attention(query, key, value, **options)
 
-    results = []
-    for attend, dtype in ((function, torch.float32), (exact, torch.float64)):
-        leaves = [t.to(dtype).requires_grad_() for t in tensors]
-        out = attend(*leaves)
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
-    for what, got, truth in zip(("output", "query", "key", "value"), *results, strict=True):
+    return difference(outcome(function, tensors, torch.float32), outcome(exact, tensors, torch.float64))
+
+
+def outcome(function: Attention, tensors: Sequence[Tensor], dtype: torch.dtype, learned: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The output and the gradients for the tensors and for what else is learned."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, (*leaves, *learned), torch.ones_like(out))]
+
+
+def difference(results: list[Tensor], exact: list[Tensor]) -> str | None:
+    """Which of some outcome's results errs, None if none does."""
+    inputs_and_options = ("query", "key", "value", *["an option"] * (len(results) - 4))
+    names = ("the output", *(f"the gradient for {what}" for what in inputs_and_options))
+    for what, got, truth in zip(names, results, exact, strict=True):
         # a gradient whose entries cancel is judged by the size of what is summed
         error = ((got - truth).abs().mean() / truth.abs().max().clamp_min(1.0)).item() / torch.finfo(torch.float32).eps
         if not error <= ULP:
-            return f"{'the output' if what == 'output' else f'the gradient for {what}'} errs by {error:.0f} ulp, allowed {ULP}"
+            return f"{what} errs by {error:.0f} ulp, allowed {ULP}"
     return None
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Per cell: torch's time, and everybody's as a multiple of it, with the peak of memory beyond inputs."""
-    lines = ["one head of size 64, float32, one thread; times sdpa's time (peak memory in MB)"]
-    for cell, group in itertools.groupby(rows, lambda r: (r["length"], r["kind"], r["alpha"], r["causal"], r["operation"])):
-        length, kind, alpha, causal, operation = cell
-        shown, empty = [], 0.0
-        for row in group:
-            empty = row["empty_tiles"]
-            if not row["correct"]:
-                shown.append(f"{row['contestant']} RED: {row['reason']}")
-                continue
-            figure = f"{row['median_s'] * 1e3:.1f} ms" if row["contestant"] == "sdpa" else f"{row['ratio_sdpa']:.2f}"
-            shown.append(f"{row['contestant']} {figure} ({row['peak_bytes'] / 1e6:.0f})")
-        where = f"{length} {kind} alpha={alpha} {'causal' if causal else 'full'} {operation}, {empty:.0%} of the tiles empty"
-        lines.append(f"{where}:  " + "  ".join(shown))
-    return "\n".join(lines)
+def table(rows: list[Row]) -> str:
+    title = "one head of size 64, float32, one thread; times sdpa's time (peak memory in MB)"
+    lines = ("length", "kind", "alpha", "causal", "operation", "empty_tiles")
+    return harness.table(title, rows, "sdpa", lines=lines, note=lambda row: f" ({row['peak_bytes'] / 1e6:.0f})")
 
 
 if __name__ == "__main__":

@@ -10,23 +10,15 @@ and bounds that cannot tell where. Outputs are checked against the float64 refer
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 
 import diffmax
-from benchmarks.environment import environment, result_path
-from benchmarks.memory import peak_bytes
-from benchmarks.timing import interleave, summarize
+from benchmarks import harness
+from benchmarks.harness import Call, Row
 from diffmax.testing import gates
 
 HEAD_SIZE = 64
@@ -37,26 +29,14 @@ CHECKED = 4096
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_decode", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a short cache, to see that everything runs")
-    parser.add_argument("--output", help="result file (default: benchmarks/results/<device>/<date>-<commit>-decode.json)")
-    options = parser.parse_args(arguments)
-    started = time.perf_counter()
-    env = environment("bench_decode", arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = run((CHECKED,) if options.quick else LENGTHS, rounds=1 if options.quick else 7)
-    finally:
-        torch.set_num_threads(threads)
-    env["seconds"] = round(time.perf_counter() - started)
-    path = Path(options.output) if options.output else result_path("bench_decode", env)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    head = json.dumps({"environment": env}, indent=1)
-    path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
-    print(table(rows))
-    print(f"\n{len(rows)} rows, {sum(not row['correct'] for row in rows)} of them not correct; {env['seconds']} s; {path.name}")
+    def run(case: Row, rounds: int) -> list[Row]:
+        return run_case(case, contestants(case["kind"]), rounds)
+
+    harness.run("bench_decode", __doc__, arguments, cells, run, 7, table)
+
+
+def cells(quick: bool) -> list[Row]:
+    return harness.grid(length=(CHECKED,) if quick else LENGTHS, kind=KINDS, group=GROUPS, threads=(1,))
 
 
 def inputs(kind: str, length: int, group: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,15 +71,8 @@ def contestants(kind: str) -> dict[str, Callable[..., Tensor]]:
     return field
 
 
-def run(lengths: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    results = []
-    for length, kind, group in tqdm(list(itertools.product(lengths, KINDS, GROUPS))):
-        results += run_case({"length": length, "kind": kind, "group": group, "threads": 1}, contestants(kind), rounds)
-    return results
-
-
-def run_case(case: dict[str, Any], field: dict[str, Callable[..., Tensor]], rounds: int) -> list[dict[str, Any]]:
-    """One row per contestant; who fails its check is not timed and keeps the reason."""
+def run_case(case: Row, field: dict[str, Callable[..., Tensor]], rounds: int) -> list[Row]:
+    """One row per contestant; who fails its check, or raises, is not timed and keeps the reason."""
     tensors = inputs(case["kind"], case["length"], case["group"])
     bounds = diffmax.page_bounds(tensors[1], case["length"])
     _, stats = diffmax.attention_with_kvcache(*tensors, alpha=KINDS[case["kind"]], page_bounds=bounds, return_stats=True)
@@ -109,24 +82,14 @@ def run_case(case: dict[str, Any], field: dict[str, Callable[..., Tensor]], roun
         "pages_read": int(stats.pages_read.max()),
         "support": int(stats.support_size.max()),
     }
-    rows, calls = {}, {}
-    for name, function in field.items():
-        reason = fault(name, function, case)
-        rows[name] = {"contestant": name, **case, **found, "correct": reason is None, "reason": reason}
-        if reason is None:
-            calls[name] = lambda function=function: function(*tensors, bounds)
-            rows[name]["peak_bytes"] = peak_bytes(calls[name])
-    with torch.no_grad():
-        timed = interleave(calls, rounds, "cpu")
-    for name, samples in timed.items():
-        rows[name] |= {key: float(f"{value:.4g}") for key, value in summarize(samples).items()}
-    for row in rows.values():
-        if "median_s" in row and "median_s" in rows["sdpa"]:
-            row["ratio_sdpa"] = float(f"{row['median_s'] / rows['sdpa']['median_s']:.4g}")
-    return list(rows.values())
+
+    def prepare(name: str) -> tuple[Row, Call]:
+        return {"reason": fault(name, field[name], case)}, torch.no_grad()(lambda: field[name](*tensors, bounds))
+
+    return harness.measure({name: {"contestant": name, **case, **found} for name in field}, prepare, rounds, ("sdpa",))
 
 
-def fault(name: str, function: Callable[..., Tensor], case: dict[str, Any]) -> str | None:
+def fault(name: str, function: Callable[..., Tensor], case: Row) -> str | None:
     """What is wrong with a contestant's output at a shorter length, None if nothing is."""
     tensors = inputs(case["kind"], min(case["length"], CHECKED), case["group"], seed=1)
     bounds = diffmax.page_bounds(tensors[1], tensors[1].shape[1])
@@ -141,21 +104,9 @@ def fault(name: str, function: Callable[..., Tensor], case: dict[str, Any]) -> s
     return None if error <= allowed else f"the output errs by {error:.3g}, allowed {allowed:.3g}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Per cell: torch's time, and everybody's as a multiple of it."""
-    lines = ["one key head of size 64, float32, one thread; times sdpa's time"]
-    for (length, kind, group), cell in itertools.groupby(rows, lambda r: (r["length"], r["kind"], r["group"])):
-        shown, facts = [], ""
-        for row in cell:
-            facts = f"{row['pages_read']} of {row['pages']} pages, {row['support']} keys"
-            if not row["correct"]:
-                shown.append(f"{row['contestant']} RED: {row['reason']}")
-            elif row["contestant"] == "sdpa":
-                shown.append(f"sdpa {row['median_s'] * 1e3:.2f} ms")
-            else:
-                shown.append(f"{row['contestant']} {row['ratio_sdpa']:.2f}")
-        lines.append(f"{length} {kind} group={group}, {facts}:  " + "  ".join(shown))
-    return "\n".join(lines)
+def table(rows: list[Row]) -> str:
+    title = "one key head of size 64, float32, one thread; times sdpa's time"
+    return harness.table(title, rows, "sdpa", lines=("length", "kind", "group", "pages", "pages_read", "support"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """`python -m benchmarks.bench_e2e_attention`: a decoder's training step with diffmax in its attention, against torch's SDPA.
 
 The model is a pre-norm decoder with causal attention; both variants have the same parameters and see the same tokens. Prints
-milliseconds per step, and writes them and peak memory as JSON with `--output`. With `--device cpu` it runs small, to show
-that it runs.
+milliseconds per step, and writes them and peak memory as JSON with `--output`. `--quick` is a small model on the CPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import diffmax
+from benchmarks import harness
 
 VOCABULARY = 512
+SIZES = {"length": 8192, "batch": 2, "width": 1024, "heads": 16, "layers": 8, "steps": 10}
+QUICK = {"device": "cpu", "length": 64, "batch": 1, "width": 64, "heads": 2, "layers": 1, "steps": 2}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -82,21 +82,16 @@ def step_times(model: nn.Module, tokens: Tensor, steps: int, dtype: torch.dtype)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_e2e_attention", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = harness.command_line("bench_e2e_attention", __doc__ or "")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 0.9])
-    parser.add_argument("--output", type=Path)
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench_e2e_attention: torch sees no GPU here; nothing was measured. --device cpu runs small", file=sys.stderr)
+        print("bench_e2e_attention: torch sees no GPU here; nothing was measured. --quick runs on the CPU", file=sys.stderr)
         return 1
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     tokens = torch.randint(VOCABULARY, (options.batch, options.length + 1), device=options.device)
@@ -107,10 +102,9 @@ def main(arguments: list[str]) -> int:
         ratio = rows[-1]["median_ms"] / rows[0]["median_ms"]
         print(f"{name:14} {rows[-1]['median_ms']:10.2f} ms {ratio:6.2f} x sdpa   loss {rows[-1]['loss']:.4f}")
     if options.output:
-        shape = {key: value for key, value in vars(options).items() if key != "output"}
+        shape = {key: getattr(options, key) for key in ("device", *SIZES, "alphas")}
         device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
-        result = {"device_name": device, "torch": torch.__version__, **shape, "rows": rows}
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        harness.write(Path(options.output), {"device_name": device, "torch": torch.__version__, **shape, "rows": rows})
     return 0
 
 

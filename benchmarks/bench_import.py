@@ -11,21 +11,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import timeit
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
 import diffmax
-from benchmarks.environment import environment, result_path
-from benchmarks.report import targets_block
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.report import target, targets_block
 from benchmarks.timing import CLOCKS, summarize
 from diffmax.machine.dispatch import kernel
 
@@ -48,40 +46,38 @@ SCHEMA = (
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_import", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, to see that everything runs")
-    parser.add_argument("--output", help="result file (default: benchmarks/results/<device>/<date>-<commit>-import.json)")
-    options = parser.parse_args(arguments)
-    env = environment("bench_import", arguments)
-    imported = time_import(1 if options.quick else 11)
-    called = time_calls(batches=3 if options.quick else 25, calls=20 if options.quick else 200)
-    milliseconds = 1e3 * imported["median_s"]
-    overhead, of_schema = (
-        called["diffmax"]["median_s"] / called[name]["median_s"] for name in ("bare_operator", "bare_schema")
-    )
-    found = [
-        _target("import diffmax beyond import torch, ms", 50, milliseconds),
-        _target("times a bare operator, 8 elements, alpha=0.85", 2, overhead),
-        _target("choosing the backend, us per call", 2, 1e6 * called["choice"]["median_s"]),
+    options = harness.command_line("bench_import", __doc__ or "").parse_args(arguments)
+    harness.publish("bench_import", arguments, options.output, lambda: found(options.quick), shown)
+
+
+def found(quick: bool) -> Row:
+    imported = time_import(1 if quick else 11)
+    called = time_calls(batches=3 if quick else 25, calls=20 if quick else 200)
+    seconds = {name: row["median_s"] for name, row in called.items()}
+    targets = [
+        target("package", "import diffmax beyond import torch, ms", "<=", 50, 1e3 * imported["median_s"]),
+        target(
+            "package", "times a bare operator, 8 elements, alpha=0.85", "<=", 2, seconds["diffmax"] / seconds["bare_operator"]
+        ),
+        target("package", "choosing the backend, us per call", "<=", 2, 1e6 * seconds["choice"]),
     ]
-    path = Path(options.output) if options.output else result_path("bench_import", env)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "environment": env,
-        "import": imported,
-        "calls": called,
-        "times_bare_schema": round(of_schema, 2),
-        "targets": found,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    for name, row in called.items():
-        print(f"{name:>14}  {1e6 * row['median_s']:8.1f} us   p20 {1e6 * row['p20_s']:.1f}   p80 {1e6 * row['p80_s']:.1f}")
-    print(f"{'import':>14}  {milliseconds:8.1f} ms   beyond torch; heavy modules: {', '.join(imported['heavy']) or 'none'}")
-    print(f"times a bare operator of the same schema, with three results: {of_schema:.2f}")
-    print(targets_block(found))
+    of_schema = round(seconds["diffmax"] / seconds["bare_schema"], 2)
+    return {"import": imported, "calls": called, "times_bare_schema": of_schema, "targets": targets}
 
 
-def time_import(repeats: int) -> dict[str, Any]:
+def shown(result: Row) -> str:
+    def line(name: str, row: Row, scale: float, unit: str) -> str:
+        low, middle, high = (scale * row[key] for key in ("p20_s", "median_s", "p80_s"))
+        return f"{name:>14}  {middle:8.1f} {unit}   p20 {low:.1f}   p80 {high:.1f}"
+
+    heavy = ", ".join(result["import"]["heavy"]) or "none"
+    lines = [line(name, row, 1e6, "us") for name, row in result["calls"].items()]
+    lines.append(f"{line('import', result['import'], 1e3, 'ms')}   beyond torch; heavy modules: {heavy}")
+    lines.append(f"times a bare operator of the same schema, with three results: {result['times_bare_schema']:.2f}")
+    return "\n".join([*lines, targets_block(result["targets"])])
+
+
+def time_import(repeats: int) -> Row:
     # what pip installs is compiled; here the first run does it, which is not counted
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", IMPORT]
@@ -90,9 +86,7 @@ def time_import(repeats: int) -> dict[str, Any]:
 
 
 def time_calls(batches: int, calls: int) -> dict[str, dict[str, float | int]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.library._scoped_library("diffmax_bench", "DEF") as library, torch.no_grad():
+    with harness.threads(1), torch.library._scoped_library("diffmax_bench", "DEF") as library, torch.no_grad():
         library.define("bare(Tensor x) -> Tensor")
         library.impl("bare", lambda x: x.clone(), "CPU")
         library.define(SCHEMA)
@@ -109,12 +103,7 @@ def time_calls(batches: int, calls: int) -> dict[str, dict[str, float | int]]:
         for _ in range(batches + 1):
             for name, body in bodies.items():
                 samples[name].append(timeit.timeit(body, timer=CLOCKS["cpu"], number=calls) / calls)
-    torch.set_num_threads(threads)
     return {name: summarize(values[1:]) for name, values in samples.items()}  # the first batch warms up
-
-
-def _target(what: str, goal: float, value: float) -> dict[str, Any]:
-    return {"kernel": "package", "what": what, "sign": "<=", "goal": goal, "value": round(value, 2), "met": value <= goal}
 
 
 if __name__ == "__main__":

@@ -7,24 +7,16 @@ and entmax's losses, in processor time on one thread. Before the clock each must
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import entmax
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import diffmax
-from benchmarks.environment import environment, result_path, without_paths
+from benchmarks import harness
+from benchmarks.harness import Call, Row
 from benchmarks.memory import peak_bytes
-from benchmarks.runner import FAILURES
-from benchmarks.timing import interleave, summarize
 from diffmax import reference
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -39,26 +31,15 @@ OWN_ULP, RIVAL_ULP = 16, 256
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_loss", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few classes, to see that everything runs")
-    parser.add_argument("--output", help="result file (default: benchmarks/results/<device>/<date>-<commit>-loss.json)")
-    options = parser.parse_args(arguments)
-    started = time.perf_counter()
-    env = environment("bench_loss", arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = run((512,) if options.quick else CLASSES, rounds=1 if options.quick else 3)
-    finally:
-        torch.set_num_threads(threads)
-    env["seconds"] = round(time.perf_counter() - started)
-    path = Path(options.output) if options.output else result_path("bench_loss", env)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    head = json.dumps({"environment": env}, indent=1)
-    path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
-    print(table(rows))
-    print(f"\n{len(rows)} rows, {sum(not row['correct'] for row in rows)} of them not correct; {env['seconds']} s; {path.name}")
+    def run(case: Row, rounds: int) -> list[Row]:
+        return run_case(case, contestants(case["alpha"], case["dtype"], case["rows"]), rounds)
+
+    harness.run("bench_loss", __doc__, arguments, cells, run, 3, table)
+
+
+def cells(quick: bool) -> list[Row]:
+    classes = (512,) if quick else CLASSES
+    return harness.grid(n=classes, rows=(SMALL, LARGE), alpha=ALPHAS, sigma=SIGMAS, dtype=DTYPES, threads=(1,))
 
 
 def contestants(alpha: float, dtype: str, rows: int) -> dict[str, Loss]:
@@ -75,44 +56,21 @@ def contestants(alpha: float, dtype: str, rows: int) -> dict[str, Loss]:
     return field
 
 
-def run(classes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    results = []
-    cells = list(itertools.product(classes, DTYPES, (SMALL, LARGE), ALPHAS, SIGMAS))
-    for n, dtype, rows, alpha, sigma in tqdm(cells, unit="cell"):
-        case = {"n": n, "rows": rows, "alpha": alpha, "sigma": sigma, "dtype": dtype, "threads": 1}
-        results += run_case(case, contestants(alpha, dtype, rows), rounds)
-    return results
-
-
-def run_case(case: dict[str, Any], field: dict[str, Loss], rounds: int) -> list[dict[str, Any]]:
+def run_case(case: Row, field: dict[str, Loss], rounds: int) -> list[Row]:
     """One row per contestant; who fails its check, or raises, is not timed and keeps the reason."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(case["rows"], case["n"], generator=generator) * case["sigma"]
     x = scores.to(getattr(torch, case["dtype"])).requires_grad_()
     y = torch.randint(case["n"], (case["rows"],), generator=generator)
-    rows, calls = {}, {}
-    for name, loss in field.items():
-        rows[name] = {"contestant": name, **case, "correct": False, "reason": None}
-        try:
-            reason = fault(name, loss, x, y, case["alpha"])
-            rows[name] |= {"correct": reason is None, "reason": reason}
-            if reason is None:
-                calls[name] = step(loss, x, y)
-                rows[name]["peak_tensors"] = round(peak_bytes(calls[name]) / x.nbytes, 2)
-        except FAILURES as error:
-            first_line = (str(error).strip() or "no message").splitlines()[0]
-            rows[name]["reason"] = without_paths(f"{type(error).__name__}: {first_line}")
-    for name, samples in interleave(calls, rounds, "cpu").items():
-        rows[name] |= {key: float(f"{value:.4g}") for key, value in summarize(samples).items()}
-    base = rows["cross_entropy"]
-    for row in rows.values():
-        if "median_s" in row and "median_s" in base:
-            row["ratio_cross_entropy"] = float(f"{row['median_s'] / base['median_s']:.4g}")
-    return list(rows.values())
 
+    def prepare(name: str) -> tuple[Row, Call]:
+        return {"reason": fault(name, field[name], x, y, case["alpha"])}, lambda: torch.autograd.grad(field[name](x, y), x)
 
-def step(loss: Loss, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    return lambda: torch.autograd.grad(loss(x, y), x)[0]
+    def memory(call: Call) -> Row:
+        return {"peak_tensors": round(peak_bytes(call) / x.nbytes, 2)}
+
+    rows = {name: {"contestant": name, **case} for name in field}
+    return harness.measure(rows, prepare, rounds, ("cross_entropy",), memory)
 
 
 def fault(name: str, loss: Loss, x: Tensor, y: Tensor, alpha: float) -> str | None:
@@ -140,24 +98,10 @@ def exact(x: Tensor, y: Tensor, alpha: float | None) -> tuple[float, Tensor]:
     return losses.mean().item(), (p - onehot) / len(x)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Per cell: cross-entropy's time, and everybody's as a multiple of it, with peak memory in tensors like the scores."""
-    lines = [
-        "forward and backward, one thread; times cross-entropy's time (peak memory beyond the scores, in tensors like them)"
-    ]
-    for cell, group in itertools.groupby(rows, lambda r: (r["n"], r["dtype"], r["rows"], r["alpha"], r["sigma"])):
-        n, dtype, count, alpha, sigma = cell
-        shown = []
-        for row in group:
-            if not row["correct"]:
-                shown.append(f"{row['contestant']} RED: {row['reason']}")
-                continue
-            time_shown = f"{row['median_s'] * 1e3:.2f} ms" if row["contestant"] == "cross_entropy" else ""
-            shown.append(
-                f"{row['contestant']} {time_shown or format(row['ratio_cross_entropy'], '.2f')} ({row['peak_tensors']:.2f})"
-            )
-        lines.append(f"n={n} rows={count} {dtype} alpha={alpha} sigma={sigma:g}:  " + "  ".join(shown))
-    return "\n".join(lines)
+def table(rows: list[Row]) -> str:
+    title = "forward and backward, one thread; times cross-entropy's time (peak memory beyond the scores, in tensors like them)"
+    lines = ("n", "rows", "alpha", "sigma", "dtype")
+    return harness.table(title, rows, "cross_entropy", lines=lines, note=lambda row: f" ({row['peak_tensors']:.2f})")
 
 
 if __name__ == "__main__":

@@ -46,12 +46,6 @@ def contestants() -> tuple[Contestant, ...]:
     )
 
 
-def cpu_kernels() -> dict[str, str]:
-    """Contestant -> "module:function" of the forward kernel behind it."""
-    records = [r for r in diffmax.backends() if r.operator == "bisect" and r.device == "cpu"]
-    return {"diffmax" if r.status == "active" else f"diffmax[{r.backend}]": r.kernel for r in records}
-
-
 def other_kernels() -> list[str]:
     """Backends made for the CPU that could run but are not preferred."""
     records = [r for r in diffmax.backends() if r.operator == "bisect" and r.device == "cpu"]

@@ -54,9 +54,6 @@ class Case:
         grad = torch.randn(self.rows, self.n, generator=generator)
         return x.to(self.torch_dtype), grad.to(self.torch_dtype)
 
-    def label(self) -> str:
-        return f"{self.operation} n={self.n} alpha={self.alpha} sigma={self.sigma:g} {self.dtype} threads={self.threads}"
-
 
 def cases(operations: tuple[str, ...], grid: str, threads: tuple[int, ...]) -> Iterator[Case]:
     """The cells of a grid. Those that share a compiled softmax follow each other."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks import (
     bench_loss,
     contestants,
     count_products,
+    harness,
     memory,
     plots,
     report,
@@ -159,6 +161,33 @@ def test_every_contestant_passes_its_check(operation, dtype):
         assert {row["reason"] for row in run_case(case, *names).values()} == {None}
 
 
+@pytest.mark.parametrize("stored", sorted((ROOT / "benchmarks" / "results").rglob("*.json")), ids=lambda path: path.stem)
+def test_the_published_results_are_of_the_form_that_is_written(stored, tmp_path):
+    harness.write(tmp_path / "folder" / "again.json", json.loads(stored.read_text()))
+    assert (tmp_path / "folder" / "again.json").read_text() == stored.read_text()
+
+
+def test_without_the_base_of_the_ratios_the_times_are_shown():
+    """The table of attention raised KeyError when torch's own attention had failed."""
+
+    def prepare(name):
+        return {"reason": "too far" if name == "base" else None}, lambda: None
+
+    rows = harness.measure({name: {"contestant": name, "n": 8} for name in ("base", "other")}, prepare, 1, ("base",))
+    assert [row["ratio_base"] for row in rows] == [None, None]
+    shown = harness.table("title", rows, "base", lines=("n",))
+    assert re.search(r"8 +RED +~?[\d.e-]+ ms$", shown, re.MULTILINE)
+    assert "base RED: too far; n: 8" in shown
+
+
+def test_a_contestant_whose_memory_cannot_be_measured_is_not_timed():
+    def memory(call):
+        raise RuntimeError("no memory")
+
+    (row,) = harness.measure({"one": {}}, lambda name: ({"reason": None}, lambda: None), 1, (), memory)
+    assert row == {"correct": False, "reason": "RuntimeError: no memory"}
+
+
 def test_peak_memory_counts_what_is_alive_at_once():
     x = torch.zeros(1 << 16)
     assert memory.peak_bytes(lambda: x + 1) // x.nbytes == 1
@@ -225,7 +254,8 @@ def test_attention_runs_and_who_is_wrong_gets_no_number():
 
 def test_options_of_attention_are_checked_and_compared_with_the_plain_call():
     options = bench_attention_options.OPTIONS | {"wrong": lambda n: {"scale": torch.rand(()).item()}}
-    rows = {row["option"]: row for row in bench_attention_options.run_cell("numba", "sharp", "both", 64, 1, options)}
+    case = {"backend": "numba", "kind": "sharp", "operation": "both", "length": 64, "alpha": 0.5, "threads": 1}
+    rows = {row["option"]: row for row in bench_attention_options.run_case(case, 1, options)}
     assert [name for name, row in rows.items() if not row["correct"]] == ["wrong"]
     assert all(rows[name]["ratio_plain"] > 0 for name in bench_attention_options.OPTIONS)
     assert "wrong RED: the output errs by" in bench_attention_options.table(list(rows.values()))
@@ -243,9 +273,10 @@ def test_decoding_runs_and_who_is_wrong_gets_no_number():
 
 def test_a_decoder_learns_with_every_attention(tmp_path, capsys):
     path = tmp_path / "e2e.json"
-    small = ["--length", "64", "--batch", "1", "--width", "64", "--heads", "2", "--layers", "1", "--steps", "2"]
-    assert bench_e2e_attention.main(["--device", "cpu", *small, "--output", str(path)]) == 0
-    rows = json.loads(path.read_text())["rows"]
+    assert bench_e2e_attention.main(["--quick", "--length", "32", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    rows = result["rows"]
+    assert (result["device"], result["length"]) == ("cpu", 32)
     assert [row["contestant"] for row in rows] == ["sdpa", "diffmax 0.5", "diffmax 0.9"]
     assert all(0 < row["loss"] < 8 and row["median_ms"] > 0 for row in rows)
     assert "x sdpa" in capsys.readouterr().out
