@@ -431,7 +431,7 @@ ENDS = torch.tensor([0, 2, 6], dtype=torch.int32)
         (ValueError, "alibi_slopes and query must be on one device", {"alibi_slopes": torch.ones(4, device="meta")}),
         (
             ValueError,
-            "alibi_slopes have no gradient.*\npass alibi_slopes.detach",
+            "alibi_slopes must not require grad.*\npass alibi_slopes.detach",
             {"alibi_slopes": torch.ones(4).requires_grad_()},
         ),
         (TypeError, "sink must be a floating tensor, got int64", {"sink": torch.ones(4, dtype=torch.int64)}),

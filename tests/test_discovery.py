@@ -92,8 +92,8 @@ def outcome(tmp_path_factory):
 
 
 EXPECTED = {
-    "good@plug-good": ("available", "when asked for by name"),
-    "otherextra@plug-otherextra": ("available", "when asked for by name"),
+    "good@plug-good": ("available", "opt-in: pass backend="),
+    "otherextra@plug-otherextra": ("available", "opt-in: pass backend="),
     "importerror@plug-importerror": ("failed", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
     "syntaxerror@plug-syntaxerror": ("failed", "SyntaxError: invalid syntax"),
     "oserror@plug-oserror": ("failed", "OSError: libvendor.so.3: cannot open shared object file"),
@@ -113,13 +113,13 @@ EXPECTED = {
     "missing@plug-missing": ("incompatible", "which is not installed; run: pip install 'a-package-that-is-not-there>=2"),
     "stale@plug-stale": ("failed", "ModuleNotFoundError: No module named 'plug_gone'"),
     "blocked@plug-blocked": ("blocked", "by DIFFMAX_BLOCK"),
-    "contested@plug-contested": ("available", "when asked for by name"),
+    "contested@plug-contested": ("available", "opt-in: pass backend="),
     "contested@zz-late": ("shadowed", "the name is taken by plug-contested; uninstall one of the two"),
     "takesname@plug-takesname": ("shadowed", "the backend name 'cpu' is taken by diffmax-core"),
     "probesays@plug-probesays": ("unavailable", "no acme device; run: pip install acme-driver"),
     "proberaises@plug-proberaises": ("failed", "its probe raised RuntimeError: driver"),
-    "kernelraises@plug-kernelraises": ("available", "when asked for by name"),
-    "kernelmissing@plug-kernelmissing": ("available", "when asked for by name"),
+    "kernelraises@plug-kernelraises": ("available", "opt-in: pass backend="),
+    "kernelmissing@plug-kernelmissing": ("available", "opt-in: pass backend="),
 }
 
 

@@ -135,7 +135,7 @@ def test_a_backend_that_is_not_automatic_waits_to_be_asked(register, calls):
     assert not calls
     diffmax_bisect(X, 0.5, backend="shy")
     assert calls == ["forward"]
-    assert "shy: is used only when asked for by name" in repr(diffmax.explain("diffmax_bisect", X, 0.5))
+    assert "shy: is opt-in: request it with backend=" in repr(diffmax.explain("diffmax_bisect", X, 0.5))
 
 
 def test_determinism_is_a_need(register):
@@ -302,7 +302,8 @@ def test_cuda_and_hip_share_a_device_type_and_are_told_apart_by_runtime(register
 def test_plain_pytorch_on_an_accelerator_is_said_once_with_what_to_install(monkeypatch):
     monkeypatch.setattr(registry, "noticed", set())
     spec = describe("bisect", "cuda", torch.float32)
-    with pytest.warns(RuntimeWarning, match=r"bisect of float32 on cuda runs as plain PyTorch(.|\n)*pip install diffmax-cuda"):
+    said = r"no fused kernel for bisect of float32 on cuda: the reference runs(.|\n)*pip install diffmax-cuda"
+    with pytest.warns(RuntimeWarning, match=said):
         assert choose(spec).name == "reference"
     assert choose(spec).name == "reference"  # a second warning would be an error here
     with pytest.warns(RuntimeWarning, match="pip install diffmax-npu"):
@@ -311,7 +312,7 @@ def test_plain_pytorch_on_an_accelerator_is_said_once_with_what_to_install(monke
 
 def test_strict_makes_that_an_error(settings):
     settings(strict=True)
-    with pytest.raises(NoBackendError, match=r"DIFFMAX_STRICT=1: bisect of float32 on cuda runs as plain PyTorch"):
+    with pytest.raises(NoBackendError, match=r"DIFFMAX_STRICT=1: no fused kernel for bisect of float32 on cuda"):
         choose(describe("bisect", "cuda", torch.float32))
     assert choose(describe("bisect", "cuda", torch.float32), "reference").name == "reference"  # asked for
     assert choose(describe("bisect", "cpu", torch.float32)).name == "numba"

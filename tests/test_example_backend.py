@@ -61,7 +61,7 @@ print(json.dumps([kernels_loaded, records, refusal, chosen]))
     kernels_loaded, records, refusal, chosen = json.loads(output)
     assert not kernels_loaded
     assert records == [
-        ["diffmax-example", "0.1.0", operator, "available", "when asked for by name"]
+        ["diffmax-example", "0.1.0", operator, "available", "opt-in: pass backend="]
         for operator in ("bisect", "bisect_backward")
     ]
     assert "example: takes float16, float32, float64, not bfloat16" in refusal

@@ -62,12 +62,12 @@ hookimpl = pluggy.HookimplMarker("diffmax")
 
 @dataclass(frozen=True)
 class CallSpec:
-    """A call as far as the choice of a backend may depend on it: no tensors, no lengths.
+    """The properties of a call that dispatch may depend on: no tensors, no lengths.
 
     Attributes:
         operator: "bisect", "bisect_backward", ...
         device_type: torch's device type.
-        runtime: What drives that device here: "cpu", "cuda", "hip" (both have device type "cuda"), "cann", or the type itself.
+        runtime: The runtime of that device: "cpu", "cuda", "hip" (both have device type "cuda"), "cann", or the type itself.
         dtype: Dtype of the scores.
         features: Those of `FEATURES` that the call needs.
         head_dim, value_dim: For attention, the sizes of a query and of a value; else 0.
@@ -91,9 +91,9 @@ class CallSpec:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCall:
-    """What an attention kernel computes, besides its three tensors.
+    """The arguments of an attention kernel in addition to query, key and value.
 
-    A later version adds fields with defaults, each behind a feature: a kernel that does not claim the feature is never given
+    A later version adds fields with defaults, each with a feature: a kernel that does not claim the feature never gets
     the field, and needs no change. The operators' schemas are made from these fields, in this order.
 
     Attributes:
@@ -101,20 +101,20 @@ class AttentionCall:
         e: 1 - alpha: a float in (0, 1], or, for a backend that claims "tensor_alpha", a tensor (H,) in the accumulation dtype
             on the query's device. Heads whose entry lies outside [0, 1] are NaN.
         mask: Boolean, (B, H, L, S) with any of them 1; True marks what is visible.
-        lower_right: Query i of L stands at key i + S - L; else at key i.
-        left, right: How many keys before and after its own place a query sees; -1: all of them. Causal is right = 0.
-        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), where each of the packed sequences begins, and the end. Then B = 1, and L
-            and S above are a sequence's own lengths.
+        lower_right: Query i of L has position i + S - L; else position i.
+        left, right: Number of keys visible before and after the position of the query; -1: unlimited. Causal: right = 0.
+        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), the sequence starts and the end of packed sequences. Then B = 1, and L and
+            S above are the lengths of a single sequence.
         max_seqlen_q, max_seqlen_k: No packed sequence is longer.
         bias: Added to the scores: (B, H, L, S) with any of them 1, any strides, in query's dtype or float32;
             -inf hides. Not with packed sequences.
-        alibi: Slopes (H,) or (B, H), (H,) for packed sequences, in the accumulation dtype: key j loses slope * abs(i' - j) of
-            its score, where i' is the place at which query i stands.
+        alibi: Slopes (H,) or (B, H), (H,) for packed sequences, in the accumulation dtype: subtracts slope * abs(i' - j)
+            from the score of key j, where i' is the position of query i.
         softcap: c > 0 makes c * tanh(score / c) of the scores, before anything is added to them; 0: off.
-        sink: (H,), in the accumulation dtype: one more score for each row, which nothing scales, caps or hides, and whose
-            weight goes to no value. m is the largest score, the sink's among them; `live` and `support` count keys alone.
-        dropout_p: The share of weights that are dropped once they are solved; the others are divided by 1 - dropout_p. 0: off.
-        seed: int64 (2,), on query's device: which ones, see `diffmax.reference.attention.kept`.
+        sink: (H,), in the accumulation dtype: an extra score for each row, not scaled, capped or masked, whose weight
+            is discarded. m is the largest score, including the sink; `live` and `support` count keys alone.
+        dropout_p: The share of weights that are dropped after normalization; the others are divided by 1 - dropout_p. 0: off.
+        seed: int64 (2,), on query's device: determines the keep mask, see `diffmax.reference.attention.kept`.
     """
 
     scale: float
@@ -143,17 +143,17 @@ class KVCacheCall:
         scale, e, softcap, sink: As of attention; e and sink, in the accumulation dtype, have an entry per query head.
         cache_seqlens: int32 (B,), how many tokens each sequence has in the cache before the call.
         k, v: New tokens (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), of the caches' dtype, or None: the kernel writes them
-            behind the others and attends over all. Tokens beyond the cache's end are neither written nor seen.
+            after the existing ones and attends to all. Tokens beyond the end of the cache are neither written nor visible.
         cache_batch_idx: int32 (B,), the cache's row that holds each sequence; None: sequence b has row b.
-        block_table: int32 (B, pages), each sequence's pages in order, for a cache in pages. Entries behind a sequence's end
-            may be anything.
-        low, high: The smallest and the largest keys of each page, entry by entry: (num_blocks, H_kv, D) for a cache in pages,
+        block_table: int32 (B, pages), each sequence's pages in order, for a cache in pages. Entries after the end of a
+            sequence may be anything.
+        low, high: The elementwise minimum and maximum of the keys of each page: (num_blocks, H_kv, D) for a cache in pages,
             else (B_cache, ceil(S / page_size), H_kv, D), of the cache's dtype; None: unknown. The kernel keeps them up to date
-            as it appends. A page whose first token is among the new ones starts afresh. Pages in use have right bounds.
+            as it appends. The bounds of a page whose first token is new are reset. Pages in use have valid bounds.
         page_size: Tokens of a page; where the cache is not in pages, of a page of the bounds.
-        left, right: How many keys before and after its own place a query sees, -1: all of them. The last query stands at the
-            last key.
-        alibi: (B or 1, H), in the accumulation dtype: slope * abs(distance) is taken from scores, after the softcap; or None.
+        left, right: Number of keys visible before and after the position of the query; -1: unlimited. The last
+            query has the position of the last key.
+        alibi: (B or 1, H), in the accumulation dtype: slope * abs(distance) is subtracted after the softcap; or None.
         leftpad: int32 (B,), where each sequence starts: what lies before in its row or pages is not seen, and may be anything;
             `cache_seqlens` counts it. None: at 0.
     """
@@ -295,7 +295,7 @@ class Backend:
         runtime: "cuda" or "hip" where the device type alone does not tell; None for any.
         priority: Among the backends that can run a call, the largest is chosen; then the name decides. core's CPU kernels have
             50, its plain PyTorch 0.
-        automatic: False: used only when it is asked for by name.
+        automatic: False: opt-in, used only if requested with `backend=`.
         probe: "module:function" of no arguments: None if the backend can run on this machine, else the reason why not. Called
             once, at the first call on its device types or by `diffmax.backends()`. May not raise.
         unsupported: "module:function" of a CallSpec: the list of reasons against it, empty if there are none. May not raise.

@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from importlib_metadata import PackageNotFoundError, packages_distributions, version
 from packaging.version import Version
 
-from diffmax.machine.metadata import PackageNotFoundError, packages_distributions, version
 from diffmax.plugin import CallSpec
 
 LIBRARY = "libascendcl.so"

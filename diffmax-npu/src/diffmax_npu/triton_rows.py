@@ -1,4 +1,4 @@
-"""The row operator by core's shared Triton kernels, lowered by Triton-Ascend: experimental, used only when asked for by name.
+"""The row operator by core's shared Triton kernels, lowered by Triton-Ascend: experimental and opt-in.
 
 What is known of it is in docs/npu.md: the kernels are lowered to what Triton-Ascend gives to the chip's own compiler, and
 keep its documented limits. No chip has run them.

@@ -174,7 +174,7 @@ def choose(spec: CallSpec, backend: str = "") -> Backend:
 
 
 def names_for(spec: CallSpec, backend: str) -> tuple[str, ...]:
-    """The backends that are asked for by name; () leaves the choice to the priorities.
+    """The explicitly requested backends; () leaves the dispatch to the priorities.
 
     A backend that provides no backward at all leaves that operator to the others, also when it is named.
     """
@@ -285,7 +285,7 @@ _BY_CALL = "(register_backend)"
 def _reasons_against(backend: Backend, spec: CallSpec, named: bool) -> list[str]:
     reasons = backend.reasons_against(spec)
     if not backend.automatic and not named:
-        reasons.append("is used only when asked for by name")
+        reasons.append("is opt-in: request it with backend=")
     if reasons:  # the device's own backend may know what to do about them
         return reasons + (_asked(backend, spec) if spec.device_type in backend.device_types else [])
     _, reason = registry.probe(backend)
@@ -344,7 +344,7 @@ def missing_package(runtime: str) -> str:
 def _notice_reference(spec: CallSpec, verdicts: list[tuple[Backend, list[str]]]) -> None:
     advice = missing_package(spec.runtime)
     against = _listed([(backend, reasons) for backend, reasons in verdicts if reasons])
-    message = f"{spec} runs as plain PyTorch: right, but slower than a kernel\n{against}" + (f"\n{advice}" if advice else "")
+    message = f"no fused kernel for {spec}: the reference runs, correct but slow\n{against}" + (f"\n{advice}" if advice else "")
     if registry.settings.strict:
         raise NoBackendError(f"DIFFMAX_STRICT=1: {message}\n{_HINT}")
     if spec.device_type not in registry.noticed:

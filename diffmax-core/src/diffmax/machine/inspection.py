@@ -158,7 +158,7 @@ def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
     first = next((candidate for candidate, reasons in verdicts if not reasons), None)
     if first is backend:
         return "active", ""
-    return "available", f"{first.name} is preferred" if first is not None and backend.automatic else "when asked for by name"
+    return "available", f"{first.name} is preferred" if first is not None and backend.automatic else "opt-in: pass backend="
 
 
 @dataclass(frozen=True)

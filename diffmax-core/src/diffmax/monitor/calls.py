@@ -33,7 +33,7 @@ def of_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall)
     """Of the queries of an attention, which is run once more for its statistics."""
     try:
         _, m, _, _, live, support = attention_operator.attention(query, key, value, True, call, selected(None))
-    except NoBackendError:  # the one that is asked for by name keeps none
+    except NoBackendError:  # the requested backend computes no statistics
         _, m, _, _, live, support = attention_operator.attention(query, key, value, True, call, "reference")
     seen = visible_keys(query, key, call)
     tiles = tile_sparsity(query, key, live, call)

@@ -215,7 +215,7 @@ def _candidate_columns(scores: Tensor, e: float | Tensor, sink: Tensor | None, w
 
 
 def _weights(scores: Tensor, e: float | Tensor, sink: Tensor | None, solve: Solve) -> tuple[Tensor, Tensor, Tensor]:
-    """p like the scores, with the sink's behind it, and for every row m and delta, which is NaN where p is."""
+    """p in the shape of the scores, followed by the weight of the sink, and per row m and delta, which is NaN where p is."""
     given = scores.view(-1, scores.shape[2])
     p, m, delta = solve(given if sink is None else rules.with_sink(given, sink), e, 1, 200, True)
     return p.view(*scores.shape[:2], -1), m, delta.masked_fill(p[:, :1].isnan(), torch.nan)

@@ -177,7 +177,7 @@ class Block:
             target.index_add_(3, columns + self.first, share)
 
     def dropped_by(self, weights: Tensor, call: AttentionCall, columns: Tensor | None, factors: Factors) -> Tensor:
-        """What dropout multiplies (key heads, rows, keys) by; the keys may have the sink behind them."""
+        """The scaled keep mask of dropout, (key/value heads, rows, keys); the sink may follow the keys."""
         if call.seed is None:
             raise ValueError("attention: dropout_p comes with a seed, got dropout_p alone")
         place = self.positions(columns)

@@ -88,47 +88,46 @@ def attention(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
-    """Attention with diffmax weights: `torch.nn.functional.scaled_dot_product_attention`, and alpha.
+    """Attention with diffmax weights: `torch.nn.functional.scaled_dot_product_attention` with an alpha.
 
     out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1, Eq. 5)
 
-    Scores are scaled, then capped, then added to (`attn_mask`, `alibi_slopes`), then hidden. The weights are solved, the sink
-    among them, and dropped last.
+    Order: scale, softcap, additive terms (`attn_mask`, `alibi_slopes`), masking, normalization including the sink, dropout.
 
-    Scores and weights are not held in memory (the `reference` backend does), and where weights are zero work is skipped.
+    Scores and weights are not held in memory (except by the `reference` backend), and work for zero weights is skipped.
 
     Args:
         query: (B, H, L, D), any strides. float16, bfloat16, float32 or float64. Under autocast it is converted as torch would.
-        key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be one tensor, and the query too. As in torch
-            there may be more dimensions before H, or fewer, down to (L, D); and sizes of 1 before L, which the others share. Or
-            all three are nested tensors (B, H, j, D), without attn_mask: then each sequence is on its own.
-        attn_mask: Broadcasts to (B, H, L, S) and holds together with `is_causal` and `window_size`. Boolean: True where a key
-            is seen. Floating, in query's dtype or float32: added to the scores, where -inf hides; may require a gradient. Or
+        key, value: (B, H, S, D) and (B, H, S, D_v), of query's dtype. They may be the same tensor, also as query. As in
+            torch there may be more dimensions before H, or fewer, down to (L, D), and dimensions before L broadcast. Or all
+            three are nested tensors (B, H, j, D), without attn_mask: then each sequence attends to itself.
+        attn_mask: Broadcasts to (B, H, L, S) and is combined with `is_causal` and `window_size`. Boolean: True where a key is
+            visible. Floating, in query's dtype or float32: added to the scores, -inf masks; may require a gradient. Or
             one of torch.nn.attention.bias's `causal_upper_left(L, S)` and `causal_lower_right(L, S)`.
-        dropout_p: Probability with which a weight is set to 0; the others are divided by 1 - dropout_p. Which
-            ones follows from two numbers that torch's generator draws, and is the same on every backend. Like torch's own
-            attention this drops whenever it is not 0: pass 0.0 in evaluation.
+        dropout_p: Probability with which a weight is set to 0; the others are divided by 1 - dropout_p. The
+            keep mask follows from a seed of torch's generator, and is the same on every backend. As in torch's attention,
+            dropout is applied whenever it is not 0: pass 0.0 in evaluation.
         is_causal: Query i sees the keys 0 to i, or i + S - L with `causal_alignment="lower_right"`.
         scale: Factor of the scores; None: 1 / sqrt(D).
-        enable_gqa: key and value may have H_kv heads, of which H is a multiple; query head h reads head h // (H / H_kv).
+        enable_gqa: key and value may have H_kv heads, where H_kv divides H; query head h reads key/value head h // (H / H_kv).
         alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float; or a tensor () or (H,), one per head, that may
             require a gradient and may hold 0 and 1 themselves (sparsemax and softmax). Under torch.compile every new float is a
             new graph: pass a tensor if it changes.
-        window_size: (left, right): how many keys before and after its own place a query sees, -1 for all. Its place is
-            aligned like causality's. `is_causal` makes right 0.
-        causal_alignment: "upper_left", where query i stands at key i, as in torch; or "lower_right", where the last query
-            stands at the last key, as in flash-attn.
-        alibi_slopes: (H,) or (B, H): key j loses slope * abs(i' - j) of its score, where i' is query i's place, aligned like
-            causality's. No gradient: for slopes that learn pass the bias as attn_mask.
-        softcap: A score x becomes softcap * tanh(x / softcap), which lies between the two signs of softcap; 0: off.
-        sink: (H,): a score that every query of a head sees besides the keys', and whose weight goes to no value; may require a
-            gradient. It is not scaled, capped or masked. A null slot is `torch.zeros(H)`.
+        window_size: (left, right): number of keys visible before and after the position of the query; -1: unlimited. The
+            position is aligned as for causality. `is_causal` sets right to 0.
+        causal_alignment: "upper_left": query i has position i, as in torch; or "lower_right": the last query has the position
+            of the last key, as in flash-attn.
+        alibi_slopes: (H,) or (B, H): subtracts slope * abs(i' - j) from the score of key j, where i' is the position of
+            query i, aligned as for causality. No gradient: for learned slopes pass the bias as attn_mask.
+        softcap: A score x becomes softcap * tanh(x / softcap), which lies in (-softcap, softcap); 0: off.
+        sink: (H,): an extra score per head, whose weight is discarded (attention sink); may require a gradient. It is not
+            scaled, capped or masked. A null sink is `torch.zeros(H)`.
         return_stats: Whether to return an `AttentionStats` too: thresholds, support sizes, the share of empty tiles.
         backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
             else the best one that can run the call.
     Returns:
-        (B, H, L, D_v), contiguous, in query's dtype, or nested as the query; and the stats, if asked for. A query that sees no
-        key gets zeros, and passes no gradient on. A query with NaN or +inf among the scores that it sees gets NaN.
+        (B, H, L, D_v), contiguous, in query's dtype, or nested as the query; and the stats, if requested. A fully masked
+        query returns zeros and propagates no gradient. A query with a visible score of NaN or +inf returns NaN.
     Raises:
         TypeError: An argument has the wrong type, or the dtypes differ.
         ValueError: Shapes, devices or values do not fit. The values of an alpha that lives on an accelerator, or under
@@ -197,21 +196,21 @@ def attention_varlen(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
-    """`attention` over packed sequences, each on its own: flash-attn's `flash_attn_varlen_func`, and alpha.
+    """`attention` over packed sequences, independently: flash-attn's `flash_attn_varlen_func` with an alpha.
 
     Args:
         query: (T_q, H, D): the tokens of all sequences, one after the other.
         key, value: (T_k, H_kv, D) and (T_k, H_kv, D_v).
-        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), on query's device: where each sequence begins, and the end: 0, then sums of
-            lengths. A sequence may have 0 tokens.
+        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), on query's device: the sequence starts and the end, that is 0 and the
+            cumulative lengths. A sequence may have 0 tokens.
         max_seqlen_q, max_seqlen_k: At least the longest sequence's length. A larger number costs nothing but memory in
             `reference`.
-        is_causal, window_size: As in `attention`, where the last query stands at the last key of its sequence.
+        is_causal, window_size: As in `attention`, aligned at the lower right of each sequence.
         alibi_slopes: (H,), as in `attention`, with the same places; or (N, H), for each sequence its own, which are then
             computed one by one, after a look at cu_seqlens.
         block_table: int32 (N, pages): key and value are then (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv,
             D_v), and row n has the pages of sequence n in order, of which cu_seqlens_k says how many tokens count. They are
-            copied out of their pages. Entries behind a sequence's last page may be anything.
+            copied out of their pages. Entries after the last page of a sequence may be anything.
         dropout_p, scale, enable_gqa, alpha, softcap, sink, return_stats, backend: As in `attention`.
     Returns:
         (T_q, H, D_v), contiguous; and the stats, if asked for.
@@ -275,7 +274,7 @@ def _one_by_one(
     slopes: Tensor,
     options: dict[str, Any],
 ) -> Tensor | tuple[Tensor, AttentionStats]:
-    """`attention_varlen` with slopes (N, H), for which no kernel has a place: each sequence alone."""
+    """`attention_varlen` with slopes (N, H), which no kernel supports: one sequence at a time."""
     how = {"return_stats": options.pop("return_stats"), "backend": options.pop("backend")}
     packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     build_packed_call(*packed, alibi_slopes=slopes, draws=False, **options)

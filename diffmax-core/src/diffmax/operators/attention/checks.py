@@ -196,7 +196,7 @@ def check_alibi(name: str, query: Tensor, slopes: Tensor | None, sizes: tuple[in
         raise ValueError(f"{name}: alibi_slopes must have one number per head, shape {wanted}, got {_shape(slopes)}")
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name}: alibi_slopes have no gradient, got some that require one\n"
+            f"{name}: alibi_slopes must not require grad (no gradient is implemented), got some that do\n"
             "pass alibi_slopes.detach(), or the bias itself as attn_mask, which has one"
         )
     return slopes.detach().to(accumulation_dtype(query.dtype))

@@ -154,7 +154,7 @@ class Bias(Rule):
     """A tensor that is added; its gradient is the scores', summed over what it broadcasts along."""
 
     fields = ("bias",)
-    described: ClassVar = {"bias": "attention with numbers added to the scores, and their gradient"}
+    described: ClassVar = {"bias": "attention with an additive bias, and its gradient"}
 
     def features(self, call: Call) -> frozenset[str]:
         """`bias`."""

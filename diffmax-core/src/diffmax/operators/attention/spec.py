@@ -22,8 +22,8 @@ DESCRIBED = {
     **rules.described(AttentionCall),
     "gqa": "attention with fewer key heads than query heads",
     "varlen": "attention over packed sequences",
-    "value_dim": "attention whose values have another size than its keys",
-    "attention_stats": "attention that reports support sizes and live tiles",
+    "value_dim": "attention whose value head dimension differs from the key head dimension",
+    "attention_stats": "attention that returns support sizes and live tiles",
     "dropout": "attention with dropout of the weights",
 }
 BOTH_WAYS = frozenset(DESCRIBED) - {"attention_stats"} | {"tensor_alpha", "deterministic"}

@@ -13,14 +13,14 @@ from diffmax.plugin import TILE, AttentionCall
 
 
 class AttentionStats(NamedTuple):
-    """What an attention call found on its way. None of it has a gradient.
+    """Per-query statistics of an attention call, without gradients.
 
     Attributes:
-        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf where nothing is seen. For packed
+        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf for fully masked queries. For packed
             sequences (T, H).
         support_size: Like tau, int32: how many keys have a score above tau.
-        tile_sparsity: (B, H), for packed sequences (H,), float32: of the 64 x 64 tiles of queries and keys that causality and
-            window leave, the share without a single weight. Tiles that a mask hides count as such.
+        tile_sparsity: (B, H), for packed sequences (H,), float32: the share of 64 x 64 tiles of queries and keys whose weights
+            are all zero, among those that causality and the window do not mask. Tiles that a mask hides count as zero.
     """
 
     tau: Tensor

@@ -34,7 +34,7 @@ class PageBounds(NamedTuple):
 
 
 class KVCacheStats(NamedTuple):
-    """What a decoding call found on its way.
+    """Per-query statistics of a decoding call.
 
     Attributes:
         tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf where nothing is seen.
@@ -62,10 +62,10 @@ def page_bounds(
         page_size: Tokens of a page, for a cache that is not in pages; with `block_table` the pages' own size is taken. Smaller
             pages have tighter bounds, and more of them.
     Returns:
-        A `PageBounds`, on the cache's device. Pages without a token have bounds of 0.
+        A `PageBounds`, on the cache's device. Empty pages have bounds of 0.
     Raises:
         TypeError, ValueError: An argument has the wrong type, shape, device or value.
-    Numerics: Exact. Where a key holds NaN so do the bounds, and the page is always read.
+    Numerics: Exact. If a key holds NaN, so do the bounds, and the page is always read.
     Source: docs/decoding.md. Written for diffmax.
     Example:
         >>> import torch, diffmax
@@ -118,51 +118,51 @@ def attention_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, KVCacheStats] | tuple[Tensor, Tensor]:
-    """Attention of new tokens over a cache of keys and values: flash-attn's `flash_attn_with_kvcache`, and alpha.
+    """Attention of new tokens over a KV cache: flash-attn's `flash_attn_with_kvcache` with an alpha.
 
     out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1)
 
-    With `k` and `v` the caches are changed in place: the new tokens are written behind each sequence's others, and then seen.
-    With `page_bounds`, a page of keys that cannot hold a weight is not read; the result is the same without.
+    With `k` and `v` the caches are modified in place: the new tokens are appended to each sequence before attention.
+    With `page_bounds`, pages of keys that cannot have a weight are skipped; the result is the same.
 
     Args:
         q: (B, L, H, D), one new token or a chunk. float16, bfloat16, float32 or float64.
         k_cache, v_cache: (B_cache, S, H_kv, D) and (B_cache, S, H_kv, D_v), of q's dtype, any strides; with `block_table`
             (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv, D_v). H is a multiple of H_kv, and query head h
-            reads key head h // (H / H_kv). What lies behind a sequence's end is never looked at.
+            reads key/value head h // (H / H_kv). Entries after the end of a sequence are never read.
         k, v: (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), or None: new tokens, mostly those of q.
         cache_seqlens: int32 (B,), or one int for all: tokens in the cache before the call. None: the cache is full
             (not with `k` and `v`).
         cache_batch_idx: int32 (B,), the row of the cache that holds each sequence, all different; None: sequence b has row b.
             Not with `block_table`.
-        block_table: int32 (B, pages), the pages of each sequence in order. Entries behind its last page may be anything.
+        block_table: int32 (B, pages), the pages of each sequence in order. Entries after its last page may be anything.
             Sequences may share pages, but not one that new tokens are written to. On an accelerator the entries in use are not
             checked.
         softmax_scale: Factor of the scores; None: 1 / sqrt(D).
-        causal: Each query sees the keys up to its own place, where the last query stands at the last key.
-        window_size: (left, right), how many keys before and after its own place a query sees; -1 is all.
+        causal: Each query sees the keys up to its position; the last query has the position of the last key.
+        window_size: (left, right): number of keys visible before and after the position of the query; -1: unlimited.
         softcap: c > 0 replaces each score x by c * tanh(x / c); 0: off.
-        alibi_slopes: float32 (H,) or (B, H): slope * abs(distance) is taken from the scores.
+        alibi_slopes: float32 (H,) or (B, H): slope * abs(distance) is subtracted from the scores (ALiBi).
         alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float, or a tensor () or (H,), which may hold 0 and 1.
-        sink: (H,), one more score per query, whose weight is lost; or None.
+        sink: (H,), an extra score per head, whose weight is discarded (attention sink); or None.
         page_bounds: What `diffmax.page_bounds` returned for this cache, or None: then all keys are read.
         return_stats: Whether to return a `KVCacheStats` too.
-        backend: A name from `diffmax.backends()`, which never falls back. None: the best one that can run the call.
+        backend: A name from `diffmax.backends()`; it never falls back to another. None: the best one that can run the call.
         cache_leftpad: int32 (B,), where each sequence starts in its row or its pages: what lies before is not seen, and may be
             anything. `cache_seqlens` counts it.
         rotary_cos, rotary_sin: Must be None: rotate q and k before the call. `rotary_interleaved` has no effect.
         num_splits: No effect.
-        return_softmax_lse: Whether to return tau too, (B, H, L), which is here what the logarithm of the sum is to softmax.
+        return_softmax_lse: Whether to return tau too, (B, H, L), the counterpart of the log-sum-exp of softmax.
     Returns:
-        (B, L, H, D_v), contiguous, in q's dtype; and the stats or tau, if asked for. A query that sees no key gets zeros. A
-        query with NaN or +inf among the scores that it sees gets NaN.
+        (B, L, H, D_v), contiguous, in q's dtype; and the stats or tau, if requested. A fully masked query returns zeros. A
+        query with a visible score of NaN or +inf returns NaN.
     Raises:
         TypeError, ValueError: An argument has the wrong type, shape, device or value, or new tokens do not fit. Values that
             live on an accelerator are not read: tokens that do not fit are then neither written nor seen.
         NotImplementedError: An argument requires a gradient, and gradients are on.
         NoBackendError: No backend can run the call, or the named one cannot.
-    Numerics: As of `diffmax.attention`. Exact with and without bounds: a page is left out only where a bound proves that its
-        scores lie below a lower bound of tau, with room for rounding.
+    Numerics: As of `diffmax.attention`. Exact with and without bounds: a page is skipped only if its bound, including rounding
+        errors, lies below a lower bound of tau.
     Source: docs/decoding.md. Written for diffmax; the argument names are flash-attn's.
     Example:
         >>> import torch, diffmax

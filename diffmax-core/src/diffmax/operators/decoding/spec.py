@@ -18,7 +18,7 @@ from diffmax.plugin import KVCacheCall
 DESCRIBED = {
     **rules.described(KVCacheCall),
     "kv_cache": "attention over a cache, to which new keys and values are appended",
-    "paged": "attention over a cache whose pages lie anywhere",
+    "paged": "attention over a paged cache",
 }
 FEATURES = frozenset(DESCRIBED) | {"tensor_alpha", "deterministic", "gqa", "value_dim", "attention_stats"}
 ALWAYS = frozenset({"kv_cache"})

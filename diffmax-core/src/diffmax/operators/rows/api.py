@@ -34,10 +34,10 @@ def diffmax_bisect(
 ) -> Tensor:
     """Map scores to a sparse probability vector along `dim`: a drop-in for `torch.softmax`.
 
-    p_i = [(1 - alpha) (x_i - tau)]_+ ^ (1 / (1 - alpha)),  tau the one number that makes the p_i sum to 1   (Eq. 1)
+    p_i = [(1 - alpha) (x_i - tau)]_+ ^ (1 / (1 - alpha)),  tau is the threshold at which the p_i sum to 1   (Eq. 1)
 
     The limit alpha -> 1 is softmax, alpha -> 0 is sparsemax; it is entmax with alpha' = 2 - alpha. Every score at or below
-    tau, and so every score further than 1 / (1 - alpha) below the largest, gets weight exactly 0.
+    tau gets weight exactly 0; so does every score that is 1 / (1 - alpha) or more below the largest.
 
     Args:
         X: Scores, any shape and strides. float16, bfloat16, float32 or float64. -inf marks a masked entry. Or a nested tensor,
@@ -50,11 +50,11 @@ def diffmax_bisect(
         n_iter: The result is at least as accurate as after this many steps of bisection. It bounds the solver's steps, of which
             Newton's method needs half as many, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
         ensure_sum_one: Divide by the sum at the end. False gives the weights at the tau that was found.
-        dtype: What X is converted to first, as by `torch.softmax`.
-        backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
-            else the best one that can run the call.
+        dtype: The dtype to which X is converted first, as in `torch.softmax`.
+        backend: A name from `diffmax.backends()`; an explicitly requested backend never falls back to another. None: the one of
+            `use_backend` or DIFFMAX_BACKEND, else the best one that can run the call.
     Returns:
-        Tensor of X's shape, dtype and device, contiguous. A row with nothing visible (all -inf) is all 0, with gradient 0. A
+        Tensor of X's shape, dtype and device, contiguous. A fully masked row (all -inf) is all 0, with gradient 0. A
         row that holds NaN or +inf is all NaN. A row of one entry is 1.
     Raises:
         TypeError: X is no tensor of those dtypes, or an argument has the wrong type.

@@ -1,7 +1,7 @@
 """What every backend's decoding has to get right, as functions: `kvcache_conformance` and the tests call them.
 
 The truth is `diffmax.reference.decoding` in float64 on the CPU, which diffmax's own tests hold to entmax. The gate is the row
-operator's. What lies behind a sequence's end is NaN.
+operator's. Entries after the end of a sequence are NaN.
 """
 
 from __future__ import annotations

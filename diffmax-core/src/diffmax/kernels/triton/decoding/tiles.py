@@ -73,7 +73,7 @@ def whose(
 
 @triton.jit
 def stretch(split, splits, span, length, left, page_size, parts, HAS_NEW: tl.constexpr, WINDOW: tl.constexpr):
-    """The tiles that can be seen or are written to, shared among the splits: the first and the one behind the last."""
+    """The range of tiles that are visible or written, divided among the splits: first tile and end."""
     low, begin, end = span
     start = low
     if WINDOW:
