@@ -64,7 +64,7 @@ def main() -> int:
         if not lines:
             raise PackagingError("README.md shows no install line in a bash or sh block")
         plain = {f"pip install {name}" for name in distributions}
-        lines += sorted(plain - set(lines))
+        lines += sorted(plain - {shlex.join(shlex.split(line, comments=True)) for line in lines})
         # most of the time goes into waiting for the package index, so lines run side by side; they are reported in order
         with tempfile.TemporaryDirectory(prefix="diffmax-packages-") as scratch, ThreadPoolExecutor(WORKERS) as pool:
             folders = [Path(scratch) / f"venv{number}" for number in range(len(lines))]
