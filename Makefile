@@ -10,7 +10,7 @@ test test-all nightly demo train-alpha adapt example-backend: export OMP_WAIT_PO
 test test-all nightly: export OMP_NUM_THREADS = 1
 
 .PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
-	packages example-backend floor clean
+	packages pins example-backend floor clean
 
 setup: $(STAMP)
 
@@ -104,6 +104,15 @@ floor:
 # Wheels and sdists, each installed alone into a fresh environment, and every install line that the README shows.
 packages: setup
 	$(BIN)/python .ci/packages.py
+
+# requirements.txt again from diffmax-core's dev extra, each version kept where it fits; `make pins UPGRADE=--upgrade` takes the newest,
+# UPGRADE='--upgrade-package NAME' one. 3.11.5 is what the pins ask for. Without setuptools, and without the CUDA packages, which torch
+# pins itself where its build needs them.
+UPGRADE :=
+pins: setup
+	$(BIN)/uv pip compile --quiet --no-sources --python-version 3.11.5 --extra dev --no-annotate --custom-compile-command "make pins" \
+		$(UPGRADE) --output-file requirements.txt diffmax-core/pyproject.toml
+	sed -i.old -E '/^(setuptools|cuda-|nvidia-(cu|nccl|nv))/d' requirements.txt && rm requirements.txt.old
 
 # The vendor's path in a fresh environment: the example backend and a new one, installed and through the conformance kit.
 example-backend: setup

@@ -1,6 +1,7 @@
 """Build every distribution of the workspace, look inside, and install it the ways the README shows.
 
-Needs the pinned environment, for build and hatchling. `make packages` runs it; dist/ holds the result.
+check-wheel-contents, twine, pip's report of an install and pip check judge what they can; here is what they do not.
+Needs the pinned environment. `make packages` runs it; dist/ holds the result.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import base64
 import csv
 import email
 import hashlib
-import io
 import json
 import os
 import re
@@ -25,9 +25,8 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from email.message import Message
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tomllib
 from packaging.requirements import Requirement
@@ -44,7 +43,6 @@ DIRECT_REQUIREMENTS = {
     "diffmax-rocm": {"diffmax-core"},
     "diffmax-npu": {"diffmax-core"},
 }
-COMES_WITH_VENV = {"pip", "setuptools"}
 
 WORKERS = 3
 
@@ -60,11 +58,13 @@ def main() -> int:
         distributions = {d.name: d for d in map(build, members())}
         for distribution in distributions.values():
             check_contents(distribution)
+        step("twine check --strict dist/*")
+        run([sys.executable, "-m", "twine", "check", "--strict", *map(str, DIST.iterdir())])
         lines = install_lines((ROOT / "README.md").read_text(encoding="utf-8"))
         if not lines:
             raise PackagingError("README.md shows no install line in a bash or sh block")
         plain = {f"pip install {name}" for name in distributions}
-        lines += sorted(plain - set(lines))
+        lines += sorted(plain - {shlex.join(shlex.split(line, comments=True)) for line in lines})
         # most of the time goes into waiting for the package index, so lines run side by side; they are reported in order
         with tempfile.TemporaryDirectory(prefix="diffmax-packages-") as scratch, ThreadPoolExecutor(WORKERS) as pool:
             folders = [Path(scratch) / f"venv{number}" for number in range(len(lines))]
@@ -90,25 +90,15 @@ class Distribution:
     wheel: Path
     sdist: Path
 
-    @cached_property
-    def metadata(self) -> Message:
-        """METADATA of the wheel."""
-        return email.message_from_string(self.read(f"{self.dist_info}/METADATA").decode())
-
     @property
     def dist_info(self) -> str:
         """The wheel's folder of metadata."""
         return f"{self.name.replace('-', '_')}-{self.version}.dist-info"
 
-    def read(self, member: str) -> bytes:
-        """A file of the wheel."""
+    def files(self) -> dict[str, bytes]:
+        """The files of the wheel."""
         with zipfile.ZipFile(self.wheel) as wheel:
-            return wheel.read(member)
-
-    def hashes(self) -> dict[str, str]:
-        """Hash of each file of the wheel, as its RECORD has it."""
-        rows = csv.reader(io.StringIO(self.read(f"{self.dist_info}/RECORD").decode()))
-        return {path: digest for path, digest, _ in rows if digest}
+            return {name: wheel.read(name) for name in wheel.namelist()}
 
 
 def members() -> Iterator[Path]:
@@ -136,35 +126,43 @@ def build(folder: Path) -> Distribution:
 
 
 def check_contents(distribution: Distribution) -> None:
-    """Metadata, licence, py.typed, and exactly the files of the repository in wheel and sdist."""
+    """The repository's files in the sdist, the sdist's sources in the wheel, and what describes them."""
     step(f"look inside {distribution.wheel.name} and {distribution.sdist.name}")
-    check_metadata(distribution)
-    inside = distribution.dist_info
     tracked = set(run(["git", "ls-files"], cwd=distribution.folder).splitlines())
-    sources = {path.removeprefix("src/") for path in tracked if path.startswith("src/")}
-    with zipfile.ZipFile(distribution.wheel) as wheel:
-        in_wheel = set(wheel.namelist())
-    info_files = {f"{inside}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "entry_points.txt")}
-    expect_same(f"files in {distribution.wheel.name}", sources, in_wheel - info_files)
-    with tarfile.open(distribution.sdist) as sdist:
-        in_sdist = {name.partition("/")[2] for name in sdist.getnames()}
-    expect_same(f"files in {distribution.sdist.name}", tracked, in_sdist - {"PKG-INFO", ".gitignore"})
-    packages = {path.split("/")[0] for path in sources}
-    for wanted in [f"{package}/py.typed" for package in packages] + [f"{inside}/licenses/LICENSE"]:
-        if wanted not in in_wheel:
-            raise PackagingError(f"{distribution.wheel.name} lacks {wanted}")
-    if distribution.read(f"{inside}/licenses/LICENSE") != (ROOT / "LICENSE").read_bytes():
-        raise PackagingError(f"the licence in {distribution.wheel.name} differs from the repository's LICENSE")
-    for path, digest in distribution.hashes().items():
-        actual = base64.urlsafe_b64encode(hashlib.sha256(distribution.read(path)).digest()).rstrip(b"=").decode()
-        if digest != f"sha256={actual}":
-            raise PackagingError(f"{distribution.wheel.name}: RECORD has another hash for {path}")
-    print(f"  {len(sources)} files, each of them tracked; py.typed; licence; metadata; README")
+    with tempfile.TemporaryDirectory() as scratch:
+        with tarfile.open(distribution.sdist) as sdist:
+            in_sdist = {name.partition("/")[2] for name in sdist.getnames()}
+            sdist.extractall(scratch, filter="data")
+        expect_same(f"files in {distribution.sdist.name}", tracked, in_sdist - {"PKG-INFO", ".gitignore"})
+        sources = Path(scratch) / distribution.sdist.name.removesuffix(".tar.gz") / "src"
+        command = [sys.executable, "-m", "check_wheel_contents", "--no-config", "--src-dir", str(sources)]
+        run([*command, str(distribution.wheel)])
+    files = distribution.files()
+    check_description(distribution, files)
+    check_metadata(distribution, files[f"{distribution.dist_info}/METADATA"].decode())
 
 
-def check_metadata(distribution: Distribution) -> None:
+def check_description(distribution: Distribution, files: dict[str, bytes]) -> None:
+    """What a wheel has beside its sources: the licence, RECORD with every file's hash, a py.typed in each package."""
+    wheel, info = distribution.wheel.name, distribution.dist_info
+    sources = {name for name in files if not re.match(r"[^/]*\.(dist-info|data)/", name)}
+    wanted = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    expect_same(f"metadata in {wheel}", wanted, files.keys() - sources - {f"{info}/entry_points.txt"})
+    typed = {f"{name.split('/')[0]}/py.typed" for name in sources}
+    expect_same(f"marks of types in {wheel}", typed, typed & sources)
+    if files[f"{info}/licenses/LICENSE"] != (ROOT / "LICENSE").read_bytes():
+        raise PackagingError(f"the licence in {wheel} differs from the repository's LICENSE")
+    recorded = {path: digest for path, digest, _ in csv.reader(files[f"{info}/RECORD"].decode().splitlines())}
+    expect_same(f"files in RECORD of {wheel}", set(files), set(recorded))
+    for path, digest in recorded.items():
+        actual = base64.urlsafe_b64encode(hashlib.sha256(files[path]).digest()).rstrip(b"=").decode()
+        if digest != f"sha256={actual}" and path != f"{info}/RECORD":
+            raise PackagingError(f"{wheel}: RECORD has another hash for {path}")
+
+
+def check_metadata(distribution: Distribution, text: str) -> None:
     """Name, version, licence, README, and what a plain install asks for."""
-    metadata = distribution.metadata
+    metadata = email.message_from_string(text)
     expected = {
         "Name": distribution.name,
         "Version": distribution.version,
@@ -179,13 +177,9 @@ def check_metadata(distribution: Distribution) -> None:
     if metadata.get_payload().strip() != readme.strip():
         raise PackagingError(f"{distribution.wheel.name}: its description is not {distribution.folder.name}/README.md")
     if distribution.name in DIRECT_REQUIREMENTS:
-        direct = {canonicalize_name(r.name) for r in requirements(distribution) if r.marker is None}
+        requirements = map(Requirement, metadata.get_all("Requires-Dist", []))
+        direct = {canonicalize_name(r.name) for r in requirements if r.marker is None}
         expect_same(f"requirements of {distribution.name}", DIRECT_REQUIREMENTS[distribution.name], direct)
-
-
-def requirements(distribution: Distribution) -> list[Requirement]:
-    """All requirements of a distribution, those of its extras included."""
-    return [Requirement(text) for text in distribution.metadata.get_all("Requires-Dist", [])]
 
 
 # --- installing ---
@@ -213,15 +207,18 @@ def run_install_line(line: str, folder: Path, distributions: dict[str, Distribut
         if f"{distribution.name}=={distribution.version}" not in output:
             raise PackagingError(f"{line}: uv would not install {distribution.name} {distribution.version}\n{output}")
         return f"{line} --dry-run\n  resolves, {distribution.name} {distribution.version} among it; nothing installed"
-    run(["bash", "-c", line], cwd=folder, env=environment(folder))
-    report = f"{line}\n{check_installed(folder, distribution, requested.extras)}\n{smoke(folder, distribution)}"
+    report = folder / "report.json"
+    run(["bash", "-c", line], cwd=folder, env=environment(folder) | {"PIP_REPORT": str(report)})
+    came = check_report(json.loads(report.read_text(encoding="utf-8")), requested, distributions)
+    check_installed(folder, distribution)
+    done = f"{line}\n  {len(came)} came: {', '.join(came)}\n{smoke(folder, distribution)}"
     if not requested.extras:
         install = ["-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(distribution.sdist)]
         run([str(folder / "bin" / "python"), *install], cwd=folder, env=environment(folder))
-        check_installed(folder, distribution, requested.extras)
-        report += f"\n  again from {distribution.sdist.name}: the same files\n{smoke(folder, distribution)}"
+        check_installed(folder, distribution)
+        done += f"\n  again from {distribution.sdist.name}: the same files\n{smoke(folder, distribution)}"
     shutil.rmtree(folder)
-    return report
+    return done
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -240,39 +237,28 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def check_installed(folder: Path, distribution: Distribution, extras: set[str]) -> str:
-    """The very files that were built, everything that was asked for, and nothing else."""
-    report = "import json, importlib.metadata as m; print(json.dumps({d.name: d.requires or [] for d in m.distributions()}))"
+def check_report(report: dict[str, Any], requested: Requirement, distributions: dict[str, Distribution]) -> list[str]:
+    """The names of what pip says that it installed: the wheels that were built among it, with the extras asked for."""
+    came = {canonicalize_name(entry["metadata"]["name"]): entry for entry in report["install"]}
+    for name in came.keys() & distributions.keys():
+        built, url = distributions[name].wheel.as_uri(), came[name]["download_info"]["url"]
+        if url != built:
+            raise PackagingError(f"{name} came from {url}, not from {built}: another release was installed")
+    known = set(came[canonicalize_name(requested.name)]["metadata"].get("provides_extra", []))
+    if not requested.extras <= known:
+        raise PackagingError(f"{requested}: the extras are {', '.join(sorted(known))}")
+    return sorted(came)
+
+
+def check_installed(folder: Path, distribution: Distribution) -> None:
+    """The very files that were built, and everything that is installed has what it asks for."""
     python = str(folder / "bin" / "python")
-    installed = {canonicalize_name(name): needs for name, needs in json.loads(run([python, "-I", "-c", report])).items()}
     site_packages = Path(run([python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
-    for path, digest in distribution.hashes().items():
-        file = site_packages / path
-        actual = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()) if file.is_file() else b""
-        if digest != f"sha256={actual.rstrip(b'=').decode()}":
-            raise PackagingError(f"{path} is not the one of {distribution.wheel.name}: another release was installed")
-
-    wanted = wanted_by(Requirement(f"{distribution.name}[{','.join(extras)}]" if extras else distribution.name), installed)
-    expect_same("installed distributions", wanted - COMES_WITH_VENV, set(installed) - COMES_WITH_VENV)
-    others = sorted(wanted - {distribution.name})
-    return f"  {distribution.name} {distribution.version}, the files of the wheel, and {len(others)} more: {', '.join(others)}"
-
-
-def wanted_by(requirement: Requirement, installed: dict[str, list[str]]) -> set[str]:
-    """The names that a requirement leads to, following the metadata of what is installed."""
-    wanted: set[str] = set()
-    queue = [(canonicalize_name(requirement.name), frozenset(requirement.extras))]
-    seen = set(queue)
-    while queue:
-        name, extras = queue.pop()
-        wanted.add(name)
-        for needed in map(Requirement, installed.get(name, [])):
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ["", *extras]):
-                entry = (canonicalize_name(needed.name), frozenset(needed.extras))
-                if entry not in seen:
-                    seen.add(entry)
-                    queue.append(entry)
-    return wanted
+    for name, content in distribution.files().items():
+        file = site_packages / name
+        if file.name != "RECORD" and (not file.is_file() or file.read_bytes() != content):
+            raise PackagingError(f"{name} is not the one of {distribution.wheel.name}: another release was installed")
+    run([python, "-I", "-m", "pip", "check"])
 
 
 def smoke(folder: Path, distribution: Distribution) -> str:

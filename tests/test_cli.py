@@ -34,8 +34,8 @@ def machine(monkeypatch):
 
     def pretend(devices=(), files=(), built_for=()):
         monkeypatch.setattr(report, "visible_devices", lambda: tuple(devices))
-        monkeypatch.setattr(report, "device_file", lambda runtime: report.DEVICE_FILES[runtime] if runtime in files else None)
-        monkeypatch.setattr(report, "built_for", lambda runtime: runtime in built_for)
+        monkeypatch.setattr(report, "has_device_file", lambda runtime: runtime.name in files)
+        monkeypatch.setattr(report, "built_for", lambda runtime: runtime.name in built_for)
 
     return pretend
 

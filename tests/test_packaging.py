@@ -104,13 +104,17 @@ def test_the_install_lines_of_the_readme_are_found_as_they_stand():
     assert "pip install diffmax-core" in packages_script().install_lines((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-def test_extras_and_markers_are_followed_through_what_is_installed():
-    installed = {
-        "a": ["b[x]", "never; python_version < '3'", "c; extra == 'more'"],
-        "b": ["d; extra == 'x'"],
-        "c": [],
-        "d": ["a"],
-    }
-    wanted_by = packages_script().wanted_by
-    assert wanted_by(Requirement("a"), installed) == {"a", "b", "d"}
-    assert wanted_by(Requirement("a[more]"), installed) == {"a", "b", "c", "d"}
+def test_a_release_from_elsewhere_and_an_extra_that_is_not_there_are_refused():
+    packages = packages_script()
+    built = packages.Distribution(ROOT, "a", "1", Path("/dist/a-1-py3-none-any.whl"), Path("/dist/a-1.tar.gz"))
+
+    def check(requested, url="file:///dist/a-1-py3-none-any.whl"):
+        ours = {"download_info": {"url": url}, "metadata": {"name": "A", "provides_extra": ["x"]}}
+        other = {"download_info": {"url": "https://example.org/b.whl"}, "metadata": {"name": "b"}}
+        return packages.check_report({"install": [other, ours]}, Requirement(requested), {"a": built})
+
+    assert check("a") == check("a[x]") == ["a", "b"]
+    with pytest.raises(packages.PackagingError, match=r"a came from https://example\.org/.*: another release"):
+        check("a", "https://example.org/a-1.whl")
+    with pytest.raises(packages.PackagingError, match=r"a\[y\]: the extras are x"):
+        check("a[y]")

@@ -7,13 +7,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmax.machine.dispatch import PLUGIN_FOR_RUNTIME, registry
+from diffmax.machine.dispatch import registry
+from diffmax.machine.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 # They would be distributions of diffmax's own.
-RESERVED = ("core", *(package.removeprefix("diffmax-") for package in PLUGIN_FOR_RUNTIME.values()))
+RESERVED = ("core", *(runtime.package.removeprefix("diffmax-") for runtime in RUNTIMES))
 
 
 def write(name: str, folder: str | Path | None = None) -> Path:

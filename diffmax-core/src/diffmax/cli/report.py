@@ -11,17 +11,11 @@ from typing import Any
 import torch
 
 from diffmax.machine import discovery, env
-from diffmax.machine.dispatch import PLUGIN_FOR_RUNTIME, describe, registry
+from diffmax.machine.dispatch import registry
 from diffmax.machine.inspection import KernelTable, backends, format_table, wrapped
 from diffmax.machine.metadata import PackageNotFoundError, core_version, version
+from diffmax.machine.runtimes import RUNTIMES, Runtime, runtime_of
 
-DEVICE_FILES = {"cuda": "/dev/nvidia0", "hip": "/dev/kfd", "cann": "/dev/davinci0"}
-_VENDORS = {"cuda": "NVIDIA", "hip": "AMD", "cann": "Ascend"}
-_DRIVER_FILES = {
-    "NVIDIA driver": "/sys/module/nvidia/version",
-    "AMD driver": "/sys/module/amdgpu/version",
-    "Ascend driver": "/usr/local/Ascend/driver/version.info",
-}
 _CGROUP = "/sys/fs/cgroup"
 _OPTIONAL_PACKAGES = ("triton", "pytorch-triton-rocm", "triton-ascend", "torch-npu", "numba")
 
@@ -92,7 +86,7 @@ def visible_devices() -> tuple[Device, ...]:
     """The CPU, and every accelerator that torch can use now."""
     threads = torch.get_num_threads()
     devices = [Device("cpu", "cpu", f"{_cpu_name()}, torch uses {threads} thread{'s' * (threads != 1)}")]
-    kinds = ["cuda", "npu", "xpu", "mps"]
+    kinds = [*dict.fromkeys(runtime.device_type for runtime in RUNTIMES), "xpu", "mps"]
     accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None  # torch 2.6
     if accelerator is not None and accelerator.type not in kinds:
         kinds.append(accelerator.type)
@@ -102,22 +96,18 @@ def visible_devices() -> tuple[Device, ...]:
             continue
         name_of = getattr(module, "get_device_name", lambda _, kind=kind: kind)
         for index in range(getattr(module, "device_count", lambda: 1)()):
-            runtime = describe("bisect", kind, torch.float32).runtime
-            devices.append(Device(f"{kind}:{index}", runtime, name_of(index)))
+            devices.append(Device(f"{kind}:{index}", runtime_of(kind), name_of(index)))
     return tuple(devices)
 
 
-def device_file(runtime: str) -> str | None:
-    """The file that shows that the vendor's driver has a device, whatever torch was built for."""
-    path = DEVICE_FILES[runtime]
-    return path if Path(path).exists() else None
+def has_device_file(runtime: Runtime) -> bool:
+    """Whether the vendor's driver has a device, whatever torch was built for."""
+    return Path(runtime.device_file).exists()
 
 
-def built_for(runtime: str) -> bool:
+def built_for(runtime: Runtime) -> bool:
     """Whether this torch, with the packages installed beside it, can drive such a device at all."""
-    if runtime == "cann":
-        return _installed("torch-npu") is not None
-    return (torch.version.cuda if runtime == "cuda" else torch.version.hip) is not None
+    return (_installed(runtime.adapter) if runtime.adapter else getattr(torch.version, runtime.name)) is not None
 
 
 def cpu_quota() -> float | None:
@@ -141,26 +131,26 @@ def _advice(devices: tuple[Device, ...]) -> list[str]:
             f"this container may use {quota:g} CPUs and torch uses {threads} threads, which wait for each other: "
             f"set OMP_NUM_THREADS={math.ceil(quota)}, or call torch.set_num_threads({math.ceil(quota)})"
         )
-    for runtime, package in PLUGIN_FOR_RUNTIME.items():
-        seen = next((device for device in devices if device.runtime == runtime), None)
-        file = device_file(runtime)
-        if seen is None and file is not None:
-            lines.append(_why_unseen(runtime, file))
-        if (seen is not None or file is not None) and package not in installed:
-            where = f"{seen.device} is {seen.name}" if seen else f"{file} is there"
-            lines.append(f"{where}, {package} is not installed: run: pip install {package}")
+    for runtime in RUNTIMES:
+        seen = next((device for device in devices if device.runtime == runtime.name), None)
+        has_file = has_device_file(runtime)
+        if seen is None and has_file:
+            lines.append(_why_unseen(runtime))
+        if (seen is not None or has_file) and runtime.package not in installed:
+            where = f"{seen.device} is {seen.name}" if seen else f"{runtime.device_file} is there"
+            lines.append(f"{where}, {runtime.package} is not installed: run: pip install {runtime.package}")
     return lines
 
 
-def _why_unseen(runtime: str, file: str) -> str:
-    vendor = _VENDORS[runtime]
-    found = f"{file} shows an {vendor} device that torch {torch.__version__} does not see"
+def _why_unseen(runtime: Runtime) -> str:
+    found = f"{runtime.device_file} shows an {runtime.vendor} device that torch {torch.__version__} does not see"
     if built_for(runtime):
         return f"{found}, though it is built for it: check the driver and the variables that hide devices"
-    if runtime == "cann":
-        return f"{found}: torch_npu is not installed; install the torch-npu that fits this torch"
-    wanted = "CUDA" if runtime == "cuda" else "ROCm"
-    return f"{found}: this build of torch lacks {wanted}; install a torch built for {wanted} (pytorch.org, Get Started)"
+    if runtime.adapter:
+        module = runtime.adapter.replace("-", "_")
+        return f"{found}: {module} is not installed; install the {runtime.adapter} that fits this torch"
+    lacks, install = f"this build of torch lacks {runtime.toolkit}", f"install a torch built for {runtime.toolkit}"
+    return f"{found}: {lacks}; {install} (pytorch.org, Get Started)"
 
 
 def _problems() -> list[str]:
@@ -184,10 +174,10 @@ def _versions() -> dict[str, str]:
         "torch built for HIP": torch.version.hip or "no",
     }
     versions |= {name: _installed(name) or "not installed" for name in _OPTIONAL_PACKAGES}
-    for name, path in _DRIVER_FILES.items():
-        text = _read(path)
+    for runtime in RUNTIMES:
+        text = _read(runtime.driver_file)
         if text:
-            versions[name] = text.splitlines()[0].strip()
+            versions[f"{runtime.vendor} driver"] = text.splitlines()[0].strip()
     return versions
 
 

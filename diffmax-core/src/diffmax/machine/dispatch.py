@@ -19,10 +19,10 @@ from torch import Tensor
 from diffmax.errors import BackendError, NoBackendError
 from diffmax.machine import builtin, discovery, env
 from diffmax.machine.discovery import Plugin, PluginRefusedError
+from diffmax.machine.runtimes import RUNTIMES, runtime_of
 from diffmax.operators.common.spec import adapted
 from diffmax.plugin import Backend, CallSpec
 
-PLUGIN_FOR_RUNTIME = {"cuda": "diffmax-cuda", "hip": "diffmax-rocm", "cann": "diffmax-npu"}
 _HINT = "run `python -m diffmax` to see what is installed"
 
 
@@ -156,8 +156,7 @@ def describe(
     value_dim: int = 0,
 ) -> CallSpec:
     """A CallSpec, with the runtime that drives the device type in this process."""
-    runtime = {"cuda": "hip" if torch.version.hip else "cuda", "npu": "cann"}.get(device_type, device_type)
-    return CallSpec(operator, device_type, runtime, dtype, features, head_dim, value_dim)
+    return CallSpec(operator, device_type, runtime_of(device_type), dtype, features, head_dim, value_dim)
 
 
 def choose(spec: CallSpec, backend: str = "") -> Backend:
@@ -331,13 +330,13 @@ def _listed(verdicts: list[tuple[Backend, list[str]]]) -> str:
 def _unknown_name(name: str, known: dict[str, Backend]) -> str:
     lines = [f"no backend is named {name!r}", f"  loaded: {', '.join(known)}"]
     lines += [f"  {p} is {p.status}: {p.reason}" for p in registry.plugins if p.name == name and p.reason]
-    runtime = next((runtime for runtime, package in PLUGIN_FOR_RUNTIME.items() if name == package.removeprefix("diffmax-")), "")
+    runtime = next((runtime.name for runtime in RUNTIMES if runtime.package == f"diffmax-{name}"), "")
     return "\n".join([*lines, missing_package(runtime) or _HINT])
 
 
 def missing_package(runtime: str) -> str:
     """What to install for such a device's kernels; "" if it is there, or nothing is known for it."""
-    package = PLUGIN_FOR_RUNTIME.get(runtime)
+    package = next((known.package for known in RUNTIMES if known.name == runtime), "")
     return f"run: pip install {package}" if package and package not in {p.distribution for p in registry.plugins} else ""
 
 
