@@ -350,7 +350,8 @@ def visible_span(first: Any, last: Any, left: int, right: int, keys: Any) -> tup
     low = first - left if left >= 0 else first * 0
     high = last + right + 1 if right >= 0 else last * 0 + keys
     if isinstance(low, Tensor):
-        return low.clamp_min(0), torch.minimum(high, torch.as_tensor(keys, device=low.device))
+        # a number that becomes a tensor is a constant to torch.compile, and one that clamps is not
+        return low.clamp_min(0), torch.minimum(high, keys) if isinstance(keys, Tensor) else high.clamp_max(keys)
     return max(low, 0), min(high, keys)
 
 
