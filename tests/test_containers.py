@@ -72,6 +72,7 @@ def test_another_error_of_the_compiler_is_not_taken_for_a_missing_folder():
         compile_cached(decorator, function=lambda: None)
 
 
+@pytest.mark.slow
 def test_a_compilation_says_that_it_is_one_after_two_seconds():
     """The first call took eleven seconds, in silence."""
     done = run(

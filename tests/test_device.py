@@ -92,6 +92,7 @@ def test_a_killed_run_leaves_valid_lines_and_no_process(rehearsal):
         assert all(isinstance(json.loads(text), dict) for text in path.read_text().splitlines() if text.endswith("}"))
 
 
+@pytest.mark.slow
 def test_the_next_run_goes_on_where_it_was_killed(rehearsal):
     out, before, _, second = rehearsal
     through = {line["cell"] for line in before if line["status"] == "ok"}
@@ -102,6 +103,7 @@ def test_the_next_run_goes_on_where_it_was_killed(rehearsal):
     assert "smoke" in second.stdout
 
 
+@pytest.mark.slow
 def test_every_cell_has_its_line_whatever_happened_to_others(rehearsal):
     out, *_ = rehearsal
     found = {line["cell"] for line in lines.read([out])}
@@ -109,6 +111,7 @@ def test_every_cell_has_its_line_whatever_happened_to_others(rehearsal):
     assert any(cell.startswith("kits TestRows test_empty_and_single") for cell in found)
 
 
+@pytest.mark.slow
 def test_each_fault_is_a_line_of_its_kind(rehearsal):
     out, *_ = rehearsal
     found = list(lines.read([out]))
@@ -130,6 +133,7 @@ def test_each_fault_is_a_line_of_its_kind(rehearsal):
             assert {"seconds", "attempt"} <= set(line), line
 
 
+@pytest.mark.slow
 def test_a_wrong_result_has_its_figures_and_no_time(rehearsal):
     out, *_ = rehearsal
     (first, again) = of(list(lines.read([out])), ATTENTION)
@@ -140,6 +144,7 @@ def test_a_wrong_result_has_its_figures_and_no_time(rehearsal):
     assert first["contestants"]["sdpa"]["forward"]["median_ms"] > 0
 
 
+@pytest.mark.slow
 def test_who_kills_the_process_is_left_out_and_the_others_are_measured(rehearsal):
     out, *_ = rehearsal
     found = [line for line in lines.read([out]) if line["cell"] == ROWS]
@@ -151,6 +156,7 @@ def test_who_kills_the_process_is_left_out_and_the_others_are_measured(rehearsal
     assert line["contestants"]["entmax_bisect"]["status"] == "skipped"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_few_files_that_name_no_machine(rehearsal):
     out, *_ = rehearsal
     files = list(out.iterdir())
@@ -213,6 +219,7 @@ def test_cells_have_names_of_their_own_and_functions_that_take_their_case(kind):
             signature.bind(None, **cell.case)
 
 
+@pytest.mark.slow
 def test_reports_are_made_from_partial_folders_and_a_rehearsal_publishes_nothing(rehearsal, tmp_path, capsys):
     out, before, *_ = rehearsal
     (tmp_path / "part").mkdir()

@@ -12,10 +12,10 @@ from tests import interpreted
 @pytest.mark.parametrize(
     ("tier", "what"),
     [
-        ("not slow", "TestRows and float32 and not special_alphas"),
+        ("not slow", "TestRows and not special_alphas"),
         pytest.param("slow", "TestRows", marks=pytest.mark.slow),
         pytest.param("slow", "not TestRows", marks=pytest.mark.slow),
-        pytest.param("not slow", "not (TestRows and float32) or special_alphas", marks=pytest.mark.slow),
+        pytest.param("not slow", "not TestRows or special_alphas", marks=pytest.mark.slow),
     ],
 )
 def test_the_kernels_pass_under_the_interpreter(tier, what):

@@ -80,7 +80,7 @@ def kvcache_read_kernel(
     b, kv_head, held, head, query, in_rows, span = whose(
         block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
     )
-    _, begin, end = span
+    _opens, begin, end = span
     first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, WINDOW)
     row_e, row_k = exponents(e_ptr, e, k, head, E_TENSOR)
     zero = tl.zeros((BLOCK_M,), tl.float32)

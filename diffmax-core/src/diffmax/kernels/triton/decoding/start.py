@@ -92,7 +92,7 @@ def widen(
     LOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Take a page's new keys into one of its bounds; a page whose first token is new starts afresh."""
-    _, begin, _ = span
+    _opens, begin, end = span
     column = tl.arange(0, BLOCK_D)
     outside = float("inf") if LOW else -float("inf")
     is_nan = tl.zeros((BLOCK_D,), tl.int32)
@@ -134,7 +134,7 @@ def kvcache_start_kernel(
     b, kv_head, held, head, query, in_rows, span = whose(
         block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
     )
-    _, begin, end = span
+    _opens, begin, end = span
     first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, WINDOW)
     if split == 0:
         tl.store(counters_ptr + block * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
