@@ -92,7 +92,7 @@ def widen(
     LOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Take a page's new keys into one of its bounds; a page whose first token is new starts afresh."""
-    _opens, begin, end = span
+    _opens, begin, _end = span
     column = tl.arange(0, BLOCK_D)
     outside = float("inf") if LOW else -float("inf")
     is_nan = tl.zeros((BLOCK_D,), tl.int32)

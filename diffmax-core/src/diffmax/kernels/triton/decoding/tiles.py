@@ -91,7 +91,7 @@ def stretch(split, splits, span, length, left, page_size, parts, HAS_NEW: tl.con
 @triton.jit
 def tokens_of(tile, page_size, parts, span, BLOCK_N: tl.constexpr):
     """The positions of a tile's tokens, and which of them are there."""
-    start, begin, end = span
+    start, _begin, end = span
     inside = tile % parts * BLOCK_N + tl.arange(0, BLOCK_N)
     place = tile // parts * page_size + inside
     return place, (inside < page_size) & (place >= start) & (place < end)
