@@ -41,7 +41,7 @@ DIRECT_REQUIREMENTS = {
     "diffmax-core": {"torch", "pluggy", "importlib-metadata", "packaging"},
     "diffmax-cuda": {"diffmax-core"},
     "diffmax-rocm": {"diffmax-core"},
-    "diffmax-npu": {"diffmax-core"},
+    "diffmax-npu": {"diffmax-core", "importlib-metadata"},
 }
 
 WORKERS = 3
