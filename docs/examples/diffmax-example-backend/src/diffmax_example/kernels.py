@@ -39,7 +39,12 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
             above = _power(z, middle, row_e)[0].sum(axis=dim, keepdims=True) >= 1
             low, high = np.where(above, middle, low), np.where(above, high, middle)
 
-        p = _power(z, low, row_e)[0]
+        # one step of Newton's method with a few digits more, where the processor has them: then the result alone is rounded
+        z = row_e * (scores.astype(np.longdouble) - np.where(m == -np.inf, 0.0, m))
+        p, log_p = _power(z, low, row_e)
+        slopes = np.where(p > 0, np.exp((1 - row_e) * log_p), 0.0).sum(axis=dim, keepdims=True)
+        step = row_e * (p.sum(axis=dim, keepdims=True) - 1) / np.where(slopes > 0, slopes, np.inf)
+        p = _power(z, low + np.where(np.isfinite(step), step, 0.0), row_e)[0]
         if ensure_sum_one:
             total = p.sum(axis=dim, keepdims=True)
             p = p / np.where(total > 0, total, 1.0)
@@ -91,4 +96,4 @@ def _array(values: float | Tensor) -> Any:
 
 
 def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64)).to(dtype)
