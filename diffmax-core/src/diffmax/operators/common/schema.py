@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
@@ -59,7 +59,7 @@ class Schema(Generic[Arguments]):
         self._slots = tuple(self._flat(arguments))
         self.names = tuple(slot.name for slot in self._slots)
         self.place = {name: place for place, name in enumerate(self.names)}
-        self._bundles: dict[int, Any] = {place: kind for place, kind in enumerate(_types(arguments).values()) if _fields(kind)}
+        self._runs = tuple(self._runs_of(arguments))
         self.text = self._declared(mutated)
 
     def define(self) -> None:
@@ -86,16 +86,30 @@ class Schema(Generic[Arguments]):
 
     def rebuild(self, flat: Sequence[Any]) -> Arguments:
         """The reverse. torch leaves defaults at the end out."""
-        entries: list[Any] = [_NOTHING] * len(_types(self.arguments))
-        bundles: dict[int, dict[str, Any]] = {place: {} for place in self._bundles}
-        for slot, given in zip(self._slots, flat, strict=False):
-            if not slot.field:
-                entries[slot.entry] = given
-            elif slot.field not in bundles[slot.entry] or given is not None:  # of a float and a tensor, the tensor
-                bundles[slot.entry][slot.field] = given
-        for place, fields in bundles.items():
-            entries[place] = self._bundles[place](**fields)
-        return self.arguments(*(given for given in entries if given is not _NOTHING))
+        entries: list[Any] = []
+        for bundle, first, last, names, pairs in self._runs:
+            if bundle is None:
+                entries += flat[first:last]
+                continue
+            given = dict(zip(names, flat[first:last], strict=False))
+            for name, tensor in pairs:
+                chosen = given.pop(tensor, None)
+                if chosen is not None:
+                    given[name] = chosen
+            entries.append(bundle(**given))
+        return self.arguments(*entries)
+
+    def _runs_of(self, arguments: type) -> Iterator[tuple[Any, int, int, tuple[str, ...], tuple[tuple[str, str], ...]]]:
+        """For each entry: its bundle's type, if it is one; its first argument and the one behind its last; names; pairs."""
+        for entry, kind in enumerate(_types(arguments).values()):
+            places = [place for place, slot in enumerate(self._slots) if slot.entry == entry]
+            slots = [self._slots[place] for place in places]
+            doubled = {slot.field for slot in slots if [other.field for other in slots].count(slot.field) > 1}
+            names = tuple(
+                f"{slot.field}_tensor" if slot.field in doubled and slot.kind == "Tensor?" else slot.field for slot in slots
+            )
+            pairs = tuple((field, f"{field}_tensor") for field in sorted(doubled - {""}))
+            yield kind if _fields(kind) else None, places[0], places[-1] + 1, names, pairs
 
     def _flat(self, arguments: type) -> list[_Slot]:
         slots = []
