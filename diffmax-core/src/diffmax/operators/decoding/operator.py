@@ -60,7 +60,7 @@ def attention_kvcache(
         if portable.is_tracing():
             return portable.kvcache(query, k_cache, v_cache, call, stats)
         tensors = (query, k_cache, v_cache, *vars(call).values())
-        if not is_transformed() and is_plain(*tensors) and not differentiates(*(t for t in tensors if isinstance(t, Tensor))):
+        if not is_transformed() and is_plain(*tensors) and not differentiates(call.low, call.high):  # others are refused
             _caches_change(k_cache, v_cache, call)
             with torch._C._AutoDispatchBelowAutograd():
                 return _run(query, k_cache, v_cache, stats, call, backend)
