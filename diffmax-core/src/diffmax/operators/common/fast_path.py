@@ -20,7 +20,7 @@ def _keys(*names: str) -> int:
 
 # A strided tensor on the CPU, made outside and inside of torch.inference_mode; and a thread that is in no mode, likewise.
 _KEYS_ARE_SHOWN = hasattr(torch._C.DispatchKeySet, "raw_repr")  # not in torch 2.4, where no call is plain
-_TYPES = (Tensor, torch.nn.Parameter)
+_TYPES = frozenset({Tensor, torch.nn.Parameter})
 if _KEYS_ARE_SHOWN:
     _TENSORS = (_keys("CPU", "AutocastCPU", "AutogradCPU", "ADInplaceOrView"), _keys("CPU", "AutocastCPU"))
     _STATES = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
@@ -32,14 +32,17 @@ def is_plain(*arguments: Any) -> bool:
     Others are subclasses, modes, tracers, profilers, functionalization, and a sign that is to be applied later. Gradients and
     torch.func are the caller's to check.
     """
-    for given in arguments:
-        if isinstance(given, Tensor) and not (
-            _KEYS_ARE_SHOWN and type(given) in _TYPES and _dispatch_keys(given).raw_repr() in _TENSORS
-        ):
-            return False
-    return (
+    if not (
         _KEYS_ARE_SHOWN
         and _dispatch_tls_local_include_set().raw_repr() in _STATES
         and _len_torch_function_stack() == 0
         and not _profiler_enabled()
-    )
+    ):
+        return False
+    for given in arguments:
+        if type(given) in _TYPES:
+            if _dispatch_keys(given).raw_repr() not in _TENSORS:
+                return False
+        elif isinstance(given, Tensor):
+            return False
+    return True
