@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from diffmax.operators.attention import api, call, operator
+from diffmax.operators.attention import api, operator
 from diffmax.operators.attention import scores as rules
+from diffmax.operators.attention.call import Options, build_call, build_packed_call
 from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
 from diffmax.plugin import AttentionCall
 
@@ -29,14 +30,13 @@ DESCRIBED = {
 BOTH_WAYS = frozenset(DESCRIBED) - {"attention_stats"} | {"tensor_alpha", "deterministic"}
 
 
-def _asks(function: Callable[..., Any], build_call: Callable[..., Any], *arguments: Any, **options: Any) -> Question:
+def _asks(function: Callable[..., Any], build: Callable[..., Any], *arguments: Any, **options: Any) -> Question:
     bound = inspect.signature(function).bind(*arguments, **options)
     bound.apply_defaults()
     given = dict(bound.arguments)
     stats, backend = bool(given.pop("return_stats")), given.pop("backend")
-    positional = [name for name, what in bound.signature.parameters.items() if what.kind is what.POSITIONAL_OR_KEYWORD]
-    places = [given.pop(name) for name in positional]
-    query, key, value, call = build_call(*places, **given, draws=False)
+    chosen = Options(*(given.pop(name) for name in Options._fields))
+    query, key, value, call = build(**given, options=chosen, draws=False)
     learned = [t for t in (query, key, value, call.e, call.bias, call.sink) if isinstance(t, Tensor) and t.requires_grad]
     return Question(
         "attention",
@@ -95,9 +95,9 @@ register(
             "attention_backward": KernelSpec(BOTH_WAYS | {"alpha_gradient"}, adapt=_with_bundles),
         },
         functions={
-            "attention": Function("attention", partial(_asks, api.attention, call.build_call)),
+            "attention": Function("attention", partial(_asks, api.attention, build_call)),
             "attention_varlen": Function(
-                "attention", partial(_asks, api.attention_varlen, call.build_packed_call), frozenset({"varlen"})
+                "attention", partial(_asks, api.attention_varlen, build_packed_call), frozenset({"varlen"})
             ),
         },
         described=DESCRIBED,

@@ -140,10 +140,12 @@ def has_shape(t: Tensor, *shapes: tuple[int, ...]) -> bool:
 
 
 def _check_alpha_values(name: str, alpha: Tensor) -> None:
-    if _readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
-        low, high = alpha.detach().aminmax()
+    if not _readable(alpha) or alpha.numel() == 0:
+        return
+    low, high = (end.item() for end in alpha.detach().aminmax())
+    if not (low >= 0 and high <= 1):  # NaN is neither
         raise ValueError(
-            f"{name}: alpha must lie between 0 and 1, got values from {low.item():g} to {high.item():g}\n"
+            f"{name}: alpha must lie between 0 and 1, got values from {low:g} to {high:g}\n"
             "a learned alpha stays inside with alpha_map, see diffmax.HillMap"
         )
 

@@ -48,6 +48,23 @@ class KVCacheStats(NamedTuple):
     pages_read: Tensor
 
 
+class Options(NamedTuple):
+    """What `attention_with_kvcache` takes besides queries, caches and new tokens, in its words."""
+
+    cache_seqlens: int | Tensor | None
+    cache_batch_idx: Tensor | None
+    block_table: Tensor | None
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    alibi_slopes: Tensor | None
+    alpha: float | Tensor
+    sink: Tensor | None
+    page_bounds: PageBounds | None
+    cache_leftpad: Tensor | None
+
+
 for _kind in (PageBounds, KVCacheStats):
     _kind.__module__ = "diffmax"  # where pickles look for them
 
@@ -172,28 +189,15 @@ def attention_with_kvcache(
         >>> diffmax.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
         torch.Size([2, 1, 8, 16])
     """
-    if is_captured(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, alibi_slopes, alpha, sink):
+    options = Options(
+        *(cache_seqlens, cache_batch_idx, block_table, softmax_scale, causal, window_size),
+        *(softcap, alibi_slopes, alpha, sink, page_bounds, cache_leftpad),
+    )
+    if is_captured(q, k_cache, v_cache, k, v, *options):
+        unserved = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "num_splits": num_splits}
+        more = {"return_softmax_lse": return_softmax_lse, "return_stats": return_stats, "backend": backend}
         return captured(  # type: ignore[no-any-return]
-            attention_with_kvcache,
-            *(q, k_cache, v_cache, k, v),
-            cache_seqlens=cache_seqlens,
-            cache_batch_idx=cache_batch_idx,
-            block_table=block_table,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            alpha=alpha,
-            sink=sink,
-            page_bounds=page_bounds,
-            cache_leftpad=cache_leftpad,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            num_splits=num_splits,
-            return_softmax_lse=return_softmax_lse,
-            return_stats=return_stats,
-            backend=backend,
+            attention_with_kvcache, q, k_cache, v_cache, k, v, **options._asdict(), **unserved, **more
         )
     checks.check_unserved("diffmax.attention_with_kvcache", rotary_cos, rotary_sin, num_splits)
     if return_softmax_lse and return_stats:
@@ -201,8 +205,7 @@ def attention_with_kvcache(
             "diffmax.attention_with_kvcache: return_softmax_lse and return_stats exclude each other, got both\n"
             "the stats have tau, which the former returns"
         )
-    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink, page_bounds, cache_leftpad)
-    q, k_cache, v_cache, call = build_call(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, *given)
+    q, k_cache, v_cache, call = build_call(q, k_cache, v_cache, k, v, options)
     out, m, delta, support, pages = decoding_operator.attention_kvcache(
         q, k_cache, v_cache, call, bool(return_stats), selected(backend)
     )
@@ -219,40 +222,30 @@ def build_call(
     v_cache: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    cache_seqlens: int | Tensor | None,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    alpha: float | Tensor,
-    sink: Tensor | None,
-    page_bounds: PageBounds | None,
-    cache_leftpad: Tensor | None = None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, KVCacheCall]:
     """The queries, the caches and the call that `attention_with_kvcache`'s arguments mean."""
     name = "diffmax.attention_with_kvcache"
+    block_table, alpha, sink = options.block_table, options.alpha, options.sink
     checks.check_cache(name, "q", q)
     checks.check_cache(name, "k_cache", k_cache)
     q = _as_cached(q, k_cache)
     k, v = (t if t is None else _as_cached(t, k_cache) for t in (k, v))
     checks.check_tensors(name, q, k_cache, v_cache, k, v, block_table is not None)
-    checks.check_gradients(q, k_cache, v_cache, k, v, alpha, sink, alibi_slopes)
+    checks.check_gradients(q, k_cache, v_cache, k, v, alpha, sink, options.alibi_slopes)
     batch, _, heads, _ = q.shape
     e, e_tensor = attention_checks.check_alpha(name, q, alpha, heads)
-    left, right = attention_checks.check_window(name, window_size, causal)
+    left, right = attention_checks.check_window(name, options.window_size, options.causal)
     block_table = checks.check_block_table(name, block_table, k_cache, batch)
     new = None if k is None else k.shape[1]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    slopes = attention_checks.check_alibi(name, q, alibi_slopes, (batch, heads))
-    low, high, page_size = checks.check_bounds(name, page_bounds, k_cache, block_table)
-    lengths = checks.check_lengths(name, cache_seqlens, batch, room, new, q.device)
+    slopes = attention_checks.check_alibi(name, q, options.alibi_slopes, (batch, heads))
+    low, high, page_size = checks.check_bounds(name, options.page_bounds, k_cache, block_table)
+    lengths = checks.check_lengths(name, options.cache_seqlens, batch, room, new, q.device)
     checks.check_pages(name, block_table, lengths, new or 0, k_cache)
-    rows = checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table)
+    rows = checks.check_rows(name, options.cache_batch_idx, batch, k_cache, block_table)
     call = KVCacheCall(
-        scale=attention_checks.check_scale(name, q, softmax_scale),
+        scale=attention_checks.check_scale(name, q, options.softmax_scale),
         e=e if e_tensor is None else e_tensor,
         cache_seqlens=lengths,
         k=k,
@@ -264,10 +257,10 @@ def build_call(
         page_size=page_size,
         left=left,
         right=right,
-        softcap=attention_checks.check_softcap(name, softcap),
+        softcap=attention_checks.check_softcap(name, options.softcap),
         alibi=slopes if slopes is None or slopes.ndim == 2 else slopes.unsqueeze(0),
         sink=attention_checks.check_sink(name, q, sink, heads),
-        leftpad=checks.check_leftpad(name, cache_leftpad, lengths, q.device),
+        leftpad=checks.check_leftpad(name, options.cache_leftpad, lengths, q.device),
     )
     return q, k_cache, v_cache, call
 

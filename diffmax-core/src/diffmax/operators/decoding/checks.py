@@ -119,7 +119,8 @@ def check_lengths(
         return torch.full((batch,), lengths, dtype=torch.int32, device=device)
     _check_index(name, "cache_seqlens", lengths, (batch,), device)
     if _readable(lengths) and batch:
-        _check_room(name, int(lengths.min()), int(lengths.max()), room, new)
+        tokens = lengths.tolist()
+        _check_room(name, min(tokens), max(tokens), room, new)
     return lengths.to(torch.int32)
 
 

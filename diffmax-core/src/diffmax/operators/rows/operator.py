@@ -16,10 +16,10 @@ from diffmax import reference
 from diffmax.machine.dispatch import kernel, weights_kernel
 from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, forward_levels, has_tangent, is_transformed
+from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
 from diffmax.operators.common.sharding import register_rules
-from diffmax.operators.rows.fast_path import is_plain
 
 
 class Arguments(NamedTuple):
