@@ -57,7 +57,7 @@ def whose(
     kv_head = (block // blocks % kv_heads).to(tl.int64)
     row = (block % blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < group * length
-    head = kv_head * group + tl.where(in_rows, row // length, 0)
+    head = (kv_head * group).to(tl.int32) + tl.where(in_rows, row // length, 0)
     query = tl.where(in_rows, row % length, 0)
     begin = tl.maximum(tl.load(seqlens_ptr + b), 0)
     end = tl.minimum(begin + new, room)
