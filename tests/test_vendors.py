@@ -1,5 +1,6 @@
 """diffmax-cuda and diffmax-rocm without their devices: listed with the reason, chosen by runtime, breaking nothing."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import diffmax_rocm.configs
 import diffmax_rocm.probe
 from diffmax.errors import NoBackendError
 from diffmax.kernels import requirements
+from diffmax.kernels.claims import reference_kernels
 from diffmax.kernels.triton.common.tuning import Table, read_tables, write_tables
 from diffmax.machine import warmup as warming
-from diffmax.machine.dispatch import choose, describe, registry
+from diffmax.machine.dispatch import choose, describe, import_function, registry
+from diffmax.operators.common.spec import adapted
 from diffmax.plugin import OPERATOR_FEATURES
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +101,18 @@ def test_the_runtime_chooses_between_the_two(vendor, operator, machine):
     other = {"cuda": "rocm", "rocm": "cuda"}[vendor]
     with pytest.raises(NoBackendError, match=f"{other}: needs the .* runtime, this is"):
         choose(describe(operator, "cuda", torch.float32), other)
+
+
+@pytest.mark.parametrize("vendor", [diffmax_cuda, diffmax_rocm], ids=lambda vendor: vendor.__name__)
+def test_every_kernel_is_called_as_it_is_written(vendor):
+    """The plugins said interface 1.3 when the shared launchers took bundles already: attention's backward raised TypeError."""
+    (backend,) = vendor._plugin.plugin.diffmax_backends()
+    references = reference_kernels()
+    for operator, kernel in backend.provided.items():
+        written, reference = (import_function(known.function) for known in (kernel, references[operator]))
+        arguments = list(inspect.signature(written).parameters)
+        assert arguments == list(inspect.signature(reference).parameters)[: len(arguments)]
+        assert adapted(operator, written, backend.api_version) is written
 
 
 @pytest.mark.usefixtures("with_vendors")

@@ -13,7 +13,7 @@ from diffmax.cli import bench, new_backend, report, selftest
 from diffmax.errors import DiffmaxError
 from diffmax.machine.inspection import explain_question
 from diffmax.operators.common.numerics import FLOAT_DTYPES
-from diffmax.operators.common.spec import SPECS, Function, Question, spec_of
+from diffmax.operators.common.spec import Question, public_functions, spec_of
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -36,7 +36,7 @@ def _report_all(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    function = _functions()[options.operator]
+    function = public_functions()[options.operator]
     spec, operator = spec_of(function.operator), function.operator
     if options.features and not spec.has_heads:
         raise ValueError(f"explain: --features are attention's, got {options.features[0]} for {options.operator}")
@@ -94,10 +94,6 @@ def _write_new_backend(options: argparse.Namespace) -> int:
     return 0
 
 
-def _functions() -> dict[str, Function]:
-    return {name: function for spec in SPECS.values() for name, function in spec.functions.items()}
-
-
 def _device_type(device: str) -> str:
     kind = device.partition(":")[0]
     if kind == "npu":  # torch knows the name only once torch_npu has been imported
@@ -125,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="")
 
     explain = commands.add_parser("explain", help="say which backend a call would go to, and why; the device need not be there")
-    explain.add_argument("--operator", choices=sorted(_functions()), default="diffmax_bisect")
+    explain.add_argument("--operator", choices=sorted(public_functions()), default="diffmax_bisect")
     explain.add_argument("--device", default="cpu", help="torch device type")
     explain.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     explain.add_argument("--alpha-tensor", action="store_true", help="alpha is a tensor")
@@ -143,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_run_selftest)
 
     timing = commands.add_parser("bench", help="time each operator against torch's softmax or attention, about a minute in all")
-    timing.add_argument("--operator", choices=sorted(bench.OPERATORS), help="only this one")
+    timing.add_argument("--operator", choices=sorted(bench.timed()), help="only this one")
     timing.add_argument("--device", default="cpu", help="torch device")
     timing.add_argument("--backend", help="the backend argument of the timed calls")
     timing.set_defaults(run=_run_bench)

@@ -12,7 +12,7 @@ import torch
 
 from diffmax.errors import NoBackendError
 from diffmax.machine import dispatch
-from diffmax.operators.common.spec import SPECS, Question
+from diffmax.operators.common.spec import Question, public_functions
 from diffmax.plugin import OPERATOR_FEATURES, Backend, CallSpec
 
 
@@ -212,7 +212,7 @@ def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Ex
           cpu: can run it
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    known = {name: function for spec in SPECS.values() for name, function in spec.functions.items()}
+    known = public_functions()
     if name not in known:
         raise ValueError(f"explain: no operator {name!r}, known: {', '.join(known)}")
     return explain_question(known[name].asks(*arguments, **options))

@@ -95,7 +95,9 @@ register(
             "attention_backward": KernelSpec(BOTH_WAYS | {"alpha_gradient"}, adapt=_with_bundles),
         },
         functions={
-            "attention": Function("attention", partial(_asks, api.attention, build_call)),
+            "attention": Function(
+                "attention", partial(_asks, api.attention, build_call), bench="diffmax.testing.attention.bench:BENCH"
+            ),
             "attention_varlen": Function(
                 "attention", partial(_asks, api.attention_varlen, build_packed_call), frozenset({"varlen"})
             ),

@@ -58,7 +58,9 @@ register(
         name="decoding",
         rank=20,
         kernels={"attention_kvcache": KernelSpec(FEATURES)},
-        functions={"attention_with_kvcache": Function("attention_kvcache", _asks, ALWAYS)},
+        functions={
+            "attention_with_kvcache": Function("attention_kvcache", _asks, ALWAYS, "diffmax.testing.decoding.bench:BENCH")
+        },
         described=DESCRIBED,
         schemas=(operator.SCHEMA,),
         has_heads=True,

@@ -67,7 +67,10 @@ register(
         name="rows",
         rank=0,
         kernels={"bisect": KernelSpec(ALPHA), "bisect_backward": KernelSpec(ALPHA | {"alpha_gradient"})},
-        functions={"diffmax_bisect": Function("bisect", _asks), "bisect": Function("bisect", _asks)},
+        functions={
+            "diffmax_bisect": Function("bisect", _asks, bench="diffmax.testing.rows.bench:BENCH"),
+            "bisect": Function("bisect", _asks),
+        },
         schemas=(operator.FORWARD, operator.BACKWARD),
         flops={"bisect": _forward_flops, "bisect_backward": _backward_flops},
         sharding=sharding.RULES,

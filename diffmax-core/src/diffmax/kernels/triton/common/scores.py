@@ -106,11 +106,23 @@ def visible(rows, keys, valid, rules, OPTIONS: tl.constexpr):
     """Which of the valid places of a tile are seen: by window and mask."""
     seen = valid
     if OPTIONS.WINDOW:
-        after = keys - rows - rules.shift
-        seen = seen & (after >= -rules.left) & (after <= rules.right)
+        after = keys_after(rows, keys, rules)
+        seen = seen & in_window(after, after, rules)
     if OPTIONS.MASK != ABSENT:
         seen = seen & (load_per_pair(rules.mask, rows, keys, rules, OPTIONS.MASK, 0) != 0)  # a byte for each entry
     return seen
+
+
+@triton.jit
+def keys_after(rows, keys, rules):
+    """How many keys after its query's own position a key stands."""
+    return keys - rows - rules.shift
+
+
+@triton.jit
+def in_window(first, last, rules):
+    """Whether the window holds some of the keys from `first` to `last`, which `keys_after` counts."""
+    return (last >= -rules.left) & (first <= rules.right)
 
 
 @triton.jit
