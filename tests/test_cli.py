@@ -18,6 +18,7 @@ from diffmax.machine.discovery import Plugin
 from diffmax.machine.dispatch import registry
 from diffmax.machine.env import Settings
 from diffmax.plugin import Backend, hookimpl
+from tests import fresh
 
 
 @pytest.fixture
@@ -355,8 +356,7 @@ def test_selftest_needs_no_test_packages():
         "import sys; sys.modules.update(pytest=None, scipy=None, hypothesis=None)\n"
         "from diffmax.__main__ import main; sys.exit(main(['selftest', '--backend', 'reference']))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr + result.stdout
+    fresh.python(code)
 
 
 # bench

@@ -1,12 +1,10 @@
 """What is kept of compiled kernels belongs to the sources that they were compiled from."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffmax
+from tests import fresh
 
 AGAIN = """
 import torch
@@ -23,11 +21,9 @@ def test_an_edited_module_never_meets_the_code_of_before(tmp_path):
     """Numba looks at the file of the cached function alone: after a change of simd.py the old machine code ran on."""
     package = tmp_path / "diffmax"
     shutil.copytree(Path(diffmax.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
 
     def run():
-        command = [sys.executable, "-c", AGAIN]
-        weight, hits = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
+        weight, hits = fresh.python(AGAIN, tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache")).stdout.split()
         return float(weight), int(hits)
 
     assert run() == (1.0, 0)
