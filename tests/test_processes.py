@@ -71,7 +71,7 @@ def run(code, tmp_path, timeout=240, arguments=(), **environment):
     ],
     ids=lambda environment: " ".join(f"{name}={value}" for name, value in environment.items()),
 )
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(6)
 def test_any_number_of_threads_of_openmp(environment, tmp_path):
     code = "assert right(results('reference')); print(torch.get_num_threads())"
     assert int(run(code, tmp_path, **environment)) >= 1
