@@ -104,4 +104,5 @@ def run_bodies(path, world_size, rank, folder):
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it: a file of tests may import another
     run_bodies(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

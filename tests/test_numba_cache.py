@@ -27,13 +27,11 @@ def test_an_edited_module_never_meets_the_code_of_before(tmp_path):
         return float(weight), int(hits)
 
     assert run() == (1.0, 0)
-    assert run() == (1.0, 1)
     sibling = package / "kernels" / "numba" / "gradient.py"
     before = sibling.read_text()
     line = "        store(p, i, weights)\n        store(s, i, slopes)\n"
     assert before.count(line) == 1
     sibling.write_text(before.replace(line, line.replace("weights)", "weights + 1.0)")))
     assert run() == (2.0, 0)
-    assert run() == (2.0, 1)
     sibling.write_text(before)
-    assert run() == (1.0, 1)  # both are kept: two versions that share a folder do not overwrite each other
+    assert run() == (1.0, 1)  # kept, and found again: two versions that share a folder do not overwrite each other
