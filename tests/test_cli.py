@@ -21,6 +21,7 @@ from diffmax.machine.env import Settings
 from diffmax.operators.common import spec
 from diffmax.plugin import Backend, hookimpl
 from diffmax.testing.rows import bench as rows_bench
+from tests import fresh
 
 
 @pytest.fixture
@@ -358,8 +359,7 @@ def test_selftest_needs_no_test_packages():
         "import sys; sys.modules.update(pytest=None, scipy=None, hypothesis=None)\n"
         "from diffmax.__main__ import main; sys.exit(main(['selftest', '--backend', 'reference']))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr + result.stdout
+    fresh.python(code)
 
 
 # bench

@@ -2,8 +2,6 @@
 
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from diffmax.machine import warmup as warming
 from diffmax.machine.dispatch import choose, describe, import_function, registry
 from diffmax.operators.common.spec import adapted
 from diffmax.plugin import OPERATOR_FEATURES
+from tests import fresh
 
 ROOT = Path(__file__).parents[1]
 PROBES = {"cuda": diffmax_cuda.probe, "rocm": diffmax_rocm.probe}
@@ -213,8 +212,7 @@ def test_importing_diffmax_with_both_installed_imports_no_triton_and_no_kernel()
         "assert not loaded, loaded\n"
         "assert {'diffmax_cuda._plugin', 'diffmax_rocm._plugin'} <= set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    fresh.python(code)
 
 
 def test_each_architecture_gets_the_nearest_table():
@@ -289,7 +287,7 @@ def test_warmup_prepares_attention_and_decoding_too():
         "    diffmax.attention_with_kvcache(*torch.randn(3, 1, 9, 2, 64), cache_seqlens=5)\n"
         "    diffmax.diffmax_bisect(q).sum().backward()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.python(code)
     assert diffmax.warmup(head_dims=[64], features=["gqa", "dropout"], dtypes=[torch.float64], decoding=True) == {"numba": 2}
     assert diffmax.warmup(head_dims=[(64, 32)], backend="cpu") == {"cpu": 0}
 
