@@ -1,7 +1,7 @@
-"""torch.ops.diffmax.attention_kvcache: schema, shapes for tracing, what it changes in place.
+"""torch.ops.diffmax.attention_kvcache: schema, fake implementation for tracing, in-place mutation.
 
-The arithmetic is in the kernel that `machine.dispatch` chooses, with the signature of `diffmax.reference.decoding`. There is no
-gradient: the caches are changed in place, and a value that a backward would need is gone by then.
+The arithmetic is in the kernel that `machine.dispatch` selects, with the signature of `diffmax.reference.decoding`. There is no
+gradient: the call overwrites values in the caches that a backward would need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffmax.plugin import KVCacheCall, KVCacheResults
 
 
 class Arguments(NamedTuple):
-    """Of torch.ops.diffmax.attention_kvcache. `stats`: whether statistics are asked for."""
+    """Arguments of torch.ops.diffmax.attention_kvcache. `stats`: whether to compute statistics."""
 
     query: Tensor
     k_cache: Tensor
@@ -40,7 +40,7 @@ NO_GRADIENT = (
 
 
 def features(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> frozenset[str]:
-    """Those of `diffmax.plugin.FEATURES` that the call needs, alpha's aside."""
+    """The `diffmax.plugin.FEATURES` that the call needs, except those of alpha."""
     needs = {
         "kv_cache": True,
         "paged": call.block_table is not None,
@@ -54,7 +54,7 @@ def features(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall,
 def attention_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, backend: str
 ) -> KVCacheResults:
-    """What torch.ops.diffmax.attention_kvcache gives, by a way that torch.jit.trace can record."""
+    """Call torch.ops.diffmax.attention_kvcache in a way that torch.jit.trace can record."""
     if not torch.compiler.is_compiling() and portable.is_tracing():
         return portable.kvcache(query, k_cache, v_cache, call, stats)
     return KVCacheResults(*SCHEMA(query, k_cache, v_cache, stats, call, backend))
@@ -70,7 +70,7 @@ def _attention_kvcache(*flat: Any) -> KVCacheResults:
         features=features(query, k_cache, v_cache, call, stats),
         head_dims=(query.shape[3], v_cache.shape[3]),
     )
-    with torch._C._DisableAutocast():  # a kernel's products are of the dtypes that it chose
+    with torch._C._DisableAutocast():  # the kernel chooses the dtypes of its products itself
         return KVCacheResults(*run(query, k_cache, v_cache, call, stats))
 
 
@@ -92,7 +92,7 @@ def _attention_kvcache_autograd(*flat: Any) -> Any:
     if differentiates(*tensors) or has_tangent(*tensors):
         raise NotImplementedError(NO_GRADIENT)
     if call.k is not None:
-        # what a backward saved of a cache, it must not use after this
+        # a backward that saved a cache must not use it after this
         for changed in (k_cache, v_cache, call.low, call.high):
             if changed is not None and not changed.is_inference():
                 torch.autograd.graph.increment_version(changed)

@@ -1,4 +1,4 @@
-"""Whether a call is so plain that torch's dispatcher would have nothing to decide, and need not be paid for."""
+"""The fast path: which calls can skip torch's dispatcher because it would have nothing to do."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def _keys(*names: str) -> int:
 
 
 # A strided tensor on the CPU, made outside and inside of torch.inference_mode; and a thread that is in no mode, likewise.
-_KEYS_ARE_SHOWN = hasattr(torch._C.DispatchKeySet, "raw_repr")  # not in torch 2.4, where no call is plain
+_KEYS_ARE_SHOWN = hasattr(torch._C.DispatchKeySet, "raw_repr")  # missing in torch 2.4, where no call is plain
 if _KEYS_ARE_SHOWN:
     _TENSORS = (_keys("CPU", "AutocastCPU", "AutogradCPU", "ADInplaceOrView"), _keys("CPU", "AutocastCPU"))
     _STATES = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x lies on the CPU and nobody but the kernel has a part in an operator of it.
+    """Whether x is a plain CPU tensor, and only the kernel would act on it.
 
-    Others are subclasses, modes, tracers, profilers, functionalization, and a sign that is to be applied later. Gradients and
-    torch.func are the caller's to check.
+    Not so with subclasses, modes, tracers, profilers, functionalization, or a lazy negation. The caller checks for gradients
+    and torch.func.
     """
     return (
         type(x) is Tensor
