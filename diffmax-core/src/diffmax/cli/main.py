@@ -1,4 +1,4 @@
-"""`python -m diffmax`: what is installed and what runs where. Subcommands: explain, selftest, bench, new-backend."""
+"""`python -m diffmax`: installed versions, devices and backends. Subcommands: explain, selftest, bench, new-backend."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _functions() -> dict[str, Function]:
 
 def _device_type(device: str) -> str:
     kind = device.partition(":")[0]
-    if kind == "npu":  # torch knows the name only once torch_npu has been imported
+    if kind == "npu":  # torch accepts the name only after torch_npu has been imported
         return kind
     try:
         return torch.device(device).type
