@@ -385,7 +385,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
         if any(unsupported.values()):
             names = ", ".join(name for name, given in unsupported.items() if given)
             raise ValueError(
-                f"{_NAME}: a nested query goes without masks, weights, gate and length scale, and batch first, got {names}\n"
+                f"{_NAME}: a nested query supports no masks, weights, gate or length scale, and is batch first, got {names}\n"
                 "its sequences have no padding; pad them with .to_padded_tensor(0.0) for the rest"
             )
 
