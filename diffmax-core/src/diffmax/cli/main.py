@@ -1,4 +1,4 @@
-"""`python -m diffmax`: what is installed and what runs where. Subcommands: explain, selftest, bench, new-backend."""
+"""`python -m diffmax`: installed versions, devices and backends. Subcommands: explain, selftest, bench, new-backend."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _write_new_backend(options: argparse.Namespace) -> int:
 
 def _device_type(device: str) -> str:
     kind = device.partition(":")[0]
-    if kind == "npu":  # torch knows the name only once torch_npu has been imported
+    if kind == "npu":  # torch accepts the name only after torch_npu has been imported
         return kind
     try:
         return torch.device(device).type
@@ -120,22 +120,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_report_all)
     commands = parser.add_subparsers(title="commands", metavar="")
 
-    explain = commands.add_parser("explain", help="say which backend a call would go to, and why; the device need not be there")
+    explain = commands.add_parser("explain", help="say which backend would run a call, and why; the device need not exist")
     explain.add_argument("--operator", choices=sorted(public_functions()), default="diffmax_bisect")
     explain.add_argument("--device", default="cpu", help="torch device type")
     explain.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     explain.add_argument("--alpha-tensor", action="store_true", help="alpha is a tensor")
     explain.add_argument("--alpha-gradient", action="store_true", help="alpha is a tensor that requires a gradient")
     explain.add_argument("--backward", action="store_true", help="the scores require a gradient")
-    explain.add_argument("--features", nargs="+", default=[], metavar="NAME", help="of attention, such as causal gqa mask")
-    explain.add_argument("--head-dim", type=int, default=64, help="attention's size of a query and a key")
-    explain.add_argument("--value-dim", type=int, help="and of a value, if it is another")
+    explain.add_argument(
+        "--features", nargs="+", default=[], metavar="NAME", help="features of attention, such as causal gqa mask"
+    )
+    explain.add_argument("--head-dim", type=int, default=64, help="head dimension of queries and keys")
+    explain.add_argument("--value-dim", type=int, help="head dimension of values, if different")
     explain.add_argument("--backend", help="the call's backend argument")
     explain.set_defaults(run=_explain)
 
     check = commands.add_parser("selftest", help="check every operator on this machine; exit status 1: failed, or nothing run")
-    check.add_argument("--backend", help="only this one, which then has to be available")
-    check.add_argument("--device", help="torch device; default: where each backend runs")
+    check.add_argument("--backend", help="only this one, which must be available")
+    check.add_argument("--device", help="torch device; default: one that each backend supports")
     check.set_defaults(run=_run_selftest)
 
     timing = commands.add_parser("bench", help="time each operator against torch's softmax or attention, about a minute in all")
@@ -145,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     timing.set_defaults(run=_run_bench)
 
     new = commands.add_parser("new-backend", help="write an installable plugin to start from")
-    new.add_argument("name", help="of the backend: letters, digits, '_'")
+    new.add_argument("name", help="name of the backend: letters, digits, '_'")
     new.add_argument("--to", metavar="DIR", help="folder to create; default: diffmax-NAME")
     new.set_defaults(run=_write_new_backend)
     return parser

@@ -230,14 +230,14 @@ class DiffmaxAttention(AlphaFromSoftmax):
 
     @property
     def current_alpha(self) -> float | Tensor:
-        """The alpha that the next call uses: a float, or a tensor with a gradient to the learned parameter."""
+        """The alpha of the next call: a float, or a tensor through which the learned parameter gets its gradient."""
         if self.alpha_map is None:
             return self.alpha
         return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
 
     @property
     def in_proj_weight(self) -> SeparateProjections:
-        """Nothing to compute with: it keeps torch's layers from computing attention past this module."""
+        """A placeholder that keeps torch's layers from bypassing this module; it holds no weights."""
         return SeparateProjections()
 
     @property
@@ -385,7 +385,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
         if any(unsupported.values()):
             names = ", ".join(name for name, given in unsupported.items() if given)
             raise ValueError(
-                f"{_NAME}: a nested query goes without masks, weights, gate and length scale, and batch first, got {names}\n"
+                f"{_NAME}: a nested query supports no masks, weights, gate or length scale, and is batch first, got {names}\n"
                 "its sequences have no padding; pad them with .to_padded_tensor(0.0) for the rest"
             )
 

@@ -1,4 +1,4 @@
-"""Attention, to the rest of diffmax."""
+"""Registration of attention."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _asks(function: Callable[..., Any], build: Callable[..., Any], *arguments: A
 
 
 def cases(name: str, features: frozenset[str], needed: Needed, implied: frozenset[str] = frozenset()) -> Iterator[Case]:
-    """What to prepare of an operator with heads: every size with every set of features, of those that it has."""
+    """The warmup cases of an operator with heads: every head dimension with every set of supported features."""
     for size, asked in itertools.product(needed.head_dims, needed.features):
         more = frozenset({"value_dim"} if size[0] != size[1] else ())
         yield Case(name, (asked | more | implied) & features, size, size)
@@ -66,16 +66,16 @@ def _flops(*flat: Any, **_: Any) -> int:
 
 def _backward_flops(*flat: Any, **_: Any) -> int:
     given = operator.BACKWARD.rebuild(flat)
-    # scores once more, and the gradients of query and key; those of weights and value
+    # scores again, and the gradients for query and key; those for weights and value
     return 2 * _pairs(given.query, given.key, given.call) * (3 * given.query.shape[3] + 2 * given.value.shape[3])
 
 
 def _pairs(query: Tensor, key: Tensor, call: AttentionCall) -> int:
-    """Of a query and a key in one sequence, over all heads."""
+    """The number of pairs of a query and a key in one sequence, over all heads."""
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         return math.prod(query.shape[:3]) * key.shape[2]
     offsets = (call.cu_seqlens_q, call.cu_seqlens_k)
-    if any(t.is_meta or isinstance(t, FakeTensor) for t in offsets):  # lengths are not known: all have the longest
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in offsets):  # lengths are unknown: all sequences count as the longest
         return query.shape[1] * (len(offsets[0]) - 1) * call.max_seqlen_q * call.max_seqlen_k
     lengths_q, lengths_k = (t.diff().long() for t in offsets)
     return query.shape[1] * int((lengths_q * lengths_k).sum())

@@ -1,4 +1,4 @@
-"""Whether a call is so plain that torch's dispatcher would have nothing to decide, and need not be paid for."""
+"""The fast path: which calls can skip torch's dispatcher because it would have nothing to do."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if _KEYS_ARE_SHOWN:
 def is_plain(*arguments: Any) -> bool:
     """Whether the tensors among the arguments lie on the CPU and nobody but the kernel has a part in an operator of them.
 
-    Others are subclasses, modes, tracers, profilers, functionalization, and a sign that is to be applied later. Gradients and
-    torch.func are the caller's to check.
+    Not so with subclasses, modes, tracers, profilers, functionalization, or a lazy negation. The caller checks for gradients
+    and torch.func.
     """
     if not (
         _KEYS_ARE_SHOWN

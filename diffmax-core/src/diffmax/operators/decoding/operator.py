@@ -1,7 +1,7 @@
-"""torch.ops.diffmax.attention_kvcache: schema, shapes for tracing, what it changes in place.
+"""torch.ops.diffmax.attention_kvcache: schema, fake implementation for tracing, in-place mutation.
 
-The arithmetic is in the kernel that `machine.dispatch` chooses, with the signature of `diffmax.reference.decoding`. There is no
-gradient: the caches are changed in place, and a value that a backward would need is gone by then.
+The arithmetic is in the kernel that `machine.dispatch` selects, with the signature of `diffmax.reference.decoding`. There is no
+gradient: the call overwrites values in the caches that a backward would need.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffmax.plugin import KVCacheCall, KVCacheResults
 
 
 class Arguments(NamedTuple):
-    """Of torch.ops.diffmax.attention_kvcache. `stats`: whether statistics are asked for."""
+    """Arguments of torch.ops.diffmax.attention_kvcache. `stats`: whether to compute statistics."""
 
     query: Tensor
     k_cache: Tensor
@@ -80,7 +80,7 @@ def _run(query: Tensor, k_cache: Tensor, v_cache: Tensor, stats: bool, call: KVC
         features=features(query, k_cache, v_cache, call, stats),
         head_dims=(query.shape[3], v_cache.shape[3]),
     )
-    with torch._C._DisableAutocast():  # a kernel's products are of the dtypes that it chose
+    with torch._C._DisableAutocast():  # the kernel chooses the dtypes of its products itself
         return KVCacheResults(*run(query, k_cache, v_cache, call, stats))
 
 

@@ -1,4 +1,4 @@
-"""Attention over a cache, to the rest of diffmax."""
+"""Registration of attention over a cache."""
 
 from __future__ import annotations
 
