@@ -14,6 +14,7 @@ import torch
 from diffmax import plugin
 from diffmax.machine import builtin
 from diffmax.machine.dispatch import import_function
+from diffmax.operators.common.spec import SPECS
 from diffmax.plugin import FEATURES, Backend, CallSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,7 @@ TESTED = {
     "rocm": "interpreter, compiler",
     "npu": "stand-in device",
 }
-OPERATORS = ("attention", "attention_backward")
+OPERATORS = tuple(SPECS["attention"].kernels)
 
 
 def backends() -> list[Backend]:
@@ -46,7 +47,8 @@ def backends() -> list[Backend]:
 
 def cell(backend: Backend, feature: str) -> str:
     """Which of the operators the backend runs with this feature."""
-    operators = [operator for operator in OPERATORS if feature in plugin.OPERATOR_FEATURES[operator]] or ["attention_kvcache"]
+    having = [operator for operator in OPERATORS if feature in plugin.OPERATOR_FEATURES[operator]]
+    operators = having or list(SPECS["decoding"].kernels)
     able = [operator for operator in operators if runs(backend, operator, frozenset({feature}))]
     if len(able) == len(operators):
         return "✓"

@@ -16,8 +16,10 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("attention_solve_kernel", "sm120"): {"3.9": 16},
     ("bisect_rows_kernel", "gfx1100"): {"3.6": 8},
     ("bisect_rows_kernel", "sm90"): {"3.9": 16},
-    ("kvcache_start_kernel", "sm86"): {"3.6": 8},
-    ("kvcache_values_kernel", "sm90"): {"3.6": 24},
+    ("kvcache_read_kernel", "sm86"): {"3.6": 16},
+    ("kvcache_read_kernel", "sm90"): {"3.9": 16},
+    ("kvcache_start_kernel", "sm120"): {"3.9": 32},
+    ("kvcache_values_kernel", "sm90"): {"3.6": 16, "3.9": 16},
     ("split_finish_kernel", "sm80"): {"3.6": 8},
     ("split_step_kernel", "sm90"): {"3.6": 16},
     # float32 in three products of tf32, whose operands are held in parts: chunks of 16, or 16 warps, do not help on 3.6;
@@ -33,8 +35,7 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("attention_solve_kernel", "gfx1100"): {"3.6": 244, "3.9": 8},
     ("kvcache_start_kernel", "gfx1100"): {"3.6": 4620, "3.9": 3896},
     # Heads of 256 entries in tiles of decoding's one size, which a table can change; page bounds take three products
-    ("kvcache_read_kernel", "sm80"): {"3.6": 200, "3.9": 8},
-    ("kvcache_read_kernel", "sm90"): {"3.9": 56},
+    ("kvcache_read_kernel", "sm80"): {"3.6": 208},
     ("kvcache_start_kernel", "sm80"): {"3.6": 112, "3.9": 160},
 }
 

@@ -175,8 +175,11 @@ def kernels() -> list[Any]:
     """Every kernel that is launched."""
     from triton.runtime.jit import JITFunction
 
-    for operator in ("attention.launch", "decoding.launch", "rows.launch"):
-        importlib.import_module(f"diffmax.kernels.triton.{operator}")
+    from diffmax.operators.common.spec import SPECS
+
+    for spec in SPECS.values():
+        if spec.kernels:
+            importlib.import_module(f"diffmax.kernels.triton.{spec.name}.launch")
 
     modules = [module for name, module in sys.modules.items() if name.startswith("diffmax.kernels.triton.")]
     found = {name: item for module in modules for name, item in vars(module).items() if isinstance(item, JITFunction)}

@@ -14,7 +14,15 @@ from hypothesis import settings
 from diffmax.machine.dispatch import registry
 
 # helpers for processes of their own: to collect the stand-in device is to import it, and to turn this process into its host
-collect_ignore = ["interpreted.py", "npu_on_standin.py", "overlay.py", "ranks.py", "standin_device.py", "standin_npu.py"]
+collect_ignore = [
+    "fresh.py",
+    "interpreted.py",
+    "npu_on_standin.py",
+    "overlay.py",
+    "ranks.py",
+    "standin_device.py",
+    "standin_npu.py",
+]
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # test_triton_*.py run these in processes of their own
     collect_ignore_glob = ["triton_*.py"]

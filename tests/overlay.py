@@ -1,10 +1,9 @@
 """Real distributions for tests: a package, its metadata and its entry points in a folder that goes on PYTHONPATH."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests import fresh
 
 BACKEND = """
 from diffmax.plugin import Backend, hookimpl
@@ -43,16 +42,7 @@ def add_plugin(folder, name, code=None, *, fields="", distribution=None, value=N
 
 def run(code, *folders, check=True, **environment):
     """Run Python code in a process that sees the folders' distributions; return what it prints, parsed if it is JSON."""
-    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )
-    if check and result.returncode:
-        raise AssertionError(result.stderr)
+    result = fresh.python(code, *folders, check=check, **environment)
     if not check:
         return result
     try:

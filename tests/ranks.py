@@ -1,15 +1,17 @@
 """Tests that run on the ranks of a gloo group, each rank a process of its own; all of a file's tests share one launch.
 
 `on_ranks(2, 4)` turns a function without arguments, which runs on each rank, into a test per group size; of more than two ranks
-they are slow. A rank on which one
-fails ends there, so that the others do not wait for messages that never come; the tests after it are then reported as not
-reached. The ranks meet in a file: no port is chosen.
+they are slow. A rank on which one fails ends there, so that the others do not wait for messages that never come; the tests
+after it are then reported as not reached. The first rank imports what all need, and the others are its forks. They meet in a
+file: no port is chosen.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,22 +52,19 @@ def launch(path, world_size):
         environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
-        ranks = []
-        for rank in range(world_size):
-            command = [sys.executable, __file__, path, str(world_size), str(rank), folder]
-            with errors[rank].open("w") as error:
-                ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error))
+        command = [sys.executable, __file__, path, str(world_size), folder]
+        with errors[0].open("w") as error:
+            first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error, start_new_session=True)
         try:
-            for rank in ranks:
-                rank.wait(timeout=LAUNCH_SECONDS)
+            first.wait(timeout=LAUNCH_SECONDS)
         except subprocess.TimeoutExpired:
             pass  # the tests that were not reached say so
         finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
         found = [json.loads(report.read_text()) if report.exists() else {} for report in reports]
-        ends = [error.read_text()[-3000:] for error in errors]
+        ends = [error.read_text()[-3000:] if error.exists() else "was not started" for error in errors]
 
     def failures(name):
         unreached = [(rank, f"did not finish {name}\n{ends[rank]}") for rank in range(world_size) if name not in found[rank]]
@@ -74,14 +73,26 @@ def launch(path, world_size):
     return failures
 
 
-def run_bodies(path, world_size, rank, folder):
-    """What one rank's process does."""
-    import torch
-    import torch.distributed as dist
-
+def run_ranks(path, world_size, folder):
+    """What the first rank's process does: import the file, fork the other ranks, be the first, and wait for the others."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    others = []
+    for rank in range(1, world_size):
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(Path(folder, f"stderr{rank}"), os.O_WRONLY | os.O_CREAT), 2)
+            run_bodies(module, world_size, rank, folder)
+        others.append(child)
+    run_bodies(module, world_size, 0, folder, others)
+
+
+def run_bodies(module, world_size, rank, folder, others=()):
+    """What each rank does until its process ends, the first after the others."""
+    import torch
+    import torch.distributed as dist
+
     store = dist.FileStore(str(Path(folder, "store")), world_size)
     timeout = timedelta(seconds=COLLECTIVE_SECONDS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -100,8 +111,11 @@ def run_bodies(path, world_size, rank, folder):
         if report[test.__name__]:
             break
     sys.stderr.flush()
+    for other in others:
+        os.waitpid(other, 0)
     os._exit(0)  # torch 2.4 can hang while it destroys a gloo group
 
 
 if __name__ == "__main__":
-    run_bodies(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it: a file of tests may import another
+    run_ranks(sys.argv[1], int(sys.argv[2]), sys.argv[3])

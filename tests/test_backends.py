@@ -1,7 +1,5 @@
 """diffmax.backends(), and what an import does and does not do."""
 
-import os
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +10,7 @@ import diffmax
 from diffmax import plugin
 from diffmax.machine import env
 from diffmax.machine.inspection import KernelRecord, KernelTable
+from tests import fresh
 
 
 def test_lists_every_kernel_with_its_device_dtypes_and_status():
@@ -74,8 +73,8 @@ def test_prints_a_row_per_backend_with_what_differs_between_its_operators():
     assert repr(table).count("\n") == len(table)
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+def run(code, *folders):
+    return fresh.python(code, *folders).stdout
 
 
 def older_project(folder, content="NAME = 'the older project'"):
@@ -87,20 +86,19 @@ def older_project(folder, content="NAME = 'the older project'"):
         (folder / "diffmax" / "__init__.py").write_text(content)
 
 
-def test_the_older_project_installed_first_is_warned_about(tmp_path, monkeypatch):
+def test_the_older_project_installed_first_is_warned_about(tmp_path):
     older_project(tmp_path, content=None)  # its files were overwritten by diffmax-core's, its metadata was not
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     code = "import warnings; warnings.simplefilter('error')\ntry: import diffmax\nexcept RuntimeWarning as w: print(w)"
-    output = run(code)
+    output = run(code, tmp_path)
     assert "the older project diffmax 0.2 is installed beside diffmax-core" in output
     assert "run: pip uninstall diffmax && pip install --force-reinstall --no-deps diffmax-core" in output
 
 
-def test_the_older_project_installed_last_replaces_diffmax_core(tmp_path, monkeypatch):
+def test_the_older_project_installed_last_replaces_diffmax_core(tmp_path):
     """Nothing of diffmax-core runs then, so nothing can warn: the README says how to see it and what to do."""
     older_project(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    assert run("import diffmax; print(diffmax.NAME, hasattr(diffmax, 'backends'))").strip() == "the older project False"
+    code = "import diffmax; print(diffmax.NAME, hasattr(diffmax, 'backends'))"
+    assert run(code, tmp_path).strip() == "the older project False"
 
 
 def test_import_loads_no_kernel_and_no_optional_package():

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from diffmax.machine import dispatch
 from diffmax.machine.discovery import Plugin
 from diffmax.machine.dispatch import registry
 from diffmax.machine.env import Settings
+from diffmax.operators.common import spec
 from diffmax.plugin import Backend, hookimpl
+from diffmax.testing.rows import bench as rows_bench
+from tests import fresh
 
 
 @pytest.fixture
@@ -355,21 +359,32 @@ def test_selftest_needs_no_test_packages():
         "import sys; sys.modules.update(pytest=None, scipy=None, hypothesis=None)\n"
         "from diffmax.__main__ import main; sys.exit(main(['selftest', '--backend', 'reference']))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr + result.stdout
+    fresh.python(code)
 
 
 # bench
 
 
 def test_bench_prints_a_table_of_ratios(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "LENGTHS", (16, 64))
+    monkeypatch.setattr(rows_bench, "LENGTHS", (16, 64))
     tables = [table.splitlines() for table in bench.run(elements=1024, seconds=1e-3)]
     assert [len(table) for table in tables] == [5, 5, 3]
     assert all(line.split()[-1].endswith("x") for table in tables for line in table[1:])
     assert [table[0].split()[0].rstrip(",") for table in tables] == ["diffmax_bisect", "attention", "decoding"]
     assert main(["bench", "--device", "cuda:77"]) == 1
     assert "bench: device must be one that torch sees" in capsys.readouterr().err
+
+
+def test_bench_times_what_an_operator_says(monkeypatch, capsys):
+    """Its spec is all that is needed: no list is edited."""
+    function = spec.Function("bisect", lambda: None, bench="diffmax.testing.rows.bench:BENCH")
+    monkeypatch.setitem(spec.SPECS, "new", spec.OperatorSpec(name="new", rank=99, functions={"new_function": function}))
+    monkeypatch.setattr(rows_bench, "LENGTHS", (16,))
+    monkeypatch.setattr(bench, "run", partial(bench.run, elements=1024, seconds=1e-3))
+    assert list(bench.timed()) == ["diffmax_bisect", "attention", "attention_with_kvcache", "new_function"]
+    assert main(["bench", "--operator", "new_function"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["diffmax_bisect", "forward", "forward+backward"]
 
 
 def test_bench_says_that_the_machine_is_busy(capsys, monkeypatch):

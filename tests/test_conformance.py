@@ -17,6 +17,8 @@ class TestNumba(BackendConformance):
 
 class TestCpu(BackendConformance):
     backend = "cpu"
+    # as TestNumba: the call in the fork names no backend, and test_backends looks for every kernel of core
+    test_importing_diffmax_imports_no_kernel_and_a_fork_survives_it = None
 
 
 class TestReference(BackendConformance):
@@ -26,6 +28,7 @@ class TestReference(BackendConformance):
     test_special_alphas = test_random_rows = test_nasty_rows = test_alpha_tensors = test_gradients = (
         test_residuals_are_exchangeable
     ) = None
+    test_importing_diffmax_imports_no_kernel_and_a_fork_survives_it = None
     test_few_iterations_are_as_accurate_as_bisection = None
 
 

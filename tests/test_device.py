@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import diffmax
-from benchmarks.device import bundle, cells_timed, lines, place, report, site, stages, tables
+from benchmarks.device import bundle, cells_timed, lines, place, report, site, stages, tables, tuning
 from benchmarks.device.cells import Cell, rehearsed
-from diffmax.kernels.triton.common.tuning import Case, Tile, read_tables
+from diffmax.kernels.triton.common.tuning import KERNELS, Case, Tile, Tunable, read_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, ATTENTION = "rows float32 a0.5 s1 8x48", "attention randn 0 a0.5 20 H1 D16 float32"
@@ -220,6 +220,15 @@ def test_cells_have_names_of_their_own_and_functions_that_take_their_case(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cuda", "rocm"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_kernel_that_is_tuned_has_its_launcher(kernel, backend):
+    """Decoding's module had moved: its tuning raised ModuleNotFoundError, on a device alone."""
+    there = place.Place(backend, "cuda", backend)
+    assert there.real
+    assert isinstance(tuning.operator_of(types.SimpleNamespace(place=there), kernel), Tunable)
+
+
 def test_reports_are_made_from_partial_folders_and_a_rehearsal_publishes_nothing(rehearsal, tmp_path, capsys):
     out, before, *_ = rehearsal
     (tmp_path / "part").mkdir()

@@ -1,8 +1,6 @@
 """DTensor and FSDP2 over two ranks: where results are sharded, what is sent, and that nothing changes."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
 from diffmax.operators.rows import sharding
+from tests import fresh
 
 _spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
 ranks = importlib.util.module_from_spec(_spec)
@@ -194,15 +193,12 @@ dist.destroy_process_group()
 )
 @pytest.mark.sampled(3)
 def test_the_rules_are_there_at_the_first_call(call):
-    done = subprocess.run([sys.executable, "-c", FIRST_CALL.format(call=call)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in ("S(0)", "Shard(dim=0)")
+    assert fresh.python(FIRST_CALL.format(call=call)).stdout.strip() in ("S(0)", "Shard(dim=0)")
 
 
 def test_importing_diffmax_and_its_distributed_module_leaves_dtensor_alone():
     code = "import sys, diffmax.distributed; print('torch.distributed.tensor.experimental' in sys.modules)"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
-    assert output.strip() == "False"
+    assert fresh.python(code).stdout.strip() == "False"
 
 
 def test_every_operator_on_whole_rows_has_a_rule():
@@ -219,7 +215,7 @@ def test_every_operator_on_whole_rows_has_a_rule():
 @pytest.mark.skipif(Version("2.5") <= TORCH, reason="from torch 2.5 on DTensor takes rules from outside")
 def test_an_old_torch_refuses_a_dtensor():
     code = FIRST_CALL.format(call="p = diffmax.diffmax_bisect(x, 0.5)").replace("distributed.tensor", "distributed._tensor")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = fresh.python(code, check=False)
     assert "Operator diffmax.bisect.default does not have a sharding strategy registered" in done.stderr
 
 

@@ -349,7 +349,7 @@ BAD_INPUT = {
     "alpha = 0.0": ((X4, 0.0), ValueError, r"got 0\.0\nthe limit alpha -> 0 is sparsemax"),
     "dim in alpha's place": ((X4, -1), ValueError, r"got -1\nfor a dimension, write dim: the second argument is alpha"),
     "alpha = 1": ((X4, 1.0), ValueError, r"got 1\.0\nthe limit alpha -> 1 is torch\.softmax"),
-    "entmax's alpha": ((X4, 1.5), ValueError, r"got 1\.5\nif that is entmax's alpha, its equal here is 2 - 1\.5 = 0\.5"),
+    "entmax's alpha": ((X4, 1.5), ValueError, r"got 1\.5\nif that is entmax's alpha, pass 2 - 1\.5 = 0\.5 here"),
     "a negative alpha": ((X4, -0.5), ValueError, r"between 0 and 1, got -0\.5$"),
     "alpha = NaN": ((X4, nan), ValueError, "between 0 and 1, got nan"),
     "alpha = True": ((X4, True), TypeError, r"alpha must be a float or a tensor, or a function .* got True of type bool"),

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmax import diffmax_bisect, diffmax_bisect_monitored, use_backend
 from diffmax.testing.oracle import solve_exactly
+from tests import fresh
 
 
 class Kept(list):
@@ -245,7 +246,7 @@ def test_without_swanlab_it_says_what_to_install(monkeypatch):
 def test_importing_diffmax_imports_neither_swanlab_nor_dynamo():
     code = "import torch, sys; before = set(sys.modules); import diffmax; new = set(sys.modules) - before\n"
     code += "sys.exit(any(name.startswith(('swanlab', 'matplotlib', 'torch._dynamo')) for name in new))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.python(code)
 
 
 OFFLINE_RUN = """

@@ -19,6 +19,7 @@ from diffmax.machine.dispatch import choose, describe
 from diffmax.plugin import API_VERSION, OPERATOR_FEATURES, OPERATORS
 from diffmax_npu import probe
 from diffmax_npu._plugin import plugin
+from tests import fresh
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -185,8 +186,7 @@ def test_importing_diffmax_imports_neither_torch_npu_nor_a_kernel_and_renames_no
         "assert not loaded, loaded\n"
         "assert torch._C._get_privateuse1_backend_name() == 'privateuseone'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    fresh.python(code)
 
 
 def test_the_list_of_operators_is_what_its_script_reads_from_a_wheel(tmp_path, capsys):

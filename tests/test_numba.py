@@ -22,7 +22,7 @@ from diffmax.kernels.numba import functions, simd, solver, threads
 from diffmax.kernels.numba import rows as numba_rows
 from diffmax.kernels.numba.probe import numba_cannot, numba_converts_float16, numba_missing
 from diffmax.machine.dispatch import registry
-from diffmax.operators.rows.fast_path import is_plain
+from diffmax.operators.common.fast_path import is_plain
 from diffmax.plugin import CallSpec
 from diffmax.testing import gates
 

@@ -1,12 +1,10 @@
 """diffmax.plot: what is on the axes, and that nothing of matplotlib's global state is touched."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from diffmax import diffmax_bisect, plot
+from tests import fresh
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'diffmax-core[examples]'")
 
@@ -135,4 +133,4 @@ def test_without_matplotlib_it_says_what_to_install():
         "except ImportError as error: assert 'pip install matplotlib' in str(error)\n"
         "else: raise SystemExit(1)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.python(code)

@@ -11,6 +11,7 @@ import torch
 from diffmax import DiffmaxBisectModule, DiffmaxLoss, HillMap, attention, diffmax_bisect
 from diffmax.cli import report
 from diffmax.nn import AlphaSchedule, DiffmaxAttention
+from tests import fresh
 
 # What a process computes: rows of every layout and attention, forward and backward, on both kernels, against the reference.
 WORK = """
@@ -70,7 +71,7 @@ def run(code, tmp_path, timeout=240, arguments=(), **environment):
     ],
     ids=lambda environment: " ".join(f"{name}={value}" for name, value in environment.items()),
 )
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(6)
 def test_any_number_of_threads_of_openmp(environment, tmp_path):
     code = "assert right(results('reference')); print(torch.get_num_threads())"
     assert int(run(code, tmp_path, **environment)) >= 1
@@ -285,9 +286,7 @@ def test_the_report_says_where_a_container_may_use_less_than_torch_does(files, q
 
 def test_without_the_global_lock_the_compiled_kernels_are_refused_and_the_plain_ones_serve():
     """As a free-threaded Python says of itself; none was at hand to run this in."""
-    said = subprocess.run(
-        [sys.executable, "-c", FREE_THREADED], capture_output=True, text=True, timeout=300, check=True
-    ).stdout.splitlines()
+    said = fresh.python(FREE_THREADED).stdout.splitlines()
     assert said[0] == "cpu"
     assert said[1].startswith("this Python runs without the global interpreter lock, where the compiled kernels were never run")
 

@@ -2,12 +2,14 @@
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
 import diffmax
+from diffmax import plugin
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "examples" / "diffmax-example-backend"
@@ -157,3 +159,18 @@ def test_a_private_import_is_noticed():
         "diffmax.operators.common.numerics",
         "diffmax.nn._shapes",
     ]
+
+
+def test_the_plugin_interface_lists_what_documents_name_and_vendors_import():
+    """And a star import gives it."""
+    files = [*DOCUMENTS, *(path for folder, pattern in VENDORS.values() for path in folder.rglob(pattern))]
+    named = set().union(*(names_in(path.read_text(encoding="utf-8")) for path in files))
+    wanted = {name.split(".")[2] for name in named if name.startswith("diffmax.plugin.")}
+    guide = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    own = {name for name, found in vars(plugin).items() if getattr(found, "__module__", "diffmax.plugin") == "diffmax.plugin"}
+    wanted |= {word for word in re.findall(r"`(\w+)`", guide) if word in own and not inspect.ismodule(vars(plugin)[word])}
+    assert {"Backend", "FEATURES", "Saved", "Wanted"} <= wanted
+    assert wanted <= set(plugin.__all__)
+    given = {}
+    exec("from diffmax.plugin import *", given)
+    assert set(plugin.__all__) <= set(given)

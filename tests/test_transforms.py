@@ -1,8 +1,6 @@
 """torch.func, forward mode, second derivatives, export, FLOP counts and selective checkpointing."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
+from tests import fresh
 
 ALPHA = 0.6
 newer_torch = pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="needs torch 2.5: vmap rules of operators")
@@ -310,7 +309,7 @@ def test_aot_inductor(exported, tmp_path):
 )
 def test_the_flop_counter_is_told_in_a_fresh_process(imports):
     code = f"{imports}; import torch; print(torch.ops.diffmax.bisect in torch.utils.flop_counter.flop_registry)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+    assert fresh.python(code).stdout == "True\n"
 
 
 @newer_torch

@@ -17,7 +17,7 @@ from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.common.tuning import predicted_table
 from diffmax.kernels.triton.decoding.launch import Decoder
 from diffmax.kernels.triton.rows.launch import RowOperator
-from diffmax.plugin import FEATURES, Backend
+from diffmax.plugin import FEATURES, OPERATORS, Backend
 from diffmax.testing.interpreter import harden, quicken
 
 NAME = "triton"
@@ -61,12 +61,11 @@ def register() -> None:
     quicken()
     warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
     warnings.filterwarnings("ignore", "Conversion of an array with ndim", DeprecationWarning)
-    operators = ("bisect", "bisect_backward", "attention", "attention_backward", "attention_kvcache")
     diffmax.register_backend(
         Backend(
             name=NAME,
             device_types=("cpu",),
-            kernels={operator: f"{__name__}:{operator}" for operator in operators},
+            kernels={operator: f"{__name__}:{operator}" for operator in OPERATORS},
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             features=frozenset(FEATURES),
             automatic=False,

@@ -64,7 +64,7 @@ def operator_of(context: Context, kernel: str) -> Any:
 
         return {"attention": interpreted.ATTENTION, "decode": interpreted.DECODER}.get(kernel.split("_")[0], interpreted.ROWS)
     package = VENDORS[context.place.backend]
-    module, name = {"attention": ("attention", "operator"), "decode": ("kvcache", "decoder")}.get(
+    module, name = {"attention": ("attention", "operator"), "decode": ("decoding", "decoder")}.get(
         kernel.split("_")[0], ("rows", "operator")
     )
     return getattr(importlib.import_module(f"{package}.{module}"), name)

@@ -27,10 +27,10 @@ register_all()
 __version__ = discovery.CORE_VERSION
 
 name_conflict.warn_if_installed()
-if "torch.utils.flop_counter" in sys.modules:  # it imports triton: whoever wants it has imported it
+if "torch.utils.flop_counter" in sys.modules:  # only if already imported, because it imports triton
     from diffmax.integrations import flop_counter  # noqa: F401
 
-# Neither nn nor __version__: a star import must not take torch.nn's place, nor that of the caller's own version.
+# Without nn and __version__: a star import must not replace torch.nn or the caller's own version.
 __all__ = [
     "AlphaMap",
     "AttentionStats",

@@ -1,4 +1,4 @@
-"""Rows that are sharded over the ranks of a process group, solved without gathering. See docs/distributed.md."""
+"""The row operator for rows sharded over the ranks of a process group, without gathering. See docs/distributed.md."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def diffmax_bisect_sharded(
 
     Args:
         X: This rank's shard of the scores. Shards may differ in length along `dim`, 0 included, but not in other sizes.
-        alpha: As for `diffmax_bisect`, with the same value on every rank. The gradient of a tensor is that of the whole rows,
-            the same on every rank: do not all-reduce it again.
+        alpha: As for `diffmax_bisect`, with the same value on every rank. The gradient of a tensor is already summed over all
+            shards, the same on every rank: do not all-reduce it again.
         dim: The sharded axis, along which the whole row sums to one.
         n_iter, ensure_sum_one: As for `diffmax_bisect`.
         group: A process group, or a one-dimensional DeviceMesh. None: the default group.
@@ -46,15 +46,15 @@ def diffmax_bisect_sharded(
         RuntimeError: torch.distributed is not initialised.
         TypeError: As for `diffmax_bisect`; or X is a DTensor, or group has the wrong type.
         ValueError: As for `diffmax_bisect`; or X is a scalar, this rank is not in the group, or the calls of the ranks differ
-            in more than the length along `dim` and the values of an alpha tensor: then every rank raises.
+            in anything but the length along `dim` and the values of an alpha tensor: then every rank raises.
         NotImplementedError: Forward-mode differentiation or a torch.func transform.
     Communication: For R rows, forward sends 11 integers, which check that the calls agree, then R maxima, then in every
         iteration of Newton's method (Eq. 2) two numbers per row, S and S_1, and one number for the stopping decision. Typical
         scores take 3 to 12 such messages (docs/distributed.md has a table); Eq. 9 bounds their number. Backward sends two
         numbers per row, the sums of Eq. 3, and the gradient of alpha if it is learned. Gathering would send n numbers per row.
-    Numerics: Computes in float32, for float64 in float64, with the arithmetic of `diffmax.reference`. A second derivative is
-        exact, and sends messages too. Works under torch.compile, where it stays one operator. The host reads the stopping
-        decision, so a CUDA graph cannot capture the call.
+    Numerics: Computes in float32, for float64 in float64, with the arithmetic of `diffmax.reference`. Second derivatives are
+        exact, and communicate too. Under torch.compile the call is one operator. The host reads the stopping decision, so a
+        CUDA graph cannot capture the call.
     Source: docs/theory.md, docs/distributed.md. Written for diffmax.
     Example:
         >>> import torch, torch.distributed as dist
@@ -66,9 +66,9 @@ def diffmax_bisect_sharded(
     """
     name = "diffmax_bisect_sharded"
     if not torch.compiler.is_compiling():
-        sharded.refuse_transforms()  # here too: vmap would call the operator once per sample without this check
+        sharded.refuse_transforms()  # also checked here: otherwise vmap would call the operator once per sample
     dim = check_scores(name, X, dim, n_iter)
-    if type(X).__name__ == "DTensor":  # by name, because importing it takes half a second
+    if type(X).__name__ == "DTensor":  # compared by name, because the import takes half a second
         raise TypeError(
             f"{name}: X must be this rank's part, got a DTensor\n"
             "pass X.to_local() and group=X.device_mesh, or give the DTensor to diffmax_bisect, which gathers rows"
@@ -100,7 +100,7 @@ def _name_of(group: dist.ProcessGroup | DeviceMesh | None) -> str:
     if group is None:
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
-        if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to the other ranks
+        if group == dist.GroupMember.NON_GROUP_MEMBER:  # new_group returns it to ranks outside the group
             raise ValueError("diffmax_bisect_sharded: this rank must be a member of group, got a group without it")
         raise TypeError(
             f"diffmax_bisect_sharded: group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}"

@@ -14,7 +14,7 @@ __all__ = ["AlphaMap", "ExpMap", "HillMap", "TanhMap"]
 
 FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
 
-# Every h(u) is 1 here, also in float64. A larger u could overflow, and a derivative of 0 would become 0 * inf.
+# Every h(u) has reached 1 here, even in float64. A larger u could overflow, and its derivative would be 0 * inf.
 _MAX_U = 1e30
 
 
@@ -60,7 +60,7 @@ class AlphaMap:
         return self.c * self._h((log_beta - math.log(self.beta0)).clamp(max=math.log(_MAX_U)).exp())
 
     def inverse(self, alpha: FloatOrTensor) -> FloatOrTensor:
-        """The beta that gives `alpha`, a float or a tensor.
+        """The beta for which the map returns `alpha`, a float or a tensor.
 
         Raises:
             TypeError: alpha is neither a number nor a tensor.

@@ -130,7 +130,7 @@ def alpha_curves(alphas: Numbers, steps: Numbers | None = None, labels: Sequence
 
 
 def _tensor(function: str, name: str, given: Any) -> Tensor:
-    """The numbers as a float64 tensor on the CPU, without a gradient."""
+    """The numbers as a detached float64 tensor on the CPU."""
     if isinstance(given, Tensor):
         if given.is_complex() or given.is_meta:
             raise TypeError(f"{function}: {name} must hold real numbers, got {given.dtype} on {given.device}")

@@ -16,6 +16,28 @@ import pluggy
 import torch
 from torch import Tensor
 
+__all__ = [
+    "API_VERSION",
+    "ENTRY_POINT_GROUP",
+    "FEATURES",
+    "OPERATORS",
+    "OPERATOR_FEATURES",
+    "SHARED_KERNELS_VERSION",
+    "TILE",
+    "AttentionCall",
+    "AttentionGradients",
+    "AttentionResults",
+    "Backend",
+    "CallSpec",
+    "HookSpecs",
+    "KVCacheCall",
+    "KVCacheResults",
+    "Kernel",
+    "Saved",
+    "Wanted",
+    "hookimpl",
+]
+
 API_VERSION = (1, 4)
 """Interface version. A larger minor adds; a larger major changes the hooks, the fields or the kernels' signatures."""
 

@@ -1,4 +1,4 @@
-"""What the backends of this distribution offer. diffmax imports this module with itself: no kernel, no device."""
+"""Descriptions of the backends. `import diffmax` imports this module, so it imports no kernel and touches no device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Plugin:
 
     @hookimpl
     def diffmax_backends(self) -> tuple[Backend, ...]:
-        """What this distribution has for the device."""
+        """The backends of this distribution."""
         return (
             Backend(
                 name="npu",
@@ -44,7 +44,7 @@ class Plugin:
                     "bisect": Kernel("diffmax_npu.triton_rows:bisect", FLOATS, ALPHA),
                     "bisect_backward": Kernel("diffmax_npu.triton_rows:bisect_backward", FLOATS, ALPHA | {"alpha_gradient"}),
                 },
-                automatic=False,  # no device has run it
+                automatic=False,  # never run on a device
                 probe="diffmax_npu.probe:probe_triton",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together",
@@ -55,7 +55,7 @@ class Plugin:
 
     @hookimpl
     def diffmax_env_report(self) -> dict[str, str]:
-        """The version of CANN whose environment is set."""
+        """The CANN version of the environment."""
         from diffmax_npu.probe import cann_version
 
         return {"CANN": cann_version() or "no environment set"}

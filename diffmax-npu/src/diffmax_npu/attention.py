@@ -1,7 +1,7 @@
 """Attention from operators that torch_npu runs on the device: blocks of queries, and no tensor of the score matrix's size.
 
-Of each block the scores are one product with every key that it sees, and the row operator's solver has its rows. Backward
-computes them again. Packed sequences are padded to the longest: the host does not know their lengths, and does not ask.
+The scores of a block are one product with all keys that it sees; the row operator's solver normalizes its rows. Backward
+recomputes the scores. Packed sequences are padded to the longest, because reading their lengths would synchronize.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def attention_backward(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool, lengths: Lengths
 ) -> AttentionResults:
-    # what a query gets that sees nothing is written first
+    # the results of fully masked queries are written first
     out = value.new_zeros((*query.shape[:3], value.shape[3]))
     m = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
     if call.sink is not None:
@@ -132,7 +132,7 @@ def _backward(
 def _backward_block(
     block: Block, scores: Scores, value: Tensor, given: list[Tensor], results: list[Tensor], wanted: Wanted
 ) -> None:
-    """Eq. 5 for one block: gradients of its queries are written, those of its keys and of the bias added up."""
+    """Eq. 5 for one block: write the gradients for its queries, accumulate those for its keys and the bias."""
     grad, m, delta, u = (block.of_queries(t).to(torch.float32) for t in given)
     grad_query, grad_e, grad_bias, grad_sink, grad_key, grad_value = results
     call, e, keys = scores.call, scores.e_of(block), block.keys.stop - block.keys.start
@@ -142,8 +142,8 @@ def _backward_block(
     z = complete.sub_(m.masked_fill(m == -torch.inf, 0.0)).mul_(row_e)
     p, s = powers(z, delta, row_e, k, torch.empty_like(z), torch.empty_like(z))
 
-    # A query whose result is NaN has NaN for a gradient, whatever the hardware's maximum makes of NaN; one that weighs no key
-    # passes nothing on, whatever it holds.
+    # A query whose result is NaN has a NaN gradient, whatever the hardware's maximum does with NaN; a query whose weights are
+    # all 0 propagates no gradient, even if it holds NaN.
     bad = delta.isnan()
     silent = (s[..., :keys].amax(4, keepdim=True) == 0) & ~bad
     grad = grad.masked_fill(bad, torch.nan).masked_fill(silent, 0.0)
@@ -153,7 +153,7 @@ def _backward_block(
     if wanted.e:
         logs = logarithms(z, delta, row_e)
         of_e = (alpha_weight(p[..., :keys], logs[..., :keys], row_e) * centred).sum(4)
-        if call.sink is not None:  # which has no value: its dP is 0
+        if call.sink is not None:  # the sink has no value: its dP is 0
             of_e = of_e - (alpha_weight(p[..., keys:], logs[..., keys:], row_e) * mean).sum(4)
         block.of_queries(grad_e).copy_(of_e.neg_())
     if wanted.sink:

@@ -1,4 +1,4 @@
-"""How attention is cut: blocks of queries of some heads, with the keys that they see. The host knows all sizes."""
+"""The blocks of attention: queries of some heads, with the keys that they see. The host knows all sizes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from diffmax.plugin import TILE, AttentionCall
 # Scores of one block. They and two buffers, 96 MiB in float32, stay in the 192 MiB of cache of an Ascend 910B.
 BLOCK_ELEMENTS = 1 << 23
 
-# The random words of dropout are int64, and half a dozen of them are at work at once.
+# The random words of dropout are int64, and half a dozen such tensors are needed at a time.
 SHARE_WITH_DROPOUT = 8
 
 
 @dataclass(frozen=True)
 class Block:
-    """The queries `rows` of some query heads, and the keys `keys` of the key heads that these read.
+    """The queries `rows` of some query heads, and the keys `keys` of their key heads.
 
-    As a tensor of scores it is (batch entries, key heads, query heads of each, queries, keys).
+    The shape of its scores is (batch entries, key heads, query heads per key head, queries, keys).
     """
 
     batch: slice
@@ -31,11 +31,11 @@ class Block:
     keys: slice
 
     def of_queries(self, t: Tensor) -> Tensor:
-        """The block's part of (B, H_kv, H / H_kv, L, ...); an axis of size 1 stands for all."""
+        """The block's part of (B, H_kv, H / H_kv, L, ...); axes of size 1 broadcast."""
         return t[self._cuts(t, self.batch, self.kv_heads, self.group, self.rows)]
 
     def of_scores(self, t: Tensor) -> Tensor:
-        """The block's part of (B, H_kv, H / H_kv, L, S), of which axes may have size 1."""
+        """The block's part of (B, H_kv, H / H_kv, L, S); axes of size 1 broadcast."""
         return t[self._cuts(t, self.batch, self.kv_heads, self.group, self.rows, self.keys)]
 
     def of_keys(self, t: Tensor) -> Tensor:
@@ -53,14 +53,14 @@ class Block:
 
 
 def by_groups(t: Tensor, kv_heads: int) -> Tensor:
-    """(B, H, ...) as (B, H_kv, H / H_kv, ...); one head for all stays one."""
+    """(B, H, ...) as (B, H_kv, H / H_kv, ...); a head axis of size 1 stays 1."""
     return t.unsqueeze(1) if t.shape[1] == 1 else t.view(t.shape[0], kv_heads, t.shape[1] // kv_heads, *t.shape[2:])
 
 
 def blocks(query: Tensor, key: Tensor, call: AttentionCall, packed: bool) -> Iterator[Block]:
-    """Cover every query that sees a key, as many heads at a time as fit: then blocks are low, and causality saves most.
+    """Blocks that cover every query that sees a key. Each has as many heads and as few queries as fit, so causality saves most.
 
-    `packed` sequences have lengths that only the device knows: their blocks see all keys.
+    Only the device knows the lengths of `packed` sequences: their blocks see all keys.
     """
     batch, heads, length, _ = query.shape
     kv_heads, many = key.shape[1:3]
@@ -86,14 +86,14 @@ def _parts(size: int, share: int) -> list[slice]:
 
 
 def _width(call: AttentionCall, many: int, packed: bool) -> int:
-    """How many keys a tile of queries sees, at most."""
+    """The maximum number of keys that a tile of queries sees."""
     if packed or call.left < 0 or call.right < 0:
         return many
     return min(many, call.left + call.right + 3 * TILE)
 
 
 def _seen(rows: slice, length: int, many: int, call: AttentionCall) -> slice:
-    """The keys that causality and window leave to these queries, from the beginning of a tile."""
+    """The range of keys that these queries see by causality and window, starting at a tile boundary."""
     shift = many - length if call.lower_right else 0
     first, last = visible_span(rows.start + shift, rows.stop - 1 + shift, call.left, call.right, many)
     return slice(first // TILE * TILE, last)

@@ -1,4 +1,4 @@
-"""A tensor along any dimension as a matrix of rows, and back."""
+"""Conversion of a tensor, along any dimension, to a matrix of rows and back."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def rows(t: Tensor, dim: int) -> Tensor:
-    """`t` as a matrix whose rows run along `dim`: a view where the strides allow it."""
+    """`t` as a matrix whose rows run along `dim`: a view if the strides allow it."""
     return t.movedim(dim, -1).reshape(-1, t.shape[dim])
 
 
 def unrows(matrix: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """The contiguous tensor of `shape` that `rows` makes a matrix of.
+    """The inverse of `rows`: the contiguous tensor of `shape`.
 
-    It is no view for autograd: the result of an operator that is one cannot be changed in place.
+    For autograd it is not a view, because a view returned by an operator cannot be modified in place.
     """
     whole = matrix.view([*shape[:dim], *shape[dim + 1 :], shape[dim]]).movedim(-1, dim).contiguous()
     unviewed: Tensor = torch.ops.aten._unsafe_view(whole, shape)
@@ -22,7 +22,7 @@ def unrows(matrix: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 
 def per_row(e: float | Tensor, row_shape: list[int] | torch.Size) -> float | Tensor:
-    """e, one for each row of such a matrix if it is a tensor."""
+    """e; if it is a tensor, with one entry per row of such a matrix."""
     return e.expand(row_shape).reshape(-1, 1) if isinstance(e, Tensor) else e
 
 

@@ -1,6 +1,6 @@
-"""Whether this machine can run the kernels, and if not, why: torch_npu, its version, CANN, the device.
+"""Checks whether this machine can run the kernels, and if not, why: torch_npu, its version, CANN, the device.
 
-Nothing here imports torch_npu, or opens the device: where torch_npu is not loaded, the process has no tensor on the device.
+Nothing here imports torch_npu or opens the device: if torch_npu is not loaded, the process has no tensor on the device.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def probe() -> str | None:
 
 
 def probe_triton() -> str | None:
-    """The same for the experimental backend, which needs Triton-Ascend besides: a package that is named as Triton is."""
+    """The same for the experimental backend, which also needs Triton-Ascend: a package with the name of Triton."""
     return probe() or _triton_problem()
 
 
 def unsupported(spec: CallSpec) -> list[str]:
-    """What is against a call besides the description: what the chip lacks. Sizes of heads are not limited."""
+    """Reasons against a call that the description lacks: limits of the chip. Head dimensions are not limited."""
     if spec.dtype == torch.float64:
         return ['the device has no float64: pass float32, or backend="reference"']
     device = getattr(torch, "npu", None)
     if device is None or not device.is_initialized():
-        return []  # nothing is asked of a device that is not open
+        return []  # a device that is not open is not queried
     reasons = []
     if spec.dtype == torch.bfloat16 and not getattr(device, "is_bf16_supported", _yes)():
         reasons.append(f"{device.get_device_name()} has no bfloat16: pass float16 or float32")
@@ -52,7 +52,7 @@ def _yes() -> bool:
 
 
 def cann_version() -> str:
-    """The version of the CANN toolkit whose environment is set, as its own file says; "" if none is."""
+    """The version of the CANN toolkit in the environment, from its own file; "" if there is none."""
     home = os.environ.get("ASCEND_HOME_PATH", "")
     for file in sorted(Path(home).glob("*/ascend_*_install.info")) if home else ():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -103,7 +103,7 @@ def _not_loaded() -> str:
 
 
 def _device_problem() -> str | None:
-    device: Any = getattr(torch, "npu")  # noqa: B009  (torch does not know it before torch_npu is there)
+    device: Any = getattr(torch, "npu")  # noqa: B009  (torch has it only after torch_npu is imported)
     if device._is_in_bad_fork():
         return "this process was forked after the device was opened; start workers with the method 'spawn'"
     if device.is_initialized():

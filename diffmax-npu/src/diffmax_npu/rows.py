@@ -1,6 +1,6 @@
 """The row operator from operators that torch_npu runs on the device, in blocks of rows that stay in its cache.
 
-It differs from `diffmax.reference` for speed alone. docs/npu.md has the number of launches.
+It differs from `diffmax.reference` only for speed. docs/npu.md has the number of launches.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from diffmax import reference
 from diffmax_npu.layout import per_row, rows, take, unrows
 from diffmax_npu.solver import solve
 
-# Elements of one block. Scores and two buffers, 96 MiB in float32, stay in the 192 MiB of cache that an Ascend 910B has; a
-# smaller block pays more for launches than a nearer buffer gains.
+# Elements per block. Scores and two buffers, 96 MiB in float32, fit the 192 MiB cache of an Ascend 910B; with smaller blocks
+# the launches cost more than a closer buffer gains.
 BLOCK_ELEMENTS = 1 << 23
 
 
@@ -34,7 +34,7 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
 
 
 def _solve_block(x: Tensor, e: float | Tensor, n_iter: int, ensure_sum_one: bool, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the weights, return m and delta; the buffers are free before the next block takes its own."""
+    """Write the weights, return m and delta; the buffers are freed before the next block allocates its own."""
     solved = solve(x.to(torch.float32), e, n_iter, ensure_sum_one, x.dtype != torch.float32)
     p.copy_(solved.p)
     return solved.m, solved.delta

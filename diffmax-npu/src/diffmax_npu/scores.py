@@ -1,4 +1,4 @@
-"""The scores of one block of attention: scaled products, and the region on which core's rules act; what dropout keeps."""
+"""The scores of one block of attention: scaled products, the region for core's rules, and dropout factors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from diffmax_npu.blocks import Block, by_groups
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What the scores of a call are made of; tensors per head are already grouped by key head.
+    """The inputs of the scores of a call; tensors per head are already grouped by key head.
 
     Attributes:
         query: (B, H_kv, H / H_kv, L, D).
         key: (B, H_kv, S, D).
-        call: The rest.
-        lengths: Of packed sequences, laid side by side in the batch: how many queries and keys each has, (B, 1, 1, 1, 1).
+        call: All other arguments.
+        lengths: For packed sequences in a padded batch: the number of queries and of keys of each, (B, 1, 1, 1, 1).
     """
 
     query: Tensor
@@ -30,20 +30,20 @@ class Scores:
     lengths: tuple[Tensor, Tensor] | None
 
     def e_of(self, block: Block) -> float | Tensor:
-        """The block's e, to broadcast against its scores."""
+        """The e of the block, in a shape that broadcasts against its scores."""
         e = self.call.e
         return block.of_scores(self.per_head(e)) if isinstance(e, Tensor) else e
 
     def of(self, block: Block) -> Tensor:
-        """The block's scores after every rule, with the sink's column, in float32."""
+        """The scores of the block after all rules, with the column of the sink, in float32."""
         return rules.apply(self._products(block), self.call, BlockRegion(self, block))
 
     def with_slope(self, block: Block) -> tuple[Tensor, Tensor | None]:
-        """And their derivative in the products; None: 1."""
+        """The same scores, and their derivative for the products; None: 1."""
         return rules.apply_with_slope(self._products(block), self.call, BlockRegion(self, block))
 
     def passed(self, block: Block) -> Tensor | None:
-        """What dropout multiplies the block's weights by: 0 or 1 / (1 - dropout_p). None: nothing is dropped."""
+        """Dropout factors of the block's weights: 0 or 1 / (1 - dropout_p). None: no dropout."""
         call = self.call
         if call.seed is None or call.dropout_p == 0:
             return None
@@ -56,7 +56,7 @@ class Scores:
         return torch.ge(torch.as_tensor(word), threshold(call.dropout_p)).to(torch.float32) / (1 - call.dropout_p)
 
     def per_head(self, t: Tensor) -> Tensor:
-        """(H,) or (B, H), to broadcast against the scores."""
+        """(H,) or (B, H), in a shape that broadcasts against the scores."""
         return t.reshape(-1, *self.query.shape[1:3], 1, 1)
 
     def positions(self, part: slice) -> Tensor:
@@ -64,7 +64,7 @@ class Scores:
         return torch.arange(part.start, part.stop, device=self.query.device)
 
     def _products(self, block: Block) -> Tensor:
-        """Scaled, in float32: (batch, key heads, query heads, queries, keys) of the block."""
+        """The scaled products of the block in float32: (batch, key heads, query heads, queries, keys)."""
         query = block.of_queries(self.query).to(torch.float32) * self.call.scale
         key = block.of_keys(self.key).to(torch.float32)
         return torch.matmul(query.flatten(2, 3), key.mT).view(*query.shape[:4], key.shape[2])
@@ -72,7 +72,7 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class BlockRegion(Region):
-    """A block of a call's scores."""
+    """The region of a block of scores."""
 
     scores: Scores
     block: Block
@@ -94,15 +94,15 @@ class BlockRegion(Region):
         return self.scores.positions(self.block.keys)
 
     def of_heads(self, t: Tensor) -> Tensor:
-        """The block's heads."""
+        """The heads of the block."""
         return self.block.of_scores(self.scores.per_head(t))
 
     def of_scores(self, t: Tensor) -> Tensor:
-        """The block's part of a mask or a bias."""
+        """The part of a mask or a bias for the block."""
         return self.block.of_scores(by_groups(t, self.scores.key.shape[1]))
 
     def padding(self) -> tuple[Tensor, ...]:
-        """Queries and keys behind the end of a packed sequence."""
+        """The padding of queries and keys, after the end of each packed sequence."""
         if self.scores.lengths is None:
             return ()
         length, many = (self.block.of_scores(t) for t in self.scores.lengths)

@@ -1,6 +1,6 @@
-"""Newton's method on rows, from torch's operators alone: steps counted beforehand, and nothing that the host waits for.
+"""Newton's method on rows, from torch's operators only: a fixed number of steps, without synchronization.
 
-What the device gets are few operators on large tensors. Those of one step work in two buffers of the scores' size. Equations:
+The device runs few operators on large tensors. The operators of a step use two buffers of the scores' size. Equations:
 docs/theory.md; the number of steps: docs/decisions/0060.
 """
 
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from diffmax.kernels.tools import clamp_e, integer_exponent
 
-# Bisection steps that float32 can tell apart
+# Bisection steps that float32 can resolve
 DIGITS = 26
 
-# A base that is at most this has weight 0; it only has to be something to divide by.
+# A base up to this has weight 0; it only avoids a division by 0.
 _TINY = 2.0**-60
 
 
 class Solution(NamedTuple):
-    """Rows and what solves them.
+    """Rows and their solution.
 
     Attributes:
         p: The weights, like the scores.
-        slopes: p^alpha times a number that is one for the whole row: what Eq. 5 weighs values with.
+        slopes: p^alpha times a constant per row: the weights of the values in Eq. 5.
         z: e * (score - m).
         m, delta: (..., 1), with tau = m - (1 - delta) / e. delta is NaN in a row that holds NaN or +inf, or whose e is out of
             range; so is p.
@@ -42,10 +42,10 @@ class Solution(NamedTuple):
 
 @lru_cache
 def newton_steps(n_iter: int, n: int, e: float) -> int:
-    """Newton steps after which tau is as near to its root as `n_iter` bisection steps would bring it.
+    """The number of Newton steps that are at least as accurate as `n_iter` bisection steps.
 
-    The least J with (1 - n^(-e/J))^J <= n^-e 2^-n_iter, by decision 0060's bound: the slope of Eq. 8 falls from at most n^e to
-    at least 1, and a step that lowers it little lowers the error much. Eq. 9 alone asks for more, up to four times as many.
+    The least J with (1 - n^(-e/J))^J <= n^-e 2^-n_iter, by the bound of decision 0060: the slope of Eq. 8 falls from at most
+    n^e to at least 1, and a step that reduces it little reduces the error much. Eq. 9 alone requires up to four times as many.
     """
     log_n = e * math.log(max(n, 1))
     allowed = -log_n - min(n_iter, DIGITS) * math.log(2)
@@ -59,17 +59,17 @@ def solve(scores: Tensor, e: float | Tensor, n_iter: int, ensure_sum_one: bool, 
     """Weights along the last dimension, in float32.
 
     Args:
-        scores: (..., n), n > 0, float32. With `given_up` its memory is used.
+        scores: (..., n), n > 0, float32. With `given_up` its memory is overwritten.
         e: A float in (0, 1], or a tensor (..., 1) in float32 that broadcasts against the rows.
         n_iter, ensure_sum_one: As for `diffmax.reference.bisect`.
-        given_up: Whether the caller needs the scores no more.
+        given_up: Whether the caller no longer needs the scores.
     """
     row_e, k = clamp_e(e), 0 if isinstance(e, Tensor) else integer_exponent(e, torch.float32)
     m = scores.amax(-1, keepdim=True)
     # a fully masked row has m = -inf: subtract 0 there, so that every z is -inf and not NaN
     shift = m.masked_fill(m == -torch.inf, 0.0)
     z = torch.sub(scores, shift, out=scores if given_up else None).mul_(row_e)
-    # what maximum and clamp do to a NaN is the hardware's choice; a sum keeps it
+    # maximum and clamp may drop NaN, depending on the hardware; a sum keeps it
     bad = z.sum(-1, keepdim=True).isnan()
     if isinstance(e, Tensor):
         bad = bad | ~((e >= 0) & (e <= 1))
@@ -78,8 +78,8 @@ def solve(scores: Tensor, e: float | Tensor, n_iter: int, ensure_sum_one: bool, 
     a, b = torch.empty_like(z), torch.empty_like(z)
     for _ in range(newton_steps(n_iter, z.shape[-1], 1.0 if isinstance(e, Tensor) else e)):
         p, slopes = powers(z, delta, row_e, k, a, b)
-        # At a lower bound of the root both sums are at least 1. In a solved row, and in a masked one, the first is not: raised
-        # to 1 it makes the step 0. So nothing has to ask whether a row is done.
+        # At a lower bound of the root both sums are at least 1. In a solved row, and in a masked one, the first is not: raising
+        # it to 1 makes the step 0. So solved rows need no check.
         total, slope = p.sum(-1, keepdim=True).clamp_min_(1.0), slopes.sum(-1, keepdim=True).clamp_min_(1.0)
         # S - S^alpha = -S expm1(-e ln S): the difference of two numbers near 1, without cancellation
         delta = delta - total.log().mul_(minus_e).expm1_().mul_(total).div_(slope)
@@ -116,6 +116,6 @@ def _integer_powers(z: Tensor, delta: Tensor, k: int, a: Tensor, b: Tensor) -> t
 
 
 def logarithms(z: Tensor, delta: Tensor, e: float | Tensor) -> Tensor:
-    """ln p, 0 off the support: what Eq. 6 needs besides the weights."""
+    """ln p, 0 off the support, for Eq. 6."""
     base = z - delta
     return torch.log1p(base.masked_fill_(base <= -1, 0.0)) / e

@@ -1,7 +1,7 @@
 """The row operator by core's shared Triton kernels, lowered by Triton-Ascend: experimental and opt-in.
 
-What is known of it is in docs/npu.md: the kernels are lowered to what Triton-Ascend gives to the chip's own compiler, and
-keep its documented limits. No chip has run them.
+See docs/npu.md: the kernels are lowered to the input of the chip's own compiler, and keep its documented limits. They have
+never run on a chip.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from diffmax_npu.layout import per_row, rows, take, unrows
 # Triton-Ascend refuses larger grids.
 MOST_PROGRAMS = 65535
 
-# Entries of one program's tile: a dozen tensors of it in float32 are what half of a core's 192 KiB holds. The compiler takes
-# the other half to load ahead.
+# Entries per tile: half of a core's 192 KiB holds a dozen float32 tensors of this size. The compiler uses the other half for
+# prefetching.
 TILE_ELEMENTS = 2048
 
 
 def table(device: torch.device) -> Table:
-    """Tiles for rows of each padded length; warps mean nothing here."""
+    """Tiles for rows of each padded length; warps have no effect here."""
     tiles = {n: Tile(max(1, TILE_ELEMENTS // n), 4) for n in (16 << power for power in range(8))}
     return Table("documented limits", tiles, tiles, {}, {}, TILE_ELEMENTS, 4, TILE_ELEMENTS)
 
 
-# One processor, so that no row is split over several: that kernel is the one that Triton-Ascend 3.2.0 cannot lower.
+# One processor, so that no row is split over several programs: Triton-Ascend 3.2.0 cannot lower that kernel.
 operator = RowOperator(table, lambda device: 1, ptx=False)
 
 
@@ -74,7 +74,7 @@ def _slices(rows: int) -> list[slice]:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensors' one."""
+    """Make the device of the tensors the current one, on which Triton launches."""
     module = getattr(torch, device.type, None)
     change: contextlib.AbstractContextManager[object] = (
         module.device(device) if device.type == "npu" and module is not None else contextlib.nullcontext()

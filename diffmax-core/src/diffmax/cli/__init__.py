@@ -1,1 +1,1 @@
-"""`python -m diffmax`: one module for each of its commands."""
+"""`python -m diffmax`: one module per command."""

@@ -5,25 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.benchmark import Timer
 
+from diffmax.machine.dispatch import import_function
 from diffmax.machine.inspection import format_table
-from diffmax.operators.attention.api import attention
-from diffmax.operators.decoding.api import attention_with_kvcache
-from diffmax.operators.rows.api import diffmax_bisect
+from diffmax.operators.common.spec import public_functions
+from diffmax.testing.bench import Bench
 
 ALPHAS = (0.5, 0.85, 0.99)
-LENGTHS = (64, 1024, 16384)
 ELEMENTS = 1 << 18
 SECONDS_PER_TIMING = 0.2
-HEADS, HEAD_DIM = 4, 64
-ATTENTION_LENGTHS = (256, 1024)
-CACHE_LENGTHS = (1024, 16384)
 SHARED = 0.9  # a loop that gets less than this share of the clock's time has been interrupted
 
 
@@ -35,8 +31,14 @@ def run(
     seconds: float = SECONDS_PER_TIMING,
 ) -> Iterator[str]:
     """Time one operator, or all, on random tensors in float32: tables of median times, diffmax's as multiples of torch's."""
-    for table in [OPERATORS[operator]] if operator else OPERATORS.values():
-        yield table(device, backend, elements, seconds)
+    known = timed()
+    for name in [operator] if operator else known:
+        yield _table(import_function(known[name]), device, backend, elements, seconds)  # type: ignore[arg-type]
+
+
+def timed() -> dict[str, str]:
+    """Names of the functions that can be timed, and where their `Bench` is, as the operators' specs say."""
+    return {name: function.bench for name, function in public_functions().items() if function.bench}
 
 
 def busy(*, by_load: bool) -> str:
@@ -56,61 +58,15 @@ def busy(*, by_load: bool) -> str:
     return f"this machine is busy ({facts}): ratios may be far off, run it again when it is idle"
 
 
-def _rows(device: str, backend: str | None, elements: int, seconds: float) -> str:
-    rows = [("diffmax_bisect", "rows", "length", "softmax (us)", *(f"alpha={alpha}" for alpha in ALPHAS))]
-    for name, measure in (("forward", _forward), ("forward+backward", _both)):
-        for length in LENGTHS:
-            x = torch.randn(elements // length, length, device=device)
-            base = measure(lambda x: torch.softmax(x, -1), (x,), seconds)
-            times = [
-                measure(lambda x, alpha=alpha: diffmax_bisect(x, alpha, backend=backend), (x,), seconds) for alpha in ALPHAS
-            ]
-            rows.append((name, str(x.shape[0]), str(length), f"{base * 1e6:.0f}", *_ratios(times, base)))
+def _table(bench: Bench, device: str, backend: str | None, elements: int, seconds: float) -> str:
+    rows = [(bench.title, bench.counted, "length", f"{bench.base} (us)", *(f"alpha={alpha}" for alpha in ALPHAS))]
+    measures = {"forward": _forward, "forward+backward": _both} if bench.has_backward else {"forward": _forward}
+    for name, measure in measures.items():
+        for case in bench.cases(elements, device):
+            base = measure(bench.theirs, case.theirs, seconds)
+            times = [measure(partial(bench.ours, alpha=alpha, backend=backend), case.ours, seconds) for alpha in ALPHAS]
+            rows.append((name, str(case.number), str(case.length), f"{base * 1e6:.0f}", *_ratios(times, base)))
     return format_table(rows)
-
-
-def _attention(device: str, backend: str | None, elements: int, seconds: float) -> str:
-    rows = [("attention, causal", "heads", "length", "sdpa (us)", *(f"alpha={alpha}" for alpha in ALPHAS))]
-    longest = max(64, int(elements**0.5) * 2)
-    for name, measure in (("forward", _forward), ("forward+backward", _both)):
-        for length in (min(length, longest) for length in ATTENTION_LENGTHS):
-            given = tuple(torch.randn(3, 1, HEADS, length, HEAD_DIM, device=device).unbind())
-            base = measure(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True), given, seconds)
-            times = [
-                measure(
-                    lambda q, k, v, alpha=alpha: attention(q, k, v, is_causal=True, alpha=alpha, backend=backend),
-                    given,
-                    seconds,
-                )
-                for alpha in ALPHAS
-            ]
-            rows.append((name, str(HEADS), str(length), f"{base * 1e6:.0f}", *_ratios(times, base)))
-    return format_table(rows)
-
-
-def _decoding(device: str, backend: str | None, elements: int, seconds: float) -> str:
-    rows = [("decoding one token", "heads", "cached", "sdpa (us)", *(f"alpha={alpha}" for alpha in ALPHAS))]
-    for length in (min(length, elements) for length in CACHE_LENGTHS):
-        q, k, v = (torch.randn(1, size, HEADS, HEAD_DIM, device=device) for size in (1, length, length))
-        heads_first = tuple(t.transpose(1, 2) for t in (q, k, v))
-        base = _forward(lambda q, k, v: scaled_dot_product_attention(q, k, v), heads_first, seconds)
-        times = [
-            _forward(
-                lambda q, k, v, alpha=alpha: attention_with_kvcache(q, k, v, alpha=alpha, backend=backend),
-                (q, k, v),
-                seconds,
-            )
-            for alpha in ALPHAS
-        ]
-        rows.append(("forward", str(HEADS), str(length), f"{base * 1e6:.0f}", *_ratios(times, base)))
-    return format_table(rows)
-
-
-OPERATORS: dict[str, Callable[[str, str | None, int, float], str]] = {
-    "diffmax_bisect": _rows,
-    "attention": _attention,
-    "attention_with_kvcache": _decoding,
-}
 
 
 def _ratios(times: list[float], base: float) -> list[str]:

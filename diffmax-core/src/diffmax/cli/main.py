@@ -1,4 +1,4 @@
-"""`python -m diffmax`: what is installed and what runs where. Subcommands: explain, selftest, bench, new-backend."""
+"""`python -m diffmax`: installed versions, devices and backends. Subcommands: explain, selftest, bench, new-backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffmax.cli import bench, new_backend, report, selftest
 from diffmax.errors import DiffmaxError
 from diffmax.machine.inspection import explain_question
 from diffmax.operators.common.numerics import FLOAT_DTYPES
-from diffmax.operators.common.spec import SPECS, Function, Question, spec_of
+from diffmax.operators.common.spec import Question, public_functions, spec_of
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -36,7 +36,7 @@ def _report_all(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    function = _functions()[options.operator]
+    function = public_functions()[options.operator]
     spec, operator = spec_of(function.operator), function.operator
     if options.features and not spec.has_heads:
         raise ValueError(f"explain: --features are attention's, got {options.features[0]} for {options.operator}")
@@ -94,13 +94,9 @@ def _write_new_backend(options: argparse.Namespace) -> int:
     return 0
 
 
-def _functions() -> dict[str, Function]:
-    return {name: function for spec in SPECS.values() for name, function in spec.functions.items()}
-
-
 def _device_type(device: str) -> str:
     kind = device.partition(":")[0]
-    if kind == "npu":  # torch knows the name only once torch_npu has been imported
+    if kind == "npu":  # torch accepts the name only after torch_npu has been imported
         return kind
     try:
         return torch.device(device).type
@@ -124,32 +120,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_report_all)
     commands = parser.add_subparsers(title="commands", metavar="")
 
-    explain = commands.add_parser("explain", help="say which backend a call would go to, and why; the device need not be there")
-    explain.add_argument("--operator", choices=sorted(_functions()), default="diffmax_bisect")
+    explain = commands.add_parser("explain", help="say which backend would run a call, and why; the device need not exist")
+    explain.add_argument("--operator", choices=sorted(public_functions()), default="diffmax_bisect")
     explain.add_argument("--device", default="cpu", help="torch device type")
     explain.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     explain.add_argument("--alpha-tensor", action="store_true", help="alpha is a tensor")
     explain.add_argument("--alpha-gradient", action="store_true", help="alpha is a tensor that requires a gradient")
     explain.add_argument("--backward", action="store_true", help="the scores require a gradient")
-    explain.add_argument("--features", nargs="+", default=[], metavar="NAME", help="of attention, such as causal gqa mask")
-    explain.add_argument("--head-dim", type=int, default=64, help="attention's size of a query and a key")
-    explain.add_argument("--value-dim", type=int, help="and of a value, if it is another")
+    explain.add_argument(
+        "--features", nargs="+", default=[], metavar="NAME", help="features of attention, such as causal gqa mask"
+    )
+    explain.add_argument("--head-dim", type=int, default=64, help="head dimension of queries and keys")
+    explain.add_argument("--value-dim", type=int, help="head dimension of values, if different")
     explain.add_argument("--backend", help="the call's backend argument")
     explain.set_defaults(run=_explain)
 
     check = commands.add_parser("selftest", help="check every operator on this machine; exit status 1: failed, or nothing run")
-    check.add_argument("--backend", help="only this one, which then has to be available")
-    check.add_argument("--device", help="torch device; default: where each backend runs")
+    check.add_argument("--backend", help="only this one, which must be available")
+    check.add_argument("--device", help="torch device; default: one that each backend supports")
     check.set_defaults(run=_run_selftest)
 
     timing = commands.add_parser("bench", help="time each operator against torch's softmax or attention, about a minute in all")
-    timing.add_argument("--operator", choices=sorted(bench.OPERATORS), help="only this one")
+    timing.add_argument("--operator", choices=sorted(bench.timed()), help="only this one")
     timing.add_argument("--device", default="cpu", help="torch device")
     timing.add_argument("--backend", help="the backend argument of the timed calls")
     timing.set_defaults(run=_run_bench)
 
     new = commands.add_parser("new-backend", help="write an installable plugin to start from")
-    new.add_argument("name", help="of the backend: letters, digits, '_'")
+    new.add_argument("name", help="name of the backend: letters, digits, '_'")
     new.add_argument("--to", metavar="DIR", help="folder to create; default: diffmax-NAME")
     new.set_defaults(run=_write_new_backend)
     return parser

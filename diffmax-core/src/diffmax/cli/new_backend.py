@@ -1,4 +1,4 @@
-"""`python -m diffmax new-backend NAME`: fill in the plugin that lies in templates/backend."""
+"""`python -m diffmax new-backend NAME`: create a plugin from templates/backend."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from diffmax.machine.runtimes import RUNTIMES
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-# They would be distributions of diffmax's own.
+# Names of diffmax's own distributions.
 RESERVED = ("core", *(runtime.package.removeprefix("diffmax-") for runtime in RUNTIMES))
 
 
 def write(name: str, folder: str | Path | None = None) -> Path:
-    """Write the plugin's files.
+    """Write the files of a plugin.
 
     Args:
-        name: The backend's. The distribution becomes diffmax-<name>, the package diffmax_<name>.
-        folder: Where; it must not exist. None: diffmax-<name> in the working directory.
+        name: The name of the backend. The distribution becomes diffmax-<name>, the package diffmax_<name>.
+        folder: The folder to create; it must not exist. None: diffmax-<name> in the working directory.
     Returns:
         The folder.
     Raises:
-        ValueError: The name does not fit or is taken.
+        ValueError: The name is invalid or taken.
         FileExistsError: The folder exists.
     """
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_]*[A-Za-z0-9])?", name):

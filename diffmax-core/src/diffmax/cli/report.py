@@ -1,4 +1,4 @@
-"""What `python -m diffmax` reports: versions, devices, backends, and advice. Unlike an import, it may touch devices."""
+"""The report of `python -m diffmax`: versions, devices, backends, and advice. Unlike an import, it may touch devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPTIONAL_PACKAGES = ("triton", "pytorch-triton-rocm", "triton-ascend", "torch-n
 
 @dataclass(frozen=True)
 class Device:
-    """A device that torch sees, such as "cuda:0", what drives it, and its name."""
+    """A device that torch sees, such as "cuda:0", its runtime, and its name."""
 
     device: str
     runtime: str
@@ -31,7 +31,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that `python -m diffmax` prints; `asdict` of it is the JSON."""
+    """The content of the report of `python -m diffmax`; its `asdict` is the JSON output."""
 
     versions: dict[str, str]
     devices: tuple[Device, ...]
@@ -43,14 +43,14 @@ class Report:
     problems: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """The report as plain data."""
         return asdict(self) | {"backends": [asdict(record) for record in self.backends]}
 
     def __str__(self) -> str:
         return self.text()
 
     def text(self, kernels: bool = False) -> str:
-        """What is printed; with `kernels`, every kernel in place of a row per backend."""
+        """The report as text; with `kernels`, a row per kernel instead of a row per backend."""
         table = repr(self.backends) if kernels else str(self.backends)
         parts = [
             _listing("versions", self.versions),
@@ -68,7 +68,7 @@ class Report:
 
 
 def collect() -> Report:
-    """Look at this process and this machine."""
+    """Collect the report for this process and this machine."""
     devices = visible_devices()
     return Report(
         versions=_versions(),
@@ -83,7 +83,7 @@ def collect() -> Report:
 
 
 def visible_devices() -> tuple[Device, ...]:
-    """The CPU, and every accelerator that torch can use now."""
+    """The CPU, and every accelerator that torch can use."""
     threads = torch.get_num_threads()
     devices = [Device("cpu", "cpu", f"{_cpu_name()}, torch uses {threads} thread{'s' * (threads != 1)}")]
     kinds = [*dict.fromkeys(runtime.device_type for runtime in RUNTIMES), "xpu", "mps"]
@@ -101,19 +101,19 @@ def visible_devices() -> tuple[Device, ...]:
 
 
 def has_device_file(runtime: Runtime) -> bool:
-    """Whether the vendor's driver has a device, whatever torch was built for."""
+    """Whether the vendor's driver has a device, even if torch was not built for it."""
     return Path(runtime.device_file).exists()
 
 
 def built_for(runtime: Runtime) -> bool:
-    """Whether this torch, with the packages installed beside it, can drive such a device at all."""
+    """Whether this torch, with the installed packages, supports such a device."""
     return (_installed(runtime.adapter) if runtime.adapter else getattr(torch.version, runtime.name)) is not None
 
 
 def cpu_quota() -> float | None:
-    """How many CPUs this container may use, which torch does not ask; None if it has no limit."""
+    """The CPU limit of this container, which torch ignores; None if it has none."""
     quota, _, period = _read(f"{_CGROUP}/cpu.max").strip().partition(" ")
-    if not quota:  # the older version
+    if not quota:  # cgroup version 1
         quota, period = (_read(f"{_CGROUP}/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
     try:
         share = int(quota) / int(period)
@@ -154,7 +154,7 @@ def _why_unseen(runtime: Runtime) -> str:
 
 
 def _problems() -> list[str]:
-    """Why DIFFMAX_BACKEND cannot be obeyed. Of several names one has to be available, and all loaded."""
+    """Why DIFFMAX_BACKEND fails. All names in it must be loaded, and one must be available."""
     known = {backend.name: backend for backend in registry.backends()}
     reasons = {}
     for name in registry.settings.backend:
@@ -183,13 +183,13 @@ def _versions() -> dict[str, str]:
 
 def _installed(package: str) -> str | None:
     try:
-        return version(package)  # from the metadata: importing torch_npu would open the device
+        return version(package)  # from the metadata, because importing torch_npu would open the device
     except PackageNotFoundError:
         return None
 
 
 def _last_words(error: str) -> str:
-    """A traceback's last line, and the last place that it names."""
+    """The last line of a traceback, and the last location in it."""
     lines = error.strip().splitlines()
     places = [line.strip() for line in lines if line.lstrip().startswith("File ")]
     return "; ".join([lines[-1].strip(), *places[-1:]])

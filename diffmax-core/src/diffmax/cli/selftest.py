@@ -1,4 +1,4 @@
-"""`python -m diffmax selftest`: a few checks of `diffmax.testing` on each operator of each backend. It needs no pytest."""
+"""`python -m diffmax selftest`: some checks of `diffmax.testing` for each operator of each backend, without pytest."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHECKS: tuple[Check, ...] = tuple(
 
 
 def run(backend: str | None = None, device: str | None = None) -> Iterator[Outcome]:
-    """Check the named backend, or every one, on `device`, or where each can run.
+    """Check the named backend, or every one, on `device`, or on a device that each supports.
 
     Raises:
         ValueError: No such backend is loaded.
@@ -56,7 +56,7 @@ def run(backend: str | None = None, device: str | None = None) -> Iterator[Outco
         where = device or _device_of(candidate)
         served = "*" in candidate.device_types or where.partition(":")[0] in candidate.device_types
         if status or not served:
-            # a backend for another machine is no failure, unless it was asked for
+            # a backend for another machine is no failure, unless it was requested
             words = f"{status}: {reason}" if status else f"serves {', '.join(candidate.device_types)}, not {where}"
             outcome = Outcome(candidate.name, where)
             yield replace(outcome, failure=words) if backend else replace(outcome, not_run=words)
@@ -66,7 +66,7 @@ def run(backend: str | None = None, device: str | None = None) -> Iterator[Outco
 
 
 def summary(outcomes: list[Outcome]) -> tuple[str, int]:
-    """The closing line and the exit status: 1 if something failed, or if nothing was run at all."""
+    """The closing line and the exit status: 1 if a check failed, or if none was run."""
     failed, left_out = sum(bool(o.failure) for o in outcomes), sum(bool(o.not_run) for o in outcomes)
     passed = len(outcomes) - failed - left_out
     if not passed and not failed:
@@ -101,7 +101,7 @@ def _outcome(outcome: Outcome, check: Check, dtype: torch.dtype) -> Outcome:
     start = time.perf_counter()
     try:
         check.run(outcome.backend, outcome.device, dtype)
-    except Exception as error:  # noqa: BLE001  (whatever a kernel raises is what this command is there to show)
+    except Exception as error:  # noqa: BLE001  (the command reports whatever a kernel raises)
         words = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
         return replace(outcome, failure=words)
     return replace(outcome, seconds=time.perf_counter() - start)

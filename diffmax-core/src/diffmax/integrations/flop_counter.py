@@ -1,11 +1,11 @@
-"""What torch's FlopCounterMode counts for diffmax's operators: nominal figures, in which a power is one operation.
+"""FLOP formulas of diffmax's operators for torch's FlopCounterMode: nominal figures, in which a power is one operation.
 
-Importing this module tells torch. `import diffmax` does so only if `torch.utils.flop_counter` has been imported before: that
-imports triton, which an import of diffmax must not. The formulas are in each operator's spec.
+Importing this module registers them. `import diffmax` does so only if `torch.utils.flop_counter` is already imported, because
+that module imports triton, which `import diffmax` must not do. The formulas are in the spec of each operator.
 
-Attention counts as torch's fused own does, whatever a mask or alpha leaves to skip: its dense matrix products, two forward and
-five backward; of packed sequences each one's own, of caches over their whole length. Its row operator is not counted,
-as softmax is not.
+Attention counts like torch's fused attention, without regard to sparsity: dense matrix products, two in forward and five in
+backward; per sequence for packed sequences, over the whole length for caches. Its row operator is not counted, nor is softmax
+in torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the shared Triton kernels can do, for the descriptions of the backends that are built on them. It imports no Triton."""
+"""Capabilities of the shared Triton kernels, for the descriptions of backends that use them. It imports no Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from diffmax.plugin import Kernel
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 EVERY_FLOAT = (*FLOATS, torch.float64)
-MOST_ENTRIES = 256  # of a query, a key or a value
+MOST_ENTRIES = 256  # largest head dimension of queries, keys and values
 
 ALPHA = frozenset({"tensor_alpha", "deterministic"})
 SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"})
@@ -16,7 +16,7 @@ BOTH_WAYS = SCORES | {"mask", "bias", "varlen", "dropout"}
 
 
 def shared_kernels(package: str) -> dict[str, Kernel]:
-    """Operator to kernel, where a vendor's package has the modules `rows`, `attention` and `decoding`."""
+    """From operator to kernel, for a vendor's package with the modules `rows`, `attention` and `decoding`."""
     rows, attention, decoding = (f"{package}.{module}" for module in ("rows", "attention", "decoding"))
     kept = ALPHA | BOTH_WAYS
     return {

@@ -1,4 +1,4 @@
-"""What the kernels of core's own backends can do, for their descriptions. It imports none of them."""
+"""Capabilities of the kernels of core's own backends, for their descriptions. It imports none of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from diffmax.operators.common.numerics import FLOAT_DTYPES
 from diffmax.operators.common.spec import SPECS, spec_of
 from diffmax.plugin import Kernel
 
-# Listed one by one, as every backend's claims are: a feature that is added is not claimed by itself.
+# Listed one by one, as for every backend, so that a new feature is not claimed automatically.
 _ALPHA = {"tensor_alpha", "deterministic"}
 _SCORES = {"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"}
 _CPU = {
@@ -19,7 +19,7 @@ _CPU = {
 
 
 def cpu_kernels(package: str, *, compiled: bool = False) -> dict[str, Kernel]:
-    """Of `diffmax.kernels.cpu` and `.numba`, whose modules are named as the operators' folders."""
+    """The kernels of `diffmax.kernels.cpu` or `.numba`, whose modules have the names of the operator folders."""
     found = {}
     for operator, features in _CPU.items():
         module = f"{package}.{spec_of(operator).name}"
@@ -29,7 +29,7 @@ def cpu_kernels(package: str, *, compiled: bool = False) -> dict[str, Kernel]:
 
 
 def reference_kernels() -> dict[str, Kernel]:
-    """Of `diffmax.reference`, which defines every operator and every feature."""
+    """The kernels of `diffmax.reference`, which has every operator and every feature."""
     return {
         name: Kernel(f"diffmax.reference.{spec.name}:{name}", FLOAT_DTYPES, kernel.features)
         for spec in SPECS.values()

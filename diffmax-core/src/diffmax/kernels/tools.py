@@ -1,7 +1,7 @@
-"""What a backend's kernels may take from core, under `SHARED_KERNELS_VERSION`; everything else of core is private to it.
+"""The functions of core that a backend's kernels may import, under `SHARED_KERNELS_VERSION`; the rest of core is private.
 
-Numerics of the accumulation dtype, what acts on attention's scores (`rules`, `Region`), packed sequences, and the bits of live
-tiles. `diffmax.plugin` has the calls and bundles that kernels are given, `diffmax.reference` the definition of their results.
+Numerics of the accumulation dtype, the rules of attention's scores (`rules`, `Region`), packed sequences, and the bits of live
+tiles. `diffmax.plugin` has the calls and bundles that kernels receive, `diffmax.reference` the definition of their results.
 """
 
 from diffmax.operators.attention import scores as rules

@@ -1,1 +1,1 @@
-"""How a call reaches a kernel: plugins are found, checked and listed, and one is chosen for each call."""
+"""Plugins and dispatch: discovery, checks and lists of backends, and the selection of a backend per call."""

@@ -1,11 +1,11 @@
-"""The backends that diffmax-core carries itself, described and registered like any other."""
+"""The backends of diffmax-core itself, described and registered like any other."""
 
 from diffmax.kernels.claims import cpu_kernels, reference_kernels
 from diffmax.plugin import Backend, hookimpl
 
 
 class CorePlugin:
-    """For CPUs compiled by Numba and in plain PyTorch, and the reference for any device."""
+    """The plugin of diffmax-core: CPU backends compiled by Numba and in plain PyTorch, and the reference for any device."""
 
     @hookimpl
     def diffmax_backends(self) -> tuple[Backend, ...]:

@@ -1,8 +1,8 @@
-"""Finding plugins: importlib-metadata lists them, pluggy validates what they register. Nothing here raises for a bad plugin.
+"""Discovery of plugins: importlib-metadata lists them, pluggy validates their hooks. Nothing here raises for a bad plugin.
 
-A plugin passes these gates in turn, and the first that it fails becomes its status and reason: not blocked, its name not taken
-(shadowed), its distribution's requirements met (incompatible: its code is never imported), importable with valid hooks and
-descriptions (failed), written for this plugin interface (incompatible).
+A plugin must pass these checks in turn; the first failure determines its status and reason: it is not blocked, its name is not
+taken (shadowed), the requirements of its distribution are met (incompatible: its code is never imported), it can be imported
+with valid hooks and descriptions (failed), and it is written for this plugin interface (incompatible).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ CORE_VERSION = core_version()
 
 @dataclass
 class Plugin:
-    """One entry point, and what became of it.
+    """An entry point of a plugin, and its status.
 
     Attributes:
-        name: The entry point's.
-        distribution, version: Where it comes from.
-        status: "loaded", or why not: "deferred", "blocked", "shadowed", "incompatible", "failed".
-        reason: In words.
-        backends: What it registered, if it was loaded.
+        name: Name of the entry point.
+        distribution, version: The distribution that provides it.
+        status: "loaded", "deferred", "blocked", "shadowed", "incompatible" or "failed".
+        reason: The reason for the status, in words.
+        backends: The registered backends, if it was loaded.
         error: Traceback of a failure.
     """
 
@@ -58,7 +58,7 @@ class Plugin:
         self.status, self.reason, self.error = status, reason, error
 
     def warn_if_refused(self) -> None:
-        """Say once that it is not used, and what to do."""
+        """Warn once that the plugin is not used, with the remedy."""
         if self.status in ("loaded", "deferred", "blocked") or self.warned:
             return
         self.warned = True
@@ -67,11 +67,11 @@ class Plugin:
 
 
 class PluginRefusedError(Exception):
-    """Raised in here only: why a plugin is not used, as (status, reason)."""
+    """Internal: a plugin is not used; the arguments are (status, reason)."""
 
 
 def warn(message: str) -> None:
-    """A RuntimeWarning; where the user turned warnings into errors, a log record, since an import must not fail for it."""
+    """Issue a RuntimeWarning; if warnings are errors, a log record instead, because an import must not fail."""
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:
@@ -79,7 +79,7 @@ def warn(message: str) -> None:
 
 
 def make_plugin_manager() -> pluggy.PluginManager:
-    """A manager that knows diffmax's hooks."""
+    """A plugin manager with diffmax's hooks."""
     manager = pluggy.PluginManager("diffmax")
     manager.add_hookspecs(HookSpecs)
     return manager
@@ -104,10 +104,9 @@ def find(settings: Settings) -> list[Plugin]:
 
 
 def load(plugin: Plugin, manager: pluggy.PluginManager) -> None:
-    """Import a found plugin and take its descriptions; the outcome is its status.
+    """Import a plugin and store its descriptions; set its status.
 
-    A plugin whose module is being imported right now (someone imported it before diffmax, and it imports diffmax) stays
-    "deferred".
+    A plugin whose module is currently being imported (it was imported before diffmax, and imports diffmax) stays "deferred".
     """
     point = plugin.entry_point
     if point is None or plugin.status != "deferred":
@@ -124,7 +123,7 @@ def load(plugin: Plugin, manager: pluggy.PluginManager) -> None:
 
 
 def register(registered: object, plugin: Plugin, manager: pluggy.PluginManager) -> tuple[Backend, ...]:
-    """Register a plugin's object with pluggy, which checks its hooks, and return the backends that it describes."""
+    """Register a plugin with pluggy, which checks its hooks, and return the backends that it describes."""
     manager.register(registered, plugin.name)
     try:
         manager.check_pending()
@@ -135,7 +134,7 @@ def register(registered: object, plugin: Plugin, manager: pluggy.PluginManager) 
                 "failed", f"{registered!r} implements no diffmax_backends marked with diffmax.plugin.hookimpl"
             )
         return tuple(backend for answer in answers for backend in _as_backends(answer))
-    except BaseException:  # raised again: pluggy must not keep half a plugin, whatever stopped it
+    except BaseException:  # re-raised: pluggy must not keep a partly registered plugin
         manager.unregister(name=plugin.name)
         raise
 
@@ -158,7 +157,7 @@ def check_versions(backend: Backend) -> None:
 
 
 def env_report(manager: pluggy.PluginManager) -> dict[str, str]:
-    """What the loaded plugins' `diffmax_env_report` hooks say."""
+    """The results of the `diffmax_env_report` hooks of loaded plugins."""
     report: dict[str, str] = {}
     for name, plugin in manager.list_name_plugin():
         others = [other for other_name, other in manager.list_name_plugin() if other_name != name]
@@ -166,7 +165,7 @@ def env_report(manager: pluggy.PluginManager) -> dict[str, str]:
         try:
             for answer in caller():
                 report.update({f"{name}: {key}": str(value) for key, value in answer.items()})
-        except Exception as error:  # noqa: BLE001  (a report about troubles must not fail for one)
+        except Exception as error:  # noqa: BLE001  (a report about problems must not fail because of one)
             report[name] = f"diffmax_env_report of {plugin!r} raised {type(error).__name__}: {error}"
     return report
 
@@ -184,7 +183,9 @@ def _origin(point: EntryPoint) -> tuple[str, str]:
 
 
 def _check_requirements(point: EntryPoint) -> None:
-    from packaging.requirements import Requirement  # here: it compiles large patterns, 15 ms that only plugins need
+    from packaging.requirements import (
+        Requirement,
+    )  # imported here, because it compiles large patterns: 15 ms that only plugins need
 
     for text in (point.dist.requires or []) if point.dist is not None else []:
         requirement = Requirement(text)

@@ -1,4 +1,4 @@
-"""Every DIFFMAX_* environment variable: its meaning, read strictly. A typo is an error, not a silent default."""
+"""The DIFFMAX_* environment variables and their meaning. They are parsed strictly: a typo is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment says."""
+    """The parsed environment variables."""
 
     backend: tuple[str, ...] = ()
     block: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ def read() -> Settings:
     """Parse the environment.
 
     Raises:
-        ValueError: A DIFFMAX_* variable is unknown, or its value is not one that it takes.
+        ValueError: A DIFFMAX_* variable is unknown, or its value is invalid.
     """
     unknown = sorted(name for name in os.environ if name.startswith("DIFFMAX_") and name not in MEANINGS)
     if unknown:
@@ -41,7 +41,7 @@ def read() -> Settings:
 
 
 def seen() -> dict[str, str]:
-    """The variables that are set, as they stand."""
+    """The variables that are set, with their raw values."""
     return {name: os.environ[name] for name in MEANINGS if name in os.environ}
 
 

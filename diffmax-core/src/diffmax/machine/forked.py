@@ -1,4 +1,4 @@
-"""What a forked child may not do: wait for OpenMP's threads, which stayed in the parent."""
+"""Forked children: OpenMP's threads stay in the parent, so a child must not wait for them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _alone = threading.RLock()
 
 
 def alone_in_child(function: _Function) -> _Function:
-    """`function`, which runs operators of torch, on one thread of torch's where this process is a forked child.
+    """Wrap `function`, which runs torch operators, so that in a forked child it uses one torch thread.
 
-    They would wait there for OpenMP's threads, which stayed in the parent. The number is global, so one call runs at a time.
+    With more, it would wait for OpenMP's threads, which stay in the parent. The number is global, so one call runs at a time.
     """
 
     @functools.wraps(function)

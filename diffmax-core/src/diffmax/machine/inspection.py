@@ -1,4 +1,4 @@
-"""What users see of the backends: `backends()` and `explain(...)`."""
+"""`backends()` and `explain(...)`: the state of the backends, and their selection for a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from diffmax.errors import NoBackendError
 from diffmax.machine import dispatch
-from diffmax.operators.common.spec import SPECS, Question
+from diffmax.operators.common.spec import Question, public_functions
 from diffmax.plugin import OPERATOR_FEATURES, Backend, CallSpec
 
 
@@ -56,13 +56,13 @@ class KernelTable(tuple[KernelRecord, ...]):
 _HEADER = tuple(field.name for field in fields(KernelRecord))
 
 
-# Of several, the first that some kernel has is the backend's.
+# The status of a backend is the first of these that one of its kernels has.
 _STATUSES = ("active", "available")
 _WIDTH = 97  # indented by two it stays under 100
 
 
 def _summary(records: Sequence[KernelRecord]) -> tuple[tuple[str, str, str, str], str]:
-    """The row of one backend, and why it is not active: of each operator where they differ."""
+    """The row of one backend, and why it is not active, per operator if the reasons differ."""
     status = next((s for s in _STATUSES if any(record.status == s for record in records)), records[0].status)
     names = [record.operator for record in records if record.operator]
     operators = ", ".join(
@@ -81,13 +81,13 @@ def _summary(records: Sequence[KernelRecord]) -> tuple[tuple[str, str, str, str]
 
 
 def _with_reason(line: str, reason: str) -> str:
-    """The reason beside the row, or below it where it is too long."""
+    """The row with the reason next to it, or below it if it is too long."""
     beside = f"{line}  {reason}".rstrip()
     return beside if len(beside) <= _WIDTH else "\n".join([line, *wrapped(reason, indent="    ")])
 
 
 def wrapped(text: str, indent: str = "", width: int = _WIDTH) -> list[str]:
-    """Lines of at most `width` columns, broken at spaces alone: a path or a command stays whole."""
+    """Lines of at most `width` columns, broken only at spaces: a path or a command stays whole."""
     return textwrap.wrap(
         text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
@@ -106,8 +106,8 @@ def backends() -> KernelTable:
         Records with the fields backend, distribution, version, device (torch's device type, or "any"), operator, kernel
         ("module:function"), status, reason, dtypes. They print as a table with a row per backend; `repr` has a row per
         kernel, and all fields. The statuses:
-        "active": float32 calls on that device type go to it; "available": it can run, another is preferred;
-        "unavailable": its probe says that it cannot run on this machine; "incompatible": its requirements are not met;
+        "active": float32 calls on that device type use it; "available": it can run, but another is preferred;
+        "unavailable": according to its probe it cannot run on this machine; "incompatible": its requirements are not met;
         "failed": it raised; "blocked": by DIFFMAX_BLOCK; "shadowed": its name is taken.
     Example:
         >>> import diffmax
@@ -152,7 +152,7 @@ def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
         return "available", f"for the {backend.runtime} runtime, this is {spec.runtime}"
     try:
         names = dispatch.names_for(spec, "")
-    except NoBackendError:  # the list has to be readable just then
+    except NoBackendError:  # the list must work in this case too
         return "available", "but DIFFMAX_BACKEND names a backend that is not loaded"
     verdicts = dispatch.judge(spec, names)
     first = next((candidate for candidate, reasons in verdicts if not reasons), None)
@@ -163,11 +163,11 @@ def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How the backend for one call is chosen. Prints as text.
+    """The selection of a backend for one call. Prints as text.
 
     Attributes:
-        calls: For each operator of the call its CallSpec, the name of the chosen backend ("" if none can), the candidates in
-            order as (name, reasons against it), and what decided.
+        calls: Per operator of the call: its CallSpec, the name of the selected backend ("" if none), the candidates in order
+            as (name, reasons against it), and the deciding rule.
     """
 
     calls: tuple[tuple[CallSpec, str, tuple[tuple[str, tuple[str, ...]], ...], str], ...]
@@ -187,14 +187,14 @@ class Explanation:
 
 
 def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
-    """Say which backend a call would go to, and for each other one why not.
+    """Explain which backend would run a call, and why the others would not.
 
-    Nothing is computed, so tensors may live on the meta device.
+    Nothing is computed, so tensors may be on the device "meta".
 
     Args:
         op: `diffmax.diffmax_bisect`, `diffmax.diffmax_loss`, `diffmax.attention`, `diffmax.attention_varlen` or
             `diffmax.attention_with_kvcache`, or one of these names.
-        arguments, options: The call's arguments, which are checked as the call would. The backward is explained too if one of
+        arguments, options: The arguments of the call, which are checked as in the call. The backward is explained too if one of
             them requires a gradient and gradients are enabled.
     Raises:
         TypeError, ValueError: diffmax has no such operator, or the call would be refused.
@@ -212,14 +212,14 @@ def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Ex
           cpu: can run it
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    known = {name: function for spec in SPECS.values() for name, function in spec.functions.items()}
+    known = public_functions()
     if name not in known:
         raise ValueError(f"explain: no operator {name!r}, known: {', '.join(known)}")
     return explain_question(known[name].asks(*arguments, **options))
 
 
 def explain_question(asked: Question) -> Explanation:
-    """`explain` for a call that is described, not given: no tensor and no device is needed."""
+    """`explain` for a description of a call, without tensors or a device."""
     needed = asked.features | {"tensor_alpha"} if asked.tensor_alpha else asked.features
     if torch.are_deterministic_algorithms_enabled():
         needed |= {"deterministic"}

@@ -1,10 +1,10 @@
-"""What is installed: importlib-metadata, or where it is missing the standard library's module, which has the same interface."""
+"""Metadata of installed packages: importlib-metadata, or if it is missing the standard library's module with the same API."""
 
 from __future__ import annotations
 
 try:
     from importlib_metadata import EntryPoint, PackageNotFoundError, entry_points, packages_distributions, version
-except ImportError:  # a source tree on a bare machine
+except ImportError:  # a source tree without installed requirements
     from importlib.metadata import (  # type: ignore[assignment]
         EntryPoint,
         PackageNotFoundError,
@@ -19,7 +19,7 @@ UNKNOWN = "0+unknown"
 
 
 def core_version() -> str:
-    """diffmax-core's version; `UNKNOWN` where it is imported from a source path and was never installed."""
+    """The version of diffmax-core; `UNKNOWN` if it is imported from a source path without installation."""
     try:
         return version("diffmax-core")
     except PackageNotFoundError:

@@ -6,12 +6,12 @@ from diffmax.machine.metadata import PackageNotFoundError, version
 
 
 def warn_if_installed() -> None:
-    """Warn if the distribution `diffmax` is installed beside diffmax-core: whichever came last has overwritten the other."""
+    """Warn if the distribution `diffmax` is installed too: the one installed last has overwritten files of the other."""
     try:
         found = version("diffmax")
     except PackageNotFoundError:
         return
-    except Exception:  # noqa: BLE001  (its metadata is damaged; what to do is the same)
+    except Exception:  # noqa: BLE001  (its metadata is damaged; the remedy is the same)
         found = "of unknown version"
     warnings.warn(
         f"the older project diffmax {found} is installed beside diffmax-core, and both own the import name diffmax\n"

@@ -1,4 +1,4 @@
-"""What drives accelerators: a row per runtime that a distribution of diffmax's has kernels for."""
+"""The accelerator runtimes for which a distribution of diffmax has kernels."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 @dataclass(frozen=True)
 class Runtime:
-    """What drives a device.
+    """An accelerator runtime.
 
     Attributes:
-        name: As CallSpec.runtime has it; where torch itself is built for it, also its version's name in torch.version.
-        device_type: torch's.
+        name: Name, as in CallSpec.runtime; if torch itself is built for it, also its attribute in torch.version.
+        device_type: Device type in torch.
         package: The distribution with the kernels.
-        vendor: Who makes the device.
-        toolkit: What its vendor calls the software.
-        adapter: The distribution that adds it to torch; "" where torch itself is built for it.
-        device_file: It exists where the driver has a device, whatever torch was built for.
-        driver_file: Its first line is the driver's version.
+        vendor: Vendor of the device.
+        toolkit: The vendor's name of the software.
+        adapter: The distribution that adds it to torch; "" if torch itself is built for it.
+        device_file: A file that exists if the driver has a device, even if torch is not built for it.
+        driver_file: A file whose first line is the driver version.
     """
 
     name: str
@@ -42,8 +42,8 @@ RUNTIMES = (
 
 
 def runtime_of(device_type: str) -> str:
-    """The name of what drives a device type in this process; the type itself where the table has none."""
+    """The name of the runtime of a device type in this process; the device type itself if there is none."""
     names = [runtime.name for runtime in RUNTIMES if runtime.device_type == device_type]
-    # of two that share a type, the later row only where torch is built for it
+    # of two runtimes with one device type, the later only if torch is built for it
     built_for = (name for name in reversed(names) if getattr(torch.version, name, None))
     return next(built_for, names[0] if names else device_type)

@@ -1,4 +1,4 @@
-"""`diffmax.warmup`: have the chosen backend compile its kernels now rather than at the first call."""
+"""`diffmax.warmup`: compile the kernels of the selected backend before the first call."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from diffmax.machine.dispatch import choose, describe, import_function, selected
 from diffmax.operators.common.spec import SPECS, Needed
 
-ROW_LENGTH, HEAD_DIM = 1024, 64  # what a call without lengths and head sizes prepares
-_OF_ALPHA = frozenset({"tensor_alpha", "alpha_gradient"})  # said by `alphas` and `backward`
+ROW_LENGTH, HEAD_DIM = 1024, 64  # prepared by a call without lengths and head_dims
+_OF_ALPHA = frozenset({"tensor_alpha", "alpha_gradient"})  # given by `alphas` and `backward`
 
 
 def warmup(
@@ -26,28 +26,28 @@ def warmup(
     device: str | torch.device = "cpu",
     backend: str | None = None,
 ) -> dict[str, int]:
-    """Compile what later calls need, so that none of them stops for it, and so that they can be captured into a CUDA graph.
+    """Compile kernels for later calls, so that these do not wait for the compiler and can be captured into a CUDA graph.
 
-    `lengths` prepares `diffmax_bisect`, `head_dims` attention. Neither: rows of 1024 entries, and attention and decoding with
-    heads of 64, plain and causal: what an image of a container is built with. Kernels are compiled for ranges of lengths, and
-    for ranges of alpha, not for each: one length and one alpha of those to come are enough where they are alike. What is
-    compiled stays in the compiler's cache on disk, for later processes too.
+    `lengths` prepares `diffmax_bisect`, `head_dims` prepares attention. Without either: rows of 1024 entries, and attention and
+    decoding with head dimension 64, plain and causal, for example when a container image is built. Kernels are compiled for
+    ranges of lengths and alphas: one representative of similar lengths and alphas is enough. The compiler caches kernels on
+    disk, for later processes too.
 
     Args:
-        lengths: Of the rows to come.
-        dtypes: Of the scores, or of query, key and value.
-        alphas: Floats; None for alpha as a tensor. 1/2, 2/3, 3/4, 4/5 and 9/10 have kernels of their own.
-        head_dims: Sizes of a query and, if it is another, of a value, as a pair.
-        features: What the calls of attention use together, of `diffmax.plugin.FEATURES`, such as {"causal", "gqa"}.
+        lengths: Lengths of the rows.
+        dtypes: Dtypes of the scores, or of query, key and value.
+        alphas: Floats; None for alpha as a tensor. 1/2, 2/3, 3/4, 4/5 and 9/10 have separate kernels.
+        head_dims: Head dimensions; a pair if queries and values differ.
+        features: The `diffmax.plugin.FEATURES` that calls of attention use together, such as {"causal", "gqa"}.
         decoding: Whether to prepare `attention_with_kvcache` too.
-        backward: Whether the backward will be needed too.
-        device: Where the calls will run.
-        backend: A name from `diffmax.backends()`. None: the one that calls without a name would go to.
+        backward: Whether to prepare the backward too.
+        device: Device of the calls.
+        backend: A name from `diffmax.backends()`. None: the backend that runs such calls by default.
     Returns:
-        For each backend that serves one of the dtypes, how many cases it prepared: 0 if it compiles nothing at run time.
+        For each backend that runs one of the dtypes, the number of prepared cases: 0 if it compiles nothing at run time.
     Raises:
-        ValueError: A length or a size of heads is below 1, an alpha outside (0, 1), or a feature unknown to attention.
-        NoBackendError: No backend, or not the named one, takes such calls.
+        ValueError: A length or a head dimension is below 1, an alpha is outside (0, 1), or attention has no such feature.
+        NoBackendError: No backend, or not the named one, can run such calls.
     Example:
         >>> import diffmax
         >>> diffmax.warmup([1024, 4096], backend="reference")

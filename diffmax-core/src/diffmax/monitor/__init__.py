@@ -1,4 +1,4 @@
-"""What is measured while a model is trained: `diffmax_bisect_monitored` of one call, `Monitor` of all calls in a model."""
+"""Metrics during training: `diffmax_bisect_monitored` for one call, `Monitor` for all calls in a model."""
 
 from diffmax.monitor.logs import Log
 from diffmax.monitor.model import Monitor

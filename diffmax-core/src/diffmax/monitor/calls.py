@@ -1,4 +1,4 @@
-"""What a `Monitor` keeps of each call: sums on the device of the call. Nothing here waits for it."""
+"""The sums that a `Monitor` keeps for each call, on the device of the call. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffmax.operators.attention import operator as attention_operator
 from diffmax.operators.attention.stats import tile_sparsity
 from diffmax.plugin import AttentionCall
 
-# Of each name, how a sum over calls takes in one more.
+# How two values of a name are combined, if not by addition.
 Sums = dict[str, Tensor]
 _BY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "support_max": torch.maximum,
@@ -23,14 +23,14 @@ _BY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def of_rows(X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> Sums:
-    """Of rows along `dim`."""
+    """The sums for rows along `dim`."""
     visible, live = ~X.isneginf(), weights > 0
     broken = weights.isnan().any(dim)
     return _counted(live.sum(dim), visible.sum(dim), broken) | _alphas(e, X)
 
 
 def of_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Sums:
-    """Of the queries of an attention, which is run once more for its statistics."""
+    """The sums for the queries of an attention, which runs a second time for its statistics."""
     try:
         _, m, _, _, live, support = attention_operator.attention(query, key, value, True, call, selected(None))
     except NoBackendError:  # the requested backend computes no statistics
@@ -42,7 +42,7 @@ def of_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall)
 
 
 def _counted(support: Tensor, visible: Tensor, broken: Tensor) -> Sums:
-    """Sums over rows that see something and hold no NaN."""
+    """Sums over rows that are not fully masked and hold no NaN."""
     counts = (visible > 0) & ~broken
     support, visible = (torch.where(counts, t.long(), 0) for t in (support, visible))
     return {
@@ -66,12 +66,12 @@ def _alphas(e: float | Tensor, like: Tensor) -> Sums:
 
 
 def together(sums: Sums, more: Sums) -> Sums:
-    """The sums of all calls so far; one that another kind of call has is kept."""
+    """The sums of two sets of calls; names that occur in only one are kept."""
     return sums | {n: _BY.get(n, torch.add)(sums[n], t.to(sums[n].device)) if n in sums else t for n, t in more.items()}
 
 
 def metrics_of(sums: Sums) -> dict[str, Tensor]:
-    """What is logged of them."""
+    """The metrics computed from the sums."""
     result = {
         "support_mean": sums["support"] / sums["rows"],
         "support_max": sums["support_max"],
@@ -88,7 +88,7 @@ def metrics_of(sums: Sums) -> dict[str, Tensor]:
 
 
 def visible_keys(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
-    """How many keys each query sees; broadcasts to (B, H, L)."""
+    """The number of keys visible to each query; broadcasts to (B, H, L)."""
     row, keys = torch.arange(query.shape[2], device=query.device), torch.tensor(key.shape[2], device=query.device)
     place = row + (key.shape[2] - query.shape[2] if call.lower_right else 0)
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:

@@ -1,4 +1,4 @@
-"""Where metrics go, and when: what one call and a whole model have in common."""
+"""Log functions and step checks, shared by the monitors of one call and of a whole model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Log(Protocol):
-    """Where metrics go: `swanlab.log` and `wandb.log` are of this kind, and so is any function of these two arguments."""
+    """A log function: `swanlab.log`, `wandb.log`, or any function of these two arguments."""
 
     def __call__(self, metrics: dict[str, float], *, step: int) -> object:
         """Take the metrics of one call."""
 
 
 def check_step(function: str, step: int | None, every: int) -> None:
-    """Refuse what is no step, or no number of steps."""
+    """Check a step, and the number of steps between logs."""
     for name, number in (("step", step), ("every", every)):
         if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
             raise TypeError(f"{function}: {name} must be an int, got {number!r} of type {type(number).__name__}")
@@ -25,7 +25,7 @@ def check_step(function: str, step: int | None, every: int) -> None:
 
 
 def swanlab_log(function: str) -> Log:
-    """`swanlab.log`, for a function of ours that was given no log."""
+    """`swanlab.log`, the default of a function that got no log."""
     try:
         import swanlab
     except ImportError as error:
@@ -38,7 +38,7 @@ def swanlab_log(function: str) -> Log:
 
 
 def read(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """The numbers, read from each device all at once."""
+    """The metrics as floats, with one read per device."""
     result = dict.fromkeys(metrics, 0.0)
     for device in dict.fromkeys(metric.device for metric in metrics.values()):
         here = {name: metric for name, metric in metrics.items() if metric.device == device}

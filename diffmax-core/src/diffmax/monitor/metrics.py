@@ -1,4 +1,4 @@
-"""What `diffmax_bisect_monitored` measures, as scalar tensors on the device of the scores: nothing here waits for it."""
+"""The metrics of `diffmax_bisect_monitored`, as scalar tensors on the device of the scores. Nothing here waits for it."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from diffmax.operators.common.numerics import MIN_E, newton_steps
 from diffmax.reference.rows import _power
 
-SINK = 0.3  # a key is a sink of a map where its queries give it more than this on average (arXiv:2410.10781)
+SINK = 0.3  # a key is an attention sink of a map if its mean weight exceeds this (arXiv:2410.10781)
 
 
 def forward_metrics(X: Tensor, p: Tensor, m: Tensor, delta: Tensor, e: Tensor, dim: int) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def alpha_metrics(e: Tensor) -> dict[str, Tensor]:
 
 
 def convergence_metrics(X: Tensor, p: Tensor, m: Tensor, delta: Tensor, e: Tensor, dim: int, n_iter: int) -> dict[str, Tensor]:
-    """tau, the residual of the root that the kernel found, and how many steps of Eq. 2 move each row's tau."""
+    """tau, the residual of the kernel's root, and the number of steps of Eq. 2 that change the tau of each row."""
     counts = _counts(m, p, dim)
     row_e = e.clamp_min(MIN_E)
     z = row_e * (X.to(m.dtype) - torch.where(counts, m, 0.0))
@@ -58,21 +58,21 @@ def convergence_metrics(X: Tensor, p: Tensor, m: Tensor, delta: Tensor, e: Tenso
 
 
 def _iterations(z: Tensor, e: Tensor, dim: int, n_iter: int) -> Tensor:
-    """Steps of Eq. 2 from t = -1 that move t by more than the computing dtype resolves at 1."""
+    """The number of steps of Eq. 2, from t = -1, that move t by more than the accumulation dtype resolves at 1."""
     delta = torch.zeros_like(z.sum(dim, keepdim=True))
     moved = torch.zeros_like(delta)
     for _ in range(newton_steps(n_iter, z.shape[dim], 1.0, z.dtype)):
         power, _, base = _power(z, delta, e)
         total = power.sum(dim, keepdim=True)
         step = -total * torch.expm1(-e * total.log()) / (power / base).sum(dim, keepdim=True)
-        moves = step > torch.finfo(z.dtype).eps  # False where nothing is visible: NaN
+        moves = step > torch.finfo(z.dtype).eps  # False for a fully masked row, which is NaN
         moved += moves
         delta = torch.where(moves, delta + step, delta)
     return moved
 
 
 def _sink_rates(weights: Tensor, visible: Tensor, dim: int) -> Tensor:
-    """Per key, the share of maps (all axes but queries and keys) in which its queries give it more than `SINK` on average."""
+    """Per key, the share of maps (all axes but queries and keys) in which its mean weight over queries exceeds `SINK`."""
     weights, visible = weights.movedim(dim, -1), visible.movedim(dim, -1)
     if weights.ndim == 1:
         weights, visible = weights[None], visible[None]
@@ -83,7 +83,7 @@ def _sink_rates(weights: Tensor, visible: Tensor, dim: int) -> Tensor:
 
 
 def _counts(m: Tensor, p: Tensor, dim: int) -> Tensor:
-    """Per row, whether it sees something and is free of NaN."""
+    """Per row, whether it is not fully masked and holds no NaN."""
     return torch.isfinite(m) & ~p.isnan().any(dim, keepdim=True)
 
 

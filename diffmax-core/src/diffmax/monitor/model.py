@@ -1,4 +1,4 @@
-"""`Monitor`: all calls in a model."""
+"""`Monitor`: metrics of all calls in a model."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from diffmax.plugin import AttentionCall
 class Monitor:
     """Watches every call of rows and attention inside a model, and logs one dictionary for each logged step.
 
-    Modules, fused attention, functions that a user's module calls, and models of transformers are all watched: hooks tell which
-    module a call belongs to. Results stay the same to the bit.
+    It covers modules, fused attention, functions called by a user's module, and models of transformers: hooks record the module
+    that makes a call. Results are unchanged bit for bit.
 
     Args:
-        model: Any module. One that is compiled is refused: what it runs is no longer these calls. Watch the model that was
-            compiled, in a forward pass of its own, such as each hundredth step.
+        model: Any module. A compiled one is refused, because it runs other code. Watch the original model instead, in a
+            separate forward pass, for example at every hundredth step.
         log: Called as `log(metrics, step=step)`. None: `swanlab.log`, into the run that `swanlab.init` started.
-        every: Log only the steps that it divides. At other steps nothing is measured.
-        name_prefix: Begins every metric's name.
+        every: Log only steps that are a multiple of it. At other steps nothing is measured.
+        name_prefix: Prefix of every metric name.
     Raises:
-        TypeError, ValueError: An argument is of another type or out of range, or the model is compiled.
+        TypeError, ValueError: An argument has the wrong type or is out of range, or the model is compiled.
         ImportError: `log` is None and swanlab is not installed.
 
     The metrics of a module, under its name in the model, over all calls in the step: `support_mean`, `support_max`,
-    `zeros_share` (of the entries that are visible), `rows_masked` and `rows_nan` (rows left out of the others), `alpha/mean`,
-    `alpha/min`, `alpha/max`, and for attention `tile_sparsity`, as of `AttentionStats`, where the backend knows it.
+    `zeros_share` (of visible entries), `rows_masked` and `rows_nan` (rows excluded from the others), `alpha/mean`,
+    `alpha/min`, `alpha/max`, and for attention `tile_sparsity`, as in `AttentionStats`, if the backend computes it.
 
-    A call that gradient checkpointing repeats in backward counts once. Not watched are calls in other threads, under
-    torch.func, on the device "meta", inside compiled code, and of `attention_with_kvcache`. With DistributedDataParallel each
-    rank sees its own part of the batch: one monitor, on rank 0, is enough. `remove()` takes the hooks away.
+    A call that gradient checkpointing repeats in backward counts once. Calls in other threads, under torch.func, on the device
+    "meta", inside compiled code, and calls of `attention_with_kvcache` are not watched. With DistributedDataParallel each
+    rank sees its part of the batch: one monitor, on rank 0, is enough. `remove()` removes the hooks.
 
-    Numerics: A logged step waits for the device once, in `step()`, and runs each attention's forward a second time.
+    Numerics: A logged step waits for the device once, in `step()`, and runs the forward of each attention a second time.
     Example:
         >>> import torch
         >>> from diffmax.nn import DiffmaxAttention
@@ -68,8 +68,8 @@ class Monitor:
         self.every, self.prefix, self.current_step = every, f"{name_prefix}/" if name_prefix else "", 0
         self._log = swanlab_log("Monitor") if log is None else log
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._modules = list(model.modules())  # so that no other takes the place of one in memory
-        self._running: dict[int, list[str]] = {}  # of each thread, the modules that are running, outermost first
+        self._modules = list(model.modules())  # keeps the modules alive, so that no id is reused
+        self._running: dict[int, list[str]] = {}  # per thread, the running modules, outermost first
         self._sums: dict[str, Sums] = {}
         self._warned = False
         self._hooks = [module.register_forward_pre_hook(self._enter) for module in self._modules]
@@ -77,7 +77,7 @@ class Monitor:
         watchers.append(self)
 
     def step(self, step: int | None = None) -> None:
-        """End the present step, and log it if `every` divides it; go to the next, or to a given one."""
+        """End the current step, and log it if it is a multiple of `every`; go to the next step, or to a given one."""
         check_step("Monitor", step, self.every)
         if self._sums:
             metrics = {
@@ -98,7 +98,7 @@ class Monitor:
         self.current_step = self.current_step + 1 if step is None else step
 
     def remove(self) -> None:
-        """Take every hook away. What was measured since the last step is forgotten."""
+        """Remove all hooks, and discard what was measured since the last step."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._sums, self._names, self._modules = [], {}, {}, []
@@ -112,7 +112,7 @@ class Monitor:
         self.remove()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
-        return self  # with the hooks of a model that is copied, whose modules have no name here
+        return self  # a copy of the model has the hooks too, but its modules have no name here
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if not torch.compiler.is_compiling() and id(module) in self._names:
@@ -123,11 +123,11 @@ class Monitor:
             self._running[threading.get_ident()].pop()
 
     def _counts(self, given: Tensor) -> bool:
-        """Whether this call is one of the model's, in a step that is logged, and for the first time."""
+        """Whether to count this call: it is made by the model, in a logged step, and is no repetition."""
         inside = self._running.get(threading.get_ident())
         if self.current_step % self.every != 0 or not inside or given.is_meta or peek_interpreter_stack() is not None:
             return False
-        in_backward: bool = torch._C._current_graph_task_id() != -1  # where checkpointing runs a forward again
+        in_backward: bool = torch._C._current_graph_task_id() != -1  # checkpointing runs the forward again in backward
         return not in_backward
 
     def _add(self, more: Sums) -> None:
@@ -136,13 +136,13 @@ class Monitor:
 
     @torch.no_grad()
     def saw_rows(self, X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> None:
-        """Of `diffmax_bisect` and what calls it."""
+        """Count a call of `diffmax_bisect`."""
         if self._counts(X):
             self._add(of_rows(X, weights, e, dim))
 
     @torch.no_grad()
     def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
-        """Of `attention` and `attention_varlen`."""
+        """Count a call of `attention` or `attention_varlen`."""
         if self._counts(query):
             self._add(of_attention(query, key, value, call))
 

@@ -32,40 +32,40 @@ def diffmax_bisect_monitored(
     extra_metadata: Mapping[str, float | Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`diffmax_bisect`, with the same result to the bit, and its metrics sent to swanlab or to a function.
+    """`diffmax_bisect`, bit for bit, that logs its metrics to swanlab or to a function.
 
-    One dictionary goes out per logged call, and one more when its gradient has been computed. Without a step, or at a step that
-    `every` leaves out, this is `diffmax_bisect` and nothing else: no operator is added to the graph.
+    A logged call logs one dictionary in forward, and one more when its gradient has been computed. Without a step, or at a step
+    that is not logged, this is exactly `diffmax_bisect`: no operator is added to the graph.
 
     Args:
         X, alpha, dim, n_iter, ensure_sum_one, backend: As for `diffmax_bisect`.
-        name_prefix: Begins every metric's name. One per layer keeps them apart.
-        step: The training step that goes with the metrics. None: nothing is logged.
-        every: Log only the steps that it divides.
+        name_prefix: Prefix of every metric name. Use a different one per layer.
+        step: The training step of the metrics. None: nothing is logged.
+        every: Log only steps that are a multiple of it.
         log: Called as `log(metrics, step=step)`. None: `swanlab.log`, into the run that `swanlab.init` started.
-        extra_metadata: More numbers that go out with the call's metrics, by name, such as a layer's or a loss; a tensor of one
-            entry is a number too. Their names begin with `name_prefix` as well.
+        extra_metadata: More numbers to log with the metrics, by name, such as a layer index or a loss; a tensor with one entry
+            is a number too. `name_prefix` is added to their names as well.
     Returns:
         What `diffmax_bisect` returns.
     Raises:
         ImportError: Something is to be logged, `log` is None and swanlab is not installed.
-        TypeError, ValueError: `step`, `every` or an entry of extra_metadata is no such number; and as for `diffmax_bisect`.
+        TypeError, ValueError: `step`, `every` or an entry of extra_metadata is not a valid number; and as for `diffmax_bisect`.
         RuntimeError: From swanlab, if no run was started.
         NotImplementedError: Something is to be logged under torch.func, or of scores on the device "meta".
 
-    The metrics, over the rows that see something and hold no NaN:
+    The metrics, over rows that are not fully masked and hold no NaN:
 
     - `forward/`: `support_mean`, `support_max`, `zeros_share` (of the visible entries), `entropy_mean` (nats),
-      `row_max_mean`, `sink_rate` (the largest share, over keys, of maps whose queries give the key more than 0.3 on average),
-      `sink_rate_first` (that of the first key), `rows_masked` and `rows_nan` (rows left out).
+      `row_max_mean`, `sink_rate` (the share of maps in which a key's mean weight exceeds 0.3, for the key with the largest
+      share), `sink_rate_first` (the same for the first key), `rows_masked` and `rows_nan` (excluded rows).
     - `alpha/`: `mean`, `min`, `max`.
-    - `convergence/`: `tau_mean`, `residual_mean` and `residual_max` (the weights' sum less 1, before any division),
-      `iterations_mean` and `iterations_max` (steps of Eq. 2 that move a row's tau).
-    - `backward/`: `grad_weights_norm`, `grad_scores_norm`, and `grad_alpha_norm` where alpha requires a gradient.
+    - `convergence/`: `tau_mean`, `residual_mean` and `residual_max` (the sum of the weights minus 1, before any division),
+      `iterations_mean` and `iterations_max` (steps of Eq. 2 that change the tau of a row).
+    - `backward/`: `grad_weights_norm`, `grad_scores_norm`, and `grad_alpha_norm` if alpha requires a gradient.
 
-    Numerics: A logged call waits once for the device in forward and once in backward, and repeats the solver's steps in plain
-        PyTorch to count them: several times a bare call's time, so log every hundredth step. Under torch.compile a logged call
-        breaks the graph.
+    Numerics: A logged call waits for the device once in forward and once in backward, and repeats the solver's steps in plain
+        PyTorch to count them. It takes several times as long as a bare call, so log every hundredth step. Under torch.compile
+        a logged call breaks the graph.
     Source: The sink rate is that of arXiv:2410.10781. Written for diffmax.
     Example:
         >>> import torch
@@ -149,7 +149,7 @@ def _logged(
 
 
 class _Watch(torch.autograd.Function):
-    """The scores and e as they are; in backward the sizes of their gradients from this call alone, whatever else uses them."""
+    """The scores and e, unchanged. Backward measures the norms of their gradients from this call only."""
 
     @staticmethod
     def forward(ctx: Any, X: Tensor, e_tensor: Tensor | None, gradients: dict[str, Tensor], send: Any) -> Any:
@@ -172,5 +172,5 @@ def _norm(gradient: Tensor) -> Tensor:
 
 
 def _send(metrics: dict[str, Tensor], prefix: str, step: int, log: Log) -> None:
-    """Hand the metrics over, read from the device all at once."""
+    """Log the metrics, with one read from the device."""
     log({f"{prefix}/{name}": value for name, value in read(metrics).items()}, step=step)

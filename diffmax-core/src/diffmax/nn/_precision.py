@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PreciseBuffers(Resettable):
-    """A module whose buffers keep their dtype if `.half()`, `.bfloat16()` or `.to(dtype)` would round them.
+    """A module whose buffers keep their dtype under `.half()`, `.bfloat16()` and `.to(dtype)`.
 
     The digits of 1 - alpha matter: 0.998 rounds to 0.996 in bfloat16, which doubles 1 - alpha.
     """

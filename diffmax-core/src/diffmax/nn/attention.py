@@ -14,7 +14,7 @@ from diffmax.nn._multihead import SeparateProjections, merge_masks, with_weights
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
 from diffmax.operators.attention.api import attention
-from diffmax.operators.attention.call import build_call
+from diffmax.operators.attention.call import Options, build_call
 from diffmax.operators.attention.checks import check_mask
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_tensor, one_minus_alpha
@@ -230,14 +230,14 @@ class DiffmaxAttention(AlphaFromSoftmax):
 
     @property
     def current_alpha(self) -> float | Tensor:
-        """The alpha that the next call uses: a float, or a tensor with a gradient to the learned parameter."""
+        """The alpha of the next call: a float, or a tensor through which the learned parameter gets its gradient."""
         if self.alpha_map is None:
             return self.alpha
         return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
 
     @property
     def in_proj_weight(self) -> SeparateProjections:
-        """Nothing to compute with: it keeps torch's layers from computing attention past this module."""
+        """A placeholder that keeps torch's layers from bypassing this module; it holds no weights."""
         return SeparateProjections()
 
     @property
@@ -385,7 +385,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
         if any(unsupported.values()):
             names = ", ".join(name for name, given in unsupported.items() if given)
             raise ValueError(
-                f"{_NAME}: a nested query goes without masks, weights, gate and length scale, and batch first, got {names}\n"
+                f"{_NAME}: a nested query supports no masks, weights, gate or length scale, and is batch first, got {names}\n"
                 "its sequences have no padding; pad them with .to_padded_tensor(0.0) for the rest"
             )
 
@@ -404,17 +404,16 @@ class DiffmaxAttention(AlphaFromSoftmax):
         causal_alignment: str,
         needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        given = (q, k, v, mask, self.dropout if self.training else 0.0, is_causal, None, self.num_kv_heads != self.num_heads)
-        options: dict[str, Any] = {
-            "alpha": self._alpha_for(q),
-            "window_size": self.window_size,
-            "causal_alignment": causal_alignment,
-            "sink": torch.zeros(self.num_heads, dtype=q.dtype, device=q.device) if self.null_sink else self.sink,
-        }
+        dropout_p = self.dropout if self.training else 0.0
+        sink = torch.zeros(self.num_heads, dtype=q.dtype, device=q.device) if self.null_sink else self.sink
+        shared = (dropout_p, is_causal, None, self.num_kv_heads != self.num_heads)
+        alpha, window_size = self._alpha_for(q), self.window_size
         if not needs_weights:
-            return attention(*given, **options, backend=self.backend), None
-        out, weights = with_weights(*build_call(*given, **options, alibi_slopes=None, softcap=0.0), self.backend)
-        return out, weights * 0.0 if given[4] == 1 else weights
+            of_call: dict[str, Any] = {"alpha": alpha, "window_size": window_size, "causal_alignment": causal_alignment}
+            return attention(q, k, v, mask, *shared, **of_call, sink=sink, backend=self.backend), None
+        options = Options(*shared, alpha, window_size, None, 0.0, sink)
+        out, weights = with_weights(*build_call(q, k, v, mask, options, causal_alignment), self.backend)
+        return out, weights * 0.0 if dropout_p == 1 else weights
 
     def _heads(self, projection: nn.Linear, tokens: Tensor) -> Tensor:
         heads = projection.out_features // self.head_dim

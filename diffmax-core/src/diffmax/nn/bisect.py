@@ -72,7 +72,7 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
 
     @property
     def current_alpha(self) -> float | Tensor:
-        """The alpha that the next call uses: a float, or a tensor with a gradient to the learned parameter."""
+        """The alpha of the next call: a float, or a tensor through which the learned parameter gets its gradient."""
         if self.alpha_map is not None:
             return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
         return self.alpha() if callable(self.alpha) else self.alpha
@@ -90,7 +90,7 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
     def _learned(self, alpha_map: AlphaMap, X: Tensor, dim: int) -> Tensor:
         dim = check_scores("DiffmaxBisectModule", X, dim, self.n_iter)
         check_alpha_tensor("DiffmaxBisectModule", X, self.log_beta, dim)
-        # the map gives 1 - alpha itself: alpha could round to 1 while 1 - alpha still has all its digits
+        # from the map, because alpha may round to 1 while 1 - alpha still has all its digits
         acc = accumulation_dtype(X.dtype)
         e = alpha_map.one_minus_alpha_of_log(self.log_beta.to(torch.promote_types(self.log_beta.dtype, acc)))
         return normalize(X, 0.0, e.to(device=X.device, dtype=acc), dim, self.n_iter, self.ensure_sum_one)

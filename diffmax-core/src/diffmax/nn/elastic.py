@@ -15,8 +15,8 @@ from diffmax.operators.common.capture import captured, is_captured
 class Elastic(nn.Module):
     """weights = [P - c / n]_+ for P = normalize(x), n the number of visible keys, and c in (0, 1) learned per head.
 
-    Weights below c times the uniform weight become exactly zero, also with softmax. Zeros stay zeros. As c < 1, no row loses
-    all of its weight: the largest of n weights that sum to 1 is at least 1 / n. After a `Sink`, which takes part of the weight,
+    Weights below c times the uniform weight become exactly zero, even with softmax. Zeros stay zero. Because c < 1, no row
+    becomes all 0: the largest of n weights that sum to 1 is at least 1 / n. After a `Sink`, which takes part of the weight,
     rows may be all 0.
 
     Args:
@@ -25,7 +25,7 @@ class Elastic(nn.Module):
         start: Initial value of c.
         renormalize: Whether to divide by the sum. If not, rows sum to less than 1.
     Raises:
-        ValueError: start is not in (0, 1), or the scores have other than `heads` heads.
+        ValueError: start is not in (0, 1), or the scores do not have `heads` heads.
     Source: Elastic-Softmax (arXiv:2601.00919), with its offset bounded: with c = 1 the first row of a causal attention would be
         0, and a negative c would give masked keys a weight. Written for diffmax.
     Example:

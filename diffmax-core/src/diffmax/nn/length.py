@@ -1,4 +1,4 @@
-"""Scores that grow with the number of keys, so that attention does not flatten as the sequence grows."""
+"""Length scaling: scores that grow with the number of keys, so that attention does not flatten in long sequences."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def visible_keys(
     attn_mask: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """How many keys each query sees, (L,) or with a mask (..., L), float32; at least 1."""
+    """The number of keys visible to each query, (L,) or with a mask (..., L), float32; at least 1."""
     left, right = check_window("LengthScale", window_size, is_causal)
     place = torch.arange(queries, device=device) + (keys - queries if causal_alignment == "lower_right" else 0)
     first, end = (torch.as_tensor(at).clamp(0, keys) for at in visible_span(place, place, left, right, keys))
     if attn_mask is None:
         return (end - first).clamp_min(1).float()
     seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
-    # from a sum over the keys so far, and not of the mask of each query: padding has one row for all of them
+    # from a cumulative sum over keys instead of a sum per query: a padding mask has one row for all queries
     so_far = seen.expand(*seen.shape[:-1], keys).cumsum(-1, dtype=torch.int32)
     before = nn.functional.pad(so_far, (1, 0)).expand(*seen.shape[:-2], queries, -1)
     counts = [before.gather(-1, at.unsqueeze(1).expand(*before.shape[:-1], 1)) for at in (first, end)]
@@ -35,19 +35,19 @@ def visible_keys(
 
 
 class LengthScale(nn.Module):
-    """Queries scaled by 1 + exp(-exp(b)) ln n, n the number of keys that the query sees, b learned per head.
+    """Queries scaled by 1 + exp(-exp(b)) ln n, where n is the number of visible keys of the query and b is learned per head.
 
-    The maximum of n random scores grows like sqrt(2 ln n), and the support of a row with it: at a fixed temperature attention
-    spreads as sequences become longer. A query that is multiplied by a number has all of its scores multiplied by it, so
-    this goes before any attention, fused or not. Keys that causality, a window or a mask hides do not count.
+    The maximum of n random scores grows like sqrt(2 ln n), and so does the support of a row: at a fixed temperature attention
+    spreads as sequences become longer. Scaling a query scales all of its scores, so this module works before any attention,
+    fused or not. Keys that causality, a window or a mask hides do not count.
 
     Args:
         heads: H. The parameter `log_decay` (b, of shape (H,)) has one entry per head.
-        start: What b starts at; at 2, ln n counts with 0.0006, nearly not at all.
+        start: Initial value of b; at 2, the factor of ln n is 0.0006, nearly 0.
     Raises:
-        ValueError: The query has other than `heads` heads.
-    Source: the temperature of Selective Self-Attention (Zhang et al., NeurIPS 2024), its part that depends on the place.
-        Written for diffmax.
+        ValueError: The query does not have `heads` heads.
+    Source: the position-dependent part of the temperature of Selective Self-Attention (Zhang et al., NeurIPS 2024). Written
+        for diffmax.
     Example:
         >>> query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8)
         >>> longer = LengthScale(4)(query, keys=6, is_causal=True)
@@ -62,7 +62,7 @@ class LengthScale(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin anew, as after `to_empty`."""
+        """Reset b to `start`, for example after `to_empty`."""
         nn.init.constant_(self.log_decay, self.start)
 
     def forward(
@@ -74,12 +74,12 @@ class LengthScale(nn.Module):
         window_size: tuple[int, int] | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
-        """The scaled query (B, H, L, D); `keys` is S, and what says which of them are seen is as in `diffmax.attention`."""
+        """The scaled query (B, H, L, D); `keys` is S, and the options that hide keys are those of `diffmax.attention`."""
         if is_captured(query, keys, attn_mask):
             options = (is_causal, causal_alignment, window_size, attn_mask)
             return captured(self, query, keys, *options)  # type: ignore[no-any-return]
         check_heads("LengthScale", query, len(self.log_decay), "query")
-        variant = getattr(attn_mask, "variant", None)  # of torch's CausalBias, which must not be looked into
+        variant = getattr(attn_mask, "variant", None)  # for torch's CausalBias, whose values must not be read
         if variant is not None:
             is_causal, causal_alignment, attn_mask = True, variant.name.lower(), None
         seen = visible_keys(query.shape[2], keys, is_causal, causal_alignment, window_size, attn_mask, query.device)

@@ -11,20 +11,20 @@ from diffmax.operators.common.capture import captured, is_captured
 
 
 class RelativePositionBias(nn.Embedding):
-    """T5's relative position bias, for `diffmax.attention`'s `attn_mask`: a learned number per head and bucket of distances.
+    """T5's relative position bias, for `attn_mask` of `diffmax.attention`: a learned number per head and bucket of distances.
 
-    Half of the buckets hold one distance each; the others are logarithmic in the distance, up to `max_distance`, and the last
-    holds all larger distances.
+    Half of the buckets hold one distance each. The other buckets are logarithmic in the distance, up to `max_distance`; the
+    last one also holds all larger distances.
 
     Args:
         num_heads: H.
-        num_buckets: Rows of the table; its `weight` is (num_buckets, H), like that of T5's `relative_attention_bias`.
+        num_buckets: Rows of the table; its `weight` is (num_buckets, H), as in T5's `relative_attention_bias`.
         max_distance: All distances from this one on share a bucket.
-        bidirectional: Whether keys after the query have half of the buckets, as in T5's encoder. If not, they count as
+        bidirectional: Whether half of the buckets are for keys after the query, as in T5's encoder. If not, such keys count as
             distance 0, as in its causal decoder.
     Raises:
-        ValueError: There are too few buckets: four if bidirectional, else two; or max_distance is not larger than the number
-            of distances that have a bucket each.
+        ValueError: There are fewer buckets than four (bidirectional) or two, or max_distance is not larger than the number of
+            buckets that hold a single distance.
     Source: Raffel et al., "Exploring the limits of transfer learning", arXiv:1910.10683, section 2.1; the buckets are those of
         its released models. Written for diffmax.
     Example:
@@ -49,10 +49,10 @@ class RelativePositionBias(nn.Embedding):
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the sizes of an embedding do not say how distances fall into buckets
+    def from_pretrained(  # type: ignore[override]  # the sizes of an embedding do not determine the buckets
         cls, embeddings: Tensor, freeze: bool = True, max_distance: int = 128, bidirectional: bool = True
     ) -> RelativePositionBias:
-        """A bias whose `weight` is a given table (num_buckets, H), such as one of T5's; it is not trained if `freeze`."""
+        """A bias with a given table (num_buckets, H) as `weight`, such as T5's; with `freeze` it is not trained."""
         bias = cls(embeddings.shape[1], embeddings.shape[0], max_distance, bidirectional)
         bias.weight = nn.Parameter(embeddings, requires_grad=not freeze)
         return bias

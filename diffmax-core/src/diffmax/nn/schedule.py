@@ -25,7 +25,7 @@ class _ScheduledValue:
     owner: nn.Module
     name: str
     start: float
-    end: Tensor  # of a float in float64, which is exact
+    end: Tensor  # float64 represents a float exactly
     is_float: bool = False
 
 

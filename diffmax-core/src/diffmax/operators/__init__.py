@@ -5,7 +5,7 @@ import pkgutil
 
 
 def register_all() -> None:
-    """Have every operator register itself: each folder here with a module `spec`. `common.spec` tells what that does."""
+    """Register every operator: import the module `spec` of each folder here. See `common.spec`."""
     for folder in pkgutil.iter_modules(__path__, f"{__name__}."):
         if folder.ispkg and folder.name != f"{__name__}.common":
             importlib.import_module(f"{folder.name}.spec")

@@ -1,6 +1,6 @@
-"""Every operator in plain PyTorch: what the numbers are, and the backend of the last resort.
+"""Every operator in plain PyTorch: the definition of the results, and the fallback backend.
 
-Here are the row operator's; `attention`, `decoding` and `dropout` are modules of their own.
+This module has the row operator; `attention`, `decoding` and `dropout` are separate modules.
 """
 
 from diffmax.reference.rows import bisect, bisect_backward, bisect_jvp, retraced

@@ -1,7 +1,7 @@
-"""Attention in plain PyTorch: what the other kernels are measured against, and the fallback on any device.
+"""Attention in plain PyTorch: the reference for all other kernels, and the fallback on any device.
 
-The score matrix is held in memory, in the accumulation dtype. Nothing waits for a device. Equations: docs/theory.md,
-section 11. What acts on the scores: `diffmax.operators.attention.scores`.
+It holds the score matrix in memory, in the accumulation dtype, and never waits for a device. Equations: docs/theory.md,
+section 11. Rules of the scores: `diffmax.operators.attention.scores`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffmax.reference.dropout import kept
 from diffmax.reference.rows import _power
 
 Solve: TypeAlias = Callable[[Tensor, "float | Tensor", int, int, bool], tuple[Tensor, Tensor, Tensor]]
-Lengths: TypeAlias = "tuple[Tensor, Tensor] | None"  # of packed sequences laid in a batch: queries and keys of each, (N,)
+Lengths: TypeAlias = "tuple[Tensor, Tensor] | None"  # (N,) lengths of queries and keys of packed sequences in a padded batch
 
 
 def attention(
@@ -34,23 +34,24 @@ def attention(
     Args:
         query: (B, H, L, D), any strides.
         key, value: (B, H_kv, S, D) and (B, H_kv, S, D_v), any strides. Query head h reads key head h // (H / H_kv).
-        call: Scale, alpha, and what acts on the scores.
+        call: Scale, alpha, and the options of the scores.
         keep: Whether a backward follows.
-        stats: Whether support sizes and live tiles are asked for.
-        solve: The row operator. One that autograd differentiates makes all of this differentiable.
+        stats: Whether to return support sizes and live tiles.
+        solve: The row operator. If autograd differentiates it, the whole function is differentiable.
     Returns:
         Contiguous tensors:
 
-        - out (B, H, L, D_v), in value's dtype. A query that sees nothing gets zeros.
-        - m, delta (B, H, L), in the accumulation dtype: each query's largest score, the sink's among them, and its delta,
-          with tau = m - (1 - delta) / e. A query that sees nothing, without a sink, has -inf and 0; one whose result
-          is NaN has delta NaN.
-        - u, U of Eq. 5, like out; (0,) if not `keep`. A sink counts in the sum of s; dropout, in the values' weights alone.
-        - live, int32 (B, H, ceil(L / TILE), ceil(S / TILE / WORD)): bit b of word w is clear only if no weight of that tile of
-          queries with key tile w * WORD + b differs from 0. Of packed sequences, tiles begin with each sequence: tile i of
-          sequence n has row cu_seqlens_q[n] // TILE + n + i of T // TILE + N, and max_seqlen_k takes S's place.
-          (0,) if neither `keep` nor `stats`, or where the kernel does not know; a backward has to do without it.
-        - support, int32 (B, H, L), how many scores lie above tau; (0,) if not `stats`.
+        - out (B, H, L, D_v), in value's dtype. Fully masked queries are 0.
+        - m, delta (B, H, L), in the accumulation dtype: the largest score of each query, including the sink, and delta, with
+          tau = m - (1 - delta) / e. A fully masked query without a sink has -inf and 0; a query whose result is NaN has
+          delta NaN.
+        - u, U of Eq. 5, like out; (0,) if not `keep`. The sum of s includes the sink; dropout affects only the weights of the
+          values.
+        - live, int32 (B, H, ceil(L / TILE), ceil(S / TILE / WORD)): bit b of word w is clear only if no weight of that query
+          tile and key tile w * WORD + b differs from 0. For packed sequences, tiles begin with each sequence: tile i of
+          sequence n has row cu_seqlens_q[n] // TILE + n + i of T // TILE + N, and max_seqlen_k replaces S.
+          (0,) if neither `keep` nor `stats`, or if the kernel does not compute it; a backward must work without it.
+        - support, int32 (B, H, L), the number of scores above tau; (0,) if not `stats`.
     """
     if call.cu_seqlens_q is not None:
         return _packed_forward(query, key, value, call, keep, stats, solve)
@@ -65,12 +66,12 @@ def attention_backward(
     Args:
         grad: Gradient for out, any strides.
         query, key, value, call: As for the forward.
-        saved: What any forward kernel returned for them.
-        wanted: Whether the gradients for e, the bias and the sink are wanted.
+        saved: The results of any forward kernel for them.
+        wanted: Whether to compute the gradients for e, the bias and the sink.
     Returns:
-        Gradients for query, key and value, contiguous, in their dtypes; for e per query, like m; for the bias, of its own
-        shape, in the accumulation dtype; for the sink per query, like m. The last three are (0,) where not wanted. A query
-        whose weights are all 0 passes nothing on, whatever it holds.
+        Gradients for query, key and value, contiguous, in their dtypes; for e per query, like m; for the bias, in its shape
+        and the accumulation dtype; for the sink per query, like m. The last three are (0,) if not requested. A query whose
+        weights are all 0 propagates no gradient, even if it holds NaN.
     """
     if call.cu_seqlens_q is not None:
         return _packed_backward(grad, query, key, value, saved, call, wanted)
@@ -78,15 +79,15 @@ def attention_backward(
 
 
 def products(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """(B, H, L, S) in the accumulation dtype: the scaled products of queries and keys, on which the rules act."""
+    """(B, H, L, S) in the accumulation dtype: the scaled products of queries and keys, before the rules of the scores."""
     acc = accumulation_dtype(query.dtype)
-    turned = key.to(acc).transpose(2, 3)  # no mT, which the older ONNX exporter does not know
+    turned = key.to(acc).transpose(2, 3)  # not mT, which the older ONNX exporter does not support
     return (grouped(query.to(acc), key.shape[1]) @ turned * scale).view(*query.shape[:3], key.shape[2])
 
 
 @dataclass(frozen=True)
 class Whole(rules.Region):
-    """All scores of a call, (B, H, L, S); of packed sequences padded in a batch, with the lengths of each."""
+    """All scores of a call, (B, H, L, S); for packed sequences in a padded batch, `lengths` has their lengths."""
 
     length: int
     many: int
@@ -96,7 +97,7 @@ class Whole(rules.Region):
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, call: AttentionCall, lengths: Lengths = None) -> Whole:
-        """The region of a call's tensors."""
+        """The region that covers all scores of a call."""
         return cls(query.shape[2], key.shape[2], call, query.device, lengths)
 
     def queries(self) -> Tensor:
@@ -118,7 +119,7 @@ class Whole(rules.Region):
         return (t if t.ndim == 2 else t.unsqueeze(0))[..., None, None]
 
     def padding(self) -> tuple[Tensor, ...]:
-        """Queries and keys behind their sequence's end."""
+        """The padding of queries and keys, after the end of each sequence."""
         if self.lengths is None:
             return ()
         of_queries, of_keys = (t.view(-1, 1, 1, 1) for t in self.lengths)
@@ -135,7 +136,7 @@ def attend(
     solve: Solve,
     region: rules.Region,
 ) -> AttentionResults:
-    """`attention`, of tensors whose queries and keys stand as the region says."""
+    """`attention`, with the positions of queries and keys given by the region."""
     e, keys = per_head(call.e), key.shape[2]
     scores = rules.apply(products(query, key, call.scale), call, region)
     p, m, delta = solve(scores, e, 3, 200, True)
@@ -176,7 +177,7 @@ def _backward(
     q, g = (t.to(acc).masked_fill(silent, 0.0) for t in (query, grad))
     passed = keep_factors(scores[..., :keys], call)
     d_p = times((grouped(g, groups) @ value.to(acc).mT).view(*scores.shape[:3], keys), passed)
-    centred = widened(d_p, s.shape[3]) - (g * u.to(acc)).sum(3, keepdim=True)  # the sink has no value
+    centred = widened(d_p, s.shape[3]) - (g * u.to(acc)).sum(3, keepdim=True)  # the sink has no value vector
     d_s = s * centred
     grad_bias = grad_sink = grad_e = m.new_empty(0)
     if wanted.e:
@@ -198,17 +199,17 @@ def _backward(
 
 
 def keep_factors(scores: Tensor, call: AttentionCall) -> Tensor | None:
-    """What dropout multiplies the weights of these scores by, 0 or 1 / (1 - dropout_p); None: nothing is dropped."""
+    """Dropout factors of the weights, 0 or 1 / (1 - dropout_p); None: no dropout."""
     return kept(call, scores.shape, scores.dtype) if call.dropout_p > 0 else None
 
 
 def times(weights: Tensor, factors: Tensor | None) -> Tensor:
-    """The weights, multiplied if there are factors."""
+    """The weights, multiplied by the factors, if any."""
     return weights if factors is None else weights * factors
 
 
 def grouped(rows: Tensor, kv_heads: int) -> Tensor:
-    """(B, H, L, n) as (B, H_kv, H / H_kv * L, n): the query heads that share a key head lie below one another."""
+    """(B, H, L, n) as (B, H_kv, H / H_kv * L, n): query heads that share a key head are stacked along the queries."""
     batch, heads, length, size = rows.shape
     return rows.reshape(batch, kv_heads, heads // max(kv_heads, 1) * length, size)
 
@@ -220,11 +221,11 @@ def weighted(weights: Tensor, value: Tensor) -> Tensor:
 
 
 def per_head(e: float | Tensor) -> float | Tensor:
-    """e, so that it broadcasts against (B, H, L, S)."""
+    """e in a shape that broadcasts against (B, H, L, S)."""
     return e.view(-1, 1, 1) if isinstance(e, Tensor) else e
 
 
-# packed sequences: laid side by side in a batch, each padded to the longest
+# packed sequences: a batch, each sequence padded to the longest
 
 
 def _packed_forward(
@@ -276,12 +277,12 @@ def _packed_backward(
 
 
 def padded_call(call: AttentionCall) -> AttentionCall:
-    """The call for packed sequences that are padded in a batch. A region with their lengths says what they see."""
+    """The call for packed sequences in a padded batch. The region, which has their lengths, restricts visibility."""
     return replace(call, cu_seqlens_q=None, cu_seqlens_k=None)
 
 
 def padded_saved(saved: Saved, queries: Packing) -> Saved:
-    """What a forward over packed sequences left, in a padded batch; which tiles are live is not known there."""
+    """The saved tensors of a packed forward, in a padded batch, without the live tiles."""
     m, delta = (queries.pad(t.unsqueeze(3)).squeeze(3) for t in (saved.m, saved.delta))
     return Saved(m, delta, queries.pad(saved.u), saved.live.new_empty(0))
 
@@ -289,7 +290,7 @@ def padded_saved(saved: Saved, queries: Packing) -> Saved:
 def unpadded(
     found: AttentionGradients, queries: Packing, keys: Packing, length: int, many: int, wanted: Wanted
 ) -> AttentionGradients:
-    """The gradients of packed sequences from those of a padded batch; they have no bias."""
+    """The gradients for packed sequences from those for a padded batch; there is no bias."""
     return AttentionGradients(
         queries.unpad(found.query, length),
         keys.unpad(found.key, many),
@@ -301,7 +302,7 @@ def unpadded(
 
 
 def nothing_learned(query: Tensor, key: Tensor, value: Tensor, m: Tensor, wanted: Wanted) -> AttentionGradients:
-    """The gradients where no query sees a key."""
+    """The gradients if every query is fully masked."""
     of_query, of_key, of_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
     of_e, of_sink = (torch.zeros_like(m) if needed else m.new_empty(0) for needed in (wanted.e, wanted.sink))
     return AttentionGradients(of_query, of_key, of_value, of_e, m.new_empty(0), of_sink)

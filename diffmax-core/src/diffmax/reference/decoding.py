@@ -1,6 +1,6 @@
-"""Decoding over a cache in plain PyTorch: what the other kernels are measured against, and the fallback on any device.
+"""Decoding over a cache in plain PyTorch: the reference for all other kernels, and the fallback on any device.
 
-It reads the whole cache, however short the sequences are, and never waits for a device. docs/decoding.md has the rest.
+It reads the whole cache, even for short sequences, and never waits for a device. See docs/decoding.md.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def attention_kvcache(
     Args:
         query: (B, L, H, D), any strides; L may be 0.
         k_cache, v_cache: (B_cache, S, H_kv, D) and (B_cache, S, H_kv, D_v); with `call.block_table` (num_blocks, page_size,
-            H_kv, D) and (num_blocks, page_size, H_kv, D_v). Any strides. Query head h reads key head h // (H / H_kv). What
-            lies beyond a sequence's end may be anything, NaN too.
-        call: The rest.
-        stats: Whether support sizes and counts of pages are asked for.
+            H_kv, D) and (num_blocks, page_size, H_kv, D_v). Any strides. Query head h reads key head h // (H / H_kv). Entries
+            after the end of a sequence may hold anything, including NaN.
+        call: All other arguments.
+        stats: Whether to return support sizes and page counts.
         solve: The row operator.
     Returns:
         Contiguous tensors:
 
-        - out (B, L, H, D_v), in query's dtype. A query that sees nothing gets zeros.
-        - m, delta (B, H, L), in the accumulation dtype, as of `diffmax.reference.attention.attention`.
-        - support, int32 (B, H, L), how many scores lie above tau, the sink's aside; (0,) if not `stats`.
-        - pages, int32 (B, H_kv), how many pages of keys were read; (0,) if not `stats`.
+        - out (B, L, H, D_v), in query's dtype. Fully masked queries are 0.
+        - m, delta (B, H, L), in the accumulation dtype, as in `diffmax.reference.attention.attention`.
+        - support, int32 (B, H, L), the number of scores above tau, without the sink; (0,) if not `stats`.
+        - pages, int32 (B, H_kv), the number of key pages read; (0,) if not `stats`.
     """
     append(k_cache, v_cache, call)
     keys, values = (pages_of(cache, call) for cache in (k_cache, v_cache))
@@ -49,7 +49,7 @@ def attention_kvcache(
     row_e = e.squeeze(2) if isinstance(e, Tensor) else torch.full((), e, dtype=acc, device=m.device)
     delta = delta.masked_fill(m.isnan() | (m == torch.inf) | ~((row_e >= 0) & (row_e <= 1)), torch.nan)
     p = p[..., :tokens]
-    seen = (scores[..., :tokens] != -torch.inf).any(1).any(1)  # what no query sees may be anything
+    seen = (scores[..., :tokens] != -torch.inf).any(1).any(1)  # entries that no query sees may hold anything
     values = torch.where(seen[..., None, None], values, 0).to(acc).transpose(1, 2)
     groups = p.reshape(batch, keys.shape[2], heads // max(keys.shape[2], 1) * length, tokens)
     out = (groups @ values).view(batch, heads, length, values.shape[3]).transpose(1, 2).to(query.dtype).contiguous()
@@ -64,7 +64,7 @@ def attention_kvcache(
 
 
 class CacheRegion(rules.Region):
-    """All scores of a call, (B, H, L, tokens): the last query of each sequence stands at its last key."""
+    """All scores of a call, (B, H, L, tokens): the last query of each sequence has the position of its last key."""
 
     def __init__(self, ends: Tensor, length: int, tokens: int) -> None:
         self.ends, self.length, self.tokens = ends, length, tokens
@@ -83,23 +83,23 @@ class CacheRegion(rules.Region):
         return (t if t.ndim == 2 else t.unsqueeze(0))[..., None, None]
 
     def padding(self) -> tuple[Tensor, ...]:
-        """What lies behind each sequence's end, where there may be anything."""
+        """The entries after the end of each sequence, which may hold anything."""
         return (self.keys() >= self.ends.view(-1, 1, 1, 1),)
 
 
 def capacity(k_cache: Tensor, call: KVCacheCall) -> int:
-    """How many tokens a sequence can have."""
+    """The capacity of the cache: the maximum number of tokens per sequence."""
     return k_cache.shape[1] if call.block_table is None else call.block_table.shape[1] * k_cache.shape[1]
 
 
 def lengths(k_cache: Tensor, call: KVCacheCall) -> Tensor:
-    """int32 (B,): tokens of each sequence, the new ones among them."""
+    """int32 (B,): the number of tokens of each sequence, including new ones."""
     new = 0 if call.k is None else call.k.shape[1]
     return (call.cache_seqlens + new).clamp(0, capacity(k_cache, call))
 
 
 def pages_of(cache: Tensor, call: KVCacheCall) -> Tensor:
-    """Each sequence's part of a cache, side by side: (B, capacity, H_kv, n)."""
+    """The cache entries of each sequence, gathered: (B, capacity, H_kv, n)."""
     if call.block_table is not None:
         blocks = call.block_table.long().clamp(0, max(cache.shape[0] - 1, 0))
         return cache[blocks].flatten(1, 2)
@@ -108,7 +108,7 @@ def pages_of(cache: Tensor, call: KVCacheCall) -> Tensor:
 
 
 def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
-    """Write the new tokens into the caches, and take them into the pages' bounds."""
+    """Write the new tokens into the caches, and update the page bounds."""
     if call.k is None or call.v is None or not (call.k.shape[1] and call.k.shape[0]):
         return
     start, room = call.cache_seqlens.long().clamp_min(0), capacity(k_cache, call)
@@ -117,7 +117,7 @@ def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
         return
     token = torch.arange(call.k.shape[1], device=start.device)
     place = torch.minimum(start.unsqueeze(1) + token, last.clamp_min(0).unsqueeze(1))
-    source = (place - start.unsqueeze(1)).clamp_min(0)  # what does not fit repeats the last that does
+    source = (place - start.unsqueeze(1)).clamp_min(0)  # tokens that do not fit repeat the last one that does
     fits = (last >= start).view(-1, 1, 1, 1)
     row = _row_of(call, place)
     inside = place % call.page_size if call.block_table is not None else place
@@ -129,7 +129,7 @@ def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
 
 
 def _row_of(call: KVCacheCall, place: Tensor) -> Tensor:
-    """The cache's first index for the tokens at `place` (B, n)."""
+    """The row or page of the cache that holds the tokens at positions `place` (B, n)."""
     if call.block_table is not None:
         return call.block_table.long().gather(1, place // call.page_size).clamp_min(0)
     batch = torch.arange(place.shape[0], device=place.device) if call.cache_batch_idx is None else call.cache_batch_idx.long()
@@ -140,7 +140,7 @@ def _widen_bounds(k: Tensor, call: KVCacheCall, low: Tensor, high: Tensor, start
     size = call.page_size
     first = torch.minimum(start, last.clamp_min(0)) // size
     for step in range((k.shape[1] + size - 2) // size + 1):
-        begin = (first + step) * size  # the page's first place
+        begin = (first + step) * size  # the first position of the page
         token = begin.unsqueeze(1) + torch.arange(size, device=k.device) - start.unsqueeze(1)
         inside = (token >= 0) & (token <= (last - start).unsqueeze(1))
         new = k.gather(1, token.clamp(0, k.shape[1] - 1)[..., None, None].expand(-1, -1, *k.shape[2:]))
@@ -160,7 +160,7 @@ def _widen_bounds(k: Tensor, call: KVCacheCall, low: Tensor, high: Tensor, start
 
 
 def bounds_of(k_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest keys of each page that holds a token; 0 for the others."""
+    """Elementwise smallest and largest key of each page that holds a token; 0 for the others."""
     size = call.page_size
     if call.block_table is None:
         rows, tokens, *rest = k_cache.shape
@@ -170,7 +170,7 @@ def bounds_of(k_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, Tensor]:
     else:
         keys, pages = k_cache, torch.arange(call.block_table.shape[1], device=k_cache.device)
         filled = (call.cache_seqlens.view(-1, 1) - pages * size).flatten()
-        # pages that a sequence has not reached count for one that is dropped; of those that sequences share the fullest counts
+        # unused table entries count for an extra page, which is dropped; for a shared page the largest count is used
         blocks = torch.where(filled > 0, call.block_table.flatten().long(), len(keys))
         filled = filled.new_zeros(len(keys) + 1).scatter_reduce(0, blocks, filled, "amax")[:-1]
     inside = (torch.arange(size, device=keys.device) < filled.unsqueeze(1))[..., None, None]
@@ -182,6 +182,6 @@ def bounds_of(k_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:
-    """(B, L, H, D) as (B, H_kv, H / H_kv * L, D): the query heads that share a key head lie below one another."""
+    """(B, L, H, D) as (B, H_kv, H / H_kv * L, D): query heads that share a key head are stacked along the queries."""
     batch, length, heads, size = query.shape
     return query.transpose(1, 2).reshape(batch, kv_heads, heads // max(kv_heads, 1) * length, size)

@@ -1,6 +1,6 @@
-"""The operator in plain PyTorch: what the other kernels are measured against, and the fallback on any device.
+"""The row operator in plain PyTorch: the reference for all other kernels, and the fallback on any device.
 
-It runs a number of Newton steps that is known beforehand, so it never waits for a device. Equations: docs/theory.md.
+It runs a fixed number of Newton steps, so it never waits for a device. Equations: docs/theory.md.
 """
 
 import torch
@@ -13,14 +13,14 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
     """Forward kernel: weights p, row maximum m and delta (tau = m - (1 - delta) / e).
 
     Args:
-        x: Scores of a floating dtype, any strides; `dim` is their normalised dimension.
-        e: 1 - alpha: a float in (0, 1], which core has checked, or a tensor that broadcasts against m, in the accumulation
-            dtype. Rows whose entry lies outside [0, 1] are NaN.
-        dim: Normalised dimension, non-negative.
-        n_iter: At least as accurate as this many bisection steps.
-        ensure_sum_one: Divide by the sum at the end.
+        x: Scores of a floating dtype, any strides.
+        e: 1 - alpha: a float in (0, 1], already checked, or a tensor that broadcasts against m, in the accumulation dtype.
+            Rows whose entry lies outside [0, 1] are NaN.
+        dim: Normalized dimension, non-negative.
+        n_iter: The result is at least as accurate as after this many bisection steps.
+        ensure_sum_one: Whether to divide by the sum at the end.
     Returns:
-        p like x (contiguous), m and delta with `dim` reduced to 1, in the accumulation dtype.
+        p, of x's shape and dtype, contiguous; m and delta with `dim` reduced to 1, in the accumulation dtype.
     """
     acc = accumulation_dtype(x.dtype)
     row_shape = [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
@@ -65,15 +65,15 @@ def bisect_backward(
 
     Args:
         grad: Gradient for p.
-        p, m, delta: What any forward kernel returned.
-        x: The scores if p's dtype flushes small weights to zero (float16), else None. With them the support is
+        p, m, delta: The results of any forward kernel.
+        x: The scores if p's dtype flushes small weights to zero (float16), else None. With scores the support is
             z > delta - 1; without, p > 0.
         e, dim: As for the forward.
-        needs_e: Whether the gradient for e is wanted.
+        needs_e: Whether to compute the gradient for e.
     Returns:
-        Gradient for x in p's dtype, and for e in the accumulation dtype: m's shape, or (0,) if not wanted.
+        Gradient for x in p's dtype, and for e in the accumulation dtype: m's shape, or (0,) if not requested.
 
-    It is built from differentiable operators of grad, p and e, and so serves as the second derivative too.
+    It consists of differentiable operators of grad, p and e, and so gives the second derivative too.
     """
     s, weights, log_p, row_e = _slopes(p, m, delta, x, e)
     g = grad.to(s.dtype)
@@ -94,9 +94,9 @@ def bisect_jvp(
     e: float | Tensor,
     dim: int,
 ) -> Tensor:
-    """Derivative of the weights along tangents of x and e, of which one may be None; the rest as for `bisect_backward`.
+    """Derivative of the weights along tangents of x and e, one of which may be None; otherwise as `bisect_backward`.
 
-    The Jacobian in x is symmetric, so that part is Eq. 3 once more; in e it is the negative of w - s sum(w) / sum(s)  (Eq. 4).
+    The Jacobian for x is symmetric, so its part is Eq. 3 again; for e it is the negative of w - s sum(w) / sum(s)  (Eq. 4).
     """
     s, weights, log_p, row_e = _slopes(p, m, delta, x, e)
     tangent_p = torch.zeros_like(s)
@@ -112,10 +112,11 @@ def bisect_jvp(
 
 
 def retraced(x: Tensor, e: float | Tensor, m: Tensor, delta: Tensor, dim: int) -> Tensor:
-    """The weights of x as a chain of differentiable operators, given constants m and delta that solve it.
+    """The weights of x as a composition of differentiable operators, given constants m and delta that solve it.
 
-    Two of Newton's steps change no value, and as each doubles the order to which tau's derivatives are right, the derivatives
-    of the weights in x and e are right to the third. It costs several tensors of x's size; in float16 it returns float32.
+    Two Newton steps change no value. Each doubles the order to which the derivatives of tau are correct, so the derivatives
+    of the weights for x and e are correct to third order. This takes several tensors of x's size; for float16 it returns
+    float32.
     """
     row_e = clamp_e(e)
     z = row_e * (x.to(accumulation_dtype(x.dtype)) - torch.where(m == -torch.inf, 0.0, m))
@@ -129,7 +130,7 @@ def retraced(x: Tensor, e: float | Tensor, m: Tensor, delta: Tensor, dim: int) -
 def _slopes(
     p: Tensor, m: Tensor, delta: Tensor, x: Tensor | None, e: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
-    """s = p^alpha, 0 off the support; the weights and their logarithm, 0 off the support, as x gives them if it is there; e."""
+    """s = p^alpha, the weights and their logarithm, each 0 off the support, recomputed from x if given; and e."""
     acc = accumulation_dtype(p.dtype)
     row_e = clamp_e(e)
     if x is None:
@@ -145,13 +146,13 @@ def _slopes(
 
 
 def _mean(s: Tensor, g: Tensor, dim: int) -> Tensor:
-    """The mean of g with the weights s; 0 where there are none."""
+    """The mean of g with the weights s; 0 if all are 0."""
     total = s.sum(dim, keepdim=True)
     return (s * g).sum(dim, keepdim=True) / torch.where(total == 0, 1.0, total)
 
 
 def _power(z: Tensor, delta: Tensor, e: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[z - t]^(1/e) with t = delta - 1, its logarithm, and the base z - t; off the support 0, 0 and 1."""
+    """[z - t]^(1/e) with t = delta - 1, its logarithm, and z - t; off the support 0, 0 and 1."""
     u = z - delta
     live = u > -1
     u = torch.where(live, u, 0.0)

@@ -7,6 +7,7 @@ the other, so that no race shows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,21 @@ def _checked_store(store: Any) -> Any:
 
 
 def quicken() -> None:
-    """Patch `triton.language` once per launch, not once per call of a helper: about twice as fast, with the same results."""
+    """Leave out what the interpreter does again for each operation: two to three times as fast, with the same results."""
+    _patch_once_per_launch()
+    # of each sum and product of integers it computes another in 64 bits, for an assertion that is made in debug mode alone
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+    interpreter._get_np_dtype = _known_by_name(interpreter._get_np_dtype)
+    tl.block_type.with_element_ty = _made_once(tl.block_type.with_element_ty)
+    tl.block_type.to_ir = lambda self, _: self  # what this builder makes of it is the same type again
+    semantic = type(interpreter.interpreter_semantic)
+    semantic.broadcast_impl_value = _skipped_for_equal_shapes(semantic.broadcast_impl_value)
+    tl.tensor.__init__ = _filled_by_type(tl.tensor.__init__)
+
+
+def _patch_once_per_launch() -> None:
+    """Patch `triton.language` once per launch, not once per call of a helper."""
     patch = interpreter._patch_lang
     depth = 0
 
@@ -157,3 +172,48 @@ def quicken() -> None:
 
     interpreter._patch_lang = once
     interpreter.InterpretedFunction.__call__ = call
+
+
+def _known_by_name(np_dtype: Any) -> Any:
+    known: dict[str, Any] = {}
+
+    def of_type(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = np_dtype(dtype)
+        return known[name]
+
+    return of_type
+
+
+def _made_once(with_element_ty: Any) -> Any:
+    made: dict[tuple[str, str], Any] = {}
+
+    def of_elements(self: Any, element: Any) -> Any:
+        names = self.name, element.name
+        if names not in made:
+            made[names] = with_element_ty(self, element)
+        return made[names]
+
+    return of_elements
+
+
+def _skipped_for_equal_shapes(broadcast: Any) -> Any:
+    def broadcast_values(self: Any, a: Any, b: Any) -> Any:
+        if a.type.is_block() and b.type.is_block() and [*a.type.shape] == [*b.type.shape]:
+            return a, b
+        return broadcast(self, a, b)
+
+    return broadcast_values
+
+
+def _filled_by_type(init: Any) -> Any:
+    def filled(self: Any, handle: Any, type: Any) -> None:  # noqa: A002 - Triton's name
+        rest = vars(type).get("rest_of_tensor")
+        if rest is None:
+            init(self, handle, type)
+            type.rest_of_tensor = {name: value for name, value in vars(self).items() if name != "handle"}
+        else:
+            vars(self).update(rest, handle=handle)
+
+    return filled

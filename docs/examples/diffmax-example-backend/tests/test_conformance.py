@@ -4,7 +4,7 @@ from diffmax.testing.conformance import BackendConformance
 
 
 class TestExample(BackendConformance):
-    """Every dtype that the backend claims, forward and backward; what it does not claim has to be refused with a reason."""
+    """Every claimed dtype, forward and backward; whatever the backend does not claim must be refused with a reason."""
 
     backend = "example"
     device = "cpu"

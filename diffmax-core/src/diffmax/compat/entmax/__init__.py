@@ -1,7 +1,7 @@
 """entmax compatibility: names and signatures of entmax 1.3. Replace `import entmax` by `from diffmax.compat import entmax`.
 
-entmax's alpha' is 2 - alpha: 1 is softmax, 1.5 is entmax15, 2 is sparsemax. For alpha' in [1, 2] every function runs the
-row operator on the selected backend, with its exact limits at both ends. docs/losses.md lists the intended differences.
+entmax's alpha' is 2 - alpha: 1 is softmax, 1.5 is entmax15, 2 is sparsemax. For alpha' in [1, 2] every function runs the row
+operator on the selected backend; both limits are exact. docs/losses.md lists the intended differences.
 """
 
 from diffmax.compat.entmax.activations import Entmax15, Sparsemax, entmax15, sparsemax

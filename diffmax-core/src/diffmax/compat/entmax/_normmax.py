@@ -20,13 +20,13 @@ def normmax_rows(X: Tensor, order: float | Tensor, dim: int, n_iter: int) -> Ten
 
 
 def normmax_losses(X: Tensor, index: Tensor, order: float | Tensor, dim: int, n_iter: int) -> Tensor:
-    """The loss of every row (Eq. 24), of X's shape with `dim` reduced to 1; rows with an index below 0 have none."""
+    """The loss of every row (Eq. 24), in X's shape with `dim` reduced to 1; rows with a negative index have loss 0."""
     losses: Tensor = _NormmaxLoss.apply(X, index, order, dim, n_iter)
     return losses
 
 
 class _Normmax(torch.autograd.Function):
-    """p is the slope s of a diffmax row, divided by its sum. Backward is made of differentiable operators of p."""
+    """p is the slope s of a diffmax row, divided by its sum. Backward consists of differentiable operators of p."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: float | Tensor, dim: int, n_iter: int) -> Tensor:
@@ -78,7 +78,7 @@ class _NormmaxLoss(torch.autograd.Function):
 def _operator(x: Tensor, order: float | Tensor, dim: int, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
     """The diffmax row of Eq. 22 with its m and delta: m is NaN for a row that holds NaN or +inf.
 
-    The scores are shifted before they are scaled: scaled ones would be rounded in the size of the shift.
+    The scores are shifted before they are scaled; otherwise the rounding error would be proportional to the shift.
     """
     m = x.detach().amax(dim, keepdim=True) if x.shape[dim] else x.detach().sum(dim, keepdim=True)
     e = (order - 1) / order

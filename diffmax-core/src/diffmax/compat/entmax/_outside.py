@@ -21,12 +21,12 @@ def outside(X: Tensor, e: Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -
 
 
 def solving_dtype(X: Tensor) -> torch.dtype:
-    """float64 where the device has it: at the edge of the support [u]^(1/e) with e > 1 has far fewer digits than u."""
+    """float64 if the device supports it: at the edge of the support [u]^(1/e) with e > 1 has far fewer digits than u."""
     return torch.float64 if X.device.type in ("cpu", "cuda") else torch.float32
 
 
 class _Outside(torch.autograd.Function):
-    """Eq. 21 with the gradients of Eq. 3 and 4, which hold for every e. Backward is made of differentiable operators of p."""
+    """Eq. 21 with the gradients of Eq. 3 and 4, which hold for every e. Backward consists of differentiable operators of p."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, e: Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:

@@ -18,7 +18,7 @@ def order_minus_one(name: str, X: Tensor, alpha: float | Tensor, dim: int) -> tu
     """Check entmax's alpha and turn it into e = alpha - 1, a float or a tensor: diffmax's 1 - alpha.
 
     Raises:
-        TypeError: alpha is no number and no tensor.
+        TypeError: alpha is neither a number nor a tensor.
         ValueError: alpha is not positive, or its shape does not fit. A tensor on an accelerator is not read.
     """
     alpha = number_or_rows(name, "alpha", X, alpha, dim)
@@ -29,7 +29,7 @@ def order_minus_one(name: str, X: Tensor, alpha: float | Tensor, dim: int) -> tu
 
 
 def number_or_rows(name: str, what: str, X: Tensor, given: float | Tensor, dim: int) -> float | Tensor:
-    """`given` as a float, or as a tensor on X's device of at least the computing dtype that broadcasts against X's rows."""
+    """`given` as a float, or as a tensor on X's device that broadcasts against X's rows, in the accumulation dtype or wider."""
     if isinstance(given, Tensor):
         check_alpha_tensor(name, X, given, dim, what)
         return given.to(device=X.device, dtype=torch.promote_types(given.dtype, accumulation_dtype(X.dtype)))
@@ -39,7 +39,7 @@ def number_or_rows(name: str, what: str, X: Tensor, given: float | Tensor, dim: 
 
 
 def check_values(name: str, given: float | Tensor, allowed: Callable[[Any], Any], rule: str, action: str) -> None:
-    """Raise ValueError unless every entry is allowed; a tensor that cannot be read without waiting passes."""
+    """Raise ValueError unless every entry is allowed; a tensor that cannot be read without waiting is not checked."""
     wrong = wrong_value(given, allowed)
     if wrong is not None:
         raise ValueError(f"{name}: {rule}, got {wrong:g}\n{action}")
@@ -55,7 +55,7 @@ def wrong_value(given: float | Tensor, allowed: Callable[[Any], Any]) -> float |
 
 
 def check_k(name: str, k: int | None) -> None:
-    """entmax's size of a partial sort: nothing here is sorted, so it is checked and has no effect."""
+    """Check entmax's size of a partial sort, which has no effect, because nothing is sorted."""
     if k is not None and (not isinstance(k, int) or isinstance(k, bool)):
         raise TypeError(f"{name}: k must be an int or None, got {k!r} of type {type(k).__name__}")
     if k is not None and k < 1:

@@ -18,11 +18,11 @@ def sparsemax(X: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
     Args:
         X: Scores, any shape and strides, float16, bfloat16, float32 or float64. -inf marks a masked entry.
         dim: Axis that sums to one.
-        k: entmax's size of a partial sort. Checked; it has no effect, as nothing is sorted.
+        k: entmax's size of a partial sort. Checked, but without effect, because nothing is sorted.
     Returns:
         Tensor of X's shape, dtype and device. A row that is all -inf is all 0, with gradient 0.
     Raises:
-        TypeError: X is no tensor of those dtypes, or an argument has the wrong type.
+        TypeError: X is not a tensor of a supported dtype, or an argument has the wrong type.
         ValueError: `dim` or k is out of range.
     Source: docs/theory.md, section 3; the signature is entmax's (MIT). Written for diffmax.
     Example:

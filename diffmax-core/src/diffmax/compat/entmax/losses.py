@@ -37,9 +37,9 @@ def sparsemax_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
 
     Args:
         X: Scores, (C,), (N, C) or (N, C, d1, ...), float16, bfloat16, float32 or float64. A class with score -inf is masked.
-        target: Class indices of X's shape without the class dimension; -100 marks a row that does not count. Or probabilities
-            of X's shape.
-        k: entmax's size of a partial sort. Checked; it has no effect, as nothing is sorted.
+        target: Class indices of X's shape without the class dimension; rows with -100 are ignored. Or probabilities of X's
+            shape.
+        k: entmax's size of a partial sort. Checked, but without effect, because nothing is sorted.
     Returns:
         One loss per row, in X's dtype.
     Raises:
@@ -84,7 +84,7 @@ def entmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 1.5, n
     Args:
         X, target: As for `sparsemax_loss`.
         alpha: entmax's alpha', in [1, 2]: a number, or a tensor that broadcasts against X with the class dimension reduced to
-            1. It may require a gradient. Beyond 2 entmax has a loss and this has none: `entmax_bisect` has the map.
+            1. It may require a gradient. Above 2 entmax has a loss, but this function does not; `entmax_bisect` has the map.
         n_iter: As for `diffmax.diffmax_bisect`.
     Returns:
         One loss per row, in X's dtype.
@@ -103,7 +103,7 @@ def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_
 
     Args:
         X: As for `sparsemax_loss`.
-        target: Class indices of X's shape without the class dimension; -100 marks a row that does not count.
+        target: Class indices of X's shape without the class dimension; rows with -100 are ignored.
         alpha: Order of the norm, as for `normmax_bisect`.
         n_iter: As for `diffmax.diffmax_bisect`.
     Returns:

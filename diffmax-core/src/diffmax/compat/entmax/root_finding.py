@@ -34,23 +34,23 @@ def entmax_bisect(
 ) -> Tensor:
     """alpha'-entmax, which is `diffmax_bisect` at alpha = 2 - alpha' for alpha' in [1, 2]; entmax's alpha' is `alpha` here.
 
-    The ends are exact: 1 is softmax, 2 is sparsemax. Beyond them, in (0, 1) and above 2, bisection of Eq. 21 solves for the
-    weights in float64 (in float32 on devices that lack it).
+    The ends are exact: 1 is softmax, 2 is sparsemax. In (0, 1) and above 2, the weights are computed by bisection of Eq. 21, in
+    float64 (in float32 on devices without float64).
 
     Args:
         X: Scores, any shape and strides, float16, bfloat16, float32 or float64. -inf marks a masked entry.
         alpha: A positive number, or a tensor that broadcasts against X with `dim` reduced to 1, such as (H, 1, 1) for one per
             head of scores (B, H, L, L). It may require a gradient.
         dim: Axis that sums to one.
-        n_iter: The result is at least as accurate as after this many steps of bisection.
-        ensure_sum_one: Divide by the sum at the end.
+        n_iter: The result is at least as accurate as after this many bisection steps.
+        ensure_sum_one: Whether to divide by the sum at the end.
     Returns:
         Tensor of X's shape, dtype and device. A row that is all -inf is all 0, with gradient 0; a row that holds NaN or +inf is
         all NaN.
     Raises:
         TypeError: X is no tensor of those dtypes, or an argument has the wrong type.
-        ValueError: alpha, `dim` or n_iter is out of range, or alpha's shape does not fit. An alpha that lives on an
-            accelerator, or under torch.compile, is not read: rows whose alpha lies outside [1, 2] are NaN there.
+        ValueError: alpha, `dim` or n_iter is out of range, or alpha's shape does not fit. On an accelerator, and under
+            torch.compile, a tensor alpha is not read: there, rows whose alpha lies outside [1, 2] are NaN.
     Source: docs/theory.md, sections 3 and 13; the signature is entmax's (MIT). Written for diffmax.
     Example:
         >>> import torch
@@ -129,12 +129,12 @@ def budget_bisect(X: Tensor, budget: float | Tensor = 2, dim: int = -1, n_iter: 
         budget: Between 0 and the number of entries of a row: a number, or a tensor that broadcasts against X with `dim` reduced
             to 1. It may require a gradient.
     Returns:
-        Tensor of X's shape, dtype and device. Where fewer entries are visible than the budget, each has weight 1. A row that
+        Tensor of X's shape, dtype and device. If a row has fewer visible entries than the budget, each has weight 1. A row that
         holds NaN or +inf is all NaN.
     Raises:
         TypeError: X is no tensor of those dtypes, or an argument has the wrong type.
-        ValueError: budget, `dim` or n_iter is out of range, or budget's shape does not fit. A budget that lives on an
-            accelerator is not read: beyond its range it acts like the nearest end.
+        ValueError: budget, `dim` or n_iter is out of range, or budget's shape does not fit. A budget on an accelerator is not
+            read: outside its range it acts like the nearest end.
     Source: docs/theory.md, section 15; the signature is entmax's (MIT). Written for diffmax.
     Example:
         >>> import torch

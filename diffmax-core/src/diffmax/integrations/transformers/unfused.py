@@ -1,4 +1,4 @@
-"""Attention that returns its weights, for models that are asked for them."""
+"""Unfused attention that returns its weights, for `output_attentions=True`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def attend_with_weights(
     softcap: float = 0.0,
     sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`diffmax.attention` from its parts, and the weights (B, H, L, S); the dropped ones differ.
+    """`diffmax.attention` unfused, and the weights (B, H, L, S). Dropout drops other weights than the fused kernels.
 
-    The query heads of a group are laid below one another: one product per key head serves them, and no key is repeated.
+    Query heads that share a key head are stacked along the queries: one product per key head, and no key is repeated.
     """
     keys, e = key.shape[2], 1 - alpha
     call = _call(mask, is_causal, window_size, 1 / math.sqrt(query.shape[3]) if scale is None else scale, e, softcap, sink)
@@ -42,7 +42,7 @@ def attend_with_weights(
 
 
 def masked(scores: Tensor, mask: Tensor | None, is_causal: bool, window_size: tuple[int, int] | None = None) -> Tensor:
-    """The scores (B, H, L, S) and what is added to them, with -inf where nothing is to be seen."""
+    """The scores (B, H, L, S) plus the floating mask, with -inf at masked entries."""
     call = _call(mask, is_causal, window_size, 1.0, 1.0)
     return rules.apply(scores, call, Whole(scores.shape[-2], scores.shape[-1], call, scores.device))
 
@@ -56,7 +56,7 @@ def _call(
     softcap: float = 0.0,
     sink: Tensor | None = None,
 ) -> AttentionCall:
-    """What acts on the scores. A window belongs to causality here, as transformers' masks have it."""
+    """The options of the scores. A window applies only to causal calls, as in transformers' masks."""
     boolean = mask is not None and mask.dtype == torch.bool
     return AttentionCall(
         scale=scale,

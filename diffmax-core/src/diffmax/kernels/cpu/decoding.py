@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
 from diffmax.plugin import KVCacheCall, KVCacheResults
-from diffmax.reference.decoding import append, lengths
+from diffmax.reference.decoding import append, capacity
 
 Solve = Callable[[Tensor, "float | Tensor", int, int, bool], tuple[Tensor, Tensor, Tensor]]
 
@@ -39,27 +40,42 @@ def attention_kvcache(
     append(k_cache, v_cache, call)
     acc = accumulation_dtype(query.dtype)
     batch, length, heads, size = query.shape
-    kv_heads = k_cache.shape[2]
-    group = heads // max(kv_heads, 1)
-    out = torch.zeros(batch, length, heads, v_cache.shape[3], dtype=query.dtype)
-    m, delta = torch.full((batch, heads, length), -torch.inf, dtype=acc), torch.zeros(batch, heads, length, dtype=acc)
-    support = torch.zeros(m.shape if stats else (0,), dtype=torch.int32)
-    pages = torch.zeros((batch, kv_heads) if stats else (0,), dtype=torch.int32)
-    if out.numel() == 0:
-        return KVCacheResults(out, m, delta, support, pages)
-    acting = rules.acting(call, sink=False)
-    for b, end in enumerate(lengths(k_cache, call).tolist()):
-        for g in range(kv_heads):
-            heads_of_g = slice(g * group, (g + 1) * group)
-            q = query[b, :, heads_of_g].transpose(0, 1).to(acc).reshape(-1, size) * call.scale
-            head = _Head(call, k_cache, v_cache, b, g, end, q, length, heads_of_g, solve, acting)
-            values, row_m, row_delta, row_support = head.attend(stats)
-            out[b, :, heads_of_g] = values.view(group, length, -1).transpose(0, 1).to(out.dtype)
-            m[b, heads_of_g], delta[b, heads_of_g] = row_m.view(group, length), row_delta.view(group, length)
-            if stats:
-                support[b, heads_of_g] = row_support.view(group, length)
-                pages[b, g] = head.pages_read
-    return KVCacheResults(out, m, delta, support, pages)
+    kv_heads, value_size = k_cache.shape[2], v_cache.shape[3]
+    if 0 in (batch, length, heads, value_size):
+        return _nothing(query, kv_heads, value_size, stats)
+    group, acting = heads // kv_heads, rules.acting(call, sink=False)
+    queries = (query.transpose(1, 2).to(acc) * call.scale).reshape(batch * kv_heads, group * length, size)
+    places = product(enumerate(_ends(k_cache, call)), range(kv_heads))
+    of_heads = [
+        _Head(call, k_cache, v_cache, b, g, end, q, length, slice(g * group, (g + 1) * group), solve, acting)
+        for ((b, end), g), q in zip(places, queries.unbind(), strict=True)
+    ]
+    outs, ms, deltas, supports = zip(*[head.attend(stats) for head in of_heads], strict=True)
+    out = _joined(outs).view(batch, heads, length, value_size).transpose(1, 2).to(query.dtype).contiguous()
+    m, delta = _joined(ms).view(batch, heads, length), _joined(deltas).view(batch, heads, length)
+    if not stats:
+        return KVCacheResults(out, m, delta, *(torch.empty(0, dtype=torch.int32) for _ in range(2)))
+    pages = torch.tensor([head.pages_read for head in of_heads], dtype=torch.int32).view(batch, kv_heads)
+    return KVCacheResults(out, m, delta, _joined(supports).view(m.shape), pages)
+
+
+def _joined(of_heads: tuple[Tensor, ...]) -> Tensor:
+    """One after the other."""
+    return of_heads[0] if len(of_heads) == 1 else torch.cat(of_heads)
+
+
+def _nothing(query: Tensor, kv_heads: int, value_size: int, stats: bool) -> KVCacheResults:
+    """The results where there is no query, or no entry of a value."""
+    batch, length, heads, _ = query.shape
+    m = torch.full((batch, heads, length), -torch.inf, dtype=accumulation_dtype(query.dtype))
+    support, pages = (torch.zeros(shape if stats else (0,), dtype=torch.int32) for shape in (m.shape, (batch, kv_heads)))
+    return KVCacheResults(query.new_zeros(batch, length, heads, value_size), m, torch.zeros_like(m), support, pages)
+
+
+def _ends(k_cache: Tensor, call: KVCacheCall) -> list[int]:
+    """How many tokens each sequence has, the new ones among them."""
+    new, room = 0 if call.k is None else call.k.shape[1], capacity(k_cache, call)
+    return [min(max(tokens + new, 0), room) for tokens in call.cache_seqlens.tolist()]
 
 
 @dataclass
@@ -103,7 +119,7 @@ class _Head:
         return per_head[self.heads].repeat_interleave(self.length).unsqueeze(1).to(self.q.dtype)
 
     def attend(self, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Outputs (R, D_v), m and delta (R, 1), and support sizes (R, 1)."""
+        """Outputs (R, D_v), m and delta (R, 1), and support sizes (R,), if asked for."""
         chosen = self._pages_that_matter() if self.call.low is not None and self.end > self.first else None
         if chosen is None:
             tokens = None
@@ -112,12 +128,14 @@ class _Head:
         else:
             tokens, scores = chosen
         p, m, delta = self._weights(scores)
-        delta = delta.masked_fill(p.sum(1, keepdim=True).isnan(), torch.nan)
-        support = m.new_empty(0)
+        live = p.nonzero()[:, 1] if p.shape[0] == 1 else (p != 0).any(0).nonzero().squeeze(1)
+        if 0 < len(live) == p.shape[1]:  # where one weight of a row is NaN, so are all
+            delta.masked_fill_(p[:, :1].isnan(), torch.nan)
+        support = m
         if stats:
             z = clamp_e(self.e) * (scores - m.masked_fill(m == -torch.inf, 0.0))
             support = (z > delta - 1).sum(1, dtype=torch.int32)
-        return self._weighted(p, tokens), m, delta, support
+        return self._weighted(p, live, tokens), m, delta, support
 
     def _weights(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weights of keys, and m and delta, with the sink among the scores."""
@@ -223,19 +241,18 @@ class _Head:
 
     # values
 
-    def _weighted(self, p: Tensor, tokens: Tensor | None) -> Tensor:
-        """p @ values, of tokens with a weight alone where they are few."""
-        live = (p != 0).any(0)
-        count = int(live.sum())
-        if tokens is not None or count <= GATHERED_SHARE * p.shape[1]:
-            columns = live.nonzero().squeeze(1)
-            tokens = columns + self.first if tokens is None else tokens[columns]
-            return self._chunks(p[:, columns], lambda start, stop: self._at(self.v_cache, tokens[start:stop]))
+    def _weighted(self, p: Tensor, live: Tensor, tokens: Tensor | None) -> Tensor:
+        """p @ values, of the live columns alone, those with a weight, where they are few."""
+        if tokens is not None or len(live) <= GATHERED_SHARE * p.shape[1]:
+            tokens = (live + self.first if self.first else live) if tokens is None else tokens[live]
+            return self._chunks(p.index_select(1, live), lambda start, stop: self._at(self.v_cache, tokens[start:stop]))
         if self.blocks is None and self.v_cache.dtype == p.dtype:
             return p @ self.v_cache[self.row, self.first : self.end, self.g]
         return self._chunks(p, lambda start, stop: self._span(self.v_cache, self.first + start, self.first + stop))
 
     def _chunks(self, p: Tensor, values: Callable[[int, int], Tensor]) -> Tensor:
+        if p.shape[1] <= CHUNK:
+            return p @ values(0, p.shape[1])
         out = p.new_zeros(p.shape[0], self.v_cache.shape[3])
         for start in range(0, p.shape[1], CHUNK):
             stop = min(start + CHUNK, p.shape[1])

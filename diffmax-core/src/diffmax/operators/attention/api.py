@@ -13,7 +13,7 @@ from torch import Tensor
 from diffmax.machine.dispatch import selected
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention import operator as attention_operator
-from diffmax.operators.attention.call import build_call, build_packed_call
+from diffmax.operators.attention.call import Options, build_call, build_packed_call
 from diffmax.operators.attention.stats import AttentionStats, tile_sparsity
 from diffmax.operators.common import nested, watch
 from diffmax.operators.common.capture import captured, is_captured
@@ -144,28 +144,11 @@ def attention(
         >>> out.shape, stats.support_size.shape
         (torch.Size([2, 4, 100, 16]), torch.Size([2, 4, 100]))
     """
-    if is_captured(query, key, value, attn_mask, alpha, alibi_slopes, sink):
-        return captured(  # type: ignore[no-any-return]
-            attention,
-            *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
-            alpha=alpha,
-            window_size=window_size,
-            causal_alignment=causal_alignment,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            sink=sink,
-            return_stats=return_stats,
-            backend=backend,
-        )
-    q, k, v, call = build_call(
-        *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
-        alpha=alpha,
-        window_size=window_size,
-        causal_alignment=causal_alignment,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sink=sink,
-    )
+    options = Options(dropout_p, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink)
+    if is_captured(query, key, value, attn_mask, *options):
+        more = {"causal_alignment": causal_alignment, "return_stats": return_stats, "backend": backend}
+        return captured(attention, query, key, value, attn_mask, **options._asdict(), **more)  # type: ignore[no-any-return]
+    q, k, v, call = build_call(query, key, value, attn_mask, options, causal_alignment)
     out, stats = _attend(q, k, v, call, return_stats, backend)
     if call.cu_seqlens_q is not None:
         out, stats = _as_nested(query, out, stats)
@@ -226,38 +209,14 @@ def attention_varlen(
         >>> diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 7, 7, is_causal=True).shape
         torch.Size([12, 4, 16])
     """
-    if is_captured(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, alibi_slopes, sink):
-        return captured(  # type: ignore[no-any-return]
-            attention_varlen,
-            *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            alpha=alpha,
-            window_size=window_size,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            sink=sink,
-            block_table=block_table,
-            return_stats=return_stats,
-            backend=backend,
-        )
-    options: dict[str, Any] = {
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-        "alpha": alpha,
-        "window_size": window_size,
-        "softcap": softcap,
-        "sink": sink,
-        "block_table": block_table,
-    }
     packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = Options(dropout_p, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink)
+    if is_captured(*packed, *options):
+        more = {"block_table": block_table, "return_stats": return_stats, "backend": backend}
+        return captured(attention_varlen, *packed, **options._asdict(), **more)  # type: ignore[no-any-return]
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2:
-        return _one_by_one(*packed, alibi_slopes, options | {"return_stats": return_stats, "backend": backend})
-    query, key, value, call = build_packed_call(*packed, alibi_slopes=alibi_slopes, **options)
+        return _one_by_one(*packed, alibi_slopes, options, block_table, return_stats, backend)
+    query, key, value, call = build_packed_call(*packed, options, block_table)
     out, stats = _attend(query, key, value, call, return_stats, backend)
     out, stats = _by_token(out, stats)
     return out if stats is None else (out, stats)
@@ -272,23 +231,26 @@ def _one_by_one(
     max_seqlen_q: int,
     max_seqlen_k: int,
     slopes: Tensor,
-    options: dict[str, Any],
+    options: Options,
+    block_table: Tensor | None,
+    return_stats: bool,
+    backend: str | None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """`attention_varlen` with slopes (N, H), which no kernel supports: one sequence at a time."""
-    how = {"return_stats": options.pop("return_stats"), "backend": options.pop("backend")}
     packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    build_packed_call(*packed, alibi_slopes=slopes, draws=False, **options)
-    if (table := options.pop("block_table")) is not None:
-        key, value = from_pages("diffmax.attention_varlen", key, value, cu_seqlens_k, table)
+    build_packed_call(*packed, options, block_table, draws=False)
+    if block_table is not None:
+        key, value = from_pages("diffmax.attention_varlen", key, value, cu_seqlens_k, block_table)
     of_query, of_key, of_value = (
         torch.split(t, ends.diff().tolist()) for t, ends in ((query, cu_seqlens_q), (key, cu_seqlens_k), (value, cu_seqlens_k))
     )
+    more = {"causal_alignment": "lower_right", "return_stats": return_stats, "backend": backend}
     alone: Any = attention  # with stats or without
     results: list[Any] = [
-        alone(*(t.transpose(0, 1) for t in one), causal_alignment="lower_right", alibi_slopes=own, **options, **how)
+        alone(*(t.transpose(0, 1) for t in one), **options._replace(alibi_slopes=own)._asdict(), **more)
         for *one, own in zip(of_query, of_key, of_value, slopes, strict=True)
     ]
-    if not how["return_stats"]:
+    if not return_stats:
         return torch.cat([out.transpose(0, 1) for out in results])
     outs, stats = zip(*results, strict=True)
     tau, support, _ = ([t.T if t.ndim == 2 else t for t in one] for one in zip(*stats, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,22 +16,27 @@ if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
 
 
+class Options(NamedTuple):
+    """What `attention` and `attention_varlen` both take besides their tensors and masks, in the words of the former."""
+
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    alpha: float | Tensor
+    window_size: tuple[int, int] | None
+    alibi_slopes: Tensor | None
+    softcap: float
+    sink: Tensor | None
+
+
 def build_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | CausalBias | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    *,
-    alpha: float | Tensor,
-    window_size: tuple[int, int] | None,
+    options: Options,
     causal_alignment: str,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    sink: Tensor | None,
     draws: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
     """The tensors and the call that `attention`'s arguments mean. `draws`: whether dropout's seed is drawn."""
@@ -42,19 +47,12 @@ def build_call(
         nested.check_same_lengths(name, keys, values)
         return build_packed_call(
             *(queries.tokens, keys.tokens, values.tokens, queries.ends, keys.ends, queries.longest, keys.longest),
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            alpha=alpha,
-            window_size=window_size,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            sink=sink,
+            options,
             draws=draws,
             lower_right=checks.check_alignment(name, causal_alignment),
             name=name,
         )
+    dropout_p, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink = options
     query, key, value = autocast(query, key, value)
     query, key, value, attn_mask = checks.as_heads(name, query, key, value, attn_mask, enable_gqa)
     checks.check_tensors(name, query, key, value, "BHLD")
@@ -101,22 +99,14 @@ def build_packed_call(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    *,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    alpha: float | Tensor,
-    window_size: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    softcap: float,
-    sink: Tensor | None,
+    options: Options,
     block_table: Tensor | None = None,
     draws: bool = True,
     lower_right: bool = True,
     name: str = "diffmax.attention_varlen",
 ) -> tuple[Tensor, Tensor, Tensor, AttentionCall]:
     """As `build_call`, of `attention_varlen`'s; the tensors are (1, H, T, D)."""
+    dropout_p, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink = options
     if block_table is not None:
         key, value = from_pages(name, key, value, cu_seqlens_k, block_table)
     query, key, value = autocast(query, key, value)

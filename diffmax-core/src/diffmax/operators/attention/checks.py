@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,21 +30,16 @@ ALIGNMENTS = ("upper_left", "lower_right")
 
 def check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
     """Check types, dtypes, devices and shapes; `layout` is the axes' names, such as "BHLD"."""
-    given = {"query": query, "key": key, "value": value}
-    for what, t in given.items():
+    facts = (query, key, value)
+    for what, t in zip(("query", "key", "value"), facts, strict=True):
         check_tensor(name, what, t)
     if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            f"{name}: query, key and value must have one dtype, got\n{_facts(query, key, value)}\nconvert two of them"
-        )
+        raise TypeError(f"{name}: query, key and value must have one dtype, got\n{_facts(*facts)}\nconvert two of them")
     if not query.device == key.device == value.device:
-        raise ValueError(f"{name}: query, key and value must be on one device, got\n{_facts(query, key, value)}")
-    if any(t.ndim != len(layout) for t in given.values()):
+        raise ValueError(f"{name}: query, key and value must be on one device, got\n{_facts(*facts)}")
+    if not query.ndim == key.ndim == value.ndim == len(layout):
         axes = ", ".join(layout)
-        raise ValueError(
-            f"{name}: query, key and value must have {len(layout)} dimensions ({axes}), got\n{_facts(query, key, value)}"
-        )
-    facts = (query, key, value)
+        raise ValueError(f"{name}: query, key and value must have {len(layout)} dimensions ({axes}), got\n{_facts(*facts)}")
     heads, length = layout.index("H"), layout.index("L" if "L" in layout else "T")
     if key.shape[length] != value.shape[length]:
         lengths = f"{key.shape[length]} and {value.shape[length]}"
@@ -318,16 +314,16 @@ def check_packing(name: str, what: str, cu_seqlens: Tensor, longest: int, total:
     if cu_seqlens.device != device:
         raise ValueError(f"{name}: cu_seqlens_{what} and query must be on one device, got {cu_seqlens.device} and {device}")
     if _readable(cu_seqlens):
-        steps = cu_seqlens.diff()
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((steps < 0).any()):
+        places = cu_seqlens.tolist()
+        lengths = [end - start for start, end in pairwise(places)]
+        if places[0] != 0 or places[-1] != total or min(lengths) < 0:
             raise ValueError(
-                f"{name}: cu_seqlens_{what} must ascend from 0 to the number of tokens, {total}, got {_few(cu_seqlens)}"
+                f"{name}: cu_seqlens_{what} must ascend from 0 to the number of tokens, {total}, got {_few(places)}"
             )
-        if longest < steps.max():
-            raise ValueError(f"{name}: max_seqlen_{what} must be at least the longest length, {steps.max()}, got {longest}")
+        if longest < max(lengths):
+            raise ValueError(f"{name}: max_seqlen_{what} must be at least the longest length, {max(lengths)}, got {longest}")
     return cu_seqlens.to(torch.int32)
 
 
-def _few(t: Tensor) -> str:
-    values = t.tolist()
+def _few(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"

@@ -1,6 +1,6 @@
-"""Attention and its gradients from differentiable operators, with all scores and weights in memory.
+"""Attention and its gradients as compositions of differentiable operators, with all scores and weights in memory.
 
-For what the fused kernels do not have: second derivatives, forward mode, and transforms of torch.ops.diffmax.attention itself.
+It serves what fused kernels lack: second derivatives, forward mode, and transforms of torch.ops.diffmax.attention itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from diffmax.reference import attention as reference
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, stats: bool, backend: str) -> AttentionResults:
-    """What attention returns, without U. `backend` is the row operator's."""
+    """The results of attention, without U. `backend` is the backend of the row operator."""
     return reference.attention(query, key, value, call, False, stats, row_operator(backend))
 
 
 def row_operator(backend: str) -> reference.Solve:
-    """The row operator as the reference calls it, differentiable, by the backend."""
+    """The differentiable row operator of the backend, with the signature that the reference calls."""
 
     def solve(scores: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> tuple[Tensor, Tensor, Tensor]:
         e, e_tensor = (0.0, e) if isinstance(e, Tensor) else (e, None)
@@ -36,7 +36,7 @@ def row_operator(backend: str) -> reference.Solve:
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, wanted: Wanted, backend: str
 ) -> AttentionGradients:
-    """What attention_backward returns. `backend` is the row operator's."""
+    """The results of attention_backward. `backend` is the backend of the row operator."""
     if call.cu_seqlens_q is None:
         return _backward(grad, query, key, value, call, wanted, backend, reference.Whole.of(query, key, call))
     queries, keys = packings(call)
@@ -69,7 +69,7 @@ def _backward(
     p, m, delta = torch.ops.diffmax.bisect(scores, e, e_tensor, 3, 200, True, backend)
     g, passed = reference.grouped(grad.to(acc), groups), reference.keep_factors(scaled, call)
     d_p = reference.times((g @ value.to(acc).mT).view(scaled.shape), passed)
-    d_p = widened(d_p, scores.shape[3])  # the sink has no value
+    d_p = widened(d_p, scores.shape[3])  # the sink has no value vector
     d_s, grad_e = torch.ops.diffmax.bisect_backward(d_p, p, m, delta, None, e, e_tensor, 3, wanted.e, backend)
     nothing = m.new_empty(0)
     grad_sink = d_s[..., keys] if wanted.sink else nothing

@@ -18,7 +18,8 @@ from diffmax.operators.attention import differentiable
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.attention.tiles import live_shape, widened
 from diffmax.operators.common import portable
-from diffmax.operators.common.autograd import differentiates, has_tangent
+from diffmax.operators.common.autograd import differentiates, has_tangent, is_transformed
+from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
 from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
@@ -62,18 +63,23 @@ LEARNED = ("e_tensor", "bias", "sink")
 
 def features(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, stats: bool) -> frozenset[str]:
     """Those of `diffmax.plugin.FEATURES` that the call needs, alpha's aside."""
-    needs = {
-        "gqa": query.shape[1] != key.shape[1],
-        "varlen": call.cu_seqlens_q is not None,
-        "value_dim": value.shape[3] != key.shape[3],
-        "attention_stats": stats,
-        "dropout": call.dropout_p > 0,
-    }
-    return rules.features(call) | {name for name, needed in needs.items() if needed}
+    return rules.features(
+        call,
+        gqa=query.shape[1] != key.shape[1],
+        varlen=call.cu_seqlens_q is not None,
+        value_dim=value.shape[3] != key.shape[3],
+        attention_stats=stats,
+        dropout=call.dropout_p > 0,
+    )
 
 
 def _attention(*flat: Any) -> AttentionResults:
-    query, key, value, keep, stats, call, backend = FORWARD.rebuild(flat)
+    return _forward(*FORWARD.rebuild(flat))
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, keep: bool, stats: bool, call: AttentionCall, backend: str
+) -> AttentionResults:
     run = kernel(
         "attention",
         query,
@@ -86,16 +92,14 @@ def _attention(*flat: Any) -> AttentionResults:
         run = partial(run, solve=differentiable.row_operator(""))
     with torch._C._DisableAutocast():  # a kernel's products are of the dtypes that it chose
         found = AttentionResults(*run(query, key, value, call, keep, stats))
-    return found._replace(live=_folded(found.live))
+    return found if found.live.ndim == 1 else found._replace(live=_folded(found.live))
 
 
 def _folded(live: Tensor) -> Tensor:
-    """(B, H, tiles, words) as the operators hand it on: (B, H, n), n at least 2; (0,) is nothing known.
+    """(B, H, tiles, words) as the operators hand it on: (B, H, n), n at least 2.
 
     A tracer asks of every size whether it is 1. Of this one it can know without binding the lengths to one tile.
     """
-    if live.ndim == 1:
-        return live
     live = live.flatten(2)
     return live if live.shape[2] >= 2 else widened(live, 2)
 
@@ -120,7 +124,19 @@ def _attention_fake(*flat: Any) -> AttentionResults:
 
 
 def _attention_backward(*flat: Any) -> AttentionGradients:
-    grad, query, key, value, saved, wanted, call, backend = BACKWARD.rebuild(flat)
+    return _backward(*BACKWARD.rebuild(flat))
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saved: Saved,
+    wanted: Wanted,
+    call: AttentionCall,
+    backend: str,
+) -> AttentionGradients:
     run = kernel(
         "attention_backward",
         query,
@@ -184,8 +200,10 @@ class _Attention(torch.autograd.Function):
         learned = [FORWARD.place[name] for name in LEARNED]
         wanted = Wanted._make(place < len(flat) and needed[place] for place in learned)
         # under create_graph=True this operator's own Autograd key makes its results differentiable again
-        saved = Saved(m, delta, u, live)
-        found = AttentionGradients(*BACKWARD(grad, query, key, value, saved, wanted, call, backend))
+        plain = not torch.is_grad_enabled() and not is_transformed() and is_plain(grad, *given, m, delta, u, live)
+        found = AttentionGradients(
+            *(_backward if plain else BACKWARD)(grad, query, key, value, Saved(m, delta, u, live), wanted, call, backend)
+        )
         of[:3] = (t if is_needed else None for t, is_needed in zip(found[:3], needed, strict=False))
         e, bias, sink = learned
         if wanted.e:
@@ -214,8 +232,9 @@ class _TransformableAttention(torch.autograd.Function):
 
 
 def _below_autograd(*flat: Any) -> Any:
+    run = _attention if not is_transformed() and is_plain(*flat) else torch.ops.diffmax.attention
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.diffmax.attention(*flat)
+        return run(*flat)
 
 
 def _save(ctx: Any, flat: tuple[Any, ...], results: Any) -> None:
@@ -228,13 +247,19 @@ def _save(ctx: Any, flat: tuple[Any, ...], results: Any) -> None:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, stats: bool, call: AttentionCall, backend: str) -> AttentionResults:
-    """What torch.ops.diffmax.attention gives, by a way that torch.func can transform."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and portable.is_tracing():
+    """What torch.ops.diffmax.attention gives, on the shortest way there that differentiates and transforms what has to be."""
+    if torch.compiler.is_compiling():
+        return AttentionResults(*FORWARD(query, key, value, False, stats, call, backend))
+    if portable.is_tracing():
         return portable.attention(query, key, value, call, stats)
-    transformed = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed and forward_ad._current_level < 0:
-        return AttentionResults(*_TransformableAttention.apply(*FORWARD.flatten(query, key, value, True, stats, call, backend)))
+    transformed = is_transformed()
+    plain = not transformed and is_plain(query, key, value, *vars(call).values())
+    if plain and not differentiates(query, key, value, *_learned(call)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward(query, key, value, False, stats, call, backend)
+    if plain or (transformed and forward_ad._current_level < 0):
+        function = _Attention if plain else _TransformableAttention
+        return AttentionResults(*function.apply(*FORWARD.flatten(query, key, value, True, stats, call, backend)))
     return AttentionResults(*FORWARD(query, key, value, False, stats, call, backend))
 
 

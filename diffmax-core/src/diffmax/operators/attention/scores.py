@@ -14,6 +14,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -177,7 +178,7 @@ class Alibi(Rule):
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """Scores less the penalty."""
-        distance = (region.keys() - region.queries()).abs().to(scores.dtype)
+        distance = (region.keys().int() - region.queries().int()).abs_().to(scores.dtype)  # int32 takes half of the memory
         return region.add(scores, distance, region.of_heads(_given(call, "alibi")).to(scores.dtype))
 
     def bound(self, bound: Tensor, call: KVCacheCall, pages: Pages) -> Tensor:
@@ -294,14 +295,25 @@ def described(kind: type) -> dict[str, str]:
     return {name: text for rule in RULES if known >= {*rule.fields} for name, text in rule.described.items()}
 
 
-def features(call: Call) -> frozenset[str]:
-    """Those of `diffmax.plugin.FEATURES` that the rules of a call need."""
-    return frozenset[str]().union(*(rule.features(call) for rule in RULES))
+def features(call: Call, **more: bool) -> frozenset[str]:
+    """Those of `diffmax.plugin.FEATURES` that the rules of a call need, and those of `more` that are true."""
+    return _features(*[rule.features(call) for rule in RULES], **more)
+
+
+@cache
+def _features(*of_rules: frozenset[str], **more: bool) -> frozenset[str]:
+    return frozenset(name for name, needed in more.items() if needed).union(*of_rules)
 
 
 def acting(call: Call, sink: bool = True) -> tuple[Rule, ...]:
     """The rules that a call needs, without the sink's if not `sink`: asked once for all blocks of a call."""
-    return tuple(rule for rule in RULES if (rule.features(call) or type(rule) is Padding) and (sink or type(rule) is not Sink))
+    return _with_features(sink, *[rule.features(call) for rule in RULES])
+
+
+@cache
+def _with_features(sink: bool, *found: frozenset[str]) -> tuple[Rule, ...]:
+    needed = (rule for rule, own in zip(RULES, found, strict=True) if own or type(rule) is Padding)
+    return tuple(rule for rule in needed if sink or type(rule) is not Sink)
 
 
 def apply(scores: Tensor, call: Call, region: Region, some: tuple[Rule, ...] | None = None) -> Tensor:
@@ -364,5 +376,9 @@ def _given(call: Call, field: str) -> Any:
     return getattr(call, field, None)
 
 
-def _if(needed: bool, *names: str) -> frozenset[str]:
-    return frozenset(names) if needed else frozenset()
+def _if(needed: bool, name: str) -> frozenset[str]:
+    return _ALONE[name] if needed else _NOTHING
+
+
+_NOTHING = frozenset[str]()
+_ALONE = {name: frozenset({name}) for rule in RULES for name in rule.described}

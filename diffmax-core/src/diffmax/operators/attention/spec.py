@@ -1,4 +1,4 @@
-"""Attention, to the rest of diffmax."""
+"""Registration of attention."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from diffmax.operators.attention import api, call, operator
+from diffmax.operators.attention import api, operator
 from diffmax.operators.attention import scores as rules
+from diffmax.operators.attention.call import Options, build_call, build_packed_call
 from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
 from diffmax.plugin import AttentionCall
 
@@ -29,14 +30,13 @@ DESCRIBED = {
 BOTH_WAYS = frozenset(DESCRIBED) - {"attention_stats"} | {"tensor_alpha", "deterministic"}
 
 
-def _asks(function: Callable[..., Any], build_call: Callable[..., Any], *arguments: Any, **options: Any) -> Question:
+def _asks(function: Callable[..., Any], build: Callable[..., Any], *arguments: Any, **options: Any) -> Question:
     bound = inspect.signature(function).bind(*arguments, **options)
     bound.apply_defaults()
     given = dict(bound.arguments)
     stats, backend = bool(given.pop("return_stats")), given.pop("backend")
-    positional = [name for name, what in bound.signature.parameters.items() if what.kind is what.POSITIONAL_OR_KEYWORD]
-    places = [given.pop(name) for name in positional]
-    query, key, value, call = build_call(*places, **given, draws=False)
+    chosen = Options(*(given.pop(name) for name in Options._fields))
+    query, key, value, call = build(**given, options=chosen, draws=False)
     learned = [t for t in (query, key, value, call.e, call.bias, call.sink) if isinstance(t, Tensor) and t.requires_grad]
     return Question(
         "attention",
@@ -53,7 +53,7 @@ def _asks(function: Callable[..., Any], build_call: Callable[..., Any], *argumen
 
 
 def cases(name: str, features: frozenset[str], needed: Needed, implied: frozenset[str] = frozenset()) -> Iterator[Case]:
-    """What to prepare of an operator with heads: every size with every set of features, of those that it has."""
+    """The warmup cases of an operator with heads: every head dimension with every set of supported features."""
     for size, asked in itertools.product(needed.head_dims, needed.features):
         more = frozenset({"value_dim"} if size[0] != size[1] else ())
         yield Case(name, (asked | more | implied) & features, size, size)
@@ -66,16 +66,16 @@ def _flops(*flat: Any, **_: Any) -> int:
 
 def _backward_flops(*flat: Any, **_: Any) -> int:
     given = operator.BACKWARD.rebuild(flat)
-    # scores once more, and the gradients of query and key; those of weights and value
+    # scores again, and the gradients for query and key; those for weights and value
     return 2 * _pairs(given.query, given.key, given.call) * (3 * given.query.shape[3] + 2 * given.value.shape[3])
 
 
 def _pairs(query: Tensor, key: Tensor, call: AttentionCall) -> int:
-    """Of a query and a key in one sequence, over all heads."""
+    """The number of pairs of a query and a key in one sequence, over all heads."""
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         return math.prod(query.shape[:3]) * key.shape[2]
     offsets = (call.cu_seqlens_q, call.cu_seqlens_k)
-    if any(t.is_meta or isinstance(t, FakeTensor) for t in offsets):  # lengths are not known: all have the longest
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in offsets):  # lengths are unknown: all sequences count as the longest
         return query.shape[1] * (len(offsets[0]) - 1) * call.max_seqlen_q * call.max_seqlen_k
     lengths_q, lengths_k = (t.diff().long() for t in offsets)
     return query.shape[1] * int((lengths_q * lengths_k).sum())
@@ -95,9 +95,11 @@ register(
             "attention_backward": KernelSpec(BOTH_WAYS | {"alpha_gradient"}, adapt=_with_bundles),
         },
         functions={
-            "attention": Function("attention", partial(_asks, api.attention, call.build_call)),
+            "attention": Function(
+                "attention", partial(_asks, api.attention, build_call), bench="diffmax.testing.attention.bench:BENCH"
+            ),
             "attention_varlen": Function(
-                "attention", partial(_asks, api.attention_varlen, call.build_packed_call), frozenset({"varlen"})
+                "attention", partial(_asks, api.attention_varlen, build_packed_call), frozenset({"varlen"})
             ),
         },
         described=DESCRIBED,

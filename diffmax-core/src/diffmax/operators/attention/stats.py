@@ -1,4 +1,4 @@
-"""What an attention call reports of itself."""
+"""Statistics of an attention call."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class AttentionStats(NamedTuple):
     """Per-query statistics of an attention call, without gradients.
 
     Attributes:
-        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf for fully masked queries. For packed
-            sequences (T, H).
-        support_size: Like tau, int32: how many keys have a score above tau.
+        tau: (B, H, L), or (T, H) for packed sequences: the threshold of each query (Eq. 1), in the accumulation dtype; -inf for
+            fully masked queries.
+        support_size: int32, like tau: the number of keys with a score above tau.
         tile_sparsity: (B, H), for packed sequences (H,), float32: the share of 64 x 64 tiles of queries and keys whose weights
             are all zero, among those that causality and the window do not mask. Tiles that a mask hides count as zero.
     """
@@ -28,13 +28,13 @@ class AttentionStats(NamedTuple):
     tile_sparsity: Tensor
 
 
-AttentionStats.__module__ = "diffmax"  # where pickles look for it
+AttentionStats.__module__ = "diffmax"  # the module name that pickles store
 
 
 def tile_sparsity(query: Tensor, key: Tensor, live: Tensor, call: AttentionCall) -> Tensor:
-    """The share of empty tiles, by head, of those that causality and window leave."""
+    """Per head, the share of empty tiles among those that causality and window do not mask."""
     if live.ndim == 1:
-        return torch.full(query.shape[:2], torch.nan, device=query.device)  # this backend does not know
+        return torch.full(query.shape[:2], torch.nan, device=query.device)  # the backend does not compute live tiles
     tiles = torch.sym_max(2, live_shape(query, key, call)[2])  # type: ignore[no-untyped-call]  # one too many counts nothing
     row = torch.arange(tiles, device=query.device)
     if call.cu_seqlens_q is None:

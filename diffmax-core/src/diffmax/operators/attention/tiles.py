@@ -1,4 +1,4 @@
-"""The tiles of attention's scores that hold a weight, as bits: `live` of `diffmax.plugin.Saved`."""
+"""Live tiles of attention as bits: `live` of `diffmax.plugin.Saved`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def live_shape(query: Tensor, key: Tensor, call: AttentionCall) -> tuple[int, ..
 
 
 def tiles_with(entries: Tensor) -> Tensor:
-    """Which tiles of a boolean (..., L, S) hold True."""
+    """Boolean per tile: whether the tile of a boolean (..., L, S) holds True."""
     length, keys = entries.shape[-2:]
     tiles_q, tiles_k = -(-length // TILE), -(-keys // TILE)
     entries = widened(widened(entries, tiles_k * TILE).mT, tiles_q * TILE).mT
@@ -30,7 +30,7 @@ def tiles_with(entries: Tensor) -> Tensor:
 
 
 def widened(t: Tensor, size: int) -> Tensor:
-    """The last dimension filled up with zeros. torch 2.4's pad takes no dimension of 0."""
+    """Pad the last dimension with zeros. pad of torch 2.4 does not accept a dimension of 0."""
     missing = size - t.shape[-1]
     return torch.cat([t, t.new_zeros(*t.shape[:-1], missing)], -1) if missing else t
 
@@ -43,6 +43,6 @@ def packed_bits(tiles: Tensor) -> Tensor:
 
 
 def unpacked_bits(words: Tensor) -> Tensor:
-    """The reverse: booleans (..., n * WORD)."""
+    """The inverse: booleans (..., n * WORD)."""
     bits = words.unsqueeze(-1) >> torch.arange(WORD, dtype=torch.int32, device=words.device)
     return (bits & 1).bool().flatten(-2)

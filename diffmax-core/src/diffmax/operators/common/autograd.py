@@ -1,4 +1,4 @@
-"""What autograd has in mind with a call: whether it records it, and by which of torch's ways."""
+"""The autograd context of a call: gradients, torch.func transforms, forward mode, tracing."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def differentiates(*tensors: Tensor | None) -> bool:
-    """Whether the backward of a call with these tensors may be asked for."""
+    """Whether a call with these tensors may get a backward."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is under way."""
+    """Whether a torch.func transform or forward-mode differentiation is active."""
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def forward_levels() -> int:
-    """How many jvp transforms enclose the call. An autograd.Function knows of one: the tangents of a second are silently 0."""
+    """The number of jvp transforms around the call. An autograd.Function handles one; tangents of a second are silently 0."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode differentiation goes through one of them; compiled code enters it unseen by `forward_ad`."""
-    with _unrecorded():  # looking makes an alias, which a compiler's graph would keep
+    """Whether one of the tensors has a tangent. In compiled code, the level of `forward_ad` does not show forward mode."""
+    with _unrecorded():  # unpacking makes an alias, which would stay in a compiler's graph
         return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
 
 
 def _unrecorded() -> AbstractContextManager[object]:
-    """What is done inside it, a graph that is being made does not show."""
+    """A context whose operations a graph under construction does not record."""
     if torch._C._len_torch_dispatch_stack() == 0 or torch._C._get_dispatch_mode(_PROXY) is None:
         return nullcontext()
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing

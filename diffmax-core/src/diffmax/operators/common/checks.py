@@ -1,4 +1,4 @@
-"""Argument checks that the public functions share. Each message says the rule, what was got, and what to do."""
+"""Argument checks shared by the public functions. Each message has the rule, the value, and the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffmax.operators.common.numerics import FLOAT_DTYPES, accumulation_dtype
 
 
 def check_tensor(name: str, what: str, t: Tensor) -> None:
-    """Check that `t` is a tensor that the operators compute with: of their dtypes, and laid out by strides."""
+    """Check that `t` is a strided tensor of a supported dtype."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: {what} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in FLOAT_DTYPES:
@@ -35,7 +35,7 @@ def check_strided(name: str, what: str, t: Tensor) -> None:
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Check what the scores are to be converted to."""
+    """Check the dtype argument, to which the scores are converted."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name}: dtype must be a torch.dtype, got {dtype!r} of type {type(dtype).__name__}")
     return dtype
@@ -57,8 +57,8 @@ def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
 
 
 def is_whole(n: Any) -> bool:
-    """Whether n is a whole number of any kind: Python's, NumPy's, or a tensor's with one entry."""
-    if type(n) is int:  # asking an abstract class takes a microsecond
+    """Whether n is an integer: of Python, of NumPy, or a tensor with one entry."""
+    if type(n) is int:  # isinstance with an abstract class takes a microsecond
         return True
     if isinstance(n, Tensor):
         return n.ndim == 0 and not n.is_floating_point() and not n.is_complex() and n.dtype != torch.bool
@@ -66,13 +66,13 @@ def is_whole(n: Any) -> bool:
 
 
 def as_int(n: Any) -> int:
-    """A whole number as Python's, or as what stands for one while tracing."""
+    """n as a Python int, or as a symbolic one while tracing."""
     if isinstance(n, torch.SymInt):
         return cast(int, n)
     return int(n)
 
 
-# What else alpha may be where it is called before it is checked.
+# Added to the message of functions that accept a function as alpha.
 OR_FUNCTION = ", or a function of no arguments that returns one"
 
 
@@ -98,14 +98,14 @@ _SECOND_IS_ALPHA = ("diffmax_bisect", "diffmax_bisect_monitored")
 
 
 def _alpha_hint(name: str, alpha: float) -> str:
-    """What to write for a number at or beyond the ends, see decision 0074."""
+    """The remedy for a number outside (0, 1); see decision 0074."""
     hint = ""
     if isinstance(alpha, int) and name in _SECOND_IS_ALPHA:
         hint = "\nfor a dimension, write dim: the second argument is alpha"
     if 1 < alpha < 2:
-        hint += f"\nif that is entmax's alpha, its equal here is 2 - {alpha:g} = {2 - alpha:g}"
+        hint += f"\nif that is entmax's alpha, pass 2 - {alpha:g} = {2 - alpha:g} here"
     elif alpha == 2:
-        hint += "\nif that is entmax's alpha, its equal here is the limit 0, sparsemax: pass torch.tensor(0.0)"
+        hint += "\nif that is entmax's alpha, the limit is 0 here, sparsemax: pass torch.tensor(0.0)"
     elif alpha in (0, 1):
         limit = "torch.softmax" if alpha else "sparsemax"
         hint += f"\nthe limit alpha -> {alpha:g} is {limit}: if that is meant, pass torch.tensor({float(alpha)})"
@@ -113,7 +113,7 @@ def _alpha_hint(name: str, alpha: float) -> str:
 
 
 def check_alpha_tensor(name: str, X: Tensor, alpha: Tensor, dim: int, what: str = "alpha") -> None:
-    """Check dtype, device and shape of a tensor with one number per row: alpha, what alpha is computed from, or `what`."""
+    """Check dtype, device and shape of a tensor with one number per row: alpha, or the argument named `what`."""
     check_strided(name, what, alpha)
     if not alpha.is_floating_point():
         raise TypeError(f"{name}: {what} must be of a floating dtype, got {_dtype(alpha)}")
@@ -128,7 +128,7 @@ def check_alpha_tensor(name: str, X: Tensor, alpha: Tensor, dim: int, what: str 
 
 
 def broadcasts(t: Tensor, wanted: tuple[int, ...]) -> bool:
-    """Whether t broadcasts to `wanted`. Sizes are compared one by one: torch.compile knows of no size what tuples it is in."""
+    """Whether t broadcasts to `wanted`. Sizes are compared with `==`: torch.compile does not trace `size in (1, n)`."""
     if t.ndim > len(wanted):
         return False
     return all(size == 1 or size == among for size, among in zip(t.shape, wanted[len(wanted) - t.ndim :], strict=True))
@@ -140,16 +140,18 @@ def has_shape(t: Tensor, *shapes: tuple[int, ...]) -> bool:
 
 
 def _check_alpha_values(name: str, alpha: Tensor) -> None:
-    if _readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
-        low, high = alpha.detach().aminmax()
+    if not _readable(alpha) or alpha.numel() == 0:
+        return
+    low, high = (end.item() for end in alpha.detach().aminmax())
+    if not (low >= 0 and high <= 1):  # NaN is neither
         raise ValueError(
-            f"{name}: alpha must lie between 0 and 1, got values from {low.item():g} to {high.item():g}\n"
+            f"{name}: alpha must lie between 0 and 1, got values from {low:g} to {high:g}\n"
             "a learned alpha stays inside with alpha_map, see diffmax.HillMap"
         )
 
 
 def _shape_hint(X: Tensor, alpha: Tensor, wanted: tuple[int, ...], what: str) -> str:
-    """For an alpha of shape (H,): the shape that puts it on the one axis of its length, heads (axis 1 of 4) before others."""
+    """For an alpha of shape (H,): the view that moves it to the axis of length H, preferably that of heads (axis 1 of 4)."""
     axes = [axis for axis, size in enumerate(wanted) if alpha.ndim == 1 and size == alpha.shape[0] and size != 1]
     if not axes:
         return ""
@@ -159,7 +161,7 @@ def _shape_hint(X: Tensor, alpha: Tensor, wanted: tuple[int, ...], what: str) ->
 
 
 def _readable(t: Tensor) -> bool:
-    """Whether looking at `t`'s values is possible and free: it is on the CPU, and nothing is tracing or transforming it."""
+    """Whether the values of `t` can be read without waiting: it is on the CPU, and is not traced or transformed."""
     return (
         t.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -169,7 +171,7 @@ def _readable(t: Tensor) -> bool:
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
-    return tuple(int(size) if isinstance(size, Tensor) else size for size in t.shape)  # torch.jit.trace has tensors there
+    return tuple(int(size) if isinstance(size, Tensor) else size for size in t.shape)  # under torch.jit.trace sizes are tensors
 
 
 def _dtype(t: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Constants and small formulas that every plain-PyTorch kernel shares (docs/theory.md, Eq. 2 to 5)."""
+"""Constants and formulas shared by all plain-PyTorch kernels (docs/theory.md, Eq. 2 to 6)."""
 
 import math
 
@@ -7,31 +7,31 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Below this e = 1 - alpha no weight differs from softmax's by more than float64 resolves at 1 (relative to the weight, the
-# difference is about e * l**2 / 2, where l = ln p). So the limit alpha -> 1 needs no branch: kernels raise e to it.
+# For e = 1 - alpha below this, weights differ from softmax by less than float64 resolves at 1 (the relative difference is
+# about e * l**2 / 2, where l = ln p). So the limit alpha -> 1 needs no branch: kernels raise e to this value.
 MIN_E = 2.0**-60
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
+    """float64 for float64, float32 for narrower dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def newton_steps(n_iter: int, n: int, e: float, dtype: torch.dtype) -> int:
-    """Newton steps after which tau is as near to its root as `n_iter` bisection steps would bring it.
+    """The number of Newton steps that are at least as accurate as `n_iter` bisection steps.
 
-    The error after j steps is at most (n^e - 1) n^e 4^-j; bisection's is (n^e - 1) n^-e 2^-j  (docs/theory.md, Eq. 9 and 10).
-    Steps beyond the digits of `dtype` change nothing and are not counted.
+    The error after j Newton steps is at most (n^e - 1) n^e 4^-j, after j bisection steps (n^e - 1) n^-e 2^-j  (docs/theory.md,
+    Eq. 9 and 10). `n_iter` is capped, because steps beyond the digits of `dtype` change nothing.
     """
     digits = 54 if dtype == torch.float64 else 26
     return math.ceil(min(n_iter, digits) / 2 + e * math.log2(max(n, 1)))
 
 
-# k = 1/e whose powers are multiplications: alpha = 1/2, 2/3, 3/4, 4/5 and 9/10.
+# Values of k = 1/e whose powers are computed by multiplications: alpha = 1/2, 2/3, 3/4, 4/5 and 9/10.
 INTEGER_EXPONENTS = (2, 3, 4, 5, 10)
 
 
-# As far, relative to it, e may be from 1/k: in float32 1/e then rounds to k; in float64 as far as rounding alpha takes it
+# Largest relative distance of e from 1/k: in float32, 1/e then rounds to k; in float64, the effect of rounding alpha
 _WHOLE = {torch.float32: 2.0**-24, torch.float64: 2.0**-50}
 
 
@@ -46,16 +46,16 @@ def clamp_e(e: float | Tensor) -> float | Tensor:
     return e.clamp_min(MIN_E) if isinstance(e, Tensor) else max(e, MIN_E)
 
 
-# Taylor coefficients of (exp(v) - 1 - v) / v^2: 1/2, 1/6, 1/24, ... so many that the rest is below rounding for v < 1.
+# Taylor coefficients of (exp(v) - 1 - v) / v^2: 1/2, 1/6, 1/24, ...; the remainder is below rounding for v < 1.
 _PHI_SERIES = {torch.float32: tuple(1 / math.factorial(j + 2) for j in range(11))}
 _PHI_SERIES[torch.float64] = tuple(1 / math.factorial(j + 2) for j in range(18))
 
 
 def alpha_weight(p: Tensor, log_p: Tensor, e: float | Tensor) -> Tensor:
-    """w = p * phi(ln p) of Eq. 6, with phi(l) = (exp(-e*l) - 1 + e*l) / e^2; log_p is 0 where p is.
+    """w = p * phi(ln p) of Eq. 6, with phi(l) = (exp(-e*l) - 1 + e*l) / e^2; log_p is 0 where p is 0.
 
-    With v = -e*l, phi is (exp(v) - 1 - v) / e^2: a series where v is small, so that no digit is lost as alpha -> 1. In v and
-    not with p^alpha, whose own rounding error is alpha / e times larger. v = -ln [z - t] is at most 37, whatever p is.
+    With v = -e*l, phi is (exp(v) - 1 - v) / e^2. For small v it is a series, so no digit is lost as alpha -> 1. It is computed
+    from v instead of p^alpha, whose rounding error is alpha / e times larger. v = -ln [z - t] is at most 37 for any p.
     """
     v = -e * log_p
     small = v < 1
@@ -64,5 +64,5 @@ def alpha_weight(p: Tensor, log_p: Tensor, e: float | Tensor) -> Tensor:
     series = torch.full_like(v, highest)
     for coefficient in lower:
         series = series * v_small + coefficient
-    far_e = torch.where(small, torch.ones_like(v), e)  # where the series serves, e^2 may be too small to divide by
+    far_e = torch.where(small, torch.ones_like(v), e)  # if the series is used, e^2 may be too small to divide by
     return p * torch.where(small, log_p.square() * series, (v.expm1() - v) / far_e**2)

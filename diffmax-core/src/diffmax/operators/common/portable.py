@@ -1,8 +1,8 @@
-"""The operators from plain operators of torch, for graphs that leave Python: torch.jit.trace and ONNX.
+"""The operators as compositions of torch's own, for graphs that leave Python: torch.jit.trace and ONNX.
 
-Such a graph holds no operator of diffmax, so that it runs where diffmax is not. It has a fixed number of steps, enough for any
-length up to `LONGEST`, and uses what every exporter knows: no log1p, no expm1, and no size that a branch depends on. Scores and
-weights are in memory at once. Equations: docs/theory.md.
+Such a graph holds no operator of diffmax, so it runs without diffmax. It has a fixed number of steps, enough for any length up
+to `LONGEST`, and uses only what every exporter supports: no log1p, no expm1, and no branch that depends on a size. All scores
+and weights are in memory. Equations: docs/theory.md.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from diffmax.plugin import AttentionCall, AttentionResults, KVCacheCall, KVCache
 from diffmax.reference import attention as reference_attention
 from diffmax.reference import decoding as reference_decoding
 
-# Rows of more entries are solved less accurately.
+# Longer rows are solved less accurately.
 LONGEST = 1 << 20
 
-# Below every score that matters, and finite: a product with 0 stays 0 where a gradient is computed.
+# Smaller than every relevant score, and finite: so its product with 0 in a gradient stays 0.
 _HIDDEN = -1e30
 
 
 def is_tracing() -> bool:
-    """Whether torch.jit.trace is under way, which the older of torch's ONNX exporters uses too."""
+    """Whether torch.jit.trace is tracing; torch's older ONNX exporter uses it too."""
     return torch._C._get_tracing_state() is not None
 
 
 def exports_onnx() -> bool:
-    """Whether the newer ONNX exporter is taking operators apart."""
+    """Whether torch's newer ONNX exporter is decomposing operators."""
     return torch._C._len_torch_dispatch_stack() > 0 and is_in_onnx_export()
 
 
 def is_in_onnx_export() -> bool:
-    """Whether either of torch's ONNX exporters is under way; they are not imported to find out."""
+    """Whether one of torch's ONNX exporters is running, without importing them."""
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `diffmax.reference.bisect`, and differentiable: in x to the third order, in e to the first."""
+    """As `diffmax.reference.bisect`, but differentiable: in x to third order, in e to first order."""
     acc = accumulation_dtype(x.dtype)
     scores = x.to(acc)
     row_e = e.detach() if isinstance(e, Tensor) else torch.full((), e, dtype=acc, device=x.device)
@@ -54,7 +54,7 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
     z = row_e * (scores - m.masked_fill(m == -torch.inf, 0.0)).clamp_min(_HIDDEN)
     delta = _solved(z.detach(), row_e, dim, newton_steps(n_iter, LONGEST, 1.0 if isinstance(e, Tensor) else e, acc))
     solved = delta
-    for _ in range(2):  # these change no value; through them tau's derivatives reach the graph, as in `reference.retraced`
+    for _ in range(2):  # these steps change no value, but bring tau's derivatives into the graph, as in `reference.retraced`
         powers, base = _power(z, delta, row_e)
         slopes = (powers / base).sum(dim, keepdim=True)
         delta = delta + row_e * (powers.sum(dim, keepdim=True) - 1) / _not_zero(slopes)
@@ -62,7 +62,7 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
     if ensure_sum_one:
         p = p / _not_zero(p.sum(dim, keepdim=True))
     if isinstance(e, Tensor) and not is_in_onnx_export():
-        # Eq. 4 written down, as a product with 0: derivatives of the steps would lose all digits as alpha -> 1
+        # Eq. 4 explicitly, as a product with 0: derivatives of the steps would lose all digits as alpha -> 1
         p = p + reference.bisect_jvp(None, e - e.detach(), p.detach(), m, solved, None, row_e, dim)
     return p.masked_fill(wrong, torch.nan).to(x.dtype), m, solved
 
@@ -88,13 +88,13 @@ def _power(z: Tensor, delta: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log1p(u: Tensor) -> Tensor:
-    """ln(1 + u), where exporters would write it so: what 1 + u rounds off is added to first order, which is all."""
+    """ln(1 + u) without log1p; the rounding error of 1 + u is corrected to first order, which is exact enough."""
     w = 1 + u
     return w.log() + (u - (w - 1)) / w
 
 
 def _expm1(v: Tensor) -> Tensor:
-    """exp(v) - 1, corrected likewise."""
+    """exp(v) - 1 without expm1, with the same correction."""
     y = v.exp()
     return (y - 1) + y * (v - y.log())
 
@@ -104,8 +104,8 @@ def _not_zero(t: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, stats: bool) -> AttentionResults:
-    """As `diffmax.reference.attention.attention`, differentiable."""
-    if stats:  # the share of empty tiles depends on how many there are, in which the graph may not branch
+    """As `diffmax.reference.attention.attention`, but differentiable."""
+    if stats:  # the share of empty tiles depends on their number, on which the graph cannot branch
         raise NotImplementedError(
             "diffmax.attention: return_stats must be False where a graph is traced, got True\n"
             "ask for statistics in a call that is not traced"
@@ -117,7 +117,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, st
 
 
 class _SideBySide(Region):
-    """Packed sequences as one long one, in which tokens of different sequences do not see each other."""
+    """Packed sequences as one long sequence, in which tokens of different sequences are masked for each other."""
 
     def __init__(self, query: Tensor, key: Tensor, call: AttentionCall) -> None:
         if call.dropout_p > 0:
@@ -134,11 +134,11 @@ class _SideBySide(Region):
         self._outside = place_k >= keys.ends[-1]
 
     def queries(self) -> Tensor:
-        """(T_q, 1), in their sequences."""
+        """(T_q, 1), positions in the sequences."""
         return self._queries.unsqueeze(1)
 
     def keys(self) -> Tensor:
-        """(T_k,), in their sequences."""
+        """(T_k,), positions in the sequences."""
         return self._keys
 
     def of_heads(self, t: Tensor) -> Tensor:
@@ -146,18 +146,18 @@ class _SideBySide(Region):
         return (t if t.ndim == 2 else t.unsqueeze(0))[..., None, None]
 
     def padding(self) -> tuple[Tensor, ...]:
-        """Keys of another sequence, and of none."""
+        """Keys that belong to another sequence, or to none."""
         return ((self._of_query.unsqueeze(1) != self._of_key) | self._outside,)
 
 
 def _places(total: int, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """The position of each token, and the number of its sequence, which no sequence has beyond the last end."""
+    """The position of each token in the packed tensor, and the index of its sequence, which is unused after the last one."""
     place = torch.arange(total, device=ends.device)
     return place, (place.unsqueeze(1) >= ends).sum(1)
 
 
 def loss(x: Tensor, target: Tensor, e: float | Tensor, dim: int, n_iter: int) -> Tensor:
-    """The losses of `diffmax.operators.loss.terms.loss`, with gradients of the first order in x and e."""
+    """The losses of `diffmax.operators.loss.terms.loss`, with first-order gradients for x and e."""
     acc = accumulation_dtype(x.dtype)
     scores = x.to(acc)
     p, m, delta = (t.detach() for t in bisect(scores, e, dim, n_iter, True))
@@ -167,7 +167,7 @@ def loss(x: Tensor, target: Tensor, e: float | Tensor, dim: int, n_iter: int) ->
     losses = terms._soft_losses(*solved, _expm1) if soft else terms._index_losses(*solved)
     if is_in_onnx_export():
         return losses
-    # the gradients are written down: p - y for x, and the slope of Omega for e; the sum that carries them is 0
+    # explicit gradients: p - y for x, and the slope of Omega for e; the term that carries them is 0
     y = target.to(acc) if soft else torch.zeros_like(p).scatter(dim, target.clamp_min(0), 1.0)
     idle = terms.silent(target, m == -torch.inf)
     carried = ((p - y) * scores.masked_fill(scores == -torch.inf, 0.0)).sum(dim, keepdim=True)

@@ -1,8 +1,8 @@
-"""DTensor: how each operator may be sharded without communication, as its spec says.
+"""DTensor: the sharding rules in the specs of the operators, which need no communication.
 
-DTensor takes half a second to import, which `import diffmax` must not cost, and no operator is called before it is too late
-to ask for a rule. But DTensor first asks an operator's fake kernel for the shapes and only then looks for its rule, in eager
-mode, inference mode and under torch.compile: so the fake kernels call `register_rules`.
+Importing DTensor takes half a second, which `import diffmax` must not do, and when an operator is called it is too late for a
+rule. But DTensor runs an operator's fake implementation for the shapes before it looks up the rule, in eager mode, inference
+mode and under torch.compile: so the fake implementations call `register_rules`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 from diffmax.operators.common.spec import SPECS
 
-# Placements of the outputs, and of the arguments (None: not a tensor): one way to run an operator without communication.
+# Placements of outputs and arguments (None: not a tensor) with which an operator runs without communication.
 Sharding: TypeAlias = "tuple[list[Any], list[Any]]"
 
 _registered = False
 
 
 def register_rules() -> None:
-    """Give DTensor the rules of every operator, once, if it has been imported; torch before 2.5 takes no rules."""
+    """Register the rules of every operator once, if DTensor has been imported; torch before 2.5 supports no rules."""
     global _registered
     if _registered or "torch.distributed.tensor" not in sys.modules:
         return

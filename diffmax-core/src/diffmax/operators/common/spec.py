@@ -1,7 +1,7 @@
 """What an operator says of itself: its folder's `spec.py` makes one `OperatorSpec` and registers it.
 
-Whatever lists operators (descriptions of backends, `explain`, `warmup`, the self-test, FLOP counts, DTensor's rules, the
-documentation) reads `SPECS`. So adding an operator is a folder here, its reference, and kernels: no list elsewhere.
+Whatever lists operators (descriptions of backends, `explain`, `warmup`, the self-test, `bench`, FLOP counts, DTensor's rules,
+the documentation) reads `SPECS`. So adding an operator is a folder here, its reference, and kernels: no list elsewhere.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ class Function:
         operator: Whose kernels it calls.
         asks: Of its arguments, checked as the call would: the `Question`.
         implies: Features that every call needs.
+        bench: "module:BENCH" of `python -m diffmax bench`.
     """
 
     operator: str
     asks: Callable[..., Question]
     implies: frozenset[str] = frozenset()
+    bench: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,11 @@ def spec_of(operator: str) -> OperatorSpec:
         if operator in spec.kernels or operator in spec.functions:
             return spec
     raise ValueError(f"no operator is named {operator!r}, known: {', '.join(SPECS)}")
+
+
+def public_functions() -> dict[str, Function]:
+    """Those of every operator."""
+    return {name: function for spec in SPECS.values() for name, function in spec.functions.items()}
 
 
 def adapted(operator: str, function: Callable[..., Any], version: tuple[int, int]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Who is told of each call of rows and attention that runs here: `diffmax.monitor.Monitor`, while it exists. Nobody else."""
+"""Observers of calls of rows and attention: only `diffmax.monitor.Monitor`, while one exists."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Watcher(Protocol):
-    """What is told, after the result was computed; it changes nothing."""
+    """An observer. It is called after the result is computed, and changes nothing."""
 
     def saw_rows(self, X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> None:
-        """Scores, their weights, and 1 - alpha."""
+        """Observe a call of the row operator: scores, weights, and 1 - alpha."""
 
     def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
-        """What an attention was given."""
+        """Observe the arguments of a call of attention."""
 
 
 watchers: list[Watcher] = []

@@ -1,4 +1,4 @@
-"""`attention_with_kvcache` and `page_bounds`: what they mean. `operators.decoding.operator` is the next step."""
+"""`attention_with_kvcache` and `page_bounds`: public functions. The next step is `operators.decoding.operator`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from diffmax.reference import decoding as reference_decoding
 
 
 class PageBounds(NamedTuple):
-    """The smallest and the largest keys of a cache's pages, entry by entry: what lets decoding leave a page unread.
+    """Elementwise smallest and largest key of each page of a cache, with which decoding skips pages.
 
-    `attention_with_kvcache` keeps them up to date as it appends. Keys that are written into the cache in another way need
-    `page_bounds` again. A sequence that is cut back needs nothing: bounds that are too wide stay right.
+    `attention_with_kvcache` updates them when it appends. After any other write to the cache, compute them again with
+    `page_bounds`. A truncated sequence needs no update: bounds that are too wide stay correct.
 
     Attributes:
-        low, high: Of the cache's dtype: (num_blocks, H_kv, D) for a cache in pages, else (B_cache, pages, H_kv, D).
-        page_size: Tokens of a page.
+        low, high: In the cache's dtype: (num_blocks, H_kv, D) for a paged cache, else (B_cache, pages, H_kv, D).
+        page_size: Tokens per page.
     """
 
     low: Tensor
@@ -37,10 +37,10 @@ class KVCacheStats(NamedTuple):
     """Per-query statistics of a decoding call.
 
     Attributes:
-        tau: (B, H, L), each query's threshold (Eq. 1), in the accumulation dtype; -inf where nothing is seen.
-        support_size: Like tau, int32: how many keys have a score above tau.
-        pages_read: int32 (B, H_kv), how many pages of keys were read. A chunk of many queries counts each page once for every
-            block of queries that a kernel takes together, of which the largest count is given.
+        tau: (B, H, L), the threshold of each query (Eq. 1), in the accumulation dtype; -inf for a fully masked query.
+        support_size: int32 (B, H, L), the number of keys with a score above tau.
+        pages_read: int32 (B, H_kv), the number of key pages read. If a kernel processes a chunk in several blocks of queries,
+            this is the largest count of a block.
     """
 
     tau: Tensor
@@ -48,24 +48,41 @@ class KVCacheStats(NamedTuple):
     pages_read: Tensor
 
 
+class Options(NamedTuple):
+    """What `attention_with_kvcache` takes besides queries, caches and new tokens, in its words."""
+
+    cache_seqlens: int | Tensor | None
+    cache_batch_idx: Tensor | None
+    block_table: Tensor | None
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    alibi_slopes: Tensor | None
+    alpha: float | Tensor
+    sink: Tensor | None
+    page_bounds: PageBounds | None
+    cache_leftpad: Tensor | None
+
+
 for _kind in (PageBounds, KVCacheStats):
-    _kind.__module__ = "diffmax"  # where pickles look for them
+    _kind.__module__ = "diffmax"  # the module name that pickles store
 
 
 def page_bounds(
     k_cache: Tensor, cache_seqlens: int | Tensor, block_table: Tensor | None = None, page_size: int = TILE
 ) -> PageBounds:
-    """The bounds of a cache that is filled already, for `attention_with_kvcache(..., page_bounds=...)`.
+    """Compute the page bounds of a filled cache, for `attention_with_kvcache(..., page_bounds=...)`.
 
     Args:
-        k_cache, cache_seqlens, block_table: As in `attention_with_kvcache`; sequence b has row b of a cache not in pages.
-        page_size: Tokens of a page, for a cache that is not in pages; with `block_table` the pages' own size is taken. Smaller
-            pages have tighter bounds, and more of them.
+        k_cache, cache_seqlens, block_table: As in `attention_with_kvcache`; without `block_table`, sequence b is row b.
+        page_size: Tokens per page, for a cache that is not paged; with `block_table` the size of its pages is used. Smaller
+            pages have tighter bounds, but there are more of them.
     Returns:
         A `PageBounds`, on the cache's device. Empty pages have bounds of 0.
     Raises:
         TypeError, ValueError: An argument has the wrong type, shape, device or value.
-    Numerics: Exact. If a key holds NaN, so do the bounds, and the page is always read.
+    Numerics: Exact. If a key holds NaN, so do the bounds of its page, which is then always read.
     Source: docs/decoding.md. Written for diffmax.
     Example:
         >>> import torch, diffmax
@@ -130,14 +147,14 @@ def attention_with_kvcache(
         k_cache, v_cache: (B_cache, S, H_kv, D) and (B_cache, S, H_kv, D_v), of q's dtype, any strides; with `block_table`
             (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv, D_v). H is a multiple of H_kv, and query head h
             reads key/value head h // (H / H_kv). Entries after the end of a sequence are never read.
-        k, v: (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), or None: new tokens, mostly those of q.
+        k, v: (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), or None: new tokens to append, usually the tokens of q.
         cache_seqlens: int32 (B,), or one int for all: tokens in the cache before the call. None: the cache is full
             (not with `k` and `v`).
-        cache_batch_idx: int32 (B,), the row of the cache that holds each sequence, all different; None: sequence b has row b.
+        cache_batch_idx: int32 (B,), the cache row of each sequence, all different; None: sequence b is row b.
             Not with `block_table`.
         block_table: int32 (B, pages), the pages of each sequence in order. Entries after its last page may be anything.
-            Sequences may share pages, but not one that new tokens are written to. On an accelerator the entries in use are not
-            checked.
+            Sequences may share pages, except pages that new tokens are written to. On an accelerator the entries in use are
+            not checked.
         softmax_scale: Factor of the scores; None: 1 / sqrt(D).
         causal: Each query sees the keys up to its position; the last query has the position of the last key.
         window_size: (left, right): number of keys visible before and after the position of the query; -1: unlimited.
@@ -145,11 +162,11 @@ def attention_with_kvcache(
         alibi_slopes: float32 (H,) or (B, H): slope * abs(distance) is subtracted from the scores (ALiBi).
         alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float, or a tensor () or (H,), which may hold 0 and 1.
         sink: (H,), an extra score per head, whose weight is discarded (attention sink); or None.
-        page_bounds: What `diffmax.page_bounds` returned for this cache, or None: then all keys are read.
+        page_bounds: The result of `diffmax.page_bounds` for this cache, or None: then all keys are read.
         return_stats: Whether to return a `KVCacheStats` too.
         backend: A name from `diffmax.backends()`; it never falls back to another. None: the best one that can run the call.
-        cache_leftpad: int32 (B,), where each sequence starts in its row or its pages: what lies before is not seen, and may be
-            anything. `cache_seqlens` counts it.
+        cache_leftpad: int32 (B,), the left padding of each sequence, counted in `cache_seqlens`. It is not visible, and may
+            hold anything.
         rotary_cos, rotary_sin: Must be None: rotate q and k before the call. `rotary_interleaved` has no effect.
         num_splits: No effect.
         return_softmax_lse: Whether to return tau too, (B, H, L), the counterpart of the log-sum-exp of softmax.
@@ -157,8 +174,8 @@ def attention_with_kvcache(
         (B, L, H, D_v), contiguous, in q's dtype; and the stats or tau, if requested. A fully masked query returns zeros. A
         query with a visible score of NaN or +inf returns NaN.
     Raises:
-        TypeError, ValueError: An argument has the wrong type, shape, device or value, or new tokens do not fit. Values that
-            live on an accelerator are not read: tokens that do not fit are then neither written nor seen.
+        TypeError, ValueError: An argument has the wrong type, shape, device or value, or new tokens do not fit. Values on an
+            accelerator are not read: there, tokens that do not fit are neither written nor visible.
         NotImplementedError: An argument requires a gradient, and gradients are on.
         NoBackendError: No backend can run the call, or the named one cannot.
     Numerics: As of `diffmax.attention`. Exact with and without bounds: a page is skipped only if its bound, including rounding
@@ -172,28 +189,15 @@ def attention_with_kvcache(
         >>> diffmax.attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
         torch.Size([2, 1, 8, 16])
     """
-    if is_captured(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, alibi_slopes, alpha, sink):
+    options = Options(
+        *(cache_seqlens, cache_batch_idx, block_table, softmax_scale, causal, window_size),
+        *(softcap, alibi_slopes, alpha, sink, page_bounds, cache_leftpad),
+    )
+    if is_captured(q, k_cache, v_cache, k, v, *options):
+        unserved = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "num_splits": num_splits}
+        more = {"return_softmax_lse": return_softmax_lse, "return_stats": return_stats, "backend": backend}
         return captured(  # type: ignore[no-any-return]
-            attention_with_kvcache,
-            *(q, k_cache, v_cache, k, v),
-            cache_seqlens=cache_seqlens,
-            cache_batch_idx=cache_batch_idx,
-            block_table=block_table,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            alpha=alpha,
-            sink=sink,
-            page_bounds=page_bounds,
-            cache_leftpad=cache_leftpad,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            num_splits=num_splits,
-            return_softmax_lse=return_softmax_lse,
-            return_stats=return_stats,
-            backend=backend,
+            attention_with_kvcache, q, k_cache, v_cache, k, v, **options._asdict(), **unserved, **more
         )
     checks.check_unserved("diffmax.attention_with_kvcache", rotary_cos, rotary_sin, num_splits)
     if return_softmax_lse and return_stats:
@@ -201,8 +205,7 @@ def attention_with_kvcache(
             "diffmax.attention_with_kvcache: return_softmax_lse and return_stats exclude each other, got both\n"
             "the stats have tau, which the former returns"
         )
-    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink, page_bounds, cache_leftpad)
-    q, k_cache, v_cache, call = build_call(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table, *given)
+    q, k_cache, v_cache, call = build_call(q, k_cache, v_cache, k, v, options)
     out, m, delta, support, pages = decoding_operator.attention_kvcache(
         q, k_cache, v_cache, call, bool(return_stats), selected(backend)
     )
@@ -219,40 +222,30 @@ def build_call(
     v_cache: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    cache_seqlens: int | Tensor | None,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    alpha: float | Tensor,
-    sink: Tensor | None,
-    page_bounds: PageBounds | None,
-    cache_leftpad: Tensor | None = None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, KVCacheCall]:
-    """The queries, the caches and the call that `attention_with_kvcache`'s arguments mean."""
+    """Check the arguments of `attention_with_kvcache`, and build the call from them."""
     name = "diffmax.attention_with_kvcache"
+    block_table, alpha, sink = options.block_table, options.alpha, options.sink
     checks.check_cache(name, "q", q)
     checks.check_cache(name, "k_cache", k_cache)
     q = _as_cached(q, k_cache)
     k, v = (t if t is None else _as_cached(t, k_cache) for t in (k, v))
     checks.check_tensors(name, q, k_cache, v_cache, k, v, block_table is not None)
-    checks.check_gradients(q, k_cache, v_cache, k, v, alpha, sink, alibi_slopes)
+    checks.check_gradients(q, k_cache, v_cache, k, v, alpha, sink, options.alibi_slopes)
     batch, _, heads, _ = q.shape
     e, e_tensor = attention_checks.check_alpha(name, q, alpha, heads)
-    left, right = attention_checks.check_window(name, window_size, causal)
+    left, right = attention_checks.check_window(name, options.window_size, options.causal)
     block_table = checks.check_block_table(name, block_table, k_cache, batch)
     new = None if k is None else k.shape[1]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    slopes = attention_checks.check_alibi(name, q, alibi_slopes, (batch, heads))
-    low, high, page_size = checks.check_bounds(name, page_bounds, k_cache, block_table)
-    lengths = checks.check_lengths(name, cache_seqlens, batch, room, new, q.device)
+    slopes = attention_checks.check_alibi(name, q, options.alibi_slopes, (batch, heads))
+    low, high, page_size = checks.check_bounds(name, options.page_bounds, k_cache, block_table)
+    lengths = checks.check_lengths(name, options.cache_seqlens, batch, room, new, q.device)
     checks.check_pages(name, block_table, lengths, new or 0, k_cache)
-    rows = checks.check_rows(name, cache_batch_idx, batch, k_cache, block_table)
+    rows = checks.check_rows(name, options.cache_batch_idx, batch, k_cache, block_table)
     call = KVCacheCall(
-        scale=attention_checks.check_scale(name, q, softmax_scale),
+        scale=attention_checks.check_scale(name, q, options.softmax_scale),
         e=e if e_tensor is None else e_tensor,
         cache_seqlens=lengths,
         k=k,
@@ -264,15 +257,15 @@ def build_call(
         page_size=page_size,
         left=left,
         right=right,
-        softcap=attention_checks.check_softcap(name, softcap),
+        softcap=attention_checks.check_softcap(name, options.softcap),
         alibi=slopes if slopes is None or slopes.ndim == 2 else slopes.unsqueeze(0),
         sink=attention_checks.check_sink(name, q, sink, heads),
-        leftpad=checks.check_leftpad(name, cache_leftpad, lengths, q.device),
+        leftpad=checks.check_leftpad(name, options.cache_leftpad, lengths, q.device),
     )
     return q, k_cache, v_cache, call
 
 
 def _as_cached(t: Tensor, k_cache: Tensor) -> Tensor:
-    """What autocast makes of new tokens, where that is what the cache holds."""
+    """New tokens in autocast's dtype, if the cache has that dtype."""
     (converted,) = autocast(t)
     return converted if isinstance(t, Tensor) and converted.dtype == k_cache.dtype else t

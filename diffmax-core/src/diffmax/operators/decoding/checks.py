@@ -27,7 +27,7 @@ def check_cache(name: str, what: str, t: Tensor) -> None:
 def check_tensors(
     name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, paged: bool
 ) -> None:
-    """Check what queries, caches and new tokens have to have in common."""
+    """Check that queries, caches and new tokens match in dtype, device and shape."""
     check_cache(name, "v_cache", v_cache)
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     if (k is None) != (v is None):
@@ -94,7 +94,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def check_gradients(*arguments: Any) -> None:
-    """Refuse what a gradient should flow through."""
+    """Refuse arguments that require a gradient."""
     if differentiates(*(t for t in arguments if isinstance(t, Tensor))):
         raise NotImplementedError(decoding_operator.NO_GRADIENT)
 
@@ -102,7 +102,7 @@ def check_gradients(*arguments: Any) -> None:
 def check_lengths(
     name: str, lengths: int | Tensor | None, batch: int, room: int, new: int | None, device: torch.device
 ) -> Tensor:
-    """cache_seqlens as int32 (B,) on the device, `new` tokens to come; values are looked at where that is free."""
+    """cache_seqlens as int32 (B,) on the device, before `new` tokens are appended. Values are checked if they can be read."""
     if lengths is None and new is not None:
         raise ValueError(
             f"{name}: with k and v, cache_seqlens must say how many tokens are in the cache before them, got None\n"
@@ -119,7 +119,8 @@ def check_lengths(
         return torch.full((batch,), lengths, dtype=torch.int32, device=device)
     _check_index(name, "cache_seqlens", lengths, (batch,), device)
     if _readable(lengths) and batch:
-        _check_room(name, int(lengths.min()), int(lengths.max()), room, new)
+        tokens = lengths.tolist()
+        _check_room(name, min(tokens), max(tokens), room, new)
     return lengths.to(torch.int32)
 
 
@@ -173,7 +174,7 @@ def check_rows(name: str, rows: Tensor | None, batch: int, k_cache: Tensor, bloc
 
 
 def check_unserved(name: str, rotary_cos: Any, rotary_sin: Any, num_splits: Any) -> None:
-    """Refuse flash-attn's rotary embedding; its number of splits is looked at alone."""
+    """Refuse flash-attn's rotary embedding, and check the type of num_splits."""
     for what, given in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
         if given is not None:
             raise ValueError(
@@ -185,7 +186,7 @@ def check_unserved(name: str, rotary_cos: Any, rotary_sin: Any, num_splits: Any)
 
 
 def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: int | None) -> Tensor | None:
-    """Check block_table on its own; `check_pages` looks at its entries."""
+    """Check the type and shape of block_table; `check_pages` checks its entries."""
     if table is None:
         return None
     if not isinstance(table, Tensor):
@@ -198,7 +199,7 @@ def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: i
 
 
 def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_cache: Tensor) -> None:
-    """Check the entries of block_table that the sequences use, new tokens among them, where looking at them is free."""
+    """Check the entries of block_table in use, including those for new tokens, where their values can be read."""
     if table is None or not (_readable(table) and _readable(lengths)):
         return
     used = table[torch.arange(table.shape[1], device=table.device) * k_cache.shape[1] < (lengths + new).view(-1, 1)]
@@ -222,7 +223,7 @@ def check_page_size(name: str, page_size: int) -> int:
 def check_bounds(
     name: str, bounds: PageBounds | None, k_cache: Tensor, block_table: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, int]:
-    """Check the pages' bounds; return them and the size of a page."""
+    """Check page_bounds; return them and the page size."""
     paged = block_table is not None
     if bounds is None:
         return None, None, k_cache.shape[1] if paged else TILE

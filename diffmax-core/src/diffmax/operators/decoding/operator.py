@@ -1,7 +1,7 @@
-"""torch.ops.diffmax.attention_kvcache: schema, shapes for tracing, what it changes in place.
+"""torch.ops.diffmax.attention_kvcache: schema, fake implementation for tracing, in-place mutation.
 
-The arithmetic is in the kernel that `machine.dispatch` chooses, with the signature of `diffmax.reference.decoding`. There is no
-gradient: the caches are changed in place, and a value that a backward would need is gone by then.
+The arithmetic is in the kernel that `machine.dispatch` selects, with the signature of `diffmax.reference.decoding`. There is no
+gradient: the call overwrites values in the caches that a backward would need.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from torch import Tensor
 from diffmax.machine.dispatch import kernel
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.common import portable
-from diffmax.operators.common.autograd import differentiates, has_tangent
+from diffmax.operators.common.autograd import differentiates, has_tangent, is_transformed
+from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
 from diffmax.plugin import KVCacheCall, KVCacheResults
 
 
 class Arguments(NamedTuple):
-    """Of torch.ops.diffmax.attention_kvcache. `stats`: whether statistics are asked for."""
+    """Arguments of torch.ops.diffmax.attention_kvcache. `stats`: whether to compute statistics."""
 
     query: Tensor
     k_cache: Tensor
@@ -41,27 +42,36 @@ NO_GRADIENT = (
 
 def features(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> frozenset[str]:
     """Those of `diffmax.plugin.FEATURES` that the call needs, alpha's aside."""
-    needs = {
-        "kv_cache": True,
-        "paged": call.block_table is not None,
-        "gqa": query.shape[2] != k_cache.shape[2],
-        "value_dim": v_cache.shape[3] != k_cache.shape[3],
-        "attention_stats": stats,
-    }
-    return rules.features(call) | {name for name, needed in needs.items() if needed}
+    return rules.features(
+        call,
+        kv_cache=True,
+        paged=call.block_table is not None,
+        gqa=query.shape[2] != k_cache.shape[2],
+        value_dim=v_cache.shape[3] != k_cache.shape[3],
+        attention_stats=stats,
+    )
 
 
 def attention_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, backend: str
 ) -> KVCacheResults:
-    """What torch.ops.diffmax.attention_kvcache gives, by a way that torch.jit.trace can record."""
-    if not torch.compiler.is_compiling() and portable.is_tracing():
-        return portable.kvcache(query, k_cache, v_cache, call, stats)
+    """What torch.ops.diffmax.attention_kvcache gives, on the shortest way there; torch.jit.trace can record it."""
+    if not torch.compiler.is_compiling():
+        if portable.is_tracing():
+            return portable.kvcache(query, k_cache, v_cache, call, stats)
+        tensors = (query, k_cache, v_cache, *vars(call).values())
+        if not is_transformed() and is_plain(*tensors) and not differentiates(call.low, call.high):  # others are refused
+            _caches_change(k_cache, v_cache, call)
+            with torch._C._AutoDispatchBelowAutograd():
+                return _run(query, k_cache, v_cache, stats, call, backend)
     return KVCacheResults(*SCHEMA(query, k_cache, v_cache, stats, call, backend))
 
 
 def _attention_kvcache(*flat: Any) -> KVCacheResults:
-    query, k_cache, v_cache, stats, call, backend = SCHEMA.rebuild(flat)
+    return _run(*SCHEMA.rebuild(flat))
+
+
+def _run(query: Tensor, k_cache: Tensor, v_cache: Tensor, stats: bool, call: KVCacheCall, backend: str) -> KVCacheResults:
     run = kernel(
         "attention_kvcache",
         query,
@@ -70,7 +80,7 @@ def _attention_kvcache(*flat: Any) -> KVCacheResults:
         features=features(query, k_cache, v_cache, call, stats),
         head_dims=(query.shape[3], v_cache.shape[3]),
     )
-    with torch._C._DisableAutocast():  # a kernel's products are of the dtypes that it chose
+    with torch._C._DisableAutocast():  # the kernel chooses the dtypes of its products itself
         return KVCacheResults(*run(query, k_cache, v_cache, call, stats))
 
 
@@ -91,13 +101,17 @@ def _attention_kvcache_autograd(*flat: Any) -> Any:
     tensors = [t for t in flat if isinstance(t, Tensor)]
     if differentiates(*tensors) or has_tangent(*tensors):
         raise NotImplementedError(NO_GRADIENT)
+    _caches_change(k_cache, v_cache, call)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.diffmax.attention_kvcache(*flat)
+
+
+def _caches_change(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
+    """What a backward saved of a cache, it must not use after tokens are appended."""
     if call.k is not None:
-        # what a backward saved of a cache, it must not use after this
         for changed in (k_cache, v_cache, call.low, call.high):
             if changed is not None and not changed.is_inference():
                 torch.autograd.graph.increment_version(changed)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.diffmax.attention_kvcache(*flat)
 
 
 def _attention_kvcache_vmap(*_: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Keys and values that lie in pages, as the packed ones that attention takes."""
+"""Paged keys and values, converted to the packed layout of attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffmax.operators.decoding import checks
 
 
 def from_pages(name: str, key: Tensor, value: Tensor, cu_seqlens_k: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
-    """The packed keys (T, H_kv, D) and values of sequences whose pages `block_table` (N, pages) lists."""
+    """Packed keys (T, H_kv, D) and values of N sequences, from the pages listed in `block_table` (N, pages)."""
     for what, t in (("key", key), ("value", value)):
         if isinstance(t, Tensor) and t.ndim != 4:
             raise ValueError(f"{name}: with block_table, {what} must be (num_blocks, page_size, H_kv, D), got {_shape(t)}")

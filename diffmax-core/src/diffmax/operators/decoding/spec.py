@@ -1,4 +1,4 @@
-"""Attention over a cache, to the rest of diffmax."""
+"""Registration of attention over a cache."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ FEATURES = frozenset(DESCRIBED) | {"tensor_alpha", "deterministic", "gqa", "valu
 ALWAYS = frozenset({"kv_cache"})
 
 
-def _asks(*arguments: Any, **options: Any) -> Question:
-    bound = inspect.signature(api.attention_with_kvcache).bind(*arguments, **options)
+def _asks(*arguments: Any, **named: Any) -> Question:
+    bound = inspect.signature(api.attention_with_kvcache).bind(*arguments, **named)
     bound.apply_defaults()
     given = bound.arguments
-    q, k_cache, v_cache, call = api.build_call(**{name: given[name] for name in inspect.signature(api.build_call).parameters})
+    options = api.Options(*(given[name] for name in api.Options._fields))
+    q, k_cache, v_cache, call = api.build_call(given["q"], given["k_cache"], given["v_cache"], given["k"], given["v"], options)
     return Question(
         "attention_kvcache",
         q.device.type,
@@ -57,7 +58,9 @@ register(
         name="decoding",
         rank=20,
         kernels={"attention_kvcache": KernelSpec(FEATURES)},
-        functions={"attention_with_kvcache": Function("attention_kvcache", _asks, ALWAYS)},
+        functions={
+            "attention_with_kvcache": Function("attention_kvcache", _asks, ALWAYS, "diffmax.testing.decoding.bench:BENCH")
+        },
         described=DESCRIBED,
         schemas=(operator.SCHEMA,),
         has_heads=True,

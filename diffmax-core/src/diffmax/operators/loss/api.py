@@ -1,4 +1,4 @@
-"""The loss that belongs to the operator: the same call as `torch.nn.functional.cross_entropy`, with diffmax for softmax."""
+"""The Fenchel-Young loss of diffmax, with the signature of `torch.nn.functional.cross_entropy`."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ def diffmax_loss(
 
     L(x, y) = Omega(y) - Omega(p) + <p - y, x>,  p = diffmax_bisect(x, alpha),  Omega of Eq. 12   (Eq. 15)
 
-    Its gradient in x is p - y. It is convex in x, never negative, and 0 exactly where p = y: for a class index, as soon as its
-    score leads all others by 1 / (1 - alpha). The limit alpha -> 1 is cross-entropy (for soft targets less the entropy of y,
-    which has no gradient), alpha -> 0 is the sparsemax loss.
+    Its gradient for x is p - y. It is convex in x, never negative, and 0 exactly where p = y: for a class index, when its score
+    exceeds all others by 1 / (1 - alpha) or more. The limit alpha -> 1 is cross-entropy (for soft targets minus the entropy of
+    y, a constant), alpha -> 0 is the sparsemax loss.
 
     Args:
         X: Scores, (C,), (N, C) or (N, C, d1, ...), any strides. float16, bfloat16, float32 or float64. A class with score
             -inf is masked.
         target: Class indices of X's shape without the class dimension; or probabilities of X's shape, whose classes sum to 1.
-        alpha: As for `diffmax_bisect`; a tensor broadcasts against X with the class dimension reduced to 1. Its gradient is
-            never negative for class indices: whatever the scores, a lower alpha has a lower loss, so a learned alpha needs
-            another reason to stay up.
-        weight: One weight per class, (C,). For class indices, a row's loss is multiplied by the weight of its class. For
-            probabilities y, the loss is taken to the target w*y / <w, y> and multiplied by <w, y>: that has the same gradient
-            as weighting each class's part.
-        ignore_index: Rows with this target have loss 0 and gradient 0, and do not count in the mean.
+        alpha: As for `diffmax_bisect`; a tensor broadcasts against X with the class dimension reduced to 1. For class indices
+            its gradient is never negative: a lower alpha always has a lower loss, so this loss alone drives a learned alpha
+            to 0.
+        weight: One weight per class, (C,). For class indices, the loss of a row is multiplied by the weight of its class. For
+            probabilities y, it is <w, y> times the loss for the target w*y / <w, y>, which has the same gradient as weighting
+            the part of each class.
+        ignore_index: Rows with this target have loss 0 and gradient 0, and are excluded from the mean.
         reduction: "mean", "sum" or "none". The mean is weighted for class indices as in `cross_entropy`.
         n_iter, backend: As for `diffmax_bisect`.
     Returns:
         A scalar, or one loss per row for "none", in X's dtype (under autocast, in float32). A row that is all -inf has loss 0
-        and gradient 0; a row whose target is masked has loss inf; a row that holds NaN or +inf has loss NaN. A mean over no
-        row is NaN, as in `cross_entropy`.
+        and gradient 0; a row whose target is masked has loss inf; a row that holds NaN or +inf has loss NaN. The mean of no
+        rows is NaN, as in `cross_entropy`.
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: A shape, alpha, `reduction` or a target is out of range. Targets that live on an accelerator, or under
-            torch.compile, are not read: there an index out of range is an error of the device.
+        ValueError: A shape, alpha, `reduction` or a target is out of range. On an accelerator, and under torch.compile,
+            targets are not read: there the device reports an index that is out of range.
         NoBackendError: The named backend cannot run the call.
-    Numerics: Computes in float32, for float64 in float64, by sums of terms that are not negative. Deterministic on CPU.
-    Memory: Works on blocks of rows, of about 2**20 scores on CPU and 2**25 elsewhere. If one block holds X, its weights are
-        kept for backward. Else no weights are kept, only X, and backward solves for them again: beyond X and its gradient a
+    Numerics: Computes in float32, for float64 in float64, as sums of nonnegative terms. Deterministic on CPU.
+    Memory: Works on blocks of rows, of about 2**20 scores on CPU and 2**25 elsewhere. If X fits one block, its weights are
+        saved for backward. Otherwise only X is saved, and backward recomputes the weights: besides X and its gradient, a
         call needs memory for one block. Double backward keeps dense weights.
     Source: docs/theory.md, section 12. Written for diffmax.
     Example:
@@ -95,7 +95,7 @@ def fenchel_young(
     n_iter: int,
     backend: str | None = None,
 ) -> Tensor:
-    """`diffmax_loss` after its checks, with e = 1 - alpha a float or a tensor of the computing dtype."""
+    """`diffmax_loss` after its checks; e = 1 - alpha is a float or a tensor of the accumulation dtype."""
     if X.ndim == 1:
         X, target, dim = X.unsqueeze(0), target.unsqueeze(0), 1
         losses = fenchel_young(X, target, e, e_tensor, dim, weight, ignore_index, reduction, n_iter, backend)
@@ -106,7 +106,7 @@ def fenchel_young(
         losses = loss_operator.loss(X, target, e, e_tensor, dim, n_iter, name).squeeze(dim)
         return reduce_losses(losses if mass is None else losses * mass, None, reduction, X)
     counts = target != ignore_index
-    # -1 marks a row that does not count; any other negative index must stay an error, which index C is
+    # -1 marks an ignored row; every other negative index becomes C, which is an error
     index = torch.where(counts, torch.where(target < 0, X.shape[dim], target), -1)
     losses = loss_operator.loss(X, index.unsqueeze(dim), e, e_tensor, dim, n_iter, name).squeeze(dim)
     share = counts.to(losses.dtype) if weight is None else weight.to(losses.dtype)[index.clamp_min(0)] * counts
@@ -114,17 +114,19 @@ def fenchel_young(
 
 
 def reduce_losses(losses: Tensor, share: Tensor | None, reduction: str, X: Tensor) -> Tensor:
-    """The sum or mean of `losses` in X's dtype; `share` says how much each row counts in the mean, None one each."""
+    """The sum or mean of `losses` in X's dtype; `share` is the weight of each row in the mean, None: 1."""
     if reduction == "sum":
         losses = losses.sum()
     elif reduction == "mean":
         losses = losses.mean() if share is None else losses.sum() / share.sum()
-    autocast = X.device.type != "meta" and torch.is_autocast_enabled(X.device.type)  # meta has none, and asking raises
+    autocast = X.device.type != "meta" and torch.is_autocast_enabled(
+        X.device.type
+    )  # "meta" has no autocast, and the query raises
     return losses if autocast else losses.to(X.dtype)
 
 
 def _reweighted(target: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """w*y / <w, y> and <w, y>, for y whose classes lie along `dim`."""
+    """w*y / <w, y> and <w, y>, where the classes of y are along `dim`."""
     dtype = torch.promote_types(target.dtype, torch.float32)
     per_class = weight.to(dtype).view([-1 if axis == dim else 1 for axis in range(target.ndim)])
     weighted = target.to(dtype) * per_class
@@ -179,5 +181,5 @@ class DiffmaxLoss(Resettable):
         )
 
     def extra_repr(self) -> str:
-        """What repr shows between the brackets."""
+        """The settings that repr shows."""
         return f"alpha={self.alpha}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, n_iter={self.n_iter}"

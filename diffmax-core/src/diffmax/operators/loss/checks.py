@@ -1,4 +1,4 @@
-"""Argument checks of the losses. Each message says the rule, what was got, and what to do."""
+"""Argument checks of the losses. Each message has the rule, the value, and the remedy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from diffmax.operators.common.checks import _dtype, _readable, _shape, check_str
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# How far the probabilities of a target may be from a sum of 1: far enough for any that were rounded to bfloat16.
+# Tolerance for the sum of a target's probabilities: wide enough for rounding to bfloat16.
 _SUM_SLACK = 1e-2
 
 
 def check_reduction(name: str, reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
-    """One of `allowed`."""
+    """Check that `reduction` is one of `allowed`."""
     if reduction not in allowed:
         raise ValueError(f"{name}: reduction must be one of {', '.join(map(repr, allowed))}, got {reduction!r}")
 
 
 def check_target(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: int) -> None:
-    """Dtype, device, shape, and where they can be read, values of class indices or probabilities for scores X."""
+    """Check class indices or probabilities for scores X: dtype, device, shape and, where they can be read, values."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name}: target must be a torch.Tensor, got {type(target).__name__}")
     check_strided(name, "target", target)
@@ -37,7 +37,7 @@ def check_target(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: i
 
 
 def check_weight(name: str, X: Tensor, weight: Tensor | None, dim: int) -> None:
-    """One number per class, or None."""
+    """Check the class weights: one number per class, or None."""
     if weight is None:
         return
     if not isinstance(weight, Tensor) or not weight.is_floating_point():

@@ -1,4 +1,4 @@
-"""torch.ops.diffmax.loss and loss_backward: schemas, shapes for tracing, gradients. The arithmetic is in `terms`.
+"""torch.ops.diffmax.loss and loss_backward: schemas, fake implementations, gradients. The arithmetic is in `terms`.
 
 They are wired like the operators of `operators.rows.operator`, and reach the chosen backend through torch.ops.diffmax.bisect.
 """
@@ -18,12 +18,12 @@ from diffmax.operators.loss import terms as rows
 
 
 class Arguments(NamedTuple):
-    """Of torch.ops.diffmax.loss.
+    """Arguments of torch.ops.diffmax.loss.
 
     Attributes:
-        x: At least two dimensions.
-        target: int64 of x's shape with `dim` reduced to 1, where a number below 0 marks a row that does not count; or of a
-            floating dtype and x's shape, each row a point of the simplex.
+        x: Scores with at least two dimensions.
+        target: int64 of x's shape with `dim` reduced to 1, where a negative number marks an ignored row; or of a floating
+            dtype and x's shape, each row a point of the simplex.
         e, e_tensor: As for bisect.
     """
 
@@ -37,14 +37,14 @@ class Arguments(NamedTuple):
 
 
 class Results(NamedTuple):
-    """`weights`, of x's shape, are p where one block holds them; else (0,), and backward computes them again."""
+    """`weights` are p, of x's shape, if they fit one block; else (0,), and backward recomputes them."""
 
     losses: Tensor
     weights: Tensor
 
 
 class BackwardArguments(NamedTuple):
-    """Of torch.ops.diffmax.loss_backward."""
+    """Arguments of torch.ops.diffmax.loss_backward."""
 
     grad: Tensor
     x: Tensor
@@ -60,7 +60,7 @@ class BackwardArguments(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Each (0,) where it is not wanted."""
+    """Each is (0,) if not needed."""
 
     grad_x: Tensor
     grad_e: Tensor
@@ -85,7 +85,7 @@ def _loss_backward_fake(*flat: Any) -> Gradients:
 
 
 class _Loss(torch.autograd.Function):
-    """The gradient of torch.ops.diffmax.loss in x, which is p - y, and in e (Eq. 20)."""
+    """Gradient of torch.ops.diffmax.loss for x, which is p - y, and for e (Eq. 20)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
@@ -112,7 +112,7 @@ class _Loss(torch.autograd.Function):
 
 
 def loss(x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, backend: str) -> Tensor:
-    """The losses by torch.ops.diffmax.loss, by a way that torch.jit.trace can record."""
+    """Call torch.ops.diffmax.loss in a way that torch.jit.trace can record."""
     if not torch.compiler.is_compiling() and portable.is_tracing():
         return portable.loss(x, target, e if e_tensor is None else e_tensor, dim, n_iter)
     losses: Tensor = torch.ops.diffmax.loss(x, target, e, e_tensor, dim, n_iter, backend)[0]
@@ -139,7 +139,7 @@ def _loss_backward_autograd(*flat: Any) -> Any:
     if not differentiates(grad, x, e_tensor):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.diffmax.loss_backward(*flat)
-    # the second derivative: the same formulas as differentiable operators, from weights that lead to x
+    # second derivative: the same formulas as differentiable operators, from weights that depend on x
     p = torch.ops.diffmax.bisect(x.to(grad.dtype), e, e_tensor, dim, n_iter, True, backend)[0]
     idle = rows.silent(target, p.detach().amax(dim, keepdim=True) == 0)
     grad_x, grad_e = x.new_empty(0), grad.new_empty(0)

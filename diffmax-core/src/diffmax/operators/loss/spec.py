@@ -1,4 +1,4 @@
-"""The loss, to the rest of diffmax. It has no kernels of its own: it reaches its backend through rows."""
+"""Registration of the loss. It has no kernels of its own: it uses those of the row operator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOSS_FLOPS = 2  # a power and a sum; the backward is a difference and a product
 
 
 def _asks(*arguments: Any, **options: Any) -> Question:
-    """A loss asks for rows in the accumulation dtype; their gradient it has itself."""
+    """A loss needs the row operator in the accumulation dtype, without its backward."""
     bound = inspect.signature(diffmax_loss).bind(*arguments, **options)
     bound.apply_defaults()
     given = bound.arguments

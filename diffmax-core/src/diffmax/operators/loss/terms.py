@@ -1,7 +1,6 @@
-"""The arithmetic of the loss, row by row, in plain PyTorch around the operator (docs/theory.md, section 12).
+"""The arithmetic of the loss, row by row, in plain PyTorch around the row operator (docs/theory.md, section 12).
 
-Weights are dense for one block of rows at a time: they are computed, used, and given up. Where there is but one block, they are
-kept for backward.
+Weights are held for one block of rows at a time. If there is only one block, they are saved for backward.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from diffmax.operators.common.numerics import accumulation_dtype, alpha_weight, clamp_e
 
-# Elements of a block. To save less than 4 MB is not worth a second solve; on an accelerator a block must be worth its launches.
+# Elements per block. Saving less than 4 MB is not worth a second solve; on an accelerator a block must be worth its launches.
 CPU_BLOCK_ELEMENTS = 1 << 20
 DEVICE_BLOCK_ELEMENTS = 1 << 25
 
-# Terms of the series of Eq. 19, so many that the rest is below rounding for |q| <= 1/4.
+# Terms of the series of Eq. 19; the remainder is below rounding for |q| <= 1/4.
 _TERMS = {torch.float32: 11, torch.float64: 25}
 _NEAR = 1 / 4
 
@@ -25,7 +24,7 @@ _NEAR = 1 / 4
 def loss(
     x: Tensor, target: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """The loss of every row, of m's shape; and the weights if one block holds them, else (0,). Both of the accumulation dtype.
+    """The loss of every row, in m's shape, and the weights if they fit one block, else (0,). Both in the accumulation dtype.
 
     Arguments as for `torch.ops.diffmax.loss`.
     """
@@ -57,9 +56,9 @@ def loss_backward(
     needs_e: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for x, in its dtype, and for e, of m's shape; each (0,) where it is not wanted.
+    """Gradients for x, in its dtype, and for e, in m's shape; each is (0,) if not needed.
 
-    Weights that were not kept are solved for again: kept ones would be as large as x.
+    Weights that were not saved are recomputed: saved, they would be as large as x.
     """
     acc = accumulation_dtype(x.dtype)
     rows = row_shape(x, dim)
@@ -83,7 +82,7 @@ def loss_backward(
 
 
 def kept_shape(x: Tensor) -> torch.Size | tuple[int, ...]:
-    """Shape of the weights that forward keeps: x's if they fit one block, else (0,)."""
+    """Shape of the weights that forward saves: x's shape if they fit one block, else (0,)."""
     return x.shape if 0 < x.numel() <= _block_elements(x) else (0,)
 
 
@@ -93,13 +92,13 @@ def row_shape(x: Tensor, dim: int) -> list[int]:
 
 
 def silent(target: Tensor, masked: Tensor) -> Tensor:
-    """Rows without loss and gradient: `masked`, or with an index below 0, which says that the row does not count."""
+    """Rows without loss and gradient: `masked`, or ignored, with a negative index."""
     return masked if target.is_floating_point() else masked | (target < 0)
 
 
 def omega_slopes(target: Tensor, p: Tensor, e: float | Tensor, dim: int) -> Tensor:
-    """dL/de = dOmega(y)/de - dOmega(p)/de (Eq. 20). Made of differentiable operators of p and e."""
-    slope = -_omega_slope(p, e, dim)  # of an index it is 0: Omega is 0 at every corner of the simplex
+    """dL/de = dOmega(y)/de - dOmega(p)/de (Eq. 20), in differentiable operators of p and e."""
+    slope = -_omega_slope(p, e, dim)  # 0 for an index: Omega is 0 at every corner of the simplex
     return slope + _omega_slope(target.to(p.dtype), e, dim) if target.is_floating_point() else slope
 
 
@@ -108,7 +107,7 @@ def _index_losses(x: Tensor, index: Tensor, p: Tensor, m: Tensor, delta: Tensor,
     place = index.clamp_min(0)
     p_y, x_y = p.gather(dim, place), x.gather(dim, place)
     p.scatter_(dim, place, 0.0)
-    rest = p.sum(dim, keepdim=True)  # 1 - p_y without its cancellation
+    rest = p.sum(dim, keepdim=True)  # 1 - p_y without cancellation
     far = (m - x_y) + delta / e - (1 - p_y.pow(1 + e)) / (1 + e)
     losses = torch.where(rest <= _NEAR, _near(rest, e), far) + p.pow(1 + e).sum(dim, keepdim=True) / (1 + e)
     p.scatter_(dim, place, p_y)
@@ -147,12 +146,12 @@ def _near(q: Tensor, e: float | Tensor) -> Tensor:
 
 
 def _omega_slope(q: Tensor, e: float | Tensor, dim: int) -> Tensor:
-    """dOmega/de at q: a sum of terms that are not negative (Eq. 20)."""
+    """dOmega/de at q: a sum of nonnegative terms (Eq. 20)."""
     log_q = torch.where(q != 0, q, 1.0).log()
     v = e * log_q
     near = v > -1
     near_log, far_e = torch.where(near, log_q, 0.0), torch.where(near, torch.ones_like(v), e)
-    # q^e w of Eq. 6; where v is far from 0 in one expression, as q^e may round to 0 and w to infinity
+    # q^e w with w of Eq. 6; one expression if v is far from 0, because q^e may round to 0 and w to infinity
     curved = torch.where(near, v.exp() * alpha_weight(q, near_log, e), q * (v * v.exp() - v.expm1()) / far_e**2)
     return (curved / (1 + e) - q * v.expm1() / (e * (1 + e) ** 2)).sum(dim, keepdim=True)
 
@@ -162,7 +161,7 @@ def _take(e_tensor: Tensor | None, rows: list[int], block: tuple[slice, ...]) ->
 
 
 def _blocks(x: Tensor, dim: int) -> Iterator[tuple[slice, ...]]:
-    """Index tuples that cut x along its longest axis but `dim`; they fit tensors of one entry per row too."""
+    """Index tuples that split x along its longest axis other than `dim`; also valid for tensors with one entry per row."""
     if x.numel() == 0:
         return
     axis = max((axis for axis in range(x.ndim) if axis != dim), key=lambda axis: x.shape[axis])

@@ -1,4 +1,4 @@
-"""The public functions: what they mean, and their arguments checked. Next, on the way to a kernel: `operator`.
+"""The public functions of the row operator, with their argument checks. The next step is `operators.rows.operator`.
 
 Symbols: docs/glossary.md.
 """
@@ -41,15 +41,15 @@ def diffmax_bisect(
 
     Args:
         X: Scores, any shape and strides. float16, bfloat16, float32 or float64. -inf marks a masked entry. Or a nested tensor,
-            whose first dimension is a batch; a tensor alpha is then as for one of its sequences.
+            whose first dimension is the batch; a tensor alpha then has the shape for one sequence.
         alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float; or a tensor that broadcasts against X with `dim`
             reduced to 1, such as (H, 1, 1) for one alpha per head of scores (B, H, L, L); or a function of no arguments that
-            returns either. A tensor may require a gradient, and may hold 0 and 1 themselves, where a learned alpha can end:
-            they give sparsemax and softmax. Under torch.compile every new float is a new graph: pass a tensor if it changes.
+            returns either. A tensor may require a gradient, and may hold 0 and 1, which a learned alpha can reach: they give
+            sparsemax and softmax. torch.compile makes a new graph for every new float: pass a tensor if alpha changes.
         dim: Axis that sums to one.
-        n_iter: The result is at least as accurate as after this many steps of bisection. It bounds the solver's steps, of which
-            Newton's method needs half as many, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
-        ensure_sum_one: Divide by the sum at the end. False gives the weights at the tau that was found.
+        n_iter: The result is at least as accurate as after this many bisection steps. It bounds the number of Newton steps,
+            which is half of n_iter, plus (1 - alpha) log2 n. 50 is always enough for float32, 200 for float64.
+        ensure_sum_one: Whether to divide by the sum at the end. False returns the weights at the tau that was found.
         dtype: The dtype to which X is converted first, as in `torch.softmax`.
         backend: A name from `diffmax.backends()`; an explicitly requested backend never falls back to another. None: the one of
             `use_backend` or DIFFMAX_BACKEND, else the best one that can run the call.
@@ -57,11 +57,11 @@ def diffmax_bisect(
         Tensor of X's shape, dtype and device, contiguous. A fully masked row (all -inf) is all 0, with gradient 0. A
         row that holds NaN or +inf is all NaN. A row of one entry is 1.
     Raises:
-        TypeError: X is no tensor of those dtypes, or an argument has the wrong type.
-        ValueError: alpha or `dim` is out of range, alpha's shape does not fit, or n_iter < 1. The values of an alpha that lives
-            on an accelerator, or under torch.compile, are not read: rows whose alpha lies outside [0, 1] are NaN.
+        TypeError: X is not a tensor of a supported dtype, or an argument has the wrong type.
+        ValueError: alpha or `dim` is out of range, alpha's shape does not fit, or n_iter < 1. On an accelerator, and under
+            torch.compile, the values of a tensor alpha are not read: rows whose alpha lies outside [0, 1] are NaN.
         NoBackendError: The named backend cannot run the call.
-    Numerics: Computes in float32, for float64 in float64. Gradient in X by Eq. 3, in alpha by Eq. 4; both are zero off the
+    Numerics: Computes in float32, for float64 in float64. The gradient for X is Eq. 3, for alpha Eq. 4; both are zero off the
         support. Deterministic on CPU.
     Source: docs/theory.md. Written for diffmax.
     Example:
@@ -84,7 +84,7 @@ def diffmax_bisect(
 def normalize(
     X: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str | None = None
 ) -> Tensor:
-    """`diffmax_bisect` after its checks: `dim` is not negative, e = 1 - alpha a float or a tensor of the computing dtype."""
+    """`diffmax_bisect` after its checks: `dim` >= 0, and e = 1 - alpha is a float or a tensor of the accumulation dtype."""
     if X.ndim == 0:
         return normalize(X.reshape(1), e, e_tensor, 0, n_iter, ensure_sum_one, backend).reshape(())
     weights = rows_operator.bisect(X, e, e_tensor, dim, as_int(n_iter), bool(ensure_sum_one), selected(backend))

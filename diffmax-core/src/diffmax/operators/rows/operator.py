@@ -1,7 +1,7 @@
-"""torch.ops.diffmax.*: schemas, shapes for tracing, gradients. The arithmetic is in the kernel that `machine.dispatch` chooses.
+"""torch.ops.diffmax.*: schemas, fake implementations, gradients. The arithmetic is in the kernel from `machine.dispatch`.
 
-Each operator has one Python implementation for every device, which asks `machine.dispatch` for a kernel, and one under the
-Autograd key, so that torch.ops.diffmax.bisect called directly is as differentiable as the public function.
+Each operator has one Python implementation for every device, which gets a kernel from `machine.dispatch`, and one under the
+Autograd key, so that torch.ops.diffmax.bisect is as differentiable as the public function.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from diffmax import reference
 from diffmax.machine.dispatch import kernel, weights_kernel
 from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, forward_levels, has_tangent, is_transformed
+from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
 from diffmax.operators.common.sharding import register_rules
-from diffmax.operators.rows.fast_path import is_plain
 
 
 class Arguments(NamedTuple):
-    """Of torch.ops.diffmax.bisect. e = 1 - alpha is a float or, where e_tensor is given, a tensor that broadcasts against m."""
+    """Arguments of torch.ops.diffmax.bisect. e = 1 - alpha is the float, or e_tensor if given, which broadcasts against m."""
 
     x: Tensor
     e: float
@@ -43,7 +43,7 @@ class Results(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """Of torch.ops.diffmax.bisect_backward. x is given where p's dtype flushes small weights to zero (float16)."""
+    """Arguments of torch.ops.diffmax.bisect_backward. x is given if p's dtype flushes small weights to zero (float16)."""
 
     grad: Tensor
     p: Tensor
@@ -58,12 +58,12 @@ class BackwardArguments(NamedTuple):
 
     @property
     def given_e(self) -> float | Tensor:
-        """The one of the two that counts."""
+        """e_tensor if given, else e."""
         return self.e if self.e_tensor is None else self.e_tensor
 
 
 class Gradients(NamedTuple):
-    """grad_e has m's shape, or (0,) where it is not wanted."""
+    """grad_e has m's shape, or (0,) if not needed."""
 
     grad_x: Tensor
     grad_e: Tensor
@@ -102,7 +102,7 @@ def _bisect_backward_fake(*flat: Any) -> Gradients:
 
 
 class _Bisect(torch.autograd.Function):
-    """The gradient of torch.ops.diffmax.bisect in x (Eq. 3) and e (Eq. 4)."""
+    """Gradient of torch.ops.diffmax.bisect for x (Eq. 3) and e (Eq. 4)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, e: float, e_tensor: Tensor | None, dim: int, *rest: Any) -> Any:
@@ -116,7 +116,7 @@ class _Bisect(torch.autograd.Function):
             return (None,) * 7
         x, e_tensor, p, m, delta = ctx.saved_tensors
         needs_x, _, needs_e, *_ = ctx.needs_input_grad
-        # where this is differentiated once more, the operator's own Autograd key makes its result differentiable
+        # for a second derivative, the operator's own Autograd key makes the result differentiable
         plain = not torch.is_grad_enabled() and not is_transformed() and is_plain(grad) and is_plain(p)
         run = _bisect_backward if plain else torch.ops.diffmax.bisect_backward
         grad_x, grad_e = run(grad, p, m, delta, x, ctx.e, e_tensor, ctx.dim, needs_e, ctx.backend)
@@ -125,7 +125,7 @@ class _Bisect(torch.autograd.Function):
 
 
 class _TransformableBisect(torch.autograd.Function):
-    """As `_Bisect`, in the form that torch.func and forward-mode differentiation need; calling it costs five times as much."""
+    """As `_Bisect`, in the form that torch.func and forward-mode differentiation need; a call costs five times as much."""
 
     generate_vmap_rule = True
 
@@ -165,7 +165,7 @@ def _save(ctx: Any, x: Tensor, e: float, e_tensor: Tensor | None, dim: int, back
 
 
 def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str) -> Tensor:
-    """The weights by torch.ops.diffmax.bisect, on the shortest way there that differentiates what has to be."""
+    """The weights by torch.ops.diffmax.bisect, by the cheapest path that is differentiable where the call needs it."""
     arguments = (x, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
     if torch.compiler.is_compiling():  # the compiler sees the operator, and no autograd.Function
         p: Tensor = torch.ops.diffmax.bisect(*arguments)[0]
@@ -183,14 +183,14 @@ def bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, 
 
 
 def _bisect_autograd(*arguments: Any) -> Any:
-    """torch.ops.diffmax.bisect as users, compilers and sharding rules call it."""
+    """torch.ops.diffmax.bisect under the Autograd key: called by users, compilers and sharding rules."""
     x, e, e_tensor, *rest, _ = arguments
     if portable.exports_onnx():
         return portable.bisect(x, e if e_tensor is None else e_tensor, *rest)
     forward_mode = has_tangent(x, e_tensor)
     if not forward_mode and not differentiates(x, e_tensor):
         return _below_autograd(*arguments)
-    if peek_interpreter_stack() is not None:  # where no autograd.Function may be called
+    if peek_interpreter_stack() is not None:  # here no autograd.Function may be called
         return _retraced(*arguments)
     return (_TransformableBisect if forward_mode else _Bisect).apply(*arguments)
 
@@ -204,9 +204,9 @@ def _bisect_backward_autograd(*flat: Any) -> Any:
     given = BackwardArguments(*flat)
     grad, p = given.grad, given.p
     if has_tangent(grad, p, given.e_tensor) or differentiates(grad, p, given.e_tensor):
-        # The second derivative: the reference consists of differentiable operators of grad, p and e, and p leads on to x.
-        # It is not given x, because it would combine it with delta, which autograd takes for a constant; where p has lost
-        # its small weights, one in float32 that leads to x takes its place.
+        # Second derivative: the reference consists of differentiable operators of grad, p and e, and p depends on x.
+        # x itself is not passed, because the reference would combine it with delta, a constant to autograd. Where p has
+        # lost its small weights, a float32 p that depends on x replaces it.
         if given.x is not None:
             p = reference.retraced(given.x, given.given_e, given.m, given.delta, given.dim)
         residuals = (p, given.m, given.delta, None)
@@ -241,7 +241,7 @@ def _bisect_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *flat: Any
 
 
 def _batched(t: Tensor | None, batch_dim: int | None, ndim: int, batch_size: int | None) -> Tensor | None:
-    """`t` with the batch in front and `ndim` axes behind it. Without a batch of its own, it is repeated if a size is given."""
+    """`t` with the batch axis first, then `ndim` axes. A tensor without a batch axis is expanded if a size is given."""
     if t is None:
         return None
     if batch_dim is None:

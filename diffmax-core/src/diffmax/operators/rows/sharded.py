@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed._functional_collectives as collectives
@@ -18,31 +18,63 @@ from torch.distributed.distributed_c10d import _get_group_size_by_name
 
 from diffmax.operators.common.autograd import differentiates
 from diffmax.operators.common.numerics import MIN_E, accumulation_dtype, alpha_weight, clamp_e, newton_steps
+from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.rows.operator import Gradients, Results
 from diffmax.reference.rows import _power
 
-_LIBRARY = torch.library.Library("diffmax", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
 
-# Arguments as for diffmax::bisect; x and p are this rank's part, m, delta and the gradient for e are the same on every rank.
-# group is the name of a process group. grad_e has e_tensor's shape, or (0,) where it is not wanted.
-_LIBRARY.define(
-    "bisect_sharded(Tensor x, float e, Tensor? e_tensor, int dim, int n_iter, bool ensure_sum_one, str group)"
-    " -> (Tensor p, Tensor m, Tensor delta)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "bisect_sharded_backward(Tensor grad, Tensor p, Tensor m, Tensor delta, Tensor? x, float e, Tensor? e_tensor, int dim,"
-    " bool needs_e, str group) -> (Tensor grad_x, Tensor grad_e)",
-    tags=_TAGS,
-)
+class Arguments(NamedTuple):
+    """Of torch.ops.diffmax.bisect_sharded: as of bisect; x and p are this rank's part, m and delta are the same on every rank.
+
+    group is the name of a process group.
+    """
+
+    x: Tensor
+    e: float
+    e_tensor: Tensor | None
+    dim: int
+    n_iter: int
+    ensure_sum_one: bool
+    group: str
 
 
-def _bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, group: str) -> Any:
-    n = _agree(x, e, e_tensor, dim, n_iter, ensure_sum_one, group)
+class BackwardArguments(NamedTuple):
+    """Of torch.ops.diffmax.bisect_sharded_backward: as of bisect_backward.
+
+    grad_e is the same on every rank and has e_tensor's shape, or (0,) where it is not wanted.
+    """
+
+    grad: Tensor
+    p: Tensor
+    m: Tensor
+    delta: Tensor
+    x: Tensor | None
+    e: float
+    e_tensor: Tensor | None
+    dim: int
+    needs_e: bool
+    group: str
+
+    @property
+    def given_e(self) -> float | Tensor:
+        """The one of the two that counts."""
+        return self.e if self.e_tensor is None else self.e_tensor
+
+
+FORWARD = Schema("bisect_sharded", Arguments, Results)
+BACKWARD = Schema("bisect_sharded_backward", BackwardArguments, Gradients)
+FORWARD.define()
+BACKWARD.define()
+
+
+def _bisect(*flat: Any) -> Results:
+    given = Arguments(*flat)
+    x, e, e_tensor, dim, group = given.x, given.e, given.e_tensor, given.dim, given.group
+    n = _agree(given)
     acc = accumulation_dtype(x.dtype)
-    row_shape = [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
-    if n == 0 or math.prod(row_shape) == 0:
-        return x.new_empty(x.shape), x.new_full(row_shape, -torch.inf, dtype=acc), x.new_zeros(row_shape, dtype=acc)
+    rows = _rows_of(x, dim)
+    if n == 0 or math.prod(rows) == 0:
+        return Results(x.new_empty(x.shape), x.new_full(rows, -torch.inf, dtype=acc), x.new_zeros(rows, dtype=acc))
 
     scores = x.to(acc)
     given_e = torch.full((), e, dtype=acc, device=x.device) if e_tensor is None else e_tensor
@@ -50,12 +82,12 @@ def _bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int,
     row_e = given_e.clamp_min(MIN_E)
     m = _all_reduce(_row_max(scores, dim), "max", group)
     z = row_e * (scores - torch.where(m == -torch.inf, 0.0, m))
-    steps = newton_steps(n_iter, n, e if e_tensor is None else 1.0, acc)
+    steps = newton_steps(given.n_iter, n, e if e_tensor is None else 1.0, acc)
     p, total, delta = _newton(z, m, row_e, dim, steps, group)
-    if ensure_sum_one:
+    if given.ensure_sum_one:
         p = p / torch.where(total > 0, total, 1.0)
     p = p.masked_fill((m == torch.inf) | invalid_e, torch.nan)
-    return p.to(x.dtype).contiguous(), m, delta
+    return Results(p.to(x.dtype).contiguous(), m, delta)
 
 
 def _newton(z: Tensor, m: Tensor, e: Tensor, dim: int, steps: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,48 +117,28 @@ def _newton(z: Tensor, m: Tensor, e: Tensor, dim: int, steps: int, group: str) -
     return p, total, delta
 
 
-def _bisect_fake(
-    x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    row_shape = [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
-    m = x.new_empty(row_shape, dtype=accumulation_dtype(x.dtype))
-    return x.new_empty(x.shape), m, torch.empty_like(m)
+def _bisect_fake(*flat: Any) -> Results:
+    given = Arguments(*flat)
+    m = given.x.new_empty(_rows_of(given.x, given.dim), dtype=accumulation_dtype(given.x.dtype))
+    return Results(given.x.new_empty(given.x.shape), m, torch.empty_like(m))
 
 
-def _bisect_backward(
-    grad: Tensor,
-    p: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    needs_e: bool,
-    group: str,
-) -> tuple[Tensor, Tensor]:
+def _bisect_backward(*flat: Any) -> Gradients:
+    given = BackwardArguments(*flat)
+
     def add(part: Tensor) -> Tensor:
-        return _all_reduce(part, "sum", group)
+        return _all_reduce(part, "sum", given.group)
 
-    grad_x, grad_e = _gradients(grad, p, m, delta, x, e if e_tensor is None else e_tensor, dim, needs_e, add)
-    return grad_x.contiguous(), add(grad_e) if needs_e else grad_e
+    grad_x, grad_e = _gradients(given, given.given_e, add)
+    return Gradients(grad_x.contiguous(), add(grad_e) if given.needs_e else grad_e)
 
 
-def _gradients(
-    grad: Tensor,
-    p: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    e: float | Tensor,
-    dim: int,
-    needs_e: bool,
-    add: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
+def _gradients(given: BackwardArguments, e: float | Tensor, add: Callable[[Tensor], Tensor]) -> Gradients:
     """Eq. 3 for this rank's scores, and this rank's share of the negative of Eq. 4; `add` sums over the ranks.
 
     Built from differentiable operators of grad, p and e, and so, with an `add` that is one, the second derivative too.
     """
+    p, x, m, dim = given.p, given.x, given.m, given.dim
     acc = accumulation_dtype(p.dtype)
     row_e = clamp_e(e)
     if x is None:
@@ -135,56 +147,49 @@ def _gradients(
         log_p = torch.where(live, weights, 1.0).log()
     else:  # float16 has flushed small weights to zero
         shift = torch.where(m == -torch.inf, 0.0, m)
-        weights, log_p, _ = _power(row_e * (x.to(acc) - shift), delta, row_e)
+        weights, log_p, _ = _power(row_e * (x.to(acc) - shift), given.delta, row_e)
         live = (weights != 0) | p.isnan()
         weights, log_p = (torch.where(p.isnan(), torch.nan, t) for t in (weights, log_p))
     s = torch.where(live, torch.exp((1 - row_e) * log_p), 0.0)
-    g = grad.to(acc)
+    g = given.grad.to(acc)
     total, product = add(torch.stack([s.sum(dim, keepdim=True), (s * g).sum(dim, keepdim=True)])).unbind()
     centred = g - product / torch.where(total == 0, 1.0, total)
     grad_x = (s * centred).to(p.dtype)
-    if not (needs_e and isinstance(e, Tensor)):
-        return grad_x, m.new_empty(0)
+    if not (given.needs_e and isinstance(e, Tensor)):
+        return Gradients(grad_x, m.new_empty(0))
     share = -(alpha_weight(weights, log_p, row_e) * centred).sum(dim, keepdim=True)
-    return grad_x, share.sum_to_size(e.shape)
+    return Gradients(grad_x, share.sum_to_size(e.shape))
 
 
-def _bisect_backward_fake(
-    grad: Tensor,
-    p: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    needs_e: bool,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    return p.new_empty(p.shape), m.new_empty(e_tensor.shape if needs_e and e_tensor is not None else (0,))
+def _bisect_backward_fake(*flat: Any) -> Gradients:
+    given = BackwardArguments(*flat)
+    of_e = given.e_tensor.shape if given.needs_e and given.e_tensor is not None else (0,)
+    return Gradients(given.p.new_empty(given.p.shape), given.m.new_empty(of_e))
 
 
 class _Bisect(torch.autograd.Function):
     """The gradient of torch.ops.diffmax.bisect_sharded in x (Eq. 3) and e (Eq. 4)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, e: float, e_tensor: Tensor | None, dim: int, *rest: Any) -> Any:
+    def forward(ctx: Any, *flat: Any) -> Results:
+        given = Arguments(*flat)
         with torch._C._AutoDispatchBelowAutograd():
-            p, m, delta = torch.ops.diffmax.bisect_sharded(x, e, e_tensor, dim, *rest)
-        ctx.mark_non_differentiable(m, delta)
-        ctx.save_for_backward(x if x.dtype == torch.float16 else None, e_tensor, p, m, delta)
-        ctx.e, ctx.dim, ctx.group = e, dim, rest[-1]
-        return p, m, delta
+            found = Results(*torch.ops.diffmax.bisect_sharded(*given))
+        ctx.mark_non_differentiable(found.m, found.delta)
+        ctx.save_for_backward(given.x if given.x.dtype == torch.float16 else None, given.e_tensor, *found)
+        ctx.e, ctx.dim, ctx.group = given.e, given.dim, given.group
+        return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, e_tensor, p, m, delta = ctx.saved_tensors
-        needs_x, _, needs_e, *_ = ctx.needs_input_grad
+        needs = dict(zip(Arguments._fields, ctx.needs_input_grad, strict=True))
         # under create_graph=True this operator's own Autograd key makes its result differentiable again
         grad_x, grad_e = torch.ops.diffmax.bisect_sharded_backward(
-            grad, p, m, delta, x, ctx.e, e_tensor, ctx.dim, needs_e, ctx.group
+            *BackwardArguments(grad, p, m, delta, x, ctx.e, e_tensor, ctx.dim, needs["e_tensor"], ctx.group)
         )
-        return grad_x if needs_x else None, None, grad_e if needs_e else None, None, None, None, None
+        found = {"x": grad_x, "e_tensor": grad_e}
+        return tuple(found[name] if needed else None for name, needed in needs.items())
 
 
 class _Add(torch.autograd.Function):
@@ -222,40 +227,43 @@ def refuse_transforms() -> None:
         )
 
 
-def _bisect_autograd(x: Tensor, e: float, e_tensor: Tensor | None, *rest: Any) -> Any:
+def _bisect_autograd(*flat: Any) -> Any:
+    given = Arguments(*flat)
     refuse_transforms()
-    if differentiates(x, e_tensor):
-        return _Bisect.apply(x, e, e_tensor, *rest)
+    if differentiates(given.x, given.e_tensor):
+        return _Bisect.apply(*given)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.diffmax.bisect_sharded(x, e, e_tensor, *rest)
+        return torch.ops.diffmax.bisect_sharded(*given)
 
 
-def _bisect_backward_autograd(
-    grad: Tensor,
-    p: Tensor,
-    m: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    e: float,
-    e_tensor: Tensor | None,
-    dim: int,
-    needs_e: bool,
-    group: str,
-) -> Any:
-    if differentiates(grad, p, e_tensor):
+def _bisect_backward_autograd(*flat: Any) -> Any:
+    given = BackwardArguments(*flat)
+    if differentiates(given.grad, given.p, given.e_tensor):
+        return _differentiable_gradients(given)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.diffmax.bisect_sharded_backward(*given)
+
+
+def _differentiable_gradients(given: BackwardArguments) -> Gradients:
+    """The backward, of operators that have a backward."""
+    group, e_tensor = given.group, given.e_tensor
+    if given.x is not None:
         # p leads on to x; where p has lost its small weights, a p in float32 that leads to x takes its place
-        if x is not None:
-            p = torch.ops.diffmax.bisect_sharded(x.float(), e, e_tensor, dim, 50, True, group)[0]
-        own_e = e if e_tensor is None else _Hand.apply(e_tensor, group)
+        again = Arguments(given.x.float(), given.e, e_tensor, given.dim, 50, True, group)
+        given = given._replace(p=torch.ops.diffmax.bisect_sharded(*again)[0], x=None)
+    e = given.e if e_tensor is None else _Hand.apply(e_tensor, group)
 
-        def add(part: Tensor) -> Tensor:
-            handed: Tensor = _Hand.apply(_Add.apply(part, group), group)
-            return handed
+    def add(part: Tensor) -> Tensor:
+        handed: Tensor = _Hand.apply(_Add.apply(part, group), group)
+        return handed
 
-        grad_x, grad_e = _gradients(grad, p, m, delta, None, own_e, dim, needs_e, add)
-        return grad_x.to(grad.dtype), _Add.apply(grad_e, group) if needs_e else grad_e
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.diffmax.bisect_sharded_backward(grad, p, m, delta, x, e, e_tensor, dim, needs_e, group)
+    grad_x, grad_e = _gradients(given, e, add)
+    return Gradients(grad_x.to(given.grad.dtype), _Add.apply(grad_e, group) if given.needs_e else grad_e)
+
+
+def _rows_of(x: Tensor, dim: int) -> list[int]:
+    """The shape of what each row has one of."""
+    return [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
 
 
 def _all_reduce(t: Tensor, operation: str, group: Any) -> Tensor:
@@ -266,22 +274,24 @@ def _all_reduce(t: Tensor, operation: str, group: Any) -> Tensor:
 def _row_max(scores: Tensor, dim: int) -> Tensor:
     """The maximum of this rank's part, -inf where it is empty. NaN becomes +inf: all-reduced maxima may lose NaN."""
     if scores.shape[dim] == 0:
-        return scores.new_full([*scores.shape[:dim], 1, *scores.shape[dim + 1 :]], -torch.inf)
+        return scores.new_full(_rows_of(scores, dim), -torch.inf)
     m = scores.amax(dim, keepdim=True)
     return torch.where(m.isnan(), torch.inf, m)
 
 
-def _agree(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, group: Any) -> int:
+def _agree(given: Arguments) -> int:
     """See that all ranks make the same call, in one message of fixed length; return an upper bound of a whole row's length.
 
     Without it, ranks that disagree would wait for each other, or exchange messages of different lengths.
     """
+    x, dim, e_tensor = given.x, given.dim, given.e_tensor
+    group: Any = given.group  # for which torch's later versions have a type
     facts = {
         "the shape of X outside dim": [*x.shape[:dim], "dim", *x.shape[dim + 1 :]],
         "the dtype of X": x.dtype,
-        "alpha": 1 - e if e_tensor is None else f"a tensor of shape {tuple(e_tensor.shape)}",
-        "n_iter": n_iter,
-        "ensure_sum_one": ensure_sum_one,
+        "alpha": 1 - given.e if e_tensor is None else f"a tensor of shape {tuple(e_tensor.shape)}",
+        "n_iter": given.n_iter,
+        "ensure_sum_one": given.ensure_sum_one,
     }
     codes = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
     message = torch.tensor([x.shape[dim], *codes, *(-code for code in codes)], device=x.device)
@@ -296,9 +306,9 @@ def _agree(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, 
     return int(longest) * _get_group_size_by_name(group)
 
 
-_LIBRARY.impl("bisect_sharded", _bisect, "CompositeExplicitAutograd")
-_LIBRARY.impl("bisect_sharded", _bisect_autograd, "Autograd")
-torch.library.register_fake("diffmax::bisect_sharded", _bisect_fake, lib=_LIBRARY)
-_LIBRARY.impl("bisect_sharded_backward", _bisect_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("bisect_sharded_backward", _bisect_backward_autograd, "Autograd")
-torch.library.register_fake("diffmax::bisect_sharded_backward", _bisect_backward_fake, lib=_LIBRARY)
+LIBRARY.impl("bisect_sharded", _bisect, "CompositeExplicitAutograd")
+LIBRARY.impl("bisect_sharded", _bisect_autograd, "Autograd")
+torch.library.register_fake("diffmax::bisect_sharded", _bisect_fake, lib=LIBRARY)
+LIBRARY.impl("bisect_sharded_backward", _bisect_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("bisect_sharded_backward", _bisect_backward_autograd, "Autograd")
+torch.library.register_fake("diffmax::bisect_sharded_backward", _bisect_backward_fake, lib=LIBRARY)

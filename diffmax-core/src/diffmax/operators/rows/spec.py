@@ -1,4 +1,4 @@
-"""The row operator, to the rest of diffmax."""
+"""Registration of the row operator."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _asks(
 ) -> Question:
     alpha = alpha() if callable(alpha) else alpha
     X = X if dtype is None else X.to(check_dtype("explain", dtype))
-    if isinstance(X, Tensor) and X.is_nested:  # one of its sequences, whose dimensions are one less
+    if isinstance(X, Tensor) and X.is_nested:  # one of its sequences, which has one dimension less
         X, dim = X.unbind()[0], dim if dim < 0 else dim - 1
     one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
     learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
@@ -67,7 +67,10 @@ register(
         name="rows",
         rank=0,
         kernels={"bisect": KernelSpec(ALPHA), "bisect_backward": KernelSpec(ALPHA | {"alpha_gradient"})},
-        functions={"diffmax_bisect": Function("bisect", _asks), "bisect": Function("bisect", _asks)},
+        functions={
+            "diffmax_bisect": Function("bisect", _asks, bench="diffmax.testing.rows.bench:BENCH"),
+            "bisect": Function("bisect", _asks),
+        },
         schemas=(operator.FORWARD, operator.BACKWARD),
         flops={"bisect": _forward_flops, "bisect_backward": _backward_flops},
         sharding=sharding.RULES,

@@ -1,4 +1,4 @@
-"""What the backend offers. diffmax imports this module with itself, so it imports no kernel and touches no device."""
+"""The description of the backend. `import diffmax` imports this module, so it imports no kernel and touches no device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Plugin:
                     "bisect_backward": Kernel("diffmax_example.kernels:bisect_backward", DTYPES, ALPHA | {"alpha_gradient"}),
                 },
                 priority=40,  # core's CPU kernels have 50, its plain PyTorch 0
-                automatic=False,  # CPUs are served already: used only when it is asked for by name
+                automatic=False,  # opt-in, because diffmax has faster backends for CPUs
             ),
         )
 

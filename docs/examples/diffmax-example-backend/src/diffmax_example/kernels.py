@@ -1,4 +1,4 @@
-"""The kernels in NumPy, by bisection: slow, exact, and nothing in common with diffmax's own solver."""
+"""The kernels in NumPy, by bisection: slow, exact, and independent of diffmax's own solver."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MIN_E = 2.0**-60  # below it the operator is softmax to the last digit of float64
-STEPS = 60  # delta lies in [0, 1]: more halvings than float64 has digits change nothing
+MIN_E = 2.0**-60  # for smaller e the operator is softmax to the last digit of float64
+STEPS = 60  # delta lies in [0, 1]: halvings beyond the digits of float64 change nothing
 # (exp(v) - 1 - v) / v^2 = 1/2! + v/3! + v^2/4! + ..., to float64's precision for v < 1
 PHI_SERIES = 1 / np.cumprod(np.arange(2.0, 21.0))
 
@@ -39,7 +39,7 @@ def bisect(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: 
             above = _power(z, middle, row_e)[0].sum(axis=dim, keepdims=True) >= 1
             low, high = np.where(above, middle, low), np.where(above, high, middle)
 
-        # one step of Newton's method with a few digits more, where the processor has them: then the result alone is rounded
+        # one Newton step with more digits, if the processor has them: then only the result is rounded
         z = row_e * (scores.astype(np.longdouble) - np.where(m == -np.inf, 0.0, m))
         p, log_p = _power(z, low, row_e)
         slopes = np.where(p > 0, np.exp((1 - row_e) * log_p), 0.0).sum(axis=dim, keepdims=True)
@@ -64,7 +64,7 @@ def bisect_backward(
         if x is None:
             live = weights != 0  # NaN is live, and so reaches the gradient
             log_p = np.log(np.where(live, weights, 1.0))
-        else:  # in float16 small weights are 0: take them from the scores
+        else:  # in float16 small weights are 0: recompute them from the scores
             shift = np.where(_array(m) == -np.inf, 0.0, _array(m))
             recomputed, log_p = _power(row_e * (_array(x) - shift), _array(delta), row_e)
             weights = np.where(np.isnan(weights), np.nan, recomputed)

@@ -1,9 +1,9 @@
 """From a pretrained softmax model to a diffmax model: calibrate, replace, refit, distil.
 
-docs/adapting.md says when it is worth it.
+docs/adapting.md explains when this is worthwhile.
 
-Each head of each layer gets an alpha and a scale for its scores. They are kept in `model.config.diffmax`, so `save_pretrained`
-writes them, and `replace(model)` reads them again after `from_pretrained`.
+Each head of each layer gets an alpha and a scale for its scores. Both are stored in `model.config.diffmax`: `save_pretrained`
+writes them, and `replace(model)` restores them after `from_pretrained`.
 """
 
 from diffmax.integrations.transformers.adapting.calibration import ALPHAS, SCALES, calibrate

@@ -1,4 +1,4 @@
-"""`calibrate`: each head's alpha and scale, from how far they move the output and how many zeros they give."""
+"""`calibrate`: an alpha and a scale per head, from the movement of the output and the share of zeros."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffmax.integrations.transformers.adapting.replacement import Heads
 from diffmax.operators.common.checks import one_minus_alpha
 from diffmax.operators.rows.api import diffmax_bisect
 
-# What calibrate chooses from. A low alpha on flattened scores is where most of the zeros for the least change are found.
+# The grid of calibrate. A low alpha with a small scale usually gives the most zeros for the least change.
 ALPHAS = (0.99, 0.97, 0.93, 0.88, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0)
 
@@ -31,24 +31,25 @@ def calibrate(
 ) -> Heads:
     """Choose alpha and scale for each head of a softmax model, so that its output moves least.
 
-    A head's change is known for each alpha and scale on a grid, and how far the model's output then moves is estimated to first
-    order, from gradients of random projections of the output. Heads trade with each other: with `zeros`, each takes the point
-    that minimises movement less a price per zero, and the price is the one at which the wanted share of zeros is met. So a head
-    that pays with little for many zeros becomes very sparse, and one that cannot stays dense.
+    The change of a head's output is computed for each alpha and scale on a grid. The movement of the model's output is then
+    estimated to first order, from gradients of random projections of the output. With `zeros`, all heads share one price per
+    zero: each head takes the grid point that minimizes its movement minus the price of its zeros. The price is the lowest that
+    reaches the requested share of zeros. So heads that can be sparsified cheaply become very sparse; others stay dense.
 
     Args:
-        model: A transformers model, as loaded. It is put back into the state in which it was.
+        model: A transformers model, as loaded. Its state is restored.
         batches: A few dictionaries of the model's inputs, such as three of 24 sentences.
-        zeros: The share of exact zeros to reach over all layers, in (0, 1), among what queries that are no padding can see.
-        alpha: Instead: one alpha for all heads, of which only the scales are then chosen.
-        output: From the model's output and its inputs, the tensor that must not move. Default: logits, or last hidden state.
-        probes: Random projections per batch. More make a better estimate.
+        zeros: The share of exact zeros to reach over all layers, in (0, 1), among the keys visible to queries without padding.
+        alpha: Instead of `zeros`: one alpha for all heads; then only the scales are chosen.
+        output: A function of the model's output and inputs that returns the tensor that must not move. Default: logits, or
+            the last hidden state.
+        probes: Random projections per batch. More give a better estimate.
     Returns:
-        For `replace`.
+        The alphas and scales, for `replace`.
     Raises:
         ValueError: `zeros` and `alpha` are both given or both missing, or out of range; there is no batch; no layer calls
-            the attention interface of transformers, or one is given what diffmax cannot do; or the share of zeros cannot be
-            reached.
+            the attention interface of transformers, or a layer uses an option that diffmax does not support; or the share of
+            zeros cannot be reached.
     Source: written for diffmax.
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -70,7 +71,7 @@ def calibrate(
 
 @dataclass
 class _Table:
-    """For each head (of all layers, one after the other) and each point of the grid: movement of the output, share of zeros."""
+    """For each head of all layers, concatenated, and each grid point: movement of the output, share of zeros."""
 
     layers: list[tuple[str, int]]  # name, heads
     grid: list[tuple[float, float]]  # alpha, scale
@@ -78,7 +79,7 @@ class _Table:
     zeros: Tensor
 
     def cheapest(self, price: float) -> Tensor:
-        """Per head the point with the least movement less price times zeros."""
+        """Per head, the grid point that minimizes movement minus price times zeros."""
         return (self.movement - price * self.zeros).argmin(1)
 
     def share(self, chosen: Tensor) -> float:
@@ -86,7 +87,7 @@ class _Table:
         return float(self.zeros.gather(1, chosen[:, None]).mean())
 
     def with_zeros(self, wanted: float) -> Tensor:
-        """The choice at the lowest price at which the share of zeros is reached, found by bisection on its logarithm."""
+        """The choice at the lowest price that reaches the share of zeros, by bisection on the logarithm of the price."""
         largest = float(self.movement.max())
         if self.share(self.cheapest(math.inf if largest == 0 else 1e12 * largest)) < wanted:
             raise ValueError(
@@ -99,7 +100,7 @@ class _Table:
         return self.cheapest(math.exp(high))
 
     def heads(self, chosen: Tensor) -> Heads:
-        """What the choice means, layer by layer."""
+        """The chosen alphas and scales by layer."""
         points = iter([self.grid[i] for i in chosen.tolist()])
         result: Heads = {}
         for name, count in self.layers:
@@ -137,7 +138,7 @@ def _of_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Movement (H, grid), zeros (H, grid) and visible entries (H,) of a layer, from its calls and their projections.
 
-    Projections are (probes, B, H, L, D). A layer that is called several times, as ALBERT's is, moves the output by the sum.
+    Projections are (probes, B, H, L, D). A layer that is called several times, such as ALBERT's, moves the output by the sum.
     """
     moved, zeros = [], []
     visible = [_visible(call, mask) for call, _ in calls]
@@ -154,7 +155,7 @@ def _of_layer(
 
 
 def _visible(call: Call, mask: Tensor | None) -> Tensor:
-    """Where a query that is no padding sees a key."""
+    """Boolean, True where a query that is not padding sees a key."""
     visible = call.scores != -torch.inf
     if mask is None or mask.shape != (visible.shape[0], visible.shape[2]):
         return visible

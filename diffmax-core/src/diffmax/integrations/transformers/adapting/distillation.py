@@ -1,4 +1,4 @@
-"""`distil`: train the student to give its teacher's output again."""
+"""`distil`: train the student to reproduce its teacher's output."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def distil(
     loss: Loss = relative_error,
     progress: Callable[[int, float], object] | None = None,
 ) -> None:
-    """Train a model that `replace` changed to give its teacher's output again, while its heads move from softmax to diffmax.
+    """Train a model changed by `replace` to reproduce its teacher's output, while its heads move from softmax to diffmax.
 
     Args:
-        model: The student. The parameters that require a gradient are trained: freeze what is to stay.
+        model: The student. Parameters that require a gradient are trained: freeze the others.
         teacher: The softmax model.
-        batches: At least `steps` dictionaries of inputs, without labels: any text of the kind that the model will read.
-        steps: Steps of Adam; the rate rises for a twentieth of them, and falls to 0 along a cosine.
-        lr: The largest rate.
-        anneal: The share of the steps in which the heads move from near softmax to where they are. 0: they do not move.
-        loss: From the student's output, the teacher's, and the inputs, what is minimised.
-        progress: Called with the number of steps done and the loss, which waits for the device.
+        batches: At least `steps` dictionaries of inputs, without labels: text similar to the model's later inputs.
+        steps: Steps of Adam; the learning rate rises for a twentieth of them, and then decays to 0 along a cosine.
+        lr: The largest learning rate.
+        anneal: The share of the steps in which the heads move from near softmax to their final values. 0: they do not move.
+        loss: The loss to minimize: a function of the student's output, the teacher's output, and the inputs.
+        progress: Called with the number of finished steps and the loss, which waits for the device.
     Raises:
-        ValueError: There are fewer batches than steps, the model was not replaced, or nothing is to be trained. The heads are
-            then where they are to be; the parameters stay as the steps so far have left them.
+        ValueError: There are fewer batches than steps, the model was not replaced, or no parameter is trainable. The heads
+            then have their final values; the parameters keep the result of the finished steps.
     """
     if isinstance(batches, Sized) and len(batches) < steps:
         raise ValueError(_TOO_FEW.format(len(batches), steps))

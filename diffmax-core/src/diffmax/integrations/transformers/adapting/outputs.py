@@ -1,4 +1,4 @@
-"""What the steps of the recipe have in common: batches, a model's output, and how far it moved."""
+"""Shared by the steps of the recipe: batches, the output of a model, and its movement."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Loss: TypeAlias = "Callable[[Any, Any, Batch], Tensor]"
 
 
 def final_output(output: Any, batch: Batch) -> Tensor:
-    """A model's logits, or else its last hidden state; 0 at padding. Of an encoder-decoder model these are the decoder's."""
+    """A model's logits, or else its last hidden state; 0 at padding. For an encoder-decoder model, those of the decoder."""
     final: Tensor = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
     mask = batch.get("decoder_attention_mask" if hasattr(output, "encoder_last_hidden_state") else "attention_mask")
     return final if mask is None or mask.shape != final.shape[:-1] else final * mask.unsqueeze(-1).to(final.dtype)
 
 
 def relative_error(student: Any, teacher: Any, batch: Batch) -> Tensor:
-    """Squared distance of two models' final outputs, relative to the teacher's square."""
+    """Squared distance between two models' final outputs, relative to the squared norm of the teacher's."""
     wanted = final_output(teacher, batch)
     return (final_output(student, batch) - wanted).square().sum() / wanted.square().sum()
 
 
 def mask_for(model: nn.Module, part: nn.Module, batch: Batch) -> Tensor | None:
-    """The mask of the tokens that a part of the model works on: the decoder of an encoder-decoder model has its own."""
+    """The mask of the tokens of a part of the model: the decoder of an encoder-decoder model has its own."""
     of_pair: Any = model if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
     in_decoder = of_pair is not None and all(part is not module for module in of_pair.get_encoder().modules())
     return batch.get("decoder_attention_mask" if in_decoder else "attention_mask")

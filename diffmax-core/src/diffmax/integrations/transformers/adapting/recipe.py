@@ -1,4 +1,4 @@
-"""`adapt`: the whole recipe."""
+"""`adapt`: all steps of the recipe."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def adapt(
     """The whole recipe, in place: `calibrate` on the first batches, `replace`, `refit` on the next, `distil` on the others.
 
     Args:
-        model: A transformers model with softmax attention. The parameters that require a gradient are trained.
+        model: A transformers model with softmax attention. Parameters that require a gradient are trained.
         batches: `calibration` + `refitting` (if there are linears) + `steps` dictionaries of inputs.
         zeros, alpha, output: As for `calibrate`.
-        linears: As for `refit`. With them the heads start where they end: refit has made the way for them. Without, nothing is
-            refitted, and distil anneals them from softmax.
+        linears: As for `refit`. With them the heads start at their final values, because refit has adjusted the layers.
+            Without, nothing is refitted, and distil anneals the heads from softmax.
         steps, loss, lr, progress: As for `distil`.
-        calibration, refitting: How many batches to calibrate and to refit on.
+        calibration, refitting: Number of batches for `calibrate` and for `refit`.
     Returns:
-        The model; `save_pretrained` writes it, and `replace(AutoModel.from_pretrained(path))` loads it.
+        The model. `save_pretrained` writes it, and `replace(AutoModel.from_pretrained(path))` loads it.
     """
     needed = calibration + (refitting if linears else 0) + steps
     if isinstance(batches, Sized) and len(batches) < needed:

@@ -1,4 +1,4 @@
-"""Run a model with softmax, and keep what its attention layers did."""
+"""Run a model with softmax, and record the calls of its attention layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffmax.integrations.transformers.unfused import masked
 
 _RECORDING = "diffmax-recording"
 
-# What attention layers hand over and the measurement knows what to do with: refuse it, or nothing.
+# Arguments of attention layers that the measurement handles: it refuses them or ignores them.
 _MEASURED = {
     "cu_seq_lens_k",
     "cu_seq_lens_q",
@@ -36,7 +36,7 @@ _MEASURED = {
 
 @dataclass
 class Call:
-    """One attention layer's call: masked scores (B, H, L, S), values (B, H, S, D), softmax's output (B, H, L, D)."""
+    """A call of an attention layer: masked scores (B, H, L, S), values (B, H, S, D), the output of softmax (B, H, L, D)."""
 
     module: nn.Module
     scores: Tensor
@@ -45,7 +45,7 @@ class Call:
 
 
 def record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], Tensor]:
-    """The calls of the model's attention layers, and the output that they led to."""
+    """The calls of the model's attention layers, and the model's output."""
     calls: list[Call] = []
 
     def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -64,7 +64,7 @@ def record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], 
 def _attend_with_softmax(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Call:
-    """The attention of a layer that calls the interface of transformers; its output requires a gradient."""
+    """Softmax attention for a layer that calls the attention interface of transformers; its output requires a gradient."""
     refusals.called()
     _refuse_what_changes_the_weights({name: given for name, given in kwargs.items() if name not in _MEASURED})
     for name in ("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k"):
@@ -74,7 +74,7 @@ def _attend_with_softmax(
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     attention_mask, causal = read(module, attention_mask, kwargs.get("is_causal"), query.shape[2], key.shape[2])
     scores = masked(query @ key.mT * scale, merged_mask(attention_mask, kwargs.get("position_bias")), causal)
-    # a row that sees nothing would be NaN; it is 0, as it will be with diffmax
+    # a fully masked row would be NaN; it is 0, as with diffmax
     weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores).softmax(-1)
     weights = weights.masked_fill(scores == -torch.inf, 0.0)
     result = weights @ value
@@ -85,7 +85,7 @@ def _attend_with_softmax(
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo what is done to the modes and attention implementations of the model and its parts."""
+    """Restore the modes and attention implementations of the model and its parts on exit."""
     modes = [(module, module.training) for module in model.modules()]
     configs = [config for module in model.modules() for config in _configs(getattr(module, "config", None))]
     implementations = [(config, config._attn_implementation) for config in configs]
@@ -95,12 +95,12 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for config, implementation in implementations:
-            # not by the property without "_internal", which writes to the configurations inside too
+            # not the property without "_internal", which also writes to nested configurations
             config._attn_implementation_internal = implementation
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A transformers configuration, and those inside it."""
+    """A transformers configuration, and its nested ones."""
     if hasattr(config, "_attn_implementation"):
         yield config
         for name in config.sub_configs:

@@ -1,4 +1,4 @@
-"""`refit`: linear layers, by least squares against the teacher's outputs."""
+"""`refit`: fit linear layers to the teacher's outputs by least squares."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from diffmax.integrations.transformers.adapting.outputs import Batch, mask_for
 
 @torch.no_grad()
 def refit(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], linears: Sequence[str], ridge: float = 0.03) -> None:
-    """Give linear layers the weights with which they best repeat their teacher's outputs from the inputs that they get now.
+    """Fit linear layers by least squares: from their current inputs they should reproduce the teacher's outputs.
 
-    One layer after the other, by least squares, without a gradient. After `replace` this undoes most of what the heads changed
-    and leaves less to `distil`. The layers that write into the residual stream are the ones to name: the output projection of
-    each attention, and the second layer of each feed-forward network.
+    Layers are fitted one after the other, without a gradient. After `replace` this corrects most of the change of the heads,
+    and leaves less to `distil`. Name the layers that write into the residual stream: the output projection of each attention,
+    and the second layer of each feed-forward network.
 
     Args:
-        model: The student, in place.
+        model: The student, modified in place.
         teacher: The softmax model.
-        batches: Inputs, read once for the teacher and once per layer: some ten thousand tokens. The teacher's outputs of all
-            named layers are held in memory. Padding is left out, by `attention_mask`, or `decoder_attention_mask` for layers of
-            an encoder-decoder model's decoder.
+        batches: Inputs, about ten thousand tokens, run once for the teacher and once per layer. The teacher's outputs of all
+            named layers are held in memory. Padding is excluded, by `attention_mask`, or by `decoder_attention_mask` for
+            layers in the decoder of an encoder-decoder model.
         linears: Names of nn.Linear layers, in the order in which the model runs them. Not the keys and values of
             cross-attention, which a decoder computes from the encoder's tokens.
-        ridge: Pull towards the present weights, relative to the mean square of the inputs.
+        ridge: Strength of the pull towards the current weights, relative to the mean square of the inputs.
     Raises:
-        ValueError: A name is no nn.Linear of both models, or a model does not run it.
+        ValueError: A name is not an nn.Linear in both models, or a model does not run it.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    wanted: dict[str, list[list[Tensor]]] = {name: [] for name in linears}  # of each batch, of each call of the layer
+    wanted: dict[str, list[list[Tensor]]] = {name: [] for name in linears}  # per batch, per call of the layer
     originals = dict(teacher.named_modules())
     for name in linears:
         if name not in modules or not isinstance(originals.get(name), nn.Linear):
@@ -53,7 +53,7 @@ def refit(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], linear
 
 
 def _refit_one(model: nn.Module, linear: nn.Linear, batches: Sequence[Batch], wanted: list[list[Tensor]], ridge: float) -> None:
-    """Least squares for the change of [weight, bias], or of the weight alone, with the normal equations in float64."""
+    """Least squares for the change of [weight, bias], or of the weight only, by the normal equations in float64."""
     gram = torch.zeros((), dtype=torch.float64, device=linear.weight.device)
     moment = torch.zeros_like(gram)
     for batch, targets in zip(batches, wanted, strict=True):
@@ -75,11 +75,11 @@ def _refit_one(model: nn.Module, linear: nn.Linear, batches: Sequence[Batch], wa
 
 
 class _SeenError(Exception):
-    """Stops a forward pass where enough of it has run."""
+    """Stops a forward pass when its remaining part is not needed."""
 
 
 def _calls_of(model: nn.Module, linear: nn.Linear, batch: Batch, count: int) -> list[tuple[Tensor, Tensor]]:
-    """What the layer gets and gives in its calls in the model; what comes after the last of them is not run."""
+    """Inputs and outputs of the layer in its calls in the model; the forward pass stops after the last call."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What attention's launchers tell the kernels of a call, forward and backward alike: tensors, strides, scalars, flags."""
+"""Kernel arguments of a call, shared by attention's forward and backward launchers: tensors, strides, scalars, flags."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from diffmax.reference.dropout import threshold
 
 Names = dict[str, Any]
 
-# Offsets within a tile are int32: a tensor whose rows lie farther apart, in elements, is copied
+# Offsets within a tile are int32: a tensor with a larger row stride, in elements, is copied
 FARTHEST_ROWS = 1 << 23
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A call's part of a launch.
+    """The launch arguments that depend on the call.
 
     Attributes:
-        tensors: By the names of the kernels' pointers; a placeholder where the call has none, which no kernel reads.
+        tensors: By the name of the kernel pointer; a missing tensor has a placeholder, which no kernel reads.
         scalars: Strides, sizes and numbers.
-        flags: What the kernels are compiled for.
-        dropout: The smallest random word that is kept, as the int32 with its bits; what weights are multiplied by; the flag.
-        n_sequences: Of packed tensors, else 0.
+        flags: Compile-time arguments.
+        dropout: The threshold as an int32 with its bits, the factor of kept weights, and the flag.
+        n_sequences: Number of packed sequences, else 0.
     """
 
     tensors: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Arguments:
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, call: AttentionCall, *, ptx: bool, precision: str) -> Arguments:
-        """From tensors that `rows_of_entries` returned."""
+        """The arguments for tensors returned by `rows_of_entries`."""
         exponent = Exponent.of(call.e, torch.float32)
         mask = None if call.mask is None else call.mask.view(torch.uint8)
         alibi = None if call.alibi is None else call.alibi.contiguous()
@@ -71,40 +71,40 @@ class Arguments:
 
     @property
     def packed(self) -> bool:
-        """Whether sequences lie one after the other."""
+        """Whether the call has packed sequences."""
         return bool(self.flags["OPTIONS"].PACKED)
 
     def blocks(self, length: int, size: int) -> int:
-        """How many blocks of `size` rows there are; of packed sequences theirs, and those of what follows the last one."""
+        """The number of blocks of `size` rows; with packed sequences including those for rows after the last sequence."""
         return length // size + self.n_sequences + 1 if self.packed else -(-length // size)
 
 
 def rows_of_entries(t: Tensor) -> Tensor:
-    """t with the entries of a row side by side, and rows not so far apart that offsets in a tile would overflow."""
+    """t, copied unless the entries of a row are adjacent and the row stride keeps offsets in a tile from overflowing."""
     if (t.stride(3) != 1 and t.shape[3] > 1) or t.stride(2) > FARTHEST_ROWS:
         return t.contiguous()
     return t
 
 
 def strides(letter: str, t: Tensor) -> Names:
-    """Of batch entries, heads and rows."""
+    """Strides of batch entries, heads and rows."""
     return {f"{letter}_b": t.stride(0), f"{letter}_h": t.stride(1), f"{letter}_row": t.stride(2)}
 
 
 def aligned(t: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
+    """Whether every row is aligned to 16 bytes."""
     vector = VECTOR_BYTES // t.element_size()
     return t.data_ptr() % VECTOR_BYTES == 0 and not any(step % vector for step in t.stride()[:3])
 
 
 def _score_strides(name: str, t: Tensor | None) -> Names:
-    """A mask's or a bias's, 0 where it is broadcast."""
+    """Strides of a mask or a bias, 0 where it is broadcast."""
     steps = (0, 0, 0, 0) if t is None else (0 if size == 1 else t.stride(axis) for axis, size in enumerate(t.shape))
     return dict(zip((f"{name}_{axis}" for axis in ("b", "h", "row", "key")), steps, strict=True))
 
 
 def _layout(t: Tensor | None) -> int:
-    """How a mask or a bias lies in memory, as `common.scores` numbers it."""
+    """Memory layout of a mask or a bias, as numbered in `common.scores`."""
     if t is None:
         return int(ABSENT.value)
     adjacent = t.stride(3) == 1 and t.shape[3] > 1
@@ -114,13 +114,13 @@ def _layout(t: Tensor | None) -> int:
 
 
 def _lower_right(query: Tensor, key: Tensor, call: AttentionCall) -> bool:
-    """Whether a query's position depends on the number of keys, and anything on the position: else one binary serves both."""
+    """Whether positions depend on the number of keys and matter for the call; if not, one binary serves both alignments."""
     placed = call.left >= 0 or call.right >= 0 or call.alibi is not None
     return call.lower_right and placed and (call.cu_seqlens_q is not None or query.shape[2] != key.shape[2])
 
 
 def _hardware(exponent: Exponent, dtype: torch.dtype) -> int:
-    """Whether the hardware's logarithm serves: gradients in float16 and bfloat16 do not see its error."""
+    """Whether to use the hardware logarithm: its error does not show in float16 and bfloat16 gradients."""
     return int(not exponent.tensor and exponent.e >= SMALLEST_E_FOR_HARDWARE and dtype.itemsize == 2)
 
 

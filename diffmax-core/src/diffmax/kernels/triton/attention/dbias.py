@@ -1,6 +1,6 @@
-"""Gradient for an additive bias, summed over what it broadcasts along.
+"""Gradient for an additive bias, summed over the broadcast dimensions.
 
-A program holds a tile of the bias and walks all tiles of scores that it is added to.
+A program holds a tile of the bias and loops over all tiles of scores that it is added to.
 """
 
 import triton
@@ -26,8 +26,8 @@ def attention_bwd_dbias_kernel(
     g_b, g_h, g_row, q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row,
     mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
     heads, group, length, n_keys, n_tiles, n_words,
-    bias_heads, row_blocks, key_blocks,  # of the bias: 1 where it broadcasts
-    batches_each, heads_each, rows_each, keys_each,  # what one entry is for: batch entries, heads, blocks of rows and of keys
+    bias_heads, row_blocks, key_blocks,  # sizes of the bias: 1 where it is broadcast
+    batches_each, heads_each, rows_each, keys_each,  # what the tile is added to: batch entries, heads, blocks of rows, of keys
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,

@@ -1,6 +1,6 @@
 """Gradients for keys and values.
 
-A program holds a block of keys and walks the live tiles of its column, for all query heads that share the keys.
+A program holds a block of keys and loops over the live tiles of its column, for all query heads that share the keys.
 """
 
 import triton
@@ -50,8 +50,8 @@ def attention_bwd_dkv_kernel(
 ):  # fmt: skip
     """dK = scale * dS^T Q and dV = P^T dO, Eq. 5.  Grid: (B * H_kv * n_blocks,). BLOCK_M and BLOCK_N divide TILE.
 
-    Tiles are keys by queries, so that their products need no transposed weights. SILENT: queries may be silent for other
-    reasons than their place, and what they hold must not reach the products.
+    Tiles are keys by queries, so that products need no transposed weights. SILENT: queries may be silent for reasons other than
+    their position; then NaN in them must not reach the products.
     """
     PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth

@@ -1,6 +1,6 @@
-"""Gradients that belong to queries: for the query, e and the sink.
+"""Gradients per query: for the query, e and the sink.
 
-A program holds a block of queries and walks its live tiles.
+A program holds a block of queries and loops over its live tiles.
 """
 
 import triton
@@ -29,7 +29,7 @@ from diffmax.kernels.triton.common.scores import keep_mask, score_gradient
 
 @triton.jit
 def bits_of_rows(live_ptr, word, first_tile, n_tiles, n_words, TILES: tl.constexpr):
-    """Bit i: whether key tile word * WORD + i is live with one of TILES query tiles. live_ptr: the sequence's first words."""
+    """Bit i: whether key tile word * WORD + i is live for one of TILES query tiles. live_ptr: first words of the sequence."""
     bits = tl.load(live_ptr + first_tile.to(tl.int64) * n_words + word)
     for other in tl.static_range(1, TILES):
         tile = first_tile + other
@@ -59,8 +59,8 @@ def attention_bwd_dq_kernel(
 ):  # fmt: skip
     """dQ = scale * dS K with dS = s (dP - mean), Eq. 5.  Grid: (B * H * n_blocks,).
 
-    BLOCK_N divides TILE; BLOCK_M does, or is a multiple of it. The last blocks come first: under causality they have most
-    to do.
+    BLOCK_N divides TILE; BLOCK_M divides TILE or is a multiple of it. The last blocks run first: under causality they have the
+    most work.
     """
     PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
@@ -92,7 +92,7 @@ def attention_bwd_dq_kernel(
     )  # fmt: skip
     rows = first + tl.arange(0, BLOCK_M)
     m = load_vector(m_ptr + row_at, first, rows_here, BLOCK_M, -float("inf"))
-    heard = m != -float("inf")  # with a sink m is finite, and what is silent shows at the end
+    heard = m != -float("inf")  # with a sink m is finite, and silent queries are known only at the end
     m = tl.where(heard, m, 0.0)
     delta = load_vector(delta_ptr + row_at, first, rows_here, BLOCK_M, 0.0)
     q = load_rows(q_ptr, first, heard, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D)

@@ -1,10 +1,10 @@
-"""What attention's backward kernels share: from a tile of products to p and s = p^alpha, recomputed from m and delta (Eq. 5).
+"""Shared by attention's backward kernels: from a tile of products to p and s = p^alpha, recomputed from m and delta (Eq. 5).
 
-A tile is queries by keys, or the other way round: `rows`, `keys`, and what belongs to a query (m, delta, the mean of dP) come
-shaped to broadcast.
+A tile is queries by keys, or the transpose: `rows`, `keys`, and the values per query (m, delta, the mean of dP) have shapes
+that broadcast.
 
-A query whose weights are all 0 is silent: it passes nothing on, not even NaN. The first kernel, which knows, leaves -inf as its
-mean for the others.
+A query whose weights are all 0 is silent: it propagates no gradient, not even NaN. The first kernel detects this, and stores
+-inf as the mean for the others.
 """
 
 import triton
@@ -23,9 +23,9 @@ def heard_mean(mean):
 
 @triton.jit
 def base_and_slope(x, m, delta, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """b = [e (x - m) + 1 - delta]_+, s = b^(k-1) and, but for integer exponents, log2 b. The weight is s b.
+    """b = [e (x - m) + 1 - delta]_+, s = b^(k-1) and, except for integer exponents, log2 b. The weight is s b.
 
-    NaN in a query's delta is in all three. m is finite.
+    If delta of a query is NaN, all three are. m is finite.
     """
     u = e * (x - m) - delta
     dead = u <= -1.0
@@ -52,7 +52,7 @@ def recompute(
     x, rows, keys, rules, m, delta, e, k,
     OPTIONS: tl.constexpr, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """From products x: b, s, log2 b as `base_and_slope` gives them, and what `score_gradient` asks for."""
+    """From products x: b, s, log2 b as in `base_and_slope`, and the capped scores for `score_gradient`."""
     scores, capped = score(x, rows, keys, rules, OPTIONS)
     seen = visible(rows, keys, keys < rules.n_keys, rules, OPTIONS) & (rows < rules.n_rows)
     scores = tl.where(seen, scores, -float("inf"))

@@ -1,7 +1,7 @@
-"""Attention's launcher. A vendor's distribution makes one `AttentionOperator`.
+"""The launcher of attention. A vendor's distribution creates one `AttentionOperator`.
 
-The forward's two launches are in `launch_forward`, the backward's in `launch_backward`. Nothing waits for the device. Kernels
-are compiled for a bounded number of cases: dtype, head sizes, which features, five integer exponents; not for each length,
+The launches of the forward are in `launch_forward`, those of the backward in `launch_backward`. Nothing waits for the device.
+Kernels are compiled for a bounded number of cases: dtype, head dimensions, features, five integer exponents; not per length,
 stride, number of heads or alpha.
 """
 
@@ -24,15 +24,15 @@ class AttentionOperator(Tunable):
     """`attention` and `attention_backward` for one vendor, with the signatures of `diffmax.reference.attention`.
 
     Args:
-        architecture: Of a device, such as "sm90" or "gfx942".
-        processors: How many multiprocessors (compute units) a device has.
-        ptx: Whether the compiler takes NVIDIA's assembly.
-        table: The tuning table of a device's own architecture, if there is one.
+        architecture: A function that returns the architecture of a device, such as "sm90" or "gfx942".
+        processors: A function that returns the number of multiprocessors (compute units) of a device.
+        ptx: Whether the compiler accepts NVIDIA's assembly.
+        table: A function that returns the tuning table of a device's own architecture, or None.
     Attributes:
-        forward_precision: Of products of float32 in the forward: three products of tf32 on NVIDIA's matrix cores, AMD's take
-            float32 itself. That three are enough for the gate was found by emulating sums that round to nearest. Matrix cores
-            cut off instead, which only a device can show: the kit's `test_float32_products` asks. Where it fails, "ieee" is
-            right and slower.
+        forward_precision: Precision of float32 products in the forward: three tf32 products on NVIDIA's matrix cores; AMD's
+            support float32. An emulation whose sums round to nearest showed that three suffice for the gate. Matrix cores
+            truncate instead, which only a device can test: see the kit's `test_float32_products`. If it fails, "ieee" is
+            correct and slower.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class AttentionOperator(Tunable):
         self.forward_precision = "tf32x3" if ptx else "ieee"
 
     def forward_settings(self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall) -> Forward:
-        """How the two forward kernels are launched, for heads of `size` entries."""
+        """Settings of the two forward kernels, for head dimension `size`."""
         extras = any(t is not None for t in (call.mask, call.bias, call.alibi)) or call.softcap > 0 or call.dropout_p > 0
         rule, table = forward_settings(self.architecture(device), dtype, size, extras), self.table(device)
         return Forward(
@@ -59,7 +59,7 @@ class AttentionOperator(Tunable):
         )
 
     def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall) -> Backward:
-        """How the three backward kernels are launched, likewise."""
+        """Settings of the three backward kernels, for head dimension `size`."""
         rule, table = backward_blocks(self.architecture(device), dtype, size), self.table(device)
         blocks = Backward(
             *(self.tuned(table, f"attention_{name}", dtype, size) or getattr(rule, name) for name in rule._fields)
@@ -96,19 +96,19 @@ class AttentionOperator(Tunable):
         backward: bool,
         features: frozenset[str],
     ) -> None:
-        """Compile what calls need, by calling on tiny tensors.
+        """Compile the kernels for later calls, by calls on tiny tensors.
 
-        A mask is prepared as one of keys and as one of queries and keys, a bias as one of queries and keys. Calls that are to
-        be differentiated and those that are not have forward kernels of their own.
+        For masks, both a mask over keys and one over queries and keys are prepared; for biases, one over queries and keys.
+        Calls with and without a backward use different forward kernels.
 
         Args:
-            device: Where the calls will run.
-            dtype: Of query, key and value.
-            head_dim, value_dim: Sizes of a query and of a value.
+            device: Device of the calls.
+            dtype: Dtype of query, key and value.
+            head_dim, value_dim: Head dimensions of queries and of values.
             e: 1 - alpha, or None for alpha as a tensor.
             backward: Whether the calls will be differentiated.
-            features: Of `diffmax.plugin.FEATURES`, what the calls have. Where "alpha_gradient" or "attention_stats" is among
-                them, calls without it are prepared too.
+            features: The `diffmax.plugin.FEATURES` of the calls. With "alpha_gradient" or "attention_stats", calls without it
+                are prepared too.
         """
         length, kv_heads = TILE, 1 if "gqa" in features else 2
         sizes = ((2, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
@@ -124,7 +124,7 @@ class AttentionOperator(Tunable):
 def example_calls(
     device: torch.device, dtype: torch.dtype, length: int, e: float | None, features: frozenset[str]
 ) -> list[AttentionCall]:
-    """Calls with these features on two heads of `length` queries and keys: for each layout of a mask one."""
+    """Calls with these features on two heads of `length` queries and keys, one per layout of a mask."""
 
     def zeros(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=kind, device=device)

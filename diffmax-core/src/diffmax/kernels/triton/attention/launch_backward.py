@@ -1,4 +1,4 @@
-"""The launches of attention's backward kernels: results, grids. A bias that wants its gradient takes a third one."""
+"""The launches of attention's backward kernels: results and grids. The gradient for a bias takes a third launch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def attention_backward(
     Args:
         grad, query, key, value, saved, call, wanted: The call.
         blocks: Settings of the three kernels.
-        ptx: Whether the compiler takes NVIDIA's assembly.
+        ptx: Whether the compiler accepts NVIDIA's assembly.
     """
     m, bias = saved.m, call.bias if wanted.bias else None
 
@@ -62,7 +62,7 @@ def attention_backward(
 
 @dataclass(frozen=True)
 class _Launch:
-    """A call's tensors as the kernels take them, and the arguments that all launches share."""
+    """The tensors of a call in the layout of the kernels, and the arguments shared by all launches."""
 
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     saved: Saved
@@ -96,7 +96,7 @@ class _Launch:
         return cls((grad, query, key, value), saved, call, arguments, shared, blocks)
 
     def dq(self, grad_query: Tensor, grad_e: Tensor, grad_sink: Tensor, mean: Tensor) -> None:
-        """Gradients for query, e and sink, and the mean of dP that the other launches need."""
+        """Gradients for query, e and sink, and the mean of dP for the other launches."""
         n_blocks = self.arguments.blocks(grad_query.shape[2], self.blocks.dq.rows)
         attention_bwd_dq_kernel[(grad_query.shape[0] * grad_query.shape[1] * n_blocks,)](
             *self.tensors, *self.saved, **self._given("e", "mask", "bias", "alibi", "seed", "sink", "cu_q", "cu_k"),

@@ -1,4 +1,4 @@
-"""The launches of attention's forward kernels: results, scratch, grids."""
+"""The launches of attention's forward kernels: results, scratch buffers, grids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, on_de
 from diffmax.operators.common.numerics import newton_steps
 from diffmax.plugin import TILE, AttentionCall, AttentionResults
 
-# How far from its root, in units of the slope, the threshold may be when the output is computed: `steps.good_enough`
+# Tolerance of the threshold when the output is computed, in units of the slope: see `steps.good_enough`
 CUT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 
 
@@ -35,10 +35,10 @@ def attention_forward(
 
     Args:
         query, key, value, call, keep, stats: The call.
-        settings: Of the two kernels.
-        processors: How many multiprocessors (compute units) the device has.
-        ptx: Whether the compiler takes NVIDIA's assembly.
-        precision: Of products.
+        settings: Settings of the two kernels.
+        processors: Number of multiprocessors (compute units) of the device.
+        ptx: Whether the compiler accepts NVIDIA's assembly.
+        precision: Precision of products.
     """
     rows, device = query.shape[:3], query.device
     out = value.new_empty((*rows, value.shape[3]))
@@ -94,7 +94,7 @@ def attention_forward(
 
 
 def _most_tiles(n_keys: int, call: AttentionCall) -> int:
-    """How many tiles of keys one block of queries can meet."""
+    """The maximum number of key tiles in range of one block of queries."""
     tiles = -(-(call.max_seqlen_k if call.cu_seqlens_k is not None else n_keys) // TILE)
     if call.left >= 0 and call.right >= 0:
         tiles = min(tiles, (call.left + call.right + 2 * TILE - 2) // TILE + 1)

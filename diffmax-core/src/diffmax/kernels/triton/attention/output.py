@@ -1,8 +1,8 @@
 """Second kernel of attention's forward: the output, and U of Eq. 5 for the backward, from the tiles that hold a weight.
 
-S is summed once more on the way. The output takes the linear step that it asks for, or is divided by it; should it be further
-from 1 than the first kernel promised, the threshold takes a step and the tiles are visited again. Values too long for the
-registers are cut into shares of BLOCK_V entries, for each of which the scores are computed anew.
+S is summed again in the same pass. The output gets the remaining linear step, or is divided by S. If S differs from 1 by more
+than the first kernel predicted, the threshold takes a step and the tiles are visited again. Values too long for the registers
+are split into shares of BLOCK_V entries; each share recomputes the scores.
 """
 
 import triton
@@ -36,7 +36,7 @@ def attention_out_kernel(
     KEEP: tl.constexpr, SUPPORT: tl.constexpr, CUT: tl.constexpr, SOLVED: tl.constexpr,
     HARDWARE: tl.constexpr, PTX: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out, delta, and what else is asked for.  Grid: as many programs as run at a time; list is their scratch."""
+    """out, delta, and the optional results.  Grid: as many programs as run concurrently; list is their scratch buffer."""
     PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     WHOLE: tl.constexpr = VALUE_DIM % BLOCK_V == 0
@@ -84,7 +84,7 @@ def attention_out_kernel(
         if OPTIONS.PACKED:
             live_rows = n_blocks - 1
         live_at = live_ptr + ((b * heads + h) * live_rows + block.index) * n_words
-        tl.debug_barrier()  # the block before may still be read
+        tl.debug_barrier()  # the previous block may still be read
         count = list_set_bits(live_at, list_ptr, n_words, block.index < live_rows)
         tl.debug_barrier()
 
@@ -93,7 +93,7 @@ def attention_out_kernel(
         rounds = 0
         while rounds < _ROUNDS:
             lift, lift_u = zero + 1.0, zero + 1.0
-            if HALF:  # small weights would leave float16's range: bring the largest to 1
+            if HALF:  # small weights would underflow in float16: scale the largest to 1
                 lift = tl.exp2(tl.minimum(-row_k * tl.log2(tl.maximum(1.0 - delta, 1e-6)), 40.0))
                 lift_u = lift * tl.maximum(1.0 - delta, 1e-6)
             before = total

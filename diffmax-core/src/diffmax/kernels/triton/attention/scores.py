@@ -1,6 +1,6 @@
-"""Scores of attention's tiles: what a head's rules are told, products, and the forward's blocks of 64 queries.
+"""Scores of attention's tiles: the arguments of the rules, products, and the forward's blocks of 64 queries.
 
-What acts on a score is in `common.scores`.
+The rules of the scores are in `common.scores`.
 """
 
 from typing import Any, NamedTuple
@@ -21,17 +21,17 @@ from diffmax.kernels.triton.common.scores import ABSENT, PerPair, Rules, score, 
 
 
 class Block(NamedTuple):
-    """A block of 64 queries, which a forward program works on.
+    """A block of 64 queries, processed by a forward program.
 
     Attributes:
-        index: Of the block.
-        batch, head, kv_head: Of its queries, and of their keys.
+        index: Index of the block.
+        batch, head, kv_head: Batch entry and head of its queries, and head of their keys.
         sequence: Its packed sequence.
-        q_start, k_start: Where the sequence's queries and keys begin.
-        first, last: Its first and its last query in the sequence.
-        n_rows, n_keys: The sequence's queries and keys.
-        shift: Query i stands at key i + shift.
-        low_key, high_key: Its keys in sight: [low_key, high_key), none for a block beyond its sequence's end.
+        q_start, k_start: Start of the sequence in queries and keys.
+        first, last: First and last query of the block, as positions in the sequence.
+        n_rows, n_keys: Number of queries and keys of the sequence.
+        shift: Query i has the position of key i + shift.
+        low_key, high_key: The keys in range, [low_key, high_key); none for a block after the end of its sequence.
     """
 
     index: Any
@@ -52,7 +52,7 @@ class Block(NamedTuple):
 
 @triton.jit
 def block_of(item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS: tl.constexpr):
-    """The item's block. The last blocks come first: under causality they see most."""
+    """The block of a work item. The last blocks run first: under causality they see the most keys."""
     index = n_blocks - 1 - item % n_blocks
     batch, head = (item // n_blocks // heads).to(tl.int64), (item // n_blocks % heads).to(tl.int64)
     sequence, q_start, n_rows, first = locate_block(index, cu_q_ptr, n_sequences, length, TILE, OPTIONS.PACKED)
@@ -85,7 +85,7 @@ def rules_of(
     mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b, left, right, scale, softcap,
     OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """A head's rules. batch and head in int64."""
+    """The arguments of the rules for a head. batch and head in int64."""
     slope = 0.0
     if OPTIONS.ALIBI:
         slope = tl.load(alibi_ptr + batch * alibi_b + head)
@@ -99,7 +99,7 @@ def products(
     a_ptr, a_first, a_valid, a_row, b_ptr, b_first, b_valid, b_row, PRECISION: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A rows times B rows, (A, B) in float32, CHUNK entries at a time: where whole rows would take too many registers."""
+    """A rows times B rows, (A, B) in float32, CHUNK entries at a time, because whole rows would take too many registers."""
     WHOLE: tl.constexpr = SIZE % CHUNK == 0
     x = tl.zeros((A, B), tl.float32)
     for at in range(0, BLOCK, CHUNK):
@@ -111,7 +111,7 @@ def products(
 
 @triton.jit
 def queries_of(q_ptr, q_row, block, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
-    """The block's queries; where heads are cut into chunks, which are loaded when they are needed, their address."""
+    """The queries of the block; if heads are split into chunks, which are loaded on demand, the address of the queries."""
     if CHUNK == BLOCK_D:
         valid = rows_inside(block.first, block.n_rows, TILE)
         return load_rows(q_ptr, block.first, valid, q_row, SIZE, TILE, BLOCK_D, SIZE == BLOCK_D)
@@ -124,7 +124,7 @@ def sampled_products(
     q, q_row, k_ptr, k_row, keys, block, PRECISION: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The block's queries times keys at any positions in sight."""
+    """The queries of the block times keys at any positions in range."""
     x = tl.zeros((TILE, TILE), tl.float32)
     for at in range(0, BLOCK_D, CHUNK):
         cols = at + tl.arange(0, CHUNK)
@@ -144,8 +144,8 @@ def sampled_scores(
     q, q_row, k_ptr, k_row, keys, block, rules, OPTIONS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """(TILE, TILE) scores with keys at any positions, -inf where nothing is to be seen."""
-    PRECISION: tl.constexpr = OPTIONS.PRECISION  # a name first: as an argument Triton 3.6 takes no str out of a tuple
+    """(TILE, TILE) scores with keys at any positions, -inf where masked."""
+    PRECISION: tl.constexpr = OPTIONS.PRECISION  # a variable, because Triton 3.6 accepts no str from a tuple as an argument
     x = sampled_products(q, q_row, k_ptr, k_row, keys, block, PRECISION, SIZE, BLOCK_D, CHUNK)
     rows, keys = (block.first + tl.arange(0, TILE))[:, None], keys[None, :]
     scores, _ = score(x, rows, keys, rules, OPTIONS)
@@ -157,9 +157,9 @@ def tile_scores(
     q, q_row, k_ptr, k_row, begin, block, rules, OPTIONS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """(TILE, KEYS) scores with the keys from the position `begin` on, -inf where nothing is to be seen."""
+    """(TILE, KEYS) scores with the keys from position `begin` on, -inf where masked."""
     PRECISION: tl.constexpr = OPTIONS.PRECISION
-    # a tile that neither the last key nor the window cuts through is seen as a whole; a mask always can cut
+    # a tile crossed by neither the end of the keys nor the window is fully visible; a mask can hide any entry
     partly = begin + KEYS > block.n_keys
     if OPTIONS.WINDOW:
         partly = partly | (begin + KEYS - 1 - block.first - rules.shift > rules.right)

@@ -1,7 +1,7 @@
-"""How attention's kernels are launched on each architecture: one table, whose first row that fits a call counts.
+"""Launch settings of attention's kernels per architecture: a table, whose first matching row is used.
 
-An entry of a vendor's own table (`common.tuning`) goes before it. Each row says where it comes from: no clock has seen these,
-they are chosen by what the compiler says of registers and shared memory (docs/kernels.md).
+An entry in a vendor's table (`common.tuning`) takes precedence. Each row has its origin: these settings were not timed, but
+chosen by the compiler's figures for registers and shared memory (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, power_of_two
 
 @dataclass(frozen=True)
 class Settings:
-    """The launch of a forward kernel. Tiles are 64 by 64; what differs is who shares one.
+    """Settings of a forward kernel. Tiles are 64 by 64; the settings say how one is processed.
 
     Attributes:
-        warps: Warps of a program.
-        stages: How many tiles are under way at once.
-        programs: Programs per multiprocessor: the grid, and with it the scratch.
-        keys: Keys that are looked at together.
-        chunk: Entries of a head that are multiplied at a time.
-        values: Entries of the values that a program sums at a time.
+        warps: Warps per program.
+        stages: Pipeline stages: tiles in flight.
+        programs: Programs per multiprocessor: they determine the grid and the size of the scratch buffers.
+        keys: Keys processed at a time.
+        chunk: Entries of the head dimension multiplied at a time.
+        values: Entries of the value dimension accumulated at a time.
     """
 
     warps: int
@@ -37,13 +37,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Block:
-    """The launch of a backward kernel, and its tile.
+    """Settings of a backward kernel, and its tile.
 
     Attributes:
-        rows, keys: Queries and keys.
-        warps: Warps of a program.
-        stages: How many tiles are under way at once.
-        chunk: Entries of a head that are multiplied at a time; the whole head, if it has no more.
+        rows, keys: Queries and keys of a tile.
+        warps: Warps per program.
+        stages: Pipeline stages: tiles in flight.
+        chunk: Entries of the head dimension multiplied at a time; at most the whole head.
     """
 
     rows: int
@@ -53,27 +53,27 @@ class Block:
     chunk: int = 256
 
     def arguments(self) -> dict[str, int]:
-        """As a launch takes them."""
+        """The settings as launch arguments."""
         tile = {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "CHUNK": self.chunk}
         return tile | {"num_warps": self.warps, "num_stages": self.stages, **COMPILER_OPTIONS}
 
 
 class Forward(NamedTuple):
-    """The launches of the two forward kernels."""
+    """The settings of the two forward kernels."""
 
     solve: Settings
     output: Settings
 
 
 class Backward(NamedTuple):
-    """The launches of the three backward kernels."""
+    """The settings of the three backward kernels."""
 
     dq: Block
     dkv: Block
     dbias: Block
 
     def without_overlap(self) -> Backward:
-        """The same, one tile after the other.
+        """The same settings with one stage.
 
         For masks and dropout on AMD: with two stages Triton 3.9 fails on gfx90a and gfx942, "shared-memory element type bit
         width must be a multiple of 8; got 1". 3.6 and 3.7 do not.
@@ -89,12 +89,12 @@ class Rule(Generic[Launches]):
     """A row of the table.
 
     Attributes:
-        family: Of architectures: `_families`.
-        dtypes: Of the queries.
-        most: Entries of a head, padded, at most.
-        launches: Of the kernels.
-        extras: Whether it is for calls with a mask, bias, ALiBi, softcap or dropout, which need registers too; None for both.
-        origin: Where the numbers come from.
+        family: Family of architectures, see `_families`.
+        dtypes: Dtypes of the queries.
+        most: Largest padded head dimension.
+        launches: Settings of the kernels.
+        extras: Whether it is for calls with a mask, bias, ALiBi, softcap or dropout, which need more registers; None for both.
+        origin: The origin of the numbers.
     """
 
     family: str
@@ -106,7 +106,7 @@ class Rule(Generic[Launches]):
 
 
 def _tiles(dq: Block, dkv: Block) -> Backward:
-    # dbias keeps a tile of the bias's own shape in registers
+    # dbias keeps a tile in the shape of the bias in registers
     return Backward(dq, dkv, Block(min(dq.rows, 32), min(dq.keys, 32), dq.warps, 1, dq.chunk))
 
 
@@ -116,7 +116,7 @@ FLOAT16, BFLOAT16, WIDE = (torch.float16,), (torch.bfloat16,), (torch.float32,)
 FORWARD = (
     Rule("nvidia", WIDE, 256, Forward(Settings(8, 1, 1, chunk=32), Settings(8, 1, 1, keys=16, chunk=32, values=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, 16, 64, values=128)), extras=True),
-    # float16 scales its weights up, which takes registers
+    # float16 scales weights up, which takes registers
     Rule("nvidia", FLOAT16, 64, Forward(Settings(4, 2, 2), Settings(8, 2, 1, keys=32))),
     Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2, keys=32))),
     Rule("nvidia", NARROW, 128, Forward(Settings(8, 2, 1), Settings(8, 2, 1, keys=32))),
@@ -169,19 +169,19 @@ BACKWARD = tuple(
 
 
 def forward_settings(architecture: str, dtype: torch.dtype, size: int, extras: bool) -> Forward:
-    """For the two forward kernels.
+    """The settings of the two forward kernels.
 
     Args:
-        architecture: Such as "sm90" or "gfx942"; a new one is like its nearest.
-        dtype: Of the queries.
-        size: The larger of the entries of a query and of a value.
+        architecture: Such as "sm90" or "gfx942"; an unknown one gets the settings of the nearest.
+        dtype: Dtype of the queries.
+        size: The larger head dimension of queries and values.
         extras: Whether the call has a mask, bias, ALiBi, softcap or dropout.
     """
     return _first(FORWARD, architecture, dtype, size, extras)
 
 
 def backward_blocks(architecture: str, dtype: torch.dtype, size: int) -> Backward:
-    """For the three backward kernels, likewise."""
+    """The settings of the three backward kernels, with the same arguments."""
     return _first(BACKWARD, architecture, dtype, size, False)
 
 

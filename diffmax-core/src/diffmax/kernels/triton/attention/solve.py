@@ -1,13 +1,13 @@
-"""First kernel of attention's forward: each query's largest score and threshold, and which tiles hold a weight.
+"""First kernel of attention's forward: the largest score and the threshold of each query, and the live tiles.
 
-A program goes through blocks of 64 queries, so that scratch belongs to the programs that are running, not to all queries. For
-each block:
+A program loops over blocks of 64 queries, so the size of the scratch buffers depends on the running programs, not on the number
+of queries. For each block:
 
-1. Keys spread evenly over those in sight give an estimate of the threshold.
-2. One pass over all tiles evaluates S there, finds the largest scores, and notes every tile's.
-3. Steps towards the threshold (Eq. 2); each evaluation visits only the tiles that hold a score above it.
+1. A sample of keys, spread evenly over those in range, gives an estimate of the threshold.
+2. One pass over all tiles evaluates S there, and stores the largest scores of every tile.
+3. Steps lead to the threshold (Eq. 2); each evaluation visits only tiles that hold a score above the iterate.
 
-Nothing of this waits for the host. Why in this order, and what it costs: docs/performance.md.
+Nothing waits for the host. The reasons for this order, and its cost: docs/performance.md.
 """
 
 import triton
@@ -36,7 +36,7 @@ _SAMPLE_STEPS = tl.constexpr(2)
 ])  # fmt: skip
 def attention_solve_kernel(
     q_ptr, k_ptr, m_ptr, delta_ptr, live_ptr, e_ptr, mask_ptr, bias_ptr, alibi_ptr, sink_ptr, cu_q_ptr, cu_k_ptr,
-    tops_ptr, list_ptr,  # scratch of a program: (most_tiles, 64) and (most_tiles,)
+    tops_ptr, list_ptr,  # scratch buffers of a program: (most_tiles, 64) and (most_tiles,)
     q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
     heads, group, length, n_keys, n_sequences, n_blocks, items, n_words, most_tiles, left, right, newton_steps,
     scale, softcap, e, k,
@@ -44,7 +44,7 @@ def attention_solve_kernel(
     E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
     HARDWARE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """m, delta and the tiles' bits.  Grid: as many programs as run at a time."""
+    """m, delta and the bits of `live`.  Grid: as many programs as run concurrently."""
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
     lanes = tl.arange(0, TILE)
@@ -76,9 +76,9 @@ def attention_solve_kernel(
         size = tl.maximum(size, 1.0)
         high = largest_delta(size, row_e)
 
-        # 1. the estimate, relative to the sample's largest score
+        # 1. the estimate, relative to the largest score of the sample
         span, odd = high_key - low_key, 2 * lanes + 1
-        # odd * span / 128, whose product would leave int32
+        # odd * span / 128 without overflow of the int32 product
         spread = low_key + odd * (span // (2 * TILE)) + odd * (span % (2 * TILE)) // (2 * TILE)
         sampled = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK)
         reference = tl.maximum(tl.max(sampled, axis=1), sink)
@@ -86,10 +86,10 @@ def attention_solve_kernel(
         share = tl.maximum(size / TILE, 1.0)
         delta = root_of_sample(sampled, reference, high, row_e, row_k, share, K, HARDWARE, PTX, _SAMPLE_STEPS)
 
-        # 2. S at the estimate, and every tile's largest scores
+        # 2. S at the estimate, and the largest scores of every tile
         m = sink
         total, slope, curve = zero, zero, zero
-        tl.debug_barrier()  # the block before may still be read
+        tl.debug_barrier()  # the previous block may still be read
         for i in range(0, tiles):
             x = tile_scores(
                 q, q_row, k_at, k_row, (first_tile + i) * TILE, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE
@@ -103,7 +103,7 @@ def attention_solve_kernel(
         if SINK:
             total, slope, curve = with_sink(total, slope, curve, sink, reference, delta, row_e, row_k, K, HARDWARE, PTX)
 
-        # 3. from there to the root; where the sums say nothing, from the lowest delta that can be
+        # 3. from there to the root; if the sums are not usable, from the lowest possible delta
         bad = in_rows & ((total != total) | (m == float("inf")) | (row_e != row_e))
         active = in_rows & (bad == 0) & (m > -float("inf"))
         delta -= row_e * (tl.where(active, m, reference) - reference)
@@ -139,7 +139,7 @@ def attention_solve_kernel(
         tl.store(delta_ptr + row_at + lanes, tl.where(bad, float("nan"), delta), mask=in_rows)
         live_rows = n_blocks
         if OPTIONS.PACKED:
-            live_rows = n_blocks - 1  # a packed tensor has one block more than `live` has rows
+            live_rows = n_blocks - 1  # for a packed tensor there is one block more than rows of `live`
         live_at = live_ptr + ((b * heads + h) * live_rows + block.index) * n_words
         bound = tl.where(bad, float("nan"), tl.where(active, low, 0.0))
         store_live(tops_ptr, live_at, first_tile, tiles, n_words, m, row_e, bound, block.index < live_rows)

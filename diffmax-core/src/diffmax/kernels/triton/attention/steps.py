@@ -1,7 +1,7 @@
-"""What attention's forward decides about a block of queries: a start from a sample, which tiles still matter, when to stop.
+"""Decisions of attention's forward for a block of queries: a start from a sample, the live tiles, and when to stop.
 
-A tile's largest score per query, noted when the tile was first seen, tells for every later threshold whether the tile is
-dead. Equations: docs/theory.md; why in this order: docs/decisions/0055-attention-forward-on-a-gpu.md.
+The largest score of a tile per query, stored in the first pass, determines for every later threshold whether the tile is dead.
+Equations: docs/theory.md; the reasons for this order: docs/decisions/0055-attention-forward-on-a-gpu.md.
 """
 
 import triton
@@ -18,7 +18,7 @@ from diffmax.kernels.triton.common.numerics import (
     sums_at,
 )
 
-# Tiles whose largest scores are looked at together
+# Tiles whose largest scores are checked at a time
 _AT_ONCE = tl.constexpr(32)
 _BITS_AT_ONCE = tl.constexpr(128)
 
@@ -27,9 +27,9 @@ _BITS_AT_ONCE = tl.constexpr(128)
 def root_of_sample(
     x, m, high, e, k, share, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, STEPS: tl.constexpr
 ):  # fmt: skip
-    """The delta, relative to m, that the row would have if its other keys were like those in x.
+    """The delta, relative to m, of a row whose other keys are like those in x.
 
-    share: how many keys each of the sample stands for. An estimate: nothing is certified by it.
+    share: the number of keys that each key of the sample represents. The result is an estimate, and certifies nothing.
     """
     z = scaled_scores(x, m, e)
     near = z > START_CUT
@@ -45,7 +45,7 @@ def root_of_sample(
 
 @triton.jit
 def list_live(tops_ptr, list_ptr, tiles, m, e, delta):
-    """Write the numbers of the tiles that hold a score above some row's threshold; how many. Rows with a NaN keep all."""
+    """Write the list of tiles that hold a score above the threshold of some row; return its length. NaN keeps all tiles."""
     lanes = tl.arange(0, TILE)
     count = tiles * 0
     for first in range(0, tiles, _AT_ONCE):
@@ -58,7 +58,7 @@ def list_live(tops_ptr, list_ptr, tiles, m, e, delta):
 
 @triton.jit
 def list_set_bits(live_ptr, list_ptr, words, wanted):
-    """Write the places of the bits that are set in a block's words of `live`; how many."""
+    """Write the list of the bits that are set in a block's words of `live`; return its length."""
     count = words * 0
     for first in range(0, words * WORD, _BITS_AT_ONCE):
         bit = first + tl.arange(0, _BITS_AT_ONCE)
@@ -71,7 +71,7 @@ def list_set_bits(live_ptr, list_ptr, words, wanted):
 
 @triton.jit
 def store_live(tops_ptr, live_ptr, first_tile, tiles, words, m, e, delta, wanted):
-    """The block's words of `live`, for tiles first_tile, first_tile + 1, ... of the keys; the bits of the others are clear."""
+    """Store the block's words of `live`, for key tiles first_tile, first_tile + 1, ...; all other bits are clear."""
     lanes = tl.arange(0, TILE)
     for word in range(0, words):
         bits = tl.arange(0, WORD)
@@ -91,15 +91,15 @@ def _alive(tops_ptr, tile, tiles, lanes, m, e, delta):
 
 @triton.jit
 def good_enough(total, slope, curve, delta, e, k, size, CUT: tl.constexpr, LINEAR: tl.constexpr):
-    """Whether an output from weights at this delta is right to rounding.
+    """Whether the output from weights at this delta is accurate to rounding.
 
-    LINEAR: the output takes the linear step that is left, and U does not: it is CUT that bounds U's error. Else the output is
-    divided by the sum. For k < 2 the weights' slope is not bounded, and delta must be right to its last digits.
+    LINEAR: the output gets the remaining linear step; U does not, so CUT bounds its error. Otherwise the output is divided by
+    the sum. For k < 2 the slope of the weights is unbounded, and delta must be accurate to its last digits.
     """
     c = tl.abs(overshoot(total, slope))
     if LINEAR:
         fine = (c <= CUT * (1.0 - delta)) & (c * c * curve <= 2.0 * CUT * CUT)
-        # right of the root entries may be missing from the sums, each less than (e c)^k
+        # to the right of the root, entries may be missing from the sums, each less than (e c)^k
         fine = fine & ((total >= 1.0) | (size * e * c * e * c <= 2.0 * CUT * CUT))
         return tl.where(k >= 2.0, fine, c <= 2.0 * CUT * CUT + 2.0**-23) | (total == 0.0)
     else:
@@ -108,15 +108,16 @@ def good_enough(total, slope, curve, delta, e, k, size, CUT: tl.constexpr, LINEA
 
 @triton.jit
 def promises(total, slope, curve, delta, k, bends, CUT: tl.constexpr, LINEAR: tl.constexpr):
-    """Whether the step from these sums is expected to end where `good_enough` is content.
+    """Whether the step from these sums is predicted to end where `good_enough` holds.
 
-    By the error of Newton's step on the norm, and for Halley's that times ln S. It may err: the pass that writes the output
-    looks at its own sums. For k < 2 there is no such estimate, and steps go on until they are small.
+    The prediction uses the error of Newton's step on the norm, and for Halley's step that error times ln S. It may be wrong:
+    the pass that writes the output checks its own sums. For k < 2 there is no such estimate, and steps continue until they are
+    small.
     """
     c = tl.abs(overshoot(total, slope))
     h = tl.abs(tl.log(tl.where(total > 0.0, total, 1.0)))
     spread = tl.maximum(curve * total / (slope * slope) - 1.0, 0.0)
-    missing = h * h * (spread + 0.02) * tl.where(bends, tl.minimum(h, 1.0), 1.0)  # of S from 1
+    missing = h * h * (spread + 0.02) * tl.where(bends, tl.minimum(h, 1.0), 1.0)  # predicted distance of S from 1
     if LINEAR:
         left = missing / slope
         fine = (left <= 0.5 * CUT * (1.0 - delta)) & (left * left * curve <= CUT * CUT)
@@ -128,7 +129,7 @@ def promises(total, slope, curve, delta, k, bends, CUT: tl.constexpr, LINEAR: tl
 
 @triton.jit
 def stalls(total, before):
-    """Whether an evaluation is no better than the one before, this near to the root: what is left is rounding."""
+    """Whether an evaluation near the root is no better than the previous one: only rounding is left."""
     error = tl.abs(total - 1.0)
     return (error < 1e-3) & (error > 0.5 * tl.abs(before - 1.0))
 

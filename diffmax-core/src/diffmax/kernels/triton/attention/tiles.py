@@ -1,7 +1,7 @@
-"""Tiles of attention: where a block of queries or keys lies, which tiles it meets, which of those are live, loads and stores.
+"""Tiles of attention: the location of a block of queries or keys, the tiles in its range, live tiles, loads and stores.
 
-Blocks are counted as `live` counts its tiles: those of packed sequence n begin at block cu_seqlens[n] // BLOCK + n, so that a
-program finds its own without a prefix sum. Lengths and positions are int32, offsets between blocks int64. The contract is in
+Blocks are numbered like the tiles of `live`: those of packed sequence n begin at block cu_seqlens[n] // BLOCK + n, so a program
+finds its sequence without a prefix sum. Lengths and positions are int32, offsets between blocks int64. The contract is in
 `diffmax.reference.attention`.
 """
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from diffmax.kernels.triton.common.layout import vector_multiple
 
-# Queries and keys of one tile, and tiles whose bits share a word: `diffmax.plugin.TILE`, `diffmax.reference.attention.WORD`
+# Side of a tile, and tiles per word of bits: `diffmax.plugin.TILE`, `diffmax.reference.attention.WORD`
 TILE = tl.constexpr(64)
 WORD = tl.constexpr(32)
 
@@ -19,10 +19,10 @@ _SEQUENCES_AT_ONCE = tl.constexpr(128)
 
 @triton.jit
 def locate_block(block, cu_ptr, n_sequences, length, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """Where a block of rows lies: its sequence, where that begins, its length, and the block's first row in it.
+    """The location of a block of rows: its sequence, start and length of the sequence, and the first row of the block in it.
 
-    What follows the last packed sequence counts as one more, n_sequences. A grid has cdiv(length, BLOCK) blocks, or if PACKED
-    length // BLOCK + n_sequences + 1; some of those lie beyond their sequence's end.
+    Rows after the last packed sequence count as one more sequence, n_sequences. A grid has cdiv(length, BLOCK) blocks, or if
+    PACKED length // BLOCK + n_sequences + 1; some of those are after the end of their sequence.
     """
     if PACKED:
         begun = 0
@@ -40,7 +40,7 @@ def locate_block(block, cu_ptr, n_sequences, length, BLOCK: tl.constexpr, PACKED
 
 @triton.jit
 def locate_other(sequence, cu_ptr, n_sequences, length, PACKED: tl.constexpr):
-    """Where a sequence begins in the other tensor, and its length there: 0 for what follows the last one."""
+    """Start and length of a sequence in the other tensor; the length is 0 for rows after the last sequence."""
     if PACKED:
         start = tl.load(cu_ptr + sequence)
         end = tl.load(cu_ptr + sequence + 1, mask=sequence < n_sequences, other=0)
@@ -51,7 +51,7 @@ def locate_other(sequence, cu_ptr, n_sequences, length, PACKED: tl.constexpr):
 
 @triton.jit
 def position_shift(length, n_keys, LOWER_RIGHT: tl.constexpr):
-    """Query i stands at key i + shift."""
+    """The shift with which query i has the position of key i + shift."""
     if LOWER_RIGHT:
         return n_keys - length
     else:
@@ -60,7 +60,7 @@ def position_shift(length, n_keys, LOWER_RIGHT: tl.constexpr):
 
 @triton.jit
 def keys_of_rows(first, length, n_keys, shift, left, right, ROWS: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys [low, high) that some of the queries first, ..., first + ROWS - 1 see by causality and window; low <= high."""
+    """Range [low, high) of keys visible to queries first, ..., first + ROWS - 1 by causality and window; low <= high."""
     if WINDOW:
         last = tl.minimum(first + ROWS, length) - 1
         high = tl.maximum(tl.minimum(n_keys, last + shift + right + 1), 0)
@@ -71,7 +71,7 @@ def keys_of_rows(first, length, n_keys, shift, left, right, ROWS: tl.constexpr, 
 
 @triton.jit
 def rows_of_keys(first, length, n_keys, shift, left, right, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """Queries [low, high) that see some of the keys first, ..., first + KEYS - 1; low <= high."""
+    """Range [low, high) of queries that see some of the keys first, ..., first + KEYS - 1; low <= high."""
     if WINDOW:
         last = tl.minimum(first + KEYS, n_keys) - 1
         high = tl.maximum(tl.minimum(length, last - shift + left + 1), 0)
@@ -82,7 +82,7 @@ def rows_of_keys(first, length, n_keys, shift, left, right, KEYS: tl.constexpr, 
 
 @triton.jit
 def bits_between(word, low, high):
-    """Which bits of the word-th int32 stand for tiles that hold some of the places [low, high)."""
+    """The bits of the word-th int32 whose tiles overlap the positions [low, high)."""
     one = tl.full((), 1, tl.int64)
     begin = tl.minimum(tl.maximum(low // TILE - word * WORD, 0), WORD)
     end = tl.minimum(tl.maximum((high + TILE - 1) // TILE - word * WORD, 0), WORD)
@@ -91,7 +91,7 @@ def bits_between(word, low, high):
 
 @triton.jit
 def bits_of_column(live_ptr, word, key_word, key_bit, n_tiles, n_words):
-    """Bit i: whether query tile word * WORD + i is live with one tile of keys. live_ptr: the first query tile's words."""
+    """Bit i: whether query tile word * WORD + i is live for one key tile. live_ptr: the words of the first query tile."""
     tiles = word * WORD + tl.arange(0, WORD)
     words = tl.load(live_ptr + tiles * n_words + key_word, mask=tiles < n_tiles, other=0)
     return tl.sum(((words >> key_bit) & 1) << tl.arange(0, WORD)).to(tl.int32)
@@ -99,7 +99,7 @@ def bits_of_column(live_ptr, word, key_word, key_bit, n_tiles, n_words):
 
 @triton.jit
 def bit_count(word):
-    """How many bits are set."""
+    """The number of set bits."""
     v = word.to(tl.uint32, bitcast=True)
     v = v - ((v >> 1) & 0x55555555)
     v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
@@ -109,16 +109,17 @@ def bit_count(word):
 
 @triton.jit
 def lowest_bit(word):
-    """The place of the lowest bit that is set, read off a float's exponent."""
+    """The index of the lowest set bit, from the exponent of a float."""
     power = (word & -word).to(tl.uint32, bitcast=True).to(tl.float32)
     return (power.to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit
 def walk(bits, word, step, SIZE: tl.constexpr):
-    """First place of the step-th piece of SIZE, a divisor of TILE, of the word's live tiles; and the bits that remain after it.
+    """First position of the step-th piece of the live tiles of a word, and the bits that remain after it.
 
-    There are bit_count(bits) * (TILE // SIZE) steps. A counted loop over them is one that the compiler can pipeline.
+    Pieces have SIZE positions, a divisor of TILE. There are bit_count(bits) * (TILE // SIZE) steps: a counted loop, which the
+    compiler can pipeline.
     """
     piece = tl.cast(step, tl.int32) % (TILE // SIZE)
     first = (word * WORD + lowest_bit(bits)) * TILE + piece * SIZE
@@ -127,20 +128,20 @@ def walk(bits, word, step, SIZE: tl.constexpr):
 
 @triton.jit
 def row_ptr(ptr, batch, head, start, stride_b, stride_h, stride_row, ALIGNED: tl.constexpr):
-    """Where the rows of a batch entry and head begin, from row `start` on. batch and head in int64, stride_row a whole one."""
+    """The address of row `start` of a batch entry and head. batch and head in int64; stride_row has its alignment hint."""
     VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     return ptr + vector_multiple(batch * stride_b + head * stride_h, ALIGNED, VECTOR) + tl.cast(start, tl.int64) * stride_row
 
 
 @triton.jit
 def rows_inside(first, length, ROWS: tl.constexpr):
-    """Which of ROWS rows from `first` on there are."""
+    """Boolean (ROWS,): which rows from `first` on exist."""
     return tl.arange(0, ROWS) < length - first
 
 
 @triton.jit
 def load_rows(ptr, first, valid, stride, size, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """(ROWS, BLOCK) tile from row `first` on, zeros for rows that are not valid and beyond the `size` entries of a row.
+    """(ROWS, BLOCK) tile from row `first` on, zeros for rows that are not valid and after the `size` entries of a row.
 
     WHOLE: a row has BLOCK entries or more.
     """
@@ -153,7 +154,7 @@ def load_rows(ptr, first, valid, stride, size, ROWS: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def store_rows(ptr, tile, first, valid, stride, size, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """The reverse: what lies beside and below the rows is dropped."""
+    """The inverse of `load_rows`: entries outside the rows are not stored."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside = valid[:, None]
     if not WHOLE:
@@ -164,5 +165,5 @@ def store_rows(ptr, tile, first, valid, stride, size, ROWS: tl.constexpr, BLOCK:
 
 @triton.jit
 def load_vector(ptr, first, length, ROWS: tl.constexpr, other):
-    """One number for each of the rows from `first` on."""
+    """One number per row, from row `first` on."""
     return tl.load(ptr + first + tl.arange(0, ROWS), mask=rows_inside(first, length, ROWS), other=other)

@@ -1,1 +1,1 @@
-"""What the Triton kernels of every operator share: arithmetic, layouts, tuning tables."""
+"""Shared by the Triton kernels of all operators: arithmetic, layouts, tuning tables."""

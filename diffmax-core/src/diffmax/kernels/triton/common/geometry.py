@@ -1,4 +1,4 @@
-"""A tensor of any strides as rows in two outer dimensions, a third whose rows a program takes together, and columns."""
+"""Tensors of any strides as four dimensions: two outer ones, a third whose rows share a program, and columns."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 OUTER_DIMENSIONS = 3
 VECTOR_BYTES = 16
 
-# Layouts as in `layout`, which only a process with Triton can import
+# Layouts as in `layout`, which can be imported only with Triton
 STRIDED, COLUMNS, ROWS_ADJACENT, ALIGNED = range(4)
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as the kernels address it: strides of the three outer dimensions, of the columns, and the layout's number."""
+    """How the kernels address a tensor: strides of the three outer dimensions and of the columns, and the layout number."""
 
     outer: tuple[int, int, int]
     column: int
@@ -25,9 +25,9 @@ class View:
 
 
 def collapse(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]] | None:
-    """Merge outer dimensions into three, for all tensors alike; None if that takes a copy.
+    """Merge the outer dimensions of all tensors into three, in the same way; None if that needs a copy.
 
-    Two neighbours merge where, in every tensor, the left one's stride is the right one's stride times its size.
+    Two adjacent dimensions can be merged if, in every tensor, the left stride is the right stride times the right size.
     """
     merged_sizes: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
@@ -51,7 +51,7 @@ def collapse(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[li
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of the outer dimensions, and how each tensor lies in them; e's strides are 0 where it is a float."""
+    """Sizes of the outer dimensions, and a view per tensor; the strides of e are 0 if it is a float."""
 
     sizes: tuple[int, int, int]
     views: tuple[View, ...]
@@ -59,14 +59,14 @@ class Geometry:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return self.sizes[0] * self.sizes[1] * self.sizes[2]
 
 
 def describe(tensors: Sequence[Tensor], e: Tensor | None, dim: int) -> tuple[Geometry, tuple[Tensor, ...], Tensor | None]:
     """The geometry of tensors of one shape and of e, which broadcasts against their rows.
 
-    Tensors whose outer dimensions cannot be merged into three are copied; the ones returned are those described.
+    Tensors whose outer dimensions cannot be merged into three are copied; the geometry describes the returned tensors.
     """
     shape = tensors[0].shape
     sizes = [*shape[:dim], *shape[dim + 1 :]]
@@ -103,5 +103,5 @@ def _view(tensor: Tensor, outer: Sequence[int], dim: int) -> View:
 
 
 def contiguous_like(x: Tensor) -> Tensor:
-    """Fresh memory of x's shape and dtype, contiguous whatever x's strides are."""
+    """An uninitialized contiguous tensor of x's shape, dtype and device."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""What the launchers of all operators share: e as the kernels take it, tolerances, padding, and the current device."""
+"""Shared by the launchers of all operators: kernel arguments for e, tolerances, padding, and the current device."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from torch import Tensor
 from diffmax.kernels.triton.common.numerics import ABOVE_2, ANY_K
 from diffmax.operators.common.numerics import MIN_E, integer_exponent
 
-# A row is solved where the linear step that remains is at most this, in units of its largest base: the error is its square / 2.
+# A row is solved if the remaining linear step is at most this, in units of its largest base: the error is its square / 2.
 SOLVED = {torch.float64: 1e-9, torch.float32: 2.4e-4, torch.float16: 2e-3, torch.bfloat16: 2e-3}
 
-# The hardware's log2 is off by 2^-22, which k multiplies: for a larger k its sums say too little
+# The hardware's log2 has an error of 2^-22, which k multiplies: for a larger k the sums are too inaccurate
 SMALLEST_E_FOR_HARDWARE = 1 / 64
 
-# Terms of Eq. 6's series: as many as `diffmax.operators.common.numerics` has
+# Terms of the series of Eq. 6, as in `diffmax.operators.common.numerics`
 SERIES_TERMS = {torch.float32: 10, torch.float64: 17}
 
-# For the compiler, with every launch: a * b + c in one rounding, said explicitly because Triton's default is about to change
+# Compiler option of every launch: fuse a * b + c into one rounding; explicit, because Triton's default is about to change
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Exponent:
-    """What the kernels are told of e = 1 - alpha: a float, or a tensor that they read.
+    """The kernel arguments for e = 1 - alpha: a float, or a tensor that the kernels read.
 
-    What is decided here about a float is decided of the numbers that the kernels compute with: float32 has no k between 2 and
-    2 + 2e-7.
+    Decisions about a float are made in the precision of the kernels: float32 has no k between 2 and 2 + 2e-7.
 
     Attributes:
-        e, k: As the kernels have them, k = 1/e.
-        bits: Of e as float64.
-        integer: k, if it is one of the exponents that are multiplications; else 0.
-        tensor: Whether they read e.
+        e, k: The kernels' values, k = 1/e.
+        bits: The bits of e as float64.
+        integer: k, if powers of it are computed by multiplications; else 0.
+        tensor: Whether the kernels read e from a tensor.
     """
 
     e: float
@@ -48,7 +47,7 @@ class Exponent:
 
     @classmethod
     def of(cls, e: float | Tensor, acc: torch.dtype) -> Exponent:
-        """From the contract's argument, for kernels that compute in `acc`."""
+        """From the argument of the kernel contract, for kernels that compute in `acc`."""
         if isinstance(e, Tensor):
             return cls(1.0, 1.0, _bits(1.0), 0, True)
         e = max(e, MIN_E)
@@ -57,22 +56,22 @@ class Exponent:
 
     @property
     def code(self) -> int:
-        """As the kernels' K, where `ABOVE_2` has one of its own."""
+        """The constexpr K of the row kernels, which distinguish `ABOVE_2`."""
         return self.integer or int(ABOVE_2 if self.k > 2 and not self.tensor else ANY_K)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not smaller than n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def padded(n: int) -> int:
-    """A side of a tile for n entries: Triton's tiles are powers of two, those of matrix instructions 16 or more."""
+    """The side of a tile for n entries: a power of two, as Triton requires, and at least 16, for matrix instructions."""
     return max(16, power_of_two(n))
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensors' one."""
+    """Make the device of the tensors the current one, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)

@@ -1,4 +1,4 @@
-"""Where a program's rows lie: the program's number, offsets that the compiler knows to be aligned, e per row."""
+"""Offsets of a program's rows: the program's index, alignment hints for the compiler, e per row."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 from diffmax.kernels.triton.common.numerics import bounded_e
 
 STRIDED = tl.constexpr(0)
-COLUMNS = tl.constexpr(1)  # a row's entries are neighbours
-ROWS_ADJACENT = tl.constexpr(2)  # the rows of a program are neighbours
-ALIGNED = tl.constexpr(3)  # like COLUMNS, and every row starts at, and is, a multiple of 16 bytes
+COLUMNS = tl.constexpr(1)  # the entries of a row are adjacent
+ROWS_ADJACENT = tl.constexpr(2)  # the rows of a program are adjacent
+ALIGNED = tl.constexpr(3)  # like COLUMNS, and start and length of every row are multiples of 16 bytes
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def place(pid, size_1, size_2, ROWS: tl.constexpr):
 
 @triton.jit
 def vector_multiple(size, IS_MULTIPLE: tl.constexpr, VECTOR: tl.constexpr):
-    """`size`, for the compiler a multiple of VECTOR where IS_MULTIPLE promises it."""
+    """`size`, with the hint that it is a multiple of VECTOR if IS_MULTIPLE."""
     if IS_MULTIPLE:
         return size // VECTOR * VECTOR
     else:
@@ -31,13 +31,13 @@ def vector_multiple(size, IS_MULTIPLE: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def whole_vectors(size, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
-    """`size`, for the compiler a multiple of VECTOR where the layout promises it."""
+    """`size`, with the hint that it is a multiple of VECTOR if the layout guarantees it."""
     return vector_multiple(size, LAYOUT == ALIGNED, VECTOR)
 
 
 @triton.jit
 def row_starts(index_0, index_1, rows, stride_0, stride_1, stride_2, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
-    """Offset of each row's first entry, in int64 and in elements."""
+    """Offset of the first entry of each row, int64, in elements."""
     base = index_0 * stride_0 + index_1 * stride_1
     rows = rows.to(tl.int64)
     if LAYOUT == ROWS_ADJACENT:
@@ -48,7 +48,7 @@ def row_starts(index_0, index_1, rows, stride_0, stride_1, stride_2, LAYOUT: tl.
 
 @triton.jit
 def columns(cols, stride, LAYOUT: tl.constexpr):
-    """Offset of entries within their row."""
+    """Offset of entries in their row."""
     if LAYOUT == COLUMNS or LAYOUT == ALIGNED:  # noqa: SIM109  (Triton knows no tuples of constants)
         return cols
     else:
@@ -57,7 +57,7 @@ def columns(cols, stride, LAYOUT: tl.constexpr):
 
 @triton.jit
 def load_e(e_ptr, e, e_bits, offsets, in_rows, ACC: tl.constexpr, E_TENSOR: tl.constexpr, CHECKED: tl.constexpr):
-    """e = 1 - alpha of each row. A float comes as float32, and for float64 as its bits (arguments are float32)."""
+    """e = 1 - alpha of each row. A float is passed as float32, for float64 as its bits (float arguments are float32)."""
     if E_TENSOR:
         return bounded_e(tl.load(e_ptr + offsets, mask=in_rows, other=1.0).to(ACC), CHECKED)
     elif ACC == tl.float64:  # noqa: SIM300  (ACC is no constant to Python)
@@ -78,7 +78,7 @@ def load_exponent(e_ptr, e, k, e_bits, offsets, in_rows, ACC: tl.constexpr, E_TE
 
 @triton.jit
 def head_exponent(e_ptr, e, k, head, E_TENSOR: tl.constexpr, CHECKED: tl.constexpr):
-    """e and k of attention's heads, one or several, in float32; the same number for all where it is a float."""
+    """e and k of one or several heads of attention, in float32; the same for all heads if e is a float."""
     if E_TENSOR:
         head_e = bounded_e(tl.load(e_ptr + head).to(tl.float32), CHECKED)
         return head_e, 1.0 / head_e

@@ -1,8 +1,8 @@
-"""Triton arithmetic of all operators: powers, the solver's step, its stop, the weight of Eq. 6. Equations: docs/theory.md.
+"""Triton arithmetic of all operators: powers, the solver's step and stop, the weight of Eq. 6. Equations: docs/theory.md.
 Symbols: docs/glossary.md.
 
-Shapes: scores are tiles (ROWS, BLOCK); what belongs to a row is a vector (ROWS,). NaN needs no branch: it is never dead, so
-it reaches the sum and from there the whole row.
+Shapes: scores are tiles (ROWS, BLOCK), values per row are vectors (ROWS,). NaN needs no branch: it is never dead, so it
+reaches the sum and from there the whole row.
 """
 
 import triton
@@ -22,29 +22,29 @@ _C0 = tl.constexpr(1.4426950216293335)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
-# Below it e is raised to it: softmax, see diffmax.operators.common.numerics
+# Smaller e are raised to it (softmax); see diffmax.operators.common.numerics
 _MIN_E = tl.constexpr(2.0**-60)
 
-# Halley's step is taken that often; should a row still be unsolved, Newton's follows, whose number of steps has a bound (Eq. 9)
+# Number of Halley steps. Rows that are still unsolved take Newton steps, whose number is bounded (Eq. 9)
 HALLEY_STEPS = tl.constexpr(8)
 _LARGEST_HALLEY_K = tl.constexpr(512.0)
 
-# The first iterate is the root of the entries above this score alone, as if they were equal: see `first_iterate`
+# The first iterate is the root for the entries above this score, as if they were equal: see `first_iterate`
 START_CUT = tl.constexpr(-0.35)
 
-# Where the logarithm of the device serves: nowhere, in the first evaluation, everywhere
+# Use of the hardware logarithm: nowhere, in the first evaluation, everywhere
 HARDWARE_NONE = tl.constexpr(0)
 HARDWARE_FIRST = tl.constexpr(1)
 HARDWARE_ALL = tl.constexpr(2)
 
-# As K: an exponent given at run time, any or above 2
+# Values of K for an exponent given at run time: any, or above 2
 ANY_K = tl.constexpr(0)
 ABOVE_2 = tl.constexpr(-1)
 
 
 @triton.jit
 def hardware_log2(w):
-    """log2(w) as the compiler maps it to the device's own instruction, where it does."""
+    """log2(w), for which the compiler may use a hardware instruction."""
     return tl.log2(w)
 
 
@@ -59,7 +59,7 @@ def log2_by_hardware(w, PTX: tl.constexpr):
 
 @triton.jit
 def log2_1p(u, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """log2(1 + u) for u > -1, with the digits that 1 + u loses unless HARDWARE."""
+    """log2(1 + u) for u > -1; unless HARDWARE, it keeps the digits of u that 1 + u loses."""
     w = 1.0 + u
     if u.dtype == tl.float64:
         return (tl.log(w) + (u - (w - 1.0)) / w) * _LOG2_E
@@ -74,7 +74,7 @@ def log2_1p(u, HARDWARE: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def log2_of(w):
-    """log2(w) for w > 0; where w is subnormal some number near -127."""
+    """log2(w) for w > 0; for subnormal w a number near -127."""
     if w.dtype == tl.float64:
         return tl.log(w) * _LOG2_E
     else:
@@ -99,8 +99,8 @@ def _log2_of_parts(j, f):
 
 @triton.jit
 def exp2_of(y, PTX: tl.constexpr):
-    """2^y; on NVIDIA in float32 the bare instruction, which flushes what is subnormal."""
-    if not PTX:  # noqa: SIM114  (Triton 3.2, which is Triton-Ascend's, cannot say "or" of the two)
+    """2^y; on NVIDIA in float32 the bare instruction, which flushes subnormal results to 0."""
+    if not PTX:  # noqa: SIM114  (Triton 3.2, the version of Triton-Ascend, does not compile `or` of the two)
         return tl.exp2(y)
     elif y.dtype == tl.float64:
         return tl.exp2(y)
@@ -110,7 +110,7 @@ def exp2_of(y, PTX: tl.constexpr):
 
 @triton.jit
 def expm1_of(y):
-    """e^y - 1 of a row's number, without cancellation: Newton's lower bound is one only as far as this is exact."""
+    """e^y - 1 per row, without cancellation: Newton's lower bound is valid only as far as this is exact."""
     TERMS: tl.constexpr = 15 if y.dtype == tl.float64 else 8
     small = tl.abs(y) < 0.5
     x = tl.where(small, y, 0.0)
@@ -135,7 +135,7 @@ def clamped_e(e):
 
 @triton.jit
 def bounded_e(e, CHECKED: tl.constexpr):
-    """`checked_e` if CHECKED, as a forward needs it; else `clamped_e`, as for a backward that comes after it."""
+    """`checked_e` if CHECKED, for a forward; else `clamped_e`, for a backward."""
     if CHECKED:
         return checked_e(e)
     else:
@@ -157,9 +157,9 @@ def sums_near_top(z):
 
 @triton.jit
 def cheap_base(z, delta):
-    """[z - t]_+ where a power is cheap (K > 0 or HARDWARE > 0): k is small, and this rounding no worse than the weight's.
+    """[z - t]_+ if a power is cheap (K > 0 or HARDWARE > 0): then k is small, and this rounding no worse than the weight's.
 
-    One rounding for an entry: what 1 - delta loses is the same for all of a row.
+    One rounding per entry; the rounding of 1 - delta is the same for a whole row.
     """
     return tl.maximum(z + (1.0 - delta)[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
@@ -173,7 +173,7 @@ def sums(b, r):
 
 @triton.jit
 def integer_power(b, N: tl.constexpr):
-    """b^N by multiplications, for N of 1 to 5 and 8 to 10: what k of `INTEGER_EXPONENTS`, k - 1 and k - 2 can be."""
+    """b^N by multiplications, for N from 1 to 5 and 8 to 10: the values of k, k - 1 and k - 2 for `INTEGER_EXPONENTS`."""
     square = b * b
     if N == 1:
         power = b
@@ -197,24 +197,24 @@ def integer_power(b, N: tl.constexpr):
 
 @triton.jit
 def cheap_powers(z, delta, k, K: tl.constexpr, PTX: tl.constexpr):
-    """`powers` where a power is cheap."""
+    """`powers` if a power is cheap."""
     b = cheap_base(z, delta)
     if K == 2:
-        r = tl.minimum(b * 2.0**100, 1.0)  # not a comparison: its predicates cost more
+        r = tl.minimum(b * 2.0**100, 1.0)  # no comparison, whose predicates would cost more
     elif K > 0:
         r = integer_power(b, K - 2)
     else:
         r = exp2_of((k[:, None] - 2.0) * log2_by_hardware(b, PTX), PTX)
-        if K != ABOVE_2:  # where the logarithm of 0 gives 0
+        if K != ABOVE_2:  # the logarithm of 0 may give 0
             r = tl.where(b <= 0.0, 0.0, r)
     return b, r
 
 
 @triton.jit
 def powers(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """b = [z - t]_+ and r = b^(k-2), 0 off the support. Then r*b is the slope's term and r*b*b the weight.
+    """b = [z - t]_+ and r = b^(k-2), 0 off the support. r*b is the term of the slope, r*b*b the weight.
 
-    K is k as an integer where it is one of those with a chain of multiplications, else `ANY_K` or `ABOVE_2`.
+    K is k if its powers are computed by multiplications, else `ANY_K` or `ABOVE_2`.
     """
     if K > 0 or HARDWARE > 0:
         return cheap_powers(z, delta, k, K, PTX)
@@ -235,16 +235,16 @@ def sums_at(z, delta, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.conste
 
 @triton.jit
 def with_sink(total, slope, curve, sink, m, delta, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """`sums` with one score more for each row, the sink's (ROWS,)."""
+    """`sums` with one more score per row, the sink (ROWS,)."""
     own, own_slope, own_curve = sums_at(scaled_scores(sink[:, None], m, e), delta, k, K, HARDWARE, PTX)
     return total + own, slope + own_slope, curve + own_curve
 
 
 @triton.jit
 def first_iterate(z_sum, count, e):
-    """The delta at which `count` equal entries with the sum `z_sum` would be solved; 0 if there are none.
+    """The delta that solves a row of `count` equal entries with the sum `z_sum`; 0 if there are none.
 
-    y -> y^k is convex, so that unequal entries weigh more: the row's own delta is not smaller (Jensen's inequality).
+    y -> y^k is convex, so unequal entries have a larger sum: the delta of the row is not smaller (Jensen's inequality).
     """
     count = tl.maximum(count, 1.0)
     return tl.maximum(z_sum / count - expm1_of(-e * tl.log(count)), 0.0)
@@ -252,24 +252,24 @@ def first_iterate(z_sum, count, e):
 
 @triton.jit
 def overshoot(total, slope):
-    """c = (S - 1) / S_1: so far, in units of b, is t from its root, to first order (k times as far in t)."""
+    """c = (S - 1) / S_1: to first order, k times the distance of t from its root."""
     return (total - 1.0) / slope
 
 
 @triton.jit
 def rounding_in_sum(total, slope, curve, CUT: tl.constexpr):
-    """Whether the linear step (`weights`) leaves the sum at 1: it moves it by half of this, by more where it cuts off."""
+    """Whether the sum stays 1 after the linear step (`weights`), which changes it by half of this, or more if it cuts off."""
     c = overshoot(total, slope)
     return c * c * curve <= 2.0 * CUT * CUT
 
 
 @triton.jit
 def unsolved(total, slope, curve, delta, e, k, size, CUT: tl.constexpr):
-    """Whether weights that are moved by one linear step would still be wrong by more than rounding.
+    """Whether the weights would have an error above rounding after one linear step.
 
-    For k >= 2 that step leaves an error of b^(k-2) c^2 / 2 in a weight: it must be small beside the largest weight
-    (1 - delta)^k, and in the sum. Right of the root (c < 0), entries may be missing from the sums, each less than
-    (e c)^k. For k < 2 there is no such bound as b -> 0, and c itself must be as small as delta's last digit.
+    For k >= 2 that step leaves an error of b^(k-2) c^2 / 2 in a weight: it must be small compared with the largest weight
+    (1 - delta)^k, and in the sum. To the right of the root (c < 0), entries may be missing from the sums, each less than
+    (e c)^k. For k < 2 there is no such bound as b -> 0, and c itself must be as small as the last digit of delta.
     """
     c = overshoot(total, slope)
     far = (tl.abs(c) > CUT * (1.0 - delta)) | (rounding_in_sum(total, slope, curve, CUT) == 0)
@@ -281,8 +281,8 @@ def unsolved(total, slope, curve, delta, e, k, size, CUT: tl.constexpr):
 def next_iterate(delta, low, high, total, slope, curve, e, k, bends):
     """One step towards S = 1 from either side: delta and the certified lower bound of its root.
 
-    Newton's step on the norm (Eq. 2) ends left of the root, from wherever it starts, because the norm is convex. Halley's step
-    on the norm goes further; it may pass the root, and is kept in [low, high].
+    Newton's step on the norm (Eq. 2) ends left of the root from any start, because the norm is convex. Halley's step on the
+    norm is longer; it may pass the root, and is restricted to [low, high].
     """
     excess = expm1_of(-e * tl.log(total))  # S^-e - 1; S - S^alpha = -S expm1(-e ln S) has no cancellation
     newton = -total * excess / slope
@@ -295,10 +295,10 @@ def next_iterate(delta, low, high, total, slope, curve, e, k, bends):
 
 @triton.jit
 def finishing(delta, total, slope, curve, e, k, size, CUT: tl.constexpr, ENSURE_SUM_ONE: tl.constexpr):
-    """What turns the last iterate's b and r into weights: the step in t that is left and a scale, and delta for the backward.
+    """The conversion of the last b and r to weights: the remaining step in t, a scale, and delta for the backward.
 
-    A division by the sum would take from all weights alike what belongs to the small ones, so it is for rows that are not
-    solved, or whose many small weights the step would move past 0.
+    Division by the sum changes all weights by one factor, although the error is in the small ones. So it is used only for rows
+    that are not solved, or whose many small weights the step would move below 0.
     """
     near = (unsolved(total, slope, curve, delta, e, k, size, CUT) == 0) & rounding_in_sum(total, slope, curve, CUT)
     small = near & (total > 0.0)
@@ -307,13 +307,13 @@ def finishing(delta, total, slope, curve, e, k, size, CUT: tl.constexpr, ENSURE_
         scale = tl.where(small | (total == 0.0), 1.0, 1.0 / total)
     else:
         scale = tl.where(total != total, total, 1.0)
-    # a row of NaN has delta NaN: said aloud, because a maximum of NaN is NaN to the interpreter and a number to devices
+    # explicit NaN, because the maximum with NaN is NaN in the interpreter, but a number on devices
     return step, scale, tl.where(total != total, total, tl.maximum(delta + step, 0.0))
 
 
 @triton.jit
 def weights_at(z, delta, k, scale, K: tl.constexpr, PTX: tl.constexpr):
-    """p = [z - t]^k at the last threshold, where a power is cheap."""
+    """p = [z - t]^k at the last threshold, if a power is cheap."""
     b = cheap_base(z, delta)
     if K <= 0:
         return exp2_of(k[:, None] * log2_by_hardware(b, PTX), PTX) * scale[:, None]
@@ -322,13 +322,13 @@ def weights_at(z, delta, k, scale, K: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def weights(z, delta, r, k, step, scale, CHEAP: tl.constexpr):
-    """p from the last iterate's r and what `finishing` returned: [b - dt]^k without another power.
+    """p from the last r and the results of `finishing`: [b - dt]^k without another power.
 
-    b^k - k b^(k-1) dt, up to a term in dt^2 with which it is exact for k = 2 and, for small k, right where b is about dt: the
-    slope p^alpha of the backward is steep there. A step to the left brings entries back that were dead, with b > dt.
+    This is b^k - k b^(k-1) dt plus a term in dt^2, which makes it exact for k = 2 and, for small k, accurate where b is about
+    dt: there the slope p^alpha of the backward is steep. A step to the left revives dead entries, with b > dt.
 
-    CHEAP: r comes from `cheap_powers`. k multiplies what a threshold loses by rounding: for k = 10 the step must not be added
-    to it, or weights in float32 are off by 5 ulp, all to one side.
+    CHEAP: r comes from `cheap_powers`. k multiplies the rounding error of a threshold: for k = 10, if the step were added to
+    the threshold, float32 weights would be off by 5 ulp, all in one direction.
     """
     if CHEAP:
         b = z + (1.0 - delta)[:, None]
@@ -343,7 +343,7 @@ def weights(z, delta, r, k, step, scale, CHEAP: tl.constexpr):
 
 @triton.jit
 def alpha_weight(p, log2_p, e, TERMS: tl.constexpr):
-    """w = p phi(ln p) of Eq. 6. With v = -e ln p it is a series where v < 1, else as written. log2 p is 0 where p is."""
+    """w = p phi(ln p) of Eq. 6: with v = -e ln p, a series for v < 1, else as written. log2 p is 0 where p is 0."""
     v2 = -e[:, None] * log2_p
     v = v2 * _LN_2
     log_p = log2_p * _LN_2
@@ -353,5 +353,5 @@ def alpha_weight(p, log2_p, e, TERMS: tl.constexpr):
     # 1/2 + v/6 + v^2/24 + ... = 1/2 (1 + v/3 (1 + v/4 (1 + ...)))
     for j in tl.static_range(TERMS):
         series = 1.0 + series * x * (1.0 / (TERMS + 2 - j))
-    far_e = tl.where(near, 1.0, e[:, None])  # where the series serves, e^2 may be too small to divide by
+    far_e = tl.where(near, 1.0, e[:, None])  # if the series is used, e^2 may be too small to divide by
     return p * tl.where(near, 0.5 * log_p * log_p * series, ((tl.exp2(v2) - 1.0) - v) / (far_e * far_e))

@@ -1,8 +1,8 @@
-"""What acts on a score, once for every kernel that computes scores: attention's forward and backward, and decoding.
+"""The rules of the scores, shared by every kernel that computes scores: attention's forward and backward, and decoding.
 
-A rule is a function here. What changes a score is called by `score`, and if it is not an addition its slope is in
-`score_gradient`; what hides a score is called by `visible`. A tile is queries by keys, or the other way round: `rows` and
-`keys` are positions, and they and whatever belongs to a query come shaped to broadcast.
+Each rule is a function. `score` calls the rules that change a score; unless a rule only adds, its slope is in `score_gradient`.
+`visible` calls the rules that mask. A tile is queries by keys, or the transpose: `rows` and `keys` are positions; they and all
+values per query have shapes that broadcast against the tile.
 """
 
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# A window without an end: added to a position, it stays within int32
+# An unlimited window: added to a position, it does not overflow int32
 NO_LIMIT = tl.constexpr(1 << 30)
 
-# How a mask or a bias lies in memory. Where all queries share a row of it, a tile is one row.
+# Memory layout of a mask or a bias. If all queries share a row of it, a tile is one row.
 ABSENT = tl.constexpr(0)
 SHARED_BY_QUERIES = tl.constexpr(1)
 ADJACENT_KEYS = tl.constexpr(2)
@@ -28,15 +28,15 @@ _T0 = tl.constexpr(-0.3333333200797698)
 
 
 class Options(NamedTuple):
-    """What kernels are compiled for, as their OPTIONS.
+    """The compile-time options of a kernel, its OPTIONS.
 
     Attributes:
-        WINDOW: Whether a query sees only keys from `left` before its own position to `right` after it. Causality is right = 0.
-        SOFTCAP, ALIBI: Whether the call has it.
-        MASK, BIAS: How it lies in memory, or `ABSENT`.
-        PACKED: Whether sequences lie one after the other.
-        LOWER_RIGHT: Whether the last query stands at the last key.
-        PRECISION: Of products.
+        WINDOW: Whether a query sees only keys from `left` before its position to `right` after it. Causality is right = 0.
+        SOFTCAP, ALIBI: Whether the call has this option.
+        MASK, BIAS: Memory layout, or `ABSENT`.
+        PACKED: Whether the call has packed sequences.
+        LOWER_RIGHT: Whether the last query has the position of the last key.
+        PRECISION: Precision of products.
     """
 
     WINDOW: bool
@@ -50,7 +50,7 @@ class Options(NamedTuple):
 
 
 class PerPair(NamedTuple):
-    """A mask or a bias of one batch entry and head: the address of its first entry, and strides."""
+    """A mask or a bias for one batch entry and head: the address of its first entry, and strides."""
 
     ptr: Any
     row: Any
@@ -58,16 +58,16 @@ class PerPair(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What the rules are told of a batch entry and head.
+    """The runtime arguments of the rules for one batch entry and head.
 
     Attributes:
-        scale: Of the products.
-        softcap: c of c tanh(x / c).
-        slope: ALiBi's.
-        left, right: The window, `NO_LIMIT` for none.
-        shift: Query i stands at key i + shift.
-        n_rows, n_keys: How many queries and keys there are.
-        mask, bias: Each a `PerPair`, read only where OPTIONS says so.
+        scale: Factor of the products.
+        softcap: c in c tanh(x / c).
+        slope: The ALiBi slope.
+        left, right: The window; `NO_LIMIT`: unlimited.
+        shift: Query i has the position of key i + shift.
+        n_rows, n_keys: Number of queries and keys.
+        mask, bias: A `PerPair` each, read only if OPTIONS has it.
     """
 
     scale: Any
@@ -84,7 +84,7 @@ class Rules(NamedTuple):
 
 @triton.jit
 def score(x, rows, keys, rules, OPTIONS: tl.constexpr):
-    """Scores from products x; and for `score_gradient`, the scores before anything was added to them."""
+    """Scores from products x, and for `score_gradient` the capped scores, before additive terms."""
     capped = softcapped(x * rules.scale, rules.softcap, OPTIONS.SOFTCAP)
     scores = with_alibi(capped, rows, keys, rules, OPTIONS.ALIBI)
     scores = with_bias(scores, rows, keys, rules, OPTIONS.BIAS)
@@ -93,7 +93,7 @@ def score(x, rows, keys, rules, OPTIONS: tl.constexpr):
 
 @triton.jit
 def score_gradient(d_scores, capped, rules, OPTIONS: tl.constexpr):
-    """The gradient for scale * products, from that for the scores."""
+    """The gradient for scale * products, from the gradient for the scores."""
     if OPTIONS.SOFTCAP:
         tangent = capped / rules.softcap
         return d_scores * (1.0 - tangent * tangent)
@@ -103,14 +103,26 @@ def score_gradient(d_scores, capped, rules, OPTIONS: tl.constexpr):
 
 @triton.jit
 def visible(rows, keys, valid, rules, OPTIONS: tl.constexpr):
-    """Which of the valid places of a tile are seen: by window and mask."""
+    """The valid entries of a tile that are visible by window and mask."""
     seen = valid
     if OPTIONS.WINDOW:
-        after = keys - rows - rules.shift
-        seen = seen & (after >= -rules.left) & (after <= rules.right)
+        after = keys_after(rows, keys, rules)
+        seen = seen & in_window(after, after, rules)
     if OPTIONS.MASK != ABSENT:
-        seen = seen & (load_per_pair(rules.mask, rows, keys, rules, OPTIONS.MASK, 0) != 0)  # a byte for each entry
+        seen = seen & (load_per_pair(rules.mask, rows, keys, rules, OPTIONS.MASK, 0) != 0)  # one byte per entry
     return seen
+
+
+@triton.jit
+def keys_after(rows, keys, rules):
+    """How many keys after its query's own position a key stands."""
+    return keys - rows - rules.shift
+
+
+@triton.jit
+def in_window(first, last, rules):
+    """Whether the window holds some of the keys from `first` to `last`, which `keys_after` counts."""
+    return (last >= -rules.left) & (first <= rules.right)
 
 
 @triton.jit
@@ -124,7 +136,7 @@ def softcapped(x, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def with_alibi(x, rows, keys, rules, ALIBI: tl.constexpr):
-    """ALiBi: the slope times the distance less."""
+    """ALiBi: subtracts the slope times the distance."""
     if ALIBI:
         return x - rules.slope * tl.abs(rows + rules.shift - keys).to(tl.float32)
     else:
@@ -142,7 +154,7 @@ def with_bias(x, rows, keys, rules, BIAS: tl.constexpr):
 
 @triton.jit
 def load_per_pair(pair, rows, keys, rules, LAYOUT: tl.constexpr, other):
-    """What a mask or a bias holds for a tile."""
+    """Load the tile of a mask or a bias."""
     key_offsets = tl.cast(keys, tl.int64) * pair.key
     if LAYOUT == ADJACENT_KEYS or LAYOUT == SHARED_BY_QUERIES:  # noqa: SIM109  (Triton knows no tuples of constants)
         key_offsets = keys
@@ -155,7 +167,7 @@ def load_per_pair(pair, rows, keys, rules, LAYOUT: tl.constexpr, other):
 
 @triton.jit
 def tanh(x):
-    """The hyperbolic tangent: a polynomial where the exponential would lose digits."""
+    """The hyperbolic tangent; a polynomial where the exponential would lose digits."""
     size = tl.abs(x)
     y = x * x
     series = tl.fma(y, _T4, _T3)
@@ -169,7 +181,7 @@ def tanh(x):
 
 @triton.jit
 def keep_mask(seed_ptr, rows, keys, sequence_and_head, threshold):
-    """Which weights of a tile dropout keeps: Philox4x32-10 of (key, query, sequence * heads + head, 0), word 0 >= threshold.
+    """The keep mask of a tile: word 0 of Philox4x32-10 for (key, query, sequence * heads + head, 0) is >= threshold.
 
     threshold holds the bits of a uint32.
     """

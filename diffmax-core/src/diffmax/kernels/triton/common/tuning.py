@@ -1,8 +1,8 @@
-"""How kernels are launched on each architecture: what a vendor's tables hold, what else could be tried, how to try it.
+"""Launch settings per architecture: the vendors' tables, candidates for tuning, and a way to run them.
 
-Where a table has no entry, the rules in the code decide: `attention.settings`, the defaults of `Decode`. A benchmark runs an
-operator with each of `candidates` inside `with_settings`, puts the fastest into the architecture's table by
-`Table.with_entry`, and writes the file by `write_tables`.
+If a table has no entry, the rules in the code decide: `attention.settings`, the defaults of `Decode`. A benchmark runs an
+operator with each of `candidates` inside `with_settings`, adds the fastest to the table of the architecture with
+`Table.with_entry`, and writes the file with `write_tables`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from diffmax.kernels.triton.attention.settings import Block, Settings, backward_
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of one width in one program.
+    """Settings for rows that fit the registers of a program.
 
     Attributes:
         rows: Rows per program.
         warps: Warps per program.
-        keep: Forward only: keep the last evaluation in registers until the weights are written, rather than repeat it.
+        keep: Forward only: keep the last evaluation in registers until the weights are written, instead of repeating it.
     """
 
     rows: int
@@ -38,12 +38,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows that are too long for a program's registers.
+    """Settings for rows that are too long for the registers of a program.
 
     Attributes:
-        block: Entries of a tile.
+        block: Entries per tile.
         warps: Warps per program.
-        programs: Of rows that are split over several programs: so many per multiprocessor.
+        programs: Programs per multiprocessor, for rows that are split over several programs.
     """
 
     block: int
@@ -53,12 +53,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Decode:
-    """The three launches of decoding.
+    """Settings of the three launches of decoding.
 
     Attributes:
-        start_warps, read_warps, values_warps: Warps of a program in each.
-        tile_bytes: Bytes of keys or values that a program looks at together.
-        tiles_per_split: A program has at least so many, where the cache is full.
+        start_warps, read_warps, values_warps: Warps per program in each launch.
+        tile_bytes: Bytes of keys or values per tile.
+        tiles_per_split: Minimum number of tiles per program, if the cache is full.
         programs: Programs per multiprocessor.
     """
 
@@ -72,7 +72,7 @@ class Decode:
 
 Launch: TypeAlias = Tile | Stream | Settings | Block | Decode
 
-# What a table's entries are about, and of which class each is
+# The kernels that a table can have entries for, and the class of their settings
 KERNELS: dict[str, type[Any]] = {
     "rows": Tile,
     "rows_backward": Tile,
@@ -91,12 +91,13 @@ KERNELS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What an entry is for.
+    """The case that an entry is for.
 
     Attributes:
-        dtype: Of the scores or the queries.
-        size: Of rows in registers their padded length; of attention and decoding the padded head size, at least 64; else 0.
-        extras: Attention's forward with a mask, bias, ALiBi, softcap or dropout.
+        dtype: The dtype of the scores or the queries.
+        size: For rows in registers their padded length; for attention and decoding the padded head dimension, at least 64;
+            else 0.
+        extras: Whether it is attention's forward with a mask, bias, ALiBi, softcap or dropout.
     """
 
     dtype: torch.dtype
@@ -105,7 +106,7 @@ class Case:
 
     @classmethod
     def of(cls, kernel: str, dtype: torch.dtype, size: int = 0, extras: bool = False) -> Case:
-        """The case that a call belongs to: `size` is the row's length, or the larger of the sizes of keys and values."""
+        """The case of a call: `size` is the row length, or the larger head dimension of keys and values."""
         padded = 1 << max(size - 1, 0).bit_length()
         if kernel.startswith("rows"):
             return cls(dtype, max(16, padded))
@@ -114,13 +115,13 @@ class Case:
         return cls(dtype, max(64, padded), extras and kernel in ("attention_solve", "attention_out"))
 
     def __str__(self) -> str:
-        """Such as "bfloat16 64 extras"."""
+        """The key of a table, such as "bfloat16 64 extras"."""
         words = [str(self.dtype).removeprefix("torch."), *([str(self.size)] if self.size else []), *(["extras"] * self.extras)]
         return " ".join(words)
 
     @classmethod
     def read(cls, text: str) -> Case:
-        """From what `str` gave."""
+        """The inverse of `str`."""
         name, *rest = text.split()
         sizes = [int(word) for word in rest if word != "extras"]
         return cls(getattr(torch, name), sizes[0] if sizes else 0, "extras" in rest)
@@ -128,7 +129,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Entry:
-    """How one kernel is launched in one case, and where that comes from: "predicted", or "measured on ..." what, with what."""
+    """Settings of one kernel for one case, and their origin: "predicted", or "measured on ..." device, torch, triton."""
 
     launch: Launch
     origin: str
@@ -145,15 +146,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """The tiles of one architecture.
+    """The tuning table of one architecture.
 
     Attributes:
-        origin: Where the numbers come from: "predicted", or the result file of the run that measured them.
-        forward, backward: The padded length of a row (a power of two) to its tile. Longer rows are streamed.
+        origin: The origin of the numbers: "predicted", or the result file of the run that measured them.
+        forward, backward: From the padded length of a row (a power of two) to its settings. Longer rows are streamed.
         forward_float64, backward_float64: The same for float64.
-        stream_block, stream_warps: The tile of a row that is streamed; for float64 half the block.
-        adjacent_elements: Entries per program where neighbouring rows, not the entries of a row, lie side by side in memory.
-        entries: What was found for single cases, by kernel; goes before all else.
+        stream_block, stream_warps: The tile of a streamed row; for float64 half the block.
+        adjacent_elements: Entries per program if neighbouring rows, instead of the entries of a row, are adjacent in memory.
+        entries: Settings for single cases, by kernel; they take precedence.
     """
 
     origin: str
@@ -189,13 +190,13 @@ class Table:
     def with_entry(
         self, kernel: str, dtype: torch.dtype, size: int, launch: Launch, origin: str, *, extras: bool = False
     ) -> Table:
-        """This table with one entry more, or another one in its place.
+        """This table with an entry added or replaced.
 
         Args:
-            kernel: Of `KERNELS`.
+            kernel: A name in `KERNELS`.
             dtype, size, extras: As for `candidates`.
             launch: The settings.
-            origin: "measured on NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0", or "predicted".
+            origin: Such as "measured on NVIDIA H100 80GB HBM3, torch 2.11.0, triton 3.6.0", or "predicted".
         """
         if not isinstance(launch, KERNELS[kernel]):
             raise TypeError(f"with_entry: {kernel} is launched by a {KERNELS[kernel].__name__}, got {launch!r}")
@@ -212,7 +213,7 @@ def read_tables(path: Path) -> dict[str, Table]:
 
 
 def write_tables(path: Path, tables: Mapping[str, Table]) -> None:
-    """Write them, one line for each kind of tile and each entry, so that a diff shows what changed."""
+    """Write the tables with one line per kind of tile and per entry, so that a diff shows the changes."""
     blocks = []
     for name, table in sorted(tables.items()):
         plain = table.plain()
@@ -229,20 +230,20 @@ def write_tables(path: Path, tables: Mapping[str, Table]) -> None:
 
 
 def no_table(device: torch.device) -> None:
-    """For an operator without tables."""
+    """The lookup of an operator without tables: always None."""
 
 
 class Tunable:
-    """An operator's way to its settings: what is forced, else what the table of the device has an entry for.
+    """The settings of an operator: forced ones, else the entry in the table of the device.
 
     Attributes:
-        forced: Settings by kernel, whatever the case: `with_settings`.
+        forced: Settings by kernel, for all cases, set by `with_settings`.
     """
 
     forced: Mapping[str, Launch] = MappingProxyType({})
 
     def tuned(self, table: Table | None, kernel: str, dtype: torch.dtype, size: int = 0, extras: bool = False) -> Any:
-        """The settings, or None where the rules in the code decide."""
+        """The settings, or None if the rules in the code decide."""
         if kernel in self.forced:
             return self.forced[kernel]
         if table is None or kernel not in table.entries:
@@ -253,17 +254,17 @@ class Tunable:
 
 @contextlib.contextmanager
 def with_settings(operator: Tunable, **launches: Launch) -> Iterator[None]:
-    """Inside, `operator` launches the kernels that are named with these settings, whatever tables and rules say.
+    """A context in which `operator` launches the named kernels with these settings, regardless of tables and rules.
 
-    Public functions that reach the operator do so too. Not for several threads. What does not fit the device raises Triton's
-    own errors at the call: `triton.runtime.errors.OutOfResources`, or a `triton.compiler.errors.CompilationError`.
+    This also affects public functions that use the operator. Not thread-safe. Settings that do not fit the device raise errors
+    of Triton at the call: `triton.runtime.errors.OutOfResources`, or a `triton.compiler.errors.CompilationError`.
 
     Args:
         operator: A vendor's, such as `diffmax_cuda.attention.operator`, `diffmax_cuda.rows.operator`,
             `diffmax_cuda.decoding.decoder`.
         launches: Settings by the kernel's name in `KERNELS`.
     Raises:
-        TypeError: No such kernel, or settings of another class.
+        TypeError: A kernel does not exist, or its settings have the wrong class.
     Example:
         >>> from diffmax.kernels.triton.attention.launch import AttentionOperator
         >>> operator = AttentionOperator(lambda device: "sm90", lambda device: 132, ptx=True)
@@ -284,14 +285,14 @@ def with_settings(operator: Tunable, **launches: Launch) -> Iterator[None]:
 
 
 def candidates(kernel: str, dtype: torch.dtype, size: int, architecture: str, *, extras: bool = False) -> list[Any]:
-    """What is worth trying, without repetitions; of attention and decoding the first is what the rules in the code say.
+    """Settings worth timing, without repetitions; for attention and decoding the first is that of the rules in the code.
 
-    Some may not fit the device, and some spill: who times them passes over those.
+    Some may not fit the device, or may spill: a benchmark should skip those.
 
     Args:
-        kernel: Of `KERNELS`.
-        dtype: Of the scores or the queries.
-        size: Length of the rows; for attention and decoding the larger of the sizes of keys and values.
+        kernel: A name in `KERNELS`.
+        dtype: The dtype of the scores or the queries.
+        size: Length of the rows; for attention and decoding the larger head dimension of keys and values.
         architecture: Such as "sm90" or "gfx942".
         extras: For attention's forward, whether the call has a mask, bias, ALiBi, softcap or dropout.
     """
@@ -337,7 +338,7 @@ def _forward(rule: Settings, size: int, writes: bool) -> Iterator[Settings]:
     for warps, stages, programs, keys, chunk in itertools.product(
         (4, 8), (1, 2, 3), (1, 2, 3), (16, 32, 64) if writes else (64,), chunks
     ):
-        # one number is changed, or warps and another
+        # one number is changed, or the warps and another number
         changed = (stages != rule.stages) + (programs != rule.programs) + (keys != rule.keys) + (chunk != rule.chunk)
         if changed <= 1 and warps * programs <= 16:
             yield replace(rule, warps=warps, stages=stages, programs=programs, keys=keys, chunk=chunk)
@@ -363,13 +364,13 @@ def _decoding() -> Iterator[Decode]:
 
 
 def predicted_table(*, lanes: int, most_warps: int) -> Table:
-    """The table that counting registers suggests, before a compiler or a clock has seen it.
+    """A table predicted from register counts, without compilation or measurement.
 
-    A thread holds 16 entries of a row and what was computed of them, 32 where that saves adding up over warps, 8 in float64.
+    A thread holds 16 entries of a row and their intermediate results, 32 if that avoids a sum over warps, 8 in float64.
 
     Args:
-        lanes: Threads of a warp.
-        most_warps: Warps that one program can have.
+        lanes: Threads per warp.
+        most_warps: Maximum number of warps per program.
     """
 
     def tiles(longest: int, single: int, shared: int) -> dict[int, Tile]:

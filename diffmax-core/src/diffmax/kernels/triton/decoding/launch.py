@@ -7,12 +7,14 @@ full cache; where a sequence is shorter its tiles are shared among the same prog
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, Exponent, on_device, padded, power_of_two
+from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, on_device, padded, power_of_two
 from diffmax.kernels.triton.common.tuning import Decode, Table, Tunable, no_table
+from diffmax.kernels.triton.decoding.call import Arguments
 from diffmax.kernels.triton.decoding.read import kvcache_read_kernel
 from diffmax.kernels.triton.decoding.start import kvcache_start_kernel
 from diffmax.kernels.triton.decoding.tiles import LISTED, SLOTS
@@ -22,6 +24,40 @@ from diffmax.plugin import TILE, KVCacheCall, KVCacheResults
 from diffmax.reference.decoding import append, capacity
 
 MOST_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a call is divided among programs.
+
+    Attributes:
+        block_m, block_n: Rows of a program, and tokens of a tile.
+        blocks: Of rows, for each sequence and key head.
+        parts: Tiles of a page.
+        most_tiles: Of a sequence that fills the cache.
+        programs, splits: The grid: blocks of all sequences and key heads, by shares of a sequence's tiles.
+    """
+
+    block_m: int
+    block_n: int
+    blocks: int
+    parts: int
+    most_tiles: int
+    programs: int
+    splits: int
+
+    @classmethod
+    def of(cls, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, settings: Decode, processors: int) -> Grid:
+        """As many splits as fill the device, if each has tiles enough."""
+        rows, pages = query.shape[2] // k_cache.shape[2] * query.shape[1], -(-capacity(k_cache, call) // call.page_size)
+        widest = padded(max(query.shape[3], v_cache.shape[3]))
+        block_m = min(padded(rows), 32 if widest <= 64 else 16)
+        block_n = min(padded(call.page_size), max(16, settings.tile_bytes // (widest * query.element_size())), 64)
+        blocks, parts = -(-rows // block_m), -(-call.page_size // block_n)
+        programs = query.shape[0] * k_cache.shape[2] * blocks
+        splits = min(MOST_SPLITS, -(-pages * parts // settings.tiles_per_split))
+        splits = min(splits, max(1, -(-settings.programs * processors // programs)))
+        return cls(block_m, block_n, blocks, parts, pages * parts, programs, splits)
 
 
 class Decoder(Tunable):
@@ -48,7 +84,7 @@ class Decoder(Tunable):
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool
     ) -> KVCacheResults:
         """Kernel; arguments and results as `diffmax.reference.decoding.attention_kvcache`."""
-        device, (batch, length, heads, size) = query.device, query.shape
+        device, (batch, length, heads, _) = query.device, query.shape
         kv_heads, value_size, room = k_cache.shape[2], v_cache.shape[3], capacity(k_cache, call)
         out = torch.empty((batch, length, heads, value_size), dtype=query.dtype, device=device)
         m, delta = (torch.empty((batch, heads, length), dtype=torch.float32, device=device) for _ in range(2))
@@ -58,83 +94,52 @@ class Decoder(Tunable):
             pages = torch.zeros((batch, kv_heads) if stats else (0,), dtype=torch.int32, device=device)
             return KVCacheResults(out.zero_(), m.fill_(-torch.inf), delta.zero_(), support.zero_(), pages)
 
-        group = heads // kv_heads
-        block_d, block_v = padded(size), padded(value_size)
-        launch = self.tuned(self.table(device), "decode", query.dtype, max(size, value_size)) or Decode()
-        block_m = min(padded(group * length), 32 if max(block_d, block_v) <= 64 else 16)
-        block_n = min(padded(call.page_size), max(16, launch.tile_bytes // (max(block_d, block_v) * query.element_size())), 64)
-        blocks, parts = -(-group * length // block_m), -(-call.page_size // block_n)
-        most_tiles = -(-room // call.page_size) * parts
-        programs = batch * kv_heads * blocks
-        splits = min(MOST_SPLITS, -(-most_tiles // launch.tiles_per_split))
-        splits = min(splits, max(1, -(-launch.programs * self.processors(device) // programs)))
-        lanes = power_of_two(splits)
+        arguments = Arguments.of(query, k_cache, v_cache, call, ptx=self.ptx)
+        settings = self.tuned(self.table(device), "decode", query.dtype, max(query.shape[3], value_size)) or Decode()
+        grid = Grid.of(query, k_cache, v_cache, call, settings, self.processors(device))
+        block_m, programs, splits, lanes = grid.block_m, grid.programs, grid.splits, power_of_two(grid.splits)
+        block_v = padded(value_size)
 
         def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        tops, scores = scratch(programs, most_tiles, block_m), scratch(programs, most_tiles, block_m, block_n)
+        tops = scratch(programs, grid.most_tiles, block_m)
+        scores = scratch(programs, grid.most_tiles, block_m, grid.block_n)
         work, lists = scratch(programs, int(SLOTS), block_m, lanes), scratch(programs, int(LISTED), block_m, lanes)
         state, partial = scratch(programs, 2, block_m), scratch(programs, splits, 2, block_m, block_v)
         counters, filled, read = (scratch(programs, n, dtype=torch.int32) for n in (2, splits, splits))
 
-        exponent, none = Exponent.of(call.e, torch.float32), counters
-        k, v = (k_cache, v_cache) if call.k is None or call.v is None else (call.k, call.v)
-        new = 0 if call.k is None else call.k.shape[1]
-        low, high = (call.low, call.high) if call.low is not None and call.high is not None else (k_cache, k_cache)
-        table = none if call.block_table is None else call.block_table.contiguous()
-        places, kind = _places(call, none)
-        alibi = work if call.alibi is None else call.alibi.contiguous()
-        e, sink = (t.contiguous() if isinstance(t, Tensor) else work for t in (call.e, call.sink))
-        lengths = call.cache_seqlens.contiguous()
-        q_b, q_l, q_h, q_d = query.stride()
-        queries = {"q_b": q_b, "q_l": q_l, "q_h": q_h, "q_d": q_d}
-        keys = _strides("k", k_cache) | _strides("kn", k)
-        values = _strides("v", v_cache) | _strides("vn", v)
-        sizes = {
-            "table_b": 0 if call.block_table is None else table.stride(0), "new": new, "room": room,
-            "page_size": call.page_size, "parts": parts, "kv_heads": kv_heads, "group": group, "length": length,
-            "blocks": blocks, "splits": splits, "most_tiles": most_tiles, "left": call.left, "e": exponent.e, "k": exponent.k,
-        }  # fmt: skip
-        scoring = {
-            "alibi_b": alibi.stride(0) if call.alibi is not None and alibi.shape[0] > 1 else 0,
-            "right": call.right, "scale": call.scale, "softcap": call.softcap,
-        }  # fmt: skip
         shared = {
-            "PAGED": call.block_table is not None, "HAS_NEW": new > 0, "PLACES": kind,
-            "WINDOW": call.left >= 0 or call.right > 0 or (call.right == 0 and length > 1),
-            "E_TENSOR": exponent.tensor, "K": exponent.integer, "PTX": self.ptx,
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": lanes, **COMPILER_OPTIONS,
+            **arguments.shared, **COMPILER_OPTIONS, "work_ptr": work, "counters_ptr": counters, "room": room,
+            "parts": grid.parts, "blocks": grid.blocks, "splits": splits, "most_tiles": grid.most_tiles,
+            "BLOCK_M": block_m, "BLOCK_N": grid.block_n, "SPLITS": lanes,
         }  # fmt: skip
-        of_scores = {
-            "HEAD_DIM": size, "BLOCK_D": block_d, "HAS_BOUNDS": call.low is not None, "SOFTCAP": call.softcap != 0,
-            "ALIBI": call.alibi is not None,
+        of_values = {**arguments.values, "VALUE_DIM": value_size, "BLOCK_V": block_v}
+        largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
+        solving = {
+            **arguments.sink, "CUT": SOLVED[torch.float32], "steps": 8 + newton_steps(200, room + 1, largest_e, torch.float32)
         }  # fmt: skip
-        of_values = {"VALUE_DIM": value_size, "BLOCK_V": block_v}
-        solving = {"CUT": SOLVED[torch.float32], "HAS_SINK": call.sink is not None}
-        steps = 8 + newton_steps(200, room + 1, 1.0 if exponent.tensor else exponent.e, torch.float32)
-        grid = (programs, splits)
+        has_bounds = call.low is not None
         with on_device(device):
-            kvcache_start_kernel[grid](
-                query, k_cache, v_cache, k, v, low, high, lengths, places, table, e, alibi, tops, work, counters,
-                **queries, **keys, **values, **sizes, **scoring, pages=-(-room // call.page_size),
-                **shared, **of_scores, **of_values, num_warps=launch.start_warps,
+            kvcache_start_kernel[programs, splits](
+                bounds_ptr=tops, pages=-(-room // call.page_size), HAS_BOUNDS=has_bounds,
+                **shared, **arguments.queries, **arguments.keys, **of_values, **arguments.bounds, **arguments.scores,
+                num_warps=settings.start_warps,
             )  # fmt: skip
-            kvcache_read_kernel[grid](
-                query, k_cache, k, lengths, places, table, e, alibi, sink,
-                tops, scores, work, lists, state, read, counters,
-                **queries, **keys, **sizes, **scoring, steps=steps, **shared, **of_scores, **solving,
-                num_warps=launch.read_warps,
+            kvcache_read_kernel[programs, splits](
+                bounds_ptr=tops, scores_ptr=scores, lists_ptr=lists, state_ptr=state, pages_ptr=read, HAS_BOUNDS=has_bounds,
+                **shared, **arguments.queries, **arguments.keys, **arguments.scores, **solving,
+                num_warps=settings.read_warps,
             )  # fmt: skip
-            kvcache_values_kernel[grid](
-                v_cache, v, lengths, places, table, e, sink, tops, scores, work, state, partial, filled, counters,
-                out, m, delta, support if stats else filled,
-                **values, **sizes, steps=steps, STATS=stats, **shared, **of_values, **solving,
-                num_warps=launch.values_warps,
+            kvcache_values_kernel[programs, splits](
+                tops_ptr=tops, scores_ptr=scores, state_ptr=state, partial_ptr=partial, filled_ptr=filled,
+                out_ptr=out, m_ptr=m, delta_ptr=delta, support_ptr=support if stats else filled,
+                STATS=stats, WINDOW=arguments.scores["OPTIONS"].WINDOW, **shared, **of_values, **solving,
+                num_warps=settings.values_warps,
             )  # fmt: skip
         pages = read[:0].view(-1)
         if stats:
-            pages = read.view(batch, kv_heads, blocks, splits).sum(3).amax(2).to(torch.int32)
+            pages = read.view(batch, kv_heads, grid.blocks, splits).sum(3).amax(2).to(torch.int32)
         return KVCacheResults(out, m, delta, support, pages)
 
     def warmup(
@@ -199,16 +204,3 @@ class Decoder(Tunable):
         )
         for stats in (False, True) if "attention_stats" in features else (False,):
             self.attention_kvcache(zeros(batch, length, heads, head_dim), cache(head_dim), cache(value_dim), call, stats)
-
-
-def _places(call: KVCacheCall, none: Tensor) -> tuple[Tensor, int]:
-    """Rows of the cache and starts of the sequences, and how they lie there: PLACES of `tiles.whose`."""
-    rows, starts = call.cache_batch_idx, call.leftpad
-    if starts is None:
-        return (none, 0) if rows is None else (rows.contiguous(), 1)
-    rows = torch.arange(starts.shape[0], dtype=torch.int32, device=starts.device) if rows is None else rows
-    return torch.stack([rows, starts], 1), 2
-
-
-def _strides(letter: str, t: Tensor) -> dict[str, int]:
-    return {f"{letter}_{axis}": step for axis, step in zip("bshd", t.stride(), strict=True)}

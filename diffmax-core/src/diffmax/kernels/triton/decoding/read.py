@@ -34,6 +34,7 @@ from diffmax.kernels.triton.decoding.tiles import (
     moved,
     read_slot,
     rows_of,
+    rules_of,
     scores_of,
     stretch,
     tokens_of,
@@ -71,7 +72,7 @@ def kvcache_read_kernel(
     new, room, page_size, parts, kv_heads, group, length, blocks, splits, most_tiles, left, right, steps,
     scale, softcap, e, k,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, HAS_NEW: tl.constexpr, PLACES: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, HAS_SINK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, HAS_SINK: tl.constexpr, OPTIONS: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -81,12 +82,11 @@ def kvcache_read_kernel(
         block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
     )
     _opens, begin, end = span
-    first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, WINDOW)
+    first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, OPTIONS.WINDOW)
     row_e, row_k = exponents(e_ptr, e, k, head, E_TENSOR)
     zero = tl.zeros((BLOCK_M,), tl.float32)
-    slope, sink = zero, zero - float("inf")
-    if ALIBI:
-        slope += tl.load(alibi_ptr + b * alibi_b + head)
+    rules = rules_of(b, head, span, length, alibi_ptr, alibi_b, left, right, scale, softcap, OPTIONS)
+    sink = zero - float("inf")
     if HAS_SINK:
         sink = tl.load(sink_ptr + head)
     q = load_queries(q_ptr, b, head, query, in_rows, q_b, q_l, q_h, q_d, HEAD_DIM, BLOCK_D)
@@ -112,9 +112,7 @@ def kvcache_read_kernel(
             keys = load_tile(
                 k_ptr, kn_ptr, at, place, there, b, kv_head, begin, k_h, k_d, kn_b, kn_s, kn_h, kn_d, HEAD_DIM, BLOCK_D, HAS_NEW
             )
-            scores = scores_of(
-                q, keys, place, there, in_rows, query, end, length, scale, softcap, slope, left, right, SOFTCAP, ALIBI, WINDOW
-            )
+            scores = scores_of(q, keys, place, there, in_rows, query, rules, OPTIONS)
             at = ((block * most_tiles + tile) * BLOCK_M + rows)[:, None] * BLOCK_N + lanes[None, :]
             tl.store(scores_ptr + at, scores)
             top = largest(scores)

@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 
 from diffmax.kernels.triton.common.numerics import HARDWARE_NONE, expm1_of, powers, scaled_scores
+from diffmax.kernels.triton.common.scores import in_window, keys_after, softcapped
 from diffmax.kernels.triton.decoding.tiles import (
     GUESS_DELTA,
     GUESS_TOP,
     SAMPLE_DELTA,
     SAMPLE_TOP,
-    capped,
     exponents,
     finite,
     largest,
@@ -21,6 +21,7 @@ from diffmax.kernels.triton.decoding.tiles import (
     load_tile,
     product,
     rows_of,
+    rules_of,
     scores_of,
     stretch,
     tokens_of,
@@ -47,32 +48,29 @@ def subset_delta(scores, top, goal, e, k, K: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def page_bound(
-    q, low, high, in_rows, place, query, page_size, end, length, scale, softcap, slope, left, right,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+def page_bound(q, low, high, in_rows, place, query, page_size, rules, OPTIONS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """(BLOCK_M, pages): no score of the page, as it is computed, is larger. `place` is each page's first."""
     kind: tl.constexpr = q.dtype
     wide_q, wide_low, wide_high = q.to(tl.float32), low.to(tl.float32), high.to(tl.float32)
-    wide_q = tl.where(scale < 0.0, -wide_q, wide_q)
-    size = tl.abs(scale)
+    wide_q = tl.where(rules.scale < 0.0, -wide_q, wide_q)
+    size = tl.abs(rules.scale)
     bound = product(tl.maximum(wide_q, 0.0).to(kind), tl.trans(high))
     bound += product(tl.minimum(wide_q, 0.0).to(kind), tl.trans(low))
     reach = tl.maximum(tl.abs(wide_low), tl.abs(wide_high)).to(kind)
     reach = product(tl.abs(wide_q).to(kind), tl.trans(reach))
     bound = size * (bound + (2 * HEAD_DIM + 16) * _EPS * reach)
-    if SOFTCAP:
-        bound = capped(bound, softcap) + 32 * _EPS * softcap
-    before = place[None, :] - (end - length + query)[:, None]  # of the first key of the page
-    behind = before + page_size - 1
-    if ALIBI:
-        near = tl.maximum(tl.maximum(before, -behind), 0).to(tl.float32)
-        far = tl.maximum(tl.abs(before), tl.abs(behind)).to(tl.float32)
-        taken = slope[:, None] * tl.where(slope[:, None] < 0.0, far, near)
+    if OPTIONS.SOFTCAP:
+        bound = softcapped(bound, rules.softcap, True) + 32 * _EPS * rules.softcap
+    first = keys_after(query[:, None], place[None, :], rules)
+    last = first + page_size - 1
+    if OPTIONS.ALIBI:
+        near = tl.maximum(tl.maximum(first, -last), 0).to(tl.float32)
+        far = tl.maximum(tl.abs(first), tl.abs(last)).to(tl.float32)
+        taken = rules.slope * tl.where(rules.slope < 0.0, far, near)
         bound += 4 * _EPS * (tl.abs(taken) + tl.abs(bound)) - taken
-    seen = in_rows[:, None] & (place[None, :] < end)
-    if WINDOW:
-        seen = seen & ((left < 0) | (behind >= -left)) & ((right < 0) | (before <= right))
+    seen = in_rows[:, None] & (place[None, :] < rules.n_keys)
+    if OPTIONS.WINDOW:
+        seen = seen & in_window(first, last, rules)
     return tl.where(seen, tl.where(bound != bound, float("inf"), bound), -float("inf"))
 
 
@@ -125,8 +123,8 @@ def kvcache_start_kernel(
     new, room, page_size, parts, pages, kv_heads, group, length, blocks, splits, most_tiles, left, right,
     scale, softcap, e, k,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PAGED: tl.constexpr,
-    HAS_NEW: tl.constexpr, PLACES: tl.constexpr, HAS_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, PTX: tl.constexpr,
+    HAS_NEW: tl.constexpr, PLACES: tl.constexpr, HAS_BOUNDS: tl.constexpr, OPTIONS: tl.constexpr,
+    E_TENSOR: tl.constexpr, K: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """bounds (block, tile, BLOCK_M), and four slots of the work.  Grid: (B * H_kv * blocks of rows, splits)."""
@@ -135,13 +133,11 @@ def kvcache_start_kernel(
         block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
     )
     _opens, begin, end = span
-    first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, WINDOW)
+    first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, OPTIONS.WINDOW)
     if split == 0:
         tl.store(counters_ptr + block * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
     row_e, row_k = exponents(e_ptr, e, k, head, E_TENSOR)
-    slope = tl.zeros((BLOCK_M,), tl.float32)
-    if ALIBI:
-        slope += tl.load(alibi_ptr + b * alibi_b + head)
+    rules = rules_of(b, head, span, length, alibi_ptr, alibi_b, left, right, scale, softcap, OPTIONS)
     q = load_queries(q_ptr, b, head, query, in_rows, q_b, q_l, q_h, q_d, HEAD_DIM, BLOCK_D)
 
     if HAS_NEW:
@@ -191,8 +187,7 @@ def kvcache_start_kernel(
             mask = settled[:, None] & (d < HEAD_DIM)
             bound = page_bound(
                 q, tl.load(low_ptr + at, mask=mask, other=0.0), tl.load(high_ptr + at, mask=mask, other=0.0), in_rows,
-                page * page_size, query, page_size, end, length, scale, softcap, slope, left, right,
-                SOFTCAP, ALIBI, WINDOW, HEAD_DIM,
+                page * page_size, query, page_size, rules, OPTIONS, HEAD_DIM,
             )  # fmt: skip
             bound = tl.where(settled[None, :] | (bound == -float("inf")), bound, float("inf"))
             at = (block * most_tiles + tile)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -212,9 +207,7 @@ def kvcache_start_kernel(
             keys = load_tile(
                 k_ptr, kn_ptr, at, place, there, b, kv_head, begin, k_h, k_d, kn_b, kn_s, kn_h, kn_d, HEAD_DIM, BLOCK_D, HAS_NEW
             )
-            scores = scores_of(
-                q, keys, place, there, in_rows, query, end, length, scale, softcap, slope, left, right, SOFTCAP, ALIBI, WINDOW
-            )
+            scores = scores_of(q, keys, place, there, in_rows, query, rules, OPTIONS)
             top = largest(scores)
             share = 1.0
             if sample == 1:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from diffmax.kernels.triton.common.layout import head_exponent
-from diffmax.kernels.triton.common.numerics import expm1_of
+from diffmax.kernels.triton.common.scores import ABSENT, Rules, score, visible
 
 # What the programs of one block of rows, `split` over the cache, leave for the next launch, each (BLOCK_M, SPLITS):
 SAMPLE_TOP = tl.constexpr(0)  # of the sample that the lower bound is taken from: its largest score and its delta
@@ -55,9 +55,9 @@ def whose(
     """
     b = (block // blocks // kv_heads).to(tl.int64)
     kv_head = (block // blocks % kv_heads).to(tl.int64)
-    row = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (block % blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < group * length
-    head = kv_head * group + tl.where(in_rows, row // length, 0)
+    head = (kv_head * group).to(tl.int32) + tl.where(in_rows, row // length, 0)
     query = tl.where(in_rows, row % length, 0)
     begin = tl.maximum(tl.load(seqlens_ptr + b), 0)
     end = tl.minimum(begin + new, room)
@@ -77,8 +77,7 @@ def stretch(split, splits, span, length, left, page_size, parts, HAS_NEW: tl.con
     low, begin, end = span
     start = low
     if WINDOW:
-        if left >= 0:
-            low = tl.maximum(end - length - left, start)
+        low = tl.maximum(end - length - left, start)
         if HAS_NEW:
             low = tl.minimum(low, begin)
     low = low // page_size * parts
@@ -152,29 +151,21 @@ def product(a, b):
 
 
 @triton.jit
-def capped(x, softcap):
-    """softcap * tanh(x / softcap), to float32's digits."""
-    grown = expm1_of(-2.0 * tl.abs(x / softcap))
-    size = -softcap * grown / (2.0 + grown)
-    return tl.where(x < 0.0, -size, size)
+def rules_of(b, head, span, length, alibi_ptr, alibi_b, left, right, scale, softcap, OPTIONS: tl.constexpr):
+    """What acts on the scores of the rows: the last query stands at the last key. Decoding has no mask and no bias."""
+    _opens, _begin, end = span
+    slope = 0.0
+    if OPTIONS.ALIBI:
+        slope = tl.load(alibi_ptr + b * alibi_b + head)[:, None]
+    return Rules(scale, softcap, slope, left, right, end - length, length, end, ABSENT, ABSENT)
 
 
 @triton.jit
-def scores_of(
-    q, keys, place, there, in_rows, query, end, length, scale, softcap, slope, left, right,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+def scores_of(q, keys, place, there, in_rows, query, rules, OPTIONS: tl.constexpr):
     """(BLOCK_M, BLOCK_N) scores, -inf where nothing is to be seen."""
-    scores = product(q, tl.trans(keys)) * scale
-    away = place[None, :] - (end - length + query)[:, None]
-    if SOFTCAP:
-        scores = capped(scores, softcap)
-    if ALIBI:
-        scores -= slope[:, None] * tl.abs(away).to(tl.float32)
-    seen = in_rows[:, None] & there[None, :]
-    if WINDOW:
-        seen = seen & ((left < 0) | (away >= -left)) & ((right < 0) | (away <= right))
-    return tl.where(seen, scores, -float("inf"))
+    rows, places = query[:, None], place[None, :]
+    scores, _ = score(product(q, tl.trans(keys)), rows, places, rules, OPTIONS)
+    return tl.where(visible(rows, places, in_rows[:, None] & there[None, :], rules, OPTIONS), scores, -float("inf"))
 
 
 @triton.jit

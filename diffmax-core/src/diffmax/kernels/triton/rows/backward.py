@@ -1,4 +1,4 @@
-"""Backward of rows that fit into registers: each input is read once, each output written once."""
+"""Backward for rows that fit into registers: each input is read once, each output is written once."""
 
 import triton
 import triton.language as tl
@@ -11,8 +11,8 @@ from diffmax.kernels.triton.rows.gradient import slopes
 @triton.jit(do_not_specialize=["n", "size_1", "size_2", "g_0", "g_1", "g_2", "g_col", "p_0", "p_1", "p_2", "p_col",
                                "e_0", "e_1", "e_2", "e", "e_bits"])  # fmt: skip
 def bisect_bwd_rows_kernel(
-    g_ptr, p_ptr, x_ptr, m_ptr, delta_ptr, e_ptr, grad_x_ptr, grad_e_ptr,  # x only where FROM_X
-    g_0, g_1, g_2, g_col, p_0, p_1, p_2, p_col, e_0, e_1, e_2,  # p's are x's and grad_x's too
+    g_ptr, p_ptr, x_ptr, m_ptr, delta_ptr, e_ptr, grad_x_ptr, grad_e_ptr,  # x only if FROM_X
+    g_0, g_1, g_2, g_col, p_0, p_1, p_2, p_col, e_0, e_1, e_2,  # x and grad_x have the strides of p
     n, size_1, size_2,
     e, e_bits,
     G_LAYOUT: tl.constexpr, P_LAYOUT: tl.constexpr, E_TENSOR: tl.constexpr, FROM_X: tl.constexpr,

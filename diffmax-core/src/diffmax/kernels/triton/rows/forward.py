@@ -1,4 +1,4 @@
-"""Forward of rows that fit into registers: one read, one write, the solver in between."""
+"""Forward for rows that fit into registers: one read, the solver, one write."""
 
 import triton
 import triton.language as tl
@@ -61,7 +61,7 @@ def bisect_rows_kernel(
     else:
         first_b, r = powers(z, delta, row_k, K, LOGARITHM, PTX)
     total, slope, curve = sums(first_b, r)
-    if HARDWARE == 1:  # these sums are good for a step, not for weights
+    if HARDWARE == 1:  # these sums are accurate enough for a step, but not for weights
         going = total > 0.0
     else:
         going = unsolved(total, slope, curve, delta, row_e, row_k, size, CUT)

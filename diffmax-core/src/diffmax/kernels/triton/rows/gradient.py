@@ -1,4 +1,4 @@
-"""What the backward kernels share: from a tile of weights, or scores, to s = p^alpha (Eq. 3)."""
+"""Shared by the backward kernels: from a tile of weights or scores to s = p^alpha (Eq. 3)."""
 
 import triton
 import triton.language as tl
@@ -8,9 +8,9 @@ from diffmax.kernels.triton.common.numerics import exp2_of, log2_1p, log2_of
 
 @triton.jit
 def slopes(p, x, m, delta, e, FROM_X: tl.constexpr, PTX: tl.constexpr):
-    """Weights, s = p^alpha, and log2 p; all three 0 off the support. NaN in p is in all of them.
+    """Weights, s = p^alpha, and log2 p; all three are 0 off the support, and NaN where p is NaN.
 
-    FROM_X: the weights are computed from the scores again, because p has lost the small ones (float16).
+    FROM_X: recompute the weights from the scores, because p has lost small ones (float16).
     """
     if FROM_X:
         spoilt = p != p

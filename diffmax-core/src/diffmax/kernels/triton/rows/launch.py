@@ -161,17 +161,17 @@ class RowOperator(Tunable):
             return grad_x, parts[:, :chunks].sum(1).view(m.shape) if needs_e else m.new_empty(0)
 
     def warmup(self, device: torch.device, dtype: torch.dtype, n: int, e: float | None, backward: bool) -> None:
-        """Compile what calls on rows of length `n` need, by calling: with whole vectors and without, alpha's gradient too.
+        """Compile the kernels for rows of length `n`, by calls with and without aligned rows, including alpha's gradient.
 
         Args:
-            device: Where the calls will run.
-            dtype: Of the scores.
+            device: Device of the calls.
+            dtype: Dtype of the scores.
             n: Length of the rows.
             e: 1 - alpha, or None for alpha as a tensor.
             backward: Whether to prepare the backward too.
         """
         acc = accumulation_dtype(dtype)
-        for width in (n, n + 1):  # the second view's rows do not start at whole vectors
+        for width in (n, n + 1):  # the rows of the second view are not aligned to whole vectors
             x = torch.zeros(2, width, dtype=dtype, device=device)[:, :n]
             row_e = torch.full((2, 1), 0.5, dtype=acc, device=device) if e is None else e
             p, m, delta = self.bisect(x, row_e, 1, 50, True)
@@ -182,7 +182,7 @@ class RowOperator(Tunable):
     def _tile(
         self, kernel: str, tiles: Mapping[int, Tile], n: int, table: Table, shape: Geometry, dtype: torch.dtype
     ) -> Tile | None:
-        """The tile for rows of length n; None where they are streamed."""
+        """The tile for rows of length n; None if they are streamed."""
         width = padded(n)
         tile: Tile | None = tiles.get(width)
         if tile is None:
@@ -190,12 +190,12 @@ class RowOperator(Tunable):
         tile = self.tuned(table, kernel, dtype, n) or tile
         if geometry.ROWS_ADJACENT not in (view.layout for view in shape.views):
             return tile
-        # neighbouring rows share cache lines: take more of them, as far as registers go
+        # neighbouring rows share cache lines: process as many of them as registers allow
         rows = max(tile.rows, min(16, table.adjacent_elements // width))
         return replace(tile, rows=rows, warps=max(tile.warps, min(16, rows * width // 1024)))
 
     def _cut(self, suffix: str, table: Table, x: Tensor, rows: int, n: int) -> tuple[Stream, int]:
-        """Tiles of rows that are streamed, and by how many programs each row is."""
+        """The tile of streamed rows, and the number of programs per row."""
         default = Stream(table.stream_block // (2 if x.dtype == torch.float64 else 1), table.stream_warps)
         processors = self.processors(x.device)
         if rows < processors:
@@ -208,7 +208,7 @@ class RowOperator(Tunable):
 
 @dataclass(frozen=True)
 class _LongCall:
-    """A forward call on rows that are streamed: what all its launches share."""
+    """The arguments shared by all launches of a forward call on streamed rows."""
 
     x: Tensor
     p: Tensor
@@ -223,7 +223,7 @@ class _LongCall:
     warps: int
 
     def _arguments(self, *names: str) -> dict[str, Any]:
-        """Strides and sizes, and those of the fixed arguments that a kernel has."""
+        """Strides, sizes, and the named fixed arguments of a kernel."""
         strides = {**_strides("x", self.shape.views[0]), **_sizes(self.shape, self.n)}
         return strides | {name: self.fixed[name] for name in ("X_LAYOUT", "BLOCK", *names)} | {"num_warps": self.warps}
 
@@ -291,14 +291,14 @@ def _e_strides(shape: Geometry) -> dict[str, int]:
 
 
 def _hardware(exponent: Exponent, dtype: torch.dtype) -> int:
-    """Where the hardware's logarithm serves (`numerics.HARDWARE_*`)."""
+    """Where the hardware logarithm is used (`numerics.HARDWARE_*`)."""
     if exponent.tensor or exponent.integer or exponent.e < SMALLEST_E_FOR_HARDWARE or dtype == torch.float64:
         return int(HARDWARE_NONE)
     return int(HARDWARE_FIRST if dtype == torch.float32 else HARDWARE_ALL)
 
 
 def _expected_iterates(exponent: Exponent) -> int:
-    """Launches that evaluate a split row; whoever needs more is solved by one program. Counts: docs/performance.md."""
+    """Number of launches that evaluate a split row; a single program solves rows that need more. See docs/performance.md."""
     if exponent.tensor:
         return 4
     return 3 if exponent.k >= 2 else 5

@@ -1,4 +1,4 @@
-"""Backward of rows that do not fit into registers: two passes, by one program or by one per chunk and launch."""
+"""Backward for rows that do not fit into registers: two passes, by one program per row or by one per chunk and launch."""
 
 import triton
 import triton.language as tl
@@ -40,8 +40,8 @@ def bisect_bwd_long_kernel(
 ):  # fmt: skip
     """Gradients of one chunk of a row.  Grid: (rows * chunks,).
 
-    With one chunk per row a program does both passes; with more, a launch with SUMS leaves partial sums for one with WRITES.
-    grad_e: (rows, CHUNKS), each chunk's part.
+    With one chunk per row a program does both passes; with more, a launch with SUMS stores partial sums for one with WRITES.
+    grad_e: (rows, CHUNKS), the part of each chunk.
     """
     ACC: tl.constexpr = m_ptr.dtype.element_ty
     VECTOR: tl.constexpr = 128 // p_ptr.dtype.element_ty.primitive_bitwidth

@@ -1,9 +1,9 @@
-"""Forward of few long rows, each split over several programs, so that one row fills the device.
+"""Forward for few long rows, each split over several programs, so that one row fills the device.
 
-The host waits for nothing: the number of launches is fixed. One finds the largest score, one the sums of the first iterate,
-one per expected iterate passes partial sums on, then one program per row ends the solver (and goes on alone where the row
-is still unsolved), and the last writes the weights. Every program of a row adds the partial sums up in the same order, so all
-see the same bits, at every run.
+The host never waits: the number of launches is fixed. The first finds the largest score, the second the sums for the first
+iterate, then one launch per expected iterate passes on partial sums. Then one program per row ends the solver (and iterates
+alone if the row is still unsolved), and the last launch writes the weights. All programs of a row add the partial sums in the
+same order, so all get the same bits, in every run.
 """
 
 import triton
@@ -19,7 +19,7 @@ from diffmax.kernels.triton.rows.tiles import largest_of_tiles, solver_sums, sta
 
 @triton.jit
 def whose(pid, chunks, tiles, size_1, size_2):
-    """Where the program's row lies, its number, its chunk, and that chunk's tiles."""
+    """The offset of the program's row, its index, its chunk, and the tiles of the chunk."""
     index_0, index_1, rows = place(pid // chunks, size_1, size_2, 1)
     per_chunk = tl.cdiv(tiles, chunks)
     chunk = pid % chunks
@@ -29,7 +29,7 @@ def whose(pid, chunks, tiles, size_1, size_2):
 
 @triton.jit
 def add_up(sums_ptr, row, chunks, WHICH: tl.constexpr, CHUNKS: tl.constexpr):
-    """One of a row's three sums over all chunks, (1,)."""
+    """One of the three sums of a row over all chunks, (1,)."""
     lanes = tl.arange(0, CHUNKS)
     parts = tl.load(sums_ptr + (row * 3 + WHICH) * CHUNKS + lanes, mask=lanes < chunks, other=0.0)
     return tl.zeros((1,), parts.dtype) + tl.sum(parts, axis=0)
@@ -37,7 +37,7 @@ def add_up(sums_ptr, row, chunks, WHICH: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def largest(chunk_tops_ptr, row, chunks, CHUNKS: tl.constexpr):
-    """A row's largest score, (1,)."""
+    """The largest score of a row, (1,)."""
     lanes = tl.arange(0, CHUNKS)
     tops = tl.load(chunk_tops_ptr + row * CHUNKS + lanes, mask=lanes < chunks, other=-float("inf"))
     return tl.zeros((1,), tops.dtype) + tl.max(tops, axis=0)
@@ -45,7 +45,7 @@ def largest(chunk_tops_ptr, row, chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def put_sums(sums_ptr, row, chunk, first, second, third, CHUNKS: tl.constexpr):
-    """A program's part of the three sums."""
+    """Store a program's part of the three sums."""
     lane = tl.arange(0, 1)
     tl.store(sums_ptr + (row * 3 + 0) * CHUNKS + chunk + lane, first)
     tl.store(sums_ptr + (row * 3 + 1) * CHUNKS + chunk + lane, second)
@@ -77,7 +77,7 @@ def split_start_kernel(
     e, k, e_bits,
     X_LAYOUT: tl.constexpr, E_TENSOR: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Each chunk's part of the sums for the first iterate, in the first stage of the sums.  Grid: (rows * chunks,)."""
+    """The part of each chunk in the sums for the first iterate, stored as stage 0.  Grid: (rows * chunks,)."""
     ACC: tl.constexpr = tops_ptr.dtype.element_ty
     VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     n = whole_vectors(n, X_LAYOUT, VECTOR)
@@ -100,7 +100,7 @@ def split_step_kernel(
     X_LAYOUT: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr,
     HARDWARE: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of stage - 1 to the iterate of `stage` and each chunk's part of its sums.  Grid: (rows * chunks,)."""
+    """From the sums of stage - 1, the iterate of `stage` and the part of each chunk in its sums.  Grid: (rows * chunks,)."""
     ACC: tl.constexpr = tops_ptr.dtype.element_ty
     VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     n = whole_vectors(n, X_LAYOUT, VECTOR)
@@ -155,7 +155,7 @@ def split_finish_kernel(
     X_LAYOUT: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, ENSURE_SUM_ONE: tl.constexpr, CUT: tl.constexpr,
     HARDWARE: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """End the solver from the sums of `stage`: m, delta, and for the weights delta, step, scale.  Grid: (rows,)."""
+    """End the solver from the sums of `stage`: m and delta, and delta, step and scale for the weights.  Grid: (rows,)."""
     ACC: tl.constexpr = m_ptr.dtype.element_ty
     VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     n = whole_vectors(n, X_LAYOUT, VECTOR)

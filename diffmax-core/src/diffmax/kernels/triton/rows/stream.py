@@ -1,4 +1,4 @@
-"""Forward of rows that do not fit into registers, each streamed by one program."""
+"""Forward for rows that do not fit into registers, each streamed by one program."""
 
 import triton
 import triton.language as tl
@@ -60,7 +60,7 @@ def bisect_stream_kernel(
     tops_ptr += tl.program_id(0).to(tl.int64) * tiles
 
     m = largest_of_tiles(x_ptr, start, 0, tiles, n, x_col, tops_ptr, ACC, X_LAYOUT, BLOCK)
-    tl.debug_barrier()  # the tops are read again by other threads of the program
+    tl.debug_barrier()  # other threads of the program read the tops
     z_sum, count = start_sums(x_ptr, start, 0, tiles, n, x_col, tops_ptr, m, row_e, ACC, X_LAYOUT, BLOCK)
     size = n.to(ACC)
     high = -expm1_of(-row_e * tl.log(size))

@@ -1,4 +1,4 @@
-"""Passes over a stretch of a long row, tile by tile. A tile whose largest score cannot matter any more is not loaded again."""
+"""Passes over a part of a long row, tile by tile. A dead tile, known by its largest score, is not loaded again."""
 
 import triton
 import triton.language as tl
@@ -21,7 +21,7 @@ def largest_of_tiles(
     x_ptr, start, first_tile, last_tile, n, x_col, tops_ptr,
     ACC: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest score of each tile, stored at tops_ptr; and of all of them, (1,). +inf for a tile that holds NaN."""
+    """Store the largest score of each tile at tops_ptr, +inf for a tile with NaN; return the largest of all, (1,)."""
     m = tl.full((1,), -float("inf"), ACC)
     for tile in range(first_tile, last_tile):
         x = load_tile(x_ptr, start, tile * BLOCK, n, x_col, ACC, LAYOUT, BLOCK)
@@ -36,7 +36,7 @@ def start_sums(
     x_ptr, start, first_tile, last_tile, n, x_col, tops_ptr, m, e,
     ACC: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum and number, each (1,), of the entries that `first_iterate` starts from."""
+    """Sum and number, each (1,), of the entries for `first_iterate`."""
     z_sum = tl.zeros((1, BLOCK), ACC)
     count = tl.zeros((1, BLOCK), ACC)
     for tile in range(first_tile, last_tile):
@@ -77,11 +77,11 @@ def store_weights(
     ACC: tl.constexpr, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
     LAYOUT: tl.constexpr, P_LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The weights of the tiles; a dead tile is written without being read."""
+    """Write the weights of the tiles; a dead tile is not read."""
     last_delta = delta + tl.minimum(step, 0.0)
     for tile in range(first_tile, last_tile):
         cols = tile * BLOCK + tl.arange(0, BLOCK)
-        p = tl.zeros((1, BLOCK), ACC) * scale[:, None]  # NaN in a row that is NaN
+        p = tl.zeros((1, BLOCK), ACC) * scale[:, None]  # NaN if the row is NaN
         top = scaled_scores(tl.load(tops_ptr + tile + tl.arange(0, 1))[:, None], m, e)
         if tl.max((top - last_delta[:, None] <= -1.0).to(tl.int32)) == 0:
             z = scaled_scores(load_tile(x_ptr, start, tile * BLOCK, n, x_col, ACC, LAYOUT, BLOCK), m, e)

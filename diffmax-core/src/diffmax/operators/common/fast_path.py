@@ -1,6 +1,8 @@
-"""Whether a call is so plain that torch's dispatcher would have nothing to decide, and need not be paid for."""
+"""The fast path: which calls can skip torch's dispatcher because it would have nothing to do."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,22 +20,29 @@ def _keys(*names: str) -> int:
 
 # A strided tensor on the CPU, made outside and inside of torch.inference_mode; and a thread that is in no mode, likewise.
 _KEYS_ARE_SHOWN = hasattr(torch._C.DispatchKeySet, "raw_repr")  # not in torch 2.4, where no call is plain
+_TYPES = frozenset({Tensor, torch.nn.Parameter})
 if _KEYS_ARE_SHOWN:
     _TENSORS = (_keys("CPU", "AutocastCPU", "AutogradCPU", "ADInplaceOrView"), _keys("CPU", "AutocastCPU"))
     _STATES = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether x lies on the CPU and nobody but the kernel has a part in an operator of it.
+def is_plain(*arguments: Any) -> bool:
+    """Whether the tensors among the arguments lie on the CPU and nobody but the kernel has a part in an operator of them.
 
-    Others are subclasses, modes, tracers, profilers, functionalization, and a sign that is to be applied later. Gradients and
-    torch.func are the caller's to check.
+    Not so with subclasses, modes, tracers, profilers, functionalization, or a lazy negation. The caller checks for gradients
+    and torch.func.
     """
-    return (
-        type(x) is Tensor
-        and _KEYS_ARE_SHOWN
-        and _dispatch_keys(x).raw_repr() in _TENSORS
+    if not (
+        _KEYS_ARE_SHOWN
         and _dispatch_tls_local_include_set().raw_repr() in _STATES
         and _len_torch_function_stack() == 0
         and not _profiler_enabled()
-    )
+    ):
+        return False
+    for given in arguments:
+        if type(given) in _TYPES:
+            if _dispatch_keys(given).raw_repr() not in _TENSORS:
+                return False
+        elif isinstance(given, Tensor):
+            return False
+    return True
