@@ -27,7 +27,6 @@ from diffmax.kernels.numba.attention_words import (
     whole_numbers,
     words_of,
 )
-from diffmax.kernels.numba.functions import TINY
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.one_row import DEAD, LISTED, compacted, fill, listed, scaled, top_of, write, write_nudged
 from diffmax.kernels.numba.products import (
@@ -53,7 +52,7 @@ from diffmax.kernels.numba.simd import (
     total,
     transpose_square,
 )
-from diffmax.kernels.numba.solver import solve_alone, solve_group
+from diffmax.kernels.numba.solver import solve_alone, solve_group, tolerance
 from diffmax.operators.common.numerics import MIN_E
 from diffmax.plugin import TILE
 
@@ -64,13 +63,13 @@ WORD_BITS = 32
 
 @register_jitable
 def slopes_of(z, weights, slopes, length, delta):
-    """Write p^alpha = p / [z - t]; returns the sum."""
-    width = places(z)
+    """Write p^alpha = p / [z - t]; returns the sum. [z - t] is told from 0 by what rounding leaves of it at least."""
+    width, least = places(z), tolerance(z) / 4.0
     result = 0.0
     for block in range(0, length, 1024):
         part = splat(z, 0.0)
         for i in range(block, min(block + 1024, length), width):
-            slope = load(weights, i) / larger(load(z, i) - delta + 1.0, TINY)
+            slope = load(weights, i) / larger(load(z, i) - delta + 1.0, least)
             store(slopes, i, slope)
             part = part + slope
         result += total(part)
@@ -235,7 +234,7 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
     weights = floats(words, memory, Word.list_weights, 0, longest * places(lanes), computing)
     slopes = floats(words, memory, Word.list_slopes, 0, longest * places(lanes), computing)
     norms = floats(words, memory, Word.norms, 0, words[Word.rows], computing)
-    width, keeps = places(lanes), words[Word.u] != 0
+    width, keeps, least = places(lanes), words[Word.u] != 0, tolerance(lanes) / 4.0
     deltas, totals = solve_group(
         list_z, weights, longest, load(lanes, 0), load(lanes, width), words[Word.integer], words[Word.steps]
     )
@@ -246,7 +245,7 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
         totals = splat(lanes, 0.0)
         for i in range(0, longest * width, width):
             weight = load(weights, i) * factors
-            slope = select(weight > 0.0, weight / larger(load(list_z, i) - deltas + 1.0, TINY), 0.0)
+            slope = select(weight > 0.0, weight / larger(load(list_z, i) - deltas + 1.0, least), 0.0)
             store(slopes, i, slope)
             totals = totals + slope
         store(lanes, 4 * width, totals)

@@ -1,7 +1,7 @@
 """Products of matrices inside a compiled kernel, on the thread that calls: queries by keys, weights by values.
 
 A tile of the result stays in registers while it is summed, and the right factor is read in vectors: values as they lie,
-keys from panels in which the numbers of one dimension lie side by side (docs/decisions/0089-products-in-the-kernel.md).
+keys from panels in which the numbers of one dimension lie side by side (docs/decisions/0089-attention-in-one-region.md).
 Left factors are rows anywhere: `offsets` says where each begins.
 """
 
