@@ -307,13 +307,16 @@ def _features(*of_rules: frozenset[str], **more: bool) -> frozenset[str]:
 
 def acting(call: Call, sink: bool = True) -> tuple[Rule, ...]:
     """The rules that a call needs, without the sink's if not `sink`: asked once for all blocks of a call."""
-    return _with_features(sink, *[rule.features(call) for rule in RULES])
+    select = _selected if torch.compiler.is_compiling() else _selected_before  # torch.compile warns of a cache
+    return select(sink, *[rule.features(call) for rule in RULES])
 
 
-@cache
-def _with_features(sink: bool, *found: frozenset[str]) -> tuple[Rule, ...]:
+def _selected(sink: bool, *found: frozenset[str]) -> tuple[Rule, ...]:
     needed = (rule for rule, own in zip(RULES, found, strict=True) if own or type(rule) is Padding)
     return tuple(rule for rule in needed if sink or type(rule) is not Sink)
+
+
+_selected_before = cache(_selected)
 
 
 def apply(scores: Tensor, call: Call, region: Region, some: tuple[Rule, ...] | None = None) -> Tensor:
