@@ -13,6 +13,7 @@ import torch
 from benchmarks import (
     bench_attention,
     bench_attention_options,
+    bench_attention_threads,
     bench_decode,
     bench_e2e_attention,
     bench_import,
@@ -250,6 +251,39 @@ def test_attention_runs_and_who_is_wrong_gets_no_number():
     assert "the output errs by" in rows["wrong"]["reason"]
     assert all(rows[name]["median_s"] > 0 for name in ("sdpa", "unfused", "cpu", "numba"))
     assert "wrong RED" in bench_attention.table(list(rows.values()))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_attention_on_all_threads_takes_a_models_scores_and_busy_neighbours(busy):
+    query, key, value = (torch.randn(1, heads, 200, 64) for heads in (4, 2, 2))
+    held = {bench_attention_threads.CAPTURED: [query, key, value]}
+    case = next(
+        cell for cell in bench_attention_threads.cells(True, held) if cell["scores"] == bench_attention_threads.CAPTURED
+    )
+    case |= {"length": 200, "heads": 4, "operation": "both", "busy": busy}
+    rows = bench_attention_threads.run_case(case, held, rounds=2)
+    assert all(row["correct"] and row["median_s"] > 0 and 0 < row["zeros"] < 1 for row in rows)
+    assert {"worst_ratio" in row for row in rows} == {busy}
+    assert "causal LM" in bench_attention_threads.table(rows)
+
+
+def test_attention_on_all_threads_gives_no_number_to_who_is_wrong(monkeypatch):
+    case = bench_attention_threads.cells(True, {})[0] | {"length": 64}
+    monkeypatch.setattr(
+        bench_attention_threads.diffmax, "attention", wrong_for_numba(bench_attention_threads.diffmax.attention)
+    )
+    rows = {row["contestant"]: row for row in bench_attention_threads.run_case(case, {}, rounds=1)}
+    assert "errs by" in rows["diffmax"]["reason"]
+    assert "median_s" not in rows["diffmax"]
+    assert rows["sdpa"]["median_s"] > 0
+
+
+def wrong_for_numba(attention):
+    def wrong(*tensors, backend=None, **options):
+        result = attention(*tensors, backend=backend, **options)
+        return result if backend == "reference" or isinstance(result, tuple) else result * 1.01
+
+    return wrong
 
 
 def test_options_of_attention_are_checked_and_compared_with_the_plain_call():

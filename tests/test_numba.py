@@ -551,3 +551,77 @@ def test_float16_needs_the_conversions_of_the_processor_that_numba_compiles_for(
 
 def test_is_chosen_when_it_is_there():
     assert diffmax.explain("diffmax_bisect", torch.zeros(3)).chosen == "numba"
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_attention_opens_one_parallel_region(operation, monkeypatch):
+    from diffmax.kernels.numba import attention_job
+
+    opened = []
+
+    def counted(*arguments):
+        opened.append(arguments)
+        return run_on_threads(*arguments)
+
+    run_on_threads = attention_job.run_on_threads
+    monkeypatch.setattr(attention_job, "run_on_threads", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        query, key, value = (torch.randn(1, 4, 512, 64, requires_grad=True) for _ in range(3))
+        out = diffmax.attention(query, key, value, is_causal=True, softcap=5.0, backend="numba")
+        if operation == "backward":
+            opened.clear()
+            out.sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert len(opened) == 1
+
+
+def test_attention_of_the_size_of_one_tile_wakes_no_thread(monkeypatch):
+    from diffmax.kernels.numba import attention_job
+
+    monkeypatch.delattr(attention_job, "run_on_threads")
+    query = torch.randn(1, 1, 16, 64)
+    diffmax.attention(query, query, query, backend="numba")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 64), (65, 31), (130, 300)])
+def test_products_equal_torchs(shape, dtype):
+    from diffmax.kernels.numba import products
+
+    computing = np.dtype(dtype).type
+    count, depth, rows = shape[1], shape[0], products.ROWS * 2
+    padded = -(-depth // 16) * 16
+
+    @njit
+    def by_panels(a, k, panels, pack_rows, c):
+        products.pack(k.ctypes.data, 0, depth, count, depth, panels, pack_rows, padded)
+        width = products.panel_width(panels)
+        stop = (count + width - 1) // width * width
+        products.multiply_panels(a, np.arange(rows) * depth, rows, panels, depth, 0, stop, c, np.arange(rows) * 512)
+
+    @njit
+    def by_rows(p, v, c):
+        products.multiply_rows(
+            p, np.arange(rows) * count, 1, rows, v, 0, padded, count, c, np.arange(rows) * padded, padded, False
+        )
+
+    generator = np.random.default_rng(0)
+    a, k = (
+        generator.standard_normal((rows, depth)).astype(computing),
+        generator.standard_normal((count, depth)).astype(computing),
+    )
+    scores = np.zeros((rows, 512), computing)
+    by_panels(a.ravel(), k.ravel(), np.zeros(512 * depth, computing), np.zeros(64 * padded, computing), scores.ravel())
+    bound = 8 * np.finfo(computing).eps * np.sqrt(depth)
+    assert np.abs(scores[:, :count] - a.astype(np.float64) @ k.astype(np.float64).T).max() <= bound * 4
+    p, v = generator.random((rows, count)).astype(computing), np.zeros((count, padded), computing)
+    v[:, :depth] = k
+    sums = np.zeros((rows, padded), computing)
+    by_rows(p.ravel(), v.ravel(), sums.ravel())
+    assert np.abs(sums[:, :depth] - p.astype(np.float64) @ k.astype(np.float64)).max() <= bound * 8 * np.sqrt(count)

@@ -5,7 +5,7 @@ largest less 1/e (theory, section 5), and the columns that hold one are laid sid
 operator's kernel solves its rows, and its weights meet the values of those columns alone. Backward computes the scores of
 live tiles alone.
 
-`diffmax.kernels.numba.attention` is the same with the compiled row operator.
+`diffmax.kernels.numba.attention` is another way, compiled.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ import math
 import torch
 from torch import Tensor
 
-from diffmax.kernels.cpu import dropout, rows
-from diffmax.kernels.cpu.blocks import SPARSE_SHARE, Again, Block, Factors, parts
+from diffmax.kernels.cpu import rows
+from diffmax.kernels.cpu.blocks import SPARSE_SHARE, Block, parts
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.attention.tiles import live_shape
 from diffmax.operators.common.numerics import accumulation_dtype, alpha_weight, clamp_e, integer_exponent
 from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
-from diffmax.reference.attention import Solve
 
 
 def weights_again(
     scores: Tensor, p: Tensor, s: Tensor, m: Tensor, delta: Tensor, e: float | Tensor, needs_e: bool
 ) -> Tensor | None:
-    """`_weights_again` in plain PyTorch: m, delta and a tensor e are columns."""
+    """`_weights_again` of a matrix: m, delta and a tensor e are columns."""
     z = scores.sub_(m.masked_fill(m == -torch.inf, 0.0)).mul_(e)
     k = 0 if isinstance(e, Tensor) else integer_exponent(e, z.dtype)
     if k:
@@ -54,13 +53,8 @@ def attention(
     call: AttentionCall,
     keep: bool,
     stats: bool,
-    solve: Solve = rows.bisect,
-    factors: Factors = dropout.factors,
 ) -> AttentionResults:
-    """Forward kernel; arguments and results as `diffmax.reference.attention.attention`.
-
-    `solve` is a row operator's kernel, `factors` computes what dropout multiplies weights by.
-    """
+    """Forward kernel; arguments and results as `diffmax.reference.attention.attention`."""
     acc = accumulation_dtype(query.dtype)
     shape = query.shape[:3]
     out = torch.zeros(*shape, value.shape[3], dtype=value.dtype)
@@ -85,7 +79,7 @@ def attention(
             columns = _candidate_columns(scores[0], e, sink, work) if part.heads == 1 else None
             if columns is not None:
                 scores, v = scores[:, :, columns], v[:, columns]
-            p, row_m, row_delta = _weights(scores, e, sink, solve)
+            p, row_m, row_delta = _weights(scores, e, sink)
             of_keys = p[..., : scores.shape[2]]
             block.write(m, row_m)
             block.write(delta, row_delta)
@@ -93,7 +87,7 @@ def attention(
                 block.write_live(live, of_keys, columns)
             if stats:
                 block.write(support, _support(scores, row_m, row_delta, e))
-            passed = block.dropped_by(p, call, columns, factors) if call.dropout_p > 0 else None
+            passed = block.dropped_by(p, call, columns) if call.dropout_p > 0 else None
             if keep:
                 s = rows._slopes(p.view(row_m.shape[0], -1), e)
                 total = s.sum(1, keepdim=True).view(*p.shape[:2], 1)
@@ -114,13 +108,8 @@ def attention_backward(
     saved: Saved,
     call: AttentionCall,
     wanted: Wanted,
-    factors: Factors = dropout.factors,
-    again: Again = weights_again,
 ) -> AttentionGradients:
-    """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`.
-
-    `again` computes the weights once more, `factors` what dropout multiplied them by.
-    """
+    """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`."""
     m = saved.m
     grad_query, grad_key, grad_value = (torch.zeros(t.shape, dtype=t.dtype) for t in (query, key, value))
     grad_e, grad_sink = (torch.zeros(m.shape if needed else (0,), dtype=m.dtype) for needed in (wanted.e, wanted.sink))
@@ -141,16 +130,16 @@ def attention_backward(
             torch.matmul(q, k.mT, out=scores)
             memory = scratch[4].of(*scores.shape) if has_slope else None
             _, slope = block.completed(scores, call, acting, columns, memory)
-            of_alpha = _weights_again(scores, p, s, block, saved, call, wanted.e, again)
+            of_alpha = _weights_again(scores, p, s, block, saved, call, wanted.e)
             torch.matmul(g, v.mT, out=d_p)
             if call.dropout_p > 0:
-                passed = block.dropped_by(s, call, columns, factors)
+                passed = block.dropped_by(s, call, columns)
                 p.mul_(passed)
                 d_p.mul_(passed)
             mean = (g * block.rows_of(saved.u)).sum(2, keepdim=True)
             _silence(q, g, s, d_p, mean, slope)
             centred = d_p.sub_(mean)
-            of_sink, sinks_share = _sink_again(block, saved, call, mean, wanted.e, again)
+            of_sink, sinks_share = _sink_again(block, saved, call, mean, wanted.e)
             if of_alpha is not None:
                 block.write(grad_e, (of_alpha * centred.view(of_alpha.shape)).sum(1, keepdim=True).neg_().add_(sinks_share))
             if wanted.sink:
@@ -214,22 +203,20 @@ def _candidate_columns(scores: Tensor, e: float | Tensor, sink: Tensor | None, w
     return columns.nonzero().squeeze(1)
 
 
-def _weights(scores: Tensor, e: float | Tensor, sink: Tensor | None, solve: Solve) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(scores: Tensor, e: float | Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """p in the shape of the scores, followed by the weight of the sink, and per row m and delta, which is NaN where p is."""
     given = scores.view(-1, scores.shape[2])
-    p, m, delta = solve(given if sink is None else rules.with_sink(given, sink), e, 1, 200, True)
+    p, m, delta = rows.bisect(given if sink is None else rules.with_sink(given, sink), e, 1, 200, True)
     return p.view(*scores.shape[:2], -1), m, delta.masked_fill(p[:, :1].isnan(), torch.nan)
 
 
-def _sink_again(
-    block: Block, saved: Saved, call: AttentionCall, mean: Tensor, needs_e: bool, again: Again
-) -> tuple[Tensor, Tensor]:
+def _sink_again(block: Block, saved: Saved, call: AttentionCall, mean: Tensor, needs_e: bool) -> tuple[Tensor, Tensor]:
     """For every row the sink's gradient, and its share of the gradient for e: it has no value, so its dP is 0."""
     if call.sink is None:
         return mean.new_zeros(()), mean.new_zeros(())
     score = block.of_heads(call.sink).clone()
     p, s = torch.empty_like(score), torch.empty_like(score)
-    of_alpha = _weights_again(score, p, s, block, saved, call, needs_e, again)
+    of_alpha = _weights_again(score, p, s, block, saved, call, needs_e)
     column = mean.view(-1, 1)
     return s.mul_(column).neg_(), s if of_alpha is None else of_alpha * column
 
@@ -247,9 +234,8 @@ def _weights_again(
     saved: Saved,
     call: AttentionCall,
     needs_e: bool,
-    again: Again,
 ) -> Tensor | None:
     """From scores, which are given up, write p and s = p^alpha; return the w of Eq. 6 where it is wanted. All are rows."""
     row_m, row_delta = (block.row_values_of(t).contiguous() for t in (saved.m, saved.delta))
     p, s, scores = (t.view(row_m.shape[0], -1) for t in (p, s, scores))
-    return again(scores, p, s, row_m, row_delta, clamp_e(block.e_of(call.e)), needs_e)
+    return weights_again(scores, p, s, row_m, row_delta, clamp_e(block.e_of(call.e)), needs_e)

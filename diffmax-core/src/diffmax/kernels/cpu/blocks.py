@@ -5,21 +5,17 @@ What a kernel does with a block is in `diffmax.kernels.cpu.attention`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffmax.kernels.cpu import dropout
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.attention.tiles import WORD, packed_bits, unpacked_bits
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import TILE, AttentionCall
-
-# `diffmax.kernels.cpu.dropout.factors`, or the compiled one.
-Factors = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-# `diffmax.kernels.cpu.attention.weights_again`, or the compiled one.
-Again = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, "float | Tensor", bool], "Tensor | None"]
 
 # Scores of one block: several heads where they are short, else some rows of one, but never fewer rows than a tile has.
 BLOCK_ELEMENTS = 1 << 19
@@ -176,7 +172,7 @@ class Block:
         else:
             target.index_add_(3, columns + self.first, share)
 
-    def dropped_by(self, weights: Tensor, call: AttentionCall, columns: Tensor | None, factors: Factors) -> Tensor:
+    def dropped_by(self, weights: Tensor, call: AttentionCall, columns: Tensor | None) -> Tensor:
         """The scaled keep mask of dropout, (key/value heads, rows, keys); the sink may follow the keys."""
         if call.seed is None:
             raise ValueError("attention: dropout_p comes with a seed, got dropout_p alone")
@@ -188,7 +184,7 @@ class Block:
         shape = (len(batch), self.heads.stop - self.heads.start, len(row))
         head, row = (t.expand(shape).reshape(-1) for t in (head, row))
         rows = weights.view(len(head), -1)
-        return factors(rows, head, row, place, call.seed, call.dropout_p).view(weights.shape)
+        return dropout.factors(rows, head, row, place, call.seed, call.dropout_p).view(weights.shape)
 
     def _by_head(self, scores: Tensor) -> Tensor:
         return scores.view(self.part.batch.stop - self.part.batch.start, -1, self.stop - self.start, scores.shape[2])

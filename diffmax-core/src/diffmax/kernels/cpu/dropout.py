@@ -1,7 +1,4 @@
-"""Dropout's factors for a matrix of weights, in plain PyTorch: where weights are 0, none, as a random word takes long.
-
-`diffmax.kernels.numba.dropout` is the compiled one, which is fast enough to compute them all.
-"""
+"""Dropout's factors for a matrix of weights, in plain PyTorch: where weights are 0, none, as a random word takes long."""
 
 import torch
 from torch import Tensor

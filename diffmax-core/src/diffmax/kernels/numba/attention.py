@@ -1,40 +1,86 @@
-"""`diffmax.kernels.cpu.attention` with the compiled row operator, weights and dropout."""
+"""Attention for CPUs, compiled: one parallel region for a call, in which each thread does everything for its tiles.
+
+`attention_job` lays the call out as words, `attention_forward` and `attention_backward` are the kernels; rows are solved by the
+row operator's parts, products are in `products`, the rules of the scores in `scores`
+(docs/decisions/0089-attention-in-one-region.md).
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffmax.kernels.cpu import attention as blocked
-from diffmax.kernels.numba.dropout import factors
-from diffmax.kernels.numba.jobs import AGAIN_JOB
-from diffmax.kernels.numba.rows import bisect, run
-from diffmax.operators.common.numerics import integer_exponent
-from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
+from diffmax.kernels.numba.attention_job import CHUNKS_PER_THREAD, Job
+from diffmax.kernels.numba.attention_words import Sequence, Word
+from diffmax.machine.forked import alone_in_child
+from diffmax.operators.attention.tiles import live_shape
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.plugin import TILE, AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
 
 
+@alone_in_child
 def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> AttentionResults:
     """Forward kernel; arguments and results as `diffmax.reference.attention.attention`."""
-    return blocked.attention(query, key, value, call, keep, stats, bisect, factors)
+    acc, shape = accumulation_dtype(query.dtype), query.shape[:3]
+    make = torch.empty if call.cu_seqlens_q is None else torch.zeros  # rows of packed tensors may belong to no sequence
+    out = make(*shape, value.shape[3], dtype=value.dtype)
+    u = make(out.shape if keep else (0,), dtype=value.dtype)
+    m, delta = torch.empty(shape, dtype=acc), make(shape, dtype=acc)
+    if call.cu_seqlens_q is not None:
+        m.fill_(-torch.inf)
+    live = torch.zeros(live_shape(query, key, call) if keep or stats else (0,), dtype=torch.int32)
+    support = make(shape if stats else (0,), dtype=torch.int32)
+    job = Job(query, key, value, call)
+    for word, t in (
+        *((Word.out, out), (Word.m, m), (Word.delta, delta)),
+        *((Word.u, u), (Word.live, live), (Word.support, support)),
+    ):
+        job.add_whole(word, t)
+    job.scratch_of_forward(keep)
+    tiles = -(-job.table[:, Sequence.length] // TILE)
+    threads = job.threads()
+    job.run("forward", tiles * query.shape[1], 1 if threads == 1 else threads * CHUNKS_PER_THREAD)
+    return AttentionResults(out, m, delta, u, live, support)
 
 
+@alone_in_child
 def attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, call: AttentionCall, wanted: Wanted
 ) -> AttentionGradients:
     """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`."""
-    return blocked.attention_backward(grad, query, key, value, saved, call, wanted, factors, weights_again)
-
-
-def weights_again(
-    scores: Tensor, p: Tensor, s: Tensor, m: Tensor, delta: Tensor, e: float | Tensor, needs_e: bool
-) -> Tensor | None:
-    """Arguments and result as `diffmax.kernels.cpu.attention.weights_again`, in one pass over the scores."""
-    n_rows, n = scores.shape
-    e_rows, e_value = (e.contiguous(), 0.0) if isinstance(e, Tensor) else (None, e)
-    integer = 0 if needs_e or e_rows is not None else integer_exponent(e_value, scores.dtype)
-    addresses = (*(t.data_ptr() for t in (scores, p, s, m, delta)), 0 if e_rows is None else e_rows.data_ptr())
-    run("again", scores.dtype, AGAIN_JOB, n_rows, n, *addresses, 1, n, integer, needs_e, e_value)
-    return scores if needs_e else None
+    acc = saved.m.dtype
+    job = Job(query, key, value, call)
+    threads = job.threads()
+    # a task is a head of keys; where those are too few, tiles of queries are split between shares of its gradients
+    units, tiles = len(job.table) * key.shape[1], -(-query.shape[2] // TILE)
+    splits = 1 if threads == 1 or units >= 2 * threads else min(max(1, tiles), -(-2 * threads // max(1, units)))
+    make = torch.empty if call.cu_seqlens_q is None else torch.zeros
+    grad_query = make(query.shape, dtype=query.dtype)
+    shares = key.shape[:3] if splits == 1 else (splits, *key.shape[:3])
+    grad_key, grad_value = (make(*shares, t.shape[3], dtype=t.dtype if splits == 1 else acc) for t in (key, value))
+    grad_e, grad_sink = (torch.zeros(saved.m.shape if needed else (0,), dtype=acc) for needed in (wanted.e, wanted.sink))
+    grad_bias = saved.m.new_empty(0)
+    chunks = 1 if threads == 1 else threads * CHUNKS_PER_THREAD
+    if wanted.bias and call.bias is not None:
+        chunks = min(threads, max(1, units * splits))  # each has a share, so that the sums have one order
+        grad_bias = torch.zeros(chunks, *call.bias.shape, dtype=acc)
+        job.add_bias_gradient(grad_bias)
+    job.add(Word.grad, grad)
+    for word, t in (
+        *((Word.m, saved.m), (Word.delta, saved.delta), (Word.u, saved.u), (Word.live, saved.live)),
+        *((Word.grad_query, grad_query), (Word.grad_key, grad_key), (Word.grad_value, grad_value)),
+        *((Word.grad_e, grad_e), (Word.grad_sink, grad_sink)),
+    ):
+        job.add_whole(word, t)
+    job.words[Word.splits], job.words[Word.split_step] = splits, key.shape[:3].numel()
+    job.scratch_of_backward()
+    job.run("backward", np.full(len(job.table), key.shape[1] * splits), chunks)
+    if splits > 1:
+        grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+    if grad_bias.numel():
+        grad_bias = grad_bias.sum(0)
+    return AttentionGradients(grad_query, grad_key, grad_value, grad_e, grad_bias, grad_sink)
 
 
 def warmup(
@@ -46,10 +92,9 @@ def warmup(
     backward: bool,
     features: frozenset[str],
 ) -> None:
-    """Have the kernels of a dtype compiled, or read from the cache: one serves every length, size and feature but dropout."""
+    """Have the kernels of a dtype compiled, or read from the cache: one serves every length, size and feature."""
     query, value = (torch.zeros(1, 1, 2, size, dtype=dtype) for size in (head_dim, value_dim))
-    dropout_p, seed = (0.5, torch.zeros(2, dtype=torch.int64)) if "dropout" in features else (0.0, None)
-    call = AttentionCall(scale=1.0, e=0.5 if e is None else e, dropout_p=dropout_p, seed=seed)
+    call = AttentionCall(scale=1.0, e=0.5 if e is None else e)
     out, *saved, _ = attention(query, query, value, call, backward, False)
     if backward:
         attention_backward(out, query, query, value, Saved(*saved), call, Wanted())

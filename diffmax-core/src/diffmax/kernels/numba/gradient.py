@@ -10,7 +10,9 @@ from diffmax.kernels.numba.functions import (
     integer_power,
     ln_1p,
     phi_series,
+    power,
     power_of_two,
+    refined,
     smallest_normal,
 )
 from diffmax.kernels.numba.simd import (
@@ -120,14 +122,17 @@ def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
     """Write p and s for the vectors of scores from start to stop, and w of Eq. 6 over the scores if that is wanted."""
     width = places(x)
     k, zero = 1.0 / e, e * 0.0
+    k_log2 = k * LOG2_E
     for i in range(start, stop, width):
         w = (load(x, i) - top) * e - delta
         slopes = weights = of_alpha = zero
         if bits(w > -1.0) != 0:
-            if integer == 0:
+            if wants_alpha:
                 slopes, weights, j, log_f = slopes_from_scores(w, e, k)
-                if wants_alpha:
-                    of_alpha = select(w > -1.0, alpha_weight(weights, j, log_f, e), 0.0)
+                of_alpha = select(w > -1.0, alpha_weight(weights, j, log_f, e), 0.0)
+            elif integer == 0:
+                weights, about = power(w, k, k_log2)
+                slopes = weights * refined(about, larger(w + 1.0, TINY))
             else:
                 inside = larger(w, -1.0)
                 u = inside + 1.0

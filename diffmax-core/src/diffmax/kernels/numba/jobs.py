@@ -20,7 +20,7 @@ from numba.core.ccallback import CFunc
 from numba.core.extending import register_jitable
 
 from diffmax.kernels.numba.cache import compile_cached
-from diffmax.kernels.numba.gradient import centred, centred_sum, score_sums, slope_and_alpha_sums, slope_sums, weights_again
+from diffmax.kernels.numba.gradient import centred, centred_sum, score_sums, slope_and_alpha_sums, slope_sums
 from diffmax.kernels.numba.one_row import DEAD, LISTED, fill, listed, row_alone, top_of
 from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, load, put, splat, store, total
 from diffmax.kernels.numba.solver import SUMMED, solve_group
@@ -40,8 +40,6 @@ NEXT, DONE, STOP, CHUNK = range(4)
 FORWARD_JOB = Struct("=15qd")
 # then grad, its stride, p, its stride, x, its stride, m, delta, grad_x, grad_e, e, its stride, n, e_value
 BACKWARD_JOB = Struct("=17qd")
-# then scores, p, s, m, delta, e, its stride, n, integer, wants_alpha, e_value
-AGAIN_JOB = Struct("=14qd")
 
 
 @register_jitable
@@ -98,14 +96,14 @@ def exponent(at, stride, value, row, computing):
     return array_at(at, row * stride + 1, computing)[row * stride] if at != 0 else computing(value)
 
 
-def _constants(dtype, computing):
+def constants(dtype, computing):
     """Bytes of a score, numbers in a vector, and the least e that is told from 0."""
     return np.dtype(dtype).itemsize, BYTES // np.dtype(computing).itemsize, computing(MIN_E)
 
 
 def _forward(dtype, computing):
     """The forward kernel for scores whose bits are `dtype` (see simd.py), computed in `computing`."""
-    itemsize, width, least_e = _constants(dtype, computing)
+    itemsize, width, least_e = constants(dtype, computing)
 
     def forward(job):
         words, numbers = words_of(job)
@@ -183,7 +181,7 @@ def _forward(dtype, computing):
 
 def _backward(dtype, computing):
     """The backward kernel."""
-    itemsize, width, least_e = _constants(dtype, computing)
+    itemsize, width, least_e = constants(dtype, computing)
 
     def backward(job):
         words, numbers = words_of(job)
@@ -249,51 +247,8 @@ def _backward(dtype, computing):
     return backward
 
 
-def _again(dtype, computing):
-    """The kernel that computes the weights and their slopes once more, from the scores and what solved them."""
-    itemsize, width, least_e = _constants(dtype, computing)
-
-    def again(job):
-        words, numbers = words_of(job)
-        x_at, p_at, s_at, m_at, delta_at, e_at, e_stride = words[4], words[5], words[6], words[7], words[8], words[9], words[10]
-        n, integer, wants_alpha, e_value = words[11], words[12], words[13] != 0, numbers[14]
-        m, delta = array_at(m_at, words[STOP], computing), array_at(delta_at, words[STOP], computing)
-        scratch = np.empty(3 * width, computing)
-        last, last_p, last_s = scratch[:width], scratch[width:], scratch[2 * width :]
-        whole = n // width * width
-        done, start, end = take(words, 0, 0, 0)
-        while start < end:
-            for row in range(start, end):
-                x, p, s = (
-                    array_at(x_at + row * n * itemsize, n, dtype),
-                    array_at(p_at + row * n * itemsize, n, dtype),
-                    array_at(s_at + row * n * itemsize, n, dtype),
-                )
-                if delta[row] != delta[row]:
-                    fill(p, n, math.nan, last)
-                    fill(s, n, math.nan, last)
-                    if wants_alpha:
-                        fill(x, n, math.nan, last)
-                    continue
-                top = m[row] if m[row] != -math.inf else computing(0.0)
-                e = splat(last, max(exponent(e_at, e_stride, e_value, row, computing), least_e))
-                weights_again(x, p, s, 0, whole, e, top, delta[row], integer, wants_alpha)
-                if whole < n:
-                    for place in range(width):
-                        last[place] = x[whole + place] if whole + place < n else -math.inf
-                    weights_again(last, last_p, last_s, 0, width, e, top, delta[row], integer, wants_alpha)
-                    for place in range(n - whole):
-                        p[whole + place], s[whole + place] = last_p[place], last_s[place]
-                        if wants_alpha:
-                            x[whole + place] = last[place]
-            done, start, end = take(words, done, start, end)
-        return finish(words, done)
-
-    return again
-
-
 # dtype -> what its bits are stored as, and what one computes in
-_STORED = {
+STORED = {
     torch.float32: (np.float32, np.float32),
     torch.float64: (np.float64, np.float64),
     torch.bfloat16: (np.uint16, np.float32),
@@ -303,7 +258,7 @@ _STORED = {
 
 @functools.cache
 def compiled(name: str, dtype: torch.dtype) -> CFunc:
-    """The kernel "forward", "backward" or "again" for a dtype, compiled now or read from the cache on disk."""
-    make = {"forward": _forward, "backward": _backward, "again": _again}[name]
-    kernel: CFunc = compile_cached(cfunc, KERNEL, error_model="numpy", function=make(*_STORED[dtype]))
+    """The kernel "forward" or "backward" for a dtype, compiled now or read from the cache on disk."""
+    make = {"forward": _forward, "backward": _backward}[name]
+    kernel: CFunc = compile_cached(cfunc, KERNEL, error_model="numpy", function=make(*STORED[dtype]))
     return kernel

@@ -69,9 +69,9 @@ def _weights(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one
     p = torch.empty_like(x) if rows is x else torch.empty_like(rows, memory_format=torch.contiguous_format)
     if isinstance(e, Tensor):
         e_rows, e_stride = _per_row(e, (*shape[:dim], 1, *shape[dim + 1 :]))
-        e_at, e_value, (steps, integer) = e_rows.data_ptr(), 0.0, _plan(n_iter, n, 1.0, x.dtype)
+        e_at, e_value, (steps, integer) = e_rows.data_ptr(), 0.0, plan(n_iter, n, 1.0, x.dtype)
     else:
-        e_at, e_stride, e_value, (steps, integer) = 0, 0, e, _plan(n_iter, n, e, x.dtype)
+        e_at, e_stride, e_value, (steps, integer) = 0, 0, e, plan(n_iter, n, e, x.dtype)
     addresses = (rows.data_ptr(), x_stride, p.data_ptr(), m_at, delta_at, e_at, e_stride)
     run("forward", x.dtype, FORWARD_JOB, x.numel() // n, n, *addresses, n, integer, steps, ensure_sum_one, e_value)
     return p if rows is x else from_rows(p, shape, dim)
@@ -117,7 +117,7 @@ def warmup(device: torch.device, dtype: torch.dtype, n: int, e: float | None, ba
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int]:
+def plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int]:
     """The largest number of steps, and k if it is a whole number.
 
     Four times what Newton's method needs, whose proof does not cover the kernel's shorter steps; it takes two or three.
@@ -127,8 +127,8 @@ def _plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _small_plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[Kernel, int, int]:
-    """The forward kernel and its `_plan`: one look-up."""
-    return _kernel("forward", dtype)[0], *_plan(n_iter, n, e, dtype)
+    """The forward kernel and its `plan`: one look-up."""
+    return _kernel("forward", dtype)[0], *plan(n_iter, n, e, dtype)
 
 
 @alone_in_child

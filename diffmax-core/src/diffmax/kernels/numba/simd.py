@@ -474,3 +474,133 @@ def lowest_bit(typing_context, word):
 def count_bits(typing_context, word):
     """How many bits are set."""
     return types.int64(types.int64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
+
+
+@intrinsic
+def lanes(typing_context, array):
+    """0, 1, 2, ... in a vector of the type that `load(array, ...)` gives."""
+    vector = _vector_of(array)
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(_llvm(vector), [float(place) for place in range(vector.width)])
+
+    return vector(array), generate
+
+
+@intrinsic
+def nonzero(typing_context, array, index, like):
+    """Mask of which bytes from array[index] on are not 0, as many as `like`, a vector, has places."""
+    mask = _mask_of(like)
+
+    def generate(context, builder, signature, arguments):
+        stored = ir.VectorType(ir.IntType(8), like.width)
+        pointer = _pointer(context, builder, array, arguments[0], arguments[1], stored)
+        return builder.icmp_unsigned("!=", builder.load(pointer, align=1), ir.Constant(stored, [0] * like.width))
+
+    return mask(array, types.int64, like), generate
+
+
+@intrinsic
+def transpose_square(typing_context, source, at, step, target, target_at, target_step):
+    """target[target_at + j target_step + i] = source[at + i step + j] for i and j below the places of a vector."""
+    vector = _vector_of(source)
+
+    def generate(context, builder, signature, arguments):
+        source_array, start, step, target_array, target_start, target_step = arguments
+        width, llvm = vector.width, _llvm(vector)
+        stored = ir.VectorType(_llvm(source.dtype), width)
+        rows = []
+        for i in range(width):
+            at = builder.add(start, builder.mul(step, step.type(i)))
+            raw = builder.load(_pointer(context, builder, source, source_array, at, stored), align=source.dtype.bitwidth // 8)
+            rows.append(_widen(builder, raw, source.dtype, llvm))
+        half = width // 2
+        while half:  # exchanges the off-diagonal quarters of squares of twice `half`
+            low = [lane if lane & half == 0 else width + lane - half for lane in range(width)]
+            high = [lane + half if lane & half == 0 else width + lane for lane in range(width)]
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), width), places) for places in (low, high)]
+            for i in range(width):
+                if i & half == 0:
+                    pair = rows[i], rows[i + half]
+                    rows[i], rows[i + half] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+            half //= 2
+        for j in range(width):
+            at = builder.add(target_start, builder.mul(target_step, target_step.type(j)))
+            builder.store(rows[j], _pointer(context, builder, target, target_array, at, llvm), align=target.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, target, types.int64, types.int64), generate
+
+
+def product_of(rows, vectors):
+    """An intrinsic that multiplies `rows` rows with `vectors` vectors of columns: all of the result stays in registers.
+
+    product(a, a_rows, a_step, b, b_at, b_step, depth, c, c_rows, c_at, first, more):
+        c[c_rows[first + r] + c_at + j] = sum over k < depth of a[a_rows[first + r] + k a_step] b[b_at + k b_step + j],
+    added to what c holds if `more`. a, b and c hold the type that one computes in, a_rows and c_rows int64.
+    """
+
+    @intrinsic
+    def product(typing_context, a, a_rows, a_step, b, b_at, b_step, depth, c, c_rows, c_at, first, more):
+        vector = _vector_of(c)
+        llvm, element = _llvm(vector), _llvm(vector.element)
+        align = vector.element.bitwidth // 8
+
+        def generate(context, builder, signature, arguments):
+            a_array, a_offsets, a_step, b_array, b_at, b_step, depth, c_array, c_offsets, c_at, first, more = arguments
+            size = c_at.type
+
+            def offset(array_type, array, r):
+                return builder.load(_pointer(context, builder, array_type, array, builder.add(first, size(r)), size))
+
+            a_at = [offset(a_rows, a_offsets, r) for r in range(rows)]
+            c_at = [builder.add(offset(c_rows, c_offsets, r), c_at) for r in range(rows)]
+
+            def at_c(r, v):
+                return _pointer(context, builder, c, c_array, builder.add(c_at[r], size(v * vector.width)), llvm)
+
+            sums = [[cgutils.alloca_once(builder, llvm) for _ in range(vectors)] for _ in range(rows)]
+            zero = ir.Constant(llvm, [0.0] * vector.width)
+            with builder.if_else(more) as (then, otherwise):
+                with then:
+                    for r in range(rows):
+                        for v in range(vectors):
+                            builder.store(builder.load(at_c(r, v), align=align), sums[r][v])
+                with otherwise:
+                    for r in range(rows):
+                        for v in range(vectors):
+                            builder.store(zero, sums[r][v])
+            with cgutils.for_range(builder, depth) as loop:
+                b_here = builder.add(b_at, builder.mul(loop.index, b_step))
+                a_here = builder.mul(loop.index, a_step)
+                columns = [
+                    builder.load(
+                        _pointer(context, builder, b, b_array, builder.add(b_here, size(v * vector.width)), llvm), align=align
+                    )
+                    for v in range(vectors)
+                ]
+                for r in range(rows):
+                    at = builder.add(a_here, a_at[r])
+                    factor = _splat(builder, builder.load(_pointer(context, builder, a, a_array, at, element)), vector)
+                    for v in range(vectors):
+                        term = builder.fmul(factor, columns[v], flags=CONTRACT)
+                        builder.store(builder.fadd(builder.load(sums[r][v]), term, flags=CONTRACT), sums[r][v])
+            for r in range(rows):
+                for v in range(vectors):
+                    builder.store(builder.load(sums[r][v]), at_c(r, v), align=align)
+            return context.get_dummy_value()
+
+        n = types.int64
+        return types.void(a, a_rows, n, b, n, n, n, c, c_rows, n, n, more), generate
+
+    return product
+
+
+def size_of(dtype):
+    """Bytes of an element of a NumPy dtype."""
+
+
+@overload(size_of)
+def _size_of(dtype):
+    size = dtype.dtype.bitwidth // 8
+    return lambda dtype: size

@@ -1,0 +1,498 @@
+"""Attention's forward kernel: for each tile of queries the products with the keys, rules, rows, and the values' sums.
+
+Rows are solved as the row operator's are: short lists of candidates side by side, long ones alone. A row of few weights
+gathers the values of those; the others are multiplied with all values that they see.
+"""
+
+import math
+
+import numpy as np
+from numba.core.extending import register_jitable
+
+from diffmax.kernels.numba.attention_words import (
+    Sequence,
+    Word,
+    apply_rules,
+    exponent_of,
+    floats,
+    keep_factor,
+    own_memory,
+    place,
+    place_rows,
+    row_places,
+    rows_into,
+    rows_of,
+    sequence_of,
+    table_of,
+    whole_numbers,
+    words_of,
+)
+from diffmax.kernels.numba.jobs import finish, keep, take
+from diffmax.kernels.numba.one_row import DEAD, LISTED, compacted, fill, listed, scaled, top_of, write, write_nudged
+from diffmax.kernels.numba.products import (
+    ROWS,
+    bytes_of,
+    gather_rows,
+    multiply_panels,
+    multiply_rows,
+    pack,
+    panel_width,
+    write_row,
+)
+from diffmax.kernels.numba.simd import (
+    array_at,
+    bits,
+    count_bits,
+    larger,
+    load,
+    places,
+    select,
+    splat,
+    store,
+    total,
+    transpose_square,
+)
+from diffmax.kernels.numba.solver import solve_alone, solve_group, tolerance
+from diffmax.operators.common.numerics import MIN_E
+from diffmax.plugin import TILE
+
+# A row with candidates among more than this share of its scores is multiplied with all values.
+GATHERED_SHARE = 0.4
+WORD_BITS = 32
+
+
+@register_jitable
+def slopes_of(z, weights, slopes, length, delta):
+    """Write p^alpha = p / [z - t]; returns the sum. [z - t] is told from 0 by what rounding leaves of it at least."""
+    width, least = places(z), tolerance(z) / 4.0
+    result = 0.0
+    for block in range(0, length, 1024):
+        part = splat(z, 0.0)
+        for i in range(block, min(block + 1024, length), width):
+            slope = load(weights, i) / larger(load(z, i) - delta + 1.0, least)
+            store(slopes, i, slope)
+            part = part + slope
+        result += total(part)
+    return result
+
+
+@register_jitable
+def supported(z, length, delta):
+    """How many entries have z > delta - 1."""
+    result = 0
+    for i in range(0, length, places(z)):
+        result += count_bits(bits(load(z, i) - delta > -1.0))
+    return result
+
+
+@register_jitable
+def candidates(x, n, top, e):
+    """How many scores of a row have z > -1."""
+    count = 0
+    for i in range(0, n, places(x)):
+        count += count_bits(bits((load(x, i) - top) * e > -1.0))
+    return count
+
+
+@register_jitable
+def touch(p, here, touched):
+    """Mark the tiles of keys in which a row of weights holds one."""
+    width = places(p)
+    for tile in range(here.low // TILE, (here.high + TILE - 1) // TILE):
+        if touched[tile] == 0:
+            at = (max(tile * TILE, here.low) - here.base) // width * width
+            last = min((tile + 1) * TILE, here.high) - here.base
+            while at < last and bits(load(p, at) > 0.0) == 0:
+                at += width
+            touched[tile] = 1 if at < last else 0
+
+
+@register_jitable
+def note(words, row, found):
+    """Write the size of a row's support, if it is wanted."""
+    if words[Word.support] != 0:
+        array_at(words[Word.support], row + 1, np.int32)[row] = found
+
+
+@register_jitable
+def tiles_touched(words, memory):
+    """Which tiles of keys hold a weight of the tile of queries."""
+    return whole_numbers(words, memory, Word.touched, 0, words[Word.tile_words] * WORD_BITS)
+
+
+@register_jitable
+def is_plain(words, memory, r, top, bad, e, here, computing):
+    """Whether a row is to be solved; what is known without, of rows that see nothing or are spoilt, is written."""
+    spoilt = bad or top == math.inf or not 0.0 <= e <= 1.0
+    keep(words[Word.m], here.out_row + r, math.nan if bad else top, computing)
+    if not spoilt and top != -math.inf:
+        return True
+    value = computing(math.nan) if spoilt else computing(0.0)
+    keep(words[Word.delta], here.out_row + r, value, computing)
+    note(words, here.out_row + r, 0)
+    rows, size = words[Word.rows], words[Word.value_step]
+    sums = floats(words, memory, Word.sums, 0, 2 * rows * size, computing)
+    fill(sums[r * size :], size, value, sums)
+    if words[Word.u] != 0:
+        fill(sums[(rows + r) * size :], size, value, sums)
+        floats(words, memory, Word.norms, 0, rows, computing)[r] = 1.0
+    if spoilt:
+        tiles_touched(words, memory)[here.low // TILE : (here.high + TILE - 1) // TILE] = 1
+    return False
+
+
+@register_jitable
+def finish_whole(words, numbers, memory, x, slopes, r, here, computing):
+    """Mark the tiles of a row of weights, and drop some."""
+    if words[Word.live] != 0:
+        touch(x, here, tiles_touched(words, memory))
+    if words[Word.least_word] != 0:
+        for i in range(here.low - here.base, here.high - here.base):
+            if x[i] != 0.0:
+                factor = keep_factor(words, numbers, here.base + i, here.first + r, here, computing)
+                x[i] *= factor
+                if words[Word.u] != 0:
+                    slopes[i] *= factor
+
+
+@register_jitable
+def finish_some(words, numbers, memory, weights, slopes, index, found, step, norm, r, here, values, value_step, computing):
+    """Add up the values of the weights that are not 0: `found` of them, `step` apart, for the columns in `index`."""
+    keeps, marks, drops = words[Word.u] != 0, words[Word.live] != 0, words[Word.least_word] != 0
+    stride, size, rows = words[Word.stride], words[Word.value_step], words[Word.rows]
+    some = whole_numbers(words, memory, Word.some, 0, stride)
+    some_weights = floats(words, memory, Word.some_weights, 0, stride, computing)
+    some_slopes = floats(words, memory, Word.some_slopes, 0, stride, computing)
+    touched = tiles_touched(words, memory)
+    taken = 0
+    for i in range(found):
+        weight = weights[i * step] * norm
+        if weight != 0.0 and index[i] < here.padded:
+            key = here.base + index[i]
+            factor = keep_factor(words, numbers, key, here.first + r, here, computing) if drops else computing(1.0)
+            if marks:
+                touched[key // TILE] = 1
+            some[taken] = key
+            some_weights[taken] = weight * factor
+            if keeps:
+                some_slopes[taken] = slopes[i * step] * factor
+            taken += 1
+    sums = floats(words, memory, Word.sums, 0, 2 * rows * size, computing)
+    gather_rows(some_weights, some, taken, values, value_step, sums, r * size, size, False)
+    if keeps:
+        gather_rows(some_slopes, some, taken, values, value_step, sums, (rows + r) * size, size, False)
+
+
+@register_jitable
+def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, computing):
+    """Solve a row of too many candidates for a group, and add up its values; True if that is left to the product with all."""
+    n, stride, keeps = here.n, words[Word.stride], words[Word.u] != 0
+    z = floats(words, memory, Word.z, 0, stride, computing)
+    weights = floats(words, memory, Word.weights, 0, stride, computing)
+    reciprocals = floats(words, memory, Word.reciprocals, 0, stride, computing)
+    row_slopes = floats(words, memory, Word.row_slopes, 0, stride, computing)
+    index = whole_numbers(words, memory, Word.index, 0, stride)
+    width = places(z)
+    tallies = scaled(x, n, top, e, z)
+    whole = tallies[0] > n * GATHERED_SHARE
+    found = n if whole else compacted(z, n, index)
+    length = (found + width - 1) // width * width
+    delta, s, d = solve_alone(z, weights, reciprocals, length, tallies, e, words[Word.integer], words[Word.steps])
+    if d != 0.0:
+        write_nudged(weights, length, weights, reciprocals, d, 1.0 / e)
+    else:
+        write(weights, length, weights, 1.0 / s)
+    keep(words[Word.delta], here.out_row + r, delta, computing)
+    if keeps:
+        norm = slopes_of(z, weights, row_slopes, length, delta)
+        floats(words, memory, Word.norms, 0, words[Word.rows], computing)[r] = norm
+    if words[Word.support] != 0:
+        in_sink = 1 if n > here.padded and (x[here.padded] - top) * e - delta > -1.0 else 0
+        note(words, here.out_row + r, supported(z, length, delta) - in_sink)
+    if whole:
+        slopes = floats(words, memory, Word.slopes, r * stride, stride, computing)
+        for i in range(0, n, width):
+            store(x, i, load(weights, i))
+            if keeps:
+                store(slopes, i, load(row_slopes, i))
+        finish_whole(words, numbers, memory, x, slopes, r, here, computing)
+    else:
+        finish_some(
+            *(words, numbers, memory, weights, row_slopes, index, found, 1, computing(1.0), r, here, values, value_step),
+            computing,
+        )
+    return whole
+
+
+@register_jitable
+def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing):
+    """Solve the rows whose lists stand side by side, of `longest` entries at most; the slopes are theirs in the end.
+
+    `lanes` holds vectors with a number for each row: how many entries, e, and then delta, and what weights are multiplied by.
+    """
+    list_z = floats(words, memory, Word.list_z, 0, longest * places(lanes), computing)
+    weights = floats(words, memory, Word.list_weights, 0, longest * places(lanes), computing)
+    slopes = floats(words, memory, Word.list_slopes, 0, longest * places(lanes), computing)
+    norms = floats(words, memory, Word.norms, 0, words[Word.rows], computing)
+    width, keeps, least = places(lanes), words[Word.u] != 0, tolerance(lanes) / 4.0
+    deltas, totals = solve_group(
+        list_z, weights, longest, load(lanes, 0), load(lanes, width), words[Word.integer], words[Word.steps]
+    )
+    factors = 1.0 / totals
+    store(lanes, 2 * width, deltas)
+    store(lanes, 3 * width, factors)
+    if keeps:
+        totals = splat(lanes, 0.0)
+        for i in range(0, longest * width, width):
+            weight = load(weights, i) * factors
+            slope = select(weight > 0.0, weight / larger(load(list_z, i) - deltas + 1.0, least), 0.0)
+            store(slopes, i, slope)
+            totals = totals + slope
+        store(lanes, 4 * width, totals)
+    for lane in range(some_rows):
+        if lanes[lane] > 0:
+            keep(words[Word.delta], here.out_row + first + lane, lanes[2 * width + lane], computing)
+            if keeps:
+                norms[first + lane] = lanes[4 * width + lane]
+
+
+@register_jitable
+def attend_lists(words, numbers, memory, lanes, first, some_rows, longest, here, values, value_step, computing):
+    """Solve rows whose candidates are listed, and add up their values."""
+    width = places(lanes)
+    size = LISTED * width
+    list_z = floats(words, memory, Word.list_z, 0, size, computing)
+    list_weights = floats(words, memory, Word.list_weights, 0, size, computing)
+    list_slopes = floats(words, memory, Word.list_slopes, 0, size, computing)
+    list_index = whole_numbers(words, memory, Word.list_index, 0, size)
+    solve_lists(words, memory, lanes, first, some_rows, longest, here, computing)
+    for lane in range(some_rows):
+        found = int(lanes[lane])
+        if found > 0:
+            r = first + lane
+            index = list_index[lane * LISTED :]
+            if words[Word.support] != 0:
+                supports = 0
+                for i in range(found):
+                    if list_z[i * width + lane] - lanes[2 * width + lane] > -1.0 and index[i] < here.padded:
+                        supports += 1
+                note(words, here.out_row + r, supports)
+            finish_some(
+                *(words, numbers, memory, list_weights[lane:], list_slopes[lane:], index, found, width),
+                *(lanes[3 * width + lane], r, here, values, value_step, computing),
+            )
+
+
+@register_jitable
+def attend_short(words, numbers, memory, lanes, first, some_rows, here, computing):
+    """Solve rows of few keys, of which most are candidates: all their scores side by side."""
+    n, keeps, stride, width = here.n, words[Word.u] != 0, words[Word.stride], places(lanes)
+    list_z = floats(words, memory, Word.list_z, 0, n * width, computing)
+    list_weights = floats(words, memory, Word.list_weights, 0, n * width, computing)
+    list_slopes = floats(words, memory, Word.list_slopes, 0, n * width, computing)
+    scores = floats(words, memory, Word.scores, first * stride, width * stride, computing)
+    slopes = floats(words, memory, Word.slopes, first * stride, width * stride, computing)
+    for i in range(0, n, width):
+        transpose_square(scores, i, stride, list_z, i * width, width)
+    e, top = load(lanes, width), load(lanes, 5 * width)
+    for i in range(0, n * width, width):
+        store(list_z, i, larger((load(list_z, i) - top) * e, DEAD))
+    solve_lists(words, memory, lanes, first, some_rows, n, here, computing)
+    deltas, factors = load(lanes, 2 * width), load(lanes, 3 * width)
+    supports = splat(lanes, 0.0)
+    for i in range(0, n * width, width):
+        store(list_weights, i, load(list_weights, i) * factors)
+        if i < here.padded * width:
+            supports = supports + select(load(list_z, i) - deltas > -1.0, supports * 0.0 + 1.0, 0.0)
+    store(lanes, 6 * width, supports)
+    for i in range(0, n, width):
+        transpose_square(list_weights, i * width, width, scores, i, stride)
+        if keeps:
+            transpose_square(list_slopes, i * width, width, slopes, i, stride)
+    for lane in range(some_rows):
+        if lanes[lane] > 0:
+            note(words, here.out_row + first + lane, int(lanes[6 * width + lane]))
+            row, row_slopes = scores[lane * stride :], slopes[lane * stride :]
+            finish_whole(words, numbers, memory, row, row_slopes, first + lane, here, computing)
+
+
+@register_jitable
+def multiply_dense(words, memory, n_dense, here, values, value_step, computing):
+    """Multiply the rows that are left with all values that they see."""
+    rows, stride, size = words[Word.rows], words[Word.stride], words[Word.value_step]
+    dense = row_places(words, memory, Word.dense, rows)
+    left, right = (
+        row_places(words, memory, Word.left_rows, rows + ROWS),
+        row_places(words, memory, Word.right_rows, rows + ROWS),
+    )
+    scores = floats(words, memory, Word.scores, 0, rows * stride, computing)
+    sums = floats(words, memory, Word.sums, 0, (2 * rows + 1) * size, computing)
+    together = (n_dense + ROWS - 1) // ROWS * ROWS
+    for i in range(together):  # what fills up the last rows of a tile is written behind the others
+        r = dense[min(i, n_dense - 1)]
+        left[i] = r * stride + here.low - here.base
+        right[i] = r * size if i < n_dense else 2 * rows * size
+    at, count = here.low * value_step, here.high - here.low
+    multiply_rows(scores, left, 1, together, values, at, value_step, count, sums, right, size, False)
+    if words[Word.u] != 0:
+        slopes = floats(words, memory, Word.slopes, 0, rows * stride, computing)
+        for i in range(n_dense):
+            right[i] += rows * size
+        multiply_rows(slopes, left, 1, together, values, at, value_step, count, sums, right, size, False)
+
+
+@register_jitable
+def score_rows(words, numbers, memory, here, computing):
+    """Scaled products of the rows' queries and the keys that they see."""
+    step, depth, rows, stride = words[Word.head_step], words[Word.head_dim], words[Word.rows], words[Word.stride]
+    queries = floats(words, memory, Word.query_rows, 0, rows * step, computing)
+    panels = floats(words, memory, Word.panels, 0, words[Word.longest] * depth, computing)
+    scores = floats(words, memory, Word.scores, 0, rows * stride, computing)
+    scale = computing(numbers[Word.scale])
+    query = here.query_at + here.first
+    rows_into(words, Word.query, here.batch, here.head, query, here.count, depth, scale, queries, step)
+    together = (here.count + ROWS - 1) // ROWS * ROWS
+    queries[here.count * step : together * step] = 0.0
+    left = place_rows(words, memory, Word.left_rows, together, step)
+    right = place_rows(words, memory, Word.right_rows, together, stride)
+    multiply_panels(queries, left, together, panels, depth, here.base, here.base + here.padded, scores, right)
+
+
+@register_jitable
+def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, computing):
+    """Everything for some rows of queries of one head."""
+    width, stride, n, padded = places(lanes), words[Word.stride], here.n, here.padded
+    if padded > 0:
+        score_rows(words, numbers, memory, here, computing)
+    dense = row_places(words, memory, Word.dense, words[Word.rows])
+    nothing = floats(words, memory, Word.z, 0, 0, computing)
+    more = floats(words, memory, Word.z, 0, stride, computing)
+    list_z = floats(words, memory, Word.list_z, 0, LISTED * width, computing)
+    list_index = whole_numbers(words, memory, Word.list_index, 0, LISTED * width)
+    n_dense = 0
+    for first in range(0, here.count, width):
+        some_rows = min(width, here.count - first)
+        n_candidates, n_solved, longest = 0, 0, 0
+        fill(lanes, 2 * width, 0.5, lanes)
+        for lane in range(width):
+            lanes[lane] = 0.0
+        for lane in range(some_rows):
+            r = first + lane
+            x = floats(words, memory, Word.scores, r * stride, stride, computing)
+            if padded > 0:
+                apply_rules(words, numbers, x, nothing, more, here, here.base, padded, here.first + r, computing)
+            if n > padded:
+                fill(x[padded:], width, -math.inf, x)
+                x[padded] = array_at(words[Word.sink], here.head + 1, computing)[here.head]
+            top, bad = top_of(x, n) if n > 0 else (computing(-math.inf), False)
+            if is_plain(words, memory, r, top, bad, e, here, computing):
+                lanes[lane], lanes[width + lane], lanes[5 * width + lane] = 1.0, e, top
+                n_solved += 1
+                if n <= LISTED:
+                    n_candidates += candidates(x, n, top, e)
+        if n_candidates > n_solved * n * GATHERED_SHARE:
+            attend_short(words, numbers, memory, lanes, first, some_rows, here, computing)
+            for lane in range(some_rows):
+                if lanes[lane] > 0:
+                    dense[n_dense] = first + lane
+                    n_dense += 1
+            continue
+        fill(list_z, LISTED * width, DEAD, lanes)
+        for lane in range(some_rows):
+            if lanes[lane] > 0:
+                r, top = first + lane, lanes[5 * width + lane]
+                x = floats(words, memory, Word.scores, r * stride, stride, computing)
+                found = listed(x, n, top, e, list_z, list_index, lane)
+                lanes[lane] = max(found, 0)
+                longest = max(longest, found)
+                if found < 0 and solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, computing):
+                    dense[n_dense] = r
+                    n_dense += 1
+        if longest > 0:
+            attend_lists(words, numbers, memory, lanes, first, some_rows, longest, here, values, value_step, computing)
+    if n_dense > 0:
+        multiply_dense(words, memory, n_dense, here, values, value_step, computing)
+
+
+@register_jitable
+def write_rows(words, memory, here, computing):
+    """Write the rows' results."""
+    kind, size, step, rows = words[Word.kind], words[Word.value_dim], words[Word.value_step], words[Word.rows]
+    sums = floats(words, memory, Word.sums, 0, 2 * rows * step, computing)
+    norms = floats(words, memory, Word.norms, 0, rows, computing)
+    for r in range(here.count):
+        at = (here.out_row + r) * size * bytes_of(kind, sums)
+        write_row(words[Word.out] + at, kind, size, sums[r * step :], computing(1.0))
+        if words[Word.u] != 0:
+            share = 1.0 / norms[r] if norms[r] != 0.0 else computing(0.0)
+            write_row(words[Word.u] + at, kind, size, sums[(rows + r) * step :], share)
+
+
+@register_jitable
+def write_live(words, tile, touched):
+    """Write a tile of queries' bits."""
+    count = words[Word.tile_words]
+    live = array_at(words[Word.live] + 4 * tile * count, count, np.int32)
+    for w in range(count):
+        word = 0
+        for i in range(WORD_BITS):
+            word |= int(touched[w * WORD_BITS + i]) << i
+        live[w] = np.int32(word)
+
+
+def make_forward(computing):
+    """The kernel for tensors that are computed in `computing`, whatever they are stored as."""
+    least_e = computing(MIN_E)
+
+    def forward(job):
+        words, numbers = words_of(job)
+        memory, table = own_memory(words), table_of(words)
+        kv_heads, depth, size, value_step = (
+            words[Word.kv_heads],
+            words[Word.head_dim],
+            words[Word.value_dim],
+            words[Word.value_step],
+        )
+        panels = floats(words, memory, Word.panels, 0, words[Word.longest] * depth, computing)
+        copied = floats(words, memory, Word.value_rows, 0, words[Word.longest] * value_step, computing)
+        pack_rows = floats(words, memory, Word.pack_rows, 0, panel_width(panels) * words[Word.head_step], computing)
+        lanes = floats(words, memory, Word.lanes, 0, 8 * places(panels), computing)
+        touched = tiles_touched(words, memory)
+        in_place = words[Word.kind] == 0 and size == value_step
+        values, step = copied, value_step
+        held = -1
+        done, start, end = take(words, 0, 0, 0)
+        while start < end:
+            for task in range(start, end):
+                sequence = sequence_of(table, words[Word.sequences], task)
+                keys, batch, key_at = sequence[Sequence.keys], sequence[Sequence.batch], sequence[Sequence.key_at]
+                local = task - sequence[Sequence.first_task]
+                tiles = (sequence[Sequence.length] + TILE - 1) // TILE
+                tile, head = local % tiles, local // tiles
+                kv_head = head // words[Word.group]
+                if held != sequence[Sequence.first_task] * kv_heads + kv_head:
+                    held = sequence[Sequence.first_task] * kv_heads + kv_head
+                    kind, key_row = words[Word.kind], words[Word.key_row]
+                    at = place(words, Word.key, batch, kv_head, key_at, bytes_of(kind, panels))
+                    pack(at, kind, key_row, keys, depth, panels, pack_rows, words[Word.head_step])
+                    if in_place:
+                        step = words[Word.value_row]
+                        at = place(words, Word.value, batch, kv_head, key_at, bytes_of(kind, panels))
+                        values = array_at(at, keys * step + size, computing)
+                    else:
+                        rows_into(words, Word.value, batch, kv_head, key_at, keys, size, computing(1.0), copied, value_step)
+                e = exponent_of(words, numbers, head, least_e, computing)
+                touched[:] = 0
+                last = min((tile + 1) * TILE, sequence[Sequence.length])
+                for first in range(tile * TILE, last, words[Word.rows]):
+                    until = min(first + words[Word.rows], last)
+                    here = rows_of(words, sequence, head, first, until, panel_width(panels), places(panels), 0)
+                    attend_rows(words, numbers, memory, lanes, e, here, values, step, computing)
+                    write_rows(words, memory, here, computing)
+                if words[Word.live] != 0:
+                    of_head = (batch * kv_heads * words[Word.group] + head) * words[Word.tiles]
+                    write_live(words, of_head + sequence[Sequence.tile_at] + tile, touched)
+            done, start, end = take(words, done, start, end)
+        return finish(words, done)
+
+    return forward
