@@ -7,7 +7,6 @@ gathers the values of those; the others are multiplied with all values that they
 import math
 
 import numpy as np
-from numba.core.extending import register_jitable
 
 from diffmax.kernels.numba.attention_words import (
     Sequence,
@@ -43,6 +42,7 @@ from diffmax.kernels.numba.simd import (
     array_at,
     bits,
     count_bits,
+    jitable,
     larger,
     load,
     places,
@@ -61,7 +61,7 @@ GATHERED_SHARE = 0.4
 WORD_BITS = 32
 
 
-@register_jitable
+@jitable
 def slopes_of(z, weights, slopes, length, delta):
     """Write p^alpha = p / [z - t]; returns the sum. [z - t] is told from 0 by what rounding leaves of it at least."""
     width, least = places(z), tolerance(z) / 4.0
@@ -76,7 +76,7 @@ def slopes_of(z, weights, slopes, length, delta):
     return result
 
 
-@register_jitable
+@jitable
 def supported(z, length, delta):
     """How many entries have z > delta - 1."""
     result = 0
@@ -85,7 +85,7 @@ def supported(z, length, delta):
     return result
 
 
-@register_jitable
+@jitable
 def candidates(x, n, top, e):
     """How many scores of a row have z > -1."""
     count = 0
@@ -94,7 +94,7 @@ def candidates(x, n, top, e):
     return count
 
 
-@register_jitable
+@jitable
 def touch(p, here, touched):
     """Mark the tiles of keys in which a row of weights holds one."""
     width = places(p)
@@ -107,20 +107,20 @@ def touch(p, here, touched):
             touched[tile] = 1 if at < last else 0
 
 
-@register_jitable
+@jitable
 def note(words, row, found):
     """Write the size of a row's support, if it is wanted."""
     if words[Word.support] != 0:
         array_at(words[Word.support], row + 1, np.int32)[row] = found
 
 
-@register_jitable
+@jitable
 def tiles_touched(words, memory):
     """Which tiles of keys hold a weight of the tile of queries."""
     return whole_numbers(words, memory, Word.touched, 0, words[Word.tile_words] * WORD_BITS)
 
 
-@register_jitable
+@jitable
 def is_plain(words, memory, r, top, bad, e, here, computing):
     """Whether a row is to be solved; what is known without, of rows that see nothing or are spoilt, is written."""
     spoilt = bad or top == math.inf or not 0.0 <= e <= 1.0
@@ -141,7 +141,7 @@ def is_plain(words, memory, r, top, bad, e, here, computing):
     return False
 
 
-@register_jitable
+@jitable
 def finish_whole(words, numbers, memory, x, slopes, r, here, computing):
     """Mark the tiles of a row of weights, and drop some."""
     if words[Word.live] != 0:
@@ -155,7 +155,7 @@ def finish_whole(words, numbers, memory, x, slopes, r, here, computing):
                     slopes[i] *= factor
 
 
-@register_jitable
+@jitable
 def finish_some(words, numbers, memory, weights, slopes, index, found, step, norm, r, here, values, value_step, computing):
     """Add up the values of the weights that are not 0: `found` of them, `step` apart, for the columns in `index`."""
     keeps, marks, drops = words[Word.u] != 0, words[Word.live] != 0, words[Word.least_word] != 0
@@ -183,7 +183,7 @@ def finish_some(words, numbers, memory, weights, slopes, index, found, step, nor
         gather_rows(some_slopes, some, taken, values, value_step, sums, (rows + r) * size, size, False)
 
 
-@register_jitable
+@jitable
 def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, computing):
     """Solve a row of too many candidates for a group, and add up its values; True if that is left to the product with all."""
     n, stride, keeps = here.n, words[Word.stride], words[Word.u] != 0
@@ -224,7 +224,7 @@ def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, co
     return whole
 
 
-@register_jitable
+@jitable
 def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing):
     """Solve the rows whose lists stand side by side, of `longest` entries at most; the slopes are theirs in the end.
 
@@ -256,7 +256,7 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
                 norms[first + lane] = lanes[4 * width + lane]
 
 
-@register_jitable
+@jitable
 def attend_lists(words, numbers, memory, lanes, first, some_rows, longest, here, values, value_step, computing):
     """Solve rows whose candidates are listed, and add up their values."""
     width = places(lanes)
@@ -283,7 +283,7 @@ def attend_lists(words, numbers, memory, lanes, first, some_rows, longest, here,
             )
 
 
-@register_jitable
+@jitable
 def attend_short(words, numbers, memory, lanes, first, some_rows, here, computing):
     """Solve rows of few keys, of which most are candidates: all their scores side by side."""
     n, keeps, stride, width = here.n, words[Word.u] != 0, words[Word.stride], places(lanes)
@@ -316,7 +316,7 @@ def attend_short(words, numbers, memory, lanes, first, some_rows, here, computin
             finish_whole(words, numbers, memory, row, row_slopes, first + lane, here, computing)
 
 
-@register_jitable
+@jitable
 def multiply_dense(words, memory, n_dense, here, values, value_step, computing):
     """Multiply the rows that are left with all values that they see."""
     rows, stride, size = words[Word.rows], words[Word.stride], words[Word.value_step]
@@ -341,16 +341,15 @@ def multiply_dense(words, memory, n_dense, here, values, value_step, computing):
         multiply_rows(slopes, left, 1, together, values, at, value_step, count, sums, right, size, False)
 
 
-@register_jitable
+@jitable
 def score_rows(words, numbers, memory, here, computing):
     """Scaled products of the rows' queries and the keys that they see."""
     step, depth, rows, stride = words[Word.head_step], words[Word.head_dim], words[Word.rows], words[Word.stride]
     queries = floats(words, memory, Word.query_rows, 0, rows * step, computing)
     panels = floats(words, memory, Word.panels, 0, words[Word.longest] * depth, computing)
     scores = floats(words, memory, Word.scores, 0, rows * stride, computing)
-    scale = computing(numbers[Word.scale])
     query = here.query_at + here.first
-    rows_into(words, Word.query, here.batch, here.head, query, here.count, depth, scale, queries, step)
+    rows_into(words, Word.query, here.batch, here.head, query, here.count, depth, numbers[Word.scale], queries, step)
     together = (here.count + ROWS - 1) // ROWS * ROWS
     queries[here.count * step : together * step] = 0.0
     left = place_rows(words, memory, Word.left_rows, together, step)
@@ -358,7 +357,7 @@ def score_rows(words, numbers, memory, here, computing):
     multiply_panels(queries, left, together, panels, depth, here.base, here.base + here.padded, scores, right)
 
 
-@register_jitable
+@jitable
 def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, computing):
     """Everything for some rows of queries of one head."""
     width, stride, n, padded = places(lanes), words[Word.stride], here.n, here.padded
@@ -414,7 +413,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
         multiply_dense(words, memory, n_dense, here, values, value_step, computing)
 
 
-@register_jitable
+@jitable
 def write_rows(words, memory, here, computing):
     """Write the rows' results."""
     kind, size, step, rows = words[Word.kind], words[Word.value_dim], words[Word.value_step], words[Word.rows]
@@ -428,7 +427,7 @@ def write_rows(words, memory, here, computing):
             write_row(words[Word.u] + at, kind, size, sums[(rows + r) * step :], share)
 
 
-@register_jitable
+@jitable
 def write_live(words, tile, touched):
     """Write a tile of queries' bits."""
     count = words[Word.tile_words]
@@ -480,7 +479,7 @@ def make_forward(computing):
                         at = place(words, Word.value, batch, kv_head, key_at, bytes_of(kind, panels))
                         values = array_at(at, keys * step + size, computing)
                     else:
-                        rows_into(words, Word.value, batch, kv_head, key_at, keys, size, computing(1.0), copied, value_step)
+                        rows_into(words, Word.value, batch, kv_head, key_at, keys, size, 1.0, copied, value_step)
                 e = exponent_of(words, numbers, head, least_e, computing)
                 touched[:] = 0
                 last = min((tile + 1) * TILE, sequence[Sequence.length])

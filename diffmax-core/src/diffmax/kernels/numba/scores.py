@@ -2,13 +2,11 @@
 
 import math
 
-from numba.core.extending import register_jitable
-
 from diffmax.kernels.numba.functions import exp_m1
-from diffmax.kernels.numba.simd import is_nan, lanes, load, nonzero, places, select, splat, store
+from diffmax.kernels.numba.simd import is_nan, jitable, lanes, load, nonzero, places, select, splat, store
 
 
-@register_jitable
+@jitable
 def tanh(x):
     """Hyperbolic tangent; NaN of NaN."""
     t = exp_m1(select(x > 0.0, x, 0.0 - x) * -2.0)
@@ -16,14 +14,14 @@ def tanh(x):
     return select(is_nan(x), x, select(x < 0.0, 0.0 - size, size))
 
 
-@register_jitable
+@jitable
 def cap(row, padded, softcap):
     """c tanh(score / c)."""
     for i in range(0, padded, places(row)):
         store(row, i, tanh(load(row, i) / softcap) * softcap)
 
 
-@register_jitable
+@jitable
 def slope_of_cap(row, slope, padded, softcap):
     """The derivative of `cap`, from its result."""
     for i in range(0, padded, places(row)):
@@ -31,7 +29,7 @@ def slope_of_cap(row, slope, padded, softcap):
         store(slope, i, 1.0 - share * share)
 
 
-@register_jitable
+@jitable
 def add_bias(row, bias, step, stop):
     """Add bias[j * step] to the scores before `stop`."""
     width = places(row)
@@ -46,7 +44,7 @@ def add_bias(row, bias, step, stop):
         row[j] += bias[j]
 
 
-@register_jitable
+@jitable
 def subtract_distance(row, padded, first, slope):
     """Subtract slope |distance|, where `first` is the position of column 0 less the query's."""
     width = places(row)
@@ -56,7 +54,7 @@ def subtract_distance(row, padded, first, slope):
         store(row, i, load(row, i) - distance * slope)
 
 
-@register_jitable
+@jitable
 def hide_outside(row, padded, start, stop):
     """-inf before column start and from stop on."""
     width = places(row)
@@ -72,7 +70,7 @@ def hide_outside(row, padded, start, stop):
         store(row, i, splat(row, -math.inf))
 
 
-@register_jitable
+@jitable
 def hide_masked(row, mask, step, stop):
     """-inf where mask[j * step] is 0, for the columns before `stop`."""
     width = places(row)
