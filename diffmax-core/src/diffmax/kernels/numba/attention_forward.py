@@ -27,7 +27,20 @@ from diffmax.kernels.numba.attention_words import (
     words_of,
 )
 from diffmax.kernels.numba.jobs import finish, keep, take
-from diffmax.kernels.numba.one_row import DEAD, LISTED, compacted, fill, listed, scaled, top_of, write, write_nudged
+from diffmax.kernels.numba.one_row import (
+    DEAD,
+    LISTED,
+    candidates,
+    compacted,
+    fill,
+    listed,
+    one_by_one,
+    scaled,
+    side_by_side,
+    top_of,
+    write,
+    write_nudged,
+)
 from diffmax.kernels.numba.products import (
     ROWS,
     bytes_of,
@@ -50,7 +63,6 @@ from diffmax.kernels.numba.simd import (
     splat,
     store,
     total,
-    transpose_square,
 )
 from diffmax.kernels.numba.solver import solve_alone, solve_group, tolerance
 from diffmax.operators.common.numerics import MIN_E
@@ -83,15 +95,6 @@ def supported(z, length, delta):
     for i in range(0, length, places(z)):
         result += count_bits(bits(load(z, i) - delta > -1.0))
     return result
-
-
-@jitable
-def candidates(x, n, top, e):
-    """How many scores of a row have z > -1."""
-    count = 0
-    for i in range(0, n, places(x)):
-        count += count_bits(bits((load(x, i) - top) * e > -1.0))
-    return count
 
 
 @jitable
@@ -292,23 +295,15 @@ def attend_short(words, numbers, memory, lanes, first, some_rows, here, computin
     list_slopes = floats(words, memory, Word.list_slopes, 0, n * width, computing)
     scores = floats(words, memory, Word.scores, first * stride, width * stride, computing)
     slopes = floats(words, memory, Word.slopes, first * stride, width * stride, computing)
-    for i in range(0, n, width):
-        transpose_square(scores, i, stride, list_z, i * width, width)
-    e, top = load(lanes, width), load(lanes, 5 * width)
-    for i in range(0, n * width, width):
-        store(list_z, i, larger((load(list_z, i) - top) * e, DEAD))
+    side_by_side(scores, stride, n, list_z, load(lanes, 5 * width), load(lanes, width))
     solve_lists(words, memory, lanes, first, some_rows, n, here, computing)
-    deltas, factors = load(lanes, 2 * width), load(lanes, 3 * width)
-    supports = splat(lanes, 0.0)
-    for i in range(0, n * width, width):
-        store(list_weights, i, load(list_weights, i) * factors)
-        if i < here.padded * width:
-            supports = supports + select(load(list_z, i) - deltas > -1.0, supports * 0.0 + 1.0, 0.0)
+    deltas, supports, one = load(lanes, 2 * width), splat(lanes, 0.0), splat(lanes, 1.0)
+    for i in range(0, here.padded * width, width):
+        supports = supports + select(load(list_z, i) - deltas > -1.0, one, 0.0)
     store(lanes, 6 * width, supports)
-    for i in range(0, n, width):
-        transpose_square(list_weights, i * width, width, scores, i, stride)
-        if keeps:
-            transpose_square(list_slopes, i * width, width, slopes, i, stride)
+    one_by_one(list_weights, scores, stride, n, load(lanes, 3 * width))
+    if keeps:
+        one_by_one(list_slopes, slopes, stride, n, one)
     for lane in range(some_rows):
         if lanes[lane] > 0:
             note(words, here.out_row + first + lane, int(lanes[6 * width + lane]))

@@ -15,6 +15,7 @@ from diffmax.kernels.numba.simd import (
     splat,
     store,
     total,
+    transpose_square,
 )
 from diffmax.kernels.numba.solver import STARTS_OF_ROWS, nudge, solve_alone, tally
 
@@ -51,6 +52,15 @@ def top_of(x, n):
 
 
 @jitable
+def candidates(x, n, top, e):
+    """How many scores of a row have z > -1."""
+    count = 0
+    for i in range(0, n, places(x)):
+        count += count_bits(bits((load(x, i) - top) * e > -1.0))
+    return count
+
+
+@jitable
 def listed(x, n, top, e, z, index, lane):
     """Append the row's candidates to the lane of z, and their positions to index; returns their number, -1 if too many."""
     width = places(z)
@@ -81,6 +91,26 @@ def listed(x, n, top, e, z, index, lane):
             word &= word - 1
         at += covered
     return count
+
+
+@jitable
+def side_by_side(rows, step, n, z, top, e):
+    """Transpose as many rows as a vector has places, `step` apart, of n entries, and write z of each: one row per place."""
+    width = places(z)
+    for i in range(0, n, width):
+        transpose_square(rows, i, step, z, i * width, width)
+    for i in range(0, n * width, width):
+        store(z, i, larger((load(z, i) - top) * e, DEAD))
+
+
+@jitable
+def one_by_one(weights, rows, step, n, factor):
+    """The reverse for weights, which are multiplied by a factor for each row and given up."""
+    width = places(weights)
+    for i in range(0, n * width, width):
+        store(weights, i, load(weights, i) * factor)
+    for i in range(0, n, width):
+        transpose_square(weights, i * width, width, rows, i, step)
 
 
 @jitable
