@@ -26,6 +26,7 @@ from diffmax.kernels.numba.attention_words import (
     whole_numbers,
     words_of,
 )
+from diffmax.kernels.numba.gradient import slopes_from_weights
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.one_row import (
     DEAD,
@@ -58,6 +59,7 @@ from diffmax.kernels.numba.simd import (
     jitable,
     larger,
     load,
+    maximum,
     places,
     select,
     splat,
@@ -74,14 +76,25 @@ WORD_BITS = 32
 
 
 @jitable
-def slopes_of(z, weights, slopes, length, delta):
-    """Write p^alpha = p / [z - t]; returns the sum. [z - t] is told from 0 by what rounding leaves of it at least."""
-    width, least = places(z), tolerance(z) / 4.0
-    result = 0.0
+def slope_of(weight, z, delta, e, by_power, least):
+    """p^alpha: p / [z - t], or where alpha is below 1/2, so that this loses digits near the threshold, a power of p.
+
+    `least` is what rounding leaves of [z - t].
+    """
+    if by_power:
+        return slopes_from_weights(weight, e)[0]
+    return select(weight > 0.0, weight / larger(z - delta + 1.0, least), 0.0)
+
+
+@jitable
+def slopes_of(z, weights, slopes, length, delta, e):
+    """Write p^alpha of a row; returns the sum."""
+    width, least, by_power = places(z), tolerance(z) / 4.0, e > 0.5
+    exponent, result = splat(z, e), 0.0
     for block in range(0, length, 1024):
         part = splat(z, 0.0)
         for i in range(block, min(block + 1024, length), width):
-            slope = load(weights, i) / larger(load(z, i) - delta + 1.0, least)
+            slope = slope_of(load(weights, i), load(z, i), delta, exponent, by_power, least)
             store(slopes, i, slope)
             part = part + slope
         result += total(part)
@@ -207,7 +220,7 @@ def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, co
         write(weights, length, weights, 1.0 / s)
     keep(words[Word.delta], here.out_row + r, delta, computing)
     if keeps:
-        norm = slopes_of(z, weights, row_slopes, length, delta)
+        norm = slopes_of(z, weights, row_slopes, length, delta, e)
         floats(words, memory, Word.norms, 0, words[Word.rows], computing)[r] = norm
     if words[Word.support] != 0:
         in_sink = 1 if n > here.padded and (x[here.padded] - top) * e - delta > -1.0 else 0
@@ -245,10 +258,10 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
     store(lanes, 2 * width, deltas)
     store(lanes, 3 * width, factors)
     if keeps:
-        totals = splat(lanes, 0.0)
+        totals, e = splat(lanes, 0.0), load(lanes, width)
+        by_power = maximum(e) > 0.5
         for i in range(0, longest * width, width):
-            weight = load(weights, i) * factors
-            slope = select(weight > 0.0, weight / larger(load(list_z, i) - deltas + 1.0, least), 0.0)
+            slope = slope_of(load(weights, i) * factors, load(list_z, i), deltas, e, by_power, least)
             store(slopes, i, slope)
             totals = totals + slope
         store(lanes, 4 * width, totals)

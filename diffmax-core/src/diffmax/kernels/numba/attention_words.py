@@ -144,9 +144,7 @@ def apply_rules(words, numbers, x, slope, more, here, base, padded, row, computi
     stop = min(here.keys - base, padded)
     position, query = row + here.shift, here.query_at + row
     if softcap > 0:
-        rules.cap(x, padded, softcap)
-        if len(slope) > 0:
-            rules.slope_of_cap(x, slope, padded, softcap)
+        rules.cap(x, slope, padded, softcap)
     if words[Word.bias] != 0:
         kind, step = words[Word.bias_kind], words[Word.bias_key]
         itemsize = bytes_of(kind, x)

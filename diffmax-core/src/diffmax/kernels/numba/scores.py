@@ -2,31 +2,47 @@
 
 import math
 
+from numba.core import types
+from numba.core.extending import overload
+
 from diffmax.kernels.numba.functions import exp_m1
 from diffmax.kernels.numba.simd import is_nan, jitable, lanes, load, nonzero, places, select, splat, store
 
 
 @jitable
 def tanh(x):
-    """Hyperbolic tangent; NaN of NaN."""
+    """Hyperbolic tangent and its derivative, which loses no digits where the tangent is near 1; NaN of NaN."""
     t = exp_m1(select(x > 0.0, x, 0.0 - x) * -2.0)
-    size = (0.0 - t) / (t + 2.0)
-    return select(is_nan(x), x, select(x < 0.0, 0.0 - size, size))
+    more = t + 2.0
+    size = (0.0 - t) / more
+    return select(is_nan(x), x, select(x < 0.0, 0.0 - size, size)), (t + 1.0) * 4.0 / (more * more)
 
 
-@jitable
-def cap(row, padded, softcap):
-    """c tanh(score / c)."""
-    for i in range(0, padded, places(row)):
-        store(row, i, tanh(load(row, i) / softcap) * softcap)
+def cap(row, slope, padded, softcap):
+    """c tanh(score / c), and its derivative where there is room for it."""
 
 
-@jitable
-def slope_of_cap(row, slope, padded, softcap):
-    """The derivative of `cap`, from its result."""
-    for i in range(0, padded, places(row)):
-        share = load(row, i) / softcap
-        store(slope, i, 1.0 - share * share)
+@overload(cap)
+def _cap(row, slope, padded, softcap):
+    if row.dtype == types.float64:  # the last digits count: the processor's own function, one by one
+
+        def precise(row, slope, padded, softcap):
+            for i in range(padded):
+                share = math.tanh(row[i] / softcap)
+                row[i] = softcap * share
+                if len(slope) > 0:
+                    slope[i] = 1.0 - share * share
+
+        return precise
+
+    def quick(row, slope, padded, softcap):
+        for i in range(0, padded, places(row)):
+            capped, derivative = tanh(load(row, i) / softcap)
+            store(row, i, capped * softcap)
+            if len(slope) > 0:
+                store(slope, i, derivative)
+
+    return quick
 
 
 @jitable
