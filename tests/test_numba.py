@@ -11,6 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from llvmlite import binding
 from numba import cfunc, njit
 from numba.core import types
 from torch.overrides import TorchFunctionMode
@@ -625,3 +626,33 @@ def test_products_equal_torchs(shape, dtype):
     sums = np.zeros((rows, padded), computing)
     by_rows(p.ravel(), v.ravel(), sums.ravel())
     assert np.abs(sums[:, :depth] - p.astype(np.float64) @ k.astype(np.float64)).max() <= bound * 8 * np.sqrt(count)
+
+
+@pytest.mark.parametrize(
+    ("triple", "cpu", "tile", "fused", "spilled"),
+    [
+        ("aarch64-unknown-linux-gnu", "neoverse-n1", (4, 1), r"fmla\s+v\d+\.4s", r"[lst][dt][rp]\s+q\d+.*\[sp"),
+        ("x86_64-unknown-linux-gnu", "haswell", (4, 1), r"vfmadd\d+ps\s.*%ymm", r"\sv\w+\s.*\(%[er]sp\)"),
+        ("x86_64-unknown-linux-gnu", "skylake-avx512", (8, 2), r"vfmadd\d+ps\s.*%zmm", r"\sv\w+\s.*\(%[er]sp\)"),
+    ],
+)
+def test_products_keep_their_sums_in_registers(triple, cpu, tile, fused, spilled):
+    """Compiled for other processors than this one: the loop is fused multiply-adds of vectors, none of which is spilled."""
+    product = simd.product_of(*tile)
+
+    @njit(error_model="numpy", _nrt=False)
+    def multiply(a, rows, b, depth, c):
+        product(a, rows, 1, b, 0, 64, depth, c, rows, 0, 0, False)
+
+    floats, places = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
+    signature = (floats, places, floats, types.int64, floats)
+    multiply.compile(signature)
+    code = re.sub(r'target datalayout = "[^"]*"', "", multiply.inspect_llvm(signature))
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    module = binding.parse_assembly(re.sub(r'target triple = "[^"]*"', f'target triple = "{triple}"', code))
+    assembly = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3).emit_assembly(module)
+    blocks = re.split(r"^\.LBB\w+:", assembly, flags=re.M)
+    hot = max(blocks, key=lambda block: len(re.findall(fused, block)))
+    assert len(re.findall(fused, hot)) >= tile[0] * tile[1] * (1 if "zmm" in fused else 2)
+    assert not re.search(spilled, hot)

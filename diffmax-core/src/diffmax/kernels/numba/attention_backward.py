@@ -7,7 +7,6 @@ where few are, sums over those weights alone. Eq. 5 and 6 of docs/theory.md.
 import math
 
 import numpy as np
-from numba.core.extending import register_jitable
 
 from diffmax.kernels.numba.attention_words import (
     Sequence,
@@ -41,7 +40,7 @@ from diffmax.kernels.numba.products import (
     scatter_rows,
     write_row,
 )
-from diffmax.kernels.numba.simd import array_at, bits, count_bits, load, places, size_of, splat, store, total
+from diffmax.kernels.numba.simd import array_at, bits, count_bits, jitable, load, places, size_of, splat, store, total
 from diffmax.operators.common.numerics import MIN_E
 from diffmax.plugin import TILE
 
@@ -52,7 +51,7 @@ STRETCH = 2 * TILE
 WORD_BITS = 32
 
 
-@register_jitable
+@jitable
 def dot(a, a_at, b, b_at, size):
     """The scalar product of `size` numbers, whole vectors of them."""
     width = places(a)
@@ -62,7 +61,7 @@ def dot(a, a_at, b, b_at, size):
     return total(result)
 
 
-@register_jitable
+@jitable
 def is_finite(row, start, size):
     """Whether all of `size` numbers, whole vectors of them, are."""
     for j in range(start, start + size, places(row)):
@@ -72,7 +71,7 @@ def is_finite(row, start, size):
     return True
 
 
-@register_jitable
+@jitable
 def rows_are_finite(words, memory, here, computing):
     """Whether all queries, and all gradients of their results, are."""
     step, value_step = words[Word.head_step], words[Word.value_step]
@@ -81,7 +80,7 @@ def rows_are_finite(words, memory, here, computing):
     return is_finite(queries, 0, here.count * step) and is_finite(grads, 0, here.count * value_step)
 
 
-@register_jitable
+@jitable
 def read_rows(words, numbers, memory, here, computing):
     """Copy the rows' queries and gradients."""
     step, value_step, rows = words[Word.head_step], words[Word.value_step], words[Word.rows]
@@ -90,10 +89,9 @@ def read_rows(words, numbers, memory, here, computing):
     grads = floats(words, memory, Word.grad_rows, 0, rows * value_step, computing)
     means = floats(words, memory, Word.means, 0, rows, computing)
     sums = floats(words, memory, Word.sums, 0, rows * step, computing)
-    scale = computing(numbers[Word.scale])
     query = here.query_at + here.first
-    rows_into(words, Word.query, here.batch, here.head, query, here.count, depth, scale, queries, step)
-    rows_into(words, Word.grad, here.batch, here.head, query, here.count, size, computing(1.0), grads, value_step)
+    rows_into(words, Word.query, here.batch, here.head, query, here.count, depth, numbers[Word.scale], queries, step)
+    rows_into(words, Word.grad, here.batch, here.head, query, here.count, size, 1.0, grads, value_step)
     together = (here.count + ROWS - 1) // ROWS * ROWS
     queries[here.count * step : together * step] = 0.0
     grads[here.count * value_step : together * value_step] = 0.0
@@ -101,7 +99,7 @@ def read_rows(words, numbers, memory, here, computing):
     return grads, means
 
 
-@register_jitable
+@jitable
 def live_until(words, tile_at, tile, stop):
     """Whether a tile of keys holds a weight, and where those end that follow it and do too: at `stop` at the latest."""
     if words[Word.live] == 0:
@@ -115,7 +113,7 @@ def live_until(words, tile_at, tile, stop):
     return first != 0, end
 
 
-@register_jitable
+@jitable
 def weigh(words, memory, r, e, here, base, n, computing):
     """Compute a row's weights and slopes once more, from its scores; returns how many weights are not 0."""
     stride = words[Word.stride]
@@ -138,7 +136,7 @@ def weigh(words, memory, r, e, here, base, n, computing):
     return count
 
 
-@register_jitable
+@jitable
 def drop_some(words, numbers, memory, r, here, base, n, computing):
     """Let dropout act on a row's weights and on their gradients."""
     stride = words[Word.stride]
@@ -151,7 +149,7 @@ def drop_some(words, numbers, memory, r, here, base, n, computing):
             d_p[i] *= factor
 
 
-@register_jitable
+@jitable
 def centre(words, memory, r, here, base, n, mean, computing):
     """ds = s (dP - mean), times the softcap's slope; returns the sum of w (dP - mean) of Eq. 6, if that is wanted."""
     stride = words[Word.stride]
@@ -174,7 +172,7 @@ def centre(words, memory, r, here, base, n, mean, computing):
     return total(part)
 
 
-@register_jitable
+@jitable
 def bias_gradient(words, here, r, computing):
     """Address of the row that a row's gradients are added to, and the step from key to key: 0 for one sum."""
     row = here.query_at + here.first + r
@@ -182,7 +180,7 @@ def bias_gradient(words, here, r, computing):
     return at + here.share, words[Word.grad_bias_key]
 
 
-@register_jitable
+@jitable
 def add_to_bias(words, s, r, here, base, n, computing):
     """Add a row's gradients to the bias's."""
     address, step = bias_gradient(words, here, r, computing)
@@ -199,7 +197,7 @@ def add_to_bias(words, s, r, here, base, n, computing):
             target[base + i] += s[i]
 
 
-@register_jitable
+@jitable
 def products_of(words, numbers, memory, here, base, n, keys, key_step, computing):
     """The gradients of the keys from `base` on, `n` of them, and the queries' shares, as products of matrices."""
     step, value_step, rows, stride = words[Word.head_step], words[Word.value_step], words[Word.rows], words[Word.stride]
@@ -235,7 +233,7 @@ def products_of(words, numbers, memory, here, base, n, keys, key_step, computing
     multiply_rows(s, columns, stride, n, queries, 0, step, here.count, key_sums, right, step, True)
 
 
-@register_jitable
+@jitable
 def sums_over_few(words, numbers, memory, r, here, base, n, keys, key_step, values, value_row, computing):
     """A row's gradients as sums over its weights that are not 0."""
     step, value_step, stride, longest = words[Word.head_step], words[Word.value_step], words[Word.stride], words[Word.longest]
@@ -273,7 +271,7 @@ def sums_over_few(words, numbers, memory, r, here, base, n, keys, key_step, valu
     scatter_rows(slopes, some, taken, query, key_sums, step, step)
 
 
-@register_jitable
+@jitable
 def stretch(words, numbers, memory, e, here, base, n, plain, keys, key_step, values, value_row, computing):
     """What the keys from `base` on, `n` of them in whole panels, have to do with some rows of queries."""
     step, rows, stride, depth = words[Word.head_step], words[Word.rows], words[Word.stride], words[Word.head_dim]
@@ -301,7 +299,7 @@ def stretch(words, numbers, memory, e, here, base, n, plain, keys, key_step, val
             sums_over_few(words, numbers, memory, r, here, base, n, keys, key_step, values, value_row, computing)
 
 
-@register_jitable
+@jitable
 def differentiate_rows(words, numbers, memory, e, here, live_row, keys, key_step, values, value_row, across, computing):
     """Everything for some rows of queries of one head."""
     rows = words[Word.rows]
@@ -312,7 +310,7 @@ def differentiate_rows(words, numbers, memory, e, here, live_row, keys, key_step
     saved = floats(words, memory, Word.pack_rows, 0, value_step, computing)
     for r in range(here.count):
         at = words[Word.u] + (here.out_row + r) * size * bytes_of(kind, saved)
-        copy_rows(at, kind, size, 1, size, computing(1.0), saved, value_step)
+        copy_rows(at, kind, size, 1, size, 1.0, saved, value_step)
         means[r] = dot(grads, r * value_step, saved, 0, value_step)
     plain = rows_are_finite(words, memory, here, computing)
     tile, stop = here.low // TILE, (here.high + TILE - 1) // TILE if here.high > here.low else here.low // TILE
@@ -327,7 +325,7 @@ def differentiate_rows(words, numbers, memory, e, here, live_row, keys, key_step
     finish_rows(words, numbers, memory, e, here, computing)
 
 
-@register_jitable
+@jitable
 def finish_rows(words, numbers, memory, e, here, computing):
     """Write what the rows alone are differentiated for: queries, e, the sink."""
     step, depth, kind = words[Word.head_step], words[Word.head_dim], words[Word.kind]
@@ -351,7 +349,7 @@ def finish_rows(words, numbers, memory, e, here, computing):
         keep(words[Word.grad_sink], here.out_row + r, of_sink, computing)
 
 
-@register_jitable
+@jitable
 def one_weight(words, memory, r, e, here, computing):
     """As `weigh`, of one vector of scores in the first row."""
     x = floats(words, memory, Word.scores, 0, words[Word.stride], computing)
@@ -367,7 +365,7 @@ def one_weight(words, memory, r, e, here, computing):
         weights_again(x, p, s, 0, width, splat(x, e), m, delta, words[Word.integer], words[Word.grad_e] != 0)
 
 
-@register_jitable
+@jitable
 def write_sums(address, split, words, head_row, count, size, sums, at, step, computing):
     """Write the gradients of a head's keys or values: in the call's dtype, or as a share that is added to others."""
     kind = words[Word.kind] if words[Word.splits] == 1 else 0
@@ -422,12 +420,12 @@ def make_backward(computing):
                     key_step = words[Word.key_row]
                     k = array_at(key_address, keys * key_step + depth, computing)
                 else:
-                    rows_into(words, Word.key, batch, kv_head, key_at, keys, depth, computing(1.0), key_rows, step)
+                    rows_into(words, Word.key, batch, kv_head, key_at, keys, depth, 1.0, key_rows, step)
                 if kind == 0 and value_step == size:
                     value_row = words[Word.value_row]
                     v = array_at(value_address, keys * value_row + size, computing)
                 else:
-                    rows_into(words, Word.value, batch, kv_head, key_at, keys, size, computing(1.0), value_rows, value_step)
+                    rows_into(words, Word.value, batch, kv_head, key_at, keys, size, 1.0, value_rows, value_step)
                 key_sums[:] = 0.0
                 value_sums[:] = 0.0
                 tiles = (length + TILE - 1) // TILE

@@ -7,7 +7,6 @@ gathers the values of those; the others are multiplied with all values that they
 import math
 
 import numpy as np
-from numba.core.extending import register_jitable
 
 from diffmax.kernels.numba.attention_words import (
     Sequence,
@@ -27,8 +26,22 @@ from diffmax.kernels.numba.attention_words import (
     whole_numbers,
     words_of,
 )
+from diffmax.kernels.numba.gradient import slopes_from_weights
 from diffmax.kernels.numba.jobs import finish, keep, take
-from diffmax.kernels.numba.one_row import DEAD, LISTED, compacted, fill, listed, scaled, top_of, write, write_nudged
+from diffmax.kernels.numba.one_row import (
+    DEAD,
+    LISTED,
+    candidates,
+    compacted,
+    fill,
+    listed,
+    one_by_one,
+    scaled,
+    side_by_side,
+    top_of,
+    write,
+    write_nudged,
+)
 from diffmax.kernels.numba.products import (
     ROWS,
     bytes_of,
@@ -43,14 +56,15 @@ from diffmax.kernels.numba.simd import (
     array_at,
     bits,
     count_bits,
+    jitable,
     larger,
     load,
+    maximum,
     places,
     select,
     splat,
     store,
     total,
-    transpose_square,
 )
 from diffmax.kernels.numba.solver import solve_alone, solve_group, tolerance
 from diffmax.operators.common.numerics import MIN_E
@@ -61,22 +75,33 @@ GATHERED_SHARE = 0.4
 WORD_BITS = 32
 
 
-@register_jitable
-def slopes_of(z, weights, slopes, length, delta):
-    """Write p^alpha = p / [z - t]; returns the sum. [z - t] is told from 0 by what rounding leaves of it at least."""
-    width, least = places(z), tolerance(z) / 4.0
-    result = 0.0
+@jitable
+def slope_of(weight, z, delta, e, by_power, least):
+    """p^alpha: p / [z - t], or where alpha is below 1/2, so that this loses digits near the threshold, a power of p.
+
+    `least` is what rounding leaves of [z - t].
+    """
+    if by_power:
+        return slopes_from_weights(weight, e)[0]
+    return select(weight > 0.0, weight / larger(z - delta + 1.0, least), 0.0)
+
+
+@jitable
+def slopes_of(z, weights, slopes, length, delta, e):
+    """Write p^alpha of a row; returns the sum."""
+    width, least, by_power = places(z), tolerance(z) / 4.0, e > 0.5
+    exponent, result = splat(z, e), 0.0
     for block in range(0, length, 1024):
         part = splat(z, 0.0)
         for i in range(block, min(block + 1024, length), width):
-            slope = load(weights, i) / larger(load(z, i) - delta + 1.0, least)
+            slope = slope_of(load(weights, i), load(z, i), delta, exponent, by_power, least)
             store(slopes, i, slope)
             part = part + slope
         result += total(part)
     return result
 
 
-@register_jitable
+@jitable
 def supported(z, length, delta):
     """How many entries have z > delta - 1."""
     result = 0
@@ -85,16 +110,7 @@ def supported(z, length, delta):
     return result
 
 
-@register_jitable
-def candidates(x, n, top, e):
-    """How many scores of a row have z > -1."""
-    count = 0
-    for i in range(0, n, places(x)):
-        count += count_bits(bits((load(x, i) - top) * e > -1.0))
-    return count
-
-
-@register_jitable
+@jitable
 def touch(p, here, touched):
     """Mark the tiles of keys in which a row of weights holds one."""
     width = places(p)
@@ -107,20 +123,20 @@ def touch(p, here, touched):
             touched[tile] = 1 if at < last else 0
 
 
-@register_jitable
+@jitable
 def note(words, row, found):
     """Write the size of a row's support, if it is wanted."""
     if words[Word.support] != 0:
         array_at(words[Word.support], row + 1, np.int32)[row] = found
 
 
-@register_jitable
+@jitable
 def tiles_touched(words, memory):
     """Which tiles of keys hold a weight of the tile of queries."""
     return whole_numbers(words, memory, Word.touched, 0, words[Word.tile_words] * WORD_BITS)
 
 
-@register_jitable
+@jitable
 def is_plain(words, memory, r, top, bad, e, here, computing):
     """Whether a row is to be solved; what is known without, of rows that see nothing or are spoilt, is written."""
     spoilt = bad or top == math.inf or not 0.0 <= e <= 1.0
@@ -141,7 +157,7 @@ def is_plain(words, memory, r, top, bad, e, here, computing):
     return False
 
 
-@register_jitable
+@jitable
 def finish_whole(words, numbers, memory, x, slopes, r, here, computing):
     """Mark the tiles of a row of weights, and drop some."""
     if words[Word.live] != 0:
@@ -155,7 +171,7 @@ def finish_whole(words, numbers, memory, x, slopes, r, here, computing):
                     slopes[i] *= factor
 
 
-@register_jitable
+@jitable
 def finish_some(words, numbers, memory, weights, slopes, index, found, step, norm, r, here, values, value_step, computing):
     """Add up the values of the weights that are not 0: `found` of them, `step` apart, for the columns in `index`."""
     keeps, marks, drops = words[Word.u] != 0, words[Word.live] != 0, words[Word.least_word] != 0
@@ -183,7 +199,7 @@ def finish_some(words, numbers, memory, weights, slopes, index, found, step, nor
         gather_rows(some_slopes, some, taken, values, value_step, sums, (rows + r) * size, size, False)
 
 
-@register_jitable
+@jitable
 def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, computing):
     """Solve a row of too many candidates for a group, and add up its values; True if that is left to the product with all."""
     n, stride, keeps = here.n, words[Word.stride], words[Word.u] != 0
@@ -204,7 +220,7 @@ def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, co
         write(weights, length, weights, 1.0 / s)
     keep(words[Word.delta], here.out_row + r, delta, computing)
     if keeps:
-        norm = slopes_of(z, weights, row_slopes, length, delta)
+        norm = slopes_of(z, weights, row_slopes, length, delta, e)
         floats(words, memory, Word.norms, 0, words[Word.rows], computing)[r] = norm
     if words[Word.support] != 0:
         in_sink = 1 if n > here.padded and (x[here.padded] - top) * e - delta > -1.0 else 0
@@ -224,7 +240,7 @@ def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, co
     return whole
 
 
-@register_jitable
+@jitable
 def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing):
     """Solve the rows whose lists stand side by side, of `longest` entries at most; the slopes are theirs in the end.
 
@@ -242,10 +258,10 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
     store(lanes, 2 * width, deltas)
     store(lanes, 3 * width, factors)
     if keeps:
-        totals = splat(lanes, 0.0)
+        totals, e = splat(lanes, 0.0), load(lanes, width)
+        by_power = maximum(e) > 0.5
         for i in range(0, longest * width, width):
-            weight = load(weights, i) * factors
-            slope = select(weight > 0.0, weight / larger(load(list_z, i) - deltas + 1.0, least), 0.0)
+            slope = slope_of(load(weights, i) * factors, load(list_z, i), deltas, e, by_power, least)
             store(slopes, i, slope)
             totals = totals + slope
         store(lanes, 4 * width, totals)
@@ -256,7 +272,7 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
                 norms[first + lane] = lanes[4 * width + lane]
 
 
-@register_jitable
+@jitable
 def attend_lists(words, numbers, memory, lanes, first, some_rows, longest, here, values, value_step, computing):
     """Solve rows whose candidates are listed, and add up their values."""
     width = places(lanes)
@@ -283,7 +299,7 @@ def attend_lists(words, numbers, memory, lanes, first, some_rows, longest, here,
             )
 
 
-@register_jitable
+@jitable
 def attend_short(words, numbers, memory, lanes, first, some_rows, here, computing):
     """Solve rows of few keys, of which most are candidates: all their scores side by side."""
     n, keeps, stride, width = here.n, words[Word.u] != 0, words[Word.stride], places(lanes)
@@ -292,23 +308,15 @@ def attend_short(words, numbers, memory, lanes, first, some_rows, here, computin
     list_slopes = floats(words, memory, Word.list_slopes, 0, n * width, computing)
     scores = floats(words, memory, Word.scores, first * stride, width * stride, computing)
     slopes = floats(words, memory, Word.slopes, first * stride, width * stride, computing)
-    for i in range(0, n, width):
-        transpose_square(scores, i, stride, list_z, i * width, width)
-    e, top = load(lanes, width), load(lanes, 5 * width)
-    for i in range(0, n * width, width):
-        store(list_z, i, larger((load(list_z, i) - top) * e, DEAD))
+    side_by_side(scores, stride, n, list_z, load(lanes, 5 * width), load(lanes, width))
     solve_lists(words, memory, lanes, first, some_rows, n, here, computing)
-    deltas, factors = load(lanes, 2 * width), load(lanes, 3 * width)
-    supports = splat(lanes, 0.0)
-    for i in range(0, n * width, width):
-        store(list_weights, i, load(list_weights, i) * factors)
-        if i < here.padded * width:
-            supports = supports + select(load(list_z, i) - deltas > -1.0, supports * 0.0 + 1.0, 0.0)
+    deltas, supports, one = load(lanes, 2 * width), splat(lanes, 0.0), splat(lanes, 1.0)
+    for i in range(0, here.padded * width, width):
+        supports = supports + select(load(list_z, i) - deltas > -1.0, one, 0.0)
     store(lanes, 6 * width, supports)
-    for i in range(0, n, width):
-        transpose_square(list_weights, i * width, width, scores, i, stride)
-        if keeps:
-            transpose_square(list_slopes, i * width, width, slopes, i, stride)
+    one_by_one(list_weights, scores, stride, n, load(lanes, 3 * width))
+    if keeps:
+        one_by_one(list_slopes, slopes, stride, n, one)
     for lane in range(some_rows):
         if lanes[lane] > 0:
             note(words, here.out_row + first + lane, int(lanes[6 * width + lane]))
@@ -316,7 +324,7 @@ def attend_short(words, numbers, memory, lanes, first, some_rows, here, computin
             finish_whole(words, numbers, memory, row, row_slopes, first + lane, here, computing)
 
 
-@register_jitable
+@jitable
 def multiply_dense(words, memory, n_dense, here, values, value_step, computing):
     """Multiply the rows that are left with all values that they see."""
     rows, stride, size = words[Word.rows], words[Word.stride], words[Word.value_step]
@@ -341,16 +349,15 @@ def multiply_dense(words, memory, n_dense, here, values, value_step, computing):
         multiply_rows(slopes, left, 1, together, values, at, value_step, count, sums, right, size, False)
 
 
-@register_jitable
+@jitable
 def score_rows(words, numbers, memory, here, computing):
     """Scaled products of the rows' queries and the keys that they see."""
     step, depth, rows, stride = words[Word.head_step], words[Word.head_dim], words[Word.rows], words[Word.stride]
     queries = floats(words, memory, Word.query_rows, 0, rows * step, computing)
     panels = floats(words, memory, Word.panels, 0, words[Word.longest] * depth, computing)
     scores = floats(words, memory, Word.scores, 0, rows * stride, computing)
-    scale = computing(numbers[Word.scale])
     query = here.query_at + here.first
-    rows_into(words, Word.query, here.batch, here.head, query, here.count, depth, scale, queries, step)
+    rows_into(words, Word.query, here.batch, here.head, query, here.count, depth, numbers[Word.scale], queries, step)
     together = (here.count + ROWS - 1) // ROWS * ROWS
     queries[here.count * step : together * step] = 0.0
     left = place_rows(words, memory, Word.left_rows, together, step)
@@ -358,7 +365,7 @@ def score_rows(words, numbers, memory, here, computing):
     multiply_panels(queries, left, together, panels, depth, here.base, here.base + here.padded, scores, right)
 
 
-@register_jitable
+@jitable
 def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, computing):
     """Everything for some rows of queries of one head."""
     width, stride, n, padded = places(lanes), words[Word.stride], here.n, here.padded
@@ -414,7 +421,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
         multiply_dense(words, memory, n_dense, here, values, value_step, computing)
 
 
-@register_jitable
+@jitable
 def write_rows(words, memory, here, computing):
     """Write the rows' results."""
     kind, size, step, rows = words[Word.kind], words[Word.value_dim], words[Word.value_step], words[Word.rows]
@@ -428,7 +435,7 @@ def write_rows(words, memory, here, computing):
             write_row(words[Word.u] + at, kind, size, sums[(rows + r) * step :], share)
 
 
-@register_jitable
+@jitable
 def write_live(words, tile, touched):
     """Write a tile of queries' bits."""
     count = words[Word.tile_words]
@@ -480,7 +487,7 @@ def make_forward(computing):
                         at = place(words, Word.value, batch, kv_head, key_at, bytes_of(kind, panels))
                         values = array_at(at, keys * step + size, computing)
                     else:
-                        rows_into(words, Word.value, batch, kv_head, key_at, keys, size, computing(1.0), copied, value_step)
+                        rows_into(words, Word.value, batch, kv_head, key_at, keys, size, 1.0, copied, value_step)
                 e = exponent_of(words, numbers, head, least_e, computing)
                 touched[:] = 0
                 last = min((tile + 1) * TILE, sequence[Sequence.length])

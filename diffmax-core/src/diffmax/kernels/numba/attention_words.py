@@ -8,11 +8,10 @@ from collections import namedtuple
 from typing import NamedTuple
 
 import numpy as np
-from numba.core.extending import register_jitable
 
 from diffmax.kernels.numba import scores as rules
 from diffmax.kernels.numba.products import bytes_of, copy_rows
-from diffmax.kernels.numba.simd import array_at, fetch_add, size_of
+from diffmax.kernels.numba.simd import array_at, fetch_add, jitable, size_of
 
 # The first words are those of every job (`jobs`). Behind a tensor's address stand its strides: batch, head, row.
 _Words = namedtuple(
@@ -48,37 +47,37 @@ Sequence = _Columns(*range(N_COLUMNS))
 """Columns of the table of sequences: lengths, where they begin in the tensors, their number among the packed."""
 
 
-@register_jitable
+@jitable
 def words_of(job):
     """The job's words, as integers and as numbers."""
     return array_at(job, N_WORDS, np.int64), array_at(job, N_WORDS, np.float64)
 
 
-@register_jitable
+@jitable
 def own_memory(words):
     """Address of the scratch memory of a thread that begins."""
     return words[Word.memory] + fetch_add(words, Word.slots, 1) * words[Word.slot_bytes]
 
 
-@register_jitable
+@jitable
 def floats(words, memory, part, start, count, computing):
     """Some of the numbers of a part of the scratch memory."""
     return array_at(memory + words[part] + start * size_of(computing), count, computing)
 
 
-@register_jitable
+@jitable
 def whole_numbers(words, memory, part, start, count):
     """Some of the integers of a part of the scratch memory."""
     return array_at(memory + words[part] + start * 4, count, np.int32)
 
 
-@register_jitable
+@jitable
 def row_places(words, memory, part, count):
     """Where rows begin, in a part of the scratch memory."""
     return array_at(memory + words[part], count, np.int64)
 
 
-@register_jitable
+@jitable
 def place_rows(words, memory, part, count, step):
     """Rows that begin `step` apart."""
     found = row_places(words, memory, part, count)
@@ -87,7 +86,7 @@ def place_rows(words, memory, part, count, step):
     return found
 
 
-@register_jitable
+@jitable
 def sequence_of(table, sequences, task):
     """The table's row of the task's sequence."""
     low, high = 0, sequences
@@ -100,13 +99,13 @@ def sequence_of(table, sequences, task):
     return array_at(table.ctypes.data + 8 * low * N_COLUMNS, N_COLUMNS, np.int64)
 
 
-@register_jitable
+@jitable
 def table_of(words):
     """The table of sequences."""
     return array_at(words[Word.table], words[Word.sequences] * N_COLUMNS, np.int64)
 
 
-@register_jitable
+@jitable
 def seen(words, first, last, keys):
     """The first key, and one behind the last, that queries at the positions from first to last see."""
     low = max(first - words[Word.left], 0) if words[Word.left] >= 0 else 0
@@ -114,13 +113,13 @@ def seen(words, first, last, keys):
     return low, max(low, high)
 
 
-@register_jitable
+@jitable
 def place(words, tensor, batch, head, row, itemsize):
     """Address of a row of a head."""
     return words[tensor] + itemsize * (batch * words[tensor + 1] + head * words[tensor + 2] + row * words[tensor + 3])
 
 
-@register_jitable
+@jitable
 def rows_into(words, tensor, batch, head, row, count, size, scale, target, target_step):
     """Copy rows of a head of a tensor of the call's dtype, see `copy_rows`."""
     kind = words[Word.kind]
@@ -128,14 +127,14 @@ def rows_into(words, tensor, batch, head, row, count, size, scale, target, targe
     copy_rows(address, kind, words[tensor + 3], count, size, scale, target, target_step)
 
 
-@register_jitable
+@jitable
 def exponent_of(words, numbers, head, least, computing):
     """e of a head: at least `least`, or outside [0, 1] as it stands."""
     e = array_at(words[Word.e], head + 1, computing)[head] if words[Word.e] != 0 else computing(numbers[Word.e_value])
     return least if 0.0 <= e <= least else e
 
 
-@register_jitable
+@jitable
 def apply_rules(words, numbers, x, slope, more, here, base, padded, row, computing):
     """Let the rules act on the scaled products x[:padded] of a query with the keys from `base` on, in their order.
 
@@ -145,15 +144,13 @@ def apply_rules(words, numbers, x, slope, more, here, base, padded, row, computi
     stop = min(here.keys - base, padded)
     position, query = row + here.shift, here.query_at + row
     if softcap > 0:
-        rules.cap(x, padded, softcap)
-        if len(slope) > 0:
-            rules.slope_of_cap(x, slope, padded, softcap)
+        rules.cap(x, slope, padded, softcap)
     if words[Word.bias] != 0:
         kind, step = words[Word.bias_kind], words[Word.bias_key]
         itemsize = bytes_of(kind, x)
         address = place(words, Word.bias, here.batch, here.head, query, itemsize) + base * step * itemsize
         size = stop if step == 1 else 1
-        copy_rows(address, kind, size, 1, size, computing(1.0), more, size)
+        copy_rows(address, kind, size, 1, size, 1.0, more, size)
         rules.add_bias(x, more, step, stop)
     if words[Word.alibi] != 0:
         at = here.number * words[Word.alibi_batch] + here.head
@@ -166,7 +163,7 @@ def apply_rules(words, numbers, x, slope, more, here, base, padded, row, computi
         rules.hide_masked(x, array_at(address, stop * step + 1, np.uint8), step, stop)
 
 
-@register_jitable
+@jitable
 def keep_factor(words, numbers, key, row, here, computing):
     """What dropout multiplies a weight by (`diffmax.reference.dropout`)."""
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -206,7 +203,7 @@ class Rows(NamedTuple):
     share: int
 
 
-@register_jitable
+@jitable
 def rows_of(words, sequence, head, first, last, across, width, share):
     """The rows of a head from first to last."""
     heads, batch = words[Word.kv_heads] * words[Word.group], sequence[Sequence.batch]

@@ -45,22 +45,6 @@ def sources() -> str:
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
-def compiled_on_call(decorator: Callable[..., Callable[[Any], Any]], *, function: Any, **options: Any) -> Callable[..., Any]:
-    """As `compile_cached`, of a decorator that compiles, and keeps the result on disk, when the function is called."""
-    compiled = compile_cached(decorator, function=function, **options)
-
-    def call(*arguments: Any) -> Any:
-        nonlocal compiled
-        try:
-            return compiled(*arguments)
-        except OSError as error:  # of the disk, before anything has run: compiled code raises none
-            _tell_once(error)
-            compiled = decorator(cache=False, **options)(function)
-            return compiled(*arguments)
-
-    return call
-
-
 def _tell_once(error: Exception) -> None:
     if "cache" in _told:
         return
@@ -89,6 +73,6 @@ def _say_that_it_compiles() -> None:
     if "time" not in _told:
         _told.add("time")
         logging.getLogger("diffmax").warning(
-            "diffmax compiles its kernels for this processor, up to ten seconds each, and once where they can be kept; "
-            "diffmax.warmup() does it ahead of time"
+            "diffmax compiles its kernels for this processor: some seconds for rows, up to half a minute for attention, and "
+            "once where they can be kept; diffmax.warmup() does it ahead of time"
         )

@@ -4,9 +4,18 @@ import math
 
 import numpy as np
 from numba.core import types
-from numba.core.extending import overload, register_jitable
+from numba.core.extending import overload
 
-from diffmax.kernels.numba.simd import horner, larger, nearest_integer, round_shifted, select, split_exponent, times_power
+from diffmax.kernels.numba.simd import (
+    horner,
+    jitable,
+    larger,
+    nearest_integer,
+    round_shifted,
+    select,
+    split_exponent,
+    times_power,
+)
 
 LOG2_E = 1 / math.log(2)
 LN_2 = math.log(2)
@@ -108,7 +117,7 @@ def _smallest_normal(v):
     return lambda v: least
 
 
-@register_jitable
+@jitable
 def exp2(y):
     """2^y for y <= 0.5; below the normal numbers the least of them."""
     y = larger(y, lowest_exponent(y))
@@ -116,7 +125,7 @@ def exp2(y):
     return times_power(exp2_m1(y - i) + 1.0, shifted)
 
 
-@register_jitable
+@jitable
 def exp_m1(x):
     """e^x - 1 for x <= 0, with all digits near 0."""
     x = larger(x, lowest_exponent(x) * LN_2)
@@ -124,14 +133,14 @@ def exp_m1(x):
     return (scale - 1.0) + scale * exp2_m1(x * LOG2_E - i)  # fused, so x log2(e) is not rounded
 
 
-@register_jitable
+@jitable
 def ln(a):
     """ln a for a > 0."""
     j, scale = split_exponent(a)
     return j * LN_2 + ln_1p(a * scale - 1.0)
 
 
-@register_jitable
+@jitable
 def power(w, k, k_log2):
     """[1 + w]^k, 0 for w <= -1, and about 1 / (1 + w), to 0.03 %."""
     inside = larger(w, -1.0)
@@ -141,7 +150,7 @@ def power(w, k, k_log2):
     return select(w > -1.0, exp2(y), 0.0), scale * horner(f, RECIPROCAL)
 
 
-@register_jitable
+@jitable
 def power_of_two(j, log_f, factor):
     """2^(factor (j + log_f / ln 2)) for a result below 1. The exponent is fused, so that only its fraction is rounded."""
     by_log = factor * LOG2_E
@@ -150,7 +159,7 @@ def power_of_two(j, log_f, factor):
     return times_power(exp2_m1(larger(log_f * by_log + (j * factor - i), -0.5)) + 1.0, shifted)
 
 
-@register_jitable
+@jitable
 def integer_power(u, k):
     """u^(k - 2) for k = 2, 3, 4, 5 or 10."""
     if k == 2:

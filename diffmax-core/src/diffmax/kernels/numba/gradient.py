@@ -1,6 +1,7 @@
 """What a row's gradient is made of: the slopes s = p^alpha and the weights of alpha (Eq. 6), from p or from the scores."""
 
-from numba.core.extending import register_jitable
+from numba.core import types
+from numba.core.extending import overload
 
 from diffmax.kernels.numba.functions import (
     LN_2,
@@ -18,6 +19,7 @@ from diffmax.kernels.numba.functions import (
 from diffmax.kernels.numba.simd import (
     bits,
     get,
+    jitable,
     larger,
     load,
     nearest_integer,
@@ -34,7 +36,7 @@ from diffmax.kernels.numba.simd import (
 from diffmax.kernels.numba.solver import SUMMED
 
 
-@register_jitable
+@jitable
 def slopes_from_weights(weights, e):
     """s = p^alpha, and ln p as j and log_f with ln p = j ln 2 + log_f; where p is 0, s is 0 and ln p finite."""
     normal = larger(weights, smallest_normal(weights))
@@ -43,7 +45,7 @@ def slopes_from_weights(weights, e):
     return select(weights > 0.0, power_of_two(j, log_f, 1.0 - e), 0.0), j, log_f
 
 
-@register_jitable
+@jitable
 def slopes_from_scores(w, e, k):
     """s, p, and ln p as `slopes_from_weights`, from w = z - delta, for weights that p's own dtype has flushed to zero."""
     inside = larger(w, -1.0)
@@ -58,7 +60,23 @@ def slopes_from_scores(w, e, k):
     )
 
 
-@register_jitable
+def slopes_and_weights(w, e, k, k_log2):
+    """The first two results of `slopes_from_scores`, in float32 by one power, as accurate as the forward's weights."""
+
+
+@overload(slopes_and_weights)
+def _slopes_and_weights(w, e, k, k_log2):
+    if w.element == types.float64:
+        return lambda w, e, k, k_log2: slopes_from_scores(w, e, k)[:2]
+
+    def single(w, e, k, k_log2):
+        weights, about = power(w, k, k_log2)
+        return weights * refined(about, larger(w + 1.0, TINY)), weights
+
+    return single
+
+
+@jitable
 def alpha_weight(p, j, log_f, e):
     """w = p phi(ln p) (Eq. 6): a series where v = -e ln p is small, so that no digit is lost as alpha -> 1."""
     log_p = j * LN_2 + log_f
@@ -69,7 +87,7 @@ def alpha_weight(p, j, log_f, e):
     return p * select(v < 1.0, log_p * log_p * phi_series(smaller(v, 1.0)), far)
 
 
-@register_jitable
+@jitable
 def slope_sums(p, g, s, start, stop, e, square_roots):
     """Write s for the vectors from start to stop; returns the sums of s and s g, lane by lane."""
     width = places(s)
@@ -85,7 +103,7 @@ def slope_sums(p, g, s, start, stop, e, square_roots):
     return sums, products
 
 
-@register_jitable
+@jitable
 def slope_and_alpha_sums(p, g, s, w, start, stop, e):
     """As `slope_sums`, and writes w of Eq. 6."""
     width = places(s)
@@ -103,7 +121,7 @@ def slope_and_alpha_sums(p, g, s, w, start, stop, e):
     return sums, products
 
 
-@register_jitable
+@jitable
 def score_sums(x, g, s, w, start, stop, e, top, delta):
     """As `slope_and_alpha_sums`, from the scores: for weights that p's own dtype has flushed to zero."""
     width = places(s)
@@ -117,7 +135,7 @@ def score_sums(x, g, s, w, start, stop, e, top, delta):
     return sums, products
 
 
-@register_jitable
+@jitable
 def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
     """Write p and s for the vectors of scores from start to stop, and w of Eq. 6 over the scores if that is wanted."""
     width = places(x)
@@ -131,8 +149,7 @@ def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
                 slopes, weights, j, log_f = slopes_from_scores(w, e, k)
                 of_alpha = select(w > -1.0, alpha_weight(weights, j, log_f, e), 0.0)
             elif integer == 0:
-                weights, about = power(w, k, k_log2)
-                slopes = weights * refined(about, larger(w + 1.0, TINY))
+                slopes, weights = slopes_and_weights(w, e, k, k_log2)
             else:
                 inside = larger(w, -1.0)
                 u = inside + 1.0
@@ -144,7 +161,7 @@ def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
             store(x, i, of_alpha)
 
 
-@register_jitable
+@jitable
 def centred(s, g, grad_x, n, mean):
     """grad_x = s (g - mean)."""
     width = places(s)
@@ -155,7 +172,7 @@ def centred(s, g, grad_x, n, mean):
         put(grad_x, i, s[i] * (get(g, i) - mean))
 
 
-@register_jitable
+@jitable
 def centred_sum(w, g, n, mean, rounded):
     """The sum of w (g - mean), where `rounded` is the mean in the computing dtype."""
     width = places(w)

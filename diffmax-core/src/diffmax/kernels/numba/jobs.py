@@ -17,12 +17,11 @@ import torch
 from numba import cfunc
 from numba.core import types
 from numba.core.ccallback import CFunc
-from numba.core.extending import register_jitable
 
 from diffmax.kernels.numba.cache import compile_cached
 from diffmax.kernels.numba.gradient import centred, centred_sum, score_sums, slope_and_alpha_sums, slope_sums
 from diffmax.kernels.numba.one_row import DEAD, LISTED, fill, listed, row_alone, top_of
-from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, load, put, splat, store, total
+from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, jitable, load, put, splat, store, total
 from diffmax.kernels.numba.solver import SUMMED, solve_group
 from diffmax.operators.common.numerics import MIN_E
 
@@ -42,7 +41,7 @@ FORWARD_JOB = Struct("=15qd")
 BACKWARD_JOB = Struct("=17qd")
 
 
-@register_jitable
+@jitable
 def apart(size, width):
     """At least `size`, so that arrays which follow each other at this distance do not share the low bits of their addresses.
 
@@ -52,7 +51,7 @@ def apart(size, width):
     return (size + page - 1) // page * page + page // 3 // width * width
 
 
-@register_jitable
+@jitable
 def first_aligned(array, beside):
     """Index of the first element at a line of the cache a quarter of a page behind one that `beside` may have (see `apart`).
 
@@ -61,13 +60,13 @@ def first_aligned(array, beside):
     return ((beside // BYTES + 16) * BYTES - array.ctypes.data) % PAGE // array.itemsize
 
 
-@register_jitable
+@jitable
 def words_of(job):
     """The job's words, as integers and as numbers."""
     return array_at(job, WORDS, np.int64), array_at(job, WORDS, np.float64)
 
 
-@register_jitable
+@jitable
 def take(words, done, start, end):
     """Count the rows from start to end as done, and take the next ones, if any are left; returns done, start and end."""
     done += end - start
@@ -75,7 +74,7 @@ def take(words, done, start, end):
     return done, start, min(start + words[CHUNK], words[STOP])
 
 
-@register_jitable
+@jitable
 def finish(words, done):
     """Tell whoever shares the job how many rows are done; returns it."""
     if words[CHUNK] < words[STOP]:
@@ -83,14 +82,14 @@ def finish(words, done):
     return done
 
 
-@register_jitable
+@jitable
 def keep(at, row, value, computing):
     """Write a number of a row, if there is somewhere to."""
     if at != 0:
         array_at(at, row + 1, computing)[row] = value
 
 
-@register_jitable
+@jitable
 def exponent(at, stride, value, row, computing):
     """e of a row, from where each row's stands, or the same for all."""
     return array_at(at, row * stride + 1, computing)[row * stride] if at != 0 else computing(value)

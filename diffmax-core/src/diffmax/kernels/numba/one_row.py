@@ -1,12 +1,11 @@
 """One row: its maximum, its candidates, its output, and its solution where it has too many candidates for a group."""
 
-from numba.core.extending import register_jitable
-
 from diffmax.kernels.numba.simd import (
     bits,
     count_bits,
     get,
     is_nan,
+    jitable,
     larger,
     load,
     lowest_bit,
@@ -16,6 +15,7 @@ from diffmax.kernels.numba.simd import (
     splat,
     store,
     total,
+    transpose_square,
 )
 from diffmax.kernels.numba.solver import STARTS_OF_ROWS, nudge, solve_alone, tally
 
@@ -27,7 +27,7 @@ LISTED = 128
 SPARSE_SHARE = 0.5
 
 
-@register_jitable
+@jitable
 def top_of(x, n):
     """The largest entry, and whether one is NaN."""
     width = places(x)
@@ -51,7 +51,16 @@ def top_of(x, n):
     return maximum(larger(first, second)), bits(nan) != 0
 
 
-@register_jitable
+@jitable
+def candidates(x, n, top, e):
+    """How many scores of a row have z > -1."""
+    count = 0
+    for i in range(0, n, places(x)):
+        count += count_bits(bits((load(x, i) - top) * e > -1.0))
+    return count
+
+
+@jitable
 def listed(x, n, top, e, z, index, lane):
     """Append the row's candidates to the lane of z, and their positions to index; returns their number, -1 if too many."""
     width = places(z)
@@ -84,7 +93,27 @@ def listed(x, n, top, e, z, index, lane):
     return count
 
 
-@register_jitable
+@jitable
+def side_by_side(rows, step, n, z, top, e):
+    """Transpose as many rows as a vector has places, `step` apart, of n entries, and write z of each: one row per place."""
+    width = places(z)
+    for i in range(0, n, width):
+        transpose_square(rows, i, step, z, i * width, width)
+    for i in range(0, n * width, width):
+        store(z, i, larger((load(z, i) - top) * e, DEAD))
+
+
+@jitable
+def one_by_one(weights, rows, step, n, factor):
+    """The reverse for weights, which are multiplied by a factor for each row and given up."""
+    width = places(weights)
+    for i in range(0, n * width, width):
+        store(weights, i, load(weights, i) * factor)
+    for i in range(0, n, width):
+        transpose_square(weights, i * width, width, rows, i, step)
+
+
+@jitable
 def scaled(x, n, top, e, z):
     """Write the row's z, padded to whole vectors; returns its tallies."""
     width = places(z)
@@ -106,7 +135,7 @@ def scaled(x, n, top, e, z):
     return total(c), total(c1), total(s1), total(c2), total(s2)
 
 
-@register_jitable
+@jitable
 def compacted(z, n, index):
     """Move the candidates of z to its front, padded to whole vectors, and their positions to index; returns their number."""
     width = places(z)
@@ -124,7 +153,7 @@ def compacted(z, n, index):
     return count
 
 
-@register_jitable
+@jitable
 def fill(row, n, value, z):
     """row[:n] = value."""
     width = places(z)
@@ -136,18 +165,21 @@ def fill(row, n, value, z):
         put(row, i, value)
 
 
-@register_jitable
+@jitable
 def write(row, n, p, factor):
     """row[:n] = p * factor."""
     width = places(p)
     whole = n // width * width
     for i in range(0, whole, width):
         store(row, i, load(p, i) * factor)
-    for i in range(whole, n):
-        put(row, i, p[i] * factor)
+    if 0 < whole < n and row.ctypes.data != p.ctypes.data:  # the last vector ends with the row
+        store(row, n - width, load(p, n - width) * factor)
+    else:
+        for i in range(whole, n):
+            put(row, i, p[i] * factor)
 
 
-@register_jitable
+@jitable
 def write_nudged(row, n, p, r, d, k):
     """row[:n] = p (1 - d r)^k for a d that changes no weight by more than a thousandth."""
     width = places(p)
@@ -160,7 +192,7 @@ def write_nudged(row, n, p, r, d, k):
         put(row, i, p[i])
 
 
-@register_jitable
+@jitable
 def row_alone(x, p, n, top, e, integer, steps, normalise, z, weights, reciprocals, index):
     """Solve and write a row that has too many candidates for a group; returns delta."""
     tallies = scaled(x, n, top, e, z)

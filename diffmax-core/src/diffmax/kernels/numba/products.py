@@ -8,11 +8,11 @@ Left factors are rows anywhere: `offsets` says where each begins.
 import numba.core.codegen
 import numpy as np
 from numba.core import config, types
-from numba.core.extending import overload, register_jitable
+from numba.core.extending import overload
 
 from diffmax.kernels.numba.one_row import write
 from diffmax.kernels.numba.probe import numba_converts_float16
-from diffmax.kernels.numba.simd import BYTES, array_at, get, load, places, product_of, splat, store, transpose_square
+from diffmax.kernels.numba.simd import BYTES, array_at, get, jitable, load, places, product_of, splat, store, transpose_square
 
 
 def _vector_registers() -> int:
@@ -34,19 +34,19 @@ _product = product_of(ROWS, VECTORS)
 _column = product_of(ROWS, 1)
 
 
-@register_jitable
+@jitable
 def bytes_of(kind, array):
     """Of a number of a kind, see `copy_rows`."""
     return array.itemsize if kind == 0 else 2
 
 
-@register_jitable
+@jitable
 def panel_width(array):
     """Keys that lie side by side in a panel."""
     return VECTORS * places(array)
 
 
-@register_jitable
+@jitable
 def pack(address, kind, step, count, depth, panels, rows, padded):
     """Write `count` rows of `depth` numbers, `step` apart, of a kind (see `copy_rows`), as panels; what the last lacks is 0.
 
@@ -69,7 +69,7 @@ def pack(address, kind, step, count, depth, panels, rows, padded):
                     target[k * across + j] = rows[j * padded + k]
 
 
-@register_jitable
+@jitable
 def multiply_panels(a, a_rows, rows, panels, depth, start, stop, c, c_rows):
     """c[c_rows[r] + j] = a[a_rows[r] :][:depth] . packed row start + j, for whole panels from start to stop."""
     across = panel_width(panels)
@@ -78,7 +78,7 @@ def multiply_panels(a, a_rows, rows, panels, depth, start, stop, c, c_rows):
             _product(a, a_rows, 1, panels, first * depth, across, depth, c, c_rows, first - start, r, False)
 
 
-@register_jitable
+@jitable
 def multiply_rows(a, a_rows, a_step, rows, b, b_at, b_step, depth, c, c_rows, size, more):
     """c[c_rows[r] + j] = sum over k < depth of a[a_rows[r] + k a_step] b[b_at + k b_step + j] for j < size; added if `more`.
 
@@ -97,7 +97,7 @@ def multiply_rows(a, a_rows, a_step, rows, b, b_at, b_step, depth, c, c_rows, si
                 _column(a[k * a_step :], a_rows, a_step, b, b_at + k * b_step + j, b_step, count, c, c_rows, j, r, added)
 
 
-@register_jitable
+@jitable
 def gather_rows(weights, index, count, b, b_step, c, c_at, size, more):
     """c[c_at + j] = sum over i < count of weights[i] b[index[i] b_step + j] for j < size, whole vectors; added if `more`."""
     width = places(c)
@@ -124,7 +124,7 @@ def gather_rows(weights, index, count, b, b_step, c, c_at, size, more):
         store(c, c_at + j, s0)
 
 
-@register_jitable
+@jitable
 def scatter_rows(weights, index, count, row, c, c_step, size):
     """c[index[i] c_step + j] += weights[i] row[j] for i < count and j < size, a number of whole vectors."""
     width = places(c)
@@ -135,17 +135,26 @@ def scatter_rows(weights, index, count, row, c, c_step, size):
             store(c, at, load(c, at) + splat(c, weights[i]) * values)
 
 
-@register_jitable
+@jitable
 def _copied(source, step, count, size, scale, target, target_step):
     width = places(target)
     whole = size // width * width
+    factor = splat(target, scale)
     for r in range(count):
         for j in range(0, whole, width):
-            store(target, r * target_step + j, load(source, r * step + j) * scale)
-        for j in range(whole, size):
-            target[r * target_step + j] = get(source, r * step + j) * scale
-        for j in range(size, target_step):
-            target[r * target_step + j] = 0.0
+            store(target, r * target_step + j, load(source, r * step + j) * factor)
+    if whole == size:
+        return
+    if whole < target_step:
+        for r in range(count):
+            store(target, r * target_step + whole, splat(target, 0.0))
+    if whole > 0:
+        for r in range(count):  # the last vector ends with the row
+            store(target, r * target_step + size - width, load(source, r * step + size - width) * factor)
+    else:
+        for r in range(count):
+            for j in range(size):
+                target[r * target_step + j] = get(source, r * step + j) * scale
 
 
 def copy_rows(address, kind, step, count, size, scale, target, target_step):

@@ -2,36 +2,50 @@
 
 import math
 
-from numba.core.extending import register_jitable
+from numba.core import types
+from numba.core.extending import overload
 
 from diffmax.kernels.numba.functions import exp_m1
-from diffmax.kernels.numba.simd import is_nan, lanes, load, nonzero, places, select, splat, store
+from diffmax.kernels.numba.simd import is_nan, jitable, lanes, load, nonzero, places, select, splat, store
 
 
-@register_jitable
+@jitable
 def tanh(x):
-    """Hyperbolic tangent; NaN of NaN."""
+    """Hyperbolic tangent and its derivative, which loses no digits where the tangent is near 1; NaN of NaN."""
     t = exp_m1(select(x > 0.0, x, 0.0 - x) * -2.0)
-    size = (0.0 - t) / (t + 2.0)
-    return select(is_nan(x), x, select(x < 0.0, 0.0 - size, size))
+    more = t + 2.0
+    size = (0.0 - t) / more
+    return select(is_nan(x), x, select(x < 0.0, 0.0 - size, size)), (t + 1.0) * 4.0 / (more * more)
 
 
-@register_jitable
-def cap(row, padded, softcap):
-    """c tanh(score / c)."""
-    for i in range(0, padded, places(row)):
-        store(row, i, tanh(load(row, i) / softcap) * softcap)
+def cap(row, slope, padded, softcap):
+    """c tanh(score / c), and its derivative where there is room for it."""
 
 
-@register_jitable
-def slope_of_cap(row, slope, padded, softcap):
-    """The derivative of `cap`, from its result."""
-    for i in range(0, padded, places(row)):
-        share = load(row, i) / softcap
-        store(slope, i, 1.0 - share * share)
+@overload(cap)
+def _cap(row, slope, padded, softcap):
+    if row.dtype == types.float64:  # the last digits count: the processor's own function, one by one
+
+        def precise(row, slope, padded, softcap):
+            for i in range(padded):
+                share = math.tanh(row[i] / softcap)
+                row[i] = softcap * share
+                if len(slope) > 0:
+                    slope[i] = 1.0 - share * share
+
+        return precise
+
+    def quick(row, slope, padded, softcap):
+        for i in range(0, padded, places(row)):
+            capped, derivative = tanh(load(row, i) / softcap)
+            store(row, i, capped * softcap)
+            if len(slope) > 0:
+                store(slope, i, derivative)
+
+    return quick
 
 
-@register_jitable
+@jitable
 def add_bias(row, bias, step, stop):
     """Add bias[j * step] to the scores before `stop`."""
     width = places(row)
@@ -46,7 +60,7 @@ def add_bias(row, bias, step, stop):
         row[j] += bias[j]
 
 
-@register_jitable
+@jitable
 def subtract_distance(row, padded, first, slope):
     """Subtract slope |distance|, where `first` is the position of column 0 less the query's."""
     width = places(row)
@@ -56,7 +70,7 @@ def subtract_distance(row, padded, first, slope):
         store(row, i, load(row, i) - distance * slope)
 
 
-@register_jitable
+@jitable
 def hide_outside(row, padded, start, stop):
     """-inf before column start and from stop on."""
     width = places(row)
@@ -72,7 +86,7 @@ def hide_outside(row, padded, start, stop):
         store(row, i, splat(row, -math.inf))
 
 
-@register_jitable
+@jitable
 def hide_masked(row, mask, step, stop):
     """-inf where mask[j * step] is 0, for the columns before `stop`."""
     width = places(row)

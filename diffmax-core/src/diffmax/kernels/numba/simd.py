@@ -12,9 +12,12 @@ import operator
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
-from numba.core.extending import intrinsic, overload, register_jitable, register_model
+from numba.core.extending import intrinsic, lower_builtin, overload, register_jitable, register_model, type_callable
 
 BYTES = 64
+# Makes a function part of the kernels that call it: compiled with them, and without a way in from Python or C.
+jitable = register_jitable(no_cfunc_wrapper=True, no_cpython_wrapper=True)
+
 CONTRACT = ("contract",)  # a * b + c may be one fused multiply-add, where the processor has it
 
 
@@ -76,27 +79,30 @@ def _common(a, b):
 def _as_vector(context, builder, value, source, vector):
     if source == vector:
         return value
-    return _splat(builder, context.cast(builder, value, source, vector.element), vector)
+    return _splat(builder, context.cast(builder, value, types.unliteral(source), vector.element), vector)
 
 
 def _define_binary(symbol, emit, is_comparison=False):
-    @intrinsic
-    def call(typing_context, a, b):
-        vector = _common(a, b)
-        result = _mask_of(vector) if is_comparison else vector
+    """`a op b` of vectors, or of a vector and a number, as instructions in place: a function would be compiled by itself."""
 
-        def generate(context, builder, signature, arguments):
-            left, right = (
-                _as_vector(context, builder, value, source, vector)
-                for value, source in zip(arguments, signature.args, strict=True)
-            )
-            return emit(builder, left, right)
+    @type_callable(symbol)
+    def type_of(context):
+        def typer(a, b):
+            vector = _common(a, b)
+            return _mask_of(vector) if is_comparison and vector is not None else vector
 
-        return result(a, b), generate
+        return typer
 
-    @overload(symbol)
-    def typed(a, b):
-        return (lambda a, b: call(a, b)) if _common(a, b) is not None else None
+    def generate(context, builder, signature, arguments):
+        vector = _common(*signature.args)
+        return emit(builder, *_both(context, builder, signature.args, arguments, vector))
+
+    for kinds in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(symbol, *kinds)(generate)
+
+
+def _both(context, builder, sources, arguments, vector):
+    return [_as_vector(context, builder, value, source, vector) for value, source in zip(arguments, sources, strict=True)]
 
 
 _define_binary(operator.add, lambda b, x, y: b.fadd(x, y, flags=CONTRACT))
@@ -110,13 +116,11 @@ _define_binary(operator.le, lambda b, x, y: b.fcmp_ordered("<=", x, y), is_compa
 
 
 def _define_mask_binary(symbol, emit):
-    @intrinsic
-    def call(typing_context, a, b):
-        return a(a, b), lambda context, builder, signature, arguments: emit(builder, *arguments)
+    @type_callable(symbol)
+    def type_of(context):
+        return lambda a, b: a if isinstance(a, Vector) and a.element == types.boolean and a == b else None
 
-    @overload(symbol)
-    def typed(a, b):
-        return (lambda a, b: call(a, b)) if isinstance(a, Vector) and a.element == types.boolean and a == b else None
+    lower_builtin(symbol, Vector, Vector)(lambda context, builder, signature, arguments: emit(builder, *arguments))
 
 
 _define_mask_binary(operator.or_, lambda b, x, y: b.or_(x, y))
@@ -144,16 +148,23 @@ def select(typing_context, mask, a, b):
     return vector(mask, a, b), generate
 
 
-@register_jitable(inline="always")
-def larger(a, b):
-    """Maximum; where `a` is NaN, `b`."""
-    return select(a > b, a, b)
+def _define_choice(name, relation, doc):
+    def choose(typing_context, a, b):
+        vector = _common(a, b)
+
+        def generate(context, builder, signature, arguments):
+            left, right = _both(context, builder, signature.args, arguments, vector)
+            return builder.select(builder.fcmp_ordered(relation, left, right), left, right)
+
+        return vector(a, b), generate
+
+    choose.__name__ = choose.__qualname__ = name
+    choose.__doc__ = doc
+    return intrinsic(choose)
 
 
-@register_jitable(inline="always")
-def smaller(a, b):
-    """Minimum; where `a` is NaN, `b`."""
-    return select(a < b, a, b)
+larger = _define_choice("larger", ">", "Maximum of two vectors, or of a vector and a number; where `a` is NaN, `b`.")
+smaller = _define_choice("smaller", "<", "Minimum of two vectors, or of a vector and a number; where `a` is NaN, `b`.")
 
 
 @intrinsic

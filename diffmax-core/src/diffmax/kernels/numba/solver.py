@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 from numba.core import types
-from numba.core.extending import overload, register_jitable
+from numba.core.extending import overload
 
 from diffmax.kernels.numba.functions import LOG2_E, TINY, exp2, exp_m1, integer_power, ln, power, refined
-from diffmax.kernels.numba.simd import bits, larger, load, maximum, places, select, smaller, splat, store, total
+from diffmax.kernels.numba.simd import bits, jitable, larger, load, maximum, places, select, smaller, splat, store, total
 
 # Entries whose sum is taken in the computing dtype, before it is added to the others in double precision.
 SUMMED = 1024
@@ -17,7 +17,7 @@ STARTS_OF_LISTS = (-0.55, -0.35)
 STARTS_OF_ROWS = (-0.32, -0.18)
 
 
-@register_jitable
+@jitable
 def sweep(z, p, start, stop, step, delta, k, k_log2, integer, moments):
     """p = [z - t]^k for the vectors of z at start, start + step, ...; returns S, S_1 and S_2, lane by lane.
 
@@ -42,7 +42,7 @@ def sweep(z, p, start, stop, step, delta, k, k_log2, integer, moments):
     return s0, s1, s2
 
 
-@register_jitable
+@jitable
 def advance(s0, s1, s2, delta, low, high, e, k, plain):
     """The next delta and lower bound: Newton's step on the norm (Eq. 2), lengthened to Halley's where S >= 1 (Eq. 27).
 
@@ -93,7 +93,7 @@ def _nudged(array):
     return lambda array: bound
 
 
-@register_jitable
+@jitable
 def tally(v, tallies, starts):
     """Add the entries v to the tallies: the number of candidates; number and sum of those above each of two `starts`."""
     one, zero = v * 0.0 + 1.0, v * 0.0
@@ -107,14 +107,14 @@ def tally(v, tallies, starts):
     )
 
 
-@register_jitable
+@jitable
 def bound_of(count, sum_z, e):
     """Lower bound of delta from the number and the sum of any entries (Eq. 26). The sum is rounded: take a little less."""
     count = larger(count, 1.0)
     return sum_z / count * (1.0 + 2.0**-10) - exp_m1(0.0 - e * ln(count))
 
 
-@register_jitable
+@jitable
 def first_bounds(tallies, e):
     """Lower and upper bound of delta from the tallies. The upper one is 1 - c^-e with e taken as 1."""
     count, count_1, sum_1, count_2, sum_2 = tallies
@@ -123,14 +123,14 @@ def first_bounds(tallies, e):
     return smaller(larger(low, 0.0), high), high
 
 
-@register_jitable
+@jitable
 def nudge(weight, reciprocal, d, k):
     """weight (1 - d reciprocal)^k to the second order in d (Eq. 29)."""
     y = reciprocal * (k * d)
     return select(weight > 0.0, weight * ((y * (0.5 - 0.5 / k) - 1.0) * y + 1.0), 0.0)
 
 
-@register_jitable
+@jitable
 def solve_group(z, p, longest, count, e, integer, steps):
     """Solve one row per lane: entry j of each is in the vector at j * width. Returns delta and S; p is as `sweep` leaves it."""
     width = places(z)
@@ -167,7 +167,7 @@ def solve_group(z, p, longest, count, e, integer, steps):
     return delta + d, s0
 
 
-@register_jitable
+@jitable
 def deep_sweep(z, p, r, start, stop, delta, k, k_log2):
     """As `sweep`, of a general exponent, with r = 1 / [z - t] kept to full precision; returns S, S_1, S_2 and S_3."""
     width = places(z)
@@ -184,7 +184,7 @@ def deep_sweep(z, p, r, start, stop, delta, k, k_log2):
     return s0, s1, s2, s3
 
 
-@register_jitable
+@jitable
 def step_on_log(s0, s1, s2, s3, k):
     """The d at which ln S(delta + d) = 0 (Eq. 29), from the value and three derivatives of ln S. All are scalars."""
     inverse = 1.0 / s0
@@ -199,7 +199,7 @@ def step_on_log(s0, s1, s2, s3, k):
     return d * (1.0 + bend + 2.0 * bend * bend + third * inverse * d * d)
 
 
-@register_jitable
+@jitable
 def shift(p, r, length, d, k):
     """p = p (1 - d r)^k and r = r / (1 - d r) for a small d, which takes delta to delta + d; returns the sums of p and p r.
 
@@ -236,7 +236,7 @@ def shift(p, r, length, d, k):
     return s, slope
 
 
-@register_jitable
+@jitable
 def solve_alone(z, p, r, length, tallies, e_value, integer, steps):
     """Solve one row whose entries z[:length] lie side by side, padded to whole vectors.
 
