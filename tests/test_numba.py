@@ -656,3 +656,74 @@ def test_products_keep_their_sums_in_registers(triple, cpu, tile, fused, spilled
     hot = max(blocks, key=lambda block: len(re.findall(fused, block)))
     assert len(re.findall(fused, hot)) >= tile[0] * tile[1] * (1 if "zmm" in fused else 2)
     assert not re.search(spilled, hot)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 0.5, 0.55, 0.9])
+def test_attentions_gradients_hold_near_the_threshold(alpha):
+    """Among many rows some weights lie next to the threshold, where their slopes are steep: U took them from the weights."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = (4000, 4), (60, 4), (60, 4), (4000, 4)
+    query, key, value, grad = (torch.randn(1, 1, *size, generator=generator) for size in sizes)
+    found = {}
+    for dtype, backend in ((torch.float32, "numba"), (torch.float64, "reference")):
+        leaves = [t.to(dtype).requires_grad_() for t in (query * 1.5, key, value)]
+        out = diffmax.attention(*leaves, alpha=alpha, backend=backend)
+        found[backend] = torch.autograd.grad(out, leaves[:1], grad.to(dtype))[0]
+    assert (found["numba"] - found["reference"]).abs().max() <= 2e-5
+
+
+def test_sequences_that_are_not_there_are_refused_where_the_checks_cannot_look():
+    packed = torch.compile(
+        lambda q, starts, longest: diffmax.attention_varlen(q, q, q, starts, starts, longest, longest, backend="numba"),
+        backend="eager",
+    )
+    query = torch.randn(200, 2, 16)
+    for starts, longest in (([0, 100, 100_000], 100_000), ([0, 10_000_000, 200], 200), ([0, 200], 1), ([-5, 200], 300)):
+        with pytest.raises(ValueError, match="must ascend from 0 to the number of tokens, 200"):
+            packed(query, torch.tensor(starts, dtype=torch.int32), longest)
+
+
+def test_a_softcap_of_negative_zero_is_none():
+    query, key, value = (torch.randn(1, 1, 40, 16, requires_grad=True) for _ in range(3))
+    wanted, got = (
+        torch.autograd.grad(diffmax.attention(query, key, value, softcap=cap, backend="numba").sum(), (query, key, value))
+        for cap in (0.0, -0.0)
+    )
+    assert all(map(torch.equal, wanted, got))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_a_query_without_keys_gets_for_a_gradient_reaches_neither_alpha_nor_sink(bad):
+    query, key = torch.randn(1, 1, 3, 4, dtype=torch.float64), torch.randn(1, 1, 1, 4, dtype=torch.float64)
+    alpha, sink = (torch.tensor([number], dtype=torch.float64, requires_grad=True) for number in (0.5, 0.0))
+    out = diffmax.attention(
+        query, key, key, is_causal=True, causal_alignment="lower_right", alpha=alpha, sink=sink, backend="numba"
+    )
+    grad = torch.ones_like(out)
+    grad[0, 0, 0, 0] = bad  # of a query that sees the sink alone
+    assert all(bool(t.isfinite().all()) for t in torch.autograd.grad(out, (alpha, sink), grad))
+
+
+def test_a_bias_of_no_keys_has_a_gradient_of_its_shape():
+    from diffmax.kernels.numba.attention import attention, attention_backward
+    from diffmax.plugin import AttentionCall, Wanted
+
+    query, key = torch.randn(1, 1, 64, 2), torch.randn(1, 1, 0, 2)
+    call = AttentionCall(scale=1.0, e=0.5, bias=torch.zeros(1, 1, 64, 0))
+    saved = attention(query, key, key, call, True, False).saved
+    assert attention_backward(query, query, key, key, saved, call, Wanted(bias=True)).bias.shape == call.bias.shape
+
+
+def test_scratch_memory_has_a_limit(monkeypatch):
+    from diffmax.kernels.numba import attention_job
+
+    monkeypatch.setattr(attention_job, "run_on_threads", lambda *_: pytest.fail("two threads"))
+    monkeypatch.setattr(attention_job, "LEAST_BYTES", 0)
+    query, key = torch.randn(1, 1, 4096, 64), torch.randn(1, 1, 64, 64)
+    wanted = diffmax.attention(query, key, key, backend="reference")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.testing.assert_close(diffmax.attention(query, key, key, backend="numba"), wanted, atol=1e-5, rtol=1e-5)
+    finally:
+        torch.set_num_threads(before)

@@ -18,6 +18,9 @@ from diffmax.operators.attention.tiles import live_shape
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import TILE, AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
 
+# Shares of the gradients for keys and values: no more than two of them may take more memory than this.
+SHARE_BYTES = 1 << 28
+
 
 @alone_in_child
 def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool) -> AttentionResults:
@@ -55,6 +58,7 @@ def attention_backward(
     # a task is a head of keys; where those are too few, tiles of queries are split between shares of its gradients
     units, tiles = len(job.table) * key.shape[1], -(-query.shape[2] // TILE)
     splits = 1 if threads == 1 or units >= 2 * threads else min(max(1, tiles), -(-2 * threads // max(1, units)))
+    splits = min(splits, max(2, SHARE_BYTES // max(1, (key.numel() + value.numel()) * acc.itemsize)))
     make = torch.empty if call.cu_seqlens_q is None else torch.zeros
     grad_query = make(query.shape, dtype=query.dtype)
     shares = key.shape[:3] if splits == 1 else (splits, *key.shape[:3])
@@ -63,8 +67,10 @@ def attention_backward(
     grad_bias = saved.m.new_empty(0)
     chunks = 1 if threads == 1 else threads * CHUNKS_PER_THREAD
     if wanted.bias and call.bias is not None:
-        chunks = min(threads, max(1, units * splits))  # each has a share, so that the sums have one order
-        grad_bias = torch.zeros(chunks, *call.bias.shape, dtype=acc)
+        broadcasts = any(size > 1 and own == 1 for size, own in zip(query.shape[:3], call.bias.shape[:3], strict=True))
+        if broadcasts:  # each chunk of tasks has a share, so that the sums have one order
+            chunks = min(threads, max(1, units * splits))
+        grad_bias = torch.zeros(chunks if broadcasts else 1, *call.bias.shape, dtype=acc)
         job.add_bias_gradient(grad_bias)
     job.add(Word.grad, grad)
     for word, t in (
@@ -78,8 +84,8 @@ def attention_backward(
     job.run("backward", np.full(len(job.table), key.shape[1] * splits), chunks)
     if splits > 1:
         grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
-    if grad_bias.numel():
-        grad_bias = grad_bias.sum(0)
+    if grad_bias.ndim == 5:
+        grad_bias = grad_bias.sum(0) if len(grad_bias) > 1 else grad_bias[0]
     return AttentionGradients(grad_query, grad_key, grad_value, grad_e, grad_bias, grad_sink)
 
 

@@ -284,6 +284,7 @@ def stretch(words, numbers, memory, e, here, base, n, plain, keys, key_step, val
     right = place_rows(words, memory, Word.right_rows, together, stride)
     multiply_panels(queries, left, together, panels, depth, base, base + n, scores, right)
     counts = whole_numbers(words, memory, Word.index, 0, rows)
+    weighted = whole_numbers(words, memory, Word.weighted, 0, rows)
     found = 0
     for r in range(here.count):
         x = scores[r * stride : (r + 1) * stride]
@@ -291,6 +292,7 @@ def stretch(words, numbers, memory, e, here, base, n, plain, keys, key_step, val
         apply_rules(words, numbers, x, capped, more, here, base, n, here.first + r, computing)
         counts[r] = weigh(words, memory, r, e, here, base, n, computing)
         found += counts[r]
+        weighted[r] += counts[r]
     if found > GATHERED_SHARE * here.count * n and plain:
         products_of(words, numbers, memory, here, base, n, keys, key_step, computing)
         return
@@ -306,6 +308,7 @@ def differentiate_rows(words, numbers, memory, e, here, live_row, keys, key_step
     grads, means = read_rows(words, numbers, memory, here, computing)
     row_sums = floats(words, memory, Word.row_sums, 0, rows, computing)
     row_sums[:] = 0.0
+    whole_numbers(words, memory, Word.weighted, 0, rows)[:] = 0
     size, value_step, kind = words[Word.value_dim], words[Word.value_step], words[Word.kind]
     saved = floats(words, memory, Word.pack_rows, 0, value_step, computing)
     for r in range(here.count):
@@ -332,8 +335,11 @@ def finish_rows(words, numbers, memory, e, here, computing):
     sums = floats(words, memory, Word.sums, 0, words[Word.rows] * step, computing)
     means = floats(words, memory, Word.means, 0, words[Word.rows], computing)
     row_sums = floats(words, memory, Word.row_sums, 0, words[Word.rows], computing)
+    weighted = whole_numbers(words, memory, Word.weighted, 0, words[Word.rows])
     scale = computing(numbers[Word.scale])
     for r in range(here.count):
+        if weighted[r] == 0:  # whatever its gradient holds does not count
+            means[r] = 0.0
         at = words[Word.grad_query] + (here.out_row + r) * depth * bytes_of(kind, sums)
         write_row(at, kind, depth, sums[r * step :], scale)
         of_e, of_sink = -row_sums[r], computing(0.0)

@@ -26,7 +26,8 @@ from diffmax.kernels.numba.attention_words import (
     whole_numbers,
     words_of,
 )
-from diffmax.kernels.numba.gradient import slopes_from_weights
+from diffmax.kernels.numba.functions import LOG2_E
+from diffmax.kernels.numba.gradient import slopes_and_weights
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.one_row import (
     DEAD,
@@ -57,16 +58,14 @@ from diffmax.kernels.numba.simd import (
     bits,
     count_bits,
     jitable,
-    larger,
     load,
-    maximum,
     places,
     select,
     splat,
     store,
     total,
 )
-from diffmax.kernels.numba.solver import solve_alone, solve_group, tolerance
+from diffmax.kernels.numba.solver import solve_alone, solve_group
 from diffmax.operators.common.numerics import MIN_E
 from diffmax.plugin import TILE
 
@@ -76,25 +75,15 @@ WORD_BITS = 32
 
 
 @jitable
-def slope_of(weight, z, delta, e, by_power, least):
-    """p^alpha: p / [z - t], or where alpha is below 1/2, so that this loses digits near the threshold, a power of p.
-
-    `least` is what rounding leaves of [z - t].
-    """
-    if by_power:
-        return slopes_from_weights(weight, e)[0]
-    return select(weight > 0.0, weight / larger(z - delta + 1.0, least), 0.0)
-
-
-@jitable
-def slopes_of(z, weights, slopes, length, delta, e):
-    """Write p^alpha of a row; returns the sum."""
-    width, least, by_power = places(z), tolerance(z) / 4.0, e > 0.5
+def slopes_of(z, slopes, length, delta, e, integer):
+    """Write p^alpha of a row from z, as the backward does: a weight's small error is a large one beside a small [z - t]."""
+    width = places(z)
     exponent, result = splat(z, e), 0.0
+    k = 1.0 / exponent
     for block in range(0, length, 1024):
         part = splat(z, 0.0)
         for i in range(block, min(block + 1024, length), width):
-            slope = slope_of(load(weights, i), load(z, i), delta, exponent, by_power, least)
+            slope = slopes_and_weights(load(z, i) - delta, exponent, k, k * LOG2_E, integer)[0]
             store(slopes, i, slope)
             part = part + slope
         result += total(part)
@@ -220,7 +209,7 @@ def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, co
         write(weights, length, weights, 1.0 / s)
     keep(words[Word.delta], here.out_row + r, delta, computing)
     if keeps:
-        norm = slopes_of(z, weights, row_slopes, length, delta, e)
+        norm = slopes_of(z, row_slopes, length, delta, e, words[Word.integer])
         floats(words, memory, Word.norms, 0, words[Word.rows], computing)[r] = norm
     if words[Word.support] != 0:
         in_sink = 1 if n > here.padded and (x[here.padded] - top) * e - delta > -1.0 else 0
@@ -250,7 +239,7 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
     weights = floats(words, memory, Word.list_weights, 0, longest * places(lanes), computing)
     slopes = floats(words, memory, Word.list_slopes, 0, longest * places(lanes), computing)
     norms = floats(words, memory, Word.norms, 0, words[Word.rows], computing)
-    width, keeps, least = places(lanes), words[Word.u] != 0, tolerance(lanes) / 4.0
+    width, keeps = places(lanes), words[Word.u] != 0
     deltas, totals = solve_group(
         list_z, weights, longest, load(lanes, 0), load(lanes, width), words[Word.integer], words[Word.steps]
     )
@@ -259,9 +248,9 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
     store(lanes, 3 * width, factors)
     if keeps:
         totals, e = splat(lanes, 0.0), load(lanes, width)
-        by_power = maximum(e) > 0.5
+        k = 1.0 / e
         for i in range(0, longest * width, width):
-            slope = slope_of(load(weights, i) * factors, load(list_z, i), deltas, e, by_power, least)
+            slope = slopes_and_weights(load(list_z, i) - deltas, e, k, k * LOG2_E, words[Word.integer])[0]
             store(slopes, i, slope)
             totals = totals + slope
         store(lanes, 4 * width, totals)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +30,8 @@ from diffmax.reference.dropout import threshold
 # Scores that a thread holds at a time in the forward kernel stay in the second level of the cache.
 SCORE_BYTES = 1 << 19
 LEAST_ROWS = 16
+# Scratch memory that is never too much.
+LEAST_BYTES = 1 << 30
 # A thread that finishes first takes more: tasks are shared out in this many chunks per thread.
 CHUNKS_PER_THREAD = 16
 # Multiplications that occupy a thread for longer than it takes to wake another.
@@ -52,6 +55,8 @@ class Job:
         self.keys = int(self.table[:, Sequence.keys].max()) if len(self.table) else 0
         self.longest = _multiple(self.keys, self.across)
         self.converts = query.dtype in KINDS
+        # scratch memory of all threads: one head's keys and values for each, but no more than some copies of them all
+        self.most_bytes = max(LEAST_BYTES, 4 * (key.numel() + value.numel()) * self.acc.itemsize)
         self.seen = self.keys  # by a tile of queries, at most
         if call.left >= 0 and call.right >= 0:
             self.seen = min(self.keys, call.left + call.right + TILE)
@@ -72,12 +77,13 @@ class Job:
 
     def add(self, word: int, t: Tensor) -> None:
         """Address and strides of (B, H, L, n), whose last dimension the kernels want side by side."""
+        t = t.resolve_neg()
         t = self._kept(t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous())
         self.words[word : word + 4] = t.data_ptr(), *t.stride()[:3]
 
     def add_whole(self, word: int, t: Tensor) -> None:
         """Address of a contiguous tensor, 0 if it is empty."""
-        self.words[word] = self._kept(t.contiguous()).data_ptr() if t.numel() else 0
+        self.words[word] = self._kept(t.resolve_neg().contiguous()).data_ptr() if t.numel() else 0
 
     def _kept(self, t: Tensor) -> Tensor:
         self.alive.append(t)
@@ -85,7 +91,9 @@ class Job:
 
     def _add_numbers(self, query: Tensor, call: AttentionCall) -> None:
         words, numbers = self.words, self.numbers
-        numbers[Word.scale], numbers[Word.softcap] = call.scale, call.softcap
+        numbers[Word.scale] = call.scale
+        if torch.tensor(call.softcap, dtype=self.acc) > 0:  # the kernels ask whether the word is 0
+            numbers[Word.softcap] = call.softcap
         if isinstance(call.e, Tensor):
             self.add_whole(Word.e, call.e)
             words[Word.steps], _ = plan(200, max(1, self.keys), 1.0, query.dtype)
@@ -97,7 +105,7 @@ class Job:
                 raise ValueError("attention: dropout_p comes with a seed, got dropout_p alone")
             words[Word.seed_0], words[Word.seed_1] = (int(word) & 0xFFFFFFFF for word in call.seed.tolist())
             words[Word.least_word] = threshold(call.dropout_p)
-            numbers[Word.passed] = 1 / (1 - call.dropout_p)
+            numbers[Word.passed] = 1 / (1 - call.dropout_p) if call.dropout_p < 1 else math.inf
 
     def _add_rules(self, query: Tensor, call: AttentionCall) -> None:
         words = self.words
@@ -115,6 +123,7 @@ class Job:
 
     def _add_broadcast(self, word: int, t: Tensor) -> None:
         """Address and strides of (B, H, L, S), of which dimensions may have size 1."""
+        t = t.resolve_neg()
         if t.shape[3] > 1 and t.stride(3) != 1:
             t = t.contiguous()
         self.words[word : word + 5] = self._kept(t).data_ptr(), *_steps(t)
@@ -123,7 +132,7 @@ class Job:
         """Address and strides of what bias's gradient is added to: a share (B, H, L, S) for each chunk of tasks."""
         words = self.words
         words[Word.grad_bias : Word.grad_bias + 5] = self._kept(total).data_ptr(), *_steps(total[0])
-        words[Word.bias_share] = total.stride(0)
+        words[Word.bias_share] = total.stride(0) if len(total) > 1 else 0
 
     def scratch_of_forward(self, keeps: bool) -> None:
         """Lay out the memory of the forward kernel."""
@@ -172,7 +181,7 @@ class Job:
             **dict.fromkeys(("some_weights", "some_slopes"), stride),
             **dict.fromkeys(("means", "row_sums"), rows),
         }
-        self._lay_out(rows, stride, floats, {"index": rows, "some": stride}, stride)
+        self._lay_out(rows, stride, floats, {"index": rows, "some": stride, "weighted": rows}, stride)
 
     def _lay_out(self, rows: int, stride: int, floats: dict[str, int], integers: dict[str, int], places: int) -> None:
         """Tell each part of a thread's memory where it begins; `places` rows, and those of a tile, have theirs noted."""
@@ -198,7 +207,8 @@ class Job:
         self.table[:, Sequence.first_task] = np.cumsum(tasks_of) - tasks_of
         kernel, address = _kernel(name, self.acc)
         words[Word.stop], words[Word.chunk] = total, -(-total // chunks)
-        threads = min(self.threads(), -(-total // int(words[Word.chunk])))
+        fitting = max(1, self.most_bytes // int(words[Word.slot_bytes]))
+        threads = min(self.threads(), -(-total // int(words[Word.chunk])), fitting)
         memory = torch.empty(threads * int(words[Word.slot_bytes]) + BYTES, dtype=torch.uint8)
         words[Word.memory] = _multiple(memory.data_ptr(), BYTES)
         if threads == 1:
@@ -227,7 +237,8 @@ def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Table:
         table[:, Sequence.length], table[:, Sequence.keys] = query.shape[2], key.shape[2]
         table[:, Sequence.batch] = np.arange(len(table))
         return table
-    starts_q, starts_k = (t.numpy().astype(np.int64) for t in (call.cu_seqlens_q, call.cu_seqlens_k))
+    starts_q = _starts("cu_seqlens_q", call.cu_seqlens_q, query.shape[2], call.max_seqlen_q)
+    starts_k = _starts("cu_seqlens_k", call.cu_seqlens_k, key.shape[2], call.max_seqlen_k)
     number = np.arange(len(starts_q) - 1)
     table = np.zeros((len(number), N_COLUMNS), np.int64)
     table[:, Sequence.length], table[:, Sequence.keys] = np.diff(starts_q), np.diff(starts_k)
@@ -235,6 +246,18 @@ def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Table:
     table[:, Sequence.tile_at] = starts_q[:-1] // TILE + number
     table[:, Sequence.number] = number
     return table
+
+
+def _starts(what: str, starts: Tensor, tokens: int, longest: int) -> Table:
+    """Where sequences start, checked: torch.compile cannot look at them, and a kernel would read what is not there."""
+    found = starts.numpy().astype(np.int64)
+    lengths = np.diff(found)
+    if len(found) == 0 or found[0] < 0 or found[-1] > tokens or (lengths < 0).any() or (lengths > longest).any():
+        raise ValueError(
+            f"attention_varlen: {what} must ascend from 0 to the number of tokens, {tokens}, with no sequence longer than its "
+            f"max_seqlen, {longest}; got {starts.tolist()[:10]}"
+        )
+    return found
 
 
 @functools.cache

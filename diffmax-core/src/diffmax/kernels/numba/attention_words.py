@@ -34,7 +34,7 @@ _Words = namedtuple(
     panels value_panels key_rows value_rows pack_rows query_rows grad_rows scores slopes gradients capped
     sums key_sums value_sums z weights reciprocals row_slopes some_weights some_slopes
     list_z list_weights list_slopes lanes norms means row_sums
-    index some list_index touched dense left_rows right_rows
+    index some list_index touched weighted dense left_rows right_rows
     """,
 )
 N_WORDS = len(_Words._fields)

@@ -60,12 +60,12 @@ def slopes_from_scores(w, e, k):
     )
 
 
-def slopes_and_weights(w, e, k, k_log2):
+def _power_again(w, e, k, k_log2):
     """The first two results of `slopes_from_scores`, in float32 by one power, as accurate as the forward's weights."""
 
 
-@overload(slopes_and_weights)
-def _slopes_and_weights(w, e, k, k_log2):
+@overload(_power_again)
+def _of_dtype(w, e, k, k_log2):
     if w.element == types.float64:
         return lambda w, e, k, k_log2: slopes_from_scores(w, e, k)[:2]
 
@@ -74,6 +74,17 @@ def _slopes_and_weights(w, e, k, k_log2):
         return weights * refined(about, larger(w + 1.0, TINY)), weights
 
     return single
+
+
+@jitable
+def slopes_and_weights(w, e, k, k_log2, integer):
+    """s and p from w = z - delta; `integer` is k if that is a whole number."""
+    if integer == 0:
+        return _power_again(w, e, k, k_log2)
+    inside = larger(w, -1.0)
+    u = inside + 1.0
+    slopes = integer_power(u, integer) * u
+    return slopes, slopes * (u + (inside - (u - 1.0)) * k)
 
 
 @jitable
@@ -148,13 +159,8 @@ def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
             if wants_alpha:
                 slopes, weights, j, log_f = slopes_from_scores(w, e, k)
                 of_alpha = select(w > -1.0, alpha_weight(weights, j, log_f, e), 0.0)
-            elif integer == 0:
-                slopes, weights = slopes_and_weights(w, e, k, k_log2)
             else:
-                inside = larger(w, -1.0)
-                u = inside + 1.0
-                slopes = integer_power(u, integer) * u
-                weights = slopes * (u + (inside - (u - 1.0)) * k)
+                slopes, weights = slopes_and_weights(w, e, k, k_log2, integer)
         store(p, i, weights)
         store(s, i, slopes)
         if wants_alpha:
