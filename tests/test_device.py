@@ -229,6 +229,7 @@ def test_each_kernel_that_is_tuned_has_its_launcher(kernel, backend):
     assert isinstance(tuning.operator_of(types.SimpleNamespace(place=there), kernel), Tunable)
 
 
+@pytest.mark.slow
 def test_reports_are_made_from_partial_folders_and_a_rehearsal_publishes_nothing(rehearsal, tmp_path, capsys):
     out, before, *_ = rehearsal
     (tmp_path / "part").mkdir()

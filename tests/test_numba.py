@@ -466,7 +466,7 @@ def loops(assembly):
                 yield [inner.strip() for inner in body if inner.startswith("\t") and not inner.startswith("\t.")]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.slow
 @pytest.mark.skipif("x86" not in os.uname().machine, reason="reads x86 assembly")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", pytest.param("float16", marks=needs_half)])
 def test_hot_loops_are_packed(dtype, monkeypatch, tmp_path):
