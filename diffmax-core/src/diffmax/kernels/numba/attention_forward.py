@@ -26,7 +26,6 @@ from diffmax.kernels.numba.attention_words import (
     whole_numbers,
     words_of,
 )
-from diffmax.kernels.numba.functions import LOG2_E
 from diffmax.kernels.numba.gradient import slopes_and_weights
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.one_row import (
@@ -83,7 +82,7 @@ def slopes_of(z, slopes, length, delta, e, integer):
     for block in range(0, length, 1024):
         part = splat(z, 0.0)
         for i in range(block, min(block + 1024, length), width):
-            slope = slopes_and_weights(load(z, i) - delta, exponent, k, k * LOG2_E, integer)[0]
+            slope = slopes_and_weights(load(z, i) - delta, exponent, k, integer)[0]
             store(slopes, i, slope)
             part = part + slope
         result += total(part)
@@ -250,7 +249,7 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
         totals, e = splat(lanes, 0.0), load(lanes, width)
         k = 1.0 / e
         for i in range(0, longest * width, width):
-            slope = slopes_and_weights(load(list_z, i) - deltas, e, k, k * LOG2_E, words[Word.integer])[0]
+            slope = slopes_and_weights(load(list_z, i) - deltas, e, k, words[Word.integer])[0]
             store(slopes, i, slope)
             totals = totals + slope
         store(lanes, 4 * width, totals)

@@ -6,12 +6,12 @@ from numba.core.extending import overload
 from diffmax.kernels.numba.functions import (
     LN_2,
     LOG2_E,
+    RECIPROCAL,
     TINY,
     exp2_m1,
     integer_power,
     ln_1p,
     phi_series,
-    power,
     power_of_two,
     refined,
     smallest_normal,
@@ -19,6 +19,7 @@ from diffmax.kernels.numba.functions import (
 from diffmax.kernels.numba.simd import (
     bits,
     get,
+    horner,
     jitable,
     larger,
     load,
@@ -60,27 +61,31 @@ def slopes_from_scores(w, e, k):
     )
 
 
-def _power_again(w, e, k, k_log2):
-    """The first two results of `slopes_from_scores`, in float32 by one power, as accurate as the forward's weights."""
+def _power_again(w, e, k):
+    """The first two results of `slopes_from_scores`; in float32 by one power, as s = p / [z - t]."""
 
 
 @overload(_power_again)
-def _of_dtype(w, e, k, k_log2):
+def _of_dtype(w, e, k):
     if w.element == types.float64:
-        return lambda w, e, k, k_log2: slopes_from_scores(w, e, k)[:2]
+        return lambda w, e, k: slopes_from_scores(w, e, k)[:2]
 
-    def single(w, e, k, k_log2):
-        weights, about = power(w, k, k_log2)
-        return weights * refined(about, larger(w + 1.0, TINY)), weights
+    def single(w, e, k):
+        inside = larger(w, -1.0)
+        u = larger(inside + 1.0, TINY)
+        j, scale = split_exponent(u)
+        f = inside * scale + (scale - 1.0)
+        weights = select(w > -1.0, power_of_two(j * k, ln_1p(f) * k, e * 0.0 + 1.0), 0.0)
+        return weights * refined(scale * horner(f, RECIPROCAL), u), weights
 
     return single
 
 
 @jitable
-def slopes_and_weights(w, e, k, k_log2, integer):
+def slopes_and_weights(w, e, k, integer):
     """s and p from w = z - delta; `integer` is k if that is a whole number."""
     if integer == 0:
-        return _power_again(w, e, k, k_log2)
+        return _power_again(w, e, k)
     inside = larger(w, -1.0)
     u = inside + 1.0
     slopes = integer_power(u, integer) * u
@@ -151,7 +156,6 @@ def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
     """Write p and s for the vectors of scores from start to stop, and w of Eq. 6 over the scores if that is wanted."""
     width = places(x)
     k, zero = 1.0 / e, e * 0.0
-    k_log2 = k * LOG2_E
     for i in range(start, stop, width):
         w = (load(x, i) - top) * e - delta
         slopes = weights = of_alpha = zero
@@ -160,7 +164,7 @@ def weights_again(x, p, s, start, stop, e, top, delta, integer, wants_alpha):
                 slopes, weights, j, log_f = slopes_from_scores(w, e, k)
                 of_alpha = select(w > -1.0, alpha_weight(weights, j, log_f, e), 0.0)
             else:
-                slopes, weights = slopes_and_weights(w, e, k, k_log2, integer)
+                slopes, weights = slopes_and_weights(w, e, k, integer)
         store(p, i, weights)
         store(s, i, slopes)
         if wants_alpha:
