@@ -11,7 +11,9 @@ from diffmax.operators.common import fast_path
 from diffmax.operators.common.schema import Schema
 from diffmax.operators.decoding import operator as decoding_operator
 
-pytestmark = pytest.mark.skipif(not hasattr(torch._C.DispatchKeySet, "raw_repr"), reason="torch shows no dispatch keys")
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch._C.DispatchKeySet, "raw_repr"), reason="torch 2.4 has no DispatchKeySet.raw_repr, so no call is plain"
+)
 
 
 class Seen(TorchDispatchMode):

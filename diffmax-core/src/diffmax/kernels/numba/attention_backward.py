@@ -114,22 +114,35 @@ def live_until(words, tile_at, tile, stop):
 
 
 @jitable
+def recompute(words, memory, place_of, r, e, here, n, computing):
+    """Weights and slopes once more, of `n` scores in a row of the scratch memory that are row r's; False if they are NaN."""
+    stride = words[Word.stride]
+    x = floats(words, memory, Word.scores, place_of * stride, stride, computing)
+    p = floats(words, memory, Word.weights, place_of * stride, stride, computing)
+    s = floats(words, memory, Word.slopes, place_of * stride, stride, computing)
+    row = here.out_row + r
+    m, delta = array_at(words[Word.m], row + 1, computing)[row], array_at(words[Word.delta], row + 1, computing)[row]
+    if delta != delta:
+        for part in (p, s, x):
+            fill(part, n, math.nan, x)
+        return False
+    top = m if m != -math.inf else computing(0.0)
+    weights_again(x, p, s, 0, n, splat(x, e), top, delta, words[Word.integer], words[Word.grad_e] != 0)
+    return True
+
+
+@jitable
 def weigh(words, memory, r, e, here, base, n, computing):
     """Compute a row's weights and slopes once more, from its scores; returns how many weights are not 0."""
     stride = words[Word.stride]
-    x = floats(words, memory, Word.scores, r * stride, stride, computing)
     p = floats(words, memory, Word.weights, r * stride, stride, computing)
-    s = floats(words, memory, Word.slopes, r * stride, stride, computing)
-    m = array_at(words[Word.m], here.out_row + r + 1, computing)[here.out_row + r]
-    delta = array_at(words[Word.delta], here.out_row + r + 1, computing)[here.out_row + r]
-    wants_alpha = words[Word.grad_e] != 0
-    if delta != delta:
+    if not recompute(words, memory, r, r, e, here, n, computing):  # NaN for the keys that some row here sees
         first, last = max(here.low - base, 0), min(here.high - base, n)
-        for row in (p, s, x):
-            fill(row, n, 0.0, x)
-            row[first:last] = math.nan
+        for kind in (Word.weights, Word.slopes, Word.scores):
+            row = floats(words, memory, kind, r * stride, stride, computing)
+            row[:first] = 0.0
+            row[last:n] = 0.0
         return last - first
-    weights_again(x, p, s, 0, n, splat(x, e), m if m != -math.inf else computing(0.0), delta, words[Word.integer], wants_alpha)
     count = 0
     for i in range(0, n, places(p)):
         count += count_bits(bits(load(p, i) > 0.0))
@@ -302,7 +315,7 @@ def stretch(words, numbers, memory, e, here, base, n, plain, keys, key_step, val
 
 
 @jitable
-def differentiate_rows(words, numbers, memory, e, here, live_row, keys, key_step, values, value_row, across, computing):
+def differentiate_rows(words, numbers, memory, e, here, live_row, keys, key_step, values, value_row, computing):
     """Everything for some rows of queries of one head."""
     rows = words[Word.rows]
     grads, means = read_rows(words, numbers, memory, here, computing)
@@ -346,7 +359,7 @@ def finish_rows(words, numbers, memory, e, here, computing):
         if words[Word.sink] != 0 and (words[Word.grad_e] != 0 or words[Word.grad_sink] != 0):
             x = floats(words, memory, Word.scores, 0, words[Word.stride], computing)
             fill(x, places(x), array_at(words[Word.sink], here.head + 1, computing)[here.head], x)
-            one_weight(words, memory, r, e, here, computing)
+            recompute(words, memory, 0, r, e, here, places(x), computing)
             s = floats(words, memory, Word.slopes, 0, 1, computing)[0]
             of_sink = -s * means[r]
             if words[Word.grad_e] != 0:
@@ -356,23 +369,7 @@ def finish_rows(words, numbers, memory, e, here, computing):
 
 
 @jitable
-def one_weight(words, memory, r, e, here, computing):
-    """As `weigh`, of one vector of scores in the first row."""
-    x = floats(words, memory, Word.scores, 0, words[Word.stride], computing)
-    p = floats(words, memory, Word.weights, 0, words[Word.stride], computing)
-    s = floats(words, memory, Word.slopes, 0, words[Word.stride], computing)
-    m = array_at(words[Word.m], here.out_row + r + 1, computing)[here.out_row + r]
-    delta = array_at(words[Word.delta], here.out_row + r + 1, computing)[here.out_row + r]
-    width = places(x)
-    if delta != delta:
-        fill(s, width, math.nan, x)
-        fill(x, width, math.nan, x)
-    else:
-        weights_again(x, p, s, 0, width, splat(x, e), m, delta, words[Word.integer], words[Word.grad_e] != 0)
-
-
-@jitable
-def write_sums(address, split, words, head_row, count, size, sums, at, step, computing):
+def write_sums(address, split, words, head_row, count, size, sums, step, computing):
     """Write the gradients of a head's keys or values: in the call's dtype, or as a share that is added to others."""
     kind = words[Word.kind] if words[Word.splits] == 1 else 0
     itemsize = bytes_of(kind, sums)
@@ -382,7 +379,7 @@ def write_sums(address, split, words, head_row, count, size, sums, at, step, com
             address + (split * words[Word.split_step] + row) * size * itemsize,
             kind,
             size,
-            sums[at + j * step :],
+            sums[j * step :],
             computing(1.0),
         )
 
@@ -441,13 +438,11 @@ def make_backward(computing):
                     for tile in range(split, tiles, words[Word.splits]):
                         last = min((tile + 1) * TILE, length)
                         here = rows_of(words, sequence, head, tile * TILE, last, panel_width(panels), 0, share)
-                        differentiate_rows(
-                            *(words, numbers, memory, e, here, of_head + tile, k, key_step, v, value_row),
-                            *(panel_width(panels), computing),
-                        )
+                        live_row = of_head + tile
+                        differentiate_rows(words, numbers, memory, e, here, live_row, k, key_step, v, value_row, computing)
                 head_row = (batch * kv_heads + kv_head) * words[Word.key_length] + key_at
-                write_sums(words[Word.grad_key], split, words, head_row, keys, depth, key_sums, 0, step, computing)
-                write_sums(words[Word.grad_value], split, words, head_row, keys, size, value_sums, 0, value_step, computing)
+                write_sums(words[Word.grad_key], split, words, head_row, keys, depth, key_sums, step, computing)
+                write_sums(words[Word.grad_value], split, words, head_row, keys, size, value_sums, value_step, computing)
             done, start, end = take(words, done, start, end)
         return finish(words, done)
 

@@ -125,7 +125,7 @@ def tiles_touched(words, memory):
 
 
 @jitable
-def is_plain(words, memory, r, top, bad, e, here, computing):
+def is_to_be_solved(words, memory, r, top, bad, e, here, computing):
     """Whether a row is to be solved; what is known without, of rows that see nothing or are spoilt, is written."""
     spoilt = bad or top == math.inf or not 0.0 <= e <= 1.0
     keep(words[Word.m], here.out_row + r, math.nan if bad else top, computing)
@@ -380,7 +380,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
                 fill(x[padded:], width, -math.inf, x)
                 x[padded] = array_at(words[Word.sink], here.head + 1, computing)[here.head]
             top, bad = top_of(x, n) if n > 0 else (computing(-math.inf), False)
-            if is_plain(words, memory, r, top, bad, e, here, computing):
+            if is_to_be_solved(words, memory, r, top, bad, e, here, computing):
                 lanes[lane], lanes[width + lane], lanes[5 * width + lane] = 1.0, e, top
                 n_solved += 1
                 if n <= LISTED:

@@ -38,6 +38,7 @@ CHUNKS_PER_THREAD = 16
 THREAD_PRODUCTS = 1 << 20
 Table = np.ndarray[Any, np.dtype[np.int64]]
 KINDS = {torch.bfloat16: 1, torch.float16: 2}
+COMPUTING: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class Job:
@@ -92,7 +93,7 @@ class Job:
     def _add_numbers(self, query: Tensor, call: AttentionCall) -> None:
         words, numbers = self.words, self.numbers
         numbers[Word.scale] = call.scale
-        if torch.tensor(call.softcap, dtype=self.acc) > 0:  # the kernels ask whether the word is 0
+        if COMPUTING[self.acc](call.softcap) > 0:  # the kernels ask whether the word is 0
             numbers[Word.softcap] = call.softcap
         if isinstance(call.e, Tensor):
             self.add_whole(Word.e, call.e)
@@ -263,7 +264,6 @@ def _starts(what: str, starts: Tensor, tokens: int, longest: int) -> Table:
 @functools.cache
 def _kernel(name: str, dtype: torch.dtype) -> tuple[Kernel, int]:
     make: Any = {"forward": make_forward, "backward": make_backward}[name]
-    computing = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
-    compiled = compile_cached(cfunc, KERNEL, error_model="numpy", function=make(computing))
+    compiled = compile_cached(cfunc, KERNEL, error_model="numpy", function=make(COMPUTING[dtype]))
     address = cast("int", compiled.address)
     return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address), address
