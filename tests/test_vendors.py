@@ -259,6 +259,18 @@ def test_both_have_the_same_files():
     assert names[0] == names[1]
 
 
+def test_warmup_says_what_to_pass():
+    with pytest.raises(TypeError, match=r"lengths must be a sequence, got 64\npass \[64\]"):
+        diffmax.warmup(64)
+    with pytest.raises(TypeError, match=r"dtypes must be a sequence, got torch.float32"):
+        diffmax.warmup([64], torch.float32)
+    with pytest.raises(TypeError, match=r"dtypes must be torch dtypes, such as torch.float32, got 'float32'"):
+        diffmax.warmup([64], ("float32",))
+    if not torch.cuda.is_available():
+        with pytest.raises(diffmax.NoBackendError, match="torch sees no device 'cuda' here"):
+            diffmax.warmup([64], device="cuda")
+
+
 def test_warmup_checks_its_arguments_and_passes_over_who_compiles_nothing():
     assert diffmax.warmup([1024], (torch.float32, torch.float64)) == {"numba": 2}
     with pytest.raises(ValueError, match=r"warmup: lengths must be at least 1, got 0"):

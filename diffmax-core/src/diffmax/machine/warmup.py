@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from diffmax.errors import NoBackendError
 from diffmax.machine.dispatch import choose, describe, import_function, selected
 from diffmax.operators.common.spec import SPECS, Needed
 
@@ -47,12 +48,14 @@ def warmup(
         For each backend that runs one of the dtypes, the number of prepared cases: 0 if it compiles nothing at run time.
     Raises:
         ValueError: A length or a head dimension is below 1, an alpha is outside (0, 1), or attention has no such feature.
-        NoBackendError: No backend, or not the named one, can run such calls.
+        TypeError: `lengths` is no sequence, or a dtype is no torch.dtype.
+        NoBackendError: No backend, or not the named one, can run such calls; or torch sees no such device.
     Example:
         >>> import diffmax
         >>> diffmax.warmup([1024, 4096], backend="reference")
         {'reference': 0}
     """
+    _check_types(lengths, dtypes)
     combinations: tuple[Collection[str], ...] = (features,)
     if lengths is None and head_dims is None:
         lengths, head_dims, decoding = (ROW_LENGTH,), (HEAD_DIM,), True
@@ -60,6 +63,10 @@ def warmup(
     sizes = [(size, size) if isinstance(size, int) else size for size in head_dims or ()]
     _check(lengths or (), sizes, alphas, features)
     place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise NoBackendError(
+            f"warmup: torch sees no device {str(device)!r} here; kernels are compiled on the machine that runs them"
+        )
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     needed = Needed(lengths or (), sizes, [frozenset(some) for some in combinations], decoding)
@@ -82,6 +89,16 @@ def _count(prepared: dict[str, int], backend: str, target: str | None, *argument
     if target is not None:
         import_function(target)(*arguments)
         prepared[backend] += 1
+
+
+def _check_types(lengths: object, dtypes: object) -> None:
+    if lengths is not None and not isinstance(lengths, Sequence):
+        raise TypeError(f"warmup: lengths must be a sequence, got {lengths!r}\npass [{lengths!r}]")
+    if not isinstance(dtypes, Sequence):
+        raise TypeError(f"warmup: dtypes must be a sequence, got {dtypes!r}\npass [{dtypes!r}]")
+    wrong = [dtype for dtype in dtypes if not isinstance(dtype, torch.dtype)]
+    if wrong:
+        raise TypeError(f"warmup: dtypes must be torch dtypes, such as torch.float32, got {wrong[0]!r}")
 
 
 def _check(

@@ -73,6 +73,6 @@ def _say_that_it_compiles() -> None:
     if "time" not in _told:
         _told.add("time")
         logging.getLogger("diffmax").warning(
-            "diffmax compiles its kernels for this processor: some seconds for rows, up to half a minute for attention, and "
-            "once where they can be kept; diffmax.warmup() does it ahead of time"
+            "diffmax compiles its kernels for this processor: some seconds for rows, up to half a minute for attention and for "
+            "its backward; once where they can be kept (NUMBA_CACHE_DIR); diffmax.warmup() does it ahead of time"
         )
