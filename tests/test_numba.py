@@ -623,6 +623,18 @@ def test_products_equal_torchs(shape, dtype):
     assert np.abs(scores[:, :count] - a.astype(np.float64) @ k.astype(np.float64).T).max() <= bound * 4
     p, v = generator.random((rows, count)).astype(computing), np.zeros((count, padded), computing)
     v[:, :depth] = k
+
+    @njit
+    def directly(a, k, c):
+        places = np.arange(rows)
+        products.multiply_directly(a, places * padded, rows, k, padded, count, padded, c, places * 512, 0)
+
+    whole = np.zeros((rows, padded), computing)
+    whole[:, :depth] = a
+    again = np.zeros((rows, 512), computing)
+    directly(whole.ravel(), v.ravel(), again.ravel())
+    assert np.abs(again[:, :count] - a.astype(np.float64) @ k.astype(np.float64).T).max() <= bound * 4
+    assert (again[:, count:] == 0).all()
     sums = np.zeros((rows, padded), computing)
     by_rows(p.ravel(), v.ravel(), sums.ravel())
     assert np.abs(sums[:, :depth] - p.astype(np.float64) @ k.astype(np.float64)).max() <= bound * 8 * np.sqrt(count)
@@ -656,6 +668,32 @@ def test_products_keep_their_sums_in_registers(triple, cpu, tile, fused, spilled
     hot = max(blocks, key=lambda block: len(re.findall(fused, block)))
     assert len(re.findall(fused, hot)) >= tile[0] * tile[1] * (1 if "zmm" in fused else 2)
     assert not re.search(spilled, hot)
+
+
+def test_decoding_without_pages_is_attentions_kernel(monkeypatch):
+    """What several threads share, or is read in pages, goes the other way; a cache that is not side by side is not copied."""
+    from diffmax.kernels.numba import decoding
+
+    q, (k_cache, v_cache) = torch.randn(1, 1, 4, 8), torch.randn(2, 1, 300, 2, 8).unbind()
+    apart = k_cache.transpose(1, 3).contiguous().transpose(1, 3)
+    kinds = {
+        "plain": ({}, k_cache),
+        "apart": ({}, apart),
+        "bounds": ({"page_bounds": diffmax.page_bounds(k_cache, 300)}, k_cache),
+    }
+    other, went = decoding.decoding.attention_kvcache, []
+    monkeypatch.setattr(decoding.decoding, "attention_kvcache", lambda *given: went.append(True) or other(*given))
+    taken = {}
+    for few in (decoding.KEYS_TO_SHARE, 64):
+        monkeypatch.setattr(decoding, "KEYS_TO_SHARE", few)
+        for name, (more, keys) in kinds.items():
+            went.clear()
+            out = diffmax.attention_with_kvcache(q, keys, v_cache, alpha=0.6, backend="numba", **more)
+            expected = diffmax.attention_with_kvcache(q, k_cache, v_cache, alpha=0.6, backend="reference")
+            assert torch.allclose(out, expected, atol=1e-6)
+            taken[name, few == 64] = not went
+    threads = torch.get_num_threads()
+    assert [key for key, own in taken.items() if own] == [("plain", False)] + [("plain", True)] * (threads <= 2)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 0.5, 0.55, 0.9])

@@ -45,7 +45,7 @@ def attention_kvcache(
         return _nothing(query, kv_heads, value_size, stats)
     group, acting = heads // kv_heads, rules.acting(call, sink=False)
     queries = (query.transpose(1, 2).to(acc) * call.scale).reshape(batch * kv_heads, group * length, size)
-    places = product(enumerate(_ends(k_cache, call)), range(kv_heads))
+    places = product(enumerate(ends(k_cache, call)), range(kv_heads))
     of_heads = [
         _Head(call, k_cache, v_cache, b, g, end, q, length, slice(g * group, (g + 1) * group), solve, acting)
         for ((b, end), g), q in zip(places, queries.unbind(), strict=True)
@@ -72,7 +72,7 @@ def _nothing(query: Tensor, kv_heads: int, value_size: int, stats: bool) -> KVCa
     return KVCacheResults(query.new_zeros(batch, length, heads, value_size), m, torch.zeros_like(m), support, pages)
 
 
-def _ends(k_cache: Tensor, call: KVCacheCall) -> list[int]:
+def ends(k_cache: Tensor, call: KVCacheCall) -> list[int]:
     """How many tokens each sequence has, the new ones among them."""
     new, room = 0 if call.k is None else call.k.shape[1], capacity(k_cache, call)
     return [min(max(tokens + new, 0), room) for tokens in call.cache_seqlens.tolist()]

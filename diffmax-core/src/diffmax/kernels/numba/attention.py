@@ -7,11 +7,10 @@ row operator's parts, products are in `products`, the rules of the scores in `sc
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from diffmax.kernels.numba.attention_job import CHUNKS_PER_THREAD, Job
+from diffmax.kernels.numba.attention_job import Job
 from diffmax.kernels.numba.attention_words import Sequence, Word
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention.tiles import live_shape
@@ -39,11 +38,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, ke
         *((Word.out, out), (Word.m, m), (Word.delta, delta)),
         *((Word.u, u), (Word.live, live), (Word.support, support)),
     ):
-        job.add_whole(word, t)
+        job.add_new(word, t)
     job.scratch_of_forward(keep)
-    tiles = -(-job.table[:, Sequence.length] // TILE)
-    threads = job.threads()
-    job.run("forward", tiles * query.shape[1], 1 if threads == 1 else threads * CHUNKS_PER_THREAD)
+    tiles = -(-query.shape[2] // TILE) if call.cu_seqlens_q is None else -(-job.table[:, Sequence.length] // TILE)
+    job.run("forward", tiles * query.shape[1], job.chunks())
     return AttentionResults(out, m, delta, u, live, support)
 
 
@@ -65,7 +63,7 @@ def attention_backward(
     grad_key, grad_value = (make(*shares, t.shape[3], dtype=t.dtype if splits == 1 else acc) for t in (key, value))
     grad_e, grad_sink = (torch.zeros(saved.m.shape if needed else (0,), dtype=acc) for needed in (wanted.e, wanted.sink))
     grad_bias = saved.m.new_empty(0)
-    chunks = 1 if threads == 1 else threads * CHUNKS_PER_THREAD
+    chunks = job.chunks()
     if wanted.bias and call.bias is not None:
         broadcasts = any(size > 1 and own == 1 for size, own in zip(query.shape[:3], call.bias.shape[:3], strict=True))
         if broadcasts:  # each chunk of tasks has a share, so that the sums have one order
@@ -81,7 +79,7 @@ def attention_backward(
         job.add_whole(word, t)
     job.words[Word.splits], job.words[Word.split_step] = splits, key.shape[:3].numel()
     job.scratch_of_backward()
-    job.run("backward", np.full(len(job.table), key.shape[1] * splits), chunks)
+    job.run("backward", key.shape[1] * splits, chunks)
     if splits > 1:
         grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
     if grad_bias.ndim == 5:

@@ -43,9 +43,12 @@ from diffmax.kernels.numba.one_row import (
     write_nudged,
 )
 from diffmax.kernels.numba.products import (
+    DEPTH,
     ROWS,
     bytes_of,
+    copy_rows,
     gather_rows,
+    multiply_directly,
     multiply_panels,
     multiply_rows,
     pack,
@@ -160,6 +163,19 @@ def finish_whole(words, numbers, memory, x, slopes, r, here, computing):
 
 
 @jitable
+def converts_some(words):
+    """Whether values are converted when they are needed: of few queries, most are not."""
+    return words[Word.direct] != 0 and (words[Word.kind] != 0 or words[Word.value_dim] != words[Word.value_step])
+
+
+@jitable
+def values_into(words, here, key, count, target, step):
+    """Convert the values of `count` keys from `key` on."""
+    kv_head = here.head // words[Word.group]
+    rows_into(words, Word.value, here.key_batch, kv_head, here.key_at + key, count, words[Word.value_dim], 1.0, target, step)
+
+
+@jitable
 def finish_some(words, numbers, memory, weights, slopes, index, found, step, norm, r, here, values, value_step, computing):
     """Add up the values of the weights that are not 0: `found` of them, `step` apart, for the columns in `index`."""
     keeps, marks, drops = words[Word.u] != 0, words[Word.live] != 0, words[Word.least_word] != 0
@@ -182,9 +198,17 @@ def finish_some(words, numbers, memory, weights, slopes, index, found, step, nor
                 some_slopes[taken] = slopes[i * step] * factor
             taken += 1
     sums = floats(words, memory, Word.sums, 0, 2 * rows * size, computing)
-    gather_rows(some_weights, some, taken, values, value_step, sums, r * size, size, False)
-    if keeps:
-        gather_rows(some_slopes, some, taken, values, value_step, sums, (rows + r) * size, size, False)
+    at_once = min(DEPTH, taken) if converts_some(words) else taken
+    for at in range(0, max(1, taken), max(1, at_once)):
+        count = min(at_once, taken - at)
+        if converts_some(words):
+            for i in range(at, at + count):
+                values_into(words, here, some[i], 1, values[(i - at) * value_step :], value_step)
+                some[i] = i - at
+        index, more = some[at:], at > 0
+        gather_rows(some_weights[at:], index, count, values, value_step, sums, r * size, size, more)
+        if keeps:
+            gather_rows(some_slopes[at:], index, count, values, value_step, sums, (rows + r) * size, size, more)
 
 
 @jitable
@@ -313,6 +337,19 @@ def attend_short(words, numbers, memory, lanes, first, some_rows, here, computin
 
 
 @jitable
+def add_each(words, memory, n_dense, left, values, at, value_step, column, count, right, more, computing):
+    """Add up neighbouring values for each of a few rows: a product would compute as many as it has rows in registers."""
+    stride, size, rows = words[Word.stride], words[Word.value_step], words[Word.rows]
+    scores = floats(words, memory, Word.scores, 0, rows * stride, computing)
+    sums = floats(words, memory, Word.sums, 0, (2 * rows + 1) * size, computing)
+    index = whole_numbers(words, memory, Word.some, 0, stride)
+    for i in range(count):
+        index[i] = i
+    for i in range(n_dense):
+        gather_rows(scores[left[i] + column :], index, count, values[at:], value_step, sums, right[i], size, more)
+
+
+@jitable
 def multiply_dense(words, memory, n_dense, here, values, value_step, computing):
     """Multiply the rows that are left with all values that they see."""
     rows, stride, size = words[Word.rows], words[Word.stride], words[Word.value_step]
@@ -328,13 +365,41 @@ def multiply_dense(words, memory, n_dense, here, values, value_step, computing):
         r = dense[min(i, n_dense - 1)]
         left[i] = r * stride + here.low - here.base
         right[i] = r * size if i < n_dense else 2 * rows * size
-    at, count = here.low * value_step, here.high - here.low
-    multiply_rows(scores, left, 1, together, values, at, value_step, count, sums, right, size, False)
-    if words[Word.u] != 0:
-        slopes = floats(words, memory, Word.slopes, 0, rows * stride, computing)
-        for i in range(n_dense):
-            right[i] += rows * size
-        multiply_rows(slopes, left, 1, together, values, at, value_step, count, sums, right, size, False)
+    slopes = floats(words, memory, Word.slopes, 0, rows * stride if words[Word.u] != 0 else 0, computing)
+    at_once = DEPTH if converts_some(words) else here.high - here.low
+    for first in range(here.low, here.high, at_once):
+        count, at, more, column = min(at_once, here.high - first), first * value_step, first > here.low, first - here.low
+        if converts_some(words):
+            values_into(words, here, first, count, values, value_step)
+            at = 0
+        if n_dense < ROWS // 2 and words[Word.u] == 0:
+            add_each(words, memory, n_dense, left, values, at, value_step, column, count, right, more, computing)
+            continue
+        multiply_rows(scores[column:], left, 1, together, values, at, value_step, count, sums, right, size, more)
+        if words[Word.u] != 0:
+            for i in range(n_dense):
+                right[i] += rows * size
+            multiply_rows(slopes[column:], left, 1, together, values, at, value_step, count, sums, right, size, more)
+            for i in range(n_dense):
+                right[i] -= rows * size
+
+
+@jitable
+def score_directly(words, memory, queries, left, scores, right, here, computing):
+    """The products of `score_rows` with the keys as they lie, some at a time, which stay in the nearest cache."""
+    step, depth, kind, key_row = words[Word.head_step], words[Word.head_dim], words[Word.kind], words[Word.key_row]
+    across = panel_width(queries)
+    copied = floats(words, memory, Word.pack_rows, 0, across * step, computing)
+    kv_head, itemsize = here.head // words[Word.group], bytes_of(kind, queries)
+    for first in range(here.base, here.high, across):
+        count = min(across, here.high - first)
+        at = place(words, Word.key, here.key_batch, kv_head, here.key_at + first, itemsize)
+        keys, key_step = copied, step
+        if kind == 0 and depth == step:
+            keys, key_step = array_at(at, count * key_row + depth, computing), key_row
+        else:
+            copy_rows(at, kind, key_row, count, depth, 1.0, copied, step)
+        multiply_directly(queries, left, here.count, keys, key_step, count, step, scores, right, first - here.base)
 
 
 @jitable
@@ -350,6 +415,9 @@ def score_rows(words, numbers, memory, here, computing):
     queries[here.count * step : together * step] = 0.0
     left = place_rows(words, memory, Word.left_rows, together, step)
     right = place_rows(words, memory, Word.right_rows, together, stride)
+    if words[Word.direct] != 0:
+        score_directly(words, memory, queries, left, scores, right, here, computing)
+        return
     multiply_panels(queries, left, together, panels, depth, here.base, here.base + here.padded, scores, right)
 
 
@@ -460,7 +528,7 @@ def make_forward(computing):
         while start < end:
             for task in range(start, end):
                 sequence = sequence_of(table, words[Word.sequences], task)
-                keys, batch, key_at = sequence[Sequence.keys], sequence[Sequence.batch], sequence[Sequence.key_at]
+                keys, key_batch, key_at = sequence[Sequence.keys], sequence[Sequence.key_batch], sequence[Sequence.key_at]
                 local = task - sequence[Sequence.first_task]
                 tiles = (sequence[Sequence.length] + TILE - 1) // TILE
                 tile, head = local % tiles, local // tiles
@@ -468,14 +536,15 @@ def make_forward(computing):
                 if held != sequence[Sequence.first_task] * kv_heads + kv_head:
                     held = sequence[Sequence.first_task] * kv_heads + kv_head
                     kind, key_row = words[Word.kind], words[Word.key_row]
-                    at = place(words, Word.key, batch, kv_head, key_at, bytes_of(kind, panels))
-                    pack(at, kind, key_row, keys, depth, panels, pack_rows, words[Word.head_step])
+                    if words[Word.direct] == 0:
+                        at = place(words, Word.key, key_batch, kv_head, key_at, bytes_of(kind, panels))
+                        pack(at, kind, key_row, keys, depth, panels, pack_rows, words[Word.head_step])
                     if in_place:
                         step = words[Word.value_row]
-                        at = place(words, Word.value, batch, kv_head, key_at, bytes_of(kind, panels))
+                        at = place(words, Word.value, key_batch, kv_head, key_at, bytes_of(kind, panels))
                         values = array_at(at, keys * step + size, computing)
-                    else:
-                        rows_into(words, Word.value, batch, kv_head, key_at, keys, size, 1.0, copied, value_step)
+                    elif not converts_some(words):
+                        rows_into(words, Word.value, key_batch, kv_head, key_at, keys, size, 1.0, copied, value_step)
                 e = exponent_of(words, numbers, head, least_e, computing)
                 touched[:] = 0
                 last = min((tile + 1) * TILE, sequence[Sequence.length])
@@ -485,7 +554,7 @@ def make_forward(computing):
                     attend_rows(words, numbers, memory, lanes, e, here, values, step, computing)
                     write_rows(words, memory, here, computing)
                 if words[Word.live] != 0:
-                    of_head = (batch * kv_heads * words[Word.group] + head) * words[Word.tiles]
+                    of_head = (sequence[Sequence.batch] * kv_heads * words[Word.group] + head) * words[Word.tiles]
                     write_live(words, of_head + sequence[Sequence.tile_at] + tile, touched)
             done, start, end = take(words, done, start, end)
         return finish(words, done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from diffmax.kernels.numba.attention_words import N_COLUMNS, N_WORDS, Sequence, 
 from diffmax.kernels.numba.cache import compile_cached
 from diffmax.kernels.numba.jobs import KERNEL
 from diffmax.kernels.numba.one_row import LISTED
-from diffmax.kernels.numba.products import PANEL_BYTES, ROWS
+from diffmax.kernels.numba.products import DEPTH, PANEL_BYTES, ROWS
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
 from diffmax.kernels.numba.threads import Kernel, run_on_threads
@@ -30,6 +30,8 @@ from diffmax.reference.dropout import threshold
 # Scores that a thread holds at a time in the forward kernel stay in the second level of the cache.
 SCORE_BYTES = 1 << 19
 LEAST_ROWS = 16
+# Of so few rows of queries that share a head of keys, each is multiplied by the keys as they lie, which are not packed.
+DIRECT_ROWS = 8
 # Scratch memory that is never too much.
 LEAST_BYTES = 1 << 30
 # A thread that finishes first takes more: tasks are shared out in this many chunks per thread.
@@ -44,16 +46,20 @@ COMPUTING: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: n
 class Job:
     """The words of a call. Tensors of which it holds the addresses live as long as it does."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, sequences: Sequences | None = None
+    ) -> None:
         self.acc = accumulation_dtype(query.dtype)
         self.numbers = np.zeros(N_WORDS)
         self.words = words = self.numbers.view(np.int64)
         self.alive: list[Tensor] = []
-        self.table = _sequences(query, key, call)
+        tiles = live_shape(query, key, call)[2:] if sequences is None else (0, -(-sequences.keys // (TILE * WORD_BITS)))
+        sequences = sequences or _sequences(query, key, call)
+        self.table = sequences.table.copy()
         self.lanes, self.across = BYTES // self.acc.itemsize, PANEL_BYTES // self.acc.itemsize
         self.head_dim, self.value_dim = query.shape[3], value.shape[3]
         self.head_step, self.value_step = (_multiple(size, self.lanes) for size in (self.head_dim, self.value_dim))
-        self.keys = int(self.table[:, Sequence.keys].max()) if len(self.table) else 0
+        self.keys, self.length = sequences.keys, sequences.length
         self.longest = _multiple(self.keys, self.across)
         self.converts = query.dtype in KINDS
         # scratch memory of all threads: one head's keys and values for each, but no more than some copies of them all
@@ -61,8 +67,7 @@ class Job:
         self.seen = self.keys  # by a tile of queries, at most
         if call.left >= 0 and call.right >= 0:
             self.seen = min(self.keys, call.left + call.right + TILE)
-        self.products = int((self.table[:, Sequence.length] * self.table[:, Sequence.keys]).sum())
-        self.products *= query.shape[1] * (self.head_dim + self.value_dim)
+        self.products = sequences.pairs * query.shape[1] * (self.head_dim + self.value_dim)
         words[Word.table], words[Word.sequences] = self.table.ctypes.data, len(self.table)
         words[Word.kv_heads], words[Word.group] = key.shape[1], query.shape[1] // max(1, key.shape[1])
         words[Word.head_dim], words[Word.value_dim] = self.head_dim, self.value_dim
@@ -72,7 +77,7 @@ class Job:
             self.add(word, t)
         words[Word.length], words[Word.key_length] = query.shape[2], key.shape[2]
         words[Word.left], words[Word.right], words[Word.lower_right] = call.left, call.right, call.lower_right
-        words[Word.tiles], words[Word.tile_words] = live_shape(query, key, call)[2:]
+        words[Word.tiles], words[Word.tile_words] = tiles
         self._add_numbers(query, call)
         self._add_rules(query, call)
 
@@ -85,6 +90,10 @@ class Job:
     def add_whole(self, word: int, t: Tensor) -> None:
         """Address of a contiguous tensor, 0 if it is empty."""
         self.words[word] = self._kept(t.resolve_neg().contiguous()).data_ptr() if t.numel() else 0
+
+    def add_new(self, word: int, t: Tensor) -> None:
+        """Address of a tensor that the caller has made and keeps, 0 if it is empty."""
+        self.words[word] = t.data_ptr() if t.numel() else 0
 
     def _kept(self, t: Tensor) -> Tensor:
         self.alive.append(t)
@@ -136,90 +145,137 @@ class Job:
         words[Word.bias_share] = total.stride(0) if len(total) > 1 else 0
 
     def scratch_of_forward(self, keeps: bool) -> None:
-        """Lay out the memory of the forward kernel."""
-        stride = _multiple(self.seen, self.across) + self.across + self.lanes
-        fitting = max(LEAST_ROWS, SCORE_BYTES // (stride * self.acc.itemsize))
-        rows = next(size for size in (TILE, TILE // 2, LEAST_ROWS) if size <= fitting)
-        listed = LISTED * self.lanes
+        """Lay out the memory of the forward kernel, and choose how it multiplies queries by keys."""
+        words = self.words
+        direct = self.length * int(words[Word.group]) <= DIRECT_ROWS
+        words[Word.direct] = direct
+        sizes = _Sizes(self.acc.itemsize, self.head_dim, self.value_dim, self.head_step, self.value_step, self.longest)
         copies = self.converts or self.value_step != self.value_dim
-        floats = {
-            "panels": self.longest * self.head_dim,
-            "value_rows": self.longest * self.value_step if copies else 0,
-            "pack_rows": self.across * self.head_step,
-            "query_rows": rows * self.head_step,
-            "scores": rows * stride,
-            "slopes": rows * stride if keeps else 0,
-            "sums": (2 * rows + 1) * self.value_step,
-            **dict.fromkeys(("z", "weights", "reciprocals", "row_slopes", "some_weights", "some_slopes"), stride),
-            **dict.fromkeys(("list_z", "list_weights", "list_slopes"), listed),
-            "lanes": 8 * self.lanes,
-            "norms": rows,
-        }
-        integers = {
-            "index": stride,
-            "some": stride,
-            "list_index": listed,
-            "touched": int(self.words[Word.tile_words]) * WORD_BITS,
-        }
-        self._lay_out(rows, stride, floats, integers, rows)
+        tiles = int(words[Word.tile_words]) * WORD_BITS
+        self._lay_out(_forward_layout(sizes, self.seen, min(self.length, TILE), tiles, copies, keeps, direct))
 
     def scratch_of_backward(self) -> None:
         """Lay out the memory of the backward kernel."""
-        rows, stride = TILE, STRETCH + self.lanes
-        floats = {
-            "panels": self.longest * self.head_dim,
-            "value_panels": self.longest * self.value_dim,
-            "key_rows": self.longest * self.head_step if self.converts or self.head_step != self.head_dim else 0,
-            "value_rows": self.longest * self.value_step if self.converts or self.value_step != self.value_dim else 0,
-            "pack_rows": self.across * max(self.head_step, self.value_step),
-            "query_rows": rows * self.head_step,
-            "grad_rows": rows * self.value_step,
-            **dict.fromkeys(("scores", "weights", "slopes", "gradients"), rows * stride),
-            "capped": rows * stride if self.numbers[Word.softcap] > 0 else 0,
-            "sums": rows * self.head_step,
-            "key_sums": self.longest * self.head_step,
-            "value_sums": self.longest * self.value_step,
-            **dict.fromkeys(("some_weights", "some_slopes"), stride),
-            **dict.fromkeys(("means", "row_sums"), rows),
-        }
-        self._lay_out(rows, stride, floats, {"index": rows, "some": stride, "weighted": rows}, stride)
+        sizes = _Sizes(self.acc.itemsize, self.head_dim, self.value_dim, self.head_step, self.value_step, self.longest)
+        copies = (self.converts or self.head_step != self.head_dim, self.converts or self.value_step != self.value_dim)
+        self._lay_out(_backward_layout(sizes, *copies, bool(self.numbers[Word.softcap] > 0)))
 
-    def _lay_out(self, rows: int, stride: int, floats: dict[str, int], integers: dict[str, int], places: int) -> None:
-        """Tell each part of a thread's memory where it begins; `places` rows, and those of a tile, have theirs noted."""
-        self.words[Word.rows], self.words[Word.stride] = rows, stride
-        sizes = {name: count * self.acc.itemsize for name, count in floats.items()}
-        sizes |= {name: count * 4 for name, count in integers.items()}
-        sizes |= dict.fromkeys(("dense", "left_rows", "right_rows"), (places + ROWS) * 8)
-        at = 0
-        for name, size in sizes.items():
-            self.words[getattr(Word, name)] = at
-            at += _multiple(size, BYTES)
-        self.words[Word.slot_bytes] = at
+    def _lay_out(self, layout: _Layout) -> None:
+        words = self.words
+        words[Word.rows], words[Word.stride], words[Word.slot_bytes] = layout.rows, layout.stride, layout.slot_bytes
+        words[Word.panels :] = layout.places
 
     def threads(self) -> int:
         """How many threads it is worth."""
         return torch.get_num_threads() if self.products >= 2 * THREAD_PRODUCTS else 1
 
-    def run(self, name: str, tasks_of: Table, chunks: int) -> None:
+    def chunks(self) -> int:
+        """In how many its tasks are shared out."""
+        threads = self.threads()
+        return 1 if threads == 1 else threads * CHUNKS_PER_THREAD
+
+    def run(self, name: str, tasks_of: Table | int, chunks: int) -> None:
         """Run a kernel, with so many tasks for each sequence, in so many chunks."""
-        words, total = self.words, int(tasks_of.sum())
+        words = self.words
+        if isinstance(tasks_of, int):
+            total = tasks_of * len(self.table)
+            self.table[:, Sequence.first_task] = np.arange(len(self.table)) * tasks_of
+        else:
+            total = int(tasks_of.sum())
+            self.table[:, Sequence.first_task] = np.cumsum(tasks_of) - tasks_of
         if total == 0:
             return
-        self.table[:, Sequence.first_task] = np.cumsum(tasks_of) - tasks_of
         kernel, address = _kernel(name, self.acc)
-        words[Word.stop], words[Word.chunk] = total, -(-total // chunks)
-        fitting = max(1, self.most_bytes // int(words[Word.slot_bytes]))
-        threads = min(self.threads(), -(-total // int(words[Word.chunk])), fitting)
-        memory = torch.empty(threads * int(words[Word.slot_bytes]) + BYTES, dtype=torch.uint8)
-        words[Word.memory] = _multiple(memory.data_ptr(), BYTES)
+        chunk, slot_bytes = -(-total // chunks), int(words[Word.slot_bytes])
+        threads = min(self.threads(), -(-total // chunk), max(1, self.most_bytes // slot_bytes))
+        memory = torch.empty(threads * slot_bytes + BYTES, dtype=torch.uint8)
+        words[Word.stop], words[Word.chunk], words[Word.memory] = total, chunk, _multiple(memory.data_ptr(), BYTES)
         if threads == 1:
-            words[Word.chunk] = total if chunks == 1 else words[Word.chunk]
             done = kernel(words.ctypes.data)
         else:
             run_on_threads(kernel, address, words.ctypes.data, threads)
             done = int(words[Word.done])
         if done != total:
             raise RuntimeError(f"diffmax: attention's {name} kernel did {done} of {total} tasks")
+
+
+class _Sizes(NamedTuple):
+    """What the size of scratch memory depends on, forward and backward, see `Word`."""
+
+    itemsize: int
+    head_dim: int
+    value_dim: int
+    head_step: int
+    value_step: int
+    longest: int
+
+
+class _Layout(NamedTuple):
+    """A thread's memory: rows and their stride, and where each part begins, from `Word.panels` on, in bytes."""
+
+    rows: int
+    stride: int
+    slot_bytes: int
+    places: Table
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_layout(sizes: _Sizes, seen: int, most_rows: int, tiles: int, copies: bool, keeps: bool, direct: bool) -> _Layout:
+    lanes, across = BYTES // sizes.itemsize, PANEL_BYTES // sizes.itemsize
+    stride = _multiple(seen, across) + across + lanes
+    fitting = max(LEAST_ROWS, SCORE_BYTES // (stride * sizes.itemsize))
+    rows = next(size for size in (TILE, TILE // 2, LEAST_ROWS) if size <= fitting)
+    rows = min(rows, _multiple(max(1, most_rows), LEAST_ROWS))
+    listed = LISTED * lanes
+    floats = {
+        "panels": 0 if direct else sizes.longest * sizes.head_dim,
+        "value_rows": (DEPTH if direct else sizes.longest) * sizes.value_step if copies else 0,
+        "pack_rows": across * sizes.head_step,
+        "query_rows": rows * sizes.head_step,
+        "scores": rows * stride,
+        "slopes": rows * stride if keeps else 0,
+        "sums": (2 * rows + 1) * sizes.value_step,
+        **dict.fromkeys(("z", "weights", "reciprocals", "row_slopes", "some_weights", "some_slopes"), stride),
+        **dict.fromkeys(("list_z", "list_weights", "list_slopes"), listed),
+        "lanes": 8 * lanes,
+        "norms": rows,
+    }
+    return _layout(rows, stride, sizes, floats, {"index": stride, "some": stride, "list_index": listed, "touched": tiles}, rows)
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_layout(sizes: _Sizes, copies_keys: bool, copies_values: bool, caps: bool) -> _Layout:
+    rows, stride = TILE, STRETCH + BYTES // sizes.itemsize
+    floats = {
+        "panels": sizes.longest * sizes.head_dim,
+        "value_panels": sizes.longest * sizes.value_dim,
+        "key_rows": sizes.longest * sizes.head_step if copies_keys else 0,
+        "value_rows": sizes.longest * sizes.value_step if copies_values else 0,
+        "pack_rows": PANEL_BYTES // sizes.itemsize * max(sizes.head_step, sizes.value_step),
+        "query_rows": rows * sizes.head_step,
+        "grad_rows": rows * sizes.value_step,
+        **dict.fromkeys(("scores", "weights", "slopes", "gradients"), rows * stride),
+        "capped": rows * stride if caps else 0,
+        "sums": rows * sizes.head_step,
+        "key_sums": sizes.longest * sizes.head_step,
+        "value_sums": sizes.longest * sizes.value_step,
+        **dict.fromkeys(("some_weights", "some_slopes"), stride),
+        **dict.fromkeys(("means", "row_sums"), rows),
+    }
+    return _layout(rows, stride, sizes, floats, {"index": rows, "some": stride, "weighted": rows}, stride)
+
+
+def _layout(rows: int, stride: int, sizes: _Sizes, floats: dict[str, int], integers: dict[str, int], noted: int) -> _Layout:
+    """Parts of so many floats and integers, one behind the other; so many rows have their places noted, and a tile's more."""
+    bytes_of = {name: count * sizes.itemsize for name, count in floats.items()}
+    bytes_of |= {name: count * 4 for name, count in integers.items()}
+    bytes_of |= dict.fromkeys(("dense", "left_rows", "right_rows"), (noted + ROWS) * 8)
+    places = np.zeros(N_WORDS, np.int64)
+    at = 0
+    for name, size in bytes_of.items():
+        places[getattr(Word, name)] = at
+        at += _multiple(size, BYTES)
+    return _Layout(rows, stride, at, places[Word.panels :])
 
 
 def _multiple(size: int, of: int) -> int:
@@ -232,21 +288,43 @@ def _steps(t: Tensor) -> list[int]:
     return [0 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True)]
 
 
-def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Table:
+class Sequences(NamedTuple):
+    """The table of sequences; how many keys the longest has, the most queries, and all pairs of a query and a key."""
+
+    table: Table
+    keys: int
+    length: int
+    pairs: int
+
+
+def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Sequences:
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        table = np.zeros((query.shape[0], N_COLUMNS), np.int64)
-        table[:, Sequence.length], table[:, Sequence.keys] = query.shape[2], key.shape[2]
-        table[:, Sequence.batch] = np.arange(len(table))
-        return table
+        return _whole_batch(query.shape[0], query.shape[2], key.shape[2])
     starts_q = _starts("cu_seqlens_q", call.cu_seqlens_q, query.shape[2], call.max_seqlen_q)
     starts_k = _starts("cu_seqlens_k", call.cu_seqlens_k, key.shape[2], call.max_seqlen_k)
     number = np.arange(len(starts_q) - 1)
     table = np.zeros((len(number), N_COLUMNS), np.int64)
-    table[:, Sequence.length], table[:, Sequence.keys] = np.diff(starts_q), np.diff(starts_k)
+    lengths, keys = np.diff(starts_q), np.diff(starts_k)
+    table[:, Sequence.length], table[:, Sequence.keys] = lengths, keys
     table[:, Sequence.query_at], table[:, Sequence.key_at] = starts_q[:-1], starts_k[:-1]
     table[:, Sequence.tile_at] = starts_q[:-1] // TILE + number
     table[:, Sequence.number] = number
-    return table
+    return Sequences(table, int(keys.max(initial=0)), int(lengths.max(initial=0)), int((lengths * keys).sum()))
+
+
+@functools.lru_cache(maxsize=256)
+def _whole_batch(batch: int, length: int, keys: int) -> Sequences:
+    return sequences_of([keys] * batch, [0] * batch, list(range(batch)), length)
+
+
+def sequences_of(keys: list[int], key_at: list[int], key_batch: list[int], length: int) -> Sequences:
+    """Sequences of `length` queries each: how many keys each has, where they begin, and in which row of the batch."""
+    table = np.zeros((len(keys), N_COLUMNS), np.int64)
+    table[:, Sequence.length], table[:, Sequence.batch] = length, np.arange(len(keys))
+    columns = ((Sequence.keys, keys), (Sequence.key_at, key_at), (Sequence.key_batch, key_batch))
+    for column, numbers in columns:
+        table[:, column] = numbers
+    return Sequences(table, max(keys, default=0), length, length * sum(keys))
 
 
 def _starts(what: str, starts: Tensor, tokens: int, longest: int) -> Table:

@@ -29,7 +29,7 @@ _Words = namedtuple(
     alibi alibi_batch sink e left right lower_right integer steps seed_0 seed_1 least_word
     length tiles tile_words out m delta u live support
     grad_query grad_key grad_value grad_e grad_sink key_length splits split_step
-    grad_bias grad_bias_batch grad_bias_head grad_bias_row grad_bias_key bias_share
+    grad_bias grad_bias_batch grad_bias_head grad_bias_row grad_bias_key bias_share direct
     scale e_value softcap passed
     panels value_panels key_rows value_rows pack_rows query_rows grad_rows scores slopes gradients capped
     sums key_sums value_sums z weights reciprocals row_slopes some_weights some_slopes
@@ -41,7 +41,7 @@ N_WORDS = len(_Words._fields)
 Word = _Words(*range(N_WORDS))
 """Places of a job's words. scale, e_value, softcap and passed are numbers; from panels on, the parts of the scratch memory."""
 
-_Columns = namedtuple("_Columns", "length keys query_at key_at tile_at batch number first_task")
+_Columns = namedtuple("_Columns", "length keys query_at key_at tile_at batch key_batch number first_task")
 N_COLUMNS = len(_Columns._fields)
 Sequence = _Columns(*range(N_COLUMNS))
 """Columns of the table of sequences: lengths, where they begin in the tensors, their number among the packed."""
@@ -186,10 +186,12 @@ class Rows(NamedTuple):
     """
 
     batch: int
+    key_batch: int
     number: int
     head: int
     heads: int
     query_at: int
+    key_at: int
     keys: int
     shift: int
     first: int
@@ -214,10 +216,12 @@ def rows_of(words, sequence, head, first, last, across, width, share):
     padded = (high - base + across - 1) // across * across if high > low else 0
     return Rows(
         batch,
+        sequence[Sequence.key_batch],
         batch + sequence[Sequence.number],
         head,
         heads,
         query_at,
+        sequence[Sequence.key_at],
         keys,
         shift,
         first,

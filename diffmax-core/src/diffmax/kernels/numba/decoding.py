@@ -1,18 +1,58 @@
-"""`diffmax.kernels.cpu.decoding` with the compiled row operator."""
+"""Decoding for CPUs, compiled: attention's forward kernel, whose sequences are those of the cache.
+
+Pages, in the cache or in its bounds, and few long sequences, whose keys several threads share, go the way of
+`diffmax.kernels.cpu.decoding`, with the compiled row operator.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from diffmax.kernels.cpu import decoding
+from diffmax.kernels.numba.attention_job import Job, sequences_of
+from diffmax.kernels.numba.attention_words import Word
 from diffmax.kernels.numba.rows import bisect
-from diffmax.plugin import KVCacheCall, KVCacheResults
+from diffmax.machine.forked import alone_in_child
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.plugin import TILE, AttentionCall, KVCacheCall, KVCacheResults
+from diffmax.reference.decoding import append
+
+# So many keys of a head are read faster by torch's products, where a thread would have no head or there is one query.
+KEYS_TO_SHARE = 1 << 16
 
 
+@alone_in_child
 def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> KVCacheResults:
     """Kernel; arguments and results as `diffmax.reference.decoding.attention_kvcache`."""
-    return decoding.attention_kvcache(query, k_cache, v_cache, call, stats, bisect)
+    batch, length, heads, _ = query.shape
+    kv_heads = k_cache.shape[2]
+    ends = decoding.ends(k_cache, call)
+    starts = _starts(call, ends, length)
+    keys = [end - start for start, end in zip(starts, ends, strict=True)]
+    if not _is_served(query, k_cache, v_cache, call, keys):
+        return decoding.attention_kvcache(query, k_cache, v_cache, call, stats, bisect)
+    append(k_cache, v_cache, call)
+    # heads that share keys are rows of one head, where nothing tells them apart
+    folds = length == 1 and not isinstance(call.e, Tensor) and call.alibi is None and call.sink is None
+    rows = query.reshape(batch, kv_heads, heads // kv_heads, -1) if folds else query.transpose(1, 2)
+    whole = AttentionCall(scale=call.scale, e=call.e, softcap=call.softcap, alibi=call.alibi, sink=call.sink)
+    if not folds:
+        whole = dataclasses.replace(whole, left=call.left, right=call.right, lower_right=True)
+    of_cache = list(range(batch)) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
+    sequences = sequences_of(keys, starts, of_cache, rows.shape[2])
+    job = Job(rows, k_cache.transpose(1, 2), v_cache.transpose(1, 2), whole, sequences)
+    out = torch.empty(batch, heads, length, v_cache.shape[3], dtype=v_cache.dtype)
+    m, delta = (torch.empty(batch, heads, length, dtype=accumulation_dtype(query.dtype)) for _ in range(2))
+    support = torch.empty((batch, heads, length) if stats else (0,), dtype=torch.int32)
+    for word, t in ((Word.out, out), (Word.m, m), (Word.delta, delta), (Word.support, support)):
+        job.add_new(word, t)
+    job.scratch_of_forward(False)
+    job.run("forward", -(-rows.shape[2] // TILE) * rows.shape[1], job.chunks())
+    pages = _pages_read(call, starts, ends, kv_heads) if stats else torch.empty(0, dtype=torch.int32)
+    return KVCacheResults(out.transpose(1, 2).contiguous(), m, delta, support, pages)
 
 
 def warmup(
@@ -24,7 +64,35 @@ def warmup(
     backward: bool,
     features: frozenset[str],
 ) -> None:
-    """Have the kernels of a dtype compiled, or read from the cache: one serves every call. There is no backward."""
+    """Have the kernels of a dtype compiled, or read from the cache: they serve every call. There is no backward."""
     query, v_cache = (torch.zeros(1, 2, 1, size, dtype=dtype) for size in (head_dim, value_dim))
     lengths = torch.full((1,), 2, dtype=torch.int32)
-    attention_kvcache(query, query, v_cache, KVCacheCall(scale=1.0, e=0.5 if e is None else e, cache_seqlens=lengths), False)
+    call = KVCacheCall(scale=1.0, e=0.5 if e is None else e, cache_seqlens=lengths)
+    attention_kvcache(query, query, v_cache, call, False)
+    decoding.attention_kvcache(query, query, v_cache, call, False, bisect)
+
+
+def _is_served(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, keys: list[int]) -> bool:
+    """Whether attention's kernel takes the call."""
+    batch, length, heads, _ = query.shape
+    if call.block_table is not None or call.low is not None or 0 in (batch, length, heads, v_cache.shape[3]):
+        return False
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:  # the kernel would want a copy of the cache
+        return False
+    queries = length * heads // k_cache.shape[2]
+    tasks = batch * k_cache.shape[2] if queries > 1 else 0  # one query is memory's work
+    return tasks >= torch.get_num_threads() or max(keys) < KEYS_TO_SHARE
+
+
+def _starts(call: KVCacheCall, ends: list[int], length: int) -> list[int]:
+    """The first token that a query of each sequence sees: what lies before all windows, or is padding, is left out."""
+    starts = [max(end - length - call.left, 0) if call.left >= 0 else 0 for end in ends]
+    if call.leftpad is None:
+        return starts
+    return [min(max(start, pad), end) for start, pad, end in zip(starts, call.leftpad.tolist(), ends, strict=True)]
+
+
+def _pages_read(call: KVCacheCall, starts: list[int], ends: list[int], kv_heads: int) -> Tensor:
+    size = call.page_size
+    pages = [-(-end // size) - start // size for start, end in zip(starts, ends, strict=True)]
+    return torch.tensor(pages, dtype=torch.int32).unsqueeze(1).expand(-1, kv_heads).contiguous()

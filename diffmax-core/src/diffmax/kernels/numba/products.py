@@ -12,7 +12,20 @@ from numba.core.extending import overload
 
 from diffmax.kernels.numba.one_row import write
 from diffmax.kernels.numba.probe import numba_converts_float16
-from diffmax.kernels.numba.simd import BYTES, array_at, get, jitable, load, places, product_of, splat, store, transpose_square
+from diffmax.kernels.numba.simd import (
+    BYTES,
+    array_at,
+    dots_of,
+    get,
+    jitable,
+    load,
+    places,
+    product_of,
+    splat,
+    store,
+    total,
+    transpose_square,
+)
 
 
 def _vector_registers() -> int:
@@ -32,6 +45,7 @@ HALVES = numba_converts_float16()
 
 _product = product_of(ROWS, VECTORS)
 _column = product_of(ROWS, 1)
+_dots = dots_of(ROWS * VECTORS // 2)
 
 
 @jitable
@@ -76,6 +90,25 @@ def multiply_panels(a, a_rows, rows, panels, depth, start, stop, c, c_rows):
     for first in range(start, stop, across):
         for r in range(0, rows, ROWS):
             _product(a, a_rows, 1, panels, first * depth, across, depth, c, c_rows, first - start, r, False)
+
+
+@jitable
+def multiply_directly(a, a_rows, rows, b, b_step, count, depth, c, c_rows, c_at):
+    """c[c_rows[r] + c_at + j] = a[a_rows[r] :][:depth] . b[j b_step :][:depth] for j < count; `depth` is whole vectors.
+
+    It sums each product by itself, which for few rows costs less than `pack`.
+    """
+    width = places(c)
+    whole = count // width * width
+    for r in range(rows):
+        row, out = a_rows[r], c_rows[r] + c_at
+        for j in range(0, whole, width):
+            _dots(a, row, b, j * b_step, b_step, depth, c, out + j)
+        for j in range(whole, count):
+            s = splat(c, 0.0)
+            for k in range(0, depth, width):
+                s = s + load(a, row + k) * load(b, j * b_step + k)
+            c[out + j] = total(s)
 
 
 @jitable

@@ -607,6 +607,58 @@ def product_of(rows, vectors):
     return product
 
 
+def dots_of(together):
+    """An intrinsic that multiplies a row with as many others as a vector has places, with the sums of `together` in registers.
+
+    dots(a, a_at, b, b_at, b_step, depth, c, c_at):
+        c[c_at + i] = sum over k < depth of a[a_at + k] b[b_at + i b_step + k], where `depth` is whole vectors.
+    """
+
+    @intrinsic
+    def dots(typing_context, a, a_at, b, b_at, b_step, depth, c, c_at):
+        vector = _vector_of(c)
+        width, llvm, align = vector.width, _llvm(vector), vector.element.bitwidth // 8
+
+        def add_neighbours(builder, low, high):
+            """The sums of neighbouring places of two vectors, those of the first before those of the second."""
+            halves = [ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(i, 2 * width, 2))) for i in range(2)]
+            return builder.fadd(*(builder.shuffle_vector(low, high, half) for half in halves))
+
+        def totals(builder, vectors):
+            while len(vectors) > 1:
+                vectors = [add_neighbours(builder, *vectors[i : i + 2]) for i in range(0, len(vectors), 2)]
+            return vectors[0]
+
+        def generate(context, builder, signature, arguments):
+            a_array, a_at, b_array, b_at, b_step, depth, c_array, c_at = arguments
+            size, some = c_at.type, min(together, width)
+
+            def loaded(array_type, array, at):
+                return builder.load(_pointer(context, builder, array_type, array, at, llvm), align=align)
+
+            steps = builder.sdiv(depth, size(width))
+            found = []
+            for first in range(0, width, some):
+                sums = [cgutils.alloca_once_value(builder, ir.Constant(llvm, [0.0] * width)) for _ in range(some)]
+                rows = [builder.add(b_at, builder.mul(b_step, size(first + i))) for i in range(some)]
+                for sum_of_row in sums:
+                    builder.store(ir.Constant(llvm, [0.0] * width), sum_of_row)
+                with cgutils.for_range(builder, steps) as loop:
+                    k = builder.mul(loop.index, size(width))
+                    factor = loaded(a, a_array, builder.add(a_at, k))
+                    for row, sum_of_row in zip(rows, sums, strict=True):
+                        term = builder.fmul(factor, loaded(b, b_array, builder.add(row, k)), flags=CONTRACT)
+                        builder.store(builder.fadd(builder.load(sum_of_row), term, flags=CONTRACT), sum_of_row)
+                found.append(totals(builder, [builder.load(sum_of_row) for sum_of_row in sums]))
+            builder.store(totals(builder, found), _pointer(context, builder, c, c_array, c_at, llvm), align=align)
+            return context.get_dummy_value()
+
+        n = types.int64
+        return types.void(a, n, b, n, n, n, c, n), generate
+
+    return dots
+
+
 def size_of(dtype):
     """Bytes of an element of a NumPy dtype."""
 
