@@ -1,12 +1,16 @@
 """Plugins that are broken in every way: `import diffmax` survives, each is listed with its reason, nothing else is hidden."""
 
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from diffmax.machine import discovery
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -244,17 +248,48 @@ def test_a_source_path_on_a_bare_machine_is_imported_without_importlib_metadata_
         "import sys\n"
         "sys.modules['importlib_metadata'] = None\n"
         "import importlib.metadata as standard\n"
-        "find, points = standard.version, standard.entry_points\n"
-        "def version(name):\n"
+        "find, points = standard.distribution, standard.entry_points\n"
+        "def distribution(name):\n"
         "    if name.startswith('diffmax'): raise standard.PackageNotFoundError(name)\n"
         "    return find(name)\n"
-        "standard.version = version\n"
+        "standard.distribution = distribution\n"
         "standard.entry_points = lambda **of: () if of.get('group') == 'diffmax.backends' else points(**of)\n"
         "import torch, diffmax\n"
         "assert diffmax.__version__ == '0+unknown'\n"
         "from diffmax.cli import report\n"
         "assert report.collect().versions['diffmax-core'] == '0+unknown'\n"
         "assert diffmax.diffmax_bisect(torch.tensor([3.0, 0.0]), 0.5)[1] < 0.2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_requirement_that_is_surely_met_is_so_by_packaging_too(monkeypatch):
+    """The short way of most plugins does without packaging, whose import takes longer than the rest of the check."""
+    found = ["0.1.0", "0.1", "2.4", "2.4.0rc1", "2.4.1+cpu", "2.10.0.dev3", "10.0", "1!0.1", "2.4.post1", "nightly"]
+    surely = 0
+    for installed, wanted, relation in itertools.product(
+        found, ["0.1", "0.1.0", "2.4", "2.4.0", "2.4.1", "9"], ["==", ">=", "~=", "<"]
+    ):
+        monkeypatch.setattr(discovery, "version", lambda name, installed=installed: installed)
+        if discovery._is_surely_met(f"torch{relation}{wanted}"):
+            surely += 1
+            assert Requirement(f"torch{relation}{wanted}").specifier.contains(installed, prereleases=True), (installed, wanted)
+    assert surely > 20
+    assert not discovery._is_surely_met("torch>=2 ; extra == 'fast'")
+    assert not discovery._is_surely_met("torch[opt]>=2")
+
+
+def test_the_import_does_without_layers_and_packaging():
+    """They are imported when they are used; vendors' packages are there."""
+    code = (
+        "import sys, torch, diffmax\n"
+        "heavy = ('diffmax.nn', 'packaging.requirements', 'email.policy', 'numba', 'triton')\n"
+        "assert not [name for name in heavy if name in sys.modules], sorted(sys.modules)\n"
+        "assert {'nn', 'DiffmaxBisectModule'} <= set(dir(diffmax))\n"
+        "assert diffmax.DiffmaxBisectModule is diffmax.nn.DiffmaxBisectModule\n"
+        "from diffmax import *\n"
+        "DiffmaxBisectModule(0.5)(torch.zeros(3))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

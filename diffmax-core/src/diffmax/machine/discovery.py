@@ -8,6 +8,7 @@ with valid hooks and descriptions (failed), and it is written for this plugin in
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 import pluggy
 
 from diffmax.machine.env import Settings
-from diffmax.machine.metadata import EntryPoint, PackageNotFoundError, core_version, entry_points, version
+from diffmax.machine.metadata import EntryPoint, PackageNotFoundError, core_version, entry_points, facts, version
 from diffmax.plugin import API_VERSION, ENTRY_POINT_GROUP, SHARED_KERNELS_VERSION, Backend, HookSpecs
 
 CORE_VERSION = core_version()
@@ -177,17 +178,18 @@ def _sort_key(point: EntryPoint) -> tuple[str, str, str]:
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
     try:
-        return (point.dist.name, point.dist.version) if point.dist is not None else ("unknown", "")
+        return facts(point.dist)[:2] if point.dist is not None else ("unknown", "")
     except Exception:  # noqa: BLE001  (an interrupted uninstall leaves a distribution without metadata)
         return "unknown", ""
 
 
 def _check_requirements(point: EntryPoint) -> None:
-    from packaging.requirements import (
-        Requirement,
-    )  # imported here, because it compiles large patterns: 15 ms that only plugins need
+    doubtful = [text for text in (facts(point.dist).requires if point.dist is not None else ()) if not _is_surely_met(text)]
+    if not doubtful:
+        return
+    from packaging.requirements import Requirement  # imported here: it compiles large patterns
 
-    for text in (point.dist.requires or []) if point.dist is not None else []:
+    for text in doubtful:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -201,6 +203,25 @@ def _check_requirements(point: EntryPoint) -> None:
                 f"requires {requirement}, {f'found {found}' if found else 'which is not installed'}; "
                 f"run: pip install '{requirement}'",
             )
+
+
+def _is_surely_met(text: str) -> bool:
+    """Whether a requirement of the simplest form is met: this very version, or a later release. packaging judges all others."""
+    simple = re.fullmatch(r"([\w.-]+)\s*(==|>=)\s*(\d+(?:\.\d+)*)", text)
+    if simple is None:
+        return False
+    name, relation, wanted = simple.groups()
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return False
+    return found == wanted if relation == "==" else _release(found) > _release(wanted)
+
+
+def _release(version: str) -> list[int]:
+    """The numbers of a release, without zeros at their end: 2.4.0rc1 is no later release than 2.4."""
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    return [] if numbers is None else [int(n) for n in re.sub(r"(\.0+)+$", "", numbers[0]).split(".")]
 
 
 def _is_initialising(module: str) -> bool:

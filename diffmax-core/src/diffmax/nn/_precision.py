@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffmax.nn._resettable import Resettable
+from diffmax.operators.common.resettable import Resettable
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -8,10 +8,10 @@ from torch import Tensor
 from diffmax.compat.entmax._normmax import normmax_losses
 from diffmax.compat.entmax._parameters import check_k, check_values, order_minus_one
 from diffmax.compat.entmax.root_finding import norm_order
-from diffmax.nn._resettable import Resettable
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_scores
 from diffmax.operators.common.numerics import MIN_E
+from diffmax.operators.common.resettable import Resettable
 from diffmax.operators.loss.api import fenchel_young, reduce_losses
 from diffmax.operators.loss.checks import check_reduction, check_target
 

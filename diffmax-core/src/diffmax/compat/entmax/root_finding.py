@@ -11,10 +11,10 @@ from diffmax.compat.entmax._budget import budget_rows
 from diffmax.compat.entmax._normmax import normmax_rows
 from diffmax.compat.entmax._outside import outside
 from diffmax.compat.entmax._parameters import check_values, number_or_rows, order_minus_one, wrong_value
-from diffmax.nn._resettable import Resettable
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import _readable, check_scores
 from diffmax.operators.common.numerics import MIN_E
+from diffmax.operators.common.resettable import Resettable
 from diffmax.operators.rows.api import normalize
 
 __all__ = [

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from diffmax.machine.dispatch import selected
-from diffmax.nn._resettable import Resettable
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
+from diffmax.operators.common.resettable import Resettable
 from diffmax.operators.loss import operator as loss_operator
 from diffmax.operators.loss.checks import check_reduction, check_target, check_weight
 from diffmax.operators.rows.api import Alpha
