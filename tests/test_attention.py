@@ -485,3 +485,12 @@ def test_varlen_says_what_is_wrong(error, words, arguments):
     packing = {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 4, "max_seqlen_k": 4}
     with pytest.raises(error, match=words):
         attention_varlen(**{"query": x, "key": x, "value": x, **packing, **arguments})
+
+
+@pytest.mark.parametrize("wrong", ["yes", None, 1, torch.tensor(True)])
+def test_causality_is_true_or_false(wrong):
+    x = torch.randn(1, 1, 3, 4)
+    with pytest.raises(TypeError, match="causality must be True or False, got"):
+        diffmax.attention(x, x, x, is_causal=wrong)
+    with pytest.raises(TypeError, match="causality must be True or False, got"):
+        diffmax.attention_with_kvcache(x, x, x, causal=wrong)
