@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, on_device, padded, power_of_two
+from diffmax.kernels.triton.common.launch import (
+    COMPILER_OPTIONS,
+    SOLVED,
+    Launch,
+    Plans,
+    on_device,
+    padded,
+    power_of_two,
+    signature,
+)
 from diffmax.kernels.triton.common.tuning import Decode, Table, Tunable, no_table
-from diffmax.kernels.triton.decoding.call import Arguments
+from diffmax.kernels.triton.decoding.call import Arguments, tensors_of
 from diffmax.kernels.triton.decoding.read import kvcache_read_kernel
 from diffmax.kernels.triton.decoding.start import kvcache_start_kernel
 from diffmax.kernels.triton.decoding.tiles import LISTED, SLOTS
@@ -60,6 +70,84 @@ class Grid:
         return cls(block_m, block_n, blocks, parts, pages * parts, programs, splits)
 
 
+class _Plan(NamedTuple):
+    """The launches of a call, and the memory that it takes.
+
+    Attributes:
+        start, read, values: The three launches.
+        grid: How the call is divided among programs.
+        floats, integers: Entries of each scratch buffer: tops, scores, work, lists, state, partial; counters, filled, read.
+    """
+
+    start: Launch
+    read: Launch
+    values: Launch
+    grid: Grid
+    floats: tuple[int, ...]
+    integers: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        call: KVCacheCall,
+        stats: bool,
+        settings: Decode,
+        *,
+        processors: int,
+        ptx: bool,
+    ) -> _Plan:
+        """Depends on the signature of the call only."""
+        arguments = Arguments.of(query, k_cache, v_cache, call, ptx=ptx)
+        grid, room, value_size = (
+            Grid.of(query, k_cache, v_cache, call, settings, processors),
+            capacity(k_cache, call),
+            v_cache.shape[3],
+        )
+        lanes, block_v = power_of_two(grid.splits), padded(value_size)
+        shared = {
+            **arguments.shared, **COMPILER_OPTIONS, "room": room,
+            "parts": grid.parts, "blocks": grid.blocks, "splits": grid.splits, "most_tiles": grid.most_tiles,
+            "BLOCK_M": grid.block_m, "BLOCK_N": grid.block_n, "SPLITS": lanes,
+        }  # fmt: skip
+        of_values = {**arguments.values, "VALUE_DIM": value_size, "BLOCK_V": block_v}
+        largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
+        solving = {
+            "HAS_SINK": call.sink is not None, "CUT": SOLVED[torch.float32],
+            "steps": 8 + newton_steps(200, room + 1, largest_e, torch.float32),
+        }  # fmt: skip
+        has_bounds = call.low is not None
+        start = {
+            **shared, **arguments.queries, **arguments.keys, **of_values, **arguments.scores,
+            "pages": -(-room // call.page_size), "HAS_BOUNDS": has_bounds, "num_warps": settings.start_warps,
+        }  # fmt: skip
+        read = {
+            **shared, **arguments.queries, **arguments.keys, **arguments.scores, **solving,
+            "HAS_BOUNDS": has_bounds, "num_warps": settings.read_warps,
+        }  # fmt: skip
+        values = {
+            **shared, **of_values, **solving,
+            "STATS": stats, "WINDOW": arguments.scores["OPTIONS"].WINDOW, "num_warps": settings.values_warps,
+        }  # fmt: skip
+        programs, rows = (grid.programs, grid.splits), grid.programs * grid.block_m
+        floats = (
+            rows * grid.most_tiles, rows * grid.most_tiles * grid.block_n,
+            rows * int(SLOTS) * lanes, rows * int(LISTED) * lanes, rows * 2, rows * grid.splits * 2 * block_v,
+        )  # fmt: skip
+        # multiples of 16 bytes, so that every buffer is aligned
+        integers = (_aligned(grid.programs * 2), _aligned(grid.programs * grid.splits), grid.programs * grid.splits)
+        return cls(
+            Launch(kvcache_start_kernel, programs, start), Launch(kvcache_read_kernel, programs, read),
+            Launch(kvcache_values_kernel, programs, values), grid, floats, integers,
+        )  # fmt: skip
+
+
+def _aligned(n: int) -> int:
+    return -(-n // 4) * 4
+
+
 class Decoder(Tunable):
     """`attention_kvcache` for one vendor, with the signature of `diffmax.reference.decoding`, for dtypes up to float32.
 
@@ -67,6 +155,8 @@ class Decoder(Tunable):
         processors: How many multiprocessors (compute units) a device has.
         ptx: Whether the compiler takes NVIDIA's assembly.
         table: The tuning table of a device's own architecture, if there is one.
+    Attributes:
+        plans: The launch plans of earlier calls.
     """
 
     def __init__(
@@ -79,6 +169,7 @@ class Decoder(Tunable):
         self.processors = processors
         self.ptx = ptx
         self.table = table
+        self.plans = Plans()
 
     def attention_kvcache(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool
@@ -94,53 +185,36 @@ class Decoder(Tunable):
             pages = torch.zeros((batch, kv_heads) if stats else (0,), dtype=torch.int32, device=device)
             return KVCacheResults(out.zero_(), m.fill_(-torch.inf), delta.zero_(), support.zero_(), pages)
 
-        arguments = Arguments.of(query, k_cache, v_cache, call, ptx=self.ptx)
-        settings = self.tuned(self.table(device), "decode", query.dtype, max(query.shape[3], value_size)) or Decode()
-        grid = Grid.of(query, k_cache, v_cache, call, settings, self.processors(device))
-        block_m, programs, splits, lanes = grid.block_m, grid.programs, grid.splits, power_of_two(grid.splits)
-        block_v = padded(value_size)
-
-        def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        tops = scratch(programs, grid.most_tiles, block_m)
-        scores = scratch(programs, grid.most_tiles, block_m, grid.block_n)
-        work, lists = scratch(programs, int(SLOTS), block_m, lanes), scratch(programs, int(LISTED), block_m, lanes)
-        state, partial = scratch(programs, 2, block_m), scratch(programs, splits, 2, block_m, block_v)
-        counters, filled, read = (scratch(programs, n, dtype=torch.int32) for n in (2, splits, splits))
-
-        shared = {
-            **arguments.shared, **COMPILER_OPTIONS, "work_ptr": work, "counters_ptr": counters, "room": room,
-            "parts": grid.parts, "blocks": grid.blocks, "splits": splits, "most_tiles": grid.most_tiles,
-            "BLOCK_M": block_m, "BLOCK_N": grid.block_n, "SPLITS": lanes,
+        plan = self._plan(query, k_cache, v_cache, call, stats)
+        floats = torch.empty(sum(plan.floats), dtype=torch.float32, device=device).split_with_sizes(plan.floats)
+        integers = torch.empty(sum(plan.integers), dtype=torch.int32, device=device).split_with_sizes(plan.integers)
+        tops, scores, work, lists, state, partial = floats
+        counters, filled, read = integers
+        tensors = {
+            **tensors_of(query, k_cache, v_cache, call), "out_ptr": out, "m_ptr": m, "delta_ptr": delta,
+            "support_ptr": support if stats else filled,
+            "bounds_ptr": tops, "tops_ptr": tops, "scores_ptr": scores, "work_ptr": work, "lists_ptr": lists,
+            "state_ptr": state, "partial_ptr": partial, "counters_ptr": counters, "filled_ptr": filled, "pages_ptr": read,
         }  # fmt: skip
-        of_values = {**arguments.values, "VALUE_DIM": value_size, "BLOCK_V": block_v}
-        largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
-        solving = {
-            **arguments.sink, "CUT": SOLVED[torch.float32], "steps": 8 + newton_steps(200, room + 1, largest_e, torch.float32)
-        }  # fmt: skip
-        has_bounds = call.low is not None
         with on_device(device):
-            kvcache_start_kernel[programs, splits](
-                bounds_ptr=tops, pages=-(-room // call.page_size), HAS_BOUNDS=has_bounds,
-                **shared, **arguments.queries, **arguments.keys, **of_values, **arguments.bounds, **arguments.scores,
-                num_warps=settings.start_warps,
-            )  # fmt: skip
-            kvcache_read_kernel[programs, splits](
-                bounds_ptr=tops, scores_ptr=scores, lists_ptr=lists, state_ptr=state, pages_ptr=read, HAS_BOUNDS=has_bounds,
-                **shared, **arguments.queries, **arguments.keys, **arguments.scores, **solving,
-                num_warps=settings.read_warps,
-            )  # fmt: skip
-            kvcache_values_kernel[programs, splits](
-                tops_ptr=tops, scores_ptr=scores, state_ptr=state, partial_ptr=partial, filled_ptr=filled,
-                out_ptr=out, m_ptr=m, delta_ptr=delta, support_ptr=support if stats else filled,
-                STATS=stats, WINDOW=arguments.scores["OPTIONS"].WINDOW, **shared, **of_values, **solving,
-                num_warps=settings.values_warps,
-            )  # fmt: skip
-        pages = read[:0].view(-1)
+            plan.start(tensors)
+            plan.read(tensors)
+            plan.values(tensors)
+        pages = read.new_empty(0)
         if stats:
-            pages = read.view(batch, kv_heads, grid.blocks, splits).sum(3).amax(2).to(torch.int32)
+            pages = read.view(batch, kv_heads, plan.grid.blocks, plan.grid.splits).sum(3).amax(2).to(torch.int32)
         return KVCacheResults(out, m, delta, support, pages)
+
+    def _plan(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> _Plan:
+        device, size = query.device, max(query.shape[3], v_cache.shape[3])
+        return self.plans.get(
+            signature(query, k_cache, v_cache, *vars(call).values(), stats, device, *self.forced.items()),
+            lambda: _Plan.of(
+                query, k_cache, v_cache, call, stats,
+                self.tuned(self.table(device), "decode", query.dtype, size) or Decode(),
+                processors=self.processors(device), ptx=self.ptx,
+            ),
+        )  # fmt: skip
 
     def warmup(
         self,
