@@ -177,11 +177,11 @@ def recording(target: str, *kernels: Any) -> Iterator[list[Compiled]]:
         launched.append(Compiled(self, tuple(grid), TARGETS[target]))
         return metadata(self, grid, *arguments)
 
-    for kernel in kernels:
-        kernel.device_caches.clear()
     CompiledKernel.launch_metadata = noting
     try:
         with pretending(target):
+            for kernel in kernels:
+                kernel.device_caches.clear()
             yield launched
     finally:
         CompiledKernel.launch_metadata = metadata

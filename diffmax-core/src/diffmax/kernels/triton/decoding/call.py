@@ -24,14 +24,20 @@ class Arguments:
 
     Attributes:
         shared: What every kernel takes.
-        queries, keys, values: Of the tensors that a kernel reads.
+        pages: Which tiles there are.
+        table: Where their pages are.
+        queries, keys, values: Of the queries and the caches.
+        fresh: Of the new tokens.
         scores: Of the rules that act on scores.
     """
 
     shared: Names
+    pages: Names
+    table: Names
     queries: Names
     keys: Names
     values: Names
+    fresh: Names
     scores: Names
 
     @classmethod
@@ -45,20 +51,24 @@ class Arguments:
             SOFTCAP=call.softcap > 0, ALIBI=alibi is not None,
         )  # fmt: skip
         shared = {
-            "table_b": 0 if table is None else table.shape[1], "new": 0 if call.k is None else call.k.shape[1],
-            "page_size": call.page_size, "kv_heads": k_cache.shape[2], "group": query.shape[2] // k_cache.shape[2],
-            "length": length, "left": _limit(call.left), "e": exponent.e, "k": exponent.k,
-            "PAGED": table is not None, "HAS_NEW": call.k is not None and call.k.shape[1] > 0, "PLACES": _kind(call),
-            "E_TENSOR": exponent.tensor, "K": exponent.integer, "PTX": ptx,
+            "new": 0 if call.k is None else call.k.shape[1], "kv_heads": k_cache.shape[2],
+            "group": query.shape[2] // k_cache.shape[2], "length": length, "e": exponent.e, "k": exponent.k,
+            "PLACES": _kind(call), "E_TENSOR": exponent.tensor, "K": exponent.integer, "PTX": ptx,
         }  # fmt: skip
         q_b, q_l, q_h, q_d = query.stride()
         return cls(
             shared=shared,
+            pages={
+                "page_size": call.page_size, "left": _limit(call.left),
+                "HAS_NEW": call.k is not None and call.k.shape[1] > 0,
+            },
+            table={"table_b": 0 if table is None else table.shape[1], "PAGED": table is not None},
             queries={
                 "q_b": q_b, "q_l": q_l, "q_h": q_h, "q_d": q_d, "HEAD_DIM": query.shape[3], "BLOCK_D": padded(query.shape[3]),
             },
-            keys={**_strides("k", k_cache), **_strides("kn", call.k)},
-            values={**_strides("v", v_cache), **_strides("vn", call.v)},
+            keys=_strides("k", k_cache),
+            values=_strides("v", v_cache),
+            fresh={**_strides("kn", call.k), **_strides("vn", call.v)},
             scores={
                 "alibi_b": alibi.shape[1] if alibi is not None and alibi.shape[0] > 1 else 0,
                 "right": _limit(call.right), "scale": call.scale, "softcap": call.softcap, "OPTIONS": options,
