@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 import diffmax
 from benchmarks import harness
@@ -77,7 +78,7 @@ def found(quick: bool) -> Row:
         target("host", f"{name}: operator, us per call", "<=", GOALS[name.split(",")[0]], 1e6 * timed[name]["median_s"])
         for name in own
     ]
-    return {"calls": timed, "targets": targets}
+    return {"triton": triton.__version__, "calls": timed, "targets": targets}
 
 
 def calls(of: Operators) -> dict[str, Callable[[], Any]]:
