@@ -16,6 +16,8 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("attention_solve_kernel", "sm120"): {"3.9": 16},
     ("bisect_rows_kernel", "gfx1100"): {"3.6": 8},
     ("bisect_rows_kernel", "sm90"): {"3.9": 16},
+    ("kvcache_finish_kernel", "sm86"): {"3.9": 8},
+    ("kvcache_finish_kernel", "sm90"): {"3.6": 8},
     ("kvcache_read_kernel", "sm86"): {"3.6": 16},
     ("kvcache_read_kernel", "sm90"): {"3.9": 16},
     ("kvcache_start_kernel", "sm120"): {"3.9": 32},
@@ -34,6 +36,7 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("attention_bwd_dq_kernel", "gfx1100"): {"3.6": 72, "3.9": 104},
     ("attention_solve_kernel", "gfx1100"): {"3.6": 244, "3.9": 8},
     ("kvcache_start_kernel", "gfx1100"): {"3.6": 4620, "3.9": 3896},
+    ("kvcache_values_kernel", "gfx1100"): {"3.6": 76, "3.9": 36},
     # Heads of 256 entries in tiles of decoding's one size, which a table can change; page bounds take three products
     ("kvcache_read_kernel", "sm80"): {"3.6": 208},
     ("kvcache_start_kernel", "sm80"): {"3.6": 112, "3.9": 160},

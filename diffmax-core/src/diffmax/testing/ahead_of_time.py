@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.runtime.jit import JITFunction
+from triton.compiler import CompiledKernel
 
 
 @dataclass(frozen=True)
@@ -154,24 +154,34 @@ class _Driver(DriverBase):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def recording(target: str, *kernels: Any) -> Iterator[list[Compiled]]:
-    """A list that fills with what is launched for TARGETS[target]. `kernels` are the ones whose earlier binaries to forget."""
-    launched: list[Compiled] = []
-    run = JITFunction.run
-
-    def noting(self: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> Any:
-        kernel = run(self, *arguments, grid=grid, warmup=warmup, **keywords)
-        launched.append(Compiled(kernel, tuple(grid), TARGETS[target]))
-        return kernel
-
+def pretending(target: str) -> Iterator[None]:
+    """A context in which launches compile for TARGETS[target], and do nothing else."""
     before = getattr(triton.runtime.driver, "_active", None)
     triton.runtime.driver.set_active(_Driver(TARGETS[target]))
     triton.compiler.compiler.max_shared_mem.cache_clear()
-    for kernel in kernels:
-        kernel.device_caches.clear()
-    JITFunction.run = noting
     try:
-        yield launched
+        yield
     finally:
-        JITFunction.run = run
         triton.runtime.driver._active = before
+
+
+@contextlib.contextmanager
+def recording(target: str, *kernels: Any) -> Iterator[list[Compiled]]:
+    """A list that fills with what is launched for TARGETS[target]. `kernels` are the ones whose earlier binaries to forget."""
+    launched: list[Compiled] = []
+    metadata = (
+        CompiledKernel.launch_metadata
+    )  # what every launch asks for, whether Triton or a launch plan has found the binary
+
+    def noting(self: Any, grid: tuple[int, ...], *arguments: Any) -> Any:
+        launched.append(Compiled(self, tuple(grid), TARGETS[target]))
+        return metadata(self, grid, *arguments)
+
+    CompiledKernel.launch_metadata = noting
+    try:
+        with pretending(target):
+            for kernel in kernels:
+                kernel.device_caches.clear()
+            yield launched
+    finally:
+        CompiledKernel.launch_metadata = metadata

@@ -25,14 +25,12 @@ class Arguments:
     """The launch arguments that depend on the call.
 
     Attributes:
-        tensors: By the name of the kernel pointer; a missing tensor has a placeholder, which no kernel reads.
         scalars: Strides, sizes and numbers.
         flags: Compile-time arguments.
         dropout: The threshold as an int32 with its bits, the factor of kept weights, and the flag.
         n_sequences: Number of packed sequences, else 0.
     """
 
-    tensors: dict[str, Tensor]
     scalars: Names
     flags: Names
     dropout: Names
@@ -42,16 +40,10 @@ class Arguments:
     def of(cls, query: Tensor, key: Tensor, call: AttentionCall, *, ptx: bool, precision: str) -> Arguments:
         """The arguments for tensors returned by `rows_of_entries`."""
         exponent = Exponent.of(call.e, torch.float32)
-        mask = None if call.mask is None else call.mask.view(torch.uint8)
-        alibi = None if call.alibi is None else call.alibi.contiguous()
-        given = {
-            "e_ptr": call.e if isinstance(call.e, Tensor) else None, "alibi_ptr": alibi, "sink_ptr": call.sink,
-            "mask_ptr": mask, "bias_ptr": call.bias, "seed_ptr": call.seed,
-            "cu_q_ptr": call.cu_seqlens_q, "cu_k_ptr": call.cu_seqlens_k,
-        }  # fmt: skip
+        mask, alibi = call.mask, call.alibi
         scalars = {
             **strides("q", query), **strides("k", key), **_score_strides("mask", mask), **_score_strides("bias", call.bias),
-            "alibi_b": alibi.stride(0) if alibi is not None and alibi.ndim == 2 else 0,
+            "alibi_b": alibi.shape[1] if alibi is not None and alibi.ndim == 2 else 0,
             "heads": query.shape[1], "group": query.shape[1] // key.shape[1], "length": query.shape[2], "n_keys": key.shape[2],
             "left": call.left if call.left >= 0 else NO_LIMIT.value, "right": call.right if call.right >= 0 else NO_LIMIT.value,
             "scale": call.scale, "softcap": call.softcap, "e": exponent.e, "k": exponent.k,
@@ -66,8 +58,7 @@ class Arguments:
             "E_TENSOR": exponent.tensor, "K": exponent.integer, "HARDWARE": _hardware(exponent, query.dtype), "PTX": ptx,
         }  # fmt: skip
         n_sequences = 0 if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
-        tensors = {name: query if t is None else t for name, t in given.items()}
-        return cls(tensors, scalars, flags, _dropout(call), n_sequences)
+        return cls(scalars, flags, _dropout(call), n_sequences)
 
     @property
     def packed(self) -> bool:
@@ -77,6 +68,17 @@ class Arguments:
     def blocks(self, length: int, size: int) -> int:
         """The number of blocks of `size` rows; with packed sequences including those for rows after the last sequence."""
         return length // size + self.n_sequences + 1 if self.packed else -(-length // size)
+
+
+def tensors_of(call: AttentionCall, query: Tensor) -> dict[str, Tensor]:
+    """The call's tensors by the names of kernel pointers. The queries stand for a missing one, which no kernel reads."""
+    mask, alibi = call.mask, call.alibi
+    given = {
+        "e_ptr": call.e if isinstance(call.e, Tensor) else None, "alibi_ptr": None if alibi is None else alibi.contiguous(),
+        "mask_ptr": None if mask is None else mask.view(torch.uint8), "bias_ptr": call.bias, "sink_ptr": call.sink,
+        "seed_ptr": call.seed, "cu_q_ptr": call.cu_seqlens_q, "cu_k_ptr": call.cu_seqlens_k,
+    }  # fmt: skip
+    return {name: query if t is None else t for name, t in given.items()}
 
 
 def rows_of_entries(t: Tensor) -> Tensor:

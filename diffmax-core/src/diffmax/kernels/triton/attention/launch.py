@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmax.kernels.triton.attention.launch_backward import attention_backward
-from diffmax.kernels.triton.attention.launch_forward import attention_forward
+from diffmax.kernels.triton.attention.launch_backward import BackwardPlan, attention_backward
+from diffmax.kernels.triton.attention.launch_forward import ForwardPlan, attention_forward
 from diffmax.kernels.triton.attention.settings import Backward, Forward, backward_blocks, forward_settings
+from diffmax.kernels.triton.common.launch import Plans, signature
 from diffmax.kernels.triton.common.tuning import Table, Tunable, no_table
 from diffmax.plugin import TILE, AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
 
@@ -33,6 +34,7 @@ class AttentionOperator(Tunable):
             support float32. An emulation whose sums round to nearest showed that three suffice for the gate. Matrix cores
             truncate instead, which only a device can test: see the kit's `test_float32_products`. If it fails, "ieee" is
             correct and slower.
+        plans: The launch plans of earlier calls.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class AttentionOperator(Tunable):
         self.table = table
         self.ptx = ptx
         self.forward_precision = "tf32x3" if ptx else "ieee"
+        self.plans = Plans()
 
     def forward_settings(self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall) -> Forward:
         """Settings of the two forward kernels, for head dimension `size`."""
@@ -72,19 +75,37 @@ class AttentionOperator(Tunable):
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool
     ) -> AttentionResults:
         """Forward kernel; arguments and results as `diffmax.reference.attention.attention`."""
-        device, dtype = query.device, query.dtype
-        return attention_forward(
-            query, key, value, call, keep, stats, self.forward_settings(device, dtype, _size(query, value), call),
-            processors=self.processors(device), ptx=self.ptx,
-            precision=self.forward_precision if dtype == torch.float32 else "ieee",
-        )  # fmt: skip
+
+        def plan(query: Tensor, key: Tensor, value: Tensor) -> ForwardPlan:
+            device, dtype = query.device, query.dtype
+            precision = self.forward_precision if dtype == torch.float32 else "ieee"
+            own = (keep, stats, device, precision, *self.forced.items())
+            return self.plans.get(
+                signature(query, key, value, *vars(call).values(), *own),
+                lambda: ForwardPlan.of(
+                    query, key, value, call, keep, stats, self.forward_settings(device, dtype, _size(query, value), call),
+                    processors=self.processors(device), ptx=self.ptx, precision=precision,
+                ),
+            )  # fmt: skip
+
+        return attention_forward(query, key, value, call, keep, stats, plan)
 
     def attention_backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, call: AttentionCall, wanted: Wanted
     ) -> AttentionGradients:
         """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`."""
-        blocks = self.backward_blocks(query.device, query.dtype, _size(query, value), call)
-        return attention_backward(grad, query, key, value, saved, call, wanted, blocks, ptx=self.ptx)
+
+        def plan(tensors: tuple[Tensor, Tensor, Tensor, Tensor], saved: Saved) -> BackwardPlan:
+            _, query, _, value = tensors
+            return self.plans.get(
+                signature(*tensors, *saved, *vars(call).values(), wanted, query.device, *self.forced.items()),
+                lambda: BackwardPlan.of(
+                    tensors, saved, call, wanted,
+                    self.backward_blocks(query.device, query.dtype, _size(query, value), call), ptx=self.ptx,
+                ),
+            )  # fmt: skip
+
+        return attention_backward(grad, query, key, value, saved, call, wanted, plan)
 
     def warmup(
         self,

@@ -2,19 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffmax.kernels.triton.attention.call import Arguments, aligned, rows_of_entries, strides
+from diffmax.kernels.triton.attention.call import Arguments, Names, aligned, rows_of_entries, strides, tensors_of
 from diffmax.kernels.triton.attention.dbias import attention_bwd_dbias_kernel
 from diffmax.kernels.triton.attention.dkv import attention_bwd_dkv_kernel
 from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
-from diffmax.kernels.triton.attention.settings import Backward
-from diffmax.kernels.triton.common.launch import SERIES_TERMS, on_device, padded
+from diffmax.kernels.triton.attention.settings import Backward, Block
+from diffmax.kernels.triton.common.launch import SERIES_TERMS, Launch, on_device, padded
 from diffmax.plugin import AttentionCall, AttentionGradients, Saved, Wanted
+
+
+class BackwardPlan(NamedTuple):
+    """The launches of a call; that for the bias only if its gradient is wanted."""
+
+    dq: Launch
+    dkv: Launch
+    dbias: Launch | None
+
+    @classmethod
+    def of(
+        cls,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        saved: Saved,
+        call: AttentionCall,
+        wanted: Wanted,
+        blocks: Backward,
+        *,
+        ptx: bool,
+    ) -> BackwardPlan:
+        """Depends on the signature of the call only.
+
+        Args:
+            tensors: The gradient, query, key and value, as returned by `rows_of_entries`.
+            saved, call, wanted: The call; the tensors of `saved` are contiguous.
+            blocks: Settings of the three kernels.
+            ptx: Whether the compiler accepts NVIDIA's assembly.
+        """
+        grad, query, key, value = tensors
+        arguments = Arguments.of(query, key, call, ptx=ptx, precision="ieee")
+        n_tiles, n_words = saved.live.shape[2:] if saved.live.ndim == 4 else (0, 0)
+        shared = {
+            **arguments.scalars, **strides("g", grad), **strides("v", value), **arguments.dropout,
+            "n_tiles": n_tiles, "n_words": n_words,
+            **arguments.flags, "VALUE_DIM": value.shape[3], "BLOCK_V": padded(value.shape[3]),
+            "ALIGNED": all(aligned(t) for t in tensors), "LIVE": saved.live.numel() > 0,
+        }  # fmt: skip
+        packed = {"n_sequences": arguments.n_sequences, "max_keys": call.max_seqlen_k}
+        row_blocks = arguments.blocks(query.shape[2], blocks.dq.rows)
+        dq = {
+            **shared, **packed, "n_blocks": row_blocks, "SINK": call.sink is not None,
+            "NEEDS_E": wanted.e, "NEEDS_SINK": wanted.sink, "TERMS": SERIES_TERMS[torch.float32], **blocks.dq.arguments(),
+        }  # fmt: skip
+        silent = any(t is not None for t in (call.mask, call.bias, call.sink))
+        key_blocks = arguments.blocks(key.shape[2], blocks.dkv.keys)
+        dkv = {**shared, **packed, "n_blocks": key_blocks, "SILENT": silent, **blocks.dkv.arguments()}
+        return cls(
+            Launch(attention_bwd_dq_kernel, (query.shape[0] * query.shape[1] * row_blocks,), dq),
+            Launch(attention_bwd_dkv_kernel, (key.shape[0] * key.shape[1] * key_blocks,), dkv),
+            None if call.bias is None or not wanted.bias else _dbias(query, key, call.bias, shared, blocks.dbias),
+        )
+
+
+def _dbias(query: Tensor, key: Tensor, bias: Tensor, shared: Names, block: Block) -> Launch:
+    """The launch for the gradient for the bias."""
+    batch, heads, length, _ = query.shape
+    every = (batch, heads, -(-length // block.rows), -(-key.shape[2] // block.keys))
+    own = tuple(1 if size == 1 else count for size, count in zip(bias.shape, every, strict=True))
+    each = (full // mine for full, mine in zip(every, own, strict=True))
+    arguments = {
+        **shared, "bias_heads": own[1], "row_blocks": own[2], "key_blocks": own[3],
+        **dict(zip(("batches_each", "heads_each", "rows_each", "keys_each"), each, strict=True)),
+        "ONE_ROW": bias.shape[2] == 1, "ONE_KEY": bias.shape[3] == 1, **block.arguments(),
+    }  # fmt: skip
+    return Launch(attention_bwd_dbias_kernel, (own[0] * own[1] * own[2] * own[3],), arguments)
 
 
 def attention_backward(
@@ -25,16 +90,13 @@ def attention_backward(
     saved: Saved,
     call: AttentionCall,
     wanted: Wanted,
-    blocks: Backward,
-    *,
-    ptx: bool,
+    plan: Callable[[tuple[Tensor, Tensor, Tensor, Tensor], Saved], BackwardPlan],
 ) -> AttentionGradients:
     """Backward kernels; arguments and results as `diffmax.reference.attention.attention_backward`.
 
     Args:
         grad, query, key, value, saved, call, wanted: The call.
-        blocks: Settings of the three kernels.
-        ptx: Whether the compiler accepts NVIDIA's assembly.
+        plan: A function that returns the launch plan for tensors as `BackwardPlan.of` takes them.
     """
     m, bias = saved.m, call.bias if wanted.bias else None
 
@@ -50,89 +112,19 @@ def attention_backward(
             result.zero_()
         return results
 
-    launch = _Launch.of(grad.to(value.dtype), query, key, value, saved, call, blocks, ptx)
-    mean = torch.empty_like(launch.saved.m)
+    saved = Saved(*(t.contiguous() for t in saved))
+    grad = rows_of_entries(grad.to(value.dtype))
+    query, key, value = rows_of_entries(query), rows_of_entries(key), rows_of_entries(value)
+    planned = plan((grad, query, key, value), saved)
+    mean = torch.empty_like(saved.m)
+    tensors = {
+        "g_ptr": grad, "q_ptr": query, "k_ptr": key, "v_ptr": value, "u_ptr": saved.u,
+        "m_ptr": saved.m, "delta_ptr": saved.delta, "mean_ptr": mean, "live_ptr": saved.live, **tensors_of(call, query),
+        **{f"grad_{name}_ptr": t for name, t in zip(("q", "k", "v", "e", "bias", "sink"), results, strict=True)},
+    }  # fmt: skip
     with on_device(query.device):
-        launch.dq(grad_query, grad_e, grad_sink, mean)
-        launch.dkv(grad_key, grad_value, mean)
-        if bias is not None:
-            launch.dbias(grad_bias, bias, mean)
+        planned.dq(tensors)
+        planned.dkv(tensors)
+        if planned.dbias is not None:
+            planned.dbias(tensors)
     return results
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """The tensors of a call in the layout of the kernels, and the arguments shared by all launches."""
-
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    saved: Saved
-    call: AttentionCall
-    arguments: Arguments
-    shared: dict[str, Any]
-    blocks: Backward
-
-    @classmethod
-    def of(
-        cls,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        saved: Saved,
-        call: AttentionCall,
-        blocks: Backward,
-        ptx: bool,
-    ) -> _Launch:
-        saved = Saved(*(t.contiguous() for t in saved))
-        grad, query, key, value = (rows_of_entries(t) for t in (grad, query, key, value))
-        arguments = Arguments.of(query, key, call, ptx=ptx, precision="ieee")
-        n_tiles, n_words = saved.live.shape[2:] if saved.live.ndim == 4 else (0, 0)
-        shared = {
-            **arguments.scalars, **strides("g", grad), **strides("v", value), **arguments.dropout,
-            "n_tiles": n_tiles, "n_words": n_words,
-            **arguments.flags, "VALUE_DIM": value.shape[3], "BLOCK_V": padded(value.shape[3]),
-            "ALIGNED": all(aligned(t) for t in (grad, query, key, value)), "LIVE": saved.live.numel() > 0,
-        }  # fmt: skip
-        return cls((grad, query, key, value), saved, call, arguments, shared, blocks)
-
-    def dq(self, grad_query: Tensor, grad_e: Tensor, grad_sink: Tensor, mean: Tensor) -> None:
-        """Gradients for query, e and sink, and the mean of dP for the other launches."""
-        n_blocks = self.arguments.blocks(grad_query.shape[2], self.blocks.dq.rows)
-        attention_bwd_dq_kernel[(grad_query.shape[0] * grad_query.shape[1] * n_blocks,)](
-            *self.tensors, *self.saved, **self._given("e", "mask", "bias", "alibi", "seed", "sink", "cu_q", "cu_k"),
-            grad_q_ptr=grad_query, grad_e_ptr=grad_e, grad_sink_ptr=grad_sink, mean_ptr=mean,
-            **self.shared, **self._packed(), n_blocks=n_blocks, SINK=self.call.sink is not None,
-            NEEDS_E=grad_e.numel() > 0, NEEDS_SINK=grad_sink.numel() > 0, TERMS=SERIES_TERMS[torch.float32],
-            **self.blocks.dq.arguments(),
-        )  # fmt: skip
-
-    def dkv(self, grad_key: Tensor, grad_value: Tensor, mean: Tensor) -> None:
-        """Gradients for key and value."""
-        silent = any(t is not None for t in (self.call.mask, self.call.bias, self.call.sink))
-        n_blocks = self.arguments.blocks(grad_key.shape[2], self.blocks.dkv.keys)
-        attention_bwd_dkv_kernel[(grad_key.shape[0] * grad_key.shape[1] * n_blocks,)](
-            *self.tensors, self.saved.m, self.saved.delta, mean, self.saved.live,
-            **self._given("e", "mask", "bias", "alibi", "seed", "cu_q", "cu_k"), grad_k_ptr=grad_key, grad_v_ptr=grad_value,
-            **self.shared, **self._packed(), n_blocks=n_blocks, SILENT=silent, **self.blocks.dkv.arguments(),
-        )  # fmt: skip
-
-    def dbias(self, grad_bias: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """Gradient for the bias."""
-        block = self.blocks.dbias
-        batch, heads, length, _ = self.tensors[1].shape
-        every = (batch, heads, -(-length // block.rows), -(-self.tensors[2].shape[2] // block.keys))
-        own = tuple(1 if size == 1 else count for size, count in zip(bias.shape, every, strict=True))
-        each = (full // mine for full, mine in zip(every, own, strict=True))
-        attention_bwd_dbias_kernel[(own[0] * own[1] * own[2] * own[3],)](
-            *self.tensors, self.saved.m, self.saved.delta, mean, self.saved.live,
-            **self._given("e", "mask", "bias", "alibi", "seed"), grad_bias_ptr=grad_bias, **self.shared,
-            bias_heads=own[1], row_blocks=own[2], key_blocks=own[3],
-            **dict(zip(("batches_each", "heads_each", "rows_each", "keys_each"), each, strict=True)),
-            ONE_ROW=bias.shape[2] == 1, ONE_KEY=bias.shape[3] == 1, **block.arguments(),
-        )  # fmt: skip
-
-    def _given(self, *names: str) -> dict[str, Tensor]:
-        return {f"{name}_ptr": self.arguments.tensors[f"{name}_ptr"] for name in names}
-
-    def _packed(self) -> dict[str, int]:
-        return {"n_sequences": self.arguments.n_sequences, "max_keys": self.call.max_seqlen_k}

@@ -2,20 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from diffmax.kernels.tools import live_shape
-from diffmax.kernels.triton.attention.call import Arguments, aligned, rows_of_entries, strides
+from diffmax.kernels.triton.attention.call import Arguments, aligned, rows_of_entries, strides, tensors_of
 from diffmax.kernels.triton.attention.output import attention_out_kernel
 from diffmax.kernels.triton.attention.settings import Forward, Settings
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, on_device, padded
+from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, Launch, on_device, padded
 from diffmax.operators.common.numerics import newton_steps
 from diffmax.plugin import TILE, AttentionCall, AttentionResults
 
 # Tolerance of the threshold when the output is computed, in units of the slope: see `steps.good_enough`
 CUT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
+
+
+class ForwardPlan(NamedTuple):
+    """The launches of a call, and the sizes of the memory that it takes.
+
+    Attributes:
+        solve, output: The two launches.
+        tops, lists: Entries of scratch memory: the tops of tiles, and a list for each launch.
+        live: Shape of the live tiles.
+    """
+
+    solve: Launch
+    output: Launch
+    tops: int
+    lists: tuple[int, int]
+    live: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: AttentionCall,
+        keep: bool,
+        stats: bool,
+        settings: Forward,
+        *,
+        processors: int,
+        ptx: bool,
+        precision: str,
+    ) -> ForwardPlan:
+        """Depends on the signature of the call only.
+
+        Args:
+            query, key, value: As returned by `rows_of_entries`.
+            call, keep, stats: As for `attention_forward`.
+            settings: Settings of the two kernels.
+            processors: Number of multiprocessors (compute units) of the device.
+            ptx: Whether the compiler accepts NVIDIA's assembly.
+            precision: Precision of products.
+        """
+        arguments = Arguments.of(query, key, call, ptx=ptx, precision=precision)
+        n_blocks, most_tiles = arguments.blocks(query.shape[2], TILE), _most_tiles(key.shape[2], call)
+        items = query.shape[0] * query.shape[1] * n_blocks
+        live = live_shape(query, key, call)
+        shared = {
+            **arguments.scalars, **arguments.flags, **COMPILER_OPTIONS,
+            "n_sequences": arguments.n_sequences, "n_blocks": n_blocks, "items": items, "n_words": live[3],
+            "most_tiles": most_tiles, "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
+        }  # fmt: skip
+        keys = call.max_seqlen_k if arguments.packed else key.shape[2]
+        largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
+        block_d, block_v = padded(query.shape[3]), padded(value.shape[3])
+
+        def programs(of: Settings) -> int:
+            return min(items, processors * of.programs)
+
+        solve, output = settings.solve, settings.output
+        solving = {
+            **shared,
+            "newton_steps": newton_steps(200, keys + 1, largest_e, torch.float32), "LINEAR": keep, "CUT": CUT[query.dtype],
+            "CHUNK": min(solve.chunk, block_d), "num_warps": solve.warps, "num_stages": solve.stages,
+        }  # fmt: skip
+        writing = {
+            **strides("v", value), **shared, **arguments.dropout,
+            "VALUE_DIM": value.shape[3], "BLOCK_V": min(output.values, block_v),
+            "KEEP": keep, "SUPPORT": stats, "CUT": CUT[query.dtype], "SOLVED": SOLVED[query.dtype],
+            "KEYS": output.keys, "PARTS": TILE // output.keys, "CHUNK": min(output.chunk, block_d),
+            "num_warps": output.warps, "num_stages": output.stages,
+        }  # fmt: skip
+        return cls(
+            Launch(attention_solve_kernel, (programs(solve),), solving),
+            Launch(attention_out_kernel, (programs(output),), writing),
+            programs(solve) * most_tiles * TILE,
+            (programs(solve) * most_tiles, programs(output) * most_tiles),
+            live,
+        )
 
 
 def attention_forward(
@@ -25,72 +106,37 @@ def attention_forward(
     call: AttentionCall,
     keep: bool,
     stats: bool,
-    settings: Forward,
-    *,
-    processors: int,
-    ptx: bool,
-    precision: str,
+    plan: Callable[[Tensor, Tensor, Tensor], ForwardPlan],
 ) -> AttentionResults:
     """Forward kernels; arguments and results as `diffmax.reference.attention.attention`.
 
     Args:
         query, key, value, call, keep, stats: The call.
-        settings: Settings of the two kernels.
-        processors: Number of multiprocessors (compute units) of the device.
-        ptx: Whether the compiler accepts NVIDIA's assembly.
-        precision: Precision of products.
+        plan: A function that returns the launch plan for tensors returned by `rows_of_entries`.
     """
     rows, device = query.shape[:3], query.device
     out = value.new_empty((*rows, value.shape[3]))
     m = torch.empty(rows, dtype=torch.float32, device=device)
-    delta, start = torch.empty_like(m), torch.empty_like(m)
+    delta = torch.empty_like(m)
     u = torch.empty_like(out) if keep else out.new_empty(0)
-    live = torch.empty(live_shape(query, key, call), dtype=torch.int32, device=device)
     support = torch.empty(rows if stats else (0,), dtype=torch.int32, device=device)
-    results = AttentionResults(out, m, delta, u, live if keep or stats else live.new_empty(0), support)
     if m.numel() == 0:
-        return results
+        live = torch.empty(live_shape(query, key, call) if keep or stats else (0,), dtype=torch.int32, device=device)
+        return AttentionResults(out, m, delta, u, live, support)
 
-    query, key, value = (rows_of_entries(t) for t in (query, key, value))
-    arguments = Arguments.of(query, key, call, ptx=ptx, precision=precision)
-    n_blocks, most_tiles = arguments.blocks(query.shape[2], TILE), _most_tiles(key.shape[2], call)
-    items = query.shape[0] * query.shape[1] * n_blocks
-    tensors, seed = dict(arguments.tensors), arguments.tensors["seed_ptr"]
-    del tensors["seed_ptr"]
-    shared = {
-        **arguments.scalars, **arguments.flags, **COMPILER_OPTIONS,
-        "n_sequences": arguments.n_sequences, "n_blocks": n_blocks, "items": items, "n_words": live.shape[3],
-        "most_tiles": most_tiles, "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
+    query, key, value = rows_of_entries(query), rows_of_entries(key), rows_of_entries(value)
+    planned = plan(query, key, value)
+    live = torch.empty(planned.live, dtype=torch.int32, device=device)
+    start, tops = torch.empty_like(m), torch.empty(planned.tops, dtype=torch.float32, device=device)
+    lists = [torch.empty(size, dtype=torch.int32, device=device) for size in planned.lists]
+    tensors = {
+        "q_ptr": query, "k_ptr": key, "v_ptr": value, "m_ptr": m, "live_ptr": live, "tops_ptr": tops, "start_ptr": start,
+        "out_ptr": out, "u_ptr": u if keep else out, "support_ptr": support if stats else live, **tensors_of(call, query),
     }  # fmt: skip
-    keys = call.max_seqlen_k if arguments.packed else key.shape[2]
-    largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
-    block_d, block_v = padded(query.shape[3]), padded(value.shape[3])
-
-    def programs(of: Settings) -> int:
-        return min(items, processors * of.programs)
-
-    def scratch(of: Settings, per_tile: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(programs(of) * most_tiles * per_tile, dtype=dtype, device=device)
-
     with on_device(device):
-        solve = settings.solve
-        attention_solve_kernel[(programs(solve),)](
-            query, key, m, start, live, **tensors,
-            tops_ptr=scratch(solve, TILE, torch.float32), list_ptr=scratch(solve, 1, torch.int32), **shared,
-            newton_steps=newton_steps(200, keys + 1, largest_e, torch.float32), LINEAR=keep, CUT=CUT[query.dtype],
-            CHUNK=min(solve.chunk, block_d), num_warps=solve.warps, num_stages=solve.stages,
-        )  # fmt: skip
-        output = settings.output
-        attention_out_kernel[(programs(output),)](
-            query, key, value, out, u if keep else out, m, start, delta, live, support if stats else live,
-            **tensors, list_ptr=scratch(output, 1, torch.int32), seed_ptr=seed,
-            **strides("v", value), **shared, **arguments.dropout,
-            VALUE_DIM=value.shape[3], BLOCK_V=min(output.values, block_v),
-            KEEP=keep, SUPPORT=stats, CUT=CUT[query.dtype], SOLVED=SOLVED[query.dtype],
-            KEYS=output.keys, PARTS=TILE // output.keys, CHUNK=min(output.chunk, block_d),
-            num_warps=output.warps, num_stages=output.stages,
-        )  # fmt: skip
-    return results
+        planned.solve({**tensors, "delta_ptr": start, "list_ptr": lists[0]})
+        planned.output({**tensors, "delta_ptr": delta, "list_ptr": lists[1]})
+    return AttentionResults(out, m, delta, u, live if keep or stats else live.new_empty(0), support)
 
 
 def _most_tiles(n_keys: int, call: AttentionCall) -> int:

@@ -1,15 +1,19 @@
-"""Shared by the launchers of all operators: kernel arguments for e, tolerances, padding, and the current device."""
+"""Shared by the launchers of all operators: launch plans, kernel arguments for e, tolerances, padding, the current device."""
 
 from __future__ import annotations
 
 import contextlib
 import struct
+import threading
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 
+from diffmax.kernels.triton.common.geometry import VECTOR_BYTES
 from diffmax.kernels.triton.common.numerics import ABOVE_2, ANY_K
 from diffmax.operators.common.numerics import MIN_E, integer_exponent
 
@@ -24,6 +28,88 @@ SERIES_TERMS = {torch.float32: 10, torch.float64: 17}
 
 # Compiler option of every launch: fuse a * b + c into one rounding; explicit, because Triton's default is about to change
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
+# Since this version a binary takes the arguments of its kernel, constants included (decision 0093)
+_DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+MOST_PLANS = 256
+Plan = TypeVar("Plan")
+
+
+def signature(*of: object) -> tuple[Hashable, ...]:
+    """What a launch plan depends on: every value as it is, and of a tensor shape, strides, dtype and whether it is aligned."""
+    return tuple(_layout(one) if isinstance(one, Tensor) else one for one in of)
+
+
+def _layout(t: Tensor) -> tuple[Hashable, ...]:
+    return t.shape, t.stride(), t.dtype, t.data_ptr() % VECTOR_BYTES == 0
+
+
+class Plans:
+    """The launch plans of an operator by the signature of the call; the oldest is dropped. Threads may share it.
+
+    Attributes:
+        made: The number of plans made so far.
+    """
+
+    def __init__(self) -> None:
+        self.made = 0
+        self._plans: dict[Hashable, Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
+        """The plan of a signature, which `make` makes unless it is known."""
+        plan: Plan | None = self._plans.get(key)
+        if plan is None:
+            plan = make()
+            with self._lock:
+                self.made += 1
+                while len(self._plans) >= MOST_PLANS:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[key] = plan
+        return plan
+
+
+class _Binary(NamedTuple):
+    """A compiled kernel: the driver it was loaded by, its launcher, and its arguments, in order, without the tensors."""
+
+    driver: Any
+    run: Callable[..., None]
+    arguments: list[Any]
+
+
+class Launch:
+    """A kernel, its grid and all of its arguments but the tensors.
+
+    The first call leaves it to Triton to find or compile the binary. Later ones call this binary: Triton would choose it again,
+    because a plan is used only for equal signatures, and memory allocated by torch is aligned.
+
+    Args:
+        kernel: The kernel.
+        grid: One to three numbers of programs.
+        arguments: The arguments, and options of the compiler. The kernel's other arguments are tensors.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+        self._kernel, self._grid, self._arguments = kernel, (*grid, 1, 1)[:3], arguments
+        self._tensors = [(place, name) for place, name in enumerate(kernel.arg_names) if name not in arguments]
+        self._binary: _Binary | None = None
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Launch on the current stream of the current device; `tensors` by the names of arguments, and possibly others."""
+        binary = self._binary
+        if binary is None or binary.driver is not triton.runtime.driver.active:
+            self._first(tensors)
+            return
+        arguments = binary.arguments.copy()
+        for place, name in self._tensors:
+            arguments[place] = tensors[name]
+        binary.run(*arguments)
+
+    def _first(self, tensors: Mapping[str, Tensor]) -> None:
+        compiled = self._kernel[self._grid](**{name: tensors[name] for _, name in self._tensors}, **self._arguments)
+        if _DIRECT and compiled is not None:  # the interpreter returns nothing
+            arguments = [self._arguments.get(name) for name in self._kernel.arg_names]
+            self._binary = _Binary(triton.runtime.driver.active, compiled[self._grid], arguments)
 
 
 @dataclass(frozen=True)

@@ -53,20 +53,20 @@ class Stream:
 
 @dataclass(frozen=True)
 class Decode:
-    """Settings of the three launches of decoding.
+    """Settings of decoding's launches.
 
     Attributes:
-        start_warps, read_warps, values_warps: Warps per program in each launch.
+        start_warps, read_warps, values_warps: Warps per program in the launches that read keys and values.
         tile_bytes: Bytes of keys or values per tile.
         tiles_per_split: Minimum number of tiles per program, if the cache is full.
         programs: Programs per multiprocessor.
     """
 
     start_warps: int = 8
-    read_warps: int = 8
-    values_warps: int = 8
-    tile_bytes: int = 1 << 13
-    tiles_per_split: int = 4
+    read_warps: int = 4
+    values_warps: int = 4
+    tile_bytes: int = 1 << 14
+    tiles_per_split: int = 2
     programs: int = 2
 
 

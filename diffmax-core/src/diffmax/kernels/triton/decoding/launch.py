@@ -1,4 +1,4 @@
-"""Decoding's launcher: memory, splits, three launches. A vendor's distribution makes one `Decoder`.
+"""Decoding's launcher: memory, splits, six launches. A vendor's distribution makes one `Decoder`.
 
 Nothing here waits for the device or reads a length, so that a call can be captured into a CUDA graph. The grid is that of a
 full cache; where a sequence is shorter its tiles are shared among the same programs.
@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, on_device, padded, power_of_two
+from diffmax.kernels.triton.common.launch import (
+    COMPILER_OPTIONS,
+    SOLVED,
+    Launch,
+    Plans,
+    on_device,
+    padded,
+    power_of_two,
+    signature,
+)
 from diffmax.kernels.triton.common.tuning import Decode, Table, Tunable, no_table
-from diffmax.kernels.triton.decoding.call import Arguments
+from diffmax.kernels.triton.decoding.call import Arguments, tensors_of
+from diffmax.kernels.triton.decoding.finish import kvcache_finish_kernel
+from diffmax.kernels.triton.decoding.list import kvcache_list_kernel
 from diffmax.kernels.triton.decoding.read import kvcache_read_kernel
+from diffmax.kernels.triton.decoding.solve import kvcache_solve_kernel
 from diffmax.kernels.triton.decoding.start import kvcache_start_kernel
 from diffmax.kernels.triton.decoding.tiles import LISTED, SLOTS
 from diffmax.kernels.triton.decoding.values import kvcache_values_kernel
@@ -24,6 +37,9 @@ from diffmax.plugin import TILE, KVCacheCall, KVCacheResults
 from diffmax.reference.decoding import append, capacity
 
 MOST_SPLITS = 128
+# Numbers of the splits' parts that a program of the last launch holds, of values and again of slopes
+MOST_SUMMED = 4096
+SOLVE_WARPS = FINISH_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,8 @@ class Grid:
     """How a call is divided among programs.
 
     Attributes:
-        block_m, block_n: Rows of a program, and tokens of a tile.
+        block_m, block_n: Rows of a program, a power of two, and tokens of a tile.
+        rows: How many of a program's rows there can be.
         blocks: Of rows, for each sequence and key head.
         parts: Tiles of a page.
         most_tiles: Of a sequence that fills the cache.
@@ -40,6 +57,7 @@ class Grid:
 
     block_m: int
     block_n: int
+    rows: int
     blocks: int
     parts: int
     most_tiles: int
@@ -57,7 +75,101 @@ class Grid:
         programs = query.shape[0] * k_cache.shape[2] * blocks
         splits = min(MOST_SPLITS, -(-pages * parts // settings.tiles_per_split))
         splits = min(splits, max(1, -(-settings.programs * processors // programs)))
-        return cls(block_m, block_n, blocks, parts, pages * parts, programs, splits)
+        return cls(block_m, block_n, min(rows, block_m), blocks, parts, pages * parts, programs, splits)
+
+
+class _Plan(NamedTuple):
+    """The launches of a call, and the memory that it takes.
+
+    Attributes:
+        launches: One after the other.
+        grid: How the call is divided among programs.
+        floats, integers: Entries of each scratch buffer: tops, scores, work, lists, state, partial; filled, read.
+    """
+
+    launches: tuple[Launch, ...]
+    grid: Grid
+    floats: tuple[int, ...]
+    integers: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        call: KVCacheCall,
+        stats: bool,
+        settings: Decode,
+        *,
+        processors: int,
+        ptx: bool,
+    ) -> _Plan:
+        """Depends on the signature of the call only."""
+        arguments = Arguments.of(query, k_cache, v_cache, call, ptx=ptx)
+        grid, room = Grid.of(query, k_cache, v_cache, call, settings, processors), capacity(k_cache, call)
+        lanes, block_v = power_of_two(grid.splits), padded(v_cache.shape[3])
+        common = {
+            **arguments.shared, **COMPILER_OPTIONS, "room": room, "blocks": grid.blocks, "splits": grid.splits,
+            "BLOCK_M": grid.block_m, "SPLITS": lanes,
+        }  # fmt: skip
+        tiles = {
+            **common, **arguments.pages, "parts": grid.parts, "most_tiles": grid.most_tiles, "BLOCK_N": grid.block_n,
+        }  # fmt: skip
+        of_values = {**arguments.table, **arguments.values, "VALUE_DIM": v_cache.shape[3], "BLOCK_V": block_v}
+        sink, has_bounds = {"HAS_SINK": call.sink is not None}, call.low is not None
+        largest_e = 1.0 if isinstance(call.e, Tensor) else common["e"]
+        solving = {"CUT": SOLVED[torch.float32], "steps": 8 + newton_steps(200, room + 1, largest_e, torch.float32)}
+        reading = {
+            **tiles,
+            **arguments.table,
+            **arguments.queries,
+            **arguments.keys,
+            **arguments.scores,
+            "HAS_BOUNDS": has_bounds,
+        }
+        start = {
+            **reading,
+            **of_values,
+            **arguments.fresh,
+            "pages": -(-room // call.page_size),
+            "num_warps": settings.start_warps,
+        }
+        read = {**reading, **sink, "num_warps": settings.read_warps}
+        solve = {**common, **sink, **solving, "num_warps": SOLVE_WARPS}
+        window = {"WINDOW": arguments.scores["OPTIONS"].WINDOW}
+        listing = {**tiles, **window, **sink, "num_warps": settings.values_warps}
+        values = {**tiles, **of_values, **window, "num_warps": settings.values_warps}
+        rows, columns = _piece(grid, lanes, block_v)
+        finish = {
+            **tiles, **of_values, **window, **sink, **solving, "STATS": stats, "ROWS": rows, "SLICE": columns,
+            "num_warps": FINISH_WARPS,
+        }  # fmt: skip
+        programs, every = (grid.programs, grid.splits), grid.programs * grid.block_m
+        launches = (
+            Launch(kvcache_start_kernel, programs, start),
+            Launch(kvcache_read_kernel, programs, read),
+            Launch(kvcache_list_kernel, programs, listing),
+            Launch(kvcache_solve_kernel, (grid.programs, grid.rows), solve),
+            Launch(kvcache_values_kernel, programs, values),
+            Launch(kvcache_finish_kernel, (grid.programs, -(-grid.rows // rows) * (block_v // columns)), finish),
+        )
+        floats = (
+            every * grid.most_tiles, every * grid.most_tiles * grid.block_n,
+            every * int(SLOTS) * lanes, every * int(LISTED) * lanes, every * 2, every * grid.splits * 2 * block_v,
+        )  # fmt: skip
+        whole = -(-grid.programs * grid.splits // 4) * 4  # so that every buffer is aligned to 16 bytes
+        return cls(launches, grid, floats, (whole, grid.programs * grid.splits))
+
+
+def _piece(grid: Grid, lanes: int, block_v: int) -> tuple[int, int]:
+    """Rows and columns of the output that a program adds up, from all splits at once."""
+    rows, columns = grid.block_m, block_v
+    while rows * columns * lanes > MOST_SUMMED and rows > 1:
+        rows //= 2
+    while rows * columns * lanes > MOST_SUMMED and columns > 16:
+        columns //= 2
+    return rows, columns
 
 
 class Decoder(Tunable):
@@ -67,6 +179,8 @@ class Decoder(Tunable):
         processors: How many multiprocessors (compute units) a device has.
         ptx: Whether the compiler takes NVIDIA's assembly.
         table: The tuning table of a device's own architecture, if there is one.
+    Attributes:
+        plans: The launch plans of earlier calls.
     """
 
     def __init__(
@@ -79,6 +193,7 @@ class Decoder(Tunable):
         self.processors = processors
         self.ptx = ptx
         self.table = table
+        self.plans = Plans()
 
     def attention_kvcache(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool
@@ -94,53 +209,35 @@ class Decoder(Tunable):
             pages = torch.zeros((batch, kv_heads) if stats else (0,), dtype=torch.int32, device=device)
             return KVCacheResults(out.zero_(), m.fill_(-torch.inf), delta.zero_(), support.zero_(), pages)
 
-        arguments = Arguments.of(query, k_cache, v_cache, call, ptx=self.ptx)
-        settings = self.tuned(self.table(device), "decode", query.dtype, max(query.shape[3], value_size)) or Decode()
-        grid = Grid.of(query, k_cache, v_cache, call, settings, self.processors(device))
-        block_m, programs, splits, lanes = grid.block_m, grid.programs, grid.splits, power_of_two(grid.splits)
-        block_v = padded(value_size)
-
-        def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        tops = scratch(programs, grid.most_tiles, block_m)
-        scores = scratch(programs, grid.most_tiles, block_m, grid.block_n)
-        work, lists = scratch(programs, int(SLOTS), block_m, lanes), scratch(programs, int(LISTED), block_m, lanes)
-        state, partial = scratch(programs, 2, block_m), scratch(programs, splits, 2, block_m, block_v)
-        counters, filled, read = (scratch(programs, n, dtype=torch.int32) for n in (2, splits, splits))
-
-        shared = {
-            **arguments.shared, **COMPILER_OPTIONS, "work_ptr": work, "counters_ptr": counters, "room": room,
-            "parts": grid.parts, "blocks": grid.blocks, "splits": splits, "most_tiles": grid.most_tiles,
-            "BLOCK_M": block_m, "BLOCK_N": grid.block_n, "SPLITS": lanes,
+        plan = self._plan(query, k_cache, v_cache, call, stats)
+        floats = torch.empty(sum(plan.floats), dtype=torch.float32, device=device).split_with_sizes(plan.floats)
+        integers = torch.empty(sum(plan.integers), dtype=torch.int32, device=device).split_with_sizes(plan.integers)
+        tops, scores, work, lists, state, partial = floats
+        filled, read = integers
+        tensors = {
+            **tensors_of(query, k_cache, v_cache, call), "out_ptr": out, "m_ptr": m, "delta_ptr": delta,
+            "support_ptr": support if stats else filled,
+            "tops_ptr": tops, "scores_ptr": scores, "work_ptr": work, "lists_ptr": lists,
+            "state_ptr": state, "partial_ptr": partial, "filled_ptr": filled, "pages_ptr": read,
         }  # fmt: skip
-        of_values = {**arguments.values, "VALUE_DIM": value_size, "BLOCK_V": block_v}
-        largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
-        solving = {
-            **arguments.sink, "CUT": SOLVED[torch.float32], "steps": 8 + newton_steps(200, room + 1, largest_e, torch.float32)
-        }  # fmt: skip
-        has_bounds = call.low is not None
         with on_device(device):
-            kvcache_start_kernel[programs, splits](
-                bounds_ptr=tops, pages=-(-room // call.page_size), HAS_BOUNDS=has_bounds,
-                **shared, **arguments.queries, **arguments.keys, **of_values, **arguments.bounds, **arguments.scores,
-                num_warps=settings.start_warps,
-            )  # fmt: skip
-            kvcache_read_kernel[programs, splits](
-                bounds_ptr=tops, scores_ptr=scores, lists_ptr=lists, state_ptr=state, pages_ptr=read, HAS_BOUNDS=has_bounds,
-                **shared, **arguments.queries, **arguments.keys, **arguments.scores, **solving,
-                num_warps=settings.read_warps,
-            )  # fmt: skip
-            kvcache_values_kernel[programs, splits](
-                tops_ptr=tops, scores_ptr=scores, state_ptr=state, partial_ptr=partial, filled_ptr=filled,
-                out_ptr=out, m_ptr=m, delta_ptr=delta, support_ptr=support if stats else filled,
-                STATS=stats, WINDOW=arguments.scores["OPTIONS"].WINDOW, **shared, **of_values, **solving,
-                num_warps=settings.values_warps,
-            )  # fmt: skip
-        pages = read[:0].view(-1)
+            for launch in plan.launches:
+                launch(tensors)
+        pages = read.new_empty(0)
         if stats:
-            pages = read.view(batch, kv_heads, grid.blocks, splits).sum(3).amax(2).to(torch.int32)
+            pages = read.view(batch, kv_heads, plan.grid.blocks, plan.grid.splits).sum(3).amax(2).to(torch.int32)
         return KVCacheResults(out, m, delta, support, pages)
+
+    def _plan(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool) -> _Plan:
+        device, size = query.device, max(query.shape[3], v_cache.shape[3])
+        return self.plans.get(
+            signature(query, k_cache, v_cache, *vars(call).values(), stats, device, *self.forced.items()),
+            lambda: _Plan.of(
+                query, k_cache, v_cache, call, stats,
+                self.tuned(self.table(device), "decode", query.dtype, size) or Decode(),
+                processors=self.processors(device), ptx=self.ptx,
+            ),
+        )  # fmt: skip
 
     def warmup(
         self,

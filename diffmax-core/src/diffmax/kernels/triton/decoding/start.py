@@ -7,7 +7,7 @@ bound, and guesses tau from another, as if all keys were like it. docs/decoding.
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.common.numerics import HARDWARE_NONE, expm1_of, powers, scaled_scores
+from diffmax.kernels.triton.common.numerics import HARDWARE_NONE, expm1_of, first_iterate, powers, scaled_scores, sums_near_top
 from diffmax.kernels.triton.common.scores import in_window, keys_after, softcapped
 from diffmax.kernels.triton.decoding.tiles import (
     GUESS_DELTA,
@@ -30,16 +30,20 @@ from diffmax.kernels.triton.decoding.tiles import (
 )
 
 _EPS = tl.constexpr(2.0**-23)
-_STEPS = tl.constexpr(10)
+_STEPS = tl.constexpr(2)
 _PAGES = tl.constexpr(16)
 
 
 @triton.jit
 def subset_delta(scores, top, goal, e, k, K: tl.constexpr, PTX: tl.constexpr):
-    """delta at which the weights of these scores alone sum to `goal` <= 1, or a little more: Newton's steps never pass it."""
+    """A lower bound of the delta at which the weights of these scores alone sum to `goal` <= 1: Newton's steps never pass it.
+
+    Few steps, since it decides how much is read and where the solver starts, not the result.
+    """
     z = scaled_scores(scores, top, e)
-    delta = tl.zeros(top.shape, tl.float32)
-    for _ in range(_STEPS):
+    near, count = sums_near_top(z)
+    delta = first_iterate(near / goal, count / goal, e)
+    for _ in tl.static_range(_STEPS):
         b, r = powers(z, delta, k, K, HARDWARE_NONE, PTX)
         total, slope = tl.sum(r * b * b, axis=1) / goal, tl.sum(r * b, axis=1) / goal
         step = -total * expm1_of(-e * tl.log(total)) / slope
@@ -110,6 +114,28 @@ def widen(
     tl.store(bound_ptr + at + column, found.to(bound_ptr.dtype.element_ty), mask=column < HEAD_DIM)
 
 
+@triton.jit
+def sample_scores(
+    tile, q, k_ptr, kn_ptr, table_ptr, b, held, kv_head, span, in_rows, query, rules, parts, page_size, table_b,
+    k_b, k_s, k_h, k_d, kn_b, kn_s, kn_h, kn_d,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr, HAS_NEW: tl.constexpr,
+    OPTIONS: tl.constexpr,
+):  # fmt: skip
+    """The scores of a tile, and which of its tokens are there. New ones are not read from the cache, which is being written."""
+    _opens, begin, _end = span
+    place, there = tokens_of(tile, page_size, parts, span, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, k_b, k_s, PAGED)
+    if HAS_NEW:
+        keys = load_tile(k_ptr, at, column, there & (place < begin), kv_head, k_h, k_d, HEAD_DIM)
+        fresh, at = there & (place >= begin), b * kn_b + (place - begin).to(tl.int64) * kn_s
+        new = load_tile(kn_ptr, at, column, fresh, kv_head, kn_h, kn_d, HEAD_DIM)
+        keys = tl.where(fresh[:, None], new, keys)
+    else:
+        keys = load_tile(k_ptr, at, column, there, kv_head, k_h, k_d, HEAD_DIM)
+    return scores_of(q, keys, place, there, in_rows, query, rules, OPTIONS), there
+
+
 @triton.jit(do_not_specialize=[
     "q_b", "q_l", "q_h", "kn_b", "kn_s", "kn_h", "vn_b", "vn_s", "vn_h", "table_b",
     "alibi_b", "new", "room", "page_size", "parts", "pages", "kv_heads", "group", "length", "blocks", "splits", "most_tiles",
@@ -117,7 +143,7 @@ def widen(
 ])  # fmt: skip
 def kvcache_start_kernel(
     q_ptr, k_ptr, v_ptr, kn_ptr, vn_ptr, low_ptr, high_ptr, seqlens_ptr, places_ptr, table_ptr, e_ptr, alibi_ptr,
-    bounds_ptr, work_ptr, counters_ptr,
+    tops_ptr, work_ptr,
     q_b, q_l, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d, kn_b, kn_s, kn_h, kn_d, vn_b, vn_s, vn_h, vn_d,
     table_b, alibi_b,
     new, room, page_size, parts, pages, kv_heads, group, length, blocks, splits, most_tiles, left, right,
@@ -127,15 +153,13 @@ def kvcache_start_kernel(
     E_TENSOR: tl.constexpr, K: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """bounds (block, tile, BLOCK_M), and four slots of the work.  Grid: (B * H_kv * blocks of rows, splits)."""
+    """tops (block, tile, BLOCK_M): the bounds, and four slots of the work.  Grid: (B * H_kv * blocks of rows, splits)."""
     block, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, kv_head, held, head, query, in_rows, span = whose(
-        block, seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
+        block, tl.arange(0, BLOCK_M), seqlens_ptr, places_ptr, kv_heads, group, length, blocks, new, room, PLACES, BLOCK_M
     )
     _opens, begin, end = span
     first, last = stretch(split, splits, span, length, left, page_size, parts, HAS_NEW, OPTIONS.WINDOW)
-    if split == 0:
-        tl.store(counters_ptr + block * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int32))
     row_e, row_k = exponents(e_ptr, e, k, head, E_TENSOR)
     rules = rules_of(b, head, span, length, alibi_ptr, alibi_b, left, right, scale, softcap, OPTIONS)
     q = load_queries(q_ptr, b, head, query, in_rows, q_b, q_l, q_h, q_d, HEAD_DIM, BLOCK_D)
@@ -191,27 +215,30 @@ def kvcache_start_kernel(
             )  # fmt: skip
             bound = tl.where(settled[None, :] | (bound == -float("inf")), bound, float("inf"))
             at = (block * most_tiles + tile)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-            tl.store(bounds_ptr + at, tl.trans(bound), mask=here[:, None])
+            tl.store(tops_ptr + at, tl.trans(bound), mask=here[:, None])
             top = tl.where(here, tl.max(bound, axis=0), -float("inf"))
             if tl.max(top, axis=0) > best_bound:
                 best_bound = tl.max(top, axis=0)
                 best = start + tl.argmax(top, axis=0)
 
-    for sample in tl.static_range(2):
-        tile = best if sample == 0 else guess
-        top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-        delta = tl.zeros((BLOCK_M,), tl.float32)
-        if first < last:
-            place, there = tokens_of(tile, page_size, parts, span, BLOCK_N)
-            at = rows_of(table_ptr, b, held, tile, place, parts, page_size, table_b, k_b, k_s, PAGED)
-            keys = load_tile(
-                k_ptr, kn_ptr, at, place, there, b, kv_head, begin, k_h, k_d, kn_b, kn_s, kn_h, kn_d, HEAD_DIM, BLOCK_D, HAS_NEW
-            )
-            scores = scores_of(q, keys, place, there, in_rows, query, rules, OPTIONS)
-            top = largest(scores)
-            share = 1.0
-            if sample == 1:
-                share = tl.minimum(tl.sum(there.to(tl.float32), axis=0) / tl.maximum(end, 1), 1.0)
-            delta = subset_delta(scores, finite(top), share, row_e, row_k, K, PTX)
-        write_slot(work_ptr, block, SAMPLE_TOP if sample == 0 else GUESS_TOP, split, top, BLOCK_M, SPLITS)
-        write_slot(work_ptr, block, SAMPLE_DELTA if sample == 0 else GUESS_DELTA, split, delta, BLOCK_M, SPLITS)
+    guess_top, guess_delta = tl.full((BLOCK_M,), -float("inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    sample_top, sample_delta = guess_top, guess_delta
+    if first < last:
+        scores, there = sample_scores(
+            guess, q, k_ptr, kn_ptr, table_ptr, b, held, kv_head, span, in_rows, query, rules, parts, page_size, table_b,
+            k_b, k_s, k_h, k_d, kn_b, kn_s, kn_h, kn_d, HEAD_DIM, BLOCK_D, BLOCK_N, PAGED, HAS_NEW, OPTIONS,
+        )  # fmt: skip
+        guess_top = largest(scores)
+        share = tl.minimum(tl.sum(there.to(tl.float32), axis=0) / tl.maximum(end, 1), 1.0)
+        guess_delta = subset_delta(scores, finite(guess_top), tl.maximum(share, 1e-30), row_e, row_k, K, PTX)
+        if HAS_BOUNDS:
+            scores, _ = sample_scores(
+                best, q, k_ptr, kn_ptr, table_ptr, b, held, kv_head, span, in_rows, query, rules, parts, page_size, table_b,
+                k_b, k_s, k_h, k_d, kn_b, kn_s, kn_h, kn_d, HEAD_DIM, BLOCK_D, BLOCK_N, PAGED, HAS_NEW, OPTIONS,
+            )  # fmt: skip
+        sample_top = largest(scores)
+        sample_delta = subset_delta(scores, finite(sample_top), 1.0, row_e, row_k, K, PTX)
+    write_slot(work_ptr, block, SAMPLE_TOP, split, sample_top, BLOCK_M, SPLITS)
+    write_slot(work_ptr, block, SAMPLE_DELTA, split, sample_delta, BLOCK_M, SPLITS)
+    write_slot(work_ptr, block, GUESS_TOP, split, guess_top, BLOCK_M, SPLITS)
+    write_slot(work_ptr, block, GUESS_DELTA, split, guess_delta, BLOCK_M, SPLITS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from diffmax.kernels.triton.common.launch import (
     SMALLEST_E_FOR_HARDWARE,
     SOLVED,
     Exponent,
+    Launch,
+    Plans,
     on_device,
     padded,
+    signature,
 )
 from diffmax.kernels.triton.common.numerics import HARDWARE_ALL, HARDWARE_FIRST, HARDWARE_NONE
 from diffmax.kernels.triton.common.tuning import Stream, Table, Tile, Tunable
@@ -50,12 +53,15 @@ class RowOperator(Tunable):
         table: The tuning table for a device.
         processors: How many multiprocessors (compute units) a device has.
         ptx: Whether the compiler takes NVIDIA's assembly: the bare exponential and logarithm instructions.
+    Attributes:
+        plans: The launch plans of earlier calls.
     """
 
     def __init__(self, table: Callable[[torch.device], Table], processors: Callable[[torch.device], int], *, ptx: bool) -> None:
         self.table = table
         self.processors = processors
         self.ptx = ptx
+        self.plans = Plans()
 
     def bisect(
         self, x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one: bool
@@ -72,41 +78,42 @@ class RowOperator(Tunable):
         if x.numel() == 0:
             return p, m.fill_(-torch.inf), delta.zero_()
 
-        exponent, n = Exponent.of(e, acc), x.shape[dim]
-        e_tensor = e if isinstance(e, Tensor) else None
-        shape, (x, p), e_tensor = geometry.describe((x, p), e_tensor, dim)
-        e_tensor = m if e_tensor is None else e_tensor
-        table = self.table(x.device)
-        scalars = {"e": exponent.e, "k": exponent.k, "e_bits": exponent.bits}
-        limits = {"newton_steps": newton_steps(200, n, 1.0 if exponent.tensor else exponent.e, acc)}
-        fixed = {
-            "E_TENSOR": exponent.tensor,
-            "K": exponent.code,
-            "CUT": SOLVED[x.dtype],
-            "PTX": self.ptx,
-            "X_LAYOUT": shape.views[0].layout,
-        }
-        view_x, view_p = shape.views
-        tile = self._tile("rows", table.forward_float64 if acc == torch.float64 else table.forward, n, table, shape, x.dtype)
+        tensors = {"x_ptr": x, "p_ptr": p, "m_ptr": m, "delta_ptr": delta}
+        plan = self.plans.get(
+            signature(x, e, dim, ensure_sum_one, x.device, *self.forced.items()),
+            lambda: self._forward(x, p, e, dim, ensure_sum_one),
+        )
         with on_device(x.device):
-            if tile is not None:
-                bisect_rows_kernel[_grid(shape, tile.rows)](
-                    x, p, m, delta, e_tensor,
-                    **_strides("x", view_x), **_strides("p", view_p), **_e_strides(shape), **_sizes(shape, n),
-                    **scalars, **limits, **fixed,
-                    P_LAYOUT=view_p.layout, ENSURE_SUM_ONE=ensure_sum_one, HARDWARE=_hardware(exponent, x.dtype),
-                    ROWS=tile.rows, BLOCK=padded(n), KEEP=tile.keep, num_warps=tile.warps,
-                )  # fmt: skip
-                return p, m, delta
-            cut, chunks = self._cut("", table, x, shape.rows, n)
-            hardware = _hardware(exponent, x.dtype)
-            fixed |= {"HARDWARE": HARDWARE_NONE if hardware == HARDWARE_FIRST else hardware, "BLOCK": cut.block}
-            call = _LongCall(x, p, m, delta, e_tensor, shape, n, scalars, limits, fixed, cut.warps)
-            if chunks == 1:
-                call.stream(ensure_sum_one)
-            else:
-                call.split(ensure_sum_one, chunks, _expected_iterates(exponent))
+            plan.run(tensors, e, m, copied=("x_ptr",))
         return p, m, delta
+
+    def _forward(self, x: Tensor, p: Tensor, e: float | Tensor, dim: int, ensure_sum_one: bool) -> _Plan:
+        """The plan of a forward call."""
+        acc, dtype = accumulation_dtype(x.dtype), x.dtype
+        exponent, n = Exponent.of(e, acc), x.shape[dim]
+        shape, found, _ = geometry.describe((x, p), e if isinstance(e, Tensor) else None, dim)
+        table = self.table(x.device)
+        hardware = _hardware(exponent, dtype)
+        call = _ForwardCall(
+            shape=shape,
+            n=n,
+            scalars={"e": exponent.e, "k": exponent.k, "e_bits": exponent.bits},
+            limits={"newton_steps": newton_steps(200, n, 1.0 if exponent.tensor else exponent.e, acc)},
+            fixed={
+                "E_TENSOR": exponent.tensor, "K": exponent.code, "CUT": SOLVED[dtype], "PTX": self.ptx,
+                "X_LAYOUT": shape.views[0].layout, "HARDWARE": hardware,
+            },
+            ensure_sum_one=ensure_sum_one,
+            copies=found[0] is not x,
+        )  # fmt: skip
+        tiles = table.forward_float64 if acc == torch.float64 else table.forward
+        tile = self._tile("rows", tiles, n, table, shape, dtype)
+        if tile is not None:
+            return call.tiled(tile)
+        cut, chunks = self._cut("", table, x, shape.rows, n)
+        hardware = HARDWARE_NONE if hardware == HARDWARE_FIRST else hardware
+        call = replace(call, fixed={**call.fixed, "HARDWARE": hardware, "BLOCK": cut.block, "num_warps": cut.warps})
+        return call.stream() if chunks == 1 else call.split(chunks, _expected_iterates(exponent))
 
     def bisect_backward(
         self,
@@ -124,41 +131,50 @@ class RowOperator(Tunable):
         if p.numel() == 0:
             return grad_x, torch.zeros(m.shape if needs_e else (0,), dtype=m.dtype, device=p.device)
 
-        exponent, n = Exponent.of(e, m.dtype), p.shape[dim]
-        p, m, delta = p.contiguous(), m.contiguous(), delta.contiguous()
+        grad, p, m, delta = grad.to(p.dtype), p.contiguous(), m.contiguous(), delta.contiguous()
         x = x if x is None else x.contiguous()
-        shape, (grad, p), e_tensor = geometry.describe((grad.to(p.dtype), p), e if isinstance(e, Tensor) else None, dim)
+        plan = self.plans.get(
+            signature(grad, p, m, delta, x, e, dim, needs_e, p.device, *self.forced.items()),
+            lambda: self._backward(grad, p, m, x is not None, e, dim, needs_e),
+        )
+        parts = torch.empty((plan.rows, plan.lanes) if needs_e else (0,), dtype=m.dtype, device=p.device)
+        tensors = {
+            "g_ptr": grad, "p_ptr": p, "x_ptr": p if x is None else x, "m_ptr": m, "delta_ptr": delta,
+            "grad_x_ptr": grad_x, "grad_e_ptr": parts if needs_e else m,
+        }  # fmt: skip
+        with on_device(p.device):
+            plan.run(tensors, e, m, copied=("g_ptr",))
+        if not needs_e:
+            return grad_x, parts
+        return grad_x, (parts if plan.lanes == 1 else parts[:, : plan.chunks].sum(1)).view(m.shape)
+
+    def _backward(self, grad: Tensor, p: Tensor, m: Tensor, from_x: bool, e: float | Tensor, dim: int, needs_e: bool) -> _Plan:
+        """The plan of a backward call."""
+        exponent, n = Exponent.of(e, m.dtype), p.shape[dim]
+        shape, found, _ = geometry.describe((grad, p), e if isinstance(e, Tensor) else None, dim)
         table = self.table(p.device)
         view_g, view_p = shape.views
-        e_tensor = m if e_tensor is None else e_tensor
         shared: dict[str, Any] = {
             **_strides("g", view_g), **_strides("p", view_p), **_e_strides(shape), **_sizes(shape, n),
             "e": exponent.e, "e_bits": exponent.bits,
             "G_LAYOUT": view_g.layout, "P_LAYOUT": view_p.layout, "E_TENSOR": exponent.tensor,
-            "FROM_X": x is not None, "NEEDS_E": needs_e, "TERMS": SERIES_TERMS[m.dtype], "PTX": self.ptx,
+            "FROM_X": from_x, "NEEDS_E": needs_e, "TERMS": SERIES_TERMS[m.dtype], "PTX": self.ptx,
         }  # fmt: skip
-        x = p if x is None else x
-        is_double = m.dtype == torch.float64
-        tiles = table.backward_float64 if is_double else table.backward
+        tiles = table.backward_float64 if m.dtype == torch.float64 else table.backward
         tile = self._tile("rows_backward", tiles, n, table, shape, p.dtype)
-        with on_device(p.device):
-            if tile is not None:
-                grad_e = torch.empty(m.shape if needs_e else (0,), dtype=m.dtype, device=p.device)
-                bisect_bwd_rows_kernel[_grid(shape, tile.rows)](
-                    grad, p, x, m, delta, e_tensor, grad_x, grad_e if needs_e else m,
-                    **shared, ROWS=tile.rows, BLOCK=padded(n), num_warps=tile.warps,
-                )  # fmt: skip
-                return grad_x, grad_e
-            cut, chunks = self._cut("_backward", table, p, shape.rows, n)
-            lanes = 1 if chunks == 1 else MOST_CHUNKS
-            parts = torch.empty((shape.rows, lanes) if needs_e else (1, 1), dtype=m.dtype, device=p.device)
-            sums = torch.empty(shape.rows * 2 * lanes, dtype=m.dtype, device=p.device)
-            for does_sums, writes in ((True, True),) if chunks == 1 else ((True, False), (False, True)):
-                bisect_bwd_long_kernel[(shape.rows * chunks,)](
-                    grad, p, x, m, delta, e_tensor, grad_x, parts, sums, chunks=chunks,
-                    **shared, BLOCK=cut.block, CHUNKS=lanes, SUMS=does_sums, WRITES=writes, num_warps=cut.warps,
-                )  # fmt: skip
-            return grad_x, parts[:, :chunks].sum(1).view(m.shape) if needs_e else m.new_empty(0)
+        copies = found[0] is not grad
+        if tile is not None:
+            arguments = {**shared, "ROWS": tile.rows, "BLOCK": padded(n), "num_warps": tile.warps}
+            return _Plan((Launch(bisect_bwd_rows_kernel, _grid(shape, tile.rows), arguments),), {}, shape.rows, copies=copies)
+        cut, chunks = self._cut("_backward", table, p, shape.rows, n)
+        lanes = 1 if chunks == 1 else MOST_CHUNKS
+        shared |= {"chunks": chunks, "BLOCK": cut.block, "CHUNKS": lanes, "num_warps": cut.warps}
+        passes = ((True, True),) if chunks == 1 else ((True, False), (False, True))
+        launches = (
+            Launch(bisect_bwd_long_kernel, (shape.rows * chunks,), {**shared, "SUMS": sums, "WRITES": writes})
+            for sums, writes in passes
+        )
+        return _Plan(tuple(launches), {"sums_ptr": 2 * lanes}, shape.rows, chunks, lanes, copies)
 
     def warmup(self, device: torch.device, dtype: torch.dtype, n: int, e: float | None, backward: bool) -> None:
         """Compile the kernels for rows of length `n`, by calls with and without aligned rows, including alpha's gradient.
@@ -206,61 +222,97 @@ class RowOperator(Tunable):
         return self.tuned(table, f"stream{suffix}", x.dtype) or default, 1
 
 
-@dataclass(frozen=True)
-class _LongCall:
-    """The arguments shared by all launches of a forward call on streamed rows."""
+class _Plan(NamedTuple):
+    """The launches of a call, one after the other.
 
-    x: Tensor
-    p: Tensor
-    m: Tensor
-    delta: Tensor
-    e_tensor: Tensor
+    Attributes:
+        launches: The launches.
+        scratch: Entries of scratch memory per row, by the name of the kernels' pointer.
+        rows: The number of rows.
+        chunks, lanes: Programs per row, and the entries per row of alpha's gradient that they write.
+        copies: Whether the tensors cannot be addressed as they are (`geometry.describe`).
+    """
+
+    launches: tuple[Launch, ...]
+    scratch: dict[str, int]
+    rows: int
+    chunks: int = 1
+    lanes: int = 1
+    copies: bool = False
+
+    def run(self, tensors: dict[str, Tensor], e: float | Tensor, m: Tensor, copied: tuple[str, ...]) -> None:
+        """Launch; `copied` are the names of the tensors that the call may copy, besides e."""
+        tensors["e_ptr"] = m if not isinstance(e, Tensor) else e.expand(m.shape).contiguous() if self.copies else e
+        for name in copied if self.copies else ():
+            tensors[name] = tensors[name].contiguous()
+        for name, per_row in self.scratch.items():
+            tensors[name] = torch.empty(self.rows * per_row, dtype=m.dtype, device=m.device)
+        for launch in self.launches:
+            launch(tensors)
+
+
+@dataclass(frozen=True)
+class _ForwardCall:
+    """The arguments shared by all launches of a forward call."""
+
     shape: Geometry
     n: int
     scalars: dict[str, Any]
     limits: dict[str, int]
     fixed: dict[str, Any]
-    warps: int
+    ensure_sum_one: bool
+    copies: bool
 
     def _arguments(self, *names: str) -> dict[str, Any]:
-        """Strides, sizes, and the named fixed arguments of a kernel."""
+        """Strides, sizes, and the named fixed arguments of a kernel for streamed rows."""
         strides = {**_strides("x", self.shape.views[0]), **_sizes(self.shape, self.n)}
-        return strides | {name: self.fixed[name] for name in ("X_LAYOUT", "BLOCK", *names)} | {"num_warps": self.warps}
+        return strides | {name: self.fixed[name] for name in ("X_LAYOUT", "BLOCK", "num_warps", *names)}
 
-    def stream(self, ensure_sum_one: bool) -> None:
+    def _plan(self, scratch: dict[str, int], *launches: Launch) -> _Plan:
+        return _Plan(launches, scratch, self.shape.rows, copies=self.copies)
+
+    def tiled(self, tile: Tile) -> _Plan:
+        """Rows in the registers of a program."""
+        arguments = {
+            **_strides("x", self.shape.views[0]), **_sizes(self.shape, self.n), **self.fixed, **self._weights_arguments(),
+            **self.scalars, **self.limits, "ENSURE_SUM_ONE": self.ensure_sum_one,
+            "ROWS": tile.rows, "BLOCK": padded(self.n), "KEEP": tile.keep, "num_warps": tile.warps,
+        }  # fmt: skip
+        return self._plan({}, Launch(bisect_rows_kernel, _grid(self.shape, tile.rows), arguments))
+
+    def stream(self) -> _Plan:
         """One program per row."""
-        bisect_stream_kernel[(self.shape.rows,)](
-            self.x, self.p, self.m, self.delta, self.e_tensor, self._scratch(self._tiles()),
+        arguments = {
             **self._arguments("E_TENSOR", "K", "CUT", "HARDWARE", "PTX"), **self._weights_arguments(),
-            **self.scalars, **self.limits, ENSURE_SUM_ONE=ensure_sum_one,
-        )  # fmt: skip
+            **self.scalars, **self.limits, "ENSURE_SUM_ONE": self.ensure_sum_one,
+        }  # fmt: skip
+        return self._plan({"tops_ptr": self._tiles()}, Launch(bisect_stream_kernel, (self.shape.rows,), arguments))
 
-    def split(self, ensure_sum_one: bool, chunks: int, iterates: int) -> None:
+    def split(self, chunks: int, iterates: int) -> _Plan:
         """Several programs per row."""
-        rows = self.shape.rows
-        tops, chunk_tops, ends = self._scratch(self._tiles()), self._scratch(MOST_CHUNKS), self._scratch(3)
-        sums, state = self._scratch((iterates + 1) * 3 * MOST_CHUNKS), self._scratch((iterates + 1) * 3)
-        e_strides = _e_strides(self.shape)
-        grid, lanes = (rows * chunks,), {"chunks": chunks, "CHUNKS": MOST_CHUNKS}
-        solver = self._arguments("E_TENSOR", "K", "CUT", "HARDWARE", "PTX")
-        split_top_kernel[grid](self.x, tops, chunk_tops, **self._arguments(), **lanes)
-        split_start_kernel[grid](
-            self.x, self.e_tensor, tops, chunk_tops, sums, **self._arguments("E_TENSOR"), **e_strides, **self.scalars, **lanes
+        rows, lanes = self.shape.rows, {"chunks": chunks, "CHUNKS": MOST_CHUNKS}
+        grid, e_strides = (rows * chunks,), _e_strides(self.shape)
+        solver = {**self._arguments("E_TENSOR", "K", "CUT", "HARDWARE", "PTX"), **e_strides, **self.scalars, **lanes}
+        start = {**self._arguments("E_TENSOR"), **e_strides, **self.scalars, **lanes}
+        finish = {**solver, **self.limits, "n_rows": rows, "stage": iterates, "ENSURE_SUM_ONE": self.ensure_sum_one}
+        write = {
+            **self._arguments("E_TENSOR", "K", "HARDWARE", "PTX"), **self._weights_arguments(), **self.scalars, "chunks": chunks
+        }  # fmt: skip
+        scratch = {
+            "tops_ptr": self._tiles(), "chunk_tops_ptr": MOST_CHUNKS, "ends_ptr": 3,
+            "sums_ptr": (iterates + 1) * 3 * MOST_CHUNKS, "state_ptr": (iterates + 1) * 3,
+        }  # fmt: skip
+        return self._plan(
+            scratch,
+            Launch(split_top_kernel, grid, {**self._arguments(), **lanes}),
+            Launch(split_start_kernel, grid, start),
+            *(
+                Launch(split_step_kernel, grid, {**solver, "n_rows": rows, "stage": stage, "FIRST": stage == 1})
+                for stage in range(1, iterates + 1)
+            ),
+            Launch(split_finish_kernel, (rows,), finish),
+            Launch(split_write_kernel, grid, write),
         )
-        for stage in range(1, iterates + 1):
-            split_step_kernel[grid](
-                self.x, self.e_tensor, tops, chunk_tops, sums, state,
-                **solver, **e_strides, **self.scalars, **lanes, n_rows=rows, stage=stage, FIRST=stage == 1,
-            )  # fmt: skip
-        split_finish_kernel[(rows,)](
-            self.x, self.m, self.delta, self.e_tensor, tops, chunk_tops, sums, state, ends,
-            **solver, **e_strides, **self.scalars, **self.limits, **lanes,
-            n_rows=rows, stage=iterates, ENSURE_SUM_ONE=ensure_sum_one,
-        )  # fmt: skip
-        split_write_kernel[grid](
-            self.x, self.p, self.m, self.e_tensor, tops, ends,
-            **self._arguments("E_TENSOR", "K", "HARDWARE", "PTX"), **self._weights_arguments(), **self.scalars, chunks=chunks,
-        )  # fmt: skip
 
     def _weights_arguments(self) -> dict[str, int]:
         view = self.shape.views[1]
@@ -268,9 +320,6 @@ class _LongCall:
 
     def _tiles(self) -> int:
         return -(-self.n // int(self.fixed["BLOCK"]))
-
-    def _scratch(self, per_row: int) -> Tensor:
-        return torch.empty(self.shape.rows * per_row, dtype=self.m.dtype, device=self.x.device)
 
 
 def _grid(shape: Geometry, rows: int) -> tuple[int]:
