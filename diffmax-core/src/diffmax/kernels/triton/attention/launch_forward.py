@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from diffmax.kernels.tools import live_shape
 from diffmax.kernels.triton.attention.call import Arguments, aligned, rows_of_entries, strides
+from diffmax.kernels.triton.attention.evaluation import CHEAP, DIGITS, EITHER
 from diffmax.kernels.triton.attention.output import attention_out_kernel
 from diffmax.kernels.triton.attention.settings import Forward, Settings
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
 from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, on_device, padded
+from diffmax.kernels.triton.common.scores import ABSENT
 from diffmax.operators.common.numerics import newton_steps
 from diffmax.plugin import TILE, AttentionCall, AttentionResults
 
@@ -43,7 +47,7 @@ def attention_forward(
     rows, device = query.shape[:3], query.device
     out = value.new_empty((*rows, value.shape[3]))
     m = torch.empty(rows, dtype=torch.float32, device=device)
-    delta, start = torch.empty_like(m), torch.empty_like(m)
+    delta, start, slope = (torch.empty_like(m) for _ in range(3))
     u = torch.empty_like(out) if keep else out.new_empty(0)
     live = torch.empty(live_shape(query, key, call), dtype=torch.int32, device=device)
     support = torch.empty(rows if stats else (0,), dtype=torch.int32, device=device)
@@ -61,6 +65,7 @@ def attention_forward(
         **arguments.scalars, **arguments.flags, **COMPILER_OPTIONS,
         "n_sequences": arguments.n_sequences, "n_blocks": n_blocks, "items": items, "n_words": live.shape[3],
         "most_tiles": most_tiles, "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
+        **_arithmetic(arguments, query.dtype),
     }  # fmt: skip
     keys = call.max_seqlen_k if arguments.packed else key.shape[2]
     largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
@@ -75,14 +80,14 @@ def attention_forward(
     with on_device(device):
         solve = settings.solve
         attention_solve_kernel[(programs(solve),)](
-            query, key, m, start, live, **tensors,
+            query, key, m, start, slope, live, **tensors,
             tops_ptr=scratch(solve, TILE, torch.float32), list_ptr=scratch(solve, 1, torch.int32), **shared,
             newton_steps=newton_steps(200, keys + 1, largest_e, torch.float32), LINEAR=keep, CUT=CUT[query.dtype],
             CHUNK=min(solve.chunk, block_d), num_warps=solve.warps, num_stages=solve.stages,
         )  # fmt: skip
         output = settings.output
         attention_out_kernel[(programs(output),)](
-            query, key, value, out, u if keep else out, m, start, delta, live, support if stats else live,
+            query, key, value, out, u if keep else out, m, start, slope, delta, live, support if stats else live,
             **tensors, list_ptr=scratch(output, 1, torch.int32), seed_ptr=seed,
             **strides("v", value), **shared, **arguments.dropout,
             VALUE_DIM=value.shape[3], BLOCK_V=min(output.values, block_v),
@@ -91,6 +96,15 @@ def attention_forward(
             num_warps=output.warps, num_stages=output.stages,
         )  # fmt: skip
     return results
+
+
+def _arithmetic(arguments: Arguments, dtype: torch.dtype) -> dict[str, Any]:
+    """How kernels compute weights: see `attention.evaluation`."""
+    flags, options, scalars = arguments.flags, arguments.flags["OPTIONS"], arguments.scalars
+    bent = options.SOFTCAP or options.ALIBI or int(ABSENT.value) != options.BIAS
+    cheap, narrow = flags["K"] > 0 or flags["HARDWARE"] > 0, dtype.itemsize == 2
+    power = CHEAP if cheap else EITHER if narrow and flags["E_TENSOR"] else DIGITS
+    return {"FOLDED": not bent and scalars["scale"] > 0, "POWER": power.value, "EXACT": not narrow}
 
 
 def _most_tiles(n_keys: int, call: AttentionCall) -> int:

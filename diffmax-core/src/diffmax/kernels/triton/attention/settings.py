@@ -118,7 +118,7 @@ FORWARD = (
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, 16, 64, values=128)), extras=True),
     # float16 scales weights up, which takes registers
     Rule("nvidia", FLOAT16, 64, Forward(Settings(4, 2, 2), Settings(8, 2, 1, keys=32))),
-    Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2, keys=32))),
+    Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2))),
     Rule("nvidia", NARROW, 128, Forward(Settings(8, 2, 1), Settings(8, 2, 1, keys=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, keys=32, chunk=64, values=128))),
     Rule("cdna", WIDE, 256, Forward(Settings(4, 1, 1, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, values=64))),

@@ -13,8 +13,10 @@ Nothing waits for the host. The reasons for this order, and its cost: docs/perfo
 import triton
 import triton.language as tl
 
+from diffmax.kernels.triton.attention.evaluation import PARTIAL, larger_or_nan, level_at, sums_of
 from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, sampled_scores, tile_scores
 from diffmax.kernels.triton.attention.steps import (
+    any_alive,
     largest_delta,
     list_live,
     promises,
@@ -24,7 +26,7 @@ from diffmax.kernels.triton.attention.steps import (
 )
 from diffmax.kernels.triton.attention.tiles import TILE, row_ptr
 from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
-from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, next_iterate, scaled_scores, sums_at, with_sink
+from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, next_iterate, with_sink
 
 _SAMPLE_STEPS = tl.constexpr(2)
 
@@ -35,20 +37,21 @@ _SAMPLE_STEPS = tl.constexpr(2)
     "items", "n_words", "most_tiles", "left", "right", "newton_steps", "scale", "softcap", "e", "k",
 ])  # fmt: skip
 def attention_solve_kernel(
-    q_ptr, k_ptr, m_ptr, delta_ptr, live_ptr, e_ptr, mask_ptr, bias_ptr, alibi_ptr, sink_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, m_ptr, delta_ptr, slope_ptr, live_ptr, e_ptr, mask_ptr, bias_ptr, alibi_ptr, sink_ptr, cu_q_ptr, cu_k_ptr,
     tops_ptr, list_ptr,  # scratch buffers of a program: (most_tiles, 64) and (most_tiles,)
     q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
     heads, group, length, n_keys, n_sequences, n_blocks, items, n_words, most_tiles, left, right, newton_steps,
     scale, softcap, e, k,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
-    HARDWARE: tl.constexpr, PTX: tl.constexpr,
+    HARDWARE: tl.constexpr, PTX: tl.constexpr, FOLDED: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """m, delta and the bits of `live`.  Grid: as many programs as run concurrently."""
+    """m, delta, S_1 and the bits of `live`.  Grid: as many programs as run concurrently."""
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
     lanes = tl.arange(0, TILE)
     zero = tl.zeros((TILE,), tl.float32)
+    unit = scale if FOLDED else 1.0
     tops_ptr += tl.program_id(0).to(tl.int64) * most_tiles * TILE
     list_ptr += tl.program_id(0).to(tl.int64) * most_tiles
 
@@ -80,26 +83,37 @@ def attention_solve_kernel(
         span, odd = high_key - low_key, 2 * lanes + 1
         # odd * span / 128 without overflow of the int32 product
         spread = low_key + odd * (span // (2 * TILE)) + odd * (span % (2 * TILE)) // (2 * TILE)
-        sampled = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK)
-        reference = tl.maximum(tl.max(sampled, axis=1), sink)
+        sampled = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, FOLDED, HEAD_DIM, BLOCK_D, CHUNK)
+        reference = tl.maximum(tl.max(sampled, axis=1) * unit, sink)
         reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
         share = tl.maximum(size / TILE, 1.0)
-        delta = root_of_sample(sampled, reference, high, row_e, row_k, share, K, HARDWARE, PTX, _SAMPLE_STEPS)
+        delta = root_of_sample(sampled, reference, high, head_e, head_k, unit, share, K, POWER, PTX, _SAMPLE_STEPS)
 
         # 2. S at the estimate, and the largest scores of every tile
-        m = sink
-        total, slope, curve = zero, zero, zero
+        estimate = level_at(reference, delta, unit, head_e, POWER, EXACT)
+        m = zero - float("inf")
+        total = tl.zeros((TILE, PARTIAL), tl.float32)
+        slope, curve = total, total
         tl.debug_barrier()  # the previous block may still be read
         for i in range(0, tiles):
             x = tile_scores(
-                q, q_row, k_at, k_row, (first_tile + i) * TILE, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE
-            )
-            top = tl.where(in_rows, tl.max(x, axis=1), -float("inf"))
+                q, q_row, k_at, k_row, (first_tile + i) * TILE, block, rules, estimate, OPTIONS, FOLDED, EXACT, False,
+                HEAD_DIM, BLOCK_D, CHUNK, TILE,
+            )  # fmt: skip
+            top = tl.where(in_rows, tl.reduce(x, 1, larger_or_nan), -float("inf"))
             tl.store(tops_ptr + i * TILE + lanes, top)
-            m = tl.maximum(m, top)
-            more, more_slope, more_curve = sums_at(scaled_scores(x, reference, row_e), delta, row_k, K, HARDWARE, PTX)
-            total, slope, curve = total + more, slope + more_slope, curve + more_curve
+            m = tl.where(top > m, top, m)
+            visit = any_alive(top, estimate, EXACT)
+            if not EXACT:
+                visit = visit & (estimate.far == 0)  # left to further evaluations
+            if visit:
+                if EXACT:
+                    x = x * unit - reference[:, None]
+                more, more_slope, more_curve = sums_of(x, estimate, head_k, K, POWER, PTX)
+                total, slope, curve = total + more, slope + more_slope, curve + more_curve
         tl.debug_barrier()
+        total, slope, curve = tl.sum(total, axis=1), tl.sum(slope, axis=1), tl.sum(curve, axis=1)
+        m = tl.maximum(m * unit, sink)
         if SINK:
             total, slope, curve = with_sink(total, slope, curve, sink, reference, delta, row_e, row_k, K, HARDWARE, PTX)
 
@@ -114,16 +128,22 @@ def attention_solve_kernel(
         going = active & ((known & ready) == 0)
         steps = 1
         while (tl.max(going.to(tl.int32), axis=0) > 0) & (steps < newton_steps + HALLEY_STEPS):
-            count = list_live(tops_ptr, list_ptr, tiles, m, row_e, delta)
+            level = level_at(m, delta, unit, head_e, POWER, EXACT)
+            count = list_live(tops_ptr, list_ptr, tiles, level, EXACT)
             tl.debug_barrier()
             before = tl.where(known, total, 0.0)
-            total, slope, curve = zero, zero, zero
+            all_total = tl.zeros((TILE, PARTIAL), tl.float32)
+            all_slope, all_curve = all_total, all_total
             for i in range(0, count):
                 tile = first_tile + tl.load(list_ptr + i)
-                y = tile_scores(q, q_row, k_at, k_row, tile * TILE, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE)
-                own, own_slope, own_curve = sums_at(scaled_scores(y, m, row_e), delta, row_k, K, HARDWARE, PTX)
-                total, slope, curve = total + own, slope + own_slope, curve + own_curve
+                y = tile_scores(
+                    q, q_row, k_at, k_row, tile * TILE, block, rules, level, OPTIONS, FOLDED, EXACT,
+                    True, HEAD_DIM, BLOCK_D, CHUNK, TILE,
+                )  # fmt: skip
+                own, own_slope, own_curve = sums_of(y, level, head_k, K, POWER, PTX)
+                all_total, all_slope, all_curve = all_total + own, all_slope + own_slope, all_curve + own_curve
             tl.debug_barrier()
+            total, slope, curve = tl.sum(all_total, axis=1), tl.sum(all_slope, axis=1), tl.sum(all_curve, axis=1)
             if SINK:
                 total, slope, curve = with_sink(total, slope, curve, sink, m, delta, row_e, row_k, K, HARDWARE, PTX)
             bends = steps < HALLEY_STEPS
@@ -137,9 +157,11 @@ def attention_solve_kernel(
         row_at = (b * heads + h) * length + block.q_start + first
         tl.store(m_ptr + row_at + lanes, m, mask=in_rows)
         tl.store(delta_ptr + row_at + lanes, tl.where(bad, float("nan"), delta), mask=in_rows)
+        tl.store(slope_ptr + row_at + lanes, slope, mask=in_rows)
         live_rows = n_blocks
         if OPTIONS.PACKED:
             live_rows = n_blocks - 1  # for a packed tensor there is one block more than rows of `live`
         live_at = live_ptr + ((b * heads + h) * live_rows + block.index) * n_words
         bound = tl.where(bad, float("nan"), tl.where(active, low, 0.0))
-        store_live(tops_ptr, live_at, first_tile, tiles, n_words, m, row_e, bound, block.index < live_rows)
+        least = level_at(m, bound, unit, head_e, POWER, EXACT)
+        store_live(tops_ptr, live_at, first_tile, tiles, n_words, least, block.index < live_rows, EXACT)
