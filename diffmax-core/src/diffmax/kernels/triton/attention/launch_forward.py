@@ -21,6 +21,9 @@ from diffmax.plugin import TILE, AttentionCall, AttentionResults
 # Tolerance of the threshold when the output is computed, in units of the slope: see `steps.good_enough`
 CUT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 
+# Tolerance of the sum of the weights, if the output is divided by it
+SUM = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
 
 def attention_forward(
     query: Tensor,
@@ -65,6 +68,7 @@ def attention_forward(
         **arguments.scalars, **arguments.flags, **COMPILER_OPTIONS,
         "n_sequences": arguments.n_sequences, "n_blocks": n_blocks, "items": items, "n_words": live.shape[3],
         "most_tiles": most_tiles, "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
+        "CUT": CUT[query.dtype], "SUM": SUM[query.dtype],
         **_arithmetic(arguments, query.dtype),
     }  # fmt: skip
     keys = call.max_seqlen_k if arguments.packed else key.shape[2]
@@ -82,7 +86,7 @@ def attention_forward(
         attention_solve_kernel[(programs(solve),)](
             query, key, m, start, slope, live, **tensors,
             tops_ptr=scratch(solve, TILE, torch.float32), list_ptr=scratch(solve, 1, torch.int32), **shared,
-            newton_steps=newton_steps(200, keys + 1, largest_e, torch.float32), LINEAR=keep, CUT=CUT[query.dtype],
+            newton_steps=newton_steps(200, keys + 1, largest_e, torch.float32), LINEAR=keep,
             CHUNK=min(solve.chunk, block_d), num_warps=solve.warps, num_stages=solve.stages,
         )  # fmt: skip
         output = settings.output
@@ -91,7 +95,7 @@ def attention_forward(
             **tensors, list_ptr=scratch(output, 1, torch.int32), seed_ptr=seed,
             **strides("v", value), **shared, **arguments.dropout,
             VALUE_DIM=value.shape[3], BLOCK_V=min(output.values, block_v),
-            KEEP=keep, SUPPORT=stats, CUT=CUT[query.dtype], SOLVED=SOLVED[query.dtype],
+            KEEP=keep, SUPPORT=stats, SOLVED=SOLVED[query.dtype],
             KEYS=output.keys, PARTS=TILE // output.keys, CHUNK=min(output.chunk, block_d),
             num_warps=output.warps, num_stages=output.stages,
         )  # fmt: skip

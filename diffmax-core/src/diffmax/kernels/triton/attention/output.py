@@ -34,7 +34,7 @@ def attention_out_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
     OPTIONS: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
-    KEEP: tl.constexpr, SUPPORT: tl.constexpr, CUT: tl.constexpr, SOLVED: tl.constexpr,
+    KEEP: tl.constexpr, SUPPORT: tl.constexpr, CUT: tl.constexpr, SUM: tl.constexpr, SOLVED: tl.constexpr,
     HARDWARE: tl.constexpr, PTX: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
     FOLDED: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,7 @@ def attention_out_kernel(
                     slope += own_slope
 
             known = active & (total > 0.0)
-            done = good_enough(total, slope, delta, row_e, row_k, size, CUT, KEEP) | stalls(total, before)
+            done = good_enough(total, slope, delta, row_e, row_k, size, CUT, SUM, KEEP) | stalls(total, before)
             rounds = tl.where(tl.max((known & (done == 0)).to(tl.int32), axis=0) > 0, rounds + 1, _ROUNDS)
             moved, _lower = next_iterate(delta, zero, high, total, slope, zero, row_e, row_k, False)
             delta = tl.where(known, moved, delta)

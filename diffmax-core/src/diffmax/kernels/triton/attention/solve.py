@@ -3,7 +3,7 @@
 A program loops over blocks of 64 queries, so the size of the scratch buffers depends on the running programs, not on the number
 of queries. For each block:
 
-1. A sample of keys, spread evenly over those in range, gives an estimate of the threshold.
+1. A sample of keys, spread evenly over those in range, gives an estimate of the threshold; a larger one improves it.
 2. One pass over all tiles evaluates S there, and stores the largest scores of every tile.
 3. Steps lead to the threshold (Eq. 2); each evaluation visits only tiles that hold a score above the iterate.
 
@@ -21,8 +21,11 @@ from diffmax.kernels.triton.attention.steps import (
     list_live,
     promises,
     root_of_sample,
+    spread_keys,
     stalls,
+    step_of_sample,
     store_live,
+    tiles_of_sample,
 )
 from diffmax.kernels.triton.attention.tiles import TILE, row_ptr
 from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
@@ -44,7 +47,8 @@ def attention_solve_kernel(
     scale, softcap, e, k,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
-    HARDWARE: tl.constexpr, PTX: tl.constexpr, FOLDED: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr,
+    SUM: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, FOLDED: tl.constexpr, POWER: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """m, delta, S_1 and the bits of `live`.  Grid: as many programs as run concurrently."""
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
@@ -52,6 +56,7 @@ def attention_solve_kernel(
     lanes = tl.arange(0, TILE)
     zero = tl.zeros((TILE,), tl.float32)
     unit = scale if FOLDED else 1.0
+    LARGER_SAMPLE: tl.constexpr = K == 0 or K >= 5
     tops_ptr += tl.program_id(0).to(tl.int64) * most_tiles * TILE
     list_ptr += tl.program_id(0).to(tl.int64) * most_tiles
 
@@ -80,14 +85,26 @@ def attention_solve_kernel(
         high = largest_delta(size, row_e)
 
         # 1. the estimate, relative to the largest score of the sample
-        span, odd = high_key - low_key, 2 * lanes + 1
-        # odd * span / 128 without overflow of the int32 product
-        spread = low_key + odd * (span // (2 * TILE)) + odd * (span % (2 * TILE)) // (2 * TILE)
+        span = high_key - low_key
+        spread = spread_keys(low_key, span, 0, 1)
         sampled = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, FOLDED, HEAD_DIM, BLOCK_D, CHUNK)
         reference = tl.maximum(tl.max(sampled, axis=1) * unit, sink)
         reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
         share = tl.maximum(size / TILE, 1.0)
         delta = root_of_sample(sampled, reference, high, head_e, head_k, unit, share, K, POWER, PTX, _SAMPLE_STEPS)
+
+        if LARGER_SAMPLE:
+            pool = tiles_of_sample(tiles, head_e)
+            if pool > 1:
+                rough = level_at(reference, delta, unit, head_e, POWER, True)
+                total = tl.zeros((TILE, PARTIAL), tl.float32)
+                slope, curve = total, total
+                for i in range(0, pool):
+                    spread = spread_keys(low_key, span, i, pool)
+                    w = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, FOLDED, HEAD_DIM, BLOCK_D, CHUNK)
+                    part, part_slope, part_curve = sums_of(w * unit - reference[:, None], rough, head_k, K, POWER, PTX)
+                    total, slope, curve = total + part, slope + part_slope, curve + part_curve
+                delta = step_of_sample(total, slope, curve, delta, high, row_e, row_k, share / pool)
 
         # 2. S at the estimate, and the largest scores of every tile
         estimate = level_at(reference, delta, unit, head_e, POWER, EXACT)
@@ -122,7 +139,7 @@ def attention_solve_kernel(
         active = in_rows & (bad == 0) & (m > -float("inf"))
         delta -= row_e * (tl.where(active, m, reference) - reference)
         known = active & (total > 0.0) & (total < 1e30) & (slope < 1e30) & (curve < 1e30)
-        ready = promises(total, slope, curve, tl.maximum(delta, 0.0), row_k, True, CUT, LINEAR)
+        ready = promises(total, slope, curve, tl.maximum(delta, 0.0), row_e, row_k, True, CUT, SUM, LINEAR)
         moved, low = next_iterate(delta, zero, high, total, slope, curve, row_e, row_k, True)
         delta, low = tl.where(known, moved, 0.0), tl.where(known, low, 0.0)
         going = active & ((known & ready) == 0)
@@ -148,7 +165,7 @@ def attention_solve_kernel(
                 total, slope, curve = with_sink(total, slope, curve, sink, m, delta, row_e, row_k, K, HARDWARE, PTX)
             bends = steps < HALLEY_STEPS
             known = active & (total > 0.0)
-            fine = promises(total, slope, curve, delta, row_k, bends, CUT, LINEAR) | stalls(total, before)
+            fine = promises(total, slope, curve, delta, row_e, row_k, bends, CUT, SUM, LINEAR) | stalls(total, before)
             closer, bound = next_iterate(delta, low, high, total, slope, curve, row_e, row_k, bends)
             delta, low = tl.where(known, closer, delta), tl.where(known, bound, low)
             going = going & known & (fine == 0)

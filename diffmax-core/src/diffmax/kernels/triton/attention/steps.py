@@ -15,6 +15,9 @@ from diffmax.kernels.triton.common.numerics import START_CUT, expm1_of, first_it
 _AT_ONCE = tl.constexpr(32)
 _BITS_AT_ONCE = tl.constexpr(128)
 
+# From this k on, sums change smoothly as entries enter and leave them
+_LARGE_K = tl.constexpr(5.0)
+
 
 @triton.jit
 def root_of_sample(
@@ -37,6 +40,28 @@ def root_of_sample(
         moved, low = next_iterate(delta, low, high, total * share, slope * share, curve * share, row_e, row_k, True)
         delta = tl.where(total > 0.0, moved, delta)
     return delta
+
+
+@triton.jit
+def step_of_sample(total, slope, curve, delta, high, e, k, share):
+    """One step from the `partial_sums` of a sample, each of whose keys represents `share` keys."""
+    total, slope, curve = (tl.sum(total, axis=1) * share, tl.sum(slope, axis=1) * share, tl.sum(curve, axis=1) * share)
+    moved, _low = next_iterate(delta, delta * 0.0 - float("inf"), high, total, slope, curve, e, k, True)
+    return tl.where((total > 0.0) & (tl.abs(moved) < float("inf")), moved, delta)
+
+
+@triton.jit
+def tiles_of_sample(tiles, e):
+    """How many tiles of keys, spread evenly, improve the estimate: one in 16. For a small k no estimate saves an evaluation."""
+    return tl.where(e * _LARGE_K <= 1.0, tl.minimum(tiles // 16, 8), 0)
+
+
+@triton.jit
+def spread_keys(low, span, first, step):
+    """Of 64 step positions, spread evenly over the `span` keys from `low` on, every step-th from the first on."""
+    odd, parts = 2 * (first + step * tl.arange(0, TILE)) + 1, 2 * TILE * step
+    # odd * span / parts without overflow of the int32 product
+    return low + odd * (span // parts) + odd * (span % parts) // parts
 
 
 @triton.jit
@@ -91,16 +116,18 @@ def _alive(tops_ptr, tile, tiles, lanes, level, EXACT: tl.constexpr):
 
 
 @triton.jit
-def good_enough(total, slope, delta, e, k, size, CUT: tl.constexpr, LINEAR: tl.constexpr):
+def good_enough(
+    total, slope, delta, e, k, size, CUT: tl.constexpr, SUM: tl.constexpr, LINEAR: tl.constexpr
+):  # fmt: skip
     """Whether the output from weights at this delta is accurate to rounding.
 
     LINEAR: the output gets the remaining linear step; U does not, so CUT bounds its error. Otherwise the output is divided by
-    the sum.
+    the sum, which leaves of its distance from 1 about a third, the part in which weights differ.
     """
     if LINEAR:
         return linear_suffices(total, slope, delta, e, k, size, CUT) | (total == 0.0)
     else:
-        return (tl.abs(total - 1.0) <= 0.5 * CUT) | (total == 0.0)
+        return (tl.abs(total - 1.0) <= SUM) | (total == 0.0)
 
 
 @triton.jit
@@ -111,31 +138,35 @@ def linear_suffices(total, slope, delta, e, k, size, CUT: tl.constexpr):
     delta must be accurate to its last digits.
     """
     c = tl.abs(overshoot(total, slope))
-    fine = (c <= CUT * (1.0 - delta)) & (tl.abs(total - 1.0) <= CUT)
+    fine = (c <= CUT * (1.0 - delta)) & (tl.abs(total - 1.0) <= 2.0 * CUT)
     # to the right of the root, entries may be missing from the sums, each less than (e c)^k
     fine = fine & ((total >= 1.0) | (size * e * c * e * c <= 2.0 * CUT * CUT))
     return tl.where(k >= 2.0, fine, c <= 2.0 * CUT * CUT + 2.0**-23)
 
 
 @triton.jit
-def promises(total, slope, curve, delta, k, bends, CUT: tl.constexpr, LINEAR: tl.constexpr):
+def promises(total, slope, curve, delta, e, k, bends, CUT: tl.constexpr, SUM: tl.constexpr, LINEAR: tl.constexpr):
     """Whether the step from these sums is predicted to end where `good_enough` holds.
 
-    The prediction uses the error of Newton's step on the norm, and for Halley's step that error times ln S. It may be wrong:
-    the pass that writes the output checks its own sums. For k < 2 there is no such estimate, and steps continue until they are
-    small.
+    The prediction is the error of Newton's step on the norm, or of Halley's, as decision 0090 measured it. It may be wrong: the
+    pass that writes the output checks its own sums. For k < 2 there is none, and steps continue until they are small.
     """
     c = tl.abs(overshoot(total, slope))
     h = tl.abs(tl.log(tl.where(total > 0.0, total, 1.0)))
     spread = tl.maximum(curve * total / (slope * slope) - 1.0, 0.0)
-    missing = h * h * (spread + 0.02) * tl.where(bends, tl.minimum(h, 1.0), 1.0)  # predicted distance of S from 1
+    newton = h * h * (spread + 0.02)  # predicted distance of S from 1
+    halley = h * h * h * spread * e
+    large = k >= _LARGE_K
+    # right of the root, entries may be missing from the sums, which matters for a small k
+    halley = tl.where(large, halley * (1.0 / 3.0), tl.where(total >= 1.0, halley, newton * tl.minimum(h, 1.0)))
+    missing = tl.where(bends, halley, newton)
+    near = tl.where(large, h <= 1.5, c <= 0.25 * (1.0 - delta))
     if LINEAR:
-        left = missing / slope
-        fine = (left <= 0.5 * CUT * (1.0 - delta)) & (left * left * curve <= CUT * CUT)
+        fine = (missing <= CUT * (1.0 - delta) * slope) & (missing <= 2.0 * CUT)
         fine = tl.where(k >= 2.0, fine, c <= CUT * CUT + 2.0**-24)
     else:
-        fine = tl.where(k >= 2.0, missing, h) <= 0.25 * CUT
-    return fine & (c <= 0.25 * (1.0 - delta)) & (total > 0.0)
+        fine = tl.where(k >= 2.0, missing, h) <= 0.5 * SUM
+    return fine & near & (total > 0.0)
 
 
 @triton.jit
