@@ -61,8 +61,14 @@ def level_at(m, delta, unit, e, POWER: tl.constexpr, EXACT: tl.constexpr):
     if EXACT:
         return Level(unit, m, e, t, digits, False)
     else:
-        far = tl.max((tl.abs(m) > _LARGEST_SHIFT).to(tl.int32), axis=0) > 0
+        far = any_of(tl.abs(m) > _LARGEST_SHIFT)
         return Level(unit, m, tl.where(far, e, unit * e), tl.where(far, t, e * m + t), digits, far)
+
+
+@triton.jit
+def any_of(rows):
+    """Whether a (ROWS,) condition holds anywhere. Triton 3.6 and 3.7 do not compile it for sm100 if the axis is named."""
+    return tl.max(rows.to(tl.int32)) > 0
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def attention_forward(
             newton_steps=newton_steps(200, keys + 1, largest_e, torch.float32), LINEAR=keep,
             CHUNK=min(solve.chunk, block_d), num_warps=solve.warps, num_stages=solve.stages,
         )  # fmt: skip
-        output = settings.output
+        output = settings.output_of(keep)
         attention_out_kernel[(programs(output),)](
             query, key, value, out, u if keep else out, m, start, slope, delta, live, support if stats else live,
             **tensors, list_ptr=scratch(output, 1, torch.int32), seed_ptr=seed,

@@ -7,7 +7,7 @@ Equations: docs/theory.md; the reasons for this order: docs/decisions/0055-atten
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.evaluation import is_dead, level_at, sums_of
+from diffmax.kernels.triton.attention.evaluation import any_of, is_dead, level_at, sums_of
 from diffmax.kernels.triton.attention.tiles import TILE, WORD
 from diffmax.kernels.triton.common.numerics import START_CUT, expm1_of, first_iterate, next_iterate, overshoot
 
@@ -80,7 +80,7 @@ def list_live(tops_ptr, list_ptr, tiles, level, EXACT: tl.constexpr):
 @triton.jit
 def any_alive(top, level, EXACT: tl.constexpr):
     """Whether a tile with these largest scores has a nonzero weight, or NaN, in some row."""
-    return tl.min(is_dead(top, level.m, level.t, level, EXACT).to(tl.int32), axis=0) == 0
+    return any_of(is_dead(top, level.m, level.t, level, EXACT) == 0)
 
 
 @triton.jit
