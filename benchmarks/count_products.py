@@ -15,6 +15,8 @@ from torch import Tensor
 
 TILE = 64
 CUT = {"bfloat16": 2e-3, "float16": 5e-4, "float32": 1e-6}
+SUM = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 5e-7}
+LARGE_K = 5.0
 
 
 def main(arguments: list[str]) -> int:
@@ -34,9 +36,12 @@ def main(arguments: list[str]) -> int:
 def mean_counts(name: str, alpha: float, dtype: str, keys: int, blocks: int) -> tuple[float, ...]:
     """Means over blocks of queries: share of live tiles, the solver's products, and all of inference's and of training's."""
     torch.manual_seed(0)
-    rows = [counts(scores(name, keys), 1 - alpha, CUT[dtype]) for _ in range(blocks)]
-    live, solver, solver_keeping = (sum(column) / blocks for column in zip(*rows, strict=True))
-    return live, solver_keeping, solver + 2 * live, solver_keeping + 3 * live
+    drawn = [scores(name, keys) for _ in range(blocks)]
+    inference, training = (
+        [sum(column) / blocks for column in zip(*(counts(x, 1 - alpha, dtype, linear) for x in drawn), strict=True)]
+        for linear in (False, True)
+    )
+    return training[1], training[0], inference[0] + 2 * inference[2], training[0] + 3 * training[2]
 
 
 def scores(name: str, keys: int) -> Tensor:
@@ -50,34 +55,48 @@ def scores(name: str, keys: int) -> Tensor:
     return x - 1e3 * empty.repeat_interleave(TILE)
 
 
-def counts(x: Tensor, e: float, cut: float) -> tuple[float, float, float]:
-    """Of one block of queries: the share of live tiles, and the solver's products where U is not computed and where it is."""
-    solved = [_solver(x, e, cut, linear) for linear in (False, True)]
-    return solved[0][1], solved[0][0], solved[1][0]
+def counts(x: Tensor, e: float, dtype: str, linear: bool) -> tuple[float, float, float]:
+    """Of a block of queries: the solver's products, the share of live tiles, and that times the passes that write the output.
 
-
-def _solver(x: Tensor, e: float, cut: float, linear: bool) -> tuple[float, float]:
+    linear: whether U is computed too.
+    """
     n, k = x.shape[1], 1 / e
-    high = torch.full((TILE,), -math.expm1(-e * math.log(n)), dtype=torch.float64)
-    sample = x[:, (2 * torch.arange(TILE) + 1) * n // (2 * TILE)]
-    reference, m = sample.amax(1), x.amax(1)
-    tops = x.view(TILE, -1, TILE).amax(2)
-    delta = _root_of_sample(e * (sample - reference[:, None]), n / TILE, high, e)
+    m, tops = x.amax(1), x.view(TILE, -1, TILE).amax(2)
+    delta, reference, high, sampled = _estimate(x, e)
     sums = _sums(e * (x - reference[:, None]), delta, k)
     delta = delta - e * (m - reference)
-    products, steps = 1.0, 0
-    low = torch.zeros_like(delta)
+    products, steps, low = 1.0 + sampled * TILE / n, 0, torch.zeros_like(delta)
     while True:
         known = sums[0] > 0
-        ready = known & _promises(*sums, delta.clamp_min(0), k, cut, linear)
+        ready = known & _promises(*sums, delta.clamp_min(0), k, dtype, linear)
         moved, low = _next(delta, low, high, *sums, e)
         delta = torch.where(known, moved, 0.0)
         alive = (e * (tops - m[:, None]) > delta[:, None] - 1).any(0).double().mean().item()
+        sums = _sums(e * (x - m[:, None]), delta, k)
         if bool(ready.all()) or steps > 30:
-            return products, alive
+            passes = 1 if bool(_good_enough(*sums, delta, k, dtype, linear).all()) else 2
+            return products, alive, passes * alive
         products += alive
         steps += 1
-        sums = _sums(e * (x - m[:, None]), delta, k)
+
+
+def _estimate(x: Tensor, e: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """delta relative to the largest score of a sample, that score, the largest delta, and how many tiles were multiplied."""
+    n, k = x.shape[1], 1 / e
+    high = torch.full((TILE,), -math.expm1(-e * math.log(n)), dtype=torch.float64)
+    sample = x[:, _spread(n, 1)]
+    reference = sample.amax(1)
+    delta = _root_of_sample(e * (sample - reference[:, None]), n / TILE, high, e)
+    tiles = min(n // TILE // 16, 8) if e * LARGE_K <= 1 else 0
+    if tiles <= 1:
+        return delta, reference, high, 1
+    sums = (t * n / (TILE * tiles) for t in _sums(e * (x[:, _spread(n, tiles)] - reference[:, None]), delta, k))
+    moved, _ = _next(delta, torch.full_like(delta, -math.inf), high, *sums, e)
+    return torch.where(moved.isfinite(), moved, delta), reference, high, 1 + tiles
+
+
+def _spread(n: int, tiles: int) -> Tensor:
+    return (2 * torch.arange(TILE * tiles) + 1) * n // (2 * TILE * tiles)
 
 
 def _root_of_sample(z: Tensor, share: float, high: Tensor, e: float) -> Tensor:
@@ -108,18 +127,28 @@ def _next(
     return torch.minimum(torch.maximum(delta + newton / (1 - bend), low), high), low
 
 
-def _promises(total: Tensor, slope: Tensor, curve: Tensor, delta: Tensor, k: float, cut: float, linear: bool) -> Tensor:
-    """`attention_steps.promises`."""
+def _promises(total: Tensor, slope: Tensor, curve: Tensor, delta: Tensor, k: float, dtype: str, linear: bool) -> Tensor:
+    """`steps.promises`."""
     c, h = ((total - 1) / slope).abs(), total.clamp_min(1e-300).log().abs()
     spread = (curve * total / slope.square() - 1).clamp_min(0)
-    missing = h * h * (spread + 0.02) * h.clamp_max(1)
-    if linear:
-        left = missing / slope
-        fine = (left <= 0.5 * cut * (1 - delta)) & (left * left * curve <= cut * cut)
-        fine = fine if k >= 2 else c <= cut * cut + 2.0**-24
+    missing, near = h**3 * spread / k, c <= 0.25 * (1 - delta)
+    if k >= LARGE_K:
+        missing, near = missing / 3, h <= 1.5
     else:
-        fine = (missing if k >= 2 else h) <= 0.25 * cut
-    return fine & (c <= 0.25 * (1 - delta))
+        missing = torch.where(total >= 1, missing, h * h * (spread + 0.02) * h.clamp_max(1))
+    cut = CUT[dtype]
+    if linear:
+        fine = (missing <= cut * (1 - delta) * slope) & (missing <= 2 * cut)
+        return near & (fine if k >= 2 else c <= cut * cut + 2.0**-24)
+    return near & ((missing if k >= 2 else h) <= 0.5 * SUM[dtype])
+
+
+def _good_enough(total: Tensor, slope: Tensor, curve: Tensor, delta: Tensor, k: float, dtype: str, linear: bool) -> Tensor:
+    """`steps.good_enough`."""
+    c, cut = ((total - 1) / slope).abs(), CUT[dtype]
+    if not linear:
+        return (total - 1).abs() <= SUM[dtype]
+    return (c <= cut * (1 - delta)) & ((total - 1).abs() <= 2 * cut) if k >= 2 else c <= 2 * cut * cut + 2.0**-23
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_candidates_are_many_differ_and_begin_with_the_rule():
                 found = candidates(kernel, dtype, 128, architecture)
                 assert 4 <= len(found) == len(set(found)) <= 80, (kernel, len(found))
                 assert all(isinstance(launch, kind) for launch in found)
-        solver, writer = forward_settings(architecture, torch.bfloat16, 128, False)
+        solver, writer, _ = forward_settings(architecture, torch.bfloat16, 128, False)
         assert candidates("attention_solve", torch.bfloat16, 128, architecture)[0] == solver
         assert candidates("attention_out", torch.bfloat16, 128, architecture)[0] == writer
         blocks = backward_blocks(architecture, torch.bfloat16, 128)
@@ -84,12 +84,12 @@ def test_a_table_goes_before_the_rules_and_force_before_the_table():
     table = diffmax_cuda.configs.tables()["9.0"].with_entry("attention_out", torch.bfloat16, 64, first, H100)
     operator, plain, capped = attention_operator(table), AttentionCall(scale=1, e=0.5), AttentionCall(scale=1, e=0.5, softcap=1)
     rule = forward_settings("sm90", torch.bfloat16, 64, False)
-    assert operator.forward_settings(CPU, torch.bfloat16, 40, plain) == (rule[0], first)
+    assert operator.forward_settings(CPU, torch.bfloat16, 40, plain) == (rule.solve, first, None)
     assert operator.forward_settings(CPU, torch.bfloat16, 64, capped) == forward_settings("sm90", torch.bfloat16, 64, True)
     assert operator.forward_settings(CPU, torch.float16, 64, plain) == forward_settings("sm90", torch.float16, 64, False)
     with with_settings(operator, attention_out=second):
         assert operator.forward_settings(CPU, torch.bfloat16, 64, capped)[1] == second
-    assert operator.forward_settings(CPU, torch.bfloat16, 64, plain) == (rule[0], first)
+    assert operator.forward_settings(CPU, torch.bfloat16, 64, plain) == (rule.solve, first, None)
     with (
         pytest.raises(TypeError, match="attention_out is not launched by Tile"),
         with_settings(operator, attention_out=Tile(1, 1)),

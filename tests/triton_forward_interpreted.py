@@ -172,6 +172,24 @@ def test_skipped_tiles_change_nothing(keep, monkeypatch):
     assert (sparse[0].double() - wanted.exact).abs().max() <= wanted.allowed
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_larger_sample_saves_an_evaluation(keep, monkeypatch):
+    """Dense scores near alpha = 1: one evaluation and the output, where the small sample takes one evaluation more."""
+    torch.manual_seed(2)
+    query, key, value = (torch.randn(1, 1, n, 32).to(torch.bfloat16) for n in (64, 2048, 2048))
+    call, operator = AttentionCall(scale=32**-0.5, e=0.1), backend.OPERATORS[WHOLE]
+    counted = Counted(attention_fwd_out.tile_scores)
+    monkeypatch.setattr(attention_fwd_out, "tile_scores", counted)
+    monkeypatch.setattr(attention_solve, "tile_scores", counted)
+    (wanted,) = gates(lambda *given: reference.attention(*given, call, True, True)[0], query, key, value)
+    ours = operator.attention(query, key, value, call, keep, False)
+    assert counted.calls == 32 + 32
+    assert (ours[0].double() - wanted.exact).abs().max() <= wanted.allowed
+    monkeypatch.setattr(attention_solve, "tiles_of_sample", lambda tiles, e: 0 * tiles)
+    operator.attention(query, key, value, call, keep, False)
+    assert counted.calls == 64 + 32 + 32 + 32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_special_alphas(dtype):
     """Every ninth of the kit's."""

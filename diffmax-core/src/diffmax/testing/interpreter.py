@@ -30,6 +30,7 @@ def harden() -> None:
     interpreter.GridExecutor._init_args_hst = _noting_extents(interpreter.GridExecutor._init_args_hst)
     builder.create_masked_load = _checked_load(builder.create_masked_load)
     builder.create_masked_store = _checked_store(builder.create_masked_store)
+    interpreter.ReduceOps.apply_impl = _at_once(interpreter.ReduceOps.apply_impl)
 
 
 def _rounding(convert: Any) -> Any:
@@ -65,6 +66,17 @@ def _widening(dot: Any) -> Any:
 
 def _float_of_bits(data: Any) -> Any:
     return (np.ascontiguousarray(data).astype(np.uint32) << 16).view(np.float32)
+
+
+def _at_once(reduce: Any) -> Any:
+    """The maximum that keeps NaN, which the interpreter would compute entry by entry."""
+
+    def apply_impl(self: Any, given: Any) -> Any:
+        if getattr(self.combine_fn, "__name__", "") == "larger_or_nan":
+            return self.min_max(given[0], val_reduce_op=np.max)
+        return reduce(self, given)
+
+    return apply_impl
 
 
 class _Extents:

@@ -56,9 +56,11 @@ class AttentionOperator(Tunable):
         """Settings of the two forward kernels, for head dimension `size`."""
         extras = any(t is not None for t in (call.mask, call.bias, call.alibi)) or call.softcap > 0 or call.dropout_p > 0
         rule, table = forward_settings(self.architecture(device), dtype, size, extras), self.table(device)
+        output = self.tuned(table, "attention_out", dtype, size, extras)
         return Forward(
             self.tuned(table, "attention_solve", dtype, size, extras) or rule.solve,
-            self.tuned(table, "attention_out", dtype, size, extras) or rule.output,
+            output or rule.output,
+            None if output else rule.training,
         )
 
     def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall) -> Backward:

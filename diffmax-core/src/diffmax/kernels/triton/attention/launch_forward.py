@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffmax.kernels.tools import live_shape
 from diffmax.kernels.triton.attention.call import Arguments, aligned, rows_of_entries, strides, tensors_of
+from diffmax.kernels.triton.attention.evaluation import CHEAP, DIGITS, EITHER
 from diffmax.kernels.triton.attention.output import attention_out_kernel
 from diffmax.kernels.triton.attention.settings import Forward, Settings
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
 from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, Launch, on_device, padded
+from diffmax.kernels.triton.common.scores import ABSENT
 from diffmax.operators.common.numerics import newton_steps
 from diffmax.plugin import TILE, AttentionCall, AttentionResults
 
 # Tolerance of the threshold when the output is computed, in units of the slope: see `steps.good_enough`
 CUT = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
+
+# Tolerance of the sum of the weights, if the output is divided by it
+SUM = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
 class ForwardPlan(NamedTuple):
@@ -69,6 +74,7 @@ class ForwardPlan(NamedTuple):
             **arguments.scalars, **arguments.flags, **COMPILER_OPTIONS,
             "n_sequences": arguments.n_sequences, "n_blocks": n_blocks, "items": items, "n_words": live[3],
             "most_tiles": most_tiles, "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
+            "CUT": CUT[query.dtype], "SUM": SUM[query.dtype], **_arithmetic(arguments, query.dtype),
         }  # fmt: skip
         keys = call.max_seqlen_k if arguments.packed else key.shape[2]
         largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
@@ -77,16 +83,16 @@ class ForwardPlan(NamedTuple):
         def programs(of: Settings) -> int:
             return min(items, processors * of.programs)
 
-        solve, output = settings.solve, settings.output
+        solve, output = settings.solve, settings.output_of(keep)
         solving = {
             **shared,
-            "newton_steps": newton_steps(200, keys + 1, largest_e, torch.float32), "LINEAR": keep, "CUT": CUT[query.dtype],
+            "newton_steps": newton_steps(200, keys + 1, largest_e, torch.float32), "LINEAR": keep,
             "CHUNK": min(solve.chunk, block_d), "num_warps": solve.warps, "num_stages": solve.stages,
         }  # fmt: skip
         writing = {
             **strides("v", value), **shared, **arguments.dropout,
             "VALUE_DIM": value.shape[3], "BLOCK_V": min(output.values, block_v),
-            "KEEP": keep, "SUPPORT": stats, "CUT": CUT[query.dtype], "SOLVED": SOLVED[query.dtype],
+            "KEEP": keep, "SUPPORT": stats, "SOLVED": SOLVED[query.dtype],
             "KEYS": output.keys, "PARTS": TILE // output.keys, "CHUNK": min(output.chunk, block_d),
             "num_warps": output.warps, "num_stages": output.stages,
         }  # fmt: skip
@@ -127,16 +133,26 @@ def attention_forward(
     query, key, value = rows_of_entries(query), rows_of_entries(key), rows_of_entries(value)
     planned = plan(query, key, value)
     live = torch.empty(planned.live, dtype=torch.int32, device=device)
-    start, tops = torch.empty_like(m), torch.empty(planned.tops, dtype=torch.float32, device=device)
+    start, slope = torch.empty_like(m), torch.empty_like(m)
+    tops = torch.empty(planned.tops, dtype=torch.float32, device=device)
     lists = [torch.empty(size, dtype=torch.int32, device=device) for size in planned.lists]
     tensors = {
-        "q_ptr": query, "k_ptr": key, "v_ptr": value, "m_ptr": m, "live_ptr": live, "tops_ptr": tops, "start_ptr": start,
-        "out_ptr": out, "u_ptr": u if keep else out, "support_ptr": support if stats else live, **tensors_of(call, query),
+        "q_ptr": query, "k_ptr": key, "v_ptr": value, "m_ptr": m, "live_ptr": live, "tops_ptr": tops,
+        "start_ptr": start, "slope_ptr": slope, "out_ptr": out, "u_ptr": u if keep else out, "support_ptr": support if stats else live, **tensors_of(call, query),
     }  # fmt: skip
     with on_device(device):
         planned.solve({**tensors, "delta_ptr": start, "list_ptr": lists[0]})
         planned.output({**tensors, "delta_ptr": delta, "list_ptr": lists[1]})
     return AttentionResults(out, m, delta, u, live if keep or stats else live.new_empty(0), support)
+
+
+def _arithmetic(arguments: Arguments, dtype: torch.dtype) -> dict[str, Any]:
+    """How kernels compute weights: see `attention.evaluation`."""
+    flags, options, scalars = arguments.flags, arguments.flags["OPTIONS"], arguments.scalars
+    bent = options.SOFTCAP or options.ALIBI or int(ABSENT.value) != options.BIAS
+    cheap, narrow = flags["K"] > 0 or flags["HARDWARE"] > 0, dtype.itemsize == 2
+    power = CHEAP if cheap else EITHER if narrow and flags["E_TENSOR"] else DIGITS
+    return {"FOLDED": not bent and scalars["scale"] > 0, "POWER": power.value, "EXACT": not narrow}
 
 
 def _most_tiles(n_keys: int, call: AttentionCall) -> int:

@@ -17,7 +17,7 @@ from diffmax.kernels.triton.attention.tiles import (
     position_shift,
     rows_inside,
 )
-from diffmax.kernels.triton.common.scores import ABSENT, PerPair, Rules, score, visible
+from diffmax.kernels.triton.common.scores import ABSENT, PerPair, Rules, score, unmasked, visible
 
 
 class Block(NamedTuple):
@@ -141,23 +141,27 @@ def sampled_products(
 
 @triton.jit
 def sampled_scores(
-    q, q_row, k_ptr, k_row, keys, block, rules, OPTIONS: tl.constexpr,
+    q, q_row, k_ptr, k_row, keys, block, rules, OPTIONS: tl.constexpr, LINEAR: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """(TILE, TILE) scores with keys at any positions, -inf where masked."""
+    """(TILE, TILE) scores with keys at any positions, or if LINEAR the products, -inf where masked."""
     PRECISION: tl.constexpr = OPTIONS.PRECISION  # a variable, because Triton 3.6 accepts no str from a tuple as an argument
     x = sampled_products(q, q_row, k_ptr, k_row, keys, block, PRECISION, SIZE, BLOCK_D, CHUNK)
     rows, keys = (block.first + tl.arange(0, TILE))[:, None], keys[None, :]
-    scores, _ = score(x, rows, keys, rules, OPTIONS)
-    return tl.where(visible(rows, keys, keys < block.high_key, rules, OPTIONS), scores, -float("inf"))
+    if not LINEAR:
+        x, _ = score(x, rows, keys, rules, OPTIONS)
+    return tl.where(visible(rows, keys, keys < block.high_key, rules, OPTIONS), x, -float("inf"))
 
 
 @triton.jit
 def tile_scores(
-    q, q_row, k_ptr, k_row, begin, block, rules, OPTIONS: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
+    q, q_row, k_ptr, k_row, begin, block, rules, level, OPTIONS: tl.constexpr, LINEAR: tl.constexpr, EXACT: tl.constexpr,
+    SHIFT: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """(TILE, KEYS) scores with the keys from position `begin` on, -inf where masked."""
+    """(TILE, KEYS) scores with the keys from position `begin` on, or if LINEAR the products, -inf where masked.
+
+    If SHIFT, they are `evaluation.shifted` to the level.
+    """
     PRECISION: tl.constexpr = OPTIONS.PRECISION
     # a tile crossed by neither the end of the keys nor the window is fully visible; a mask can hide any entry
     partly = begin + KEYS > block.n_keys
@@ -176,7 +180,33 @@ def tile_scores(
             PRECISION, TILE, KEYS, SIZE, BLOCK_D, CHUNK,
         )  # fmt: skip
     rows, keys = (block.first + tl.arange(0, TILE))[:, None], (begin + tl.arange(0, KEYS))[None, :]
-    scores, _ = score(x, rows, keys, rules, OPTIONS)
+    if not LINEAR:
+        x, _ = score(x, rows, keys, rules, OPTIONS)
+    if SHIFT and not EXACT:
+        partly = partly | level.far  # in the same branch, so that most tiles take none
     if partly:
-        scores = tl.where(visible(rows, keys, keys < block.n_keys, rules, OPTIONS), scores, -float("inf"))
-    return scores
+        x = tl.where(visible_in_tile(begin, block, rules, OPTIONS, KEYS), x, -float("inf"))
+        if OPTIONS.MASK != ABSENT:
+            x = tl.where(unmasked(rows, keys, rules, OPTIONS), x, -float("inf"))
+        if SHIFT and not EXACT:
+            x = tl.where(level.far, x * level.unit - level.m[:, None], x)
+    if SHIFT and EXACT:
+        x = x * level.unit - level.m[:, None]
+    return x
+
+
+@triton.jit
+def visible_in_tile(begin, block, rules, OPTIONS: tl.constexpr, KEYS: tl.constexpr):
+    """The entries of a tile that are visible by the number of keys and the window: a range of each row.
+
+    A key is 8 j + c. Where a thread of a matrix unit holds all j, comparisons are with constants, which take no registers.
+    """
+    eights, c = 8 * tl.arange(0, KEYS // 8)[None, :, None], tl.arange(0, 8)[None, None, :]
+    end = block.n_keys - begin
+    if OPTIONS.WINDOW:
+        position = block.first + tl.arange(0, TILE) + rules.shift - begin
+        end = tl.minimum(position + rules.right + 1, end)[:, None, None]
+        seen = (eights < end - c) & (eights >= (position - rules.left)[:, None, None] - c)
+    else:
+        seen = (eights < end - c) & (tl.zeros((TILE, 1, 1), tl.int32) == 0)
+    return tl.reshape(seen, (TILE, KEYS))

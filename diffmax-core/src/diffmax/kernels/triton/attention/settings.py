@@ -59,10 +59,15 @@ class Block:
 
 
 class Forward(NamedTuple):
-    """The settings of the two forward kernels."""
+    """The settings of the two forward kernels, and those of the second where it computes U too, unless they are the same."""
 
     solve: Settings
     output: Settings
+    training: Settings | None = None
+
+    def output_of(self, keep: bool) -> Settings:
+        """The settings of the second kernel. keep: whether it computes U."""
+        return self.training if keep and self.training is not None else self.output
 
 
 class Backward(NamedTuple):
@@ -113,12 +118,16 @@ def _tiles(dq: Block, dkv: Block) -> Backward:
 NARROW = (torch.float16, torch.bfloat16)
 FLOAT16, BFLOAT16, WIDE = (torch.float16,), (torch.bfloat16,), (torch.float32,)
 
+_COUNTED = "predicted by decision 0090: the fewest instructions per score"
 FORWARD = (
     Rule("nvidia", WIDE, 256, Forward(Settings(8, 1, 1, chunk=32), Settings(8, 1, 1, keys=16, chunk=32, values=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, 16, 64, values=128)), extras=True),
+    # four warps are one group, whose tile has 64 rows; of eight, half do the work of the others again
+    Rule("sm90", NARROW, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2)), origin=_COUNTED),
+    Rule("sm90", NARROW, 128, Forward(Settings(4, 2, 2), Settings(4, 2, 1, keys=32), Settings(8, 2, 1)), origin=_COUNTED),
     # float16 scales weights up, which takes registers
     Rule("nvidia", FLOAT16, 64, Forward(Settings(4, 2, 2), Settings(8, 2, 1, keys=32))),
-    Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2, keys=32))),
+    Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2), Settings(4, 2, 2, keys=32)), origin=_COUNTED),
     Rule("nvidia", NARROW, 128, Forward(Settings(8, 2, 1), Settings(8, 2, 1, keys=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, keys=32, chunk=64, values=128))),
     Rule("cdna", WIDE, 256, Forward(Settings(4, 1, 1, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, values=64))),

@@ -3,7 +3,7 @@
 A program loops over blocks of 64 queries, so the size of the scratch buffers depends on the running programs, not on the number
 of queries. For each block:
 
-1. A sample of keys, spread evenly over those in range, gives an estimate of the threshold.
+1. A sample of keys, spread evenly over those in range, gives an estimate of the threshold; a larger one improves it.
 2. One pass over all tiles evaluates S there, and stores the largest scores of every tile.
 3. Steps lead to the threshold (Eq. 2); each evaluation visits only tiles that hold a score above the iterate.
 
@@ -13,18 +13,23 @@ Nothing waits for the host. The reasons for this order, and its cost: docs/perfo
 import triton
 import triton.language as tl
 
+from diffmax.kernels.triton.attention.evaluation import PARTIAL, larger_or_nan, level_at, sums_of
 from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, sampled_scores, tile_scores
 from diffmax.kernels.triton.attention.steps import (
+    any_alive,
     largest_delta,
     list_live,
     promises,
     root_of_sample,
+    spread_keys,
     stalls,
+    step_of_sample,
     store_live,
+    tiles_of_sample,
 )
 from diffmax.kernels.triton.attention.tiles import TILE, row_ptr
 from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
-from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, next_iterate, scaled_scores, sums_at, with_sink
+from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, next_iterate, with_sink
 
 _SAMPLE_STEPS = tl.constexpr(2)
 
@@ -35,20 +40,23 @@ _SAMPLE_STEPS = tl.constexpr(2)
     "items", "n_words", "most_tiles", "left", "right", "newton_steps", "scale", "softcap", "e", "k",
 ])  # fmt: skip
 def attention_solve_kernel(
-    q_ptr, k_ptr, m_ptr, delta_ptr, live_ptr, e_ptr, mask_ptr, bias_ptr, alibi_ptr, sink_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, m_ptr, delta_ptr, slope_ptr, live_ptr, e_ptr, mask_ptr, bias_ptr, alibi_ptr, sink_ptr, cu_q_ptr, cu_k_ptr,
     tops_ptr, list_ptr,  # scratch buffers of a program: (most_tiles, 64) and (most_tiles,)
     q_b, q_h, q_row, k_b, k_h, k_row, mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
     heads, group, length, n_keys, n_sequences, n_blocks, items, n_words, most_tiles, left, right, newton_steps,
     scale, softcap, e, k,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
-    HARDWARE: tl.constexpr, PTX: tl.constexpr,
+    SUM: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, FOLDED: tl.constexpr, POWER: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """m, delta and the bits of `live`.  Grid: as many programs as run concurrently."""
+    """m, delta, S_1 and the bits of `live`.  Grid: as many programs as run concurrently."""
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
     lanes = tl.arange(0, TILE)
     zero = tl.zeros((TILE,), tl.float32)
+    unit = scale if FOLDED else 1.0
+    LARGER_SAMPLE: tl.constexpr = K == 0 or K >= 5
     tops_ptr += tl.program_id(0).to(tl.int64) * most_tiles * TILE
     list_ptr += tl.program_id(0).to(tl.int64) * most_tiles
 
@@ -77,29 +85,52 @@ def attention_solve_kernel(
         high = largest_delta(size, row_e)
 
         # 1. the estimate, relative to the largest score of the sample
-        span, odd = high_key - low_key, 2 * lanes + 1
-        # odd * span / 128 without overflow of the int32 product
-        spread = low_key + odd * (span // (2 * TILE)) + odd * (span % (2 * TILE)) // (2 * TILE)
-        sampled = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK)
-        reference = tl.maximum(tl.max(sampled, axis=1), sink)
+        span = high_key - low_key
+        spread = spread_keys(low_key, span, 0, 1)
+        sampled = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, FOLDED, HEAD_DIM, BLOCK_D, CHUNK)
+        reference = tl.maximum(tl.max(sampled, axis=1) * unit, sink)
         reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
         share = tl.maximum(size / TILE, 1.0)
-        delta = root_of_sample(sampled, reference, high, row_e, row_k, share, K, HARDWARE, PTX, _SAMPLE_STEPS)
+        delta = root_of_sample(sampled, reference, high, head_e, head_k, unit, share, K, POWER, PTX, _SAMPLE_STEPS)
+
+        if LARGER_SAMPLE:
+            pool = tiles_of_sample(tiles, head_e)
+            if pool > 1:
+                rough = level_at(reference, delta, unit, head_e, POWER, True)
+                total = tl.zeros((TILE, PARTIAL), tl.float32)
+                slope, curve = total, total
+                for i in range(0, pool):
+                    spread = spread_keys(low_key, span, i, pool)
+                    w = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, FOLDED, HEAD_DIM, BLOCK_D, CHUNK)
+                    part, part_slope, part_curve = sums_of(w * unit - reference[:, None], rough, head_k, K, POWER, PTX)
+                    total, slope, curve = total + part, slope + part_slope, curve + part_curve
+                delta = step_of_sample(total, slope, curve, delta, high, row_e, row_k, share / pool)
 
         # 2. S at the estimate, and the largest scores of every tile
-        m = sink
-        total, slope, curve = zero, zero, zero
+        estimate = level_at(reference, delta, unit, head_e, POWER, EXACT)
+        m = zero - float("inf")
+        total = tl.zeros((TILE, PARTIAL), tl.float32)
+        slope, curve = total, total
         tl.debug_barrier()  # the previous block may still be read
         for i in range(0, tiles):
             x = tile_scores(
-                q, q_row, k_at, k_row, (first_tile + i) * TILE, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE
-            )
-            top = tl.where(in_rows, tl.max(x, axis=1), -float("inf"))
+                q, q_row, k_at, k_row, (first_tile + i) * TILE, block, rules, estimate, OPTIONS, FOLDED, EXACT, False,
+                HEAD_DIM, BLOCK_D, CHUNK, TILE,
+            )  # fmt: skip
+            top = tl.where(in_rows, tl.reduce(x, 1, larger_or_nan), -float("inf"))
             tl.store(tops_ptr + i * TILE + lanes, top)
-            m = tl.maximum(m, top)
-            more, more_slope, more_curve = sums_at(scaled_scores(x, reference, row_e), delta, row_k, K, HARDWARE, PTX)
-            total, slope, curve = total + more, slope + more_slope, curve + more_curve
+            m = tl.where(top > m, top, m)
+            visit = any_alive(top, estimate, EXACT)
+            if not EXACT:
+                visit = visit & (estimate.far == 0)  # left to further evaluations
+            if visit:
+                if EXACT:
+                    x = x * unit - reference[:, None]
+                more, more_slope, more_curve = sums_of(x, estimate, head_k, K, POWER, PTX)
+                total, slope, curve = total + more, slope + more_slope, curve + more_curve
         tl.debug_barrier()
+        total, slope, curve = tl.sum(total, axis=1), tl.sum(slope, axis=1), tl.sum(curve, axis=1)
+        m = tl.maximum(m * unit, sink)
         if SINK:
             total, slope, curve = with_sink(total, slope, curve, sink, reference, delta, row_e, row_k, K, HARDWARE, PTX)
 
@@ -108,27 +139,33 @@ def attention_solve_kernel(
         active = in_rows & (bad == 0) & (m > -float("inf"))
         delta -= row_e * (tl.where(active, m, reference) - reference)
         known = active & (total > 0.0) & (total < 1e30) & (slope < 1e30) & (curve < 1e30)
-        ready = promises(total, slope, curve, tl.maximum(delta, 0.0), row_k, True, CUT, LINEAR)
+        ready = promises(total, slope, curve, tl.maximum(delta, 0.0), row_e, row_k, True, CUT, SUM, LINEAR)
         moved, low = next_iterate(delta, zero, high, total, slope, curve, row_e, row_k, True)
         delta, low = tl.where(known, moved, 0.0), tl.where(known, low, 0.0)
         going = active & ((known & ready) == 0)
         steps = 1
         while (tl.max(going.to(tl.int32), axis=0) > 0) & (steps < newton_steps + HALLEY_STEPS):
-            count = list_live(tops_ptr, list_ptr, tiles, m, row_e, delta)
+            level = level_at(m, delta, unit, head_e, POWER, EXACT)
+            count = list_live(tops_ptr, list_ptr, tiles, level, EXACT)
             tl.debug_barrier()
             before = tl.where(known, total, 0.0)
-            total, slope, curve = zero, zero, zero
+            all_total = tl.zeros((TILE, PARTIAL), tl.float32)
+            all_slope, all_curve = all_total, all_total
             for i in range(0, count):
                 tile = first_tile + tl.load(list_ptr + i)
-                y = tile_scores(q, q_row, k_at, k_row, tile * TILE, block, rules, OPTIONS, HEAD_DIM, BLOCK_D, CHUNK, TILE)
-                own, own_slope, own_curve = sums_at(scaled_scores(y, m, row_e), delta, row_k, K, HARDWARE, PTX)
-                total, slope, curve = total + own, slope + own_slope, curve + own_curve
+                y = tile_scores(
+                    q, q_row, k_at, k_row, tile * TILE, block, rules, level, OPTIONS, FOLDED, EXACT,
+                    True, HEAD_DIM, BLOCK_D, CHUNK, TILE,
+                )  # fmt: skip
+                own, own_slope, own_curve = sums_of(y, level, head_k, K, POWER, PTX)
+                all_total, all_slope, all_curve = all_total + own, all_slope + own_slope, all_curve + own_curve
             tl.debug_barrier()
+            total, slope, curve = tl.sum(all_total, axis=1), tl.sum(all_slope, axis=1), tl.sum(all_curve, axis=1)
             if SINK:
                 total, slope, curve = with_sink(total, slope, curve, sink, m, delta, row_e, row_k, K, HARDWARE, PTX)
             bends = steps < HALLEY_STEPS
             known = active & (total > 0.0)
-            fine = promises(total, slope, curve, delta, row_k, bends, CUT, LINEAR) | stalls(total, before)
+            fine = promises(total, slope, curve, delta, row_e, row_k, bends, CUT, SUM, LINEAR) | stalls(total, before)
             closer, bound = next_iterate(delta, low, high, total, slope, curve, row_e, row_k, bends)
             delta, low = tl.where(known, closer, delta), tl.where(known, bound, low)
             going = going & known & (fine == 0)
@@ -137,9 +174,11 @@ def attention_solve_kernel(
         row_at = (b * heads + h) * length + block.q_start + first
         tl.store(m_ptr + row_at + lanes, m, mask=in_rows)
         tl.store(delta_ptr + row_at + lanes, tl.where(bad, float("nan"), delta), mask=in_rows)
+        tl.store(slope_ptr + row_at + lanes, slope, mask=in_rows)
         live_rows = n_blocks
         if OPTIONS.PACKED:
             live_rows = n_blocks - 1  # for a packed tensor there is one block more than rows of `live`
         live_at = live_ptr + ((b * heads + h) * live_rows + block.index) * n_words
         bound = tl.where(bad, float("nan"), tl.where(active, low, 0.0))
-        store_live(tops_ptr, live_at, first_tile, tiles, n_words, m, row_e, bound, block.index < live_rows)
+        least = level_at(m, bound, unit, head_e, POWER, EXACT)
+        store_live(tops_ptr, live_at, first_tile, tiles, n_words, least, block.index < live_rows, EXACT)

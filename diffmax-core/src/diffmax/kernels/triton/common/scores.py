@@ -109,8 +109,14 @@ def visible(rows, keys, valid, rules, OPTIONS: tl.constexpr):
         after = keys_after(rows, keys, rules)
         seen = seen & in_window(after, after, rules)
     if OPTIONS.MASK != ABSENT:
-        seen = seen & (load_per_pair(rules.mask, rows, keys, rules, OPTIONS.MASK, 0) != 0)  # one byte per entry
+        seen = seen & unmasked(rows, keys, rules, OPTIONS)
     return seen
+
+
+@triton.jit
+def unmasked(rows, keys, rules, OPTIONS: tl.constexpr):
+    """The entries that the mask, with one byte per entry, leaves visible."""
+    return load_per_pair(rules.mask, rows, keys, rules, OPTIONS.MASK, 0) != 0
 
 
 @triton.jit

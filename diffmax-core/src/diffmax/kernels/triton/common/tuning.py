@@ -304,8 +304,8 @@ def candidates(kernel: str, dtype: torch.dtype, size: int, architecture: str, *,
     elif kernel.startswith("s"):
         found = _streams(dtype, lanes, splits=kernel.startswith("split"))
     elif kernel in ("attention_solve", "attention_out"):
-        writes = kernel == "attention_out"
-        found = _forward(forward_settings(architecture, dtype, case.size, extras)[writes], case.size, writes)
+        forward, writes = forward_settings(architecture, dtype, case.size, extras), kernel == "attention_out"
+        found = _forward(forward.output if writes else forward.solve, case.size, writes)
     elif kernel == "decode":
         found = _decoding()
     else:
