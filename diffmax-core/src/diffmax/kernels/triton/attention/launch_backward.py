@@ -12,8 +12,9 @@ from diffmax.kernels.triton.attention.call import Arguments, aligned, rows_of_en
 from diffmax.kernels.triton.attention.dbias import attention_bwd_dbias_kernel
 from diffmax.kernels.triton.attention.dkv import attention_bwd_dkv_kernel
 from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
+from diffmax.kernels.triton.attention.gradient import ALWAYS, BY_E, NEVER
 from diffmax.kernels.triton.attention.settings import Backward
-from diffmax.kernels.triton.common.launch import SERIES_TERMS, on_device, padded
+from diffmax.kernels.triton.common.launch import on_device, padded
 from diffmax.plugin import AttentionCall, AttentionGradients, Saved, Wanted
 
 
@@ -51,12 +52,13 @@ def attention_backward(
         return results
 
     launch = _Launch.of(grad.to(value.dtype), query, key, value, saved, call, blocks, ptx)
-    mean = torch.empty_like(launch.saved.m)
+    batch, heads, length = m.shape
+    values = m.new_empty(batch, heads, 3, length)
     with on_device(query.device):
-        launch.dq(grad_query, grad_e, grad_sink, mean)
-        launch.dkv(grad_key, grad_value, mean)
+        launch.dq(grad_query, grad_e, grad_sink, values)
+        launch.dkv(grad_key, grad_value, values)
         if bias is not None:
-            launch.dbias(grad_bias, bias, mean)
+            launch.dbias(grad_bias, bias, values)
     return results
 
 
@@ -91,32 +93,33 @@ class _Launch:
             **arguments.scalars, **strides("g", grad), **strides("v", value), **arguments.dropout,
             "n_tiles": n_tiles, "n_words": n_words,
             **arguments.flags, "VALUE_DIM": value.shape[3], "BLOCK_V": padded(value.shape[3]),
+            "HARDWARE": _hardware(arguments, query.dtype),
             "ALIGNED": all(aligned(t) for t in (grad, query, key, value)), "LIVE": saved.live.numel() > 0,
         }  # fmt: skip
         return cls((grad, query, key, value), saved, call, arguments, shared, blocks)
 
-    def dq(self, grad_query: Tensor, grad_e: Tensor, grad_sink: Tensor, mean: Tensor) -> None:
-        """Gradients for query, e and sink, and the mean of dP for the other launches."""
+    def dq(self, grad_query: Tensor, grad_e: Tensor, grad_sink: Tensor, values: Tensor) -> None:
+        """Gradients for query, e and sink, and the queries' values for the other launches."""
         n_blocks = self.arguments.blocks(grad_query.shape[2], self.blocks.dq.rows)
         attention_bwd_dq_kernel[(grad_query.shape[0] * grad_query.shape[1] * n_blocks,)](
             *self.tensors, *self.saved, **self._given("e", "mask", "bias", "alibi", "seed", "sink", "cu_q", "cu_k"),
-            grad_q_ptr=grad_query, grad_e_ptr=grad_e, grad_sink_ptr=grad_sink, mean_ptr=mean,
+            grad_q_ptr=grad_query, grad_e_ptr=grad_e, grad_sink_ptr=grad_sink, values_ptr=values,
             **self.shared, **self._packed(), n_blocks=n_blocks, SINK=self.call.sink is not None,
-            NEEDS_E=grad_e.numel() > 0, NEEDS_SINK=grad_sink.numel() > 0, TERMS=SERIES_TERMS[torch.float32],
+            NEEDS_E=grad_e.numel() > 0, NEEDS_SINK=grad_sink.numel() > 0,
             **self.blocks.dq.arguments(),
         )  # fmt: skip
 
-    def dkv(self, grad_key: Tensor, grad_value: Tensor, mean: Tensor) -> None:
+    def dkv(self, grad_key: Tensor, grad_value: Tensor, values: Tensor) -> None:
         """Gradients for key and value."""
         silent = any(t is not None for t in (self.call.mask, self.call.bias, self.call.sink))
         n_blocks = self.arguments.blocks(grad_key.shape[2], self.blocks.dkv.keys)
         attention_bwd_dkv_kernel[(grad_key.shape[0] * grad_key.shape[1] * n_blocks,)](
-            *self.tensors, self.saved.m, self.saved.delta, mean, self.saved.live,
+            *self.tensors, values, self.saved.live,
             **self._given("e", "mask", "bias", "alibi", "seed", "cu_q", "cu_k"), grad_k_ptr=grad_key, grad_v_ptr=grad_value,
             **self.shared, **self._packed(), n_blocks=n_blocks, SILENT=silent, **self.blocks.dkv.arguments(),
         )  # fmt: skip
 
-    def dbias(self, grad_bias: Tensor, bias: Tensor, mean: Tensor) -> None:
+    def dbias(self, grad_bias: Tensor, bias: Tensor, values: Tensor) -> None:
         """Gradient for the bias."""
         block = self.blocks.dbias
         batch, heads, length, _ = self.tensors[1].shape
@@ -124,7 +127,7 @@ class _Launch:
         own = tuple(1 if size == 1 else count for size, count in zip(bias.shape, every, strict=True))
         each = (full // mine for full, mine in zip(every, own, strict=True))
         attention_bwd_dbias_kernel[(own[0] * own[1] * own[2] * own[3],)](
-            *self.tensors, self.saved.m, self.saved.delta, mean, self.saved.live,
+            *self.tensors, values, self.saved.live,
             **self._given("e", "mask", "bias", "alibi", "seed"), grad_bias_ptr=grad_bias, **self.shared,
             bias_heads=own[1], row_blocks=own[2], key_blocks=own[3],
             **dict(zip(("batches_each", "heads_each", "rows_each", "keys_each"), each, strict=True)),
@@ -136,3 +139,10 @@ class _Launch:
 
     def _packed(self) -> dict[str, int]:
         return {"n_sequences": self.arguments.n_sequences, "max_keys": self.call.max_seqlen_k}
+
+
+def _hardware(arguments: Arguments, dtype: torch.dtype) -> int:
+    """The use of the hardware's logarithm, see `attention.gradient`."""
+    if dtype.itemsize > 2:
+        return int(NEVER.value)
+    return int((ALWAYS if arguments.flags["HARDWARE"] else BY_E).value)
