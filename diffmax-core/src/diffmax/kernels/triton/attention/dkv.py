@@ -6,7 +6,7 @@ A program holds a block of keys and loops over the live tiles of its column, for
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.gradient import QUERIES, as_row, load_values, range_of, recompute
+from diffmax.kernels.triton.attention.gradient import QUERIES, as_row, load_few, load_values, place_values, range_of, recompute
 from diffmax.kernels.triton.attention.scores import products, rules_of
 from diffmax.kernels.triton.attention.tiles import (
     TILE,
@@ -31,7 +31,7 @@ from diffmax.kernels.triton.common.scores import keep_mask, score_gradient
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_row", "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "v_b", "v_h",
                                "v_row", "mask_b", "mask_h", "mask_row", "mask_key", "bias_b", "bias_h", "bias_row",
                                "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences",
-                               "max_keys", "n_blocks", "n_tiles", "n_words", "scale", "e", "k", "left", "right",
+                               "max_keys", "n_blocks", "n_tiles", "n_words", "n_places", "scale", "e", "k", "left", "right",
                                "softcap", "threshold", "inverse_keep"])  # fmt: skip
 def attention_bwd_dkv_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, values_ptr, live_ptr,  # values (see `QueryValues`), live and all results are contiguous
@@ -39,7 +39,7 @@ def attention_bwd_dkv_kernel(
     grad_k_ptr, grad_v_ptr,
     g_b, g_h, g_row, q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row,
     mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
-    heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words,
+    heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words, n_places,
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
@@ -97,7 +97,7 @@ def attention_bwd_dkv_kernel(
         head_q = row_ptr(q_ptr, batch_wide, head_wide, q_start, q_b, q_h, q_row, ALIGNED)
         head_g = row_ptr(g_ptr, batch_wide, head_wide, q_start, g_b, g_h, g_row, ALIGNED)
         of_head = batch_wide * heads + head
-        head_values = values_ptr + of_head * length * 3 + q_start
+        head_values, planes = place_values(values_ptr, of_head, q_start, sequence, n_places)
         head_live = live_ptr + (of_head * n_tiles + q_start // TILE + sequence) * n_words
         for word in range(low // (TILE * WORD), (high + TILE * WORD - 1) // (TILE * WORD)):
             bits = bits_between(word, low, high)
@@ -108,31 +108,15 @@ def attention_bwd_dkv_kernel(
             for step in range(bit_count(bits) * (TILE // BLOCK_M)):
                 first_query, bits = walk(bits, word, step, BLOCK_M)
                 rows = first_query + tl.arange(0, BLOCK_M)
-                values = load_values(head_values, length, first_query, rows_here, BLOCK_M, HARDWARE)
+                values = load_values(head_values, planes, first_query, BLOCK_M, HARDWARE)
                 wanted = rows_inside(first_query, end_wanted, BLOCK_M)
                 if OPTIONS.WINDOW:
                     wanted = wanted & (rows_inside(first_query, first_wanted, BLOCK_M) == 0)
                 if SILENT:  # the tile waits for shift
                     wanted = wanted & (values.shift != float("inf"))
-                q = load_rows(head_q, first_query, wanted, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D)
-                g = load_rows(head_g, first_query, wanted, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V)
+                q = load_few(head_q, first_query, wanted, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D, True)
+                g = load_few(head_g, first_query, wanted, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V, True)
                 values = as_row(values)
-                if CHUNK < BLOCK_D:
-                    x = products(
-                        k_ptr, first, valid, k_row, head_q, first_query, wanted, q_row,
-                        PRECISION, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, CHUNK,
-                    )  # fmt: skip
-                else:
-                    x = tl.dot(key, tl.trans(q), input_precision=PRECISION)
-                b, s, _, capped = recompute(
-                    x, rows[None, :], keys[:, None], seen, first_query, QUERIES, BLOCK_M, values, rules, head_e, head_k,
-                    OPTIONS, False, K, HARDWARE, PTX,
-                )  # fmt: skip
-                p = s * b
-                if DROPOUT:
-                    keep = keep_mask(seed_ptr, rows[None, :], keys[:, None], (batch + sequence) * heads + head, threshold)
-                    p = tl.where(keep, p * inverse_keep, 0.0)
-                acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
                 if CHUNK < BLOCK_V:
                     d_p = products(
                         v_ptr, first, valid, v_row, head_g, first_query, wanted, g_row,
@@ -140,9 +124,23 @@ def attention_bwd_dkv_kernel(
                     )  # fmt: skip
                 else:
                     d_p = tl.dot(value, tl.trans(g), input_precision=PRECISION)
+                if CHUNK < BLOCK_D:
+                    x = products(
+                        k_ptr, first, valid, k_row, head_q, first_query, wanted, q_row,
+                        PRECISION, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, CHUNK,
+                    )  # fmt: skip
+                else:
+                    x = tl.dot(key, tl.trans(q), input_precision=PRECISION)
+                b, s, _, mean, capped = recompute(
+                    x, rows[None, :], keys[:, None], seen, first_query, QUERIES, BLOCK_M, values, rules, head_e, head_k,
+                    OPTIONS, False, K, HARDWARE, PTX,
+                )  # fmt: skip
+                p = s * b
                 if DROPOUT:
-                    d_p = tl.where(keep, d_p * inverse_keep, 0.0)
-                d_s = score_gradient(s * (d_p - values.mean), capped, rules, OPTIONS)
+                    keep = keep_mask(seed_ptr, rows[None, :], keys[:, None], (batch + sequence) * heads + head, threshold)
+                    p, d_p = tl.where(keep, p * inverse_keep, 0.0), tl.where(keep, d_p * inverse_keep, 0.0)
+                acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
+                d_s = score_gradient(s * (d_p - mean), capped, rules, OPTIONS)
                 acc_k = tl.dot(d_s.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
     store_rows(

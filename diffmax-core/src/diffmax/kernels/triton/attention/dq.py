@@ -10,6 +10,8 @@ from diffmax.kernels.triton.attention.gradient import (
     KEYS,
     as_column,
     base_of,
+    load_few,
+    place_values,
     range_of,
     recompute,
     slopes_of,
@@ -50,7 +52,7 @@ def bits_of_rows(live_ptr, word, first_tile, n_tiles, n_words, TILES: tl.constex
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_row", "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "v_b", "v_h",
                                "v_row", "mask_b", "mask_h", "mask_row", "mask_key", "bias_b", "bias_h", "bias_row",
                                "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences",
-                               "max_keys", "n_blocks", "n_tiles", "n_words", "scale", "e", "k", "left", "right",
+                               "max_keys", "n_blocks", "n_tiles", "n_words", "n_places", "scale", "e", "k", "left", "right",
                                "softcap", "threshold", "inverse_keep"])  # fmt: skip
 def attention_bwd_dq_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, m_ptr, delta_ptr, u_ptr, live_ptr,  # m, delta, u, live and all results are contiguous
@@ -58,7 +60,7 @@ def attention_bwd_dq_kernel(
     grad_q_ptr, grad_e_ptr, grad_sink_ptr, values_ptr,  # values: for the other kernels, see `QueryValues`
     g_b, g_h, g_row, q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row,
     mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
-    heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words,
+    heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words, n_places,
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
@@ -93,7 +95,7 @@ def attention_bwd_dq_kernel(
     v_ptr = row_ptr(v_ptr, batch_wide, kv_wide, k_start, v_b, v_h, v_row, ALIGNED)
     of_head = batch_wide * heads + head
     row_at = of_head * length + q_start
-    values_ptr += of_head * length * 3 + q_start
+    values_ptr, n_places = place_values(values_ptr, of_head, q_start, sequence, n_places)
     live_ptr += (of_head * n_tiles + q_start // TILE + sequence) * n_words
 
     e, k = head_exponent(e_ptr, e, k, head, E_TENSOR, False)
@@ -111,7 +113,7 @@ def attention_bwd_dq_kernel(
     mean = tl.sum(g.to(tl.float32) * u.to(tl.float32), axis=1)
     of_rows = values_of(m, delta, heard, mean, e, K, HARDWARE)
     if not SINK:
-        store_values(values_ptr, of_rows, length, first, rows_here, BLOCK_M, HARDWARE)
+        store_values(values_ptr, of_rows, n_places, first, rows_here, BLOCK_M, HARDWARE)
     values = as_column(of_rows)
 
     low, high = keys_of_rows(first, rows_here, keys_here, shift, left, right, BLOCK_M, OPTIONS.WINDOW)
@@ -129,7 +131,7 @@ def attention_bwd_dq_kernel(
             first_key, bits = walk(bits, word, step, BLOCK_N)
             keys = first_key + tl.arange(0, BLOCK_N)
             valid = rows_inside(first_key, keys_here, BLOCK_N)
-            key = load_rows(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D)
+            key = load_few(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D, NEEDS_E)
             if CHUNK < BLOCK_D or CHUNK < BLOCK_V:
                 d_p = products(
                     g_ptr, first, heard, g_row, v_ptr, first_key, valid, v_row,
@@ -140,10 +142,10 @@ def attention_bwd_dq_kernel(
                     PRECISION, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
                 )  # fmt: skip
             else:
-                value = load_rows(v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V)
+                value = load_few(v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, NEEDS_E)
                 d_p = tl.dot(g, tl.trans(value), input_precision=PRECISION)
                 x = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-            _, s, w, capped = recompute(
+            _, s, w, mean_here, capped = recompute(
                 x, rows[:, None], keys[None, :], seen, first_key, KEYS, BLOCK_N, values, rules, e, k,
                 OPTIONS, NEEDS_E, K, HARDWARE, PTX,
             )  # fmt: skip
@@ -152,7 +154,7 @@ def attention_bwd_dq_kernel(
             if DROPOUT:
                 keep = keep_mask(seed_ptr, rows[:, None], keys[None, :], (batch + sequence) * heads + head, threshold)
                 d_p = tl.where(keep, d_p * inverse_keep, 0.0)
-            d_s = s * (d_p - values.mean)
+            d_s = s * (d_p - mean_here)
             if NEEDS_E:
                 acc_e += tl.sum(d_s * w, axis=1)
             acc = tl.dot(score_gradient(d_s, capped, rules, OPTIONS).to(key.dtype), key, acc, input_precision=PRECISION)
@@ -168,7 +170,7 @@ def attention_bwd_dq_kernel(
         if NEEDS_E:
             acc_e -= s * w * mean
         of_rows = values_of(m, delta, heard, mean, e, K, HARDWARE)
-        store_values(values_ptr, of_rows, length, first, rows_here, BLOCK_M, HARDWARE)
+        store_values(values_ptr, of_rows, n_places, first, rows_here, BLOCK_M, HARDWARE)
     store_rows(
         grad_q_ptr + row_at * HEAD_DIM, acc * scale, first, rows < rows_here, HEAD_DIM, HEAD_DIM,
         BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D,

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.tiles import load_vector
+from diffmax.kernels.triton.attention.tiles import TILE, load_rows
 from diffmax.kernels.triton.common.launch import SMALLEST_E_FOR_HARDWARE
+from diffmax.kernels.triton.common.layout import vector_multiple
 from diffmax.kernels.triton.common.numerics import exp2_of, integer_power, log2_1p, log2_by_hardware, log2_of
 from diffmax.kernels.triton.common.scores import ABSENT, load_per_pair, score
 
@@ -67,22 +68,46 @@ def values_of(m, delta, heard, mean, e, K: tl.constexpr, HARDWARE: tl.constexpr)
 
 
 @triton.jit
-def store_values(ptr, values, each, first, length, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
-    """Write the values of a block of queries from row `first` on; a head has `each` of each kind, one kind after the other."""
-    rows = first + tl.arange(0, ROWS)
-    tl.store(ptr + rows, values.shift, mask=rows < length)
-    tl.store(ptr + each + rows, values.mean, mask=rows < length)
-    if HARDWARE == NEVER:
-        tl.store(ptr + 2 * each + rows, values.offset, mask=rows < length)
+def load_few(ptr, first, valid, stride, size, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, FEW: tl.constexpr):
+    """`load_rows`; if FEW, with a multiplication per row in the loop, instead of two registers that hold its offset."""
+    if FEW:
+        rows, cols = first + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        inside = valid[:, None]
+        if not WHOLE:
+            inside = inside & (cols < size)[None, :]
+        return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=inside, other=0.0)
+    else:
+        return load_rows(ptr, first, valid, stride, size, ROWS, BLOCK, WHOLE)
 
 
 @triton.jit
-def load_values(ptr, each, first, length, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
-    """The inverse of `store_values`; 0 after the last query, because other numbers would take a selection."""
-    shift, mean = load_vector(ptr, first, length, ROWS, 0.0), load_vector(ptr + each, first, length, ROWS, 0.0)
+def place_values(ptr, of_head, q_start, sequence, n_places):
+    """The address of the values of a sequence, which begin at a tile like the tiles of `live`. of_head in int64.
+
+    A head has n_places, a multiple of `TILE`, for each of three numbers.
+    """
+    n_places = vector_multiple(n_places, True, TILE)
+    return ptr + of_head * 3 * n_places + (q_start // TILE + sequence) * TILE, n_places
+
+
+@triton.jit
+def store_values(ptr, values, n_places, first, length, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
+    """Write the values of the queries from `first` on."""
+    rows = first + tl.arange(0, ROWS)
+    tl.store(ptr + rows, values.shift, mask=rows < length)
+    tl.store(ptr + n_places + rows, values.mean, mask=rows < length)
+    if HARDWARE == NEVER:
+        tl.store(ptr + 2 * n_places + rows, values.offset, mask=rows < length)
+
+
+@triton.jit
+def load_values(ptr, n_places, first, ROWS: tl.constexpr, HARDWARE: tl.constexpr):
+    """The inverse of `store_values`; anything after the last query, because masks would take instructions."""
+    rows = first + tl.arange(0, ROWS)
+    shift, mean = tl.load(ptr + rows), tl.load(ptr + n_places + rows)
     offset = mean
     if HARDWARE == NEVER:
-        offset = load_vector(ptr + 2 * each, first, length, ROWS, 0.0)
+        offset = tl.load(ptr + 2 * n_places + rows)
     return QueryValues(shift, offset, mean)
 
 
@@ -216,7 +241,7 @@ def recompute(
     x, rows, keys, seen, first_other, OTHER: tl.constexpr, SIZE: tl.constexpr, values, rules, e, k,
     OPTIONS: tl.constexpr, NEEDS_E: tl.constexpr, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """From products x: the results of `slopes_of`, and the capped scores for `score_gradient`.
+    """From products x: the results of `slopes_of`, the mean of dP, and the capped scores for `score_gradient`.
 
     seen: the `Range` on the axis OTHER, QUERIES or KEYS, where the tile has SIZE entries from first_other on.
     """
@@ -225,6 +250,7 @@ def recompute(
         x, capped = score(x, rows, keys, rules, OPTIONS)
         factor = 1.0
     base, least = base_of(x, factor, values, e, K, HARDWARE)
+    mean = values.mean
     cut = (first_other < seen.from_all) | (first_other + SIZE > seen.to_all)
     if OPTIONS.MASK != ABSENT:
         cut = True
@@ -234,5 +260,7 @@ def recompute(
         if OPTIONS.MASK != ABSENT:
             visible = visible & (load_per_pair(rules.mask, rows, keys, rules, OPTIONS.MASK, 0) != 0)  # one byte per entry
         base = tl.where(visible, base, least)
+        if OTHER == QUERIES:  # there are no means after the last query
+            mean = tl.where(rows < rules.n_rows, mean, 0.0)
     b, s, w = slopes_of(base, e, k, NEEDS_E, K, HARDWARE, PTX)
-    return b, s, w, capped
+    return b, s, w, mean, capped

@@ -15,7 +15,7 @@ from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
 from diffmax.kernels.triton.attention.gradient import ALWAYS, BY_E, NEVER
 from diffmax.kernels.triton.attention.settings import Backward
 from diffmax.kernels.triton.common.launch import on_device, padded
-from diffmax.plugin import AttentionCall, AttentionGradients, Saved, Wanted
+from diffmax.plugin import TILE, AttentionCall, AttentionGradients, Saved, Wanted
 
 
 def attention_backward(
@@ -52,8 +52,7 @@ def attention_backward(
         return results
 
     launch = _Launch.of(grad.to(value.dtype), query, key, value, saved, call, blocks, ptx)
-    batch, heads, length = m.shape
-    values = m.new_empty(batch, heads, 3, length)
+    values = m.new_empty(*m.shape[:2], 3, launch.shared["n_places"])
     with on_device(query.device):
         launch.dq(grad_query, grad_e, grad_sink, values)
         launch.dkv(grad_key, grad_value, values)
@@ -91,7 +90,7 @@ class _Launch:
         n_tiles, n_words = saved.live.shape[2:] if saved.live.ndim == 4 else (0, 0)
         shared = {
             **arguments.scalars, **strides("g", grad), **strides("v", value), **arguments.dropout,
-            "n_tiles": n_tiles, "n_words": n_words,
+            "n_tiles": n_tiles, "n_words": n_words, "n_places": TILE * arguments.blocks(query.shape[2], TILE),
             **arguments.flags, "VALUE_DIM": value.shape[3], "BLOCK_V": padded(value.shape[3]),
             "HARDWARE": _hardware(arguments, query.dtype),
             "ALIGNED": all(aligned(t) for t in (grad, query, key, value)), "LIVE": saved.live.numel() > 0,
