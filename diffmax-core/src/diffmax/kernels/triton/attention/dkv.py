@@ -114,8 +114,8 @@ def attention_bwd_dkv_kernel(
                     wanted = wanted & (rows_inside(first_query, first_wanted, BLOCK_M) == 0)
                 if SILENT:  # the tile waits for shift
                     wanted = wanted & (values.shift != float("inf"))
-                q = load_few(head_q, first_query, wanted, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D, True)
-                g = load_few(head_g, first_query, wanted, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V, True)
+                q = load_few(head_q, first_query, wanted, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D, PTX)
+                g = load_few(head_g, first_query, wanted, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V, PTX)
                 values = as_row(values)
                 if CHUNK < BLOCK_V:
                     d_p = products(

@@ -131,7 +131,7 @@ def attention_bwd_dq_kernel(
             first_key, bits = walk(bits, word, step, BLOCK_N)
             keys = first_key + tl.arange(0, BLOCK_N)
             valid = rows_inside(first_key, keys_here, BLOCK_N)
-            key = load_few(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D, NEEDS_E)
+            key = load_few(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D, NEEDS_E and PTX)
             if CHUNK < BLOCK_D or CHUNK < BLOCK_V:
                 d_p = products(
                     g_ptr, first, heard, g_row, v_ptr, first_key, valid, v_row,
@@ -142,7 +142,9 @@ def attention_bwd_dq_kernel(
                     PRECISION, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
                 )  # fmt: skip
             else:
-                value = load_few(v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, NEEDS_E)
+                value = load_few(
+                    v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, NEEDS_E and PTX
+                )
                 d_p = tl.dot(g, tl.trans(value), input_precision=PRECISION)
                 x = tl.dot(q, tl.trans(key), input_precision=PRECISION)
             _, s, w, mean_here, capped = recompute(
