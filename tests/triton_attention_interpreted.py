@@ -142,6 +142,25 @@ def test_a_number_for_alpha(e, dtype):
     compare(*results(AttentionCall(scale=0.25, e=e), *sample(63, 70, heads=1, kv_heads=1, batch=1, dtype=dtype)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_alphas_of_heads_in_16_bits(dtype):
+    """From sparsemax to softmax: each program decides by its head's e how to take powers."""
+    e = torch.tensor([1.0, 0.5, 0.15, 1 / 64, 0.015, 0.001, 1e-5, 0.0])
+    compare(*results(AttentionCall(scale=0.25, e=e, right=3), *sample(63, 70, heads=8, kv_heads=2, batch=1, dtype=dtype)))
+
+
+@pytest.mark.parametrize("e", [0.5, 0.15, 0.1])
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [(torch.float16, 512), (torch.bfloat16, 4096), (torch.float32, 32768)], ids=["half", "brain", "single"]
+)
+def test_scores_far_from_zero(dtype, offset, e):
+    """In 16 bits the base is folded into one multiply-add per score; float32 takes the difference from the maximum first."""
+    tensors, grad = sample(63, 70, heads=1, kv_heads=1, batch=1, dtype=dtype)
+    tensors[0][..., 0], tensors[1][..., 0] = 16.0, offset / 4
+    for alpha in (e, torch.tensor([e])):
+        compare(*results(AttentionCall(scale=0.25, e=alpha), tensors, grad))
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 65, 129), (1, 2, 65, 129), (2, 1, 1, 129), (1, 1, 65, 1), (1, 2, 1, 1)], ids=str)
 def test_gradient_of_a_bias(shape):
     """Summed over what it broadcasts along; -inf hides, and a query that sees nothing is silent."""

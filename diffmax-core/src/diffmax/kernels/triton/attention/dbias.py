@@ -6,26 +6,26 @@ A program holds a tile of the bias and loops over all tiles of scores that it is
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.gradient import heard_mean, recompute
+from diffmax.kernels.triton.attention.gradient import KEYS, as_column, load_values, place_values, range_of, recompute
 from diffmax.kernels.triton.attention.scores import products, rules_of
-from diffmax.kernels.triton.attention.tiles import TILE, WORD, keys_of_rows, load_vector, position_shift, row_ptr
+from diffmax.kernels.triton.attention.tiles import TILE, WORD, keys_of_rows, position_shift, row_ptr
 from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
 from diffmax.kernels.triton.common.scores import keep_mask
 
 
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_row", "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "v_b", "v_h",
                                "v_row", "mask_b", "mask_h", "mask_row", "mask_key", "bias_b", "bias_h", "bias_row",
-                               "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_tiles", "n_words",
+                               "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_tiles", "n_words", "n_places",
                                "bias_heads", "row_blocks", "key_blocks", "batches_each", "heads_each", "rows_each",
                                "keys_each", "scale", "e", "k", "left", "right", "softcap", "threshold",
                                "inverse_keep"])  # fmt: skip
 def attention_bwd_dbias_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, m_ptr, delta_ptr, mean_ptr, live_ptr,  # m, delta, mean, live and the result are contiguous
+    g_ptr, q_ptr, k_ptr, v_ptr, values_ptr, live_ptr,  # values (see `QueryValues`), live and the result are contiguous
     e_ptr, mask_ptr, bias_ptr, alibi_ptr, seed_ptr,  # each only where a flag says so
     grad_bias_ptr,
     g_b, g_h, g_row, q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row,
     mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
-    heads, group, length, n_keys, n_tiles, n_words,
+    heads, group, length, n_keys, n_tiles, n_words, n_places,
     bias_heads, row_blocks, key_blocks,  # sizes of the bias: 1 where it is broadcast
     batches_each, heads_each, rows_each, keys_each,  # what the tile is added to: batch entries, heads, blocks of rows, of keys
     scale, e, k, left, right, softcap, threshold, inverse_keep,
@@ -74,10 +74,10 @@ def attention_bwd_dbias_kernel(
             head_g = row_ptr(g_ptr, batch_wide, head_wide, 0, g_b, g_h, g_row, ALIGNED)
             head_key = row_ptr(k_ptr, batch_wide, kv_wide, 0, k_b, k_h, k_row, ALIGNED)
             head_v = row_ptr(v_ptr, batch_wide, kv_wide, 0, v_b, v_h, v_row, ALIGNED)
-            m = load_vector(m_ptr + of_head * length, first, length, BLOCK_M, 0.0)
-            m = tl.where(m == -float("inf"), 0.0, m)
-            delta = load_vector(delta_ptr + of_head * length, first, length, BLOCK_M, 0.0)
-            mean, heard = heard_mean(load_vector(mean_ptr + of_head * length, first, length, BLOCK_M, 0.0))
+            head_values, planes = place_values(values_ptr, of_head, 0, 0, n_places)
+            values = load_values(head_values, planes, first, BLOCK_M, HARDWARE)
+            heard, values = (values.shift != float("inf")) & (rows < length), as_column(values)
+            seen = range_of(first, left - shift, right + shift, n_keys, BLOCK_M, OPTIONS.WINDOW)
             d_p = products(
                 head_g, first, rows < length, g_row, head_v, first_key, keys < n_keys, v_row,
                 PRECISION, BLOCK_M, BLOCK_N, VALUE_DIM, BLOCK_V, min(CHUNK, BLOCK_V),
@@ -86,13 +86,14 @@ def attention_bwd_dbias_kernel(
                 head_q, first, rows < length, q_row, head_key, first_key, keys < n_keys, k_row,
                 PRECISION, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
             )  # fmt: skip
-            _, s, _, _ = recompute(
-                x, rows[:, None], keys[None, :], rules, m[:, None], delta[:, None], head_e, head_k, OPTIONS, K, HARDWARE, PTX
-            )
+            _, s, _, mean, _ = recompute(
+                x, rows[:, None], keys[None, :], seen, first_key, KEYS, BLOCK_N, values, rules, head_e, head_k,
+                OPTIONS, False, K, HARDWARE, PTX,
+            )  # fmt: skip
             if DROPOUT:
                 keep = keep_mask(seed_ptr, rows[:, None], keys[None, :], batch * heads + head, threshold)
                 d_p = tl.where(keep, d_p * inverse_keep, 0.0)
-            acc += tl.where(heard[:, None], s * (d_p - mean[:, None]), 0.0)
+            acc += tl.where(heard[:, None], s * (d_p - mean), 0.0)
 
     rows, keys = row_block * BLOCK_M + tl.arange(0, BLOCK_M), key_block * BLOCK_N + tl.arange(0, BLOCK_N)
     bias_at = bias_batch.to(tl.int64) * bias_heads + bias_head

@@ -6,7 +6,7 @@ A program holds a block of keys and loops over the live tiles of its column, for
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.gradient import heard_mean, recompute
+from diffmax.kernels.triton.attention.gradient import QUERIES, as_row, load_few, load_values, place_values, range_of, recompute
 from diffmax.kernels.triton.attention.scores import products, rules_of
 from diffmax.kernels.triton.attention.tiles import (
     TILE,
@@ -15,11 +15,11 @@ from diffmax.kernels.triton.attention.tiles import (
     bits_between,
     bits_of_column,
     load_rows,
-    load_vector,
     locate_block,
     locate_other,
     position_shift,
     row_ptr,
+    rows_inside,
     rows_of_keys,
     store_rows,
     walk,
@@ -31,15 +31,15 @@ from diffmax.kernels.triton.common.scores import keep_mask, score_gradient
 @triton.jit(do_not_specialize=["g_b", "g_h", "g_row", "q_b", "q_h", "q_row", "k_b", "k_h", "k_row", "v_b", "v_h",
                                "v_row", "mask_b", "mask_h", "mask_row", "mask_key", "bias_b", "bias_h", "bias_row",
                                "bias_key", "alibi_b", "heads", "group", "length", "n_keys", "n_sequences",
-                               "max_keys", "n_blocks", "n_tiles", "n_words", "scale", "e", "k", "left", "right",
+                               "max_keys", "n_blocks", "n_tiles", "n_words", "n_places", "scale", "e", "k", "left", "right",
                                "softcap", "threshold", "inverse_keep"])  # fmt: skip
 def attention_bwd_dkv_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, m_ptr, delta_ptr, mean_ptr, live_ptr,  # m, delta, mean, live and all results are contiguous
+    g_ptr, q_ptr, k_ptr, v_ptr, values_ptr, live_ptr,  # values (see `QueryValues`), live and all results are contiguous
     e_ptr, mask_ptr, bias_ptr, alibi_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,  # each only where a flag says so
     grad_k_ptr, grad_v_ptr,
     g_b, g_h, g_row, q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row,
     mask_b, mask_h, mask_row, mask_key, bias_b, bias_h, bias_row, bias_key, alibi_b,
-    heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words,
+    heads, group, length, n_keys, n_sequences, max_keys, n_blocks, n_tiles, n_words, n_places,
     scale, e, k, left, right, softcap, threshold, inverse_keep,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
@@ -74,11 +74,16 @@ def attention_bwd_dkv_kernel(
     row_at = (batch_wide * kv_heads + kv_head) * n_keys + k_start
 
     keys = first + tl.arange(0, BLOCK_N)
-    valid = keys < keys_here
+    valid = rows_inside(first, keys_here, BLOCK_N)
     key = load_rows(k_ptr, first, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D)
     value = load_rows(v_ptr, first, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V)
     low, high = rows_of_keys(first, rows_here, keys_seen, shift, left, right, BLOCK_N, OPTIONS.WINDOW)
     high = tl.where(first < keys_seen, high, low)
+    seen = range_of(first, right + shift, left - shift, rows_here, BLOCK_N, OPTIONS.WINDOW)
+    # queries in range of some key: others may hold NaN
+    first_wanted, end_wanted = 0, rows_here
+    if OPTIONS.WINDOW:
+        first_wanted, end_wanted = -right - shift, tl.minimum(rows_here, keys_seen - shift + left)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for head in range(kv_head * group, kv_head * group + group):
@@ -92,7 +97,7 @@ def attention_bwd_dkv_kernel(
         head_q = row_ptr(q_ptr, batch_wide, head_wide, q_start, q_b, q_h, q_row, ALIGNED)
         head_g = row_ptr(g_ptr, batch_wide, head_wide, q_start, g_b, g_h, g_row, ALIGNED)
         of_head = batch_wide * heads + head
-        of_rows = of_head * length + q_start
+        head_values, planes = place_values(values_ptr, of_head, q_start, sequence, n_places)
         head_live = live_ptr + (of_head * n_tiles + q_start // TILE + sequence) * n_words
         for word in range(low // (TILE * WORD), (high + TILE * WORD - 1) // (TILE * WORD)):
             bits = bits_between(word, low, high)
@@ -103,50 +108,39 @@ def attention_bwd_dkv_kernel(
             for step in range(bit_count(bits) * (TILE // BLOCK_M)):
                 first_query, bits = walk(bits, word, step, BLOCK_M)
                 rows = first_query + tl.arange(0, BLOCK_M)
-                mean, heard = heard_mean(load_vector(mean_ptr + of_rows, first_query, rows_here, BLOCK_M, 0.0))
-                wanted = rows < rows_here
+                values = load_values(head_values, planes, first_query, BLOCK_M, HARDWARE)
+                wanted = rows_inside(first_query, end_wanted, BLOCK_M)
                 if OPTIONS.WINDOW:
-                    wanted = wanted & (rows + shift >= -right) & (rows + shift - left < keys_seen)
-                if SILENT:  # the tile waits for mean
-                    wanted = wanted & heard
-                q = load_rows(head_q, first_query, wanted, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D)
-                g = load_rows(head_g, first_query, wanted, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V)
-                m = load_vector(m_ptr + of_rows, first_query, rows_here, BLOCK_M, 0.0)
-                m = tl.where(m == -float("inf"), 0.0, m)
-                delta = load_vector(delta_ptr + of_rows, first_query, rows_here, BLOCK_M, 0.0)
-                if CHUNK < BLOCK_D or CHUNK < BLOCK_V:
+                    wanted = wanted & (rows_inside(first_query, first_wanted, BLOCK_M) == 0)
+                if SILENT:  # the tile waits for shift
+                    wanted = wanted & (values.shift != float("inf"))
+                q = load_few(head_q, first_query, wanted, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D, PTX)
+                g = load_few(head_g, first_query, wanted, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V, PTX)
+                values = as_row(values)
+                if CHUNK < BLOCK_V:
                     d_p = products(
                         v_ptr, first, valid, v_row, head_g, first_query, wanted, g_row,
-                        PRECISION, BLOCK_N, BLOCK_M, VALUE_DIM, BLOCK_V, min(CHUNK, BLOCK_V),
-                    )  # fmt: skip
-                    x = products(
-                        k_ptr, first, valid, k_row, head_q, first_query, wanted, q_row,
-                        PRECISION, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
+                        PRECISION, BLOCK_N, BLOCK_M, VALUE_DIM, BLOCK_V, CHUNK,
                     )  # fmt: skip
                 else:
                     d_p = tl.dot(value, tl.trans(g), input_precision=PRECISION)
+                if CHUNK < BLOCK_D:
+                    x = products(
+                        k_ptr, first, valid, k_row, head_q, first_query, wanted, q_row,
+                        PRECISION, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, CHUNK,
+                    )  # fmt: skip
+                else:
                     x = tl.dot(key, tl.trans(q), input_precision=PRECISION)
-                b, s, _, capped = recompute(
-                    x,
-                    rows[None, :],
-                    keys[:, None],
-                    rules,
-                    m[None, :],
-                    delta[None, :],
-                    head_e,
-                    head_k,
-                    OPTIONS,
-                    K,
-                    HARDWARE,
-                    PTX,
-                )
+                b, s, _, mean, capped = recompute(
+                    x, rows[None, :], keys[:, None], seen, first_query, QUERIES, BLOCK_M, values, rules, head_e, head_k,
+                    OPTIONS, False, K, HARDWARE, PTX,
+                )  # fmt: skip
                 p = s * b
                 if DROPOUT:
                     keep = keep_mask(seed_ptr, rows[None, :], keys[:, None], (batch + sequence) * heads + head, threshold)
-                    p = tl.where(keep, p * inverse_keep, 0.0)
-                    d_p = tl.where(keep, d_p * inverse_keep, 0.0)
+                    p, d_p = tl.where(keep, p * inverse_keep, 0.0), tl.where(keep, d_p * inverse_keep, 0.0)
                 acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
-                d_s = score_gradient(s * (d_p - mean[None, :]), capped, rules, OPTIONS)
+                d_s = score_gradient(s * (d_p - mean), capped, rules, OPTIONS)
                 acc_k = tl.dot(d_s.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
     store_rows(

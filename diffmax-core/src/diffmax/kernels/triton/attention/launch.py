@@ -54,7 +54,7 @@ class AttentionOperator(Tunable):
 
     def forward_settings(self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall) -> Forward:
         """Settings of the two forward kernels, for head dimension `size`."""
-        extras = any(t is not None for t in (call.mask, call.bias, call.alibi)) or call.softcap > 0 or call.dropout_p > 0
+        extras = _extras(call)
         rule, table = forward_settings(self.architecture(device), dtype, size, extras), self.table(device)
         output = self.tuned(table, "attention_out", dtype, size, extras)
         return Forward(
@@ -65,7 +65,7 @@ class AttentionOperator(Tunable):
 
     def backward_blocks(self, device: torch.device, dtype: torch.dtype, size: int, call: AttentionCall) -> Backward:
         """Settings of the three backward kernels, for head dimension `size`."""
-        rule, table = backward_blocks(self.architecture(device), dtype, size), self.table(device)
+        rule, table = backward_blocks(self.architecture(device), dtype, size, _extras(call)), self.table(device)
         blocks = Backward(
             *(self.tuned(table, f"attention_{name}", dtype, size) or getattr(rule, name) for name in rule._fields)
         )
@@ -177,6 +177,10 @@ def example_calls(
     if "mask" not in features:
         return [AttentionCall(**given)]
     return [AttentionCall(**given, mask=zeros(1, 1, rows, length, kind=torch.bool) == 0) for rows in (1, length)]
+
+
+def _extras(call: AttentionCall) -> bool:
+    return any(t is not None for t in (call.mask, call.bias, call.alibi)) or call.softcap > 0 or call.dropout_p > 0
 
 
 def _size(query: Tensor, value: Tensor) -> int:

@@ -12,17 +12,23 @@ from diffmax.kernels.triton.attention.call import Arguments, Names, aligned, row
 from diffmax.kernels.triton.attention.dbias import attention_bwd_dbias_kernel
 from diffmax.kernels.triton.attention.dkv import attention_bwd_dkv_kernel
 from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
+from diffmax.kernels.triton.attention.gradient import ALWAYS, BY_E, NEVER
 from diffmax.kernels.triton.attention.settings import Backward, Block
-from diffmax.kernels.triton.common.launch import SERIES_TERMS, Launch, on_device, padded
-from diffmax.plugin import AttentionCall, AttentionGradients, Saved, Wanted
+from diffmax.kernels.triton.common.launch import Launch, on_device, padded
+from diffmax.plugin import TILE, AttentionCall, AttentionGradients, Saved, Wanted
 
 
 class BackwardPlan(NamedTuple):
-    """The launches of a call; that for the bias only if its gradient is wanted."""
+    """The launches of a call; that for the bias only if its gradient is wanted.
+
+    Attributes:
+        places: Entries of scratch memory for each of a head's three values per query.
+    """
 
     dq: Launch
     dkv: Launch
     dbias: Launch | None
+    places: int
 
     @classmethod
     def of(
@@ -46,17 +52,19 @@ class BackwardPlan(NamedTuple):
         grad, query, key, value = tensors
         arguments = Arguments.of(query, key, call, ptx=ptx, precision="ieee")
         n_tiles, n_words = saved.live.shape[2:] if saved.live.ndim == 4 else (0, 0)
+        places = TILE * arguments.blocks(query.shape[2], TILE)
         shared = {
             **arguments.scalars, **strides("g", grad), **strides("v", value), **arguments.dropout,
-            "n_tiles": n_tiles, "n_words": n_words,
+            "n_tiles": n_tiles, "n_words": n_words, "n_places": places,
             **arguments.flags, "VALUE_DIM": value.shape[3], "BLOCK_V": padded(value.shape[3]),
+            "HARDWARE": _hardware(arguments, query.dtype),
             "ALIGNED": all(aligned(t) for t in tensors), "LIVE": saved.live.numel() > 0,
         }  # fmt: skip
         packed = {"n_sequences": arguments.n_sequences, "max_keys": call.max_seqlen_k}
         row_blocks = arguments.blocks(query.shape[2], blocks.dq.rows)
         dq = {
             **shared, **packed, "n_blocks": row_blocks, "SINK": call.sink is not None,
-            "NEEDS_E": wanted.e, "NEEDS_SINK": wanted.sink, "TERMS": SERIES_TERMS[torch.float32], **blocks.dq.arguments(),
+            "NEEDS_E": wanted.e, "NEEDS_SINK": wanted.sink, **blocks.dq.arguments(),
         }  # fmt: skip
         silent = any(t is not None for t in (call.mask, call.bias, call.sink))
         key_blocks = arguments.blocks(key.shape[2], blocks.dkv.keys)
@@ -65,6 +73,7 @@ class BackwardPlan(NamedTuple):
             Launch(attention_bwd_dq_kernel, (query.shape[0] * query.shape[1] * row_blocks,), dq),
             Launch(attention_bwd_dkv_kernel, (key.shape[0] * key.shape[1] * key_blocks,), dkv),
             None if call.bias is None or not wanted.bias else _dbias(query, key, call.bias, shared, blocks.dbias),
+            places,
         )
 
 
@@ -116,10 +125,10 @@ def attention_backward(
     grad = rows_of_entries(grad.to(value.dtype))
     query, key, value = rows_of_entries(query), rows_of_entries(key), rows_of_entries(value)
     planned = plan((grad, query, key, value), saved)
-    mean = torch.empty_like(saved.m)
+    values = m.new_empty(*m.shape[:2], 3, planned.places)
     tensors = {
         "g_ptr": grad, "q_ptr": query, "k_ptr": key, "v_ptr": value, "u_ptr": saved.u,
-        "m_ptr": saved.m, "delta_ptr": saved.delta, "mean_ptr": mean, "live_ptr": saved.live, **tensors_of(call, query),
+        "m_ptr": saved.m, "delta_ptr": saved.delta, "values_ptr": values, "live_ptr": saved.live, **tensors_of(call, query),
         **{f"grad_{name}_ptr": t for name, t in zip(("q", "k", "v", "e", "bias", "sink"), results, strict=True)},
     }  # fmt: skip
     with on_device(query.device):
@@ -128,3 +137,10 @@ def attention_backward(
         if planned.dbias is not None:
             planned.dbias(tensors)
     return results
+
+
+def _hardware(arguments: Arguments, dtype: torch.dtype) -> int:
+    """The use of the hardware's logarithm, see `attention.gradient`."""
+    if dtype.itemsize > 2:
+        return int(NEVER.value)
+    return int((ALWAYS if arguments.flags["HARDWARE"] else BY_E).value)

@@ -138,7 +138,8 @@ def attention_forward(
     lists = [torch.empty(size, dtype=torch.int32, device=device) for size in planned.lists]
     tensors = {
         "q_ptr": query, "k_ptr": key, "v_ptr": value, "m_ptr": m, "live_ptr": live, "tops_ptr": tops,
-        "start_ptr": start, "slope_ptr": slope, "out_ptr": out, "u_ptr": u if keep else out, "support_ptr": support if stats else live, **tensors_of(call, query),
+        "start_ptr": start, "slope_ptr": slope, "out_ptr": out, "u_ptr": u if keep else out,
+        "support_ptr": support if stats else live, **tensors_of(call, query),
     }  # fmt: skip
     with on_device(device):
         planned.solve({**tensors, "delta_ptr": start, "list_ptr": lists[0]})

@@ -139,21 +139,32 @@ FORWARD = (
     Rule("rdna", NARROW, 256, Forward(Settings(16, 1, 1, chunk=32), Settings(16, 1, 1, keys=32, chunk=32, values=32))),
 )
 
-_LARGEST = "predicted by decision 0057: the largest tiles that no compiler spills"
+_LARGEST = "predicted by decision 0091: the fewest instructions per score without spills"
+_SMALLER = "predicted by decision 0057: the largest tiles that no compiler spills"
 BACKWARD = tuple(
-    Rule(family, dtypes, most, _tiles(dq, dkv), origin=_LARGEST)
+    Rule(family, dtypes, most, _tiles(dq, dkv), extras=True, origin=_SMALLER)
     for family, dtypes, most, dq, dkv in (
         ("mma", NARROW, 64, Block(32, 32, 4, 2), Block(32, 64, 8, 2)),
-        ("mma", NARROW, 128, Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
-        ("mma", NARROW, 256, Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
         ("sm90", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
         ("sm90", NARROW, 128, Block(64, 32, 4, 2), Block(16, 64, 4, 2)),
-        ("sm90", NARROW, 256, Block(32, 32, 8, 2), Block(32, 32, 8, 1)),
         ("sm100", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
         ("sm100", NARROW, 128, Block(64, 32, 8, 2), Block(32, 64, 8, 1)),
+        ("cdna", NARROW, 128, Block(64, 32, 4, 1), Block(32, 64, 4, 1)),
+    )
+) + tuple(
+    Rule(family, dtypes, most, _tiles(dq, dkv), origin=_LARGEST)
+    for family, dtypes, most, dq, dkv in (
+        ("mma", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+        ("mma", NARROW, 128, Block(64, 32, 4, 2), Block(32, 64, 8, 2)),
+        ("mma", NARROW, 256, Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
+        ("sm90", NARROW, 64, Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+        ("sm90", NARROW, 128, Block(64, 64, 4, 2), Block(32, 64, 4, 1)),
+        ("sm90", NARROW, 256, Block(32, 32, 8, 2), Block(32, 32, 8, 1)),
+        ("sm100", NARROW, 64, Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+        ("sm100", NARROW, 128, Block(64, 32, 8, 2), Block(32, 64, 4, 1)),
         ("sm100", NARROW, 256, Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
-        ("cdna", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
-        ("cdna", NARROW, 128, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+        ("cdna", NARROW, 64, Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
+        ("cdna", NARROW, 128, Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
         ("cdna", NARROW, 256, Block(32, 16, 8, 1), Block(16, 32, 8, 1)),
         ("rdna", NARROW, 64, Block(32, 32, 4, 1), Block(16, 32, 4, 1)),
         ("rdna", NARROW, 128, Block(16, 16, 4, 1, 32), Block(16, 16, 8, 1, 16)),
@@ -189,9 +200,9 @@ def forward_settings(architecture: str, dtype: torch.dtype, size: int, extras: b
     return _first(FORWARD, architecture, dtype, size, extras)
 
 
-def backward_blocks(architecture: str, dtype: torch.dtype, size: int) -> Backward:
+def backward_blocks(architecture: str, dtype: torch.dtype, size: int, extras: bool = False) -> Backward:
     """The settings of the three backward kernels, with the same arguments."""
-    return _first(BACKWARD, architecture, dtype, size, False)
+    return _first(BACKWARD, architecture, dtype, size, extras)
 
 
 def _first(table: tuple[Rule[Launches], ...], architecture: str, dtype: torch.dtype, size: int, extras: bool) -> Launches:
