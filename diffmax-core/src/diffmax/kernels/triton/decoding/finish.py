@@ -72,7 +72,7 @@ def kvcache_finish_kernel(
     far = in_rows & (missed | unsolved(total, slopes, curve, delta, row_e, row_k, size, CUT))
     if tl.max(far.to(tl.int32), axis=0) == 0:
         lanes = tl.arange(0, SPLITS)
-        filled = tl.load(filled_ptr + block * splits + lanes, mask=lanes < splits, other=0) > 0
+        filled = tl.load(filled_ptr + block * splits + lanes, mask=lanes < splits, other=0.0) > 0.0
         at = (block * splits + lanes)[None, :] * 2 * BLOCK_M + rows[:, None]
         at = at[:, :, None] * BLOCK_V + column[None, None, :]
         out = tl.sum(tl.load(partial_ptr + at, mask=filled[None, :, None], other=0.0), axis=1)

@@ -84,13 +84,12 @@ class _Plan(NamedTuple):
     Attributes:
         launches: One after the other.
         grid: How the call is divided among programs.
-        floats, integers: Entries of each scratch buffer: tops, scores, work, lists, state, partial; filled, read.
+        scratch: Entries of each scratch buffer: tops, scores, work, lists, state, partial, filled, pages.
     """
 
     launches: tuple[Launch, ...]
     grid: Grid
-    floats: tuple[int, ...]
-    integers: tuple[int, ...]
+    scratch: tuple[int, ...]
 
     @classmethod
     def of(
@@ -154,12 +153,13 @@ class _Plan(NamedTuple):
             Launch(kvcache_values_kernel, programs, values),
             Launch(kvcache_finish_kernel, (grid.programs, -(-grid.rows // rows) * (block_v // columns)), finish),
         )
-        floats = (
+        whole = -(-grid.programs * grid.splits // 4) * 4  # so that every buffer is aligned to 16 bytes
+        scratch = (
             every * grid.most_tiles, every * grid.most_tiles * grid.block_n,
             every * int(SLOTS) * lanes, every * int(LISTED) * lanes, every * 2, every * grid.splits * 2 * block_v,
+            whole, grid.programs * grid.splits,
         )  # fmt: skip
-        whole = -(-grid.programs * grid.splits // 4) * 4  # so that every buffer is aligned to 16 bytes
-        return cls(launches, grid, floats, (whole, grid.programs * grid.splits))
+        return cls(launches, grid, scratch)
 
 
 def _piece(grid: Grid, lanes: int, block_v: int) -> tuple[int, int]:
@@ -210,10 +210,8 @@ class Decoder(Tunable):
             return KVCacheResults(out.zero_(), m.fill_(-torch.inf), delta.zero_(), support.zero_(), pages)
 
         plan = self._plan(query, k_cache, v_cache, call, stats)
-        floats = torch.empty(sum(plan.floats), dtype=torch.float32, device=device).split_with_sizes(plan.floats)
-        integers = torch.empty(sum(plan.integers), dtype=torch.int32, device=device).split_with_sizes(plan.integers)
-        tops, scores, work, lists, state, partial = floats
-        filled, read = integers
+        scratch = torch.empty(sum(plan.scratch), dtype=torch.float32, device=device).split_with_sizes(plan.scratch)
+        tops, scores, work, lists, state, partial, filled, read = scratch
         tensors = {
             **tensors_of(query, k_cache, v_cache, call), "out_ptr": out, "m_ptr": m, "delta_ptr": delta,
             "support_ptr": support if stats else filled,
@@ -223,7 +221,7 @@ class Decoder(Tunable):
         with on_device(device):
             for launch in plan.launches:
                 launch(tensors)
-        pages = read.new_empty(0)
+        pages = torch.empty(0, dtype=torch.int32, device=device)
         if stats:
             pages = read.view(batch, kv_heads, plan.grid.blocks, plan.grid.splits).sum(3).amax(2).to(torch.int32)
         return KVCacheResults(out, m, delta, support, pages)

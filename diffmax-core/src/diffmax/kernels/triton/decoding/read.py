@@ -62,7 +62,7 @@ def kvcache_read_kernel(
     # each lane adds up its own column of the tiles
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     slopes, curve = total, total
-    read, last_page = 0, -1
+    read, last_page = tl.full((), 0, tl.int32), -1
     for tile in range(first, last):
         tops_at = tops_ptr + (block * most_tiles + tile) * BLOCK_M + rows
         alive = 1
@@ -96,4 +96,4 @@ def kvcache_read_kernel(
             tl.store(tops_at, zero - float("inf"))
     write_slot(work_ptr, block, SPLIT_TOP, split, top_of_split, BLOCK_M, SPLITS)
     write_sums(work_ptr, block, SUMS, split, total, slopes, curve, BLOCK_M, SPLITS)
-    tl.store(pages_ptr + block * splits + split, read)
+    tl.store(pages_ptr + block * splits + split, read.to(tl.float32))

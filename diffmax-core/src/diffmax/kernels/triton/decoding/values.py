@@ -56,7 +56,7 @@ def kvcache_values_kernel(
     tilt = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)  # the same with the weights' slopes
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     slopes, curve, support = total, total, total
-    filled = 0
+    filled = tl.full((), 0.0, tl.float32)
     tops_at = tops_ptr + block * most_tiles * BLOCK_M + rows
     top = tl.load(tops_at + first * BLOCK_M, mask=in_rows & (first < last), other=-float("inf"))
     for tile in range(first, last):
@@ -66,7 +66,7 @@ def kvcache_values_kernel(
             scores_ptr, block, tile, rows, top, most_tiles, m, delta, row_e, row_k, K, PTX, BLOCK_M, BLOCK_N
         )
         if alive:
-            filled = 1
+            filled += 1.0
             s = r * base
             p = s * base
             total += p
@@ -83,7 +83,7 @@ def kvcache_values_kernel(
     write_sums(work_ptr, block, SUMS, split, total, slopes, curve, BLOCK_M, SPLITS)
     write_slot(work_ptr, block, SUPPORT, split, tl.sum(support, axis=1), BLOCK_M, SPLITS)
     tl.store(filled_ptr + block * splits + split, filled)
-    if filled > 0:
+    if filled > 0.0:
         at = (((block * splits + split) * 2) * BLOCK_M + rows)[:, None] * BLOCK_V + column[None, :]
         tl.store(partial_ptr + at, out)
         tl.store(partial_ptr + at + BLOCK_M * BLOCK_V, tilt)
