@@ -7,6 +7,7 @@ and five integer exponents; not for each length, stride or alpha.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,13 +88,16 @@ class RowOperator(Tunable):
             "X_LAYOUT": shape.views[0].layout,
         }
         view_x, view_p = shape.views
-        tile = self._tile("rows", table.forward_float64 if acc == torch.float64 else table.forward, n, table, shape, x.dtype)
+        tiles = table.forward_float64 if acc == torch.float64 else table.forward
+        if x.dtype.itemsize == 2 and not exponent.tensor:
+            tiles = {width: _tile_of_16_bits(each, width) for width, each in tiles.items() if width == padded(n)}
+        tile = self._tile("rows", tiles, n, table, shape, x.dtype)
         with on_device(x.device):
             if tile is not None:
                 bisect_rows_kernel[_grid(shape, tile.rows)](
                     x, p, m, delta, e_tensor,
                     **_strides("x", view_x), **_strides("p", view_p), **_e_strides(shape), **_sizes(shape, n),
-                    **scalars, **limits, **fixed,
+                    **scalars, **limits, **fixed, high=-math.expm1(-exponent.e * math.log(n)),
                     P_LAYOUT=view_p.layout, ENSURE_SUM_ONE=ensure_sum_one, HARDWARE=_hardware(exponent, x.dtype),
                     ROWS=tile.rows, BLOCK=padded(n), KEEP=tile.keep, num_warps=tile.warps,
                 )  # fmt: skip
@@ -271,6 +275,15 @@ class _LongCall:
 
     def _scratch(self, per_row: int) -> Tensor:
         return torch.empty(self.shape.rows * per_row, dtype=self.m.dtype, device=self.x.device)
+
+
+def _tile_of_16_bits(tile: Tile, width: int) -> Tile:
+    """Half the warps where a thread of 32 lanes then holds 64 scores: what is computed per row is repeated by every thread.
+
+    The registers suffice, except for powers in software: alpha as a tensor.
+    """
+    halves = tile.warps > 1 and tile.rows * width == 1024 * tile.warps
+    return replace(tile, warps=tile.warps // 2) if halves else tile
 
 
 def _grid(shape: Geometry, rows: int) -> tuple[int]:
