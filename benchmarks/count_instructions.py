@@ -7,7 +7,8 @@ Compiles the real launch code ahead of time and counts what a warp executes (`be
 - attention (causal) and decoding: one turn of the loop over tiles, divided by the tile's scores. Which loop it is follows from
   its products and stores: the dense pass stores the tiles' largest scores, the further pass does not. "dead" is the shortest
   way through a turn; where it does not differ from the live way by a tenth, tiles are not skipped.
-- rows: "once" is the way from entry to end that skips the solver's loop, "step" one turn of that loop.
+- rows: "once" is the way from entry to end that skips the solver's loops, "step" one turn of the loop with the most arithmetic,
+  "early step" of the one before it, which uses the hardware's logarithm.
 
 Scores of decoding count the padded rows of its tiles. An AMD warp has 64 lanes, and its scalar instructions count too.
 `--write` renews the counted lines of instructions.json, and the tables of docs/performance.md. The version of Triton is part of
@@ -144,10 +145,15 @@ def _rows_lines(case: Case, compiled: Compiled) -> list[Line]:
     scores = constants["ROWS"] * constants["BLOCK"]
     if "bwd" in compiled.name:
         return [_line(case, compiled, "rows backward", program.whole(), scores)]
-    turns = [program.turn(loop) for loop in program.inner_loops()]
-    step = max(turns, key=lambda tally: tally.arithmetic)
-    once = program.whole()
-    return [_line(case, compiled, "rows, once", once, scores), _line(case, compiled, "rows, step", step, scores)]
+    turns = sorted((program.turn(loop) for loop in program.inner_loops()), key=lambda tally: tally.arithmetic)
+    found = [
+        _line(case, compiled, "rows, once", program.whole(), scores),
+        _line(case, compiled, "rows, step", turns[-1], scores),
+    ]
+    lanes = compiled.target.lanes * compiled.resources["warps"]
+    if len(turns) > 1 and turns[-2].arithmetic * lanes > 2 * scores:
+        found.append(_line(case, compiled, "rows, early step", turns[-2], scores))
+    return found
 
 
 def _decode_line(case: Case, compiled: Compiled, part: str) -> Line:

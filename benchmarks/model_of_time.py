@@ -1,4 +1,4 @@
-"""Predicted times of attention on an H100, as multiples of FlashAttention-2's, from the instructions in the table of budgets.
+"""Predicted times on an H100 from the instructions in the table of budgets: attention relative to FlashAttention-2, and rows.
 
     python -m benchmarks.model_of_time [--queries 64]
 
@@ -10,15 +10,22 @@ Assumptions, for bfloat16 heads of 64 under causality at 1.7 GHz. The unit is cl
 - FlashAttention-2 runs at 300 TFLOP/s forward, 280 backward: 787 clocks per tile forward, and 2350 backward.
 - How many passes there are, of which share of the tiles: `Passes`. That follows `benchmarks.count_products`, with its estimate
   of the threshold right (one dense pass) where the scores have zeros.
+
+Rows, as a share of the bandwidth of a device copy: that moves 3.0 TB/s, and 132 multiprocessors issue at 80 % of their rate.
+The steps per row are those of `benchmarks.count_evaluations` for 1024 scores N(0, 1).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from benchmarks import count_evaluations
 from benchmarks.count_instructions import Line, read
 
 TILE, SIZE = 64, 64
@@ -26,6 +33,12 @@ CLOCKS_PER_INSTRUCTION = TILE * TILE / 128 / 0.8
 CLOCKS_PER_PRODUCT = 128.0
 BYTES_PER_CLOCK = 27.0
 FLASH_FORWARD, FLASH_BACKWARD = 787.0, 2350.0
+
+COPY_BYTES_PER_S = 3.0e12
+ISSUE_PER_S = 132 * 1.7e9 * 128 * 0.8
+SPECIAL_PER_S = 132 * 1.7e9 * 16
+# The alpha of the table with the same code
+ROW_CODE = {"0.5": "0.5", "0.85": "0.85", "0.95": "0.85"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,21 @@ def times_flash(lines: Sequence[Line], case: str, queries: int = TILE) -> tuple[
     return found["forward"] / FLASH_FORWARD, found["both"] / (FLASH_FORWARD + FLASH_BACKWARD)
 
 
+def share_of_copy(lines: Sequence[Line], dtype: str, alpha: str, size: int) -> tuple[float, float]:
+    """Instructions per score of a row, and the share of the copy's bandwidth that they leave."""
+    parts = {line.part: line for line in lines if (line.dtype, line.alpha, line.size) == (dtype, ROW_CODE[alpha], size)}
+    torch.manual_seed(0)
+    early, steps = count_evaluations.steps(torch.randn(64, 1024).double(), float(alpha), dtype == "bfloat16")
+    taken = {"rows, once": 1.0, "rows, early step": early, "rows, step": steps}
+    instructions, special = (
+        sum(number * getattr(parts[part], field) for part, number in taken.items() if part in parts)
+        for field in ("instructions", "special")
+    )
+    scores = COPY_BYTES_PER_S / (8 if dtype == "float32" else 4)
+    issue, units = ISSUE_PER_S / scores, SPECIAL_PER_S / scores
+    return instructions, min(1.0, issue / instructions, units / max(special, 1e-9))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print a line per version of Triton and case."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model_of_time", description=(__doc__ or "").splitlines()[0])
@@ -101,6 +129,12 @@ def main(arguments: Sequence[str]) -> int:
         for case in CASES:
             forward, both = times_flash([line for line in own if line.triton == version], case, options.queries)
             print(f"| {version} | {case} | {forward:.2f} | {both:.2f} |")
+    print("\n| Triton | n | dtype | alpha | instructions per score | share of copy bandwidth |\n|---|---|---|---|---|---|")
+    rows = [line for line in read().values() if line.target == "sm90" and line.part.startswith("rows, ")]
+    for version, size in sorted({(line.triton, line.size) for line in rows}):
+        for dtype, alpha in itertools.product(("float32", "bfloat16"), ROW_CODE):
+            instructions, share = share_of_copy([line for line in rows if line.triton == version], dtype, alpha, size)
+            print(f"| {version} | {size} | {dtype} | {alpha} | {instructions:.1f} | {share:.0%} |")
     return 0
 
 

@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 
 from diffmax.kernels.triton.common.layout import columns, load_exponent, place, row_starts, whole_vectors
-from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, integer_power, weights
+from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, integer_power
 from diffmax.kernels.triton.rows.steps import (
+    base,
     centred,
-    cheap_base,
     ends_far,
     evaluated,
+    exact_weights,
     first_delta,
     is_far,
     is_unsolved,
@@ -69,11 +70,11 @@ def solved_exactly(
         scale = tl.where(near | (total == 0.0), scale, 1.0 / total)
     final = tl.where(total > 0.0, tl.maximum(delta + step, 0.0), 0.0)
     if K > 0 and K != 10:
-        p = integer_power(cheap_base(y, final, e, PTX), K) * scale[:, None]
+        p = integer_power(base(y, e, tl.minimum(1.0 - delta - step, 1.0), PTX), K) * scale[:, None]
     else:
         if not KEEP:
             r, _, _, _ = evaluated(y, delta, e, k, K, LOGARITHM, PTX)
-        p = weights(e[:, None] * y, delta, r, k, step, scale, K > 0)
+        p = exact_weights(y, delta, r, e, k, step, scale, K, PTX)
     return p, final
 
 
@@ -135,7 +136,7 @@ def bisect_rows_kernel(
 
     m, y = centred(x)
     size = n.to(ACC)
-    if E_TENSOR or ACC == tl.float64:  # noqa: SIM300
+    if E_TENSOR or tl.float64 == ACC:
         high = -power_less_one(size, row_e, PTX)
     else:
         high = tl.zeros_like(row_e) + high

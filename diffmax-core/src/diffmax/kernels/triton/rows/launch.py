@@ -26,7 +26,7 @@ from diffmax.kernels.triton.common.launch import (
     on_device,
     padded,
 )
-from diffmax.kernels.triton.common.numerics import HARDWARE_ALL, HARDWARE_FIRST, HARDWARE_NONE
+from diffmax.kernels.triton.common.numerics import ABOVE_2, HARDWARE_ALL, HARDWARE_FIRST, HARDWARE_NONE
 from diffmax.kernels.triton.common.tuning import Stream, Table, Tile, Tunable
 from diffmax.kernels.triton.rows.backward import bisect_bwd_rows_kernel
 from diffmax.kernels.triton.rows.forward import bisect_rows_kernel
@@ -89,8 +89,10 @@ class RowOperator(Tunable):
         }
         view_x, view_p = shape.views
         tiles = table.forward_float64 if acc == torch.float64 else table.forward
-        if x.dtype.itemsize == 2 and not exponent.tensor:
-            tiles = {width: _tile_of_16_bits(each, width) for width, each in tiles.items() if width == padded(n)}
+        hardware = _hardware(exponent, x.dtype)
+        few_registers = exponent.code == 2 or (exponent.code == ABOVE_2 and hardware == HARDWARE_ALL)
+        if x.dtype.itemsize == 2 and few_registers:
+            tiles = {width: _fewer_warps(each, width) for width, each in tiles.items() if width == padded(n)}
         tile = self._tile("rows", tiles, n, table, shape, x.dtype)
         with on_device(x.device):
             if tile is not None:
@@ -98,12 +100,11 @@ class RowOperator(Tunable):
                     x, p, m, delta, e_tensor,
                     **_strides("x", view_x), **_strides("p", view_p), **_e_strides(shape), **_sizes(shape, n),
                     **scalars, **limits, **fixed, high=-math.expm1(-exponent.e * math.log(n)),
-                    P_LAYOUT=view_p.layout, ENSURE_SUM_ONE=ensure_sum_one, HARDWARE=_hardware(exponent, x.dtype),
+                    P_LAYOUT=view_p.layout, ENSURE_SUM_ONE=ensure_sum_one, HARDWARE=hardware,
                     ROWS=tile.rows, BLOCK=padded(n), KEEP=tile.keep, num_warps=tile.warps,
                 )  # fmt: skip
                 return p, m, delta
             cut, chunks = self._cut("", table, x, shape.rows, n)
-            hardware = _hardware(exponent, x.dtype)
             fixed |= {"HARDWARE": HARDWARE_NONE if hardware == HARDWARE_FIRST else hardware, "BLOCK": cut.block}
             call = _LongCall(x, p, m, delta, e_tensor, shape, n, scalars, limits, fixed, cut.warps)
             if chunks == 1:
@@ -277,11 +278,8 @@ class _LongCall:
         return torch.empty(self.shape.rows * per_row, dtype=self.m.dtype, device=self.x.device)
 
 
-def _tile_of_16_bits(tile: Tile, width: int) -> Tile:
-    """Half the warps where a thread of 32 lanes then holds 64 scores: what is computed per row is repeated by every thread.
-
-    The registers suffice, except for powers in software: alpha as a tensor.
-    """
+def _fewer_warps(tile: Tile, width: int) -> Tile:
+    """Half the warps where a thread of 32 lanes then holds 64 scores: what is computed per row is repeated by every thread."""
     halves = tile.warps > 1 and tile.rows * width == 1024 * tile.warps
     return replace(tile, warps=tile.warps // 2) if halves else tile
 

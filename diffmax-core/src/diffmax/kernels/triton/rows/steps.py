@@ -78,9 +78,9 @@ def clipped(a, b, c, PTX: tl.constexpr):
 
 
 @triton.jit
-def cheap_base(y, delta, e, PTX: tl.constexpr):
-    """[z - t]_+ in one rounding, besides that of 1 - delta, which is the same for a whole row."""
-    return clipped(e[:, None], y, (1.0 - delta)[:, None], PTX)
+def base(y, e, above, PTX: tl.constexpr):
+    """[z - t]_+ for above = -t = 1 - delta, in one rounding. A step is subtracted from `above`, which is smaller than delta."""
+    return clipped(e[:, None], y, above[:, None], PTX)
 
 
 @triton.jit
@@ -108,23 +108,28 @@ def first_delta(y, e, high, K: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def exact_power(y, delta, e, k, less, PTX: tl.constexpr):
+    """b = [z - t]_+ and b^(k - less), 0 off the support: the logarithm has the digits of z - delta that b has lost."""
+    u = e[:, None] * y - delta[:, None]
+    power = exp2_of((k[:, None] - less) * log2_1p(u, False, PTX), PTX)
+    return base(y, e, 1.0 - delta, PTX), tl.where(u <= -1.0, 0.0, power)
+
+
+@triton.jit
 def evaluated(y, delta, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
     """r = [z - t]^(k-2), 0 off the support, and S, S_1 and the sum of r."""
     if K > 0:
-        b = cheap_base(y, delta, e, PTX)
+        b = base(y, e, 1.0 - delta, PTX)
         r = is_positive(b, PTX) if K == 2 else integer_power(b, K - 2)
         slopes = b if K == 2 else r * b
     elif HARDWARE > 0:
-        b = cheap_base(y, delta, e, PTX)
+        b = base(y, e, 1.0 - delta, PTX)
         r = exp2_of((k[:, None] - 2.0) * log2_by_hardware(b, PTX), PTX)
         if K != ABOVE_2:  # the logarithm of 0 may give 0
             r = tl.where(b <= 0.0, 0.0, r)
         slopes = r * b
     else:
-        u = e[:, None] * y - delta[:, None]
-        dead = u <= -1.0
-        b = tl.where(dead, 0.0, u + 1.0)
-        r = tl.where(dead, 0.0, exp2_of((k[:, None] - 2.0) * log2_1p(u, False, PTX), PTX))
+        b, r = exact_power(y, delta, e, k, 2.0, PTX)
         slopes = r * b
     return r, tl.sum(slopes * b, axis=1), tl.sum(slopes, axis=1), tl.sum(r, axis=1)
 
@@ -133,30 +138,44 @@ def evaluated(y, delta, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.c
 def sloped(y, delta, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
     """[z - t]^(k-1), the slopes of the weights, S, and S_1."""
     if K > 0:
-        b = cheap_base(y, delta, e, PTX)
+        b = base(y, e, 1.0 - delta, PTX)
         slopes = integer_power(b, K - 1)
     elif HARDWARE > 0:
-        b = cheap_base(y, delta, e, PTX)
+        b = base(y, e, 1.0 - delta, PTX)
         slopes = exp2_of((k[:, None] - 1.0) * log2_by_hardware(b, PTX), PTX)
         if K != ABOVE_2:  # the logarithm of 0 may give 0
             slopes = tl.where(b <= 0.0, 0.0, slopes)
     else:
-        u = e[:, None] * y - delta[:, None]
-        dead = u <= -1.0
-        b = tl.where(dead, 0.0, u + 1.0)
-        slopes = tl.where(dead, 0.0, exp2_of((k[:, None] - 1.0) * log2_1p(u, False, PTX), PTX))
+        b, slopes = exact_power(y, delta, e, k, 1.0, PTX)
     return slopes, tl.sum(slopes * b, axis=1), tl.sum(slopes, axis=1)
 
 
 @triton.jit
 def linear_weights(y, delta, slopes, c, e, k, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
-    """p one linear step of t from `delta`, c / k: b^k - c b^(k-1). If powers are multiplied, p at the new threshold."""
-    if K > 0:
-        return integer_power(cheap_base(y, tl.maximum(delta + e * c, 0.0), e, PTX), K)
-    elif HARDWARE > 0:
-        return slopes * cheap_base(y, delta + c, e, PTX)
+    """p one linear step of t from `delta`, c / k: b^k - c b^(k-1); for small k, p at the new threshold."""
+    if K > 0 and K < 5:
+        return integer_power(base(y, e, tl.minimum(1.0 - delta - e * c, 1.0), PTX), K)
+    elif K > 0 or HARDWARE > 0:
+        return slopes * base(y, e, 1.0 - delta - c, PTX)
     else:
         return slopes * tl.maximum(e[:, None] * y - delta[:, None] + (1.0 - c)[:, None], 0.0)
+
+
+@triton.jit
+def exact_weights(y, delta, r, e, k, step, scale, K: tl.constexpr, PTX: tl.constexpr):
+    """p from the last r, one step of t from `delta`: r (b - dt) (b - (k - 1) dt), as `numerics.weights`.
+
+    A step to the left revives dead entries, with r = |dt|^(k-2). For k >= 2 this may be the least r of all: a step to the right
+    cuts off entries with a smaller one. The second factor may exceed 1, and is halved.
+    """
+    near = base(y, e, 1.0 - delta - step, PTX)
+    far = clipped((0.5 * e)[:, None], y, (0.5 * (1.0 - delta - (k - 1.0) * step))[:, None], PTX)
+    least = tl.exp2((k - 2.0) * tl.log2(tl.maximum(tl.abs(step), 1e-30)))
+    if K == 0:
+        r = tl.where(r <= 0.0, least[:, None], r)
+    else:
+        r = tl.maximum(r, least[:, None])
+    return r * near * far * (2.0 * scale)[:, None]
 
 
 @triton.jit
@@ -197,7 +216,7 @@ def ends_far(total, slope, curve, e, k, K: tl.constexpr, CUT: tl.constexpr, PTX:
         left *= tl.where(k >= 2.0, h * e, 1.0)
     else:
         left *= h * e
-    return (left > 0.5 * CUT) & (total > 0.0)
+    return (left > CUT) & (total > 0.0)
 
 
 @triton.jit
@@ -205,21 +224,20 @@ def next_delta(delta, low, high, total, slope, curve, e, k, bends, K: tl.constex
     """One step towards S = 1 from either side: delta and the lower bound of its root.
 
     Newton's step on the norm (Eq. 2) ends left of the root from any start, because the norm is convex. The longer step may pass
-    the root, and is restricted to [low, high]: for k = 2 the root while no entry enters or leaves the support, else Halley's
-    step on the norm.
+    the root, and is restricted to [low, high]: Halley's step on the norm, and for k = 2, if it exists, the root while no entry
+    enters or leaves the support.
     """
     excess = power_less_one(total, e, PTX)
     inverse = reciprocal(slope, PTX)
     newton = -total * excess * inverse
     low = tl.maximum(low, delta + newton)
+    bend = -0.5 * (k - 1.0) * excess * (curve * total * inverse * inverse - 1.0)
+    bend = tl.where(bends, tl.minimum(tl.maximum(bend, -0.5), 0.5), 0.0)
+    if K <= 0:
+        bend = tl.where((k >= 2.0) & (k <= _LARGEST_HALLEY_K), bend, 0.0)
+    longer = newton * reciprocal(1.0 - bend, PTX)
     if K == 2:
         square = slope * slope - curve * (total - 1.0)
-        longer = (total - 1.0) * reciprocal(slope + tl.sqrt(tl.maximum(square, 0.0)), PTX)
-        longer = tl.where((square > 0.0) & bends, longer, newton)
-    else:
-        bend = -0.5 * (k - 1.0) * excess * (curve * total * inverse * inverse - 1.0)
-        bend = tl.where(bends, tl.minimum(tl.maximum(bend, -0.5), 0.5), 0.0)
-        if K <= 0:
-            bend = tl.where((k >= 2.0) & (k <= _LARGEST_HALLEY_K), bend, 0.0)
-        longer = newton * reciprocal(1.0 - bend, PTX)
+        root = (total - 1.0) * reciprocal(slope + tl.sqrt(tl.maximum(square, 0.0)), PTX)
+        longer = tl.where((square > 0.0) & bends, root, longer)
     return tl.minimum(tl.maximum(delta + longer, low), high), low
