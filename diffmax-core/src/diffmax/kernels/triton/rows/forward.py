@@ -21,7 +21,7 @@ from diffmax.kernels.triton.rows.steps import (
     spoilt,
 )
 
-# The largest |S - 1| of 16-bit weights, which are divided by S
+# The largest |S - 1| from which 16-bit weights take a linear step; float16's backward computes them from delta
 _FAR_BFLOAT16 = tl.constexpr(4e-3)
 _FAR_FLOAT16 = tl.constexpr(1e-3)
 
@@ -65,9 +65,9 @@ def solved_exactly(
     # Division by the sum changes all weights by one factor, although the error is in the small ones: only for unsolved rows
     near = (far == 0) & (total > 0.0)
     step = tl.where(near, e * c, 0.0)
-    scale = tl.where(total != total, total, 1.0)
+    scale = tl.zeros_like(total) + 1.0
     if ENSURE_SUM_ONE:
-        scale = tl.where(near | (total == 0.0), scale, 1.0 / total)
+        scale = tl.where(near | (total == 0.0), 1.0, 1.0 / total)
     final = tl.where(total > 0.0, tl.maximum(delta + step, 0.0), 0.0)
     if K > 0 and K != 10:
         p = integer_power(base(y, e, tl.minimum(1.0 - delta - step, 1.0), PTX), K) * scale[:, None]
@@ -92,7 +92,7 @@ def solved_to_16_bits(
         moved, low = next_delta(delta, low, high, total, slope, curve, e, k, True, K, PTX)
         delta = tl.where(total > 0.0, moved, delta)
     slopes, total, slope = sloped(y, delta, e, k, K, HARDWARE, PTX)
-    going, c = is_far(total, slope, delta, e, k, size, K, FAR, PTX)
+    going, c = is_far(total, slope, e, k, size, K, FAR, PTX)
     steps = 0
     while (tl.max(going.to(tl.int32), axis=0) > 0) & (steps < newton_steps + HALLEY_STEPS):
         _, total, slope, curve = evaluated(y, delta, e, k, K, HARDWARE, PTX)
@@ -101,7 +101,7 @@ def solved_to_16_bits(
         stuck = moved == delta
         delta = tl.where(going, moved, delta)
         slopes, total, slope = sloped(y, delta, e, k, K, HARDWARE, PTX)
-        far, c = is_far(total, slope, delta, e, k, size, K, FAR, PTX)
+        far, c = is_far(total, slope, e, k, size, K, FAR, PTX)
         going = far & going & (stuck == 0)
         steps += 1
 

@@ -179,7 +179,7 @@ def exact_weights(y, delta, r, e, k, step, scale, K: tl.constexpr, PTX: tl.const
 
 
 @triton.jit
-def is_far(total, slope, delta, e, k, size, K: tl.constexpr, FAR: tl.constexpr, PTX: tl.constexpr):
+def is_far(total, slope, e, k, size, K: tl.constexpr, FAR: tl.constexpr, PTX: tl.constexpr):
     """Whether 16-bit weights would be off by more than rounding after a linear step; and c as in `is_unsolved`.
 
     The step leaves c^2 / 2 in a weight, and less than |S - 1| / 2 in the sum. To the right of the root (c < 0), entries may be
