@@ -126,12 +126,12 @@ def main(arguments: Sequence[str]) -> int:
     own = [line for line in read().values() if (line.target, line.dtype, line.size) == ("sm90", "bfloat16", SIZE)]
     print("| Triton | case | forward, times FlashAttention-2's | forward and backward |\n|---|---|---|---|")
     for version in sorted({line.triton for line in own}):
-        for case in CASES:
+        for case in [case for case in CASES if any((line.triton, line.alpha) == (version, CASES[case].alpha) for line in own)]:
             forward, both = times_flash([line for line in own if line.triton == version], case, options.queries)
             print(f"| {version} | {case} | {forward:.2f} | {both:.2f} |")
     print("\n| Triton | n | dtype | alpha | instructions per score | share of copy bandwidth |\n|---|---|---|---|---|---|")
     rows = [line for line in read().values() if line.target == "sm90" and line.part.startswith("rows, ")]
-    for version, size in sorted({(line.triton, line.size) for line in rows}):
+    for version, size in sorted({(line.triton, line.size) for line in rows if line.alpha == "0.85"}):
         for dtype, alpha in itertools.product(("float32", "bfloat16"), ROW_CODE):
             instructions, share = share_of_copy([line for line in rows if line.triton == version], dtype, alpha, size)
             print(f"| {version} | {size} | {dtype} | {alpha} | {instructions:.1f} | {share:.0%} |")

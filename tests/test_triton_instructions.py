@@ -23,8 +23,13 @@ FAST = (
     Case("rows", "sm90", "float32", 1024, "0.85"), Case("rows", "sm90", "bfloat16", 1024, "0.5"),
     Case("attention", "sm90", "bfloat16", 64, "0.5"), Case("decoding", "sm90", "bfloat16", 64, "0.5"),
 )  # fmt: skip
-# Two registers, on one version of Triton
-KNOWN_SPILLS = {("3.6", "dK, dV", 128): 8, ("3.6", "decode, read", 64): 8}
+# Up to eight registers, each on one version of Triton
+KNOWN_SPILLS = {
+    ("3.6", "dK, dV", 128): 8,
+    ("3.6", "decode, read", 64): 8,
+    ("3.9", "decode, read", 64): 24,
+    ("3.9", "decode, values", 64): 32,
+}
 
 SLOW = tuple(case for case in cases() if case not in FAST)
 
@@ -51,9 +56,9 @@ def faults(found, table):
 
 def check(case, capsys):
     found, table = counted(case), read()
-    own = [line for line in table.values() if line.triton == triton_version() and line.target == case.target]
-    if not own:
-        pytest.skip(f"benchmarks/instructions.json has no lines for Triton {triton_version()} and {case.target}")
+    of_case = {line.key[:2] + line.key[3:] for line in found}
+    if not any(key[:2] + key[3:] in of_case for key in table if key[2] in {line.part for line in found}):
+        pytest.skip(f"benchmarks/instructions.json has no lines for Triton {triton_version()} and {case}")
     assert found
     grown, fell = faults(found, table)
     if fell:
