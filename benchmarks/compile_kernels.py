@@ -44,6 +44,8 @@ DECODE_OPTIONS = {
     "all": ("paged", "window", "softcap", "alibi", "sink", "bounds", "attention_stats"),
 }
 ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
+# What callers may ask for besides
+MORE_ALPHAS = {**ALPHAS, "0.9": 0.1}
 
 Factors = Mapping[str, Sequence[str]]
 Pairs = Sequence[tuple[str, str]]
@@ -214,7 +216,7 @@ def call_rows(of: Mapping[str, str]) -> None:
     rows, n = int(of.get("rows", "300")), int(of.get("length", "65536"))
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     x, m = torch.zeros(1, n, dtype=dtype).expand(rows, n), torch.zeros(rows, 1, dtype=acc)
-    e = ALPHAS[of["alpha"]]
+    e = MORE_ALPHAS[of["alpha"]]
     given = torch.full((rows, 1), 0.3, dtype=acc) if e is None else e
     operator.bisect(x, given, 1, 50, True)
     operator.bisect_backward(x, x, m, m, x if dtype == torch.float16 else None, given, 1, e is None)
@@ -229,11 +231,11 @@ def call_attention(of: Mapping[str, str]) -> None:
         lambda device: target, lambda device: 132, ptx=target.startswith("sm"), table=lambda device: own_table(target)
     )
     training, features = of["for"] == "training", frozenset(OPTIONS[of["options"]])
-    call = example_calls(torch.device("cpu"), dtype, TILE, ALPHAS[of["alpha"]], features)[-1]
+    call = example_calls(torch.device("cpu"), dtype, TILE, MORE_ALPHAS[of["alpha"]], features)[-1]
     query, key = (torch.zeros(1, heads, TILE, size, dtype=dtype) for heads in (2, 1 if "gqa" in features else 2))
     found = operator.attention(query, key, key, call, training, not training)
     if training:
-        wanted = Wanted(ALPHAS[of["alpha"]] is None, call.bias is not None, call.sink is not None)
+        wanted = Wanted(MORE_ALPHAS[of["alpha"]] is None, call.bias is not None, call.sink is not None)
         operator.attention_backward(found.out, query, key, key, found.saved, call, wanted)
 
 
@@ -244,7 +246,7 @@ def call_decoding(of: Mapping[str, str]) -> None:
     decoder = Decoder(lambda device: 132, ptx=target.startswith("sm"), table=lambda device: own_table(target))
     features = frozenset(DECODE_OPTIONS[of["options"]])
     decoder.warmup(
-        torch.device("cpu"), dtype, size, size, ALPHAS[of["alpha"]], False, features - {"bounds"},
+        torch.device("cpu"), dtype, size, size, MORE_ALPHAS[of["alpha"]], False, features - {"bounds"},
         heads=8, room=65536, bounds="bounds" in features,
     )  # fmt: skip
 

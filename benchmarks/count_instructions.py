@@ -1,53 +1,346 @@
-"""Instructions per entry of the compiled row kernels, without a GPU: `docs/performance.md` quotes them.
+"""Instructions per score of the compiled kernels, without a GPU, and the table of budgets that tests hold them to.
 
-    python -m benchmarks.count_instructions
+    python -m benchmarks.count_instructions [--write] [--targets sm90] [--sizes 64] [--alphas 0.5] [--operators rows]
 
-A row of 1024 entries whose solver evaluates twice executes the whole code once: the first evaluation, one turn of the
-loop, the weights. One thread holds 32 entries.
+Compiles the real launch code ahead of time and counts what a warp executes (`benchmarks.machine_code` has the rule), for:
+
+- attention (causal) and decoding: one turn of the loop over tiles, divided by the tile's scores. Which loop it is follows from
+  its products and stores: the dense pass stores the tiles' largest scores, the further pass does not. "dead" is the shortest
+  way through a turn; where it does not differ from the live way by a tenth, tiles are not skipped.
+- rows: "once" is the way from entry to end that skips the solver's loops, "step" one turn of the loop with the most arithmetic,
+  "early step" of the one before it, which uses the hardware's logarithm.
+
+Scores of decoding count the padded rows of its tiles. An AMD warp has 64 lanes, and its scalar instructions count too.
+`--write` renews the counted lines of instructions.json, and the tables of docs/performance.md. The version of Triton is part of
+a line's key; another Triton is put first on the path (`PYTHONPATH`).
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+from benchmarks.compile_kernels import call_attention, call_decoding, call_rows, kernels
+from benchmarks.machine_code import Loop, Order, Program, Tally, idle, likely
+from diffmax.testing.ahead_of_time import Compiled, Target, recording
 
-ENTRIES_PER_THREAD = 32
+TABLE = Path(__file__).with_name("instructions.json")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- instructions:begin -->", "<!-- instructions:end -->"
+
+TARGETS = ("sm90", "sm80", "gfx942")
+ALPHAS = ("0.5", "0.85", "0.9", "tensor")
+SIZES = {"rows": (1024, 4096), "attention": (64, 128), "decoding": (64, 128)}
+DTYPES = {"rows": ("float32", "bfloat16"), "attention": ("bfloat16",), "decoding": ("bfloat16",)}
+
+# Most instructions per score on sm90, bfloat16, heads of 64, alpha = 0.5
+GOALS = {
+    "dense pass": 12.0, "dense pass, dead": 5.0, "output, inference": 10.0, "output, training": 12.0,
+    "dQ": 10.0, "dK, dV": 14.0,
+}  # fmt: skip
+# What alpha as a tensor may cost, times alpha = 0.85
+TENSOR_GOAL = 1.3
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Case:
+    """What is compiled together: one operator's kernels for a target, dtype, size (of rows or heads) and alpha."""
+
+    operator: str
+    target: str
+    dtype: str
+    size: int
+    alpha: str
+
+    def __str__(self) -> str:
+        return " ".join(map(str, asdict(self).values()))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: the case, the part of a kernel, what a score costs there, and what the kernel takes.
+
+    Attributes:
+        instructions, special: Per score: all, and those of the special-function unit.
+        registers, spilled: Of a thread; the latter in bytes.
+        programs: How many run on a multiprocessor at a time.
+    """
+
+    triton: str
+    target: str
+    part: str
+    dtype: str
+    size: int
+    alpha: str
+    instructions: float
+    special: float
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int, str]:
+        """What identifies the line."""
+        return self.triton, self.target, self.part, self.dtype, self.size, self.alpha
+
+
+def cases(
+    targets: Sequence[str] = TARGETS,
+    operators: Sequence[str] = tuple(SIZES),
+    sizes: Sequence[int] = (),
+    alphas: Sequence[str] = ALPHAS,
+) -> Iterator[Case]:
+    """Those selected; no sizes: all."""
+    for target, operator, alpha in itertools.product(targets, operators, alphas):
+        for dtype, size in itertools.product(DTYPES[operator], SIZES[operator]):
+            if not sizes or size in sizes:
+                yield Case(operator, target, dtype, size, alpha)
+
+
+def triton_version() -> str:
+    """As in the table: without the last number."""
     import triton
 
-    from diffmax.kernels.triton.rows.backward import bisect_bwd_rows_kernel
-    from diffmax.kernels.triton.rows.forward import bisect_rows_kernel
-    from diffmax.kernels.triton.rows.launch import RowOperator
-    from diffmax.testing.ahead_of_time import recording
-    from diffmax_cuda import configs
+    return ".".join(triton.__version__.split(".")[:2])
 
-    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    operator = RowOperator(lambda _: configs.table(9, 0), lambda _: 132, ptx=True)
-    for dtype in (torch.float32, torch.bfloat16):
-        for e in (0.15, 0.5):
-            x, m = torch.zeros(3, 1024, dtype=dtype), torch.zeros(3, 1)
-            with recording("sm90", bisect_rows_kernel, bisect_bwd_rows_kernel) as launched:
-                operator.bisect(x, e, 1, 50, True)
-                operator.bisect_backward(x, x, m, m, None, e, 1, False)
-            for compiled in launched:
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(compiled.kernel.asm["cubin"])
-                    file.flush()
-                    command = [str(disassembler), "-c", file.name]
-                    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                names = re.findall(r"\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", text)
-                special = sum(name.startswith("MUFU") for name in names)
-                print(
-                    f"{compiled.name:24} {str(dtype).removeprefix('torch.'):8} alpha {1 - e:4}: "
-                    f"{len(names) / ENTRIES_PER_THREAD:5.1f} instructions, {special / ENTRIES_PER_THREAD:.1f} special functions"
-                )
+
+def counted(case: Case) -> list[Line]:
+    """Compile a case and count."""
+    of = {"target": case.target, "dtype": case.dtype, "alpha": case.alpha}
+    found: list[Line] = []
+    if case.operator == "rows":
+        for compiled in _launched(call_rows, case, of | {"length": str(case.size)}):
+            found += _rows_lines(case, compiled)
+        return found
+    of |= {"size": str(case.size), "options": "plain"}
+    if case.operator == "decoding":
+        for compiled in _launched(call_decoding, case, of):
+            if part := {"kvcache_read_kernel": "decode, read", "kvcache_values_kernel": "decode, values"}.get(compiled.name):
+                found.append(_decode_line(case, compiled, part))
+        return found
+    of["options"] = "causal"
+    for purpose in ("training", "inference"):
+        for compiled in _launched(call_attention, case, of | {"for": purpose}):
+            if purpose == "training" or compiled.name == "attention_out_kernel":
+                found += _attention_lines(case, compiled, purpose)
+    return found
+
+
+def _launched(call: Callable[[dict[str, str]], None], case: Case, of: dict[str, str]) -> list[Compiled]:
+    """Each binary of a call once."""
+    with recording(case.target, *kernels()) as launched:
+        call(of)
+    return list({id(compiled.kernel): compiled for compiled in launched}.values())
+
+
+def _rows_lines(case: Case, compiled: Compiled) -> list[Line]:
+    program, constants = Program.of(compiled), _constants(compiled)
+    scores = constants["ROWS"] * constants["BLOCK"]
+    if "bwd" in compiled.name:
+        return [_line(case, compiled, "rows backward", program.whole(), scores)]
+    turns = sorted((program.turn(loop) for loop in program.inner_loops()), key=lambda tally: tally.arithmetic)
+    found = [
+        _line(case, compiled, "rows, once", program.whole(), scores),
+        _line(case, compiled, "rows, step", turns[-1], scores),
+    ]
+    lanes = compiled.target.lanes * compiled.resources["warps"]
+    if len(turns) > 1 and turns[-2].arithmetic * lanes > 2 * scores:
+        found.append(_line(case, compiled, "rows, early step", turns[-2], scores))
+    return found
+
+
+def _decode_line(case: Case, compiled: Compiled, part: str) -> Line:
+    constants = _constants(compiled)
+    loop = _most_products(Program.of(compiled))
+    return _line(case, compiled, part, loop(likely), constants["BLOCK_M"] * constants["BLOCK_N"])
+
+
+def _attention_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]:
+    """A tile's scores follow from the multiply-adds of a turn, of which each product takes `size` per score."""
+    program = Program.of(compiled)
+    if compiled.name == "attention_solve_kernel":
+        loops = {"dense pass": _most_products(program, storing=True), "further pass": _most_products(program, storing=False)}
+        products = 1
+    elif compiled.name == "attention_out_kernel":
+        loops, products = {f"output, {purpose}": _most_products(program)}, {"training": 3, "inference": 2}[purpose]
+    elif compiled.name == "attention_bwd_dq_kernel":
+        loops, products = {"dQ": _most_products(program)}, 3
+    elif compiled.name == "attention_bwd_dkv_kernel":
+        loops, products = {"dK, dV": _most_products(program)}, 4
+    else:
+        return []
+    found = []
+    for part, loop in loops.items():
+        live, dead = loop(likely), loop(idle)
+        scores = live.products * compiled.resources["warps"] // (case.size * products)
+        found.append(_line(case, compiled, part, live, scores))
+        if part == "dense pass" and dead.instructions < 0.9 * live.instructions:
+            found.append(_line(case, compiled, "dense pass, dead", dead, scores))
+    return found
+
+
+def _most_products(program: Program, storing: bool | None = None) -> Callable[[Order], Tally]:
+    """A turn of the loop with the most products, by an order; of several the cheapest, such as that over whole tiles only."""
+
+    def of(loop: Loop) -> Tally:
+        return program.turn(loop, likely)
+
+    loops = [loop for loop in program.product_loops() if storing is None or (_stores(program, loop) == storing)]
+    most = max(of(loop).products for loop in loops)
+    best = min((loop for loop in loops if of(loop).products == most), key=lambda loop: of(loop).instructions)
+    return lambda order: program.turn(best, order)
+
+
+def _stores(program: Program, loop: Loop) -> bool:
+    return any(program.tallies[block].stores for block in loop.blocks)
+
+
+def _constants(compiled: Compiled) -> dict[str, int]:
+    """The constexprs by name."""
+    source = compiled.kernel.src
+    return {source.fn.arg_names[index[0]]: value for index, value in source.constants.items() if isinstance(value, int)}
+
+
+def _line(case: Case, compiled: Compiled, part: str, tally: Tally, scores: int) -> Line:
+    resources, target = compiled.resources, compiled.target
+    per_score = target.lanes * resources["warps"] / scores
+    return Line(
+        triton_version(), case.target, part, case.dtype, case.size, case.alpha,
+        round(tally.instructions * per_score, 2), round(tally.special * per_score, 2),
+        resources["warps"], resources["registers"], resources["spilled"], resources["shared"],
+        programs_at_a_time(target, resources["warps"], resources["registers"], resources["shared"]),
+    )  # fmt: skip
+
+
+def programs_at_a_time(target: Target, warps: int, registers: int, shared: int) -> int:
+    """How many programs a multiprocessor or a compute unit holds, by registers, shared memory and warps."""
+    if target.backend == "hip":
+        waves = min(8, 512 // max(8, -(-registers // 8) * 8))  # of each of four units
+        return min(4 * waves // warps, target.shared // shared if shared else 99)
+    of_warps = 48 if target.arch in (86, 89, 120) else 64
+    by_registers = 65536 // (max(8, -(-registers // 8) * 8) * 32) // warps
+    room = target.shared + 1024  # the device keeps 1 KiB for each program
+    return min(by_registers, room // (shared + 1024), of_warps // warps, 32)
+
+
+def read() -> dict[tuple[str, str, str, str, int, str], Line]:
+    """The table in the repository."""
+    lines = [Line(**each) for each in json.loads(TABLE.read_text(encoding="utf-8"))] if TABLE.exists() else []
+    return {line.key: line for line in lines}
+
+
+def write(found: Sequence[Line]) -> None:
+    """Renew lines of the table; those of the same cases that no longer occur go."""
+    renewed = {(line.triton, line.target, line.dtype, line.size, line.alpha) for line in found}
+    parts = {_family(line.part) for line in found}
+    kept = [
+        line
+        for line in read().values()
+        if (line.triton, line.target, line.dtype, line.size, line.alpha) not in renewed or _family(line.part) not in parts
+    ]
+    lines = sorted([*kept, *found], key=lambda line: line.key)
+    TABLE.write_text("[\n" + ",\n".join(json.dumps(asdict(line)) for line in lines) + "\n]\n", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    PAGE.write_text(f"{page[:start]}\n{readable()}{page[end:]}", encoding="utf-8")
+
+
+def _family(part: str) -> str:
+    """The operator of a part."""
+    return part.split(",")[0].split(" ")[0] if part.startswith(("rows", "decode")) else "attention"
+
+
+def readable() -> str:
+    """The table as Markdown: sm90, for the oldest Triton and the newest of it."""
+    lines = [line for line in read().values() if line.target == "sm90"]
+    versions = sorted({line.triton for line in lines}, key=lambda name: [*map(int, name.split("."))])
+    out = []
+    for version in dict.fromkeys([versions[0], versions[-1]]) if versions else ():
+        own = {line.key: line for line in lines if line.triton == version}
+        rows = dict.fromkeys((line.part, line.dtype, line.size) for line in own.values())
+        out += [
+            f"Instructions per score, and in parentheses special functions, sm_90, Triton {version}:\n",
+            f"| part | dtype | size | {' | '.join(f'alpha {alpha}' for alpha in ALPHAS)} | registers, programs at alpha 0.5 |",
+            "|---|---|---|" + "---|" * len(ALPHAS) + "---|",
+        ]
+        for part, dtype, size in rows:
+            cells = [own.get((version, "sm90", part, dtype, size, alpha)) for alpha in ALPHAS]
+            first = cells[0]
+            taken = f"{first.registers}, {first.programs}" if first else "-"
+            out.append(f"| {part} | {dtype} | {size} | {' | '.join(map(_cell, cells))} | {taken} |")
+        out.append("")
+    return "\n".join([*out, *goal_lines(lines)])
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return "-"
+    special = f" ({line.special:.1f})" if line.special >= 0.05 else ""
+    return f"{line.instructions:.1f}{special}"
+
+
+def goal_lines(lines: Sequence[Line]) -> list[str]:
+    """Goals on sm90 (bfloat16, heads of 64), each with what the worse Triton has."""
+    out = ["| goal, sm_90, bfloat16, heads of 64 | at most | counted |", "|---|---|---|"]
+    own = [line for line in lines if line.dtype == "bfloat16" and line.size == 64]
+    for part, most in GOALS.items():
+        counts = [line.instructions for line in own if line.part == part and line.alpha == "0.5"]
+        out.append(f"| {part}, alpha 0.5 | {most:g} | {_verdict(max(counts), most) if counts else 'none: not skipped'} |")
+    by_key = {line.key: line for line in own}
+    for part in dict.fromkeys(line.part for line in own):
+        ratios = [
+            line.instructions / fixed.instructions
+            for line in own
+            if line.part == part
+            and line.alpha == "tensor"
+            and (fixed := by_key.get((line.triton, line.target, part, line.dtype, line.size, "0.85")))
+        ]
+        if ratios:
+            out.append(
+                f"| {part}, alpha as a tensor, times alpha 0.85 | {TENSOR_GOAL} | {_verdict(max(ratios), TENSOR_GOAL)} |"
+            )
+    return [*out, ""]
+
+
+def _verdict(value: float, most: float) -> str:
+    return f"{value:.1f}" if value <= most else f"**{value:.1f}, missed**"
+
+
+def show(line: Line) -> str:
+    """As a line of text."""
+    return (
+        f"{line.target:7} {line.part:18} {line.dtype:9} {line.size:5} alpha {line.alpha:7}"
+        f" {line.instructions:6.1f} instructions, {line.special:4.1f} special, {line.warps:2} warps,"
+        f" {line.registers:3} registers, {line.spilled:3} spilled, {line.shared:6} shared, {line.programs:2} programs"
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Count, print and, if asked, write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.count_instructions", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--write", action="store_true", help="renew the table and docs/performance.md")
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--operators", nargs="+", default=tuple(SIZES), choices=SIZES)
+    parser.add_argument("--sizes", nargs="+", type=int, default=())
+    parser.add_argument("--alphas", nargs="+", default=ALPHAS)
+    options = parser.parse_args(arguments)
+    for case in cases(options.targets, options.operators, options.sizes, options.alphas):
+        found = counted(case)
+        for line in found:
+            print(show(line), flush=True)
+        if options.write:  # case by case, so that what an interrupted run counted stays
+            write(found)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -15,16 +15,20 @@ ALIGNED = tl.constexpr(3)  # like COLUMNS, and start and length of every row are
 def place(pid, size_1, size_2, ROWS: tl.constexpr):
     """Indices into the two outer dimensions, and the program's rows in the innermost one."""
     blocks = tl.cdiv(size_2, ROWS)
-    outer = pid // blocks
-    rows = (pid % blocks) * ROWS + tl.arange(0, ROWS)
-    return (outer // size_1).to(tl.int64), (outer % size_1).to(tl.int64), rows
+    index_0, index_1 = pid * 0, pid * 0
+    if pid >= blocks:  # divisions take as long as a step of the solver
+        outer = pid // blocks
+        index_0, index_1 = outer // size_1, outer % size_1
+        pid = pid % blocks
+    return index_0.to(tl.int64), index_1.to(tl.int64), pid * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
 def vector_multiple(size, IS_MULTIPLE: tl.constexpr, VECTOR: tl.constexpr):
-    """`size`, with the hint that it is a multiple of VECTOR if IS_MULTIPLE."""
+    """`size`, with the hint that it is a multiple of VECTOR, a power of two up to 16, if IS_MULTIPLE."""
+    SHIFT: tl.constexpr = 4 if VECTOR == 16 else 3 if VECTOR == 8 else 2 if VECTOR == 4 else 1
     if IS_MULTIPLE:
-        return size // VECTOR * VECTOR
+        return (size >> SHIFT) * VECTOR
     else:
         return size
 

@@ -7,6 +7,7 @@ and five integer exponents; not for each length, stride or alpha.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from diffmax.kernels.triton.common.launch import (
     padded,
     signature,
 )
-from diffmax.kernels.triton.common.numerics import HARDWARE_ALL, HARDWARE_FIRST, HARDWARE_NONE
+from diffmax.kernels.triton.common.numerics import ABOVE_2, HARDWARE_ALL, HARDWARE_FIRST, HARDWARE_NONE
 from diffmax.kernels.triton.common.tuning import Stream, Table, Tile, Tunable
 from diffmax.kernels.triton.rows.backward import bisect_bwd_rows_kernel
 from diffmax.kernels.triton.rows.forward import bisect_rows_kernel
@@ -107,6 +108,9 @@ class RowOperator(Tunable):
             copies=found[0] is not x,
         )  # fmt: skip
         tiles = table.forward_float64 if acc == torch.float64 else table.forward
+        few_registers = exponent.code == 2 or (exponent.code == ABOVE_2 and hardware == HARDWARE_ALL)
+        if dtype.itemsize == 2 and few_registers:
+            tiles = {width: _fewer_warps(each, width) for width, each in tiles.items() if width == padded(n)}
         tile = self._tile("rows", tiles, n, table, shape, dtype)
         if tile is not None:
             return call.tiled(tile)
@@ -275,8 +279,8 @@ class _ForwardCall:
         """Rows in the registers of a program."""
         arguments = {
             **_strides("x", self.shape.views[0]), **_sizes(self.shape, self.n), **self.fixed, **self._weights_arguments(),
-            **self.scalars, **self.limits, "ENSURE_SUM_ONE": self.ensure_sum_one,
-            "ROWS": tile.rows, "BLOCK": padded(self.n), "KEEP": tile.keep, "num_warps": tile.warps,
+            **self.scalars, **self.limits, "high": -math.expm1(-self.scalars["e"] * math.log(self.n)),
+            "ENSURE_SUM_ONE": self.ensure_sum_one, "ROWS": tile.rows, "BLOCK": padded(self.n), "KEEP": tile.keep, "num_warps": tile.warps,
         }  # fmt: skip
         return self._plan({}, Launch(bisect_rows_kernel, _grid(self.shape, tile.rows), arguments))
 
@@ -320,6 +324,12 @@ class _ForwardCall:
 
     def _tiles(self) -> int:
         return -(-self.n // int(self.fixed["BLOCK"]))
+
+
+def _fewer_warps(tile: Tile, width: int) -> Tile:
+    """Half the warps where a thread of 32 lanes then holds 64 scores: what is computed per row is repeated by every thread."""
+    halves = tile.warps > 1 and tile.rows * width == 1024 * tile.warps
+    return replace(tile, warps=tile.warps // 2) if halves else tile
 
 
 def _grid(shape: Geometry, rows: int) -> tuple[int]:
