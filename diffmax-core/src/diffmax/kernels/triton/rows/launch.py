@@ -280,7 +280,8 @@ class _ForwardCall:
         arguments = {
             **_strides("x", self.shape.views[0]), **_sizes(self.shape, self.n), **self.fixed, **self._weights_arguments(),
             **self.scalars, **self.limits, "high": -math.expm1(-self.scalars["e"] * math.log(self.n)),
-            "ENSURE_SUM_ONE": self.ensure_sum_one, "ROWS": tile.rows, "BLOCK": padded(self.n), "KEEP": tile.keep, "num_warps": tile.warps,
+            "ENSURE_SUM_ONE": self.ensure_sum_one,
+            "ROWS": tile.rows, "BLOCK": padded(self.n), "KEEP": tile.keep, "num_warps": tile.warps,
         }  # fmt: skip
         return self._plan({}, Launch(bisect_rows_kernel, _grid(self.shape, tile.rows), arguments))
 
