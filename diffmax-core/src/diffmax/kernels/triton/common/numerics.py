@@ -149,6 +149,13 @@ def scaled_scores(x, m, e):
 
 
 @triton.jit
+def sums_near_top(z):
+    """Sum and number of the entries with z > START_CUT, each (ROWS,)."""
+    near = z > START_CUT
+    return tl.sum(tl.where(near, z, 0.0), axis=1), tl.sum(near.to(z.dtype), axis=1)
+
+
+@triton.jit
 def cheap_base(z, delta):
     """[z - t]_+ if a power is cheap (K > 0 or HARDWARE > 0): then k is small, and this rounding no worse than the weight's.
 
