@@ -30,6 +30,7 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("attention_solve_kernel", "sm100"): {"3.6": 408, "3.9": 256},
     # Options besides causality: biases, ALiBi, softcap and dropout hold tiles of their own. Smaller tiles wait for a clock
     ("attention_bwd_dkv_kernel", "sm80"): {"3.6": 96, "3.9": 64},
+    ("attention_solve_kernel", "sm90"): {"3.6": 48},
     ("attention_bwd_dq_kernel", "sm120"): {"3.9": 24},
     ("attention_bwd_dq_kernel", "sm80"): {"3.6": 256, "3.9": 64},
     # gfx11 has 256 registers for a thread and holds whole rows of an operand in them: long heads, or options

@@ -53,11 +53,11 @@ def level_at(m, delta, unit, e, POWER: tl.constexpr, EXACT: tl.constexpr):
     m = tl.where(m == -float("inf"), 0.0, m)
     if POWER == EITHER:
         digits = tl.where(e < _SMALLEST_E, 1.0, 0.0)
+        t = tl.where(e < _SMALLEST_E, delta, delta - 1.0)
     elif POWER == DIGITS:
-        digits = 1.0
+        digits, t = 1.0, delta
     else:
-        digits = 0.0
-    t = delta + (digits - 1.0)
+        digits, t = 0.0, delta - 1.0
     if EXACT:
         return Level(unit, m, e, t, digits, False)
     else:

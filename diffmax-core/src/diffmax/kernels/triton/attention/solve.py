@@ -95,16 +95,15 @@ def attention_solve_kernel(
 
         if LARGER_SAMPLE:
             pool = tiles_of_sample(tiles, head_e)
-            if pool > 1:
-                rough = level_at(reference, delta, unit, head_e, POWER, True)
-                total = tl.zeros((TILE, PARTIAL), tl.float32)
-                slope, curve = total, total
-                for i in range(0, pool):
-                    spread = spread_keys(low_key, span, i, pool)
-                    w = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, FOLDED, HEAD_DIM, BLOCK_D, CHUNK)
-                    part, part_slope, part_curve = sums_of(w * unit - reference[:, None], rough, head_k, K, POWER, PTX)
-                    total, slope, curve = total + part, slope + part_slope, curve + part_curve
-                delta = step_of_sample(total, slope, curve, delta, high, row_e, row_k, share / pool)
+            rough = level_at(reference, delta, unit, head_e, POWER, True)
+            total = tl.zeros((TILE, PARTIAL), tl.float32)
+            slope, curve = total, total
+            for i in range(0, pool):
+                spread = spread_keys(low_key, span, i, pool)
+                w = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, FOLDED, HEAD_DIM, BLOCK_D, CHUNK)
+                part, part_slope, part_curve = sums_of(w * unit - reference[:, None], rough, head_k, K, POWER, PTX)
+                total, slope, curve = total + part, slope + part_slope, curve + part_curve
+            delta = step_of_sample(total, slope, curve, delta, high, row_e, row_k, share / tl.maximum(pool, 1))
 
         # 2. S at the estimate, and the largest scores of every tile
         estimate = level_at(reference, delta, unit, head_e, POWER, EXACT)

@@ -53,7 +53,8 @@ def step_of_sample(total, slope, curve, delta, high, e, k, share):
 @triton.jit
 def tiles_of_sample(tiles, e):
     """How many tiles of keys, spread evenly, improve the estimate: one in 16. For a small k no estimate saves an evaluation."""
-    return tl.where(e * _LARGE_K <= 1.0, tl.minimum(tiles // 16, 8), 0)
+    count = tl.where(tiles >= 32, tl.minimum(tiles // 16, 8), 0)
+    return tl.where(e * _LARGE_K <= 1.0, count, 0)
 
 
 @triton.jit
