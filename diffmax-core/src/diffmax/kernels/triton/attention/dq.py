@@ -131,7 +131,7 @@ def attention_bwd_dq_kernel(
             first_key, bits = walk(bits, word, step, BLOCK_N)
             keys = first_key + tl.arange(0, BLOCK_N)
             valid = rows_inside(first_key, keys_here, BLOCK_N)
-            key = load_few(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D, NEEDS_E and PTX)
+            key = load_few(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D, E_TENSOR and PTX)
             if CHUNK < BLOCK_D or CHUNK < BLOCK_V:
                 d_p = products(
                     g_ptr, first, heard, g_row, v_ptr, first_key, valid, v_row,
@@ -143,7 +143,7 @@ def attention_bwd_dq_kernel(
                 )  # fmt: skip
             else:
                 value = load_few(
-                    v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, NEEDS_E and PTX
+                    v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, E_TENSOR and PTX
                 )
                 d_p = tl.dot(g, tl.trans(value), input_precision=PRECISION)
                 x = tl.dot(q, tl.trans(key), input_precision=PRECISION)
