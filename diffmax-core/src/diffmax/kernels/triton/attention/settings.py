@@ -147,7 +147,7 @@ BACKWARD = tuple(
         ("mma", NARROW, 64, Block(32, 32, 4, 2), Block(32, 64, 8, 2)),
         ("sm90", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
         ("sm90", NARROW, 128, Block(64, 32, 4, 2), Block(16, 64, 4, 2)),
-        ("sm100", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+        ("sm100", NARROW, 64, Block(32, 32, 4, 2), Block(32, 64, 4, 2)),
         ("sm100", NARROW, 128, Block(64, 32, 8, 2), Block(32, 64, 8, 1)),
         ("cdna", NARROW, 128, Block(64, 32, 4, 1), Block(32, 64, 4, 1)),
     )
