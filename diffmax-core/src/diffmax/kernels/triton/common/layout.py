@@ -25,8 +25,9 @@ def place(pid, size_1, size_2, ROWS: tl.constexpr):
 
 @triton.jit
 def vector_multiple(size, IS_MULTIPLE: tl.constexpr, VECTOR: tl.constexpr):
-    """`size`, with the hint that it is a multiple of VECTOR, a power of two up to 16, if IS_MULTIPLE."""
-    SHIFT: tl.constexpr = 4 if VECTOR == 16 else 3 if VECTOR == 8 else 2 if VECTOR == 4 else 1
+    """`size`, with the hint that it is a multiple of VECTOR, a power of two from 2 to 16 or 64, if IS_MULTIPLE."""
+    SHIFT: tl.constexpr = 6 if VECTOR == 64 else 4 if VECTOR == 16 else 3 if VECTOR == 8 else 2 if VECTOR == 4 else 1
+    tl.static_assert(1 << SHIFT == VECTOR)
     if IS_MULTIPLE:
         return (size >> SHIFT) * VECTOR
     else:
