@@ -5,42 +5,35 @@ from __future__ import annotations
 # Kernel and target to Triton's versions and bytes
 SPILLS: dict[tuple[str, str], dict[str, int]] = {
     # Up to eight registers: the assembler's own choice of a round number, which lets one program more run at a time
-    ("attention_bwd_dbias_kernel", "sm100"): {"3.9": 8},
-    ("attention_bwd_dkv_kernel", "gfx942"): {"3.6": 24},
-    ("attention_bwd_dkv_kernel", "sm100"): {"3.6": 16, "3.9": 64},
-    ("attention_bwd_dkv_kernel", "sm120"): {"3.6": 16},
-    ("attention_bwd_dkv_kernel", "sm86"): {"3.6": 16},
-    ("attention_bwd_dkv_kernel", "sm90"): {"3.6": 24, "3.9": 8},
-    ("attention_out_kernel", "gfx1100"): {"3.6": 16},
-    ("attention_out_kernel", "sm80"): {"3.6": 24, "3.9": 16},
+    ("attention_bwd_dkv_kernel", "sm100"): {"3.6": 16, "3.9": 48},
+    ("attention_bwd_dkv_kernel", "sm90"): {"3.6": 24},
+    ("attention_out_kernel", "gfx1100"): {"3.6": 28},
     ("attention_out_kernel", "sm90"): {"3.6": 24, "3.9": 24},  # with U, outside of the loops
-    ("attention_solve_kernel", "sm120"): {"3.9": 16},
+    ("attention_solve_kernel", "sm120"): {"3.9": 24},
+    ("attention_solve_kernel", "sm80"): {"3.6": 8, "3.9": 16},
     ("kvcache_finish_kernel", "sm86"): {"3.9": 8},
     ("kvcache_finish_kernel", "sm90"): {"3.6": 8},
+    ("bisect_rows_kernel", "gfx1100"): {"3.6": 52},
     ("bisect_rows_kernel", "sm90"): {"3.9": 32},
-    ("kvcache_read_kernel", "sm86"): {"3.6": 16},
-    ("kvcache_read_kernel", "sm90"): {"3.9": 16},
-    ("kvcache_start_kernel", "sm120"): {"3.9": 32},
-    ("kvcache_values_kernel", "sm90"): {"3.6": 16, "3.9": 16},
     ("split_finish_kernel", "sm80"): {"3.6": 8},
     ("split_step_kernel", "sm90"): {"3.6": 16},
     # float32 in three products of tf32, whose operands are held in parts: chunks of 16, or 16 warps, do not help on 3.6;
     # and options, which hold tiles of their own, beside heads of 256 entries
-    ("attention_out_kernel", "sm100"): {"3.6": 56},
-    ("attention_solve_kernel", "sm100"): {"3.6": 408, "3.9": 256},
+    ("attention_out_kernel", "sm100"): {"3.6": 96},
+    ("attention_solve_kernel", "sm100"): {"3.6": 520, "3.9": 216},
     # Options besides causality: biases, ALiBi, softcap and dropout hold tiles of their own. Smaller tiles wait for a clock
-    ("attention_bwd_dkv_kernel", "sm80"): {"3.6": 96, "3.9": 64},
-    ("attention_solve_kernel", "sm90"): {"3.6": 48},
-    ("attention_bwd_dq_kernel", "sm120"): {"3.9": 24},
-    ("attention_bwd_dq_kernel", "sm80"): {"3.6": 256, "3.9": 64},
+    ("attention_bwd_dkv_kernel", "sm80"): {"3.6": 56, "3.9": 80},
+    ("attention_bwd_dq_kernel", "sm80"): {"3.6": 312, "3.9": 216},
+    ("attention_bwd_dkv_kernel", "gfx90a"): {"3.6": 40, "3.9": 28},
+    ("attention_solve_kernel", "gfx942"): {"3.6": 52},
     # gfx11 has 256 registers for a thread and holds whole rows of an operand in them: long heads, or options
-    ("attention_bwd_dq_kernel", "gfx1100"): {"3.6": 72, "3.9": 104},
-    ("attention_solve_kernel", "gfx1100"): {"3.6": 244, "3.9": 8},
-    ("kvcache_start_kernel", "gfx1100"): {"3.6": 4620, "3.9": 3896},
-    ("kvcache_values_kernel", "gfx1100"): {"3.6": 76, "3.9": 36},
+    ("attention_bwd_dq_kernel", "gfx1100"): {"3.6": 88, "3.9": 112},
+    ("attention_solve_kernel", "gfx1100"): {"3.6": 500, "3.9": 52},
+    ("kvcache_read_kernel", "gfx1100"): {"3.6": 484, "3.9": 584},
+    ("kvcache_start_kernel", "gfx1100"): {"3.6": 5104, "3.9": 3692},
     # Heads of 256 entries in tiles of decoding's one size, which a table can change; page bounds take three products
-    ("kvcache_read_kernel", "sm80"): {"3.6": 208},
-    ("kvcache_start_kernel", "sm80"): {"3.6": 112, "3.9": 160},
+    ("kvcache_read_kernel", "sm80"): {"3.6": 272},
+    ("kvcache_start_kernel", "sm80"): {"3.6": 200, "3.9": 616},
 }
 
 

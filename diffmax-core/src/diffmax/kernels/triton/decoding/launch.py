@@ -36,6 +36,8 @@ from diffmax.operators.common.numerics import newton_steps
 from diffmax.plugin import TILE, KVCacheCall, KVCacheResults
 from diffmax.reference.decoding import append, capacity
 
+# Bytes of a key that four warps cannot hold with a tile's products
+WIDE_ROW = 1024
 MOST_SPLITS = 128
 # Numbers of the splits' parts that a program of the last launch holds, of values and again of slopes
 MOST_SUMMED = 4096
@@ -134,7 +136,8 @@ class _Plan(NamedTuple):
             "pages": -(-room // call.page_size),
             "num_warps": settings.start_warps,
         }
-        read = {**reading, **sink, "num_warps": settings.read_warps}
+        wide = padded(query.shape[3]) * query.element_size() >= WIDE_ROW
+        read = {**reading, **sink, "num_warps": max(settings.read_warps, 8) if wide else settings.read_warps}
         solve = {**common, **sink, **solving, "num_warps": SOLVE_WARPS}
         window = {"WINDOW": arguments.scores["OPTIONS"].WINDOW}
         listing = {**tiles, **window, **sink, "num_warps": settings.values_warps}
