@@ -7,6 +7,7 @@ Compiles the real launch code ahead of time and counts what a warp executes (`be
 - attention (causal) and decoding: one turn of the loop over tiles, divided by the tile's scores. Which loop it is follows from
   its products and stores: the dense pass stores the tiles' largest scores, the further pass does not. "dead" is the shortest
   way through a turn; where it does not differ from the live way by a tenth, tiles are not skipped.
+  alpha as a tensor is counted where e is at least 1/64: closer to softmax a series takes the logarithm's place.
 - rows: "once" is the way from entry to end that skips the solver's loops, "step" one turn of the loop with the most arithmetic,
   "early step" of the one before it, which uses the hardware's logarithm.
 
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.compile_kernels import call_attention, call_decoding, call_rows, kernels
-from benchmarks.machine_code import Loop, Order, Program, Tally, idle, likely
+from benchmarks.machine_code import Loop, Order, Program, Tally, by_hardware, idle, likely
 from diffmax.testing.ahead_of_time import Compiled, Target, recording
 
 TABLE = Path(__file__).with_name("instructions.json")
@@ -178,7 +179,7 @@ def _attention_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]
         return []
     found = []
     for part, loop in loops.items():
-        live, dead = loop(likely), loop(idle)
+        live, dead = loop(by_hardware if case.alpha == "tensor" else likely), loop(idle)
         scores = live.products * compiled.resources["warps"] // (case.size * products)
         found.append(_line(case, compiled, part, live, scores))
         if part == "dense pass" and dead.instructions < 0.9 * live.instructions:

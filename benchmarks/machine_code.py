@@ -98,6 +98,11 @@ def likely(tally: Tally) -> tuple[int, ...]:
     return (tally.products, ARITHMETIC_WORTH * tally.arithmetic - tally.instructions)
 
 
+def by_hardware(tally: Tally) -> tuple[int, ...]:
+    """The way of a live, whole tile that takes the hardware's logarithm rather than a series: e is not tiny."""
+    return (tally.products, tally.special, ARITHMETIC_WORTH * tally.arithmetic - tally.instructions)
+
+
 def idle(tally: Tally) -> tuple[int, ...]:
     """The way of a tile that only its products found dead."""
     return (tally.products > 0, -tally.instructions)
