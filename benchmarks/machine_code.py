@@ -100,7 +100,7 @@ def likely(tally: Tally) -> tuple[int, ...]:
 
 def by_hardware(tally: Tally) -> tuple[int, ...]:
     """The way of a live, whole tile that takes the hardware's logarithm rather than a series: e is not tiny."""
-    return (tally.products, tally.special, ARITHMETIC_WORTH * tally.arithmetic - tally.instructions)
+    return (tally.products, tally.special, -tally.instructions)
 
 
 def idle(tally: Tally) -> tuple[int, ...]:
