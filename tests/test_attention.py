@@ -490,7 +490,7 @@ def test_varlen_says_what_is_wrong(error, words, arguments):
 @pytest.mark.parametrize("wrong", ["yes", None, 1, torch.tensor(True)])
 def test_causality_is_true_or_false(wrong):
     x = torch.randn(1, 1, 3, 4)
-    with pytest.raises(TypeError, match="causality must be True or False, got"):
+    with pytest.raises(TypeError, match=": is_causal must be True or False, got"):
         diffmax.attention(x, x, x, is_causal=wrong)
-    with pytest.raises(TypeError, match="causality must be True or False, got"):
+    with pytest.raises(TypeError, match=": causal must be True or False, got"):
         diffmax.attention_with_kvcache(x, x, x, causal=wrong)

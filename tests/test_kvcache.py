@@ -256,3 +256,21 @@ def test_bad_arguments(arguments, keywords, error, message):
 def test_bad_page_sizes(page_size, error):
     with pytest.raises(error, match="page_size must be"):
         page_bounds(cache4, 3, page_size=page_size)
+
+
+@pytest.mark.parametrize("tokens", [100, 128])
+@pytest.mark.parametrize("paged", [False, True])
+def test_bounds_of_a_cache_whose_heads_come_first_in_memory(tokens, paged):
+    apart = torch.randn(2, 4, tokens, 8).transpose(1, 2)
+    table = torch.arange(2, dtype=torch.int32).view(1, 2) if paged else None
+    lengths = torch.tensor([tokens + 10], dtype=torch.int32) if paged else torch.tensor([10, tokens], dtype=torch.int32)
+    found, expected = (diffmax.page_bounds(t, lengths, table) for t in (apart, apart.contiguous()))
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert ours.is_contiguous()
+        assert torch.equal(ours, theirs)
+
+
+def test_heads_before_tokens_are_refused_with_advice():
+    x = torch.zeros(1, 2, 6, 4)
+    with pytest.raises(ValueError, match="tokens come before heads"):
+        diffmax.attention_with_kvcache(torch.zeros(1, 1, 4, 4), x, x)

@@ -165,7 +165,7 @@ def bounds_of(k_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, Tensor]:
     if call.block_table is None:
         rows, tokens, *rest = k_cache.shape
         count = -(-tokens // size)
-        keys = torch.nn.functional.pad(k_cache, (0, 0, 0, 0, 0, count * size - tokens)).view(rows * count, size, *rest)
+        keys = torch.nn.functional.pad(k_cache, (0, 0, 0, 0, 0, count * size - tokens)).reshape(rows * count, size, *rest)
         filled = (call.cache_seqlens.view(-1, 1) - torch.arange(count, device=keys.device) * size).flatten()
     else:
         keys, pages = k_cache, torch.arange(call.block_table.shape[1], device=k_cache.device)
@@ -175,7 +175,7 @@ def bounds_of(k_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, Tensor]:
         filled = filled.new_zeros(len(keys) + 1).scatter_reduce(0, blocks, filled, "amax")[:-1]
     inside = (torch.arange(size, device=keys.device) < filled.unsqueeze(1))[..., None, None]
     low, high = (
-        torch.where(inside[:, 0], reduce(torch.where(inside, keys, outside), 1), 0)
+        torch.where(inside[:, 0], reduce(torch.where(inside, keys, outside), 1), 0).contiguous()
         for reduce, outside in ((torch.amin, torch.inf), (torch.amax, -torch.inf))
     )
     return (low, high) if call.block_table is not None else (low.view(rows, count, *rest), high.view(rows, count, *rest))

@@ -274,10 +274,10 @@ def check_alignment(name: str, causal_alignment: str) -> bool:
     return causal_alignment == "lower_right"
 
 
-def check_window(name: str, window_size: Any, is_causal: bool) -> tuple[int, int]:
+def check_window(name: str, window_size: Any, is_causal: bool, argument: str = "is_causal") -> tuple[int, int]:
     """How many keys a query sees to its left and right, -1 for all."""
     if not isinstance(is_causal, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: causality must be True or False, got {is_causal!r} of type {type(is_causal).__name__}")
+        raise TypeError(f"{name}: {argument} must be True or False, got {is_causal!r} of type {type(is_causal).__name__}")
     if window_size is None:
         window_size = (-1, -1)
     whole = isinstance(window_size, (tuple, list)) and len(window_size) == 2

@@ -235,7 +235,7 @@ def build_call(
     checks.check_gradients(q, k_cache, v_cache, k, v, alpha, sink, options.alibi_slopes)
     batch, _, heads, _ = q.shape
     e, e_tensor = attention_checks.check_alpha(name, q, alpha, heads)
-    left, right = attention_checks.check_window(name, options.window_size, options.causal)
+    left, right = attention_checks.check_window(name, options.window_size, options.causal, "causal")
     block_table = checks.check_block_table(name, block_table, k_cache, batch)
     new = None if k is None else k.shape[1]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
