@@ -10,7 +10,8 @@ import torch
 from diffmax.kernels.tools import unpacked_bits
 from diffmax.kernels.triton.attention import output as attention_fwd_out
 from diffmax.kernels.triton.attention import solve as attention_solve
-from diffmax.plugin import AttentionCall
+from diffmax.kernels.triton.attention.launch import AttentionOperator
+from diffmax.plugin import AttentionCall, Wanted
 from diffmax.reference import attention as reference
 from diffmax.testing import gates
 from diffmax.testing.attention import checks
@@ -194,3 +195,61 @@ def test_a_larger_sample_saves_an_evaluation(keep, monkeypatch):
 def test_special_alphas(dtype):
     """Every ninth of the kit's."""
     checks.special_alphas_pass_the_gate(WHOLE, "cpu", dtype, checks.SPECIAL_ALPHAS[2::9])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "size"),
+    [
+        ("sm90", torch.float32, 96), ("sm80", torch.float32, 160), ("sm90", torch.bfloat16, 192),
+        ("gfx1100", torch.float16, 80), ("gfx1100", torch.float32, 48), ("gfx942", torch.float32, 192),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_heads_that_chunks_divide_but_do_not_fill(architecture, dtype, size):
+    """Forward and backward read no entry behind a row: there stands NaN, as another projection's entries might."""
+    operator = AttentionOperator(lambda device: architecture, lambda device: 2, ptx=False)
+    wide = torch.full((4, 1, 1, 40, 2 * size), torch.nan, dtype=dtype)
+    wide[..., :size] = torch.randn(4, 1, 1, 40, size)
+    query, key, value, grad = (t[..., :size] for t in wide)
+    call = AttentionCall(scale=size**-0.5, e=0.5)
+    exact = reference.attention(*(t.double() for t in (query, key, value)), call, True, False)
+    ours = operator.attention(query, key, value, call, True, False)
+    largest = 40 * torch.finfo(dtype).eps
+    assert (ours.out.double() - exact.out).abs().max() <= largest
+    wanted = reference.attention_backward(*(t.double() for t in (grad, query, key, value)), exact.saved, call, Wanted())
+    found = operator.attention_backward(grad, query, key, value, ours.saved, call, Wanted())
+    for got, truth in zip(found[:3], wanted[:3], strict=True):
+        assert (got.double() - truth).abs().max() <= largest * max(1.0, float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_spoilt_query_spoils_its_gradients_under_every_option(bad, dtype):
+    """From the kernels' own residuals: a finite gradient beside an output of NaN would go unseen."""
+    operator = backend.OPERATORS[WHOLE]
+    query, key, value, grad = (torch.randn(1, 1, 16, 16).to(dtype) for _ in range(4))
+    query[0, 0, 0] = bad
+    mask, bias = torch.ones(1, 1, 1, 16, dtype=torch.bool), torch.zeros(1, 1, 16, 16, dtype=dtype)
+    for more in ({}, {"mask": mask}, {"bias": bias}, {"sink": torch.zeros(1)}, {"softcap": 5.0}, {"e": torch.tensor([0.3])}):
+        call = AttentionCall(**{"scale": 0.25, "e": 0.3, **more})
+        found = []
+        for kernels in (operator, reference):
+            saved = kernels.attention(query, key, value, call, True, False).saved
+            results = kernels.attention_backward(grad, query, key, value, saved, call, Wanted())
+            found.append([t.isnan() for t in results[:3]])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs), more
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_sink_far_above_all_scores_near_softmax(dtype):
+    """The sample leaves the sink out, and its sums underflow."""
+    operator, query, value = backend.OPERATORS[WHOLE], *(torch.ones(1, 1, n, 16, dtype=dtype) for n in (1, 2))
+    for e in (0.01, 0.02, torch.tensor([0.01])):
+        for gap in (20.0, 35.0, 40.0, 50.0, 60.0, 90.0):
+            key = torch.zeros(1, 1, 2, 16, dtype=dtype)
+            key[..., 0] = -gap
+            call = AttentionCall(scale=1.0, e=e, sink=torch.zeros(1))
+            for keep in (False, True):
+                ours = operator.attention(query, key, value, call, keep, False).out
+                assert torch.allclose(ours, reference.attention(query, key, value, call, keep, False).out, atol=1e-6)

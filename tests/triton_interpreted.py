@@ -141,6 +141,20 @@ def test_without_a_division_by_the_sum():
     assert (p[1] == 0).all()
 
 
+@pytest.mark.parametrize("e", [0.0, 1e-8, 1e-6, 1e-4])
+def test_softmax_and_its_neighbours_without_a_division_by_the_sum(e):
+    """delta is of the size of e there, far below the rounding of the mean that the start is taken from."""
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(6, 40, dtype=dtype)
+        for given in (e, torch.full((6, 1), e, dtype=dtype)):
+            for operator in OPERATORS.values():
+                p, _, delta = operator.bisect(x, given, 1, 50, False)
+                exact = reference.bisect(x.double(), e, 1, 200, True)
+                assert torch.allclose(p.sum(1), torch.ones(6, dtype=dtype), atol=1e-5)
+                assert torch.allclose(p.double(), exact[0], atol=1e-5)
+                assert torch.allclose(delta.double(), exact[2], atol=1e-5 * max(e, 1e-9))
+
+
 class HardwareLogarithm:
     """Stands in for `lg2.approx`: off by the 2^-22 that the instruction may be off, in the worse direction for each entry."""
 

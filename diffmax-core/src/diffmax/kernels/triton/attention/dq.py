@@ -105,8 +105,9 @@ def attention_bwd_dq_kernel(
     )  # fmt: skip
     rows = first + tl.arange(0, BLOCK_M)
     m = load_vector(m_ptr + row_at, first, rows_here, BLOCK_M, -float("inf"))
-    heard = m != -float("inf")  # with a sink m is finite, and silent queries are known only at the end
     delta = load_vector(delta_ptr + row_at, first, rows_here, BLOCK_M, 0.0)
+    # a spoilt query is not silent, whatever its m; with a sink m is finite, and silent queries are known only at the end
+    heard = (m != -float("inf")) | (delta != delta)
     q = load_rows(q_ptr, first, heard, q_row, HEAD_DIM, BLOCK_M, BLOCK_D, HEAD_DIM == BLOCK_D)
     g = load_rows(g_ptr, first, heard, g_row, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V)
     u = load_rows(u_ptr + row_at * VALUE_DIM, first, heard, VALUE_DIM, VALUE_DIM, BLOCK_M, BLOCK_V, VALUE_DIM == BLOCK_V)

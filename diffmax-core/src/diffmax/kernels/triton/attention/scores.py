@@ -99,10 +99,13 @@ def products(
     a_ptr, a_first, a_valid, a_row, b_ptr, b_first, b_valid, b_row, PRECISION: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A rows times B rows, (A, B) in float32, CHUNK entries at a time, because whole rows would take too many registers."""
+    """A rows times B rows, (A, B) in float32, CHUNK entries at a time, because whole rows would take too many registers.
+
+    It ends with the chunk that holds a row's last entry: what lies behind belongs to something else.
+    """
     WHOLE: tl.constexpr = SIZE % CHUNK == 0
     x = tl.zeros((A, B), tl.float32)
-    for at in range(0, BLOCK, CHUNK):
+    for at in range(0, SIZE, CHUNK):
         a = load_rows(a_ptr + at, a_first, a_valid, a_row, SIZE - at, A, CHUNK, WHOLE)
         b = load_rows(b_ptr + at, b_first, b_valid, b_row, SIZE - at, B, CHUNK, WHOLE)
         x = tl.dot(a, tl.trans(b), x, input_precision=PRECISION)
@@ -126,7 +129,7 @@ def sampled_products(
 ):  # fmt: skip
     """The queries of the block times keys at any positions in range."""
     x = tl.zeros((TILE, TILE), tl.float32)
-    for at in range(0, BLOCK_D, CHUNK):
+    for at in range(0, SIZE, CHUNK):
         cols = at + tl.arange(0, CHUNK)
         inside = (keys < block.high_key)[:, None] & (cols < SIZE)[None, :]
         k = tl.load(k_ptr + tl.cast(keys, tl.int64)[:, None] * k_row + cols[None, :], mask=inside, other=0.0)

@@ -37,8 +37,9 @@ def root_of_sample(
     for _ in tl.static_range(STEPS):
         parts = sums_of(x, level_at(m, delta, unit, e, POWER, True), k, K, POWER, PTX)
         total, slope, curve = tl.sum(parts[0], axis=1), tl.sum(parts[1], axis=1), tl.sum(parts[2], axis=1)
-        moved, low = next_iterate(delta, low, high, total * share, slope * share, curve * share, row_e, row_k, True)
-        delta = tl.where(total > 0.0, moved, delta)
+        moved, bound = next_iterate(delta, low, high, total * share, slope * share, curve * share, row_e, row_k, True)
+        usable = (total > 0.0) & (tl.abs(moved) < float("inf"))
+        delta, low = tl.where(usable, moved, delta), tl.where(usable, bound, low)
     return delta
 
 

@@ -94,8 +94,8 @@ def first_delta(y, e, high, K: tl.constexpr, PTX: tl.constexpr):
     """The first iterate, and a lower bound of the root.
 
     The root for the entries with z > START_CUT, as if they were equal: y -> y^k is convex, so it bounds the row's root by
-    Jensen's inequality. For k = 2 the first evaluation, at 1/2, takes this place: its step solves the row of the entries that
-    it has seen.
+    Jensen's inequality, but for the rounding of the mean, which is more than all of delta where e is tiny. For k = 2 the first
+    evaluation, at 1/2, takes this place: its step solves the row of the entries that it has seen.
     """
     if K == 2:
         return tl.zeros_like(high) + 0.5, tl.zeros_like(high)
@@ -104,7 +104,8 @@ def first_delta(y, e, high, K: tl.constexpr, PTX: tl.constexpr):
         count = tl.maximum(tl.sum(is_positive(above, PTX), axis=1), 1.0)
         mean = START_CUT + tl.sum(above, axis=1) * reciprocal(count, PTX)
         delta = tl.minimum(tl.maximum(mean - power_less_one(count, e, PTX), 0.0), high)
-        return delta, delta
+        rounding = 2.0**-50 if y.dtype == tl.float64 else 2.0**-21
+        return delta, tl.maximum(delta - rounding, 0.0)
 
 
 @triton.jit
