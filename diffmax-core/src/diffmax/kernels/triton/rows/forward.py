@@ -140,7 +140,7 @@ def bisect_rows_kernel(
         high = -power_less_one(size, row_e, PTX)
     else:
         high = tl.zeros_like(row_e) + high
-    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+    if VECTOR == 8:  # 16 bits; asked of a constexpr, which Triton 3.2 compares
         FAR: tl.constexpr = _FAR_FLOAT16 if x_ptr.dtype.element_ty == tl.float16 else _FAR_BFLOAT16
         p, final = solved_to_16_bits(y, row_e, row_k, size, high, newton_steps, K, FAR, HARDWARE, PTX)
     else:
