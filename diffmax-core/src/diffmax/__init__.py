@@ -21,6 +21,8 @@ from diffmax.operators.attention.api import attention, attention_varlen
 from diffmax.operators.attention.stats import AttentionStats
 from diffmax.operators.decoding.api import KVCacheStats, PageBounds, attention_with_kvcache, page_bounds
 from diffmax.operators.loss.api import DiffmaxLoss, diffmax_loss
+from diffmax.operators.power.api import power_attention
+from diffmax.operators.power.state import PowerState
 from diffmax.operators.rows.api import diffmax_bisect
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ __all__ = [
     "KVCacheStats",
     "NoBackendError",
     "PageBounds",
+    "PowerState",
     "TanhMap",
     "attention",
     "attention_varlen",
@@ -57,6 +60,7 @@ __all__ = [
     "diffmax_loss",
     "explain",
     "page_bounds",
+    "power_attention",
     "register_backend",
     "unregister_backend",
     "use_backend",

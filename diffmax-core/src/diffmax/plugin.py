@@ -33,12 +33,17 @@ __all__ = [
     "KVCacheCall",
     "KVCacheResults",
     "Kernel",
+    "PowerCall",
+    "PowerGradients",
+    "PowerResults",
+    "PowerSaved",
+    "PowerWanted",
     "Saved",
     "Wanted",
     "hookimpl",
 ]
 
-API_VERSION = (1, 4)
+API_VERSION = (1, 5)
 """Interface version. A larger minor adds; a larger major changes the hooks, the fields or the kernels' signatures."""
 
 SHARED_KERNELS_VERSION = 2
@@ -246,6 +251,64 @@ class AttentionGradients(NamedTuple):
     e: Tensor
     bias: Tensor
     sink: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PowerCall:
+    """The arguments of a kernel of "power_attention" in addition to query, key and value. Symbols: `diffmax.reference.power`.
+
+    Attributes:
+        degree: p, an even number from 2.
+        scale: The scores are scale * (query . key). It cancels in the result, and not in the sum of the weights.
+        chunk: Tokens of a chunk; 0: the kernel chooses, the quadratic form where that is cheaper. It changes rounding alone.
+        final: Whether the state after the last key is wanted.
+        log_gates: (B, H_kv, S), in the accumulation dtype, finite: the state is multiplied by exp(log_gates[j]) before key j is
+            added; None: no decay.
+        sums, norm: The state before the first key, in the accumulation dtype: (B, H_kv, P, D_v) and (B, H_kv, P), with
+            P = C(D + p - 1, p), in the order of `diffmax.operators.power.symmetric.indices`; both or neither.
+    """
+
+    degree: int
+    scale: float
+    chunk: int = 0
+    final: bool = False
+    log_gates: Tensor | None = None
+    sums: Tensor | None = None
+    norm: Tensor | None = None
+
+
+class PowerSaved(NamedTuple):
+    """What the forward leaves for the backward: its result, and the sum of each query's weights, (B, H, L)."""
+
+    out: Tensor
+    total: Tensor
+
+
+class PowerWanted(NamedTuple):
+    """Which gradients are wanted besides those for query, key and value: for the gates, for the state before the first key."""
+
+    log_gates: bool = False
+    state: bool = False
+
+
+class PowerResults(NamedTuple):
+    """What a kernel of "power_attention" returns. See `diffmax.reference.power`."""
+
+    out: Tensor
+    total: Tensor
+    sums: Tensor
+    norm: Tensor
+
+
+class PowerGradients(NamedTuple):
+    """What a kernel of "power_attention_backward" returns; (0,) for what was not wanted."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    log_gates: Tensor
+    sums: Tensor
+    norm: Tensor
 
 
 class KVCacheResults(NamedTuple):

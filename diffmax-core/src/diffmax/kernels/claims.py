@@ -9,12 +9,15 @@ from diffmax.plugin import Kernel
 # Listed one by one, as for every backend, so that a new feature is not claimed automatically.
 _ALPHA = {"tensor_alpha", "deterministic"}
 _SCORES = {"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"}
+_POWER = {"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"}
 _CPU = {
     "bisect": _ALPHA,
     "bisect_backward": _ALPHA | {"alpha_gradient"},
     "attention": _ALPHA | _SCORES | {"mask", "bias", "varlen", "dropout", "attention_stats"},
     "attention_backward": _ALPHA | _SCORES | {"mask", "bias", "varlen", "dropout", "alpha_gradient"},
     "attention_kvcache": _ALPHA | _SCORES | {"kv_cache", "paged", "leftpad", "attention_stats"},
+    "power_attention": _POWER,
+    "power_attention_backward": _POWER,
 }
 
 

@@ -1,0 +1,86 @@
+"""Registration of power attention."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmax.operators.attention.spec import cases
+from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
+from diffmax.operators.power import api, checks, cost, operator
+from diffmax.operators.power.symmetric import expanded_dim
+
+DESCRIBED = {
+    "gates": "power attention whose past decays by gates",
+    "state": "power attention that starts from a state, or returns one",
+    "high_degree": "power attention of degree 4 or more",
+}
+FEATURES = frozenset(DESCRIBED) | {"gqa", "value_dim", "deterministic"}
+
+
+def _asks(*arguments: Any, **options: Any) -> Question:
+    bound = inspect.signature(api.power_attention).bind(*arguments, **options)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    backend, final = given.pop("backend"), given.pop("return_final_state")
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    call = checks.build_call("explain", **given, final=final)
+    learned = [t for t in (query, key, value, call.log_gates, call.sums, call.norm) if t is not None and t.requires_grad]
+    return Question(
+        "power_attention",
+        query.device.type,
+        query.dtype,
+        backward=torch.is_grad_enabled() and bool(learned),
+        backend=backend,
+        features=operator.features(query, key, value, call),
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+    )
+
+
+def _prepares(needed: Needed) -> Iterator[Case]:
+    return cases("power_attention", FEATURES, needed)
+
+
+def _flops(*flat: Any, **_: Any) -> int:
+    given = operator.FORWARD.rebuild(flat)
+    return _counted(given.query, given.key, given.value, given.call, 1)
+
+
+def _backward_flops(*flat: Any, **_: Any) -> int:
+    given = operator.BACKWARD.rebuild(flat)
+    return _counted(given.query, given.key, given.value, given.call, 3)  # forward again, and twice as much for gradients
+
+
+def _counted(query: Tensor, key: Tensor, value: Tensor, call: Any, times: int) -> int:
+    """Of the cheaper of both ways: a product of a query or key with a state, or of a query with a key and a weight's value."""
+    length, many, heads = query.shape[2], key.shape[2], query.shape[1] / max(key.shape[1], 1)
+    sizes = (query.shape[3], value.shape[3])
+    chunk = call.chunk or cost.chosen_chunk(length, many, *sizes, call.degree, heads)
+    if chunk >= many:
+        pairs = length * many - length * (length - 1) / 2
+        each = 2 * pairs * sum(sizes)
+    else:
+        state = expanded_dim(sizes[0], call.degree) * (sizes[1] + 1)
+        each = 2 * many * (chunk / 2 * sum(sizes) + state * (1 + 1 / heads))
+    return times * math.prod(query.shape[:2]) * int(each)
+
+
+register(
+    OperatorSpec(
+        name="power",
+        rank=40,
+        kernels={"power_attention": KernelSpec(FEATURES), "power_attention_backward": KernelSpec(FEATURES)},
+        functions={"power_attention": Function("power_attention", _asks)},
+        described=DESCRIBED,
+        schemas=(operator.FORWARD, operator.BACKWARD),
+        has_heads=True,
+        flops={"power_attention": _flops, "power_attention_backward": _backward_flops},
+        prepares=_prepares,
+    )
+)
