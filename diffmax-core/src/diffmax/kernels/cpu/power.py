@@ -8,7 +8,7 @@ of matrices; expanded queries and keys exist for one slice of the state at a tim
 
 Values have a last column of ones and the state one of norms, so that sums of weights come with those of values. The gradients
 of gates need no products of their own: what goes through a state follows from the gradients for queries and keys
-(docs/theory.md, Eq. 38), and is taken so on both sides, where the rounding errors cancel.
+(docs/theory.md, Eq. 34), and is taken so on both sides, where the rounding errors cancel.
 """
 
 from __future__ import annotations
