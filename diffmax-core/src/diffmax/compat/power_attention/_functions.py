@@ -497,7 +497,7 @@ def _check_scale(name: str, query: Tensor, scale: float | None) -> float:
 
 
 def _heads_first(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    for what, t in zip(("Q", "K", "V"), tensors, strict=True):
+    for what, t in zip("QKV", tensors, strict=False):
         check_tensor(name, what, t)
         if t.ndim != 4:
             raise ValueError(f"{name}: {what} must have 4 dimensions (b, t, h, d), got {_shape(t)}")
