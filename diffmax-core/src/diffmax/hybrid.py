@@ -25,7 +25,7 @@ from diffmax.operators.attention.checks import check_alpha, check_heads, check_s
 from diffmax.operators.common.checks import _shape, as_int, check_tensor, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.api import power_attention
-from diffmax.operators.power.checks import check_degree
+from diffmax.operators.power.checks import FLOOR, check_degree
 from diffmax.operators.power.state import PowerState
 from diffmax.operators.power.symmetric import coefficients, monomials
 
@@ -57,6 +57,14 @@ class _Tail(NamedTuple):
             return _Tail(self.key[:, :, : 1 + end], self.value[:, :, : 1 + end], *rest)
         kept = (torch.cat([t[:, :, :1], t[:, :, 1 + begin : 1 + end]], 2) for t in (self.key, self.value))
         return _Tail(*kept, *rest)
+
+
+class _Past(NamedTuple):
+    """A power state, and N (B, H_kv) at the tail's start."""
+
+    sums: Tensor
+    norm: Tensor
+    total: Tensor
 
 
 class _Options(NamedTuple):
@@ -112,8 +120,7 @@ class HybridCache:
         self._length = 0
         self._tail: _Tail | None = None
         self._room: tuple[Tensor, Tensor] | None = None  # in which the tail's keys and values lie, without gradients
-        self._state: PowerState | None = None
-        self._count: Tensor | None = None  # (B, H_kv), N at the tail's start
+        self._state: _Past | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -132,13 +139,13 @@ class HybridCache:
     @property
     def state(self) -> PowerState | None:
         """The state of the tokens before the tail; None while all are in it."""
-        return self._state
+        return None if self._state is None else PowerState(*self._state[:2])
 
     @property
     def memory(self) -> int:
         """Bytes held, for all sequences of the batch. Without gradients it is constant from the first folded block on."""
         held = [] if self._tail is None else [*(self._room or self._tail[:2]), *self._tail[2:]]
-        return sum(t.numel() * t.element_size() for t in (*held, *(self._state or ()), self._count) if t is not None)
+        return sum(t.numel() * t.element_size() for t in (*held, *(self._state or ())) if t is not None)
 
     def detach(self) -> None:
         """Cut the gradients of what was stored, for truncated backpropagation through time."""
@@ -167,8 +174,7 @@ class HybridCache:
         if self._tail is not None:
             self._tail = _Tail(*(None if t is None else change(t) for t in self._tail))  # type: ignore[arg-type]
         self._room = None
-        self._state = None if self._state is None else PowerState(*(change(t) for t in self._state))
-        self._count = None if self._count is None else change(self._count)
+        self._state = None if self._state is None else _Past(*(change(t) for t in self._state))
 
     def attend(
         self,
@@ -266,7 +272,7 @@ class HybridCache:
             if stored != (batch, heads, size, v.shape[3]) or key.dtype != k.dtype or key.device != k.device:
                 raise ValueError(
                     f"{_NAME}: new tokens must be as those stored, of (B, H_kv, D, D_v) = {stored} in {key.dtype} on "
-                    f"{key.device}, got {(batch, heads, size, v.shape[3])} in {k.dtype} on {k.device}\nfor other sequences: reset()"
+                    f"{key.device}, got {(batch, heads, size, v.shape[3])} in {k.dtype} on {k.device}\nfor others: reset()"
                 )
         return int(q.shape[2])
 
@@ -274,23 +280,19 @@ class HybridCache:
         """The tail with new tokens, (B, H_kv, L_new, ..) but `log_gates` (B, L_new, H_kv)."""
         batch, heads, new, _ = key.shape
         stored, acc = self._tail, accumulation_dtype(key.dtype)
-        gates = None if log_gates is None else log_gates.transpose(1, 2).to(acc)
+        gates = None if log_gates is None else log_gates.transpose(1, 2).to(acc).clamp_min(FLOOR[acc])
         if stored is None:
             begins = ((_of_past(key, 2), key), (_of_past(value, 1), value))
-            return _Tail(*(torch.cat([row, pad(t, (0, _MORE))], 2) for row, t in begins), gates, padding)
+            joined = [torch.cat([row, pad(t, (0, _MORE))], 2) for row, t in begins]
+            return _Tail(joined[0], joined[1], gates, padding)
         n = len(stored)
-        if gates is not None or stored.gates is not None:
-            new_gates = key.new_zeros((batch, heads, new), dtype=acc) if gates is None else gates
-            old = key.new_zeros((batch, heads, n), dtype=acc) if stored.gates is None else stored.gates
-            gates = torch.cat([old, new_gates], 2)
-        if padding is not None or stored.padding is not None:
-            new_padding = torch.zeros(batch, new, dtype=torch.bool, device=key.device) if padding is None else padding
-            old = torch.zeros(batch, n, dtype=torch.bool, device=key.device) if stored.padding is None else stored.padding
-            padding = torch.cat([old, new_padding], 1)
+        gates = _joined(stored.gates, gates, key.new_zeros((batch, heads, n + new), dtype=acc), n)
+        padding = _joined(stored.padding, padding, key.new_zeros((batch, n + new), dtype=torch.bool), n)
         room = self._room
         if room is None or torch.is_grad_enabled() or not _is_writable(room[0]) or n + new >= room[0].shape[2]:
             pairs = zip((stored.key, stored.value), (key, value), strict=True)
-            return _Tail(*(torch.cat([old, pad(t, (0, _MORE))], 2) for old, t in pairs), gates, padding)
+            joined = [torch.cat([old, pad(t, (0, _MORE))], 2) for old, t in pairs]
+            return _Tail(joined[0], joined[1], gates, padding)
         for place, t in zip(room, (key, value), strict=True):
             place[:, :, 1 + n : 1 + n + new, : t.shape[3]] = t
         return _Tail(room[0][:, :, : 1 + n + new], room[1][:, :, : 1 + n + new], gates, padding)
@@ -305,11 +307,12 @@ class HybridCache:
         if gates is not None:
             counted = counted * (gates.sum(2, keepdim=True) - gates.cumsum(2)).exp()
         count = counted.sum(2)
-        if self._count is not None:
-            count = count + (self._count if gates is None else self._count * gates.sum(2).exp())
+        if self._state is not None:
+            old = self._state.total
+            count = count + (old if gates is None else old * gates.sum(2).exp())
         options: dict[str, Any] = {"degree": self.degree, "scale": 1.0, "return_final_state": True}
-        _, self._state = power_attention(key[:, :, :0], key, value, gates, self._state, **options)
-        self._count = count
+        _, (sums, norm) = power_attention(key[:, :, :0], key, value, gates, self.state, **options)
+        self._state = _Past(sums, norm, count)
 
     def _read(self, query: Tensor, tail: _Tail, options: _Options) -> Tensor:
         """Attention of queries (B, H, L, D) at the end of a tail."""
@@ -321,41 +324,16 @@ class HybridCache:
         }
         if self._state is None:
             key, value = tail.key[:, :, 1:, :-_MORE], tail.value[:, :, 1:, :-_MORE]
-            return attention(query, key, value, **_visible(query, tail, 0), **settings)
-        past, score = self._past(query, tail, options)
+            alone: Tensor = attention(query, key, value, **_visible(query, tail, 0), **settings)
+            return alone
+        past, score = _past(self._state, query, tail, self.degree, options)
         score = score / options.scale
         high = score.to(query.dtype)
         low = (score - high.to(score.dtype)).to(query.dtype)
         extended = torch.cat([query, high.unsqueeze(3), low.unsqueeze(3)], 3)
         both = attention(extended, tail.key, tail.value, **_visible(query, tail, 1), **settings).to(past.dtype)
-        return (both[..., :-_MORE] + both[..., -_MORE : 1 - _MORE] * past).to(query.dtype)
-
-    def _past(self, query: Tensor, tail: _Tail, options: _Options) -> tuple[Tensor, Tensor]:
-        """The past's value (B, H, L, D_v) and score (B, H, L) for each query, in the accumulation dtype."""
-        assert self._state is not None and self._count is not None
-        sums, norm = self._state
-        batch, heads, length, size = query.shape
-        groups, acc = norm.shape[1], norm.dtype
-        grouped = query.to(acc).reshape(batch, groups, heads // groups, length, size) * options.scale
-        phi = monomials(grouped, self.degree) * coefficients(size, self.degree, grouped)
-        total = (phi @ norm[:, :, None, :, None]).squeeze(-1)
-        count = self._count[:, :, None, None]
-        # the decay since the tail's start is that of all weights: it cancels in both means
-        mean = total / count.clamp_min(torch.finfo(acc).tiny)
-        there = (total > 0) & (mean > 0)
-        past = (phi @ sums.unsqueeze(2)) / torch.where(there, total, 1.0).unsqueeze(-1)
-        log_count = count.clamp_min(torch.finfo(acc).tiny).log()
-        if tail.gates is not None:
-            log_count = log_count + tail.gates.cumsum(2)[:, :, None, len(tail) - length :]
-        shape = (batch, heads, length)
-        there = there.reshape(shape)
-        mean = torch.where(there, mean.reshape(shape), 1.0) ** (1 / self.degree)
-        log_count = log_count.expand(batch, groups, heads // groups, length).reshape(shape)
-        score = options.slope * mean + _log_of_diffmax(log_count, options.e) + options.offset
-        # an infinite score would spoil its products with zeros
-        most = torch.finfo(query.dtype).max / 2 * min(1.0, options.scale)
-        score = torch.where(there & (score > -most), score.clamp_max(most), -most)
-        return past.reshape(*shape, -1).masked_fill(~there.unsqueeze(-1), 0.0), score
+        out: Tensor = both[..., :-_MORE] + both[..., -_MORE : 1 - _MORE] * past
+        return out.to(query.dtype)
 
     def _keep(self, tail: _Tail) -> None:
         """Store the tail: in the room that appends are written to, unless gradients are on."""
@@ -377,11 +355,45 @@ class HybridCache:
         self._tail = _Tail(room[0][:, :, :held], room[1][:, :, :held], gates, padding)
 
 
+def _past(state: _Past, query: Tensor, tail: _Tail, degree: int, options: _Options) -> tuple[Tensor, Tensor]:
+    """The past's value (B, H, L, D_v) and score (B, H, L) for each query, in the accumulation dtype."""
+    sums, norm, count = state
+    batch, heads, length, size = query.shape
+    groups, acc = norm.shape[1], norm.dtype
+    grouped = query.to(acc).reshape(batch, groups, heads // groups, length, size) * options.scale
+    phi = monomials(grouped, degree) * coefficients(size, degree, grouped)
+    total = (phi @ norm[:, :, None, :, None]).squeeze(-1)
+    count = count[:, :, None, None].clamp_min(torch.finfo(norm.dtype).tiny)
+    # the decay since the tail's start is that of all weights: it cancels in both means
+    mean = total / count
+    there = (total > 0) & (mean > 0)
+    past = (phi @ sums.unsqueeze(2)) / torch.where(there, total, 1.0).unsqueeze(-1)
+    log_count = count.log()
+    if tail.gates is not None:
+        log_count = log_count + tail.gates.cumsum(2)[:, :, None, len(tail) - length :]
+    shape = (batch, heads, length)
+    there = there.reshape(shape)
+    mean = torch.where(there, mean.reshape(shape), 1.0) ** (1 / degree)
+    log_count = log_count.expand(batch, groups, heads // groups, length).reshape(shape)
+    score = options.slope * mean + _log_of_diffmax(log_count, options.e) + options.offset
+    # an infinite score would spoil its products with zeros
+    most = torch.finfo(query.dtype).max / 2 * min(1.0, options.scale)
+    score = torch.where(there & (score > -most), score.clamp_max(most), -most)
+    return past.reshape(*shape, -1).masked_fill(~there.unsqueeze(-1), 0.0), score
+
+
 def _of_past(t: Tensor, ones: int) -> Tensor:
     """The past's row (B, H_kv, 1, D + 2): zeros, then one or two ones."""
     row = t.new_zeros((*t.shape[:2], 1, t.shape[3] + _MORE))
     row[..., t.shape[3] : t.shape[3] + ones] = 1.0
     return row
+
+
+def _joined(old: Tensor | None, new: Tensor | None, zeros: Tensor, held: int) -> Tensor | None:
+    """Two parts of a row, where None is zeros; None if both are."""
+    if old is None and new is None:
+        return None
+    return torch.cat([zeros[..., :held] if old is None else old, zeros[..., held:] if new is None else new], -1)
 
 
 def _visible(query: Tensor, tail: _Tail, past: int) -> dict[str, Any]:
@@ -405,7 +417,9 @@ def _check_per_head(what: str, given: float | Tensor, q: Tensor, heads: int) -> 
     """A float, or a tensor () or (H,) as (H, 1) in the accumulation dtype."""
     if isinstance(given, Tensor):
         if not given.is_floating_point() or not has_shape(given, (), (1,), (heads,)):
-            raise ValueError(f"{_NAME}: {what} must be a float or floating (H,) = ({heads},), got {given.dtype} {_shape(given)}")
+            raise ValueError(
+                f"{_NAME}: {what} must be a float or floating (H,) = ({heads},), got {given.dtype} {_shape(given)}"
+            )
         return given.to(device=q.device, dtype=accumulation_dtype(q.dtype)).reshape(-1, 1)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{_NAME}: {what} must be a float or a tensor, got {given!r} of type {type(given).__name__}")
