@@ -258,14 +258,15 @@ class HybridCache:
                 f"1 <= L <= L_new, got {_shape(q)}, {_shape(k)} and {_shape(v)}"
             )
         check_heads(_NAME, q.shape[2], heads, True)
-        for what, t, wanted in (("log_gates", log_gates, (batch, new, heads)), ("padding", padding, (batch, new))):
-            if t is None:
+        for what, given, wanted in (("log_gates", log_gates, (batch, new, heads)), ("padding", padding, (batch, new))):
+            if given is None:
                 continue
-            kind = isinstance(t, Tensor) and (t.is_floating_point() if what == "log_gates" else t.dtype == torch.bool)
-            if not kind or not has_shape(t, wanted) or t.device != k.device:
-                got = f"{t.dtype} {_shape(t)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
-                kind_wanted = "floating (B, L_new, H_kv)" if what == "log_gates" else "boolean (B, L_new)"
-                raise ValueError(f"{_NAME}: {what} must be {kind_wanted} = {tuple(wanted)} on {k.device}, got {got}")
+            is_gates = what == "log_gates"
+            kind = isinstance(given, Tensor) and (given.is_floating_point() if is_gates else given.dtype == torch.bool)
+            if not kind or not has_shape(given, wanted) or given.device != k.device:
+                got = f"{given.dtype} {_shape(given)} on {given.device}" if isinstance(given, Tensor) else type(given).__name__
+                rule = "floating (B, L_new, H_kv)" if is_gates else "boolean (B, L_new)"
+                raise ValueError(f"{_NAME}: {what} must be {rule} = {tuple(wanted)} on {k.device}, got {got}")
         if self._tail is not None:
             key, value = self._tail.key, self._tail.value
             stored = (key.shape[0], key.shape[1], key.shape[3] - _MORE, value.shape[3] - _MORE)
