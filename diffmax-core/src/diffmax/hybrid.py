@@ -211,6 +211,22 @@ class HybridCache:
             alone. What is stored keeps its gradients: see `detach`.
         """
         q, k, v = autocast(q, k, v)
+        with torch._C._DisableAutocast():  # the past's sums are products in float32
+            return self._attend(q, k, v, log_gates, alpha, softmax_scale, offset, slope, padding, backend)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_gates: Tensor | None,
+        alpha: float | Tensor,
+        softmax_scale: float | None,
+        offset: float | Tensor,
+        slope: float | Tensor,
+        padding: Tensor | None,
+        backend: str | None,
+    ) -> Tensor:
         heads = self._check(q, k, v, log_gates, padding)
         e, e_tensor = check_alpha(_NAME, q.transpose(1, 2), alpha, heads)
         scale = check_scale(_NAME, q, softmax_scale)
