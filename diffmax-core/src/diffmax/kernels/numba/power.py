@@ -1,7 +1,10 @@
 """Power attention for CPUs, compiled: one parallel region for a call, in which each thread does everything for its heads.
 
 `power_job` lays the call out as words, `power_forward` and `power_backward` are the kernels, made of `power_parts`; products are
-in `products`. One state per thread is in memory, however long the sequence.
+those of `simd`, in tiles. One state per thread is in memory, however long the sequence.
+
+Where two threads or more would share a head of keys, each has a span of its chunks: a first region finds what the spans add to
+the state, and sums then have another order than those of a thread alone. All else is the same on any number of threads.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ def power_attention_backward(
     gates = call.log_gates if wanted.log_gates else None
     grad_gates = torch.empty((0,) if gates is None else gates.shape, dtype=acc)
     of_sums, of_norm = _states(key, value, call.degree, wanted.state and call.sums is not None, acc)
+    of_end = torch.zeros(key.shape[:2], dtype=torch.float64)
     job = Job(query, key, value, call)
     job.add(Word.grad, grad)
     for word, given in ((Word.out, saved.out), (Word.total, saved.total)):
@@ -63,10 +67,13 @@ def power_attention_backward(
         job.add_whole(Word.end_norm, grad_norm)
     for word, t in (
         *((Word.grad_query, grad_query), (Word.grad_key, grad_key), (Word.grad_value, grad_value)),
-        *((Word.grad_gates, grad_gates), (Word.grad_sums, of_sums), (Word.grad_norm, of_norm)),
+        *((Word.grad_gates, grad_gates), (Word.of_end, of_end), (Word.grad_sums, of_sums), (Word.grad_norm, of_norm)),
     ):
         job.add_new(word, t)
     job.run("backward")
+    if grad_gates.numel():
+        from_here = grad_gates.double().flip(-1).cumsum(-1).flip(-1)
+        grad_gates = (of_end.unsqueeze(-1) - from_here).to(acc)
     return PowerGradients(grad_query, grad_key, grad_value, grad_gates, of_sums, of_norm)
 
 

@@ -1,31 +1,37 @@
 """Power attention's backward kernel: a thread takes a head of keys, and sweeps over its chunks twice.
 
-The first sweep carries the state again, for the gradients of queries; the second, from the end, carries the state's gradient for
-those of keys and values. Each computes the weights within a chunk for itself, so nothing is kept from one to the other. The
-gradients of gates are sums of k . dk (docs/theory.md, Eq. 38). a is the gradient for the result, divided by the norm.
+The first sweep carries the state again, for the gradients of queries; the second, from the end, carries the state's gradient
+for those of keys and values. Each computes the weights within a chunk for itself, so nothing is kept from one to the other. The
+gradients of gates are sums of k . dk (docs/theory.md, Eq. 38), which `power` takes. a is the gradient for the result, divided by
+the norm.
 """
 
 import numpy as np
 
 from diffmax.kernels.numba.jobs import finish, take
 from diffmax.kernels.numba.power_forward import (
+    chunks_of,
+    collect,
     enter,
     first_lane,
+    is_own,
     key_rows,
     keys_into_lanes,
     lanes_of,
     queries_into_lanes,
     scale_rows,
+    state_before,
 )
 from diffmax.kernels.numba.power_parts import (
     absorb,
     begin_state,
-    by_value,
+    copy_state,
     cumulate_gates,
     decay_since,
     decay_until,
     end_state,
     fill_levels,
+    join_state,
     multiply,
     place_lanes,
     pull_state,
@@ -167,11 +173,8 @@ def values_into_lanes(words, memory, batch, kv_head, first, count, padded, compu
 
 
 @jitable
-def differentiate_keys(words, numbers, memory, batch, kv_head, start, end, first, count, is_live, of_gates, computing):
-    """The gradients for `count` keys from `first` on and for their values; `is_live`: the state's may not be 0.
-
-    Returns what `of_gates`, the gradient for the log gates behind these keys, becomes before them.
-    """
+def differentiate_keys(words, numbers, memory, batch, kv_head, start, end, first, count, is_live, computing):
+    """The gradients for `count` keys from `first` on and for their values; `is_live`: the state's may not be 0."""
     stride, step, size = words[Word.stride], words[Word.head_step], words[Word.value_step]
     row_step, depth, dim = words[Word.row_step], words[Word.head_dim], words[Word.value_dim]
     levels = floats(words, memory, Word.levels, step * stride, computing)
@@ -215,18 +218,17 @@ def differentiate_keys(words, numbers, memory, batch, kv_head, start, end, first
             multiply(words, memory, grads, 0, 1, row_step, dim, scores, 0, stride, 0, stop, rows, of_values, 0, stride, True)
             multiply(words, memory, queries, 0, 1, step, depth, slopes, 0, stride, 0, stop, rows, of_levels, 0, stride, True)
     if words[Word.grad_gates] != 0:
-        of_gates = differentiate_gates(words, memory, levels, of_levels, batch, kv_head, first, count, of_gates, computing)
+        differentiate_gates(words, memory, levels, of_levels, batch, kv_head, first, count, computing)
     head_row = (batch * words[Word.kv_heads] + kv_head) * words[Word.many] + first
     from_lanes(of_levels, stride, padded, depth, target, step)
     rows_from(words, words[Word.grad_key], head_row, count, depth, target, step, computing(1.0))
     from_lanes(of_values, stride, padded, dim, target, row_step)
     rows_from(words, words[Word.grad_value], head_row, count, dim, target, row_step, computing(1.0))
-    return of_gates
 
 
 @jitable
-def differentiate_gates(words, memory, levels, of_levels, batch, kv_head, first, count, of_gates, computing):
-    """Write the gradients for the log gates of some keys; what comes behind them is in `of_gates`."""
+def differentiate_gates(words, memory, levels, of_levels, batch, kv_head, first, count, computing):
+    """Write k . dk / p of some keys."""
     stride, width = words[Word.stride], places(levels)
     moved = lane_numbers(words, memory, MORE, computing)
     row = (batch * words[Word.kv_heads] + kv_head) * words[Word.many] + first
@@ -235,12 +237,9 @@ def differentiate_gates(words, memory, levels, of_levels, batch, kv_head, first,
         sums = load(levels, c) * load(of_levels, c)
         for d in range(1, words[Word.head_dim]):
             sums = sums + load(levels, d * stride + c) * load(of_levels, d * stride + c)
-        store(moved, c, sums)
-    for i in range(count):
-        t = count - 1 - i
-        of_gates -= np.float64(moved[t]) / words[Word.degree]
-        target[row + t] = of_gates
-    return of_gates
+        store(moved, c, sums / float(words[Word.degree]))
+    for t in range(count):
+        target[row + t] = moved[t]
 
 
 @jitable
@@ -282,81 +281,119 @@ def product_with_end(words, memory, head, computing):
     return found
 
 
+@jitable
+def keys_backward(words, numbers, memory, batch, kv_head, chunk, part, is_live, computing):
+    """From the state's gradient behind a chunk those for its keys, and what the state's gradient is before it.
+
+    Returns whether that may not be 0.
+    """
+    head = batch * words[Word.kv_heads] + kv_head
+    start, end = chunk * words[Word.span], min((chunk + 1) * words[Word.span], words[Word.many])
+    cumulate_gates(words, memory, head, start, end, computing)
+    blocks = (end - start + COLUMNS - 1) // COLUMNS
+    if words[Word.collects] == 0:
+        for k in range(blocks):
+            if is_own(words, part, k):
+                key = start + k * COLUMNS
+                count = min(COLUMNS, end - key)
+                differentiate_keys(words, numbers, memory, batch, kv_head, start, end, key, count, is_live, computing)
+    if is_live and words[Word.gates] != 0:
+        scale_state(words, memory, whole_decay(words, memory, start, end, computing), computing)
+    before = words[Word.many] - words[Word.length] if words[Word.many] > 0 else 0
+    first, last = max(start - before, 0), (end if words[Word.many] > 0 else words[Word.length]) - before
+    goes_on = chunk > 0 or words[Word.grad_norm] != 0
+    if goes_on and first < last and (words[Word.spans] > 1 or part == 0):
+        add_queries(words, numbers, memory, batch, kv_head, start, first, last, before, computing)
+        return True
+    return is_live
+
+
+@jitable
+def collect_gradient(words, numbers, memory, head, span, computing):
+    """What a span of chunks adds to the state's gradient."""
+    first_chunk, last_chunk, _ = chunks_of(words, span)
+    begin_state(words, memory, 0, 0, head, computing)
+    is_live, decay = False, 1.0
+    for i in range(last_chunk - first_chunk):
+        chunk = last_chunk - 1 - i
+        batch, kv_head = head // words[Word.kv_heads], head % words[Word.kv_heads]
+        is_live = keys_backward(words, numbers, memory, batch, kv_head, chunk, span, is_live, computing)
+        start, end = chunk * words[Word.span], min((chunk + 1) * words[Word.span], words[Word.many])
+        decay *= whole_decay(words, memory, start, end, computing)
+    number = head * words[Word.spans] + span
+    if span == words[Word.spans] - 1:  # the others' are written with what they add to the state
+        array_at(words[Word.decays], number + 1, np.float64)[number] = decay
+    copy_state(words, memory, words[Word.of_states], number, computing)
+
+
 def make_backward(computing):
     """The kernel for tensors that are computed in `computing`, whatever they are stored as."""
 
     def backward(job):
         words, numbers = words_of(job)
         memory = own_memory(words)
-        many, length, group, span = words[Word.many], words[Word.length], words[Word.group], words[Word.span]
+        many, length, group, parts = words[Word.many], words[Word.length], words[Word.group], words[Word.parts]
         before = many - length if many > 0 else 0
         has_state, has_end = words[Word.norm] != 0, words[Word.end_norm] != 0
-        wants_state, wants_gates = words[Word.grad_norm] != 0, words[Word.grad_gates] != 0
-        chunks = max(1, (many + span - 1) // span)
+        wants_state, wants_end = words[Word.grad_norm] != 0, has_end and words[Word.grad_gates] != 0
         done, start_task, end_task = take(words, 0, 0, 0)
         while start_task < end_task:
-            for head in range(start_task, end_task):
+            for task in range(start_task, end_task):
+                head, part = task // parts, task % parts
                 batch, kv_head = head // words[Word.kv_heads], head % words[Word.kv_heads]
-                if has_state or has_end or chunks > 1:
-                    begin_state(words, memory, words[Word.sums], words[Word.norm], head, computing)
-                for chunk in range(chunks):
-                    start, end = chunk * span, min((chunk + 1) * span, many)
+                if words[Word.collects] != 0:
+                    if part < words[Word.spans] - 1:
+                        collect(words, memory, head, part, computing)
+                    if part > 0:
+                        collect_gradient(words, numbers, memory, head, part, computing)
+                    continue
+                first_chunk, last_chunk, chunks = chunks_of(words, part)
+                spans = words[Word.spans]
+                needs_state = has_state or has_end or chunks > 1
+                if needs_state:
+                    state_before(words, memory, head, part if spans > 1 else 0, computing)
+                ends = wants_end and last_chunk == chunks and (spans > 1 or part == 0)
+                for chunk in range(first_chunk, last_chunk):
+                    start, end = chunk * words[Word.span], min((chunk + 1) * words[Word.span], many)
                     cumulate_gates(words, memory, head, start, end, computing)
                     first, last = max(start - before, 0), (end if many > 0 else length) - before
                     for at in range(first, last, COLUMNS):
-                        count = min(COLUMNS, last - at)
-                        together = COLUMNS // count
-                        for member in range(0, group, together):
-                            differentiate_queries(
-                                words,
-                                numbers,
-                                memory,
-                                batch,
-                                kv_head,
-                                member,
-                                min(together, group - member),
-                                start,
-                                at + before,
-                                count,
-                                at,
-                                has_state or chunk > 0,
-                                computing,
-                            )
-                    if end < many or (has_end and wants_gates):
+                        if is_own(words, part, (at - first) // COLUMNS):
+                            count = min(COLUMNS, last - at)
+                            together = COLUMNS // count
+                            past = has_state or chunk > 0
+                            for member in range(0, group, together):
+                                heads = min(together, group - member)
+                                differentiate_queries(
+                                    words,
+                                    numbers,
+                                    memory,
+                                    batch,
+                                    kv_head,
+                                    member,
+                                    heads,
+                                    start,
+                                    at + before,
+                                    count,
+                                    at,
+                                    past,
+                                    computing,
+                                )
+                    if chunk + 1 < last_chunk or ends:
                         enter(words, memory, batch, kv_head, start, end, computing)
-                of_gates = product_with_end(words, memory, head, computing) if has_end and wants_gates else 0.0
-                if has_end or has_state or chunks > 1:
+                if ends:
+                    of_end = array_at(words[Word.of_end], head + 1, np.float64)
+                    of_end[head] = product_with_end(words, memory, head, computing)
+                if needs_state:
                     begin_state(words, memory, words[Word.end_sums], words[Word.end_norm], head, computing)
-                is_live = has_end
-                for i in range(chunks):
-                    chunk = chunks - 1 - i
-                    start, end = chunk * span, min((chunk + 1) * span, many)
-                    if chunks > 1 or i > 0:
-                        cumulate_gates(words, memory, head, start, end, computing)
-                    blocks = (end - start + COLUMNS - 1) // COLUMNS
-                    for k in range(blocks):
-                        key = start + (blocks - 1 - k) * COLUMNS
-                        of_gates = differentiate_keys(
-                            words,
-                            numbers,
-                            memory,
-                            batch,
-                            kv_head,
-                            start,
-                            end,
-                            key,
-                            min(COLUMNS, end - key),
-                            is_live,
-                            of_gates,
-                            computing,
-                        )
-                    if is_live and words[Word.gates] != 0:
-                        scale_state(words, memory, whole_decay(words, memory, start, end, computing), computing)
-                    first, last = max(start - before, 0), (end if many > 0 else length) - before
-                    if (chunk > 0 or (has_state and wants_state)) and first < last:
-                        add_queries(words, numbers, memory, batch, kv_head, start, first, last, before, computing)
-                        is_live = True
-                if wants_state:
+                    for later in range(spans - 1 - part if spans > 1 else 0):
+                        number = head * spans + spans - 1 - later
+                        join_state(words, memory, words[Word.of_states], number, computing)
+                is_live = has_end or last_chunk < chunks
+                for i in range(last_chunk - first_chunk):
+                    chunk = last_chunk - 1 - i
+                    is_live = keys_backward(words, numbers, memory, batch, kv_head, chunk, part, is_live, computing)
+                if wants_state and first_chunk == 0 and (spans > 1 or part == 0):
                     end_state(words, memory, words[Word.grad_sums], words[Word.grad_norm], head, computing)
             done, start_task, end_task = take(words, done, start_task, end_task)
         return finish(words, done)

@@ -4,15 +4,19 @@ The queries of a chunk, side by side in all heads that share the keys, are multi
 keys; then the keys are added to the state. In the quadratic form the whole sequence is one chunk, and tasks share its queries.
 """
 
+import numpy as np
+
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.power_parts import (
     absorb,
     begin_state,
     by_value,
+    copy_state,
     cumulate_gates,
     decay_since,
     decay_until,
     end_state,
+    join_state,
     multiply,
     place_lanes,
     read_state,
@@ -37,7 +41,7 @@ from diffmax.kernels.numba.power_words import (
     zero,
 )
 from diffmax.kernels.numba.products import panel_width
-from diffmax.kernels.numba.simd import jitable, load, places, select, store
+from diffmax.kernels.numba.simd import array_at, jitable, load, places, select, store
 
 
 @jitable
@@ -93,7 +97,7 @@ def first_lane(words, heads, from_first, array):
 
 @jitable
 def attend(words, numbers, memory, batch, kv_head, member, heads, start, first, count, at, has_past, computing):
-    """Queries of some heads of a group, `count` of each from `at` on at the positions from `first` on, and what they attend to."""
+    """Queries of some heads of a group, `count` of each from `at` on at positions from `first` on, and what they attend to."""
     stride, step, size, dim = words[Word.stride], words[Word.head_step], words[Word.value_step], words[Word.value_dim]
     row_step, depth = words[Word.row_step], words[Word.head_dim]
     result = floats(words, memory, Word.result, (size + 1) * stride, computing)
@@ -168,6 +172,44 @@ def scale_rows(rows, step, count, size, factors):
             store(rows, r * step + j, load(rows, r * step + j) * factors[r])
 
 
+@jitable
+def collect(words, memory, head, span, computing):
+    """What a span of chunks adds to the state, and what the state before it decays by."""
+    decay = 1.0
+    begin_state(words, memory, 0, 0, head, computing)
+    for chunk in range(span * words[Word.span_chunks], (span + 1) * words[Word.span_chunks]):
+        start, end = chunk * words[Word.span], min((chunk + 1) * words[Word.span], words[Word.many])
+        cumulate_gates(words, memory, head, start, end, computing)
+        enter(words, memory, head // words[Word.kv_heads], head % words[Word.kv_heads], start, end, computing)
+        decay *= whole_decay(words, memory, start, end, computing)
+    number = head * words[Word.spans] + span
+    array_at(words[Word.decays], number + 1, np.float64)[number] = decay
+    copy_state(words, memory, words[Word.states], number, computing)
+
+
+@jitable
+def state_before(words, memory, head, span, computing):
+    """The state of a head before a span of its chunks."""
+    begin_state(words, memory, words[Word.sums], words[Word.norm], head, computing)
+    for earlier in range(span):
+        join_state(words, memory, words[Word.states], head * words[Word.spans] + earlier, computing)
+
+
+@jitable
+def chunks_of(words, part):
+    """The first chunk of a part, and one behind its last; in the quadratic form there is one, whose tokens parts share."""
+    chunks = max(1, (words[Word.many] + words[Word.span] - 1) // words[Word.span])
+    if words[Word.spans] == 1:
+        return 0, chunks, chunks
+    return part * words[Word.span_chunks], min((part + 1) * words[Word.span_chunks], chunks), chunks
+
+
+@jitable
+def is_own(words, part, block):
+    """Whether tokens of a chunk are a part's."""
+    return words[Word.spans] > 1 or block % words[Word.parts] == part
+
+
 def make_forward(computing):
     """The kernel for tensors that are computed in `computing`, whatever they are stored as."""
 
@@ -182,17 +224,25 @@ def make_forward(computing):
             for task in range(start_task, end_task):
                 head, part = task // parts, task % parts
                 batch, kv_head = head // words[Word.kv_heads], head % words[Word.kv_heads]
-                if has_state or is_final or words[Word.span] < many:
-                    begin_state(words, memory, words[Word.sums], words[Word.norm], head, computing)
-                for start in range(0, max(many, 1), words[Word.span]):
-                    end = min(start + words[Word.span], many)
+                if words[Word.collects] != 0:
+                    if part < words[Word.spans] - 1:
+                        collect(words, memory, head, part, computing)
+                    continue
+                first_chunk, last_chunk, chunks = chunks_of(words, part)
+                if has_state or is_final or chunks > 1:
+                    state_before(words, memory, head, part if words[Word.spans] > 1 else 0, computing)
+                ends = is_final and last_chunk == chunks and (words[Word.spans] > 1 or part == 0)
+                for chunk in range(first_chunk, last_chunk):
+                    start, end = chunk * words[Word.span], min((chunk + 1) * words[Word.span], many)
                     cumulate_gates(words, memory, head, start, end, computing)
                     first, last = max(start - before, 0), (end if many > 0 else length) - before
                     for at in range(first, last, COLUMNS):
-                        if (at - first) // COLUMNS % parts == part:
+                        if is_own(words, part, (at - first) // COLUMNS):
                             count = min(COLUMNS, last - at)
                             together = COLUMNS // count
+                            past = has_state or chunk > 0
                             for member in range(0, group, together):
+                                heads = min(together, group - member)
                                 attend(
                                     words,
                                     numbers,
@@ -200,17 +250,17 @@ def make_forward(computing):
                                     batch,
                                     kv_head,
                                     member,
-                                    min(together, group - member),
+                                    heads,
                                     start,
                                     at + before,
                                     count,
                                     at,
-                                    has_state or start > 0,
+                                    past,
                                     computing,
                                 )
-                    if end < many or (is_final and part == 0):
+                    if chunk + 1 < last_chunk or ends:
                         enter(words, memory, batch, kv_head, start, end, computing)
-                if is_final and part == 0:
+                if ends:
                     end_state(words, memory, words[Word.end_sums], words[Word.end_norm], head, computing)
             done, start_task, end_task = take(words, done, start_task, end_task)
         return finish(words, done)

@@ -25,6 +25,8 @@ from diffmax.plugin import PowerCall
 
 # Multiplications that occupy a thread for longer than it takes to wake another.
 THREAD_PRODUCTS = 1 << 20
+# A span of a head's chunks has so many at least.
+LEAST_CHUNKS = 4
 Table = np.ndarray[Any, np.dtype[np.int64]]
 KINDS = {torch.bfloat16: 1, torch.float16: 2}
 COMPUTING: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
@@ -43,13 +45,13 @@ class Job:
         self.heads, group = batch * groups, heads // groups
         span = call.chunk or chosen_chunk(length, many, size, value_size, call.degree, group)
         self.is_quadratic = span >= many
-        self.columns = -(-length // COLUMNS)
+        self.columns = max(1, -(-max(length, many) // COLUMNS))
         self.shape = _Shape(self.acc, size, value_size, call.degree)
         plan = _plan(self.shape)
         self.plan, self.span = plan, max(1, min(span, many))
         words[Word.kv_heads], words[Word.group] = groups, group
         words[Word.head_dim], words[Word.value_dim], words[Word.degree] = size, value_size, call.degree
-        words[Word.length], words[Word.many], words[Word.span], words[Word.parts] = length, many, self.span, 1
+        words[Word.length], words[Word.many], words[Word.span] = length, many, self.span
         words[Word.kind] = KINDS.get(query.dtype, 0)
         words[Word.coefficients], words[Word.firsts] = plan.coefficients.data_ptr(), plan.firsts.ctypes.data
         words[Word.level_at] = plan.level_at.ctypes.data
@@ -86,19 +88,34 @@ class Job:
         return t
 
     def run(self, name: str) -> None:
-        """Run a kernel: a task for each head of keys, or in the forward's quadratic form some of its queries."""
-        words, parts = self.words, 1
+        """Run a kernel: a task for each head of keys, or for some of its tokens where heads are fewer than threads."""
+        words = self.words
         threads = torch.get_num_threads() if self.products >= 2 * THREAD_PRODUCTS else 1
-        if name == "forward" and self.is_quadratic and threads > 1:
-            parts = self.columns
-        tasks = self.heads * parts
-        sizes = self.plan.backward if name == "backward" else self.plan.forward
-        since = 8 * self.span if words[Word.gates] else 0
-        slot_bytes = sizes.slot_bytes + _multiple(since, BYTES)
-        words[Word.state :] = sizes.places
-        words[Word.since], words[Word.slot_bytes], words[Word.parts] = sizes.slot_bytes, slot_bytes, parts
+        words[Word.parts] = words[Word.spans] = 1
+        if threads > 1 and self.is_quadratic:
+            words[Word.parts] = self.columns
+        chunks = -(-int(words[Word.many]) // self.span)
+        spans = min(threads // max(1, self.heads), chunks // LEAST_CHUNKS)
+        if spans > 1:
+            words[Word.span_chunks] = -(-chunks // spans)
+            words[Word.spans] = words[Word.parts] = spans = -(-chunks // int(words[Word.span_chunks]))
+            state = self.heads * spans * self.plan.monomials * int(words[Word.state_step])
+            states = torch.empty(2 if name == "backward" else 1, state, dtype=self.acc)
+            decays = torch.ones(self.heads * spans, dtype=torch.float64)
+            words[Word.states], words[Word.of_states] = states[0].data_ptr(), states[-1].data_ptr()
+            words[Word.decays], words[Word.collects] = decays.data_ptr(), 1
+            self._run(name, threads)
+            words[Word.collects] = words[Word.next] = words[Word.done] = words[Word.slots] = 0
+        self._run(name, threads)
+
+    def _run(self, name: str, threads: int) -> None:
+        words, tasks = self.words, self.heads * int(self.words[Word.parts])
+        layout = self.plan.backward if name == "backward" else self.plan.forward
+        since = _multiple(8 * self.span if words[Word.gates] else 0, BYTES)
+        words[Word.state :] = layout.places
+        words[Word.since], words[Word.slot_bytes] = layout.slot_bytes, layout.slot_bytes + since
         threads = min(threads, tasks)
-        memory = torch.empty(threads * slot_bytes + BYTES, dtype=torch.uint8)
+        memory = torch.empty(threads * int(words[Word.slot_bytes]) + BYTES, dtype=torch.uint8)
         words[Word.stop], words[Word.chunk] = tasks, 1 if threads > 1 else tasks
         words[Word.memory] = _multiple(memory.data_ptr(), BYTES)
         kernel, address = _kernel(name, self.acc)
@@ -167,7 +184,7 @@ def _plan(shape: _Shape) -> _Plan:
         "more_rows": ROWS_AT_ONCE * row_step,
         "result": max(row_step * stride, row_step),
         "numbers_of_lanes": N_NUMBERS * stride,
-        "ones": stride,
+        "found": stride,
     }
     more = {
         "of_levels": max(level_rows, head_step) * stride,

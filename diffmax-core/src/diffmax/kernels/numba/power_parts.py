@@ -26,7 +26,7 @@ from diffmax.kernels.numba.power_words import (
     level_at,
     zero,
 )
-from diffmax.kernels.numba.products import ROWS, VECTORS, panel_width
+from diffmax.kernels.numba.products import ROWS, VECTORS
 from diffmax.kernels.numba.simd import (
     array_at,
     dots_of,
@@ -352,6 +352,27 @@ def scale_state(words, memory, factor, computing):
 
 
 @jitable
+def copy_state(words, memory, address, number, computing):
+    """Write the state where those of spans are."""
+    count = words[Word.monomials] * words[Word.state_step]
+    state = floats(words, memory, Word.state, count, computing)
+    target = array_at(address, (number + 1) * count, computing)
+    for i in range(count):
+        target[number * count + i] = state[i]
+
+
+@jitable
+def join_state(words, memory, address, number, computing):
+    """Let the state decay over a span, and add what that span adds."""
+    count = words[Word.monomials] * words[Word.state_step]
+    state = floats(words, memory, Word.state, count, computing)
+    added = array_at(address, (number + 1) * count, computing)
+    decay = computing(array_at(words[Word.decays], number + 1, np.float64)[number])
+    for i in range(count):
+        state[i] = state[i] * decay + added[number * count + i]
+
+
+@jitable
 def absorb(words, memory, tokens, padded, weighted, of_norm, computing):
     """Add tokens to the state: their monomials times `value_rows`, and for the norm times a number for each lane."""
     stride, step, row_step = words[Word.stride], words[Word.state_step], words[Word.row_step]
@@ -360,7 +381,7 @@ def absorb(words, memory, tokens, padded, weighted, of_norm, computing):
     levels = floats(words, memory, Word.levels, stride, computing)
     entries = floats(words, memory, Word.entries, SLICE * stride, computing)
     values = floats(words, memory, Word.value_rows, COLUMNS * row_step, computing)
-    found = floats(words, memory, Word.ones, stride, computing)
+    found = floats(words, memory, Word.found, stride, computing)
     width = places(state)
     fill_levels(words, levels, padded)
     for low in range(0, total, SLICE):

@@ -27,17 +27,17 @@ _Words = namedtuple(
     next done stop chunk
     slots slot_bytes memory
     kv_heads group head_dim value_dim head_step value_step state_step row_step stride
-    length many span degree parts monomials kind
+    length many span degree parts spans span_chunks collects monomials kind
     query query_batch query_head query_row
     key key_batch key_head key_row
     value value_batch value_head value_row
     grad grad_batch grad_head grad_row
     gates coefficients firsts level_at level_rows
-    sums norm end_sums end_norm out total
+    sums norm end_sums end_norm out total states of_states decays of_end
     grad_query grad_key grad_value grad_gates grad_sums grad_norm
     scale
-    state levels of_levels entries scores slopes lane_rows value_rows rows more_rows lanes_t result of_values numbers_of_lanes ones
-    left_rows right_rows since
+    state levels of_levels entries scores slopes lane_rows value_rows rows more_rows lanes_t result of_values
+    numbers_of_lanes found left_rows right_rows since
     """,
 )
 N_WORDS = len(_Words._fields)
