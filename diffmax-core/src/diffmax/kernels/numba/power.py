@@ -1,7 +1,8 @@
 """Power attention for CPUs, compiled: one parallel region for a call, in which each thread does everything for its heads.
 
-`power_job` lays the call out as words, `power_forward` and `power_backward` are the kernels, made of `power_parts`; products are
-those of `simd`, in tiles. One state per thread is in memory, however long the sequence.
+`power_job` lays the call out as words, `power_forward` and `power_backward` are the kernels, made of `power_parts`; few queries
+read the state as `power_step` says. Products are those of `simd`, in tiles. One state per thread is in memory, however long the
+sequence.
 
 Where two threads or more would share a head of keys, each has a span of its chunks: a first region finds what the spans add to
 the state, and sums then have another order than those of a thread alone. All else is the same on any number of threads.
@@ -33,6 +34,7 @@ def power_attention(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, 
     job = Job(query, key, value, call)
     for word, t in ((Word.out, out), (Word.total, total), (Word.end_sums, sums), (Word.end_norm, norm)):
         job.add_new(word, t)
+    job.step_in_place()
     job.run("forward")
     return PowerResults(out, total, sums, norm)
 

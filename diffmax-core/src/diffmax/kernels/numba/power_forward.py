@@ -24,6 +24,7 @@ from diffmax.kernels.numba.power_parts import (
     weights_of,
     whole_decay,
 )
+from diffmax.kernels.numba.power_step import enter_in_place, read_in_place
 from diffmax.kernels.numba.power_words import (
     COLUMNS,
     POSITION,
@@ -113,7 +114,10 @@ def attend(words, numbers, memory, batch, kv_head, member, heads, start, first, 
     gated = words[Word.gates] != 0
     zero(result, 0, (size + 1) * stride)
     if has_past:
-        read_state(words, memory, padded, True, True, computing)
+        if words[Word.in_place] != 0:
+            read_in_place(words, memory, batch * words[Word.kv_heads] + kv_head, lanes, computing)
+        else:
+            read_state(words, memory, padded, True, True, computing)
         if gated and words[Word.many] > 0:
             scale_lanes(result, size + 1, stride, padded, decay_since(words, memory, padded, computing))
     seen = first + count if words[Word.many] > 0 else start
@@ -151,7 +155,7 @@ def enter(words, memory, batch, kv_head, start, end, computing):
     """Let the state decay over a chunk, and add its keys."""
     row_step, size = words[Word.row_step], words[Word.value_dim]
     values = floats(words, memory, Word.value_rows, COLUMNS * row_step, computing)
-    if words[Word.gates] != 0 and end > start:
+    if words[Word.gates] != 0 and end > start and words[Word.in_place] == 0:
         scale_state(words, memory, whole_decay(words, memory, start, end, computing), computing)
     for first in range(start, end, COLUMNS):
         count = min(COLUMNS, end - first)
@@ -161,6 +165,9 @@ def enter(words, memory, batch, kv_head, start, end, computing):
         until = decay_until(words, memory, start, end, first, count, padded, computing)
         if words[Word.gates] != 0:
             scale_rows(values, row_step, count, words[Word.value_step], until)
+        if words[Word.in_place] != 0:
+            enter_in_place(words, memory, batch * words[Word.kv_heads] + kv_head, count, computing)
+            continue
         absorb(words, memory, count, padded, False, until, computing)
 
 
@@ -229,7 +236,7 @@ def make_forward(computing):
                         collect(words, memory, head, part, computing)
                     continue
                 first_chunk, last_chunk, chunks = chunks_of(words, part)
-                if has_state or is_final or chunks > 1:
+                if (has_state or is_final or chunks > 1) and words[Word.in_place] == 0:
                     state_before(words, memory, head, part if words[Word.spans] > 1 else 0, computing)
                 ends = is_final and last_chunk == chunks and (words[Word.spans] > 1 or part == 0)
                 for chunk in range(first_chunk, last_chunk):
@@ -260,7 +267,7 @@ def make_forward(computing):
                                 )
                     if chunk + 1 < last_chunk or ends:
                         enter(words, memory, batch, kv_head, start, end, computing)
-                if ends:
+                if ends and words[Word.in_place] == 0:
                     end_state(words, memory, words[Word.end_sums], words[Word.end_norm], head, computing)
             done, start_task, end_task = take(words, done, start_task, end_task)
         return finish(words, done)

@@ -25,6 +25,8 @@ from diffmax.plugin import PowerCall
 
 # Multiplications that occupy a thread for longer than it takes to wake another.
 THREAD_PRODUCTS = 1 << 20
+# Of so few queries that share a head of keys, each is multiplied by the state as it lies.
+FEW = 16
 # A span of a head's chunks has so many at least.
 LEAST_CHUNKS = 4
 Table = np.ndarray[Any, np.dtype[np.int64]]
@@ -107,6 +109,14 @@ class Job:
             self._run(name, threads)
             words[Word.collects] = words[Word.next] = words[Word.done] = words[Word.slots] = 0
         self._run(name, threads)
+
+    def step_in_place(self) -> None:
+        """Have few queries read the state where it lies, if its rows are whole vectors."""
+        words = self.words
+        few = int(words[Word.length] * words[Word.group]) <= FEW
+        ends = words[Word.end_norm] == 0 or 0 < words[Word.many] <= COLUMNS
+        whole = words[Word.value_dim] == words[Word.value_step]
+        words[Word.in_place] = few and whole and ends and bool(words[Word.norm]) and self.is_quadratic
 
     def _run(self, name: str, threads: int) -> None:
         words, tasks = self.words, self.heads * int(self.words[Word.parts])

@@ -49,7 +49,7 @@ _column = product_of(ROWS, 1)
 _line = product_of(1, VECTORS)
 _long_line = product_of(1, 4 * VECTORS)
 _spot = product_of(1, 1)
-_dots = dots_of(ROWS * VECTORS // 2)
+dots = dots_of(ROWS * VECTORS // 2)
 
 
 @jitable
@@ -407,7 +407,7 @@ def absorb(words, memory, tokens, padded, weighted, of_norm, computing):
             True,
         )
         for row in range(low, high, width):
-            _dots(of_norm, 0, entries, (row - low) * stride, stride, padded, found, 0)
+            dots(of_norm, 0, entries, (row - low) * stride, stride, padded, found, 0)
             for i in range(min(width, high - row)):
                 state[(row + i) * step + size] += found[i]
 

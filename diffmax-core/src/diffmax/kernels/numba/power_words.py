@@ -27,7 +27,7 @@ _Words = namedtuple(
     next done stop chunk
     slots slot_bytes memory
     kv_heads group head_dim value_dim head_step value_step state_step row_step stride
-    length many span degree parts spans span_chunks collects monomials kind
+    length many span degree parts spans span_chunks collects in_place monomials kind
     query query_batch query_head query_row
     key key_batch key_head key_row
     value value_batch value_head value_row
