@@ -1,4 +1,4 @@
-"""The compiled power attention: regions, threads, memory, steps of decoding. What it computes is compared with the reference."""
+"""The compiled power attention: what it computes, regions, threads, memory, steps of decoding."""
 
 import os
 

@@ -6,6 +6,7 @@ sequence.
 
 Where two threads or more would share a head of keys, each has a span of its chunks: a first region finds what the spans add to
 the state, and sums then have another order than those of a thread alone. All else is the same on any number of threads.
+A backward of 16 bits starts with a forward region, for the products of results and their gradients.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ def power_attention_backward(
     of_end = torch.zeros(key.shape[:2], dtype=torch.float64)
     job = Job(query, key, value, call)
     job.add(Word.grad, grad)
+    if query.dtype != acc:  # the result was rounded, and what is made of it would miss those digits
+        means = torch.empty(query.shape[:3], dtype=acc)
+        job.add_new(Word.means, means)
+        job.run("forward")
     for word, given in ((Word.out, saved.out), (Word.total, saved.total)):
         job.add_whole(word, given)
     if grad_sums is not None and grad_norm is not None:
