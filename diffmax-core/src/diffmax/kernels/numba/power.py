@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax.kernels.cpu import power
 from diffmax.kernels.numba.power_job import Job
 from diffmax.kernels.numba.power_words import Word
 from diffmax.machine.forked import alone_in_child
@@ -26,8 +25,6 @@ from diffmax.reference.power import state_shapes
 @alone_in_child
 def power_attention(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, keep: bool) -> PowerResults:
     """Forward kernel; arguments and results as `diffmax.reference.power.power_attention`."""
-    if _is_empty(query, key, value):
-        return power.forward(query, key, value, call, keep)
     acc = accumulation_dtype(query.dtype)
     out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype)
     total = torch.empty(query.shape[:3] if keep else (0,), dtype=acc)
@@ -53,8 +50,6 @@ def power_attention_backward(
     wanted: PowerWanted,
 ) -> PowerGradients:
     """Backward kernel; arguments and results as `diffmax.reference.power.power_attention_backward`."""
-    if _is_empty(query, key, value):
-        return power.backward(grad, grad_sums, grad_norm, query, key, value, saved, call, wanted)
     acc = saved.total.dtype
     grad_query, grad_key, grad_value = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
     gates = call.log_gates if wanted.log_gates else None
@@ -100,11 +95,6 @@ def warmup(
     if backward:
         saved = PowerSaved(out, total)
         power_attention_backward(out, None, None, query, query, value, saved, call, PowerWanted())
-
-
-def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether there is nothing to be done for tokens; what there is, states, is left to the plain kernels."""
-    return query.numel() == 0 or value.shape[3] == 0 or key.shape[1] == 0
 
 
 def _states(key: Tensor, value: Tensor, degree: int, wanted: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

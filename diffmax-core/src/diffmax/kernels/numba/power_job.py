@@ -44,7 +44,7 @@ class Job:
         self.alive: list[Tensor] = []
         batch, heads, length, size = query.shape
         groups, many, value_size = key.shape[1], key.shape[2], value.shape[3]
-        self.heads, group = batch * groups, heads // groups
+        self.heads, group = batch * groups, heads // groups if groups else 1
         span = call.chunk or chosen_chunk(length, many, size, value_size, call.degree, group)
         self.is_quadratic = span >= many
         self.columns = max(1, -(-max(length, many) // COLUMNS))
@@ -91,6 +91,8 @@ class Job:
 
     def run(self, name: str) -> None:
         """Run a kernel: a task for each head of keys, or for some of its tokens where heads are fewer than threads."""
+        if self.heads == 0:
+            return
         words = self.words
         threads = torch.get_num_threads() if self.products >= 2 * THREAD_PRODUCTS else 1
         words[Word.parts] = words[Word.spans] = 1
