@@ -102,7 +102,7 @@ def fit(
     def error(offset: Tensor, slope: Tensor, mean: Tensor, log_count: Tensor, past: Tensor) -> Tensor:
         score = slope * mean - torch.expm1(-(1 - ALPHA) * log_count) / (1 - ALPHA) + offset
         weights = diffmax_bisect(torch.cat([of_tail, score.unsqueeze(3)], 3), ALPHA)
-        own = (weights[..., :-1].unsqueeze(3) @ near.unsqueeze(1)).squeeze(3)
+        own = (weights[..., :-1].transpose(1, 2) @ near).transpose(1, 2)
         return (own + weights[..., -1:] * past - target).square().sum(3).mean(2)  # (H_kv, H / H_kv)
 
     best = torch.full((groups, heads // groups), math.inf)
