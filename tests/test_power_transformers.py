@@ -407,7 +407,7 @@ def test_the_benchmark_measures_every_contestant(monkeypatch):
     monkeypatch.setattr(bench_hybrid, "BLOCK", BLOCK)
     model = model_of("sdpa").float()
     result = bench_hybrid.measure(model, IDS.view(1, -1), IDS.flip(0).view(1, -1), (8, 16), samples=10, steps=2)
-    rows = {(row["contestant"], row["tail"]): row for row in result["rows"]}
+    rows = {(row["contestant"], row["tail"]): row for row in result["contestants"]}
     assert set(rows) == {("softmax", 0)} | {(n, t) for n in ("window", "hybrid", "hybrid distilled") for t in (8, 16)}
     within = {row["nats_from"]["0"] for row in rows.values() if row["tail"] == 16}
     assert len(within) == 1  # within the tail there is no past
