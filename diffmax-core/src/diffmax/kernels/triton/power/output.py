@@ -26,8 +26,8 @@ def power_out_kernel(
     heads, group, blocks, chunks, first_chunk, x_chunks, x_first, slots, first_slot, length, n_keys, size, row, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, DEGREE: tl.constexpr,
     ENTRIES: tl.constexpr, COUNT: tl.constexpr, SLOT: tl.constexpr,
-    ALIGNED: tl.constexpr, GATES: tl.constexpr, PAIRS: tl.constexpr, STATE: tl.constexpr, FIRST_STATE: tl.constexpr, KEEP: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr, GATES: tl.constexpr, PAIRS: tl.constexpr, STATE: tl.constexpr, FIRST_STATE: tl.constexpr,
+    KEEP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and total of BLOCK_T queries (docs/theory.md, Eq. 34).  Grid: (B * H * chunks * blocks of a chunk,).
