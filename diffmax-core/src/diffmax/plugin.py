@@ -278,7 +278,12 @@ class PowerCall:
 
 
 class PowerSaved(NamedTuple):
-    """What the forward leaves for the backward: its result, and the sum of each query's weights, (B, H, L)."""
+    """What the forward leaves for the backward, in the accumulation dtype.
+
+    Attributes:
+        out: Its result, before it was rounded to the dtype of the values.
+        total: (B, H, L), the sum of each query's weights.
+    """
 
     out: Tensor
     total: Tensor
@@ -298,6 +303,12 @@ class PowerResults(NamedTuple):
     total: Tensor
     sums: Tensor
     norm: Tensor
+    exact: Tensor
+
+    @property
+    def saved(self) -> PowerSaved:
+        """What it leaves for the backward."""
+        return PowerSaved(self.exact if self.exact.ndim == 4 else self.out, self.total)
 
 
 class PowerGradients(NamedTuple):

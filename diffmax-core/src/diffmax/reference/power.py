@@ -43,19 +43,23 @@ def power_attention(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, 
         - total (B, H, L), in the accumulation dtype, the sum of each query's weights; (0,) if not `keep`.
         - sums (B, H_kv, P, D_v) and norm (B, H_kv, P), in the accumulation dtype, the state after the last key; (0,) if not
           `call.final`.
+        - exact (B, H, L, D_v), in the accumulation dtype, `out` before it was rounded to a narrower one; (0,) if it was not, or
+          if not `keep`. A backward that knew only the rounded result would give gates a gradient without its last digits.
     """
     terms = _Terms.of(query, key, value, call)
-    weights = even_power(terms.scores, call.degree) * terms.decay
+    weights = terms.weights(call)
     total, result = weights.sum(-1), weights @ terms.value.unsqueeze(2)
     if call.sums is not None and call.norm is not None:
         phi = terms.phi(call) * terms.since_start.unsqueeze(-1)
         total = total + (phi @ call.norm[:, :, None, :, None]).squeeze(-1)
         result = result + phi @ call.sums.unsqueeze(2)
     out = (result / _not_zero(total).unsqueeze(-1)).masked_fill((total == 0).unsqueeze(-1), 0.0)
-    nothing = total.new_empty(0)
-    sums, norm = _final_state(terms, call) if call.final else (nothing, nothing)
-    out = out.reshape(*query.shape[:3], value.shape[3]).to(value.dtype).contiguous()
-    return PowerResults(out, total.reshape(query.shape[:3]).contiguous() if keep else nothing, sums, norm)
+    sums, norm = _final_state(terms, call) if call.final else (total.new_empty(0), total.new_empty(0))
+    exact = out.reshape(*query.shape[:3], value.shape[3]).contiguous()
+    total = total.reshape(query.shape[:3]).contiguous() if keep else total.new_empty(0)
+    if exact.dtype == value.dtype:
+        return PowerResults(exact, total, sums, norm, total.new_empty(0))
+    return PowerResults(exact.to(value.dtype), total, sums, norm, exact if keep else total.new_empty(0))
 
 
 def power_attention_backward(
@@ -83,25 +87,23 @@ def power_attention_backward(
     """
     del saved
     found = power_attention(query, key, value, call, True)
-    terms, acc = _Terms.of(query, key, value, call), accumulation_dtype(query.dtype)
-    exact = power_attention(query.to(acc), key.to(acc), value.to(acc), call, False).out if query.dtype != acc else found.out
-    total = found.total.view(terms.scores.shape[:-1])
+    terms, acc, exact = _Terms.of(query, key, value, call), accumulation_dtype(query.dtype), found.saved.out
+    total = found.total.view(terms.seen_scores.shape[:-1])
     a = grad.to(acc).reshape(*total.shape, value.shape[3]) / _not_zero(total).unsqueeze(-1)
     a = a.masked_fill((total == 0).unsqueeze(-1), 0.0)
     mean = (a * exact.view(a.shape)).sum(-1)
     v = terms.value.unsqueeze(2)
     of_weights = a @ v.mT - mean.unsqueeze(-1)
-    weights = even_power(terms.scores, call.degree) * terms.decay
-    slope = terms.decay * call.degree * terms.scores
+    weights = terms.weights(call)
+    slope = terms.decay * call.degree * terms.seen_scores
     if call.degree > 2:
-        slope = slope * even_power(terms.scores, call.degree - 2)
+        slope = slope * even_power(terms.seen_scores, call.degree - 2)
     of_scores = of_weights * slope * call.scale
     grad_query = of_scores @ terms.key.unsqueeze(2)
     grad_key = (of_scores.mT @ terms.query).sum(2)
     grad_value = (weights.mT @ a).sum(2)
     moved = of_weights * weights
     of_query, of_key = moved.sum(-1).sum(2), -moved.sum(2).sum(2)  # of G, at the positions of queries and keys
-    nothing = total.new_empty(0)
     of_sums = of_norm = of_end = None
     if call.sums is not None and call.norm is not None:
         phi, since = terms.phi(call), terms.since_start.unsqueeze(-1)
@@ -122,21 +124,21 @@ def power_attention_backward(
         if of_sums is not None and of_norm is not None:
             whole = terms.whole.exp()
             of_sums, of_norm = of_sums + whole[..., None, None] * grad_sums, of_norm + whole.unsqueeze(-1) * grad_norm
-    of_gates = nothing
+    of_gates = total.new_empty(0)
     if wanted.log_gates and call.log_gates is not None:
         size = key.shape[2]
         of_g = of_key + torch.nn.functional.pad(of_query, (size - query.shape[2], 0)) if size else of_key
         if size and of_end is not None:
             of_g = of_g + torch.nn.functional.pad(of_end.unsqueeze(-1), (size - 1, 0))
-        of_gates = of_g.flip(-1).cumsum(-1).flip(-1)
+        of_gates = suffix_sums(of_g).to(acc)
     keep_state = wanted.state and of_sums is not None
     return PowerGradients(
         grad_query.reshape(query.shape).to(query.dtype).contiguous(),
         grad_key.to(key.dtype).contiguous(),
         grad_value.to(value.dtype).contiguous(),
         of_gates,
-        of_sums if keep_state and of_sums is not None else nothing,
-        of_norm if keep_state and of_norm is not None else nothing,
+        of_sums if keep_state and of_sums is not None else total.new_empty(0),
+        of_norm if keep_state and of_norm is not None else total.new_empty(0),
     )
 
 
@@ -145,17 +147,23 @@ def cumulated(log_gates: Tensor) -> Tensor:
     return log_gates.cumsum(-1) if log_gates.device.type in NARROW else log_gates.double().cumsum(-1)
 
 
+def suffix_sums(of_g: Tensor) -> Tensor:
+    """The gradient for log gates from that for their sums: what comes from a key on; in float64 where the device has it."""
+    wide = of_g if of_g.device.type in NARROW else of_g.double()
+    return wide.flip(-1).cumsum(-1).flip(-1)
+
+
 class _Terms(NamedTuple):
     """What forward and backward both need: (B, H_kv, ...) in the accumulation dtype, queries (B, H_kv, H / H_kv, L, D).
 
-    `scores` and `decay` are (B, H_kv, H / H_kv or 1, L, S); decay is 0 for keys that are not seen. `since_start`
+    `seen_scores` and `decay` are (B, H_kv, H / H_kv or 1, L, S), both 0 for keys that are not seen. `since_start`
     (B, H_kv, 1, L) is exp(G_t), `until_end` (B, H_kv, S) exp(G_S - G_j), `whole` (B, H_kv) G_S.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    scores: Tensor
+    seen_scores: Tensor
     decay: Tensor
     since_start: Tensor
     until_end: Tensor
@@ -170,16 +178,21 @@ class _Terms(NamedTuple):
         k, v = key.to(acc), value.to(acc)
         place = torch.arange(many, device=query.device)
         hidden = place > place[many - length :].unsqueeze(1) if many else place.new_zeros((length, 0), dtype=torch.bool)
+        scores = (q @ k.unsqueeze(2).mT * call.scale).masked_fill(hidden, 0.0)
         if call.log_gates is None or not many:
             visible = (~hidden).to(acc).expand(batch, groups, 1, length, many)
             one = q.new_ones(())
             flat = (one.expand(batch, groups, 1, length), one.expand(batch, groups, many), (one - 1).expand(batch, groups))
-            return cls(q, k, v, q @ k.unsqueeze(2).mT * call.scale, visible, *flat)
+            return cls(q, k, v, scores, visible, *flat)
         g = cumulated(call.log_gates)
         of_query = g[..., many - length :]
         decay = (of_query.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(hidden, -torch.inf).exp().to(acc).unsqueeze(2)
         until, whole = (g[..., -1:] - g).exp().to(acc), g[..., -1].to(acc)
-        return cls(q, k, v, q @ k.unsqueeze(2).mT * call.scale, decay, of_query.exp().to(acc).unsqueeze(2), until, whole)
+        return cls(q, k, v, scores, decay, of_query.exp().to(acc).unsqueeze(2), until, whole)
+
+    def weights(self, call: PowerCall) -> Tensor:
+        """Of the pairs."""
+        return even_power(self.seen_scores, call.degree) * self.decay
 
     def phi(self, call: PowerCall) -> Tensor:
         """(B, H_kv, H / H_kv, L, P), the monomials of scaled queries times their coefficients."""

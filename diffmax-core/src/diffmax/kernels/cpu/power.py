@@ -7,7 +7,8 @@ of matrices; expanded queries and keys exist for one slice of the state at a tim
 `forward` and `backward` run on any device: diffmax_npu uses them too.
 
 Values have a last column of ones and the state one of norms, so that sums of weights come with those of values. The gradients
-of gates need no pass of their own (docs/theory.md, Eq. 38).
+of gates need no products of their own: what goes through a state follows from the gradients for queries and keys
+(docs/theory.md, Eq. 38), and is taken so on both sides, where the rounding errors cancel.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.cost import chosen_chunk
 from diffmax.operators.power.symmetric import coefficients, even_power, expanded_dim, first_of
 from diffmax.plugin import PowerCall, PowerGradients, PowerResults, PowerSaved, PowerWanted
-from diffmax.reference.power import cumulated
+from diffmax.reference.power import cumulated, suffix_sums
 
 ENTRIES = 1 << 19  # of expanded tokens in memory at once
 PAIRS = 1 << 21  # of queries and keys, likewise
@@ -32,7 +33,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, keep: bo
     """Forward kernel; arguments and results as `diffmax.reference.power.power_attention`."""
     walk = _Walk(query, key, value, call)
     acc, size = walk.acc, value.shape[3]
-    out = value.new_empty((walk.heads, walk.groups, walk.length, size))
+    rounds = value.dtype != acc
+    out = value.new_empty((walk.heads, walk.groups, walk.length, size), dtype=acc if keep else value.dtype)
     total = walk.new(walk.groups, walk.length) if keep else out.new_empty(0, dtype=acc)
     state = walk.first_state()
     for chunk in walk.chunks():
@@ -41,15 +43,17 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, keep: bo
             if chunk.has_past:
                 sums += rows.through(state)
             result, norm = sums[..., :size], sums[..., size:]
-            divided = (result / norm).masked_fill_(norm == 0, 0.0).view(walk.heads, walk.groups, -1, size)
+            divided = (result / norm).masked_fill_(norm == 0, 0.0).view(walk.heads, walk.groups, rows.count, size)
             out[:, :, rows.first : rows.last] = divided
             if keep:
-                total[:, :, rows.first : rows.last] = norm.view(walk.heads, walk.groups, -1)
+                total[:, :, rows.first : rows.last] = norm.view(walk.heads, walk.groups, rows.count)
         if call.final or not chunk.is_last:
             chunk.enter(state)
     shape = query.shape[:3]
     sums, norm = walk.split(state) if call.final else (total.new_empty(0), total.new_empty(0))
-    return PowerResults(out.view(*shape, size), total.view(shape) if keep else total, sums, norm)
+    out = out.view(*shape, size)
+    exact = out if keep and rounds else total.new_empty(0)
+    return PowerResults(out.to(value.dtype), total.view(shape) if keep else total, sums, norm, exact)
 
 
 def backward(
@@ -73,12 +77,13 @@ def backward(
     grad_query = walk.new(walk.groups, walk.length, walk.size)
     grad_key = walk.new(walk.many, walk.size)
     grad_value = walk.new(walk.many, size)
+    of_g = walk.new(walk.many) if wanted.log_gates and call.log_gates is not None and walk.many else None
     ends = None if grad_sums is None or grad_norm is None else walk.joined(grad_sums, grad_norm)
 
     state = walk.first_state()
     for chunk in walk.chunks():
         for rows in chunk.blocks():
-            own = a[:, :, rows.first : rows.last].reshape(walk.heads, -1, size + 1)
+            own = a[:, :, rows.first : rows.last].reshape(walk.heads, walk.groups * rows.count, size + 1)
             slope = rows.scores()
             power = even_power(slope, degree - 2) if degree > 2 else None
             weights = slope.square() if power is None else power * slope * slope
@@ -87,11 +92,20 @@ def backward(
             rows.decay_(slope)
             keys = slice(chunk.start, chunk.start + rows.seen)
             grad_value[:, keys] += weights.mT @ own[..., :size]
-            of_scores = (own @ chunk.value[:, : rows.seen].mT).mul_(slope)
+            of_weights = own @ chunk.value[:, : rows.seen].mT
+            if of_g is not None:
+                moved = weights.mul_(of_weights)
+                of_g[:, keys] -= moved.sum(1)
+                rows.at_positions(of_g).add_(moved.sum(2).view(walk.heads, walk.groups, rows.count).sum(1))
+            of_scores = of_weights.mul_(slope)
             grad_key[:, keys] += of_scores.mT @ rows.scaled
             of_query = of_scores @ chunk.key[:, : rows.seen]
             if chunk.has_past:
-                of_query += rows.pull(state, own)
+                of_past = rows.pull(state, own)
+                if of_g is not None:
+                    own_part = (of_past * rows.scaled).sum(2).div_(degree)
+                    rows.at_positions(of_g).add_(own_part.view(walk.heads, walk.groups, rows.count).sum(1))
+                of_query += of_past
             target = grad_query[:, :, rows.first : rows.last]
             target.copy_(of_query.view(target.shape)).mul_(call.scale)
         if ends is not None or not chunk.is_last:
@@ -107,22 +121,20 @@ def backward(
             of_key, of_value = chunk.leave(of_state)
             grad_key[:, span] += of_key
             grad_value[:, span] += of_value[..., :size]
+            if of_g is not None:
+                of_g[:, span] -= (of_key * chunk.key).sum(2).div_(degree)
             of_state *= chunk.whole_decay
         if not chunk.has_past:
             continue
         for rows in chunk.blocks():
             if of_state is None:
                 of_state = torch.zeros_like(state)
-            rows.add_to(of_state, a[:, :, rows.first : rows.last].reshape(walk.heads, -1, size + 1))
-    nothing = total.new_empty(0)
-    of_gates = nothing
+            rows.add_to(of_state, a[:, :, rows.first : rows.last].reshape(walk.heads, walk.groups * rows.count, size + 1))
+    of_gates, of_sums, of_norm = (total.new_empty(0) for _ in range(3))
     if wanted.log_gates and call.log_gates is not None:
-        of_g = (walk.key.to(acc) * grad_key).sum(-1).div_(-degree)
-        of_gates = of_g.flip(-1).cumsum(-1).flip(-1)
-        if of_end is not None:
-            of_gates += of_end.unsqueeze(-1)
-        of_gates = of_gates.view(call.log_gates.shape)
-    of_sums = of_norm = nothing
+        of_g = walk.new(0) if of_g is None else suffix_sums(of_g)
+        of_gates = of_g if of_end is None else of_g + of_end.unsqueeze(-1)
+        of_gates = of_gates.to(acc).view(call.log_gates.shape)
     if wanted.state and call.sums is not None:
         of_sums, of_norm = walk.split(of_state if of_state is not None else torch.zeros_like(walk.first_state()))
     return PowerGradients(
@@ -172,7 +184,7 @@ class _Walk:
         """Sums and norm, contiguous."""
         batch, heads = self.given[:2]
         sums, norm = state[..., :-1].contiguous(), state[..., -1].contiguous()
-        return sums.view(batch, heads, self.rows, -1), norm.view(batch, heads, self.rows)
+        return sums.view(batch, heads, self.rows, self.values - 1), norm.view(batch, heads, self.rows)
 
     def chunks(self) -> Iterator[_Chunk]:
         """In order. Without keys, one that is empty."""
@@ -240,7 +252,7 @@ class _Rows:
         self.chunk, self.first, self.last, self.seen = chunk, first, last, seen
         walk = chunk.walk
         self.count = last - first
-        self.query = walk.query[:, :, first:last].to(walk.acc).reshape(walk.heads, -1, walk.size)
+        self.query = walk.query[:, :, first:last].to(walk.acc).reshape(walk.heads, walk.groups * (last - first), walk.size)
         self.scaled = self.query * walk.call.scale
 
     def scores(self) -> Tensor:
@@ -270,6 +282,11 @@ class _Rows:
             return None
         since = g[:, self.seen - self.count : self.seen].exp().to(self.scaled.dtype)
         return since.repeat(1, self.chunk.walk.groups).unsqueeze(2)
+
+    def at_positions(self, t: Tensor) -> Tensor:
+        """A view of what belongs to the queries' positions in t, (N, S)."""
+        last = self.chunk.start + self.seen
+        return t[:, last - self.count : last]
 
     def through(self, state: Tensor) -> Tensor:
         """What the queries read of the state before the chunk."""

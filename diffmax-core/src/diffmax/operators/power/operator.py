@@ -92,6 +92,7 @@ def _power_fake(*flat: Any) -> PowerResults:
         query.new_empty(rows if keep else (0,), dtype=acc),
         query.new_empty(sums, dtype=acc),
         query.new_empty(norm, dtype=acc),
+        query.new_empty((*rows, value.shape[3]) if keep and value.dtype != acc else (0,), dtype=acc),
     )
 
 
@@ -126,25 +127,27 @@ class _Power(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> Any:
         results = PowerResults(*_below_autograd(*flat))
-        ctx.mark_non_differentiable(results.total)
+        ctx.mark_non_differentiable(results.total, results.exact)
         ctx.set_materialize_grads(False)
         ctx.places = [place for place, given in enumerate(flat) if isinstance(given, Tensor)]
-        ctx.save_for_backward(*(flat[place] for place in ctx.places), results.out, results.total)
+        ctx.save_for_backward(*(flat[place] for place in ctx.places), *results.saved)
         ctx.flat = [None if isinstance(given, Tensor) else given for given in flat]
         return results
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any, grad_sums: Tensor | None, grad_norm: Tensor | None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, _: Any, grad_sums: Tensor | None, grad_norm: Tensor | None, *__: Any) -> Any:
         flat, needed = list(ctx.flat), tuple(ctx.needs_input_grad)
         of: list[Tensor | None] = [None] * len(flat)
+        if not ctx.flat[FORWARD.place["final"]]:
+            grad_sums = grad_norm = None
         if grad is None and grad_sums is None and grad_norm is None:
             return tuple(of)
         *given, out, total = ctx.saved_tensors
         for place, t in zip(ctx.places, given, strict=True):
             flat[place] = t
         query, key, value, _keep, call, backend = FORWARD.rebuild(flat)
-        grad = torch.zeros_like(out) if grad is None else grad
-        if call.final and (grad_sums is not None or grad_norm is not None):
+        grad = torch.zeros_like(out, dtype=value.dtype) if grad is None else grad
+        if grad_sums is not None or grad_norm is not None:
             sums, norm = reference.state_shapes(key, value, call.degree)
             grad_sums = total.new_zeros(sums) if grad_sums is None else grad_sums
             grad_norm = total.new_zeros(norm) if grad_norm is None else grad_norm

@@ -76,11 +76,13 @@ register(
         name="power",
         rank=40,
         kernels={"power_attention": KernelSpec(FEATURES), "power_attention_backward": KernelSpec(FEATURES)},
-        functions={"power_attention": Function("power_attention", _asks)},
+        functions={"power_attention": Function("power_attention", _asks, bench="diffmax.testing.power.bench:BENCH")},
         described=DESCRIBED,
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"power_attention": _flops, "power_attention_backward": _backward_flops},
         prepares=_prepares,
+        selftest="diffmax.testing.power.selftest:CHECKS",
+        kit="diffmax.testing.power_conformance:PowerConformance",
     )
 )

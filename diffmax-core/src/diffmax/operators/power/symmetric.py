@@ -57,7 +57,7 @@ def multiplicities(size: int, degree: int) -> Tensor:
 
 def coefficients(size: int, degree: int, like: Tensor) -> Tensor:
     """`multiplicities` in the dtype and on the device of a tensor."""
-    return multiplicities(size, degree).to(device=like.device, dtype=like.dtype)
+    return multiplicities(size, degree).to(like.dtype).to(like.device)
 
 
 def monomials(x: Tensor, degree: int) -> Tensor:
