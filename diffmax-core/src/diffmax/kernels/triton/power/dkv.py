@@ -30,13 +30,14 @@ def power_bwd_dkv_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, DEGREE: tl.constexpr,
     ENTRIES: tl.constexpr, COUNT: tl.constexpr, SLOT: tl.constexpr,
     ALIGNED: tl.constexpr, GATES: tl.constexpr, STATE: tl.constexpr, LAST_STATE: tl.constexpr,
-    SPLIT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
+    MOVED: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_T keys (docs/theory.md, Eq. 37), and k . dK.  Grid: (B * H_kv * chunks * blocks of a chunk,).
+    """dK and dV of BLOCK_T keys (docs/theory.md, Eq. 37).  Grid: (B * H_kv * chunks * blocks of a chunk,).
 
     STATE: the state after some chunk has a gradient; LAST_STATE: that after the last one too. `state` has a head's, of which
-    the first is for the state before chunk `first_chunk`.
+    the first is for the state before chunk `first_chunk`. MOVED: what keys take from the gradient for G at their positions is
+    stored too (Eq. 38).
     """
     index = tl.program_id(0)
     block, chunk = index % blocks, first_chunk + index // blocks % chunks
@@ -53,6 +54,7 @@ def power_bwd_dkv_kernel(
 
     acc_k = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    moved = tl.zeros((BLOCK_T,), tl.float32)
     row = row_of(row)
     if STATE:
         entries_here = tl.where((chunk < all_chunks - 1) | LAST_STATE, ENTRIES, 0)
@@ -70,6 +72,8 @@ def power_bwd_dkv_kernel(
             until = tl.load(until_ptr + of_kv * n_keys + start + rows, mask=inside, other=0.0)
             acc_k *= until[:, None]
             acc_v *= until[:, None]
+        if MOVED:
+            moved = tl.sum(acc_k * k.to(tl.float32), axis=1) / DEGREE
     g_ptr += of_kv * 2 * n_keys + start
     high_k, low_k = load_decays(g_ptr, n_keys, rows, inside, GATES)
     lowest = tl.maximum(block * BLOCK_T, before - start) // BLOCK_N * BLOCK_N
@@ -93,9 +97,12 @@ def power_bwd_dkv_kernel(
             seen = inverse[None, :] * decay(
                 high_q[None, :], low_q[None, :], high_k[:, None], low_k[:, None], visible, GATES
             )  # fmt: skip
-            acc_v = rounded_by_given(w * seen, grad, acc_v, ROUNDED)
+            w *= seen
+            if MOVED:
+                moved += tl.sum(d_p * w, axis=1)
+            acc_v = rounded_by_given(w, grad, acc_v, ROUNDED)
             acc_k = rounded_by_given(d_p * slope * seen * scale, q, acc_k, ROUNDED)
     store_tile(grad_k_ptr + of_kv * n_keys * HEAD_DIM, acc_k, start + rows, inside, HEAD_DIM, BLOCK_D)
     store_tile(grad_v_ptr + of_kv * n_keys * VALUE_DIM, acc_v, start + rows, inside, VALUE_DIM, BLOCK_V)
-    if GATES:
-        tl.store(moved_ptr + of_kv * n_keys + start + rows, tl.sum(acc_k * k.to(tl.float32), axis=1), mask=inside)
+    if MOVED:
+        tl.store(moved_ptr + of_kv * n_keys + start + rows, moved, mask=inside)

@@ -96,12 +96,14 @@ class PowerOperator:
         )
         out = value.new_empty((*query.shape[:3], sizes.values))
         total = query.new_empty(query.shape[:3] if keep else (0,), dtype=torch.float32)
+        exact = query.new_empty(out.shape if keep and out.dtype != total.dtype else (0,), dtype=torch.float32)
         with on_device(query.device):
-            tensors = self._tensors(query, key, value, call, sizes, planned.slots > 0) | {"out_ptr": out, "total_ptr": total}
+            tensors = self._tensors(query, key, value, call, sizes, planned.slots > 0)
+            tensors |= {"out_ptr": out, "exact_ptr": exact, "total_ptr": total}
             final = _walk(planned, tensors, _first_state(call, sizes, planned.slots, query), sizes)
         nothing = total.new_empty(0)
         sums, norm = _split(final, sizes) if call.final and final is not None else (nothing, nothing)
-        return PowerResults(out, total, sums, norm)
+        return PowerResults(out, total, sums, norm, exact)
 
     def power_attention_backward(
         self,
@@ -128,14 +130,15 @@ class PowerOperator:
             signature(grad, query, key, value, *vars(call).values(), wanted, ends, query.device, self.precision, self.scratch),
             lambda: self._backward_plan(grad, query, key, value, call, sizes, wanted, ends),
         )
-        grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
+        grad_query, grad_key, grad_value = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
         weight, inverse, factor = saved.total.new_empty(3, *saved.total.shape).unbind()
-        moved = saved.total.new_empty(key.shape[:3])
+        of_queries, of_keys = (saved.total.new_empty(t.shape[:3]) for t in (query, key))
         with on_device(query.device):
             tensors = self._tensors(query, key, value, call, sizes, max(planned.queries.slots, planned.keys.slots) > 0) | {
                 "grad_ptr": grad, "out_ptr": saved.out, "total_ptr": saved.total,
-                "weight_ptr": weight, "inverse_ptr": inverse, "factor_ptr": factor, "moved_ptr": moved,
-                **{f"grad_{name}_ptr": t for name, t in zip(("q", "k", "v"), grads, strict=True)},
+                "weight_ptr": weight, "inverse_ptr": inverse, "factor_ptr": factor,
+                "grad_q_ptr": grad_query, "grad_k_ptr": grad_key, "grad_v_ptr": grad_value,
+                "of_queries": of_queries, "of_keys": of_keys,
             }  # fmt: skip
             if planned.means is not None:
                 planned.means(tensors)
@@ -147,13 +150,16 @@ class PowerOperator:
         nothing = saved.total.new_empty(0)
         of_gates = of_sums = of_norm = nothing
         if wanted.log_gates and call.log_gates is not None:
-            of_g = moved.double().div_(-sizes.degree).flip(-1).cumsum(-1).flip(-1)
+            of_g = of_keys.neg()
+            if sizes.pairs:
+                own = of_queries.view(sizes.batch, sizes.kv_heads, sizes.group, sizes.length).sum(2)
+                of_g[:, :, sizes.many - sizes.length :] += own
             if last is not None and final is not None and sizes.pairs:
-                of_g += (last * final).sum(1).view(sizes.batch, sizes.kv_heads, 1)
-            of_gates = of_g.to(moved.dtype)
+                of_g[:, :, -1] += (last * final).sum(1).view(sizes.batch, sizes.kv_heads)
+            of_gates = reference.suffix_sums(of_g).to(of_keys.dtype)
         if wanted.state and of_initial is not None:
             of_sums, of_norm = _split(of_initial, sizes)
-        return PowerGradients(*grads, of_gates, of_sums, of_norm)
+        return PowerGradients(grad_query, grad_key, grad_value, of_gates, of_sums, of_norm)
 
     def warmup(
         self,
@@ -185,25 +191,25 @@ class PowerOperator:
         rows = expanded_dim(head_dim, degree)
         calls = [PowerCall(degree=degree, scale=1.0, chunk=length, log_gates=gates)]
         if rows <= WARM:
-            given: dict[str, Any] = {"degree": degree, "scale": 1.0, "chunk": length // 2, "log_gates": gates}
-            calls.append(PowerCall(**given))
+            options: dict[str, Any] = {"degree": degree, "scale": 1.0, "chunk": length // 2, "log_gates": gates}
+            calls.append(PowerCall(**options))
             if "state" in features:
                 state = torch.zeros(1, kv_heads, rows, value_dim + 1, device=device)
                 sums, norm = state[..., :-1], state[..., -1]
-                calls += [PowerCall(**given, final=True), PowerCall(**given, final=True, sums=sums, norm=norm)]
+                calls += [PowerCall(**options, final=True), PowerCall(**options, final=True, sums=sums, norm=norm)]
         for call in calls:
             found = self.power_attention(query, key, value, call, backward)
             if backward:
-                ends = (found.sums, found.norm) if call.final else (None, None)
+                of_sums, of_norm = (found.sums, found.norm) if call.final else (None, None)
                 wanted = PowerWanted(gates is not None, call.sums is not None)
-                saved = PowerSaved(found.out, found.total)
-                self.power_attention_backward(found.out, *ends, query, key, value, saved, call, wanted)
+                given = (query, key, value, found.saved, call, wanted)
+                self.power_attention_backward(found.out, of_sums, of_norm, *given)
 
     def _tensors(self, query: Tensor, key: Tensor, value: Tensor, call: PowerCall, sizes: Sizes, states: bool) -> Tensors:
         """By the names of kernel pointers, and columns as "queries" and "keys"; the queries stand for what no kernel reads."""
         missing = ("g", "since", "until", "decay", "factor", "weight", "state", "variables", "coefficients")
         found = {f"{name}_ptr": query for name in missing} | {"q_ptr": query, "k_ptr": key, "v_ptr": value}
-        found |= {"queries": query, "keys": key}
+        found |= {"queries": query, "keys": key, "of_queries": query, "of_keys": query}
         if states:
             tokens = self._tokens(query, value)
             found["variables_ptr"], found["coefficients_ptr"] = tables(sizes.size, sizes.degree, query.device)
@@ -224,7 +230,12 @@ class PowerOperator:
     ) -> ForwardPlan:
         make = _Maker(self, query, key, value, call, sizes)
         states = sizes.initial or call.final or (sizes.chunks > 1 and sizes.length > 0)
-        own = {**strided(q=query, k=key, v=value), "KEEP": keep}
+        # the gates' gradient needs a result with the digits of float32
+        narrow, wide = query.dtype != torch.float32, keep and make.gates
+        own = {
+            **strided(q=query, k=key, v=value), "KEEP": keep, "EXACT": keep and narrow, "WIDE": wide,
+            "SPLIT": query.dtype == torch.bfloat16 and not wide,
+        }  # fmt: skip
         return make.forward(states, call.final, lambda *at: make.read(power_out_kernel, make.of.output, own, states, *at))
 
     def _backward_plan(
@@ -239,7 +250,11 @@ class PowerOperator:
         ends: bool,
     ) -> BackwardPlan:
         make = _Maker(self, query, key, value, call, sizes)
-        own = strided(grad=grad, q=query, k=key, v=value)
+        if wanted.state or wanted.log_gates:  # in float32
+            make.parts = 3
+        own = {
+            **strided(grad=grad, q=query, k=key, v=value), "PARTS": make.parts, "MOVED": wanted.log_gates and make.gates,
+        }  # fmt: skip
         several = sizes.chunks > 1 and sizes.length > 0
         final = ends and wanted.log_gates and sizes.pairs
         states, initial = sizes.initial or final or several, wanted.state and sizes.initial
@@ -348,7 +363,6 @@ class _Maker:
             "row": self.row, "scale": self.call.scale, "GATES": self.gates, "PAIRS": sizes.pairs, "STATE": states,
             "FIRST_STATE": sizes.initial, **self.products, **block.arguments(),
         }  # fmt: skip
-        arguments |= {"SPLIT": self.split} if kernel is power_out_kernel else {"PARTS": self.parts}
         return Launch(kernel, (sizes.batch * sizes.heads * (end - first) * count,), arguments)
 
     def dkv(self, own: Names, first: int, end: int, slots: int, states: bool, ends: bool) -> Launch | None:
@@ -360,7 +374,7 @@ class _Maker:
             **sizes.constants(), **sizes.tiles(), **own, "kv_heads": sizes.kv_heads, "group": sizes.group, "blocks": count,
             "chunks": end - first, "first_chunk": first, "all_chunks": sizes.chunks, "slots": slots, "first_slot": 1,
             "length": sizes.length, "n_keys": sizes.many, "size": sizes.chunk, "row": self.row, "scale": self.call.scale,
-            "GATES": self.gates, "STATE": states, "LAST_STATE": ends, "SPLIT": self.split, "PARTS": self.parts,
+            "GATES": self.gates, "STATE": states, "LAST_STATE": ends, "SPLIT": self.split,
             **self.products, **block.arguments(),
         }  # fmt: skip
         return Launch(power_bwd_dkv_kernel, (sizes.kv * (end - first) * count,), arguments)
@@ -387,7 +401,7 @@ class _Maker:
 
 def _walk(planned: ForwardPlan, tensors: Tensors, state: Tensor | None, sizes: Sizes) -> Tensor | None:
     """Run the steps with the states in `state` (B * H_kv, slots, SLOT); the last slot that was reached."""
-    reads = tensors | {"x_ptr": tensors["queries"]}
+    reads = tensors | {"x_ptr": tensors["queries"], "moved_ptr": tensors["of_queries"]}
     adds = tensors | {"x_ptr": tensors["keys"], "factor_ptr": tensors["until_ptr"]}
     if state is not None:
         reads["state_ptr"] = adds["state_ptr"] = state
@@ -402,7 +416,7 @@ def _walk(planned: ForwardPlan, tensors: Tensors, state: Tensor | None, sizes: S
 
 def _walk_back(planned: ForwardPlan, tensors: Tensors, last: Tensor | None, sizes: Sizes) -> Tensor | None:
     """Run the steps with the states' gradients, of which `last` is given; that for the state before the first key."""
-    reads = tensors | {"x_ptr": tensors["keys"]}
+    reads = tensors | {"x_ptr": tensors["keys"], "moved_ptr": tensors["of_keys"]}
     adds = tensors | {"x_ptr": tensors["queries"], "v_ptr": tensors["grad_ptr"]}
     state = None
     if planned.slots:

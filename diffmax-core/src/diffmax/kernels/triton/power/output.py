@@ -5,6 +5,7 @@ import triton.language as tl
 
 from diffmax.kernels.triton.power.tiles import (
     computed_by_computed,
+    computed_by_given,
     decay,
     even_power,
     load_decays,
@@ -21,18 +22,20 @@ from diffmax.kernels.triton.power.tiles import (
                                "chunks", "first_chunk", "x_chunks", "x_first", "slots", "first_slot", "length", "n_keys",
                                "size", "row", "scale"])  # fmt: skip
 def power_out_kernel(
-    q_ptr, k_ptr, v_ptr, g_ptr, x_ptr, since_ptr, variables_ptr, coefficients_ptr, state_ptr, out_ptr, total_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, x_ptr, since_ptr, variables_ptr, coefficients_ptr, state_ptr, out_ptr, exact_ptr, total_ptr,
     q_b, q_h, q_row, k_b, k_h, k_row, v_b, v_h, v_row,
     heads, group, blocks, chunks, first_chunk, x_chunks, x_first, slots, first_slot, length, n_keys, size, row, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, DEGREE: tl.constexpr,
     ENTRIES: tl.constexpr, COUNT: tl.constexpr, SLOT: tl.constexpr,
     ALIGNED: tl.constexpr, GATES: tl.constexpr, PAIRS: tl.constexpr, STATE: tl.constexpr, FIRST_STATE: tl.constexpr,
-    KEEP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
+    KEEP: tl.constexpr, EXACT: tl.constexpr,
+    WIDE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and total of BLOCK_T queries (docs/theory.md, Eq. 34).  Grid: (B * H * chunks * blocks of a chunk,).
 
-    PAIRS: there are keys. STATE: some chunk has a state before it; FIRST_STATE: the first one too. KEEP: total is stored.
+    PAIRS: there are keys. STATE: some chunk has a state before it; FIRST_STATE: the first one too. KEEP: total is stored;
+    EXACT: the result before it is rounded too. WIDE: weights and monomials keep the digits of float32.
     x (columns of scaled queries) begins with chunk x_first, the states of a head with that before chunk `first_chunk`.
     PRECISION and ROUNDED: of products of float32, and of those of weights with values.
     """
@@ -86,8 +89,13 @@ def power_out_kernel(
                 high_q[:, None], low_q[:, None], high_k[None, :], low_k[None, :], visible, GATES
             )  # fmt: skip
             total += tl.sum(w, axis=1)
-            acc = rounded_by_given(w, v, acc, ROUNDED)
+            if WIDE:
+                acc = computed_by_given(w, v, acc, 3, PRECISION)
+            else:
+                acc = rounded_by_given(w, v, acc, ROUNDED)
     out = tl.where((total == 0.0)[:, None], 0.0, acc / tl.where(total == 0.0, 1.0, total)[:, None])
     store_tile(out_ptr + of_head * length * VALUE_DIM, out, query, inside, VALUE_DIM, BLOCK_V)
+    if EXACT:
+        store_tile(exact_ptr + of_head * length * VALUE_DIM, out, query, inside, VALUE_DIM, BLOCK_V)
     if KEEP:
         tl.store(total_ptr + of_head * length + query, total, mask=inside)
