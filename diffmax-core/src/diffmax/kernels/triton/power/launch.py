@@ -32,7 +32,7 @@ from diffmax.reference import power as reference
 
 SCRATCH = 1 << 26  # numbers of float32 for states
 SCAN = 1024  # numbers of a state for a program of the scan
-WARM = 1 << 20  # warmup passes by states of more monomials
+WARM = 1 << 17  # warmup passes by states of more monomials
 Tensors = dict[str, Tensor]
 
 
@@ -155,7 +155,8 @@ class PowerOperator:
                 own = of_queries.view(sizes.batch, sizes.kv_heads, sizes.group, sizes.length).sum(2)
                 of_g[:, :, sizes.many - sizes.length :] += own
             if last is not None and final is not None and sizes.pairs:
-                of_g[:, :, -1] += (last * final).sum(1).view(sizes.batch, sizes.kv_heads)
+                given = sizes.entries * (sizes.values + 1)  # behind them, memory is never written
+                of_g[:, :, -1] += (last[:, :given] * final[:, :given]).sum(1).view(sizes.batch, sizes.kv_heads)
             of_gates = reference.suffix_sums(of_g).to(of_keys.dtype)
         if wanted.state and of_initial is not None:
             of_sums, of_norm = _split(of_initial, sizes)
@@ -232,6 +233,8 @@ class PowerOperator:
         states = sizes.initial or call.final or (sizes.chunks > 1 and sizes.length > 0)
         # the gates' gradient needs a result with the digits of float32
         narrow, wide = query.dtype != torch.float32, keep and make.gates
+        if wide or call.final:
+            make.parts = 3
         own = {
             **strided(q=query, k=key, v=value), "KEEP": keep, "EXACT": keep and narrow, "WIDE": wide,
             "SPLIT": query.dtype == torch.bfloat16 and not wide,
@@ -276,7 +279,6 @@ class _Maker:
         self.parts = 3 if query.dtype == torch.float32 else 2
         narrow = query.dtype != torch.float32
         self.products = {"PRECISION": self.precision, "ROUNDED": operator.rounded if narrow else self.precision}
-        self.split = query.dtype == torch.bfloat16
 
     def forward(self, states: bool, final: bool, reads: Callable[[int, int, int, int], Launch | None]) -> ForwardPlan:
         """Steps with states; `final`: up to the one after the last chunk.
@@ -334,7 +336,7 @@ class _Maker:
             "x_chunks": sizes.chunks - (sizes.first if queries else 0), "x_first": sizes.first if queries else 0,
             "slots": slots, "first_slot": slot, "length": length, "before": sizes.many - length, "size": sizes.chunk,
             "row": self.row, "FACTOR": queries or self.gates, "QUERIES": queries,
-            "PARTS": 3 if self.call.final and not queries else self.parts, "PRECISION": self.precision,
+            "PARTS": self.parts, "PRECISION": self.precision,
             **block.arguments(pairs=False),
         }  # fmt: skip
         return Launch(power_update_kernel, (sizes.kv * chunks * tiles,), arguments)
@@ -374,7 +376,8 @@ class _Maker:
             **sizes.constants(), **sizes.tiles(), **own, "kv_heads": sizes.kv_heads, "group": sizes.group, "blocks": count,
             "chunks": end - first, "first_chunk": first, "all_chunks": sizes.chunks, "slots": slots, "first_slot": 1,
             "length": sizes.length, "n_keys": sizes.many, "size": sizes.chunk, "row": self.row, "scale": self.call.scale,
-            "GATES": self.gates, "STATE": states, "LAST_STATE": ends, "SPLIT": self.split,
+            "GATES": self.gates, "STATE": states, "LAST_STATE": ends,
+            "SPLIT": self.value.dtype == torch.bfloat16,
             **self.products, **block.arguments(),
         }  # fmt: skip
         return Launch(power_bwd_dkv_kernel, (sizes.kv * (end - first) * count,), arguments)
