@@ -5,7 +5,7 @@ import triton.language as tl
 
 from diffmax.kernels.triton.power.tiles import (
     computed_by_computed,
-    decay,
+    decayed,
     given_by_computed,
     load_decays,
     load_tile,
@@ -93,10 +93,10 @@ def power_bwd_dkv_kernel(
             high_q, low_q = load_decays(g_ptr, n_keys, places, there, GATES)
             slope, w = slope_of(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale, DEGREE)
             d_p = tl.dot(v, tl.trans(grad), input_precision=PRECISION) + weight[None, :]
-            visible = (rows[:, None] <= places[None, :]) & there[None, :]
-            seen = inverse[None, :] * decay(
-                high_q[None, :], low_q[None, :], high_k[:, None], low_k[:, None], visible, GATES
-            )  # fmt: skip
+            seen = decayed(inverse[None, :], (high_q[None, :], low_q[None, :]), (high_k[:, None], low_k[:, None]), GATES)
+            seen = tl.broadcast_to(seen, (BLOCK_T, BLOCK_N))
+            if (first < block * BLOCK_T + BLOCK_T) | (first + BLOCK_N > end) | (start + first < before):
+                seen = tl.where((rows[:, None] <= places[None, :]) & there[None, :], seen, 0.0)
             w *= seen
             if MOVED:
                 moved += tl.sum(d_p * w, axis=1)

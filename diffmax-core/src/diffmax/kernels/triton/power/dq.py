@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from diffmax.kernels.triton.power.tiles import (
-    decay,
+    decayed,
     given_by_computed,
     load_decays,
     load_tile,
@@ -85,10 +85,10 @@ def power_bwd_dq_kernel(
             high_k, low_k = load_decays(g_ptr, n_keys, keys, there, GATES)
             slope, w = slope_of(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, DEGREE)
             d_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION) + weight[:, None]
-            visible = keys[None, :] <= rows[:, None]
-            seen = inverse[:, None] * decay(
-                high_q[:, None], low_q[:, None], high_k[None, :], low_k[None, :], visible, GATES
-            )  # fmt: skip
+            seen = decayed(inverse[:, None], (high_q[:, None], low_q[:, None]), (high_k[None, :], low_k[None, :]), GATES)
+            seen = tl.broadcast_to(seen, (BLOCK_T, BLOCK_N))
+            if first + BLOCK_N > block * BLOCK_T:
+                seen = tl.where(keys[None, :] <= rows[:, None], seen, 0.0)
             if MOVED:
                 moved += tl.sum(d_p * (w * seen), axis=1)
             acc = rounded_by_given(d_p * slope * seen, k, acc, ROUNDED)

@@ -237,7 +237,7 @@ class PowerOperator:
             make.parts = 3
         own = {
             **strided(q=query, k=key, v=value), "KEEP": keep, "EXACT": keep and narrow, "WIDE": wide,
-            "SPLIT": query.dtype == torch.bfloat16 and not wide,
+            "SPLIT": (3 if wide else 2) if make.bfloat16 else 0,
         }  # fmt: skip
         return make.forward(states, call.final, lambda *at: make.read(power_out_kernel, make.of.output, own, states, *at))
 
@@ -277,6 +277,7 @@ class _Maker:
         self.precision, self.scratch = operator.precision, operator.scratch
         # bfloat16 splits float32 numbers in parts of eight digits, into as many as its results show
         self.parts = 3 if query.dtype == torch.float32 else 2
+        self.bfloat16 = query.dtype == torch.bfloat16
         narrow = query.dtype != torch.float32
         self.products = {"PRECISION": self.precision, "ROUNDED": operator.rounded if narrow else self.precision}
 
@@ -377,7 +378,7 @@ class _Maker:
             "chunks": end - first, "first_chunk": first, "all_chunks": sizes.chunks, "slots": slots, "first_slot": 1,
             "length": sizes.length, "n_keys": sizes.many, "size": sizes.chunk, "row": self.row, "scale": self.call.scale,
             "GATES": self.gates, "STATE": states, "LAST_STATE": ends,
-            "SPLIT": self.value.dtype == torch.bfloat16,
+            "SPLIT": 2 if self.bfloat16 else 0,
             **self.products, **block.arguments(),
         }  # fmt: skip
         return Launch(power_bwd_dkv_kernel, (sizes.kv * (end - first) * count,), arguments)

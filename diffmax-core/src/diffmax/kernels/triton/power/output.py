@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from diffmax.kernels.triton.power.tiles import (
+    as_columns,
     computed_by_computed,
     computed_by_given,
-    decay,
+    decayed,
     even_power,
     load_decays,
     load_tile,
@@ -58,6 +59,7 @@ def power_out_kernel(
         entries_here = tl.where((chunk > 0) | FIRST_STATE, ENTRIES, 0)
         head_x = x_ptr + (of_head * x_chunks + (chunk - x_first)) * row * HEAD_DIM
         state_ptr += (of_kv * slots + (first_slot + chunk - first_chunk)) * SLOT
+        totals = tl.zeros((BLOCK_T, 16), tl.float32)
         for first in range(0, entries_here, BLOCK_P):
             entries = first + tl.arange(0, BLOCK_P)
             c = tl.load(coefficients_ptr + entries)
@@ -65,7 +67,8 @@ def power_out_kernel(
             norm = tl.load(state_ptr + ENTRIES * VALUE_DIM + entries, mask=entries < ENTRIES, other=0.0) * c
             m = monomials(head_x, row, variables_ptr, entries[None, :], rows[:, None], -1, DEGREE, COUNT)
             acc = computed_by_computed(m, sums, acc, SPLIT, PRECISION)
-            total += tl.sum(m * norm[None, :], axis=1)
+            totals = computed_by_given(m, as_columns(norm, SPLIT > 0), totals, SPLIT, PRECISION)
+        total = tl.sum(totals, axis=1)
         if GATES:
             since = tl.load(since_ptr + of_kv * n_keys + start + rows, mask=inside, other=0.0)
             acc *= since[:, None]
@@ -84,10 +87,9 @@ def power_out_kernel(
             v = load_tile(v_ptr, start + keys, v_row, there, VALUE_DIM, BLOCK_V)
             high_k, low_k = load_decays(g_ptr, n_keys, keys, there, GATES)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            visible = keys[None, :] <= rows[:, None]
-            w = even_power(s, DEGREE) * decay(
-                high_q[:, None], low_q[:, None], high_k[None, :], low_k[None, :], visible, GATES
-            )  # fmt: skip
+            w = decayed(even_power(s, DEGREE), (high_q[:, None], low_q[:, None]), (high_k[None, :], low_k[None, :]), GATES)
+            if first + BLOCK_N > block * BLOCK_T:
+                w = tl.where(keys[None, :] <= rows[:, None], w, 0.0)
             total += tl.sum(w, axis=1)
             if WIDE:
                 acc = computed_by_given(w, v, acc, 3, PRECISION)

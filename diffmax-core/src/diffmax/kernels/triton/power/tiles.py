@@ -82,15 +82,21 @@ def rounded_by_given(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def leading(x):
+    """x without the last 16 of its bits: what bfloat16 holds. Rounding would convert there and back, which is slow."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def computed_by_given(a, b, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b, for computed a (float32) and given b: with bfloat16, a is a sum of PARTS numbers of eight digits."""
     if b.dtype == tl.bfloat16:
-        high = a.to(tl.bfloat16)
-        rest = a - high.to(tl.float32)
-        low = rest.to(tl.bfloat16)
+        high = leading(a)
+        low = a - high
         if PARTS == 3:
-            acc = tl.dot((rest - low.to(tl.float32)).to(tl.bfloat16), b, acc)
-        return tl.dot(high, b, tl.dot(low, b, acc))
+            rest, low = low, leading(low)
+            acc = tl.dot((rest - low).to(tl.bfloat16), b, acc)
+        return tl.dot(high.to(tl.bfloat16), b, tl.dot(low.to(tl.bfloat16), b, acc))
     else:
         return tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
 
@@ -99,27 +105,48 @@ def computed_by_given(a, b, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 def given_by_computed(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """a b, for given a and computed b (float32)."""
     if a.dtype == tl.bfloat16:
-        high = b.to(tl.bfloat16)
-        rest = b - high.to(tl.float32)
-        low = rest.to(tl.bfloat16)
-        acc = tl.dot(a, low)
+        high = leading(b)
+        low = b - high
         if PARTS == 3:
-            acc = tl.dot(a, (rest - low.to(tl.float32)).to(tl.bfloat16), acc)
-        return tl.dot(a, high, acc)
+            rest, low = low, leading(low)
+            acc = tl.dot(a, low.to(tl.bfloat16), tl.dot(a, (rest - low).to(tl.bfloat16)))
+        else:
+            acc = tl.dot(a, low.to(tl.bfloat16))
+        return tl.dot(a, high.to(tl.bfloat16), acc)
     else:
         return tl.dot(a.to(tl.float32), b, input_precision=PRECISION)
 
 
 @triton.jit
 def computed_by_computed(a, b, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b, both float32: if SPLIT, in three products of parts of eight digits, which leaves an error of 2^-16."""
-    if SPLIT:
-        high_a, high_b = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        low_a, low_b = (a - high_a.to(tl.float32)).to(tl.bfloat16), (b - high_b.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(high_a, low_b, tl.dot(low_a, high_b, acc))
-        return tl.dot(high_a, high_b, acc)
-    else:
+    """acc + a b, both float32; with SPLIT, in products of that many parts of eight digits: 2 leave an error of 2^-16."""
+    if SPLIT == 0:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        high_a, high_b = leading(a), leading(b)
+        low_a, low_b = a - high_a, b - high_b
+        if SPLIT == 3:
+            rest_a, rest_b = low_a, low_b
+            low_a, low_b = leading(rest_a), leading(rest_b)
+            last_a, last_b = (rest_a - low_a).to(tl.bfloat16), (rest_b - low_b).to(tl.bfloat16)
+            acc = tl.dot(high_a.to(tl.bfloat16), last_b, tl.dot(last_a, high_b.to(tl.bfloat16), acc))
+            acc = tl.dot(low_a.to(tl.bfloat16), low_b.to(tl.bfloat16), acc)
+        acc = tl.dot(low_a.to(tl.bfloat16), high_b.to(tl.bfloat16), acc)
+        acc = tl.dot(high_a.to(tl.bfloat16), low_b.to(tl.bfloat16), acc)
+        return tl.dot(high_a.to(tl.bfloat16), high_b.to(tl.bfloat16), acc)
+
+
+@triton.jit
+def as_columns(x, NARROW: tl.constexpr):
+    """(rows, 16) whose columns sum up to x: a product with it is a sum, without a barrier. NARROW: in bfloat16."""
+    column = tl.arange(0, 16)[None, :]
+    if NARROW:
+        high = leading(x)
+        low = leading(x - high)
+        parts = tl.where(column == 1, low[:, None], tl.where(column == 2, (x - high - low)[:, None], 0.0))
+        return tl.where(column == 0, high[:, None], parts).to(tl.bfloat16)
+    else:
+        return tl.where(column == 0, x[:, None], 0.0)
 
 
 @triton.jit
@@ -146,12 +173,15 @@ def slope_of(x, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def decay(high_query, low_query, high_key, low_key, visible, GATES: tl.constexpr):
-    """exp(G_query - G_key) where visible, else 0. G is a sum of two float32: their difference keeps the digits of both."""
+def decayed(w, query, key, GATES: tl.constexpr):
+    """w times exp(G_query - G_key), which may be anything where the query does not see the key.
+
+    G is a pair of float32 whose sum it is, and broadcasts: so the difference keeps the digits of both.
+    """
     if GATES:
-        return tl.where(visible, tl.exp((high_query - high_key) + (low_query - low_key)), 0.0)
+        return w * tl.exp((query[0] - key[0]) + (query[1] - key[1]))
     else:
-        return tl.where(visible, 1.0, 0.0)
+        return w
 
 
 @triton.jit

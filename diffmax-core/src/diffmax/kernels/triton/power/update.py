@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.power.tiles import computed_by_given, monomials, place_head, row_of
+from diffmax.kernels.triton.power.tiles import as_columns, computed_by_given, monomials, place_head, row_of
 
 
 @triton.jit(do_not_specialize=["v_b", "v_h", "v_row", "kv_heads", "group", "chunks", "first_chunk", "x_chunks", "x_first",
@@ -37,7 +37,7 @@ def power_update_kernel(
     entries = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     columns = values * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_P, BLOCK_V), tl.float32)
-    norm = tl.zeros((BLOCK_P,), tl.float32)
+    norms = tl.zeros((BLOCK_P, 16), tl.float32)
     for member in range(group):
         own = head * group + member
         head_v, step = place_head(v_ptr, batch, kv_head * group + member, v_b, v_h, v_row, ALIGNED)
@@ -54,9 +54,11 @@ def power_update_kernel(
                 mask = mask & (columns < VALUE_DIM)[None, :]
             v = tl.load(head_v + token.to(tl.int64)[:, None] * step + columns[None, :], mask=mask, other=0.0)
             acc = computed_by_given(m, v, acc, PARTS, PRECISION)
+            weight = tl.full((BLOCK_T,), 1.0, tl.float32)
             if QUERIES:
-                m *= tl.load(weight_ptr + own * length + token, mask=inside, other=0.0)[None, :]
-            norm += tl.sum(m, axis=1)
+                weight = tl.load(weight_ptr + own * length + token, mask=inside, other=0.0)
+            norms = computed_by_given(m, as_columns(weight, v.dtype == tl.bfloat16), norms, PARTS, PRECISION)
+    norm = tl.sum(norms, axis=1)
     if QUERIES:
         c = tl.load(coefficients_ptr + entries)
         acc *= c[:, None]
