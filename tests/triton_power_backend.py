@@ -8,7 +8,6 @@ from diffmax.kernels.triton.power.settings import Block, Blocks
 from diffmax.plugin import FEATURES, Backend
 
 NAME = "triton-power"
-SMALL = Block(tokens=16, entries=16, others=16, warps=4, stages=1)
 # tiles of three sizes, so that no kernel relies on those of another
 SETTINGS = Blocks(
     update=Block(16, 32, 0, 4, 1), output=Block(32, 16, 16, 4, 1), dq=Block(32, 32, 16, 4, 1), dkv=Block(16, 16, 32, 4, 1)
@@ -19,7 +18,7 @@ class Operator(PowerOperator):
     def __init__(self):
         super().__init__(lambda device: "sm90", ptx=True)
 
-    def blocks(self, device, dtype, size):
+    def blocks(self, query, sizes):
         return SETTINGS
 
 

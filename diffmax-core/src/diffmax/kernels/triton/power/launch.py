@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffmax.kernels.triton.attention.call import rows_of_entries
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, Launch, Plans, on_device, padded, power_of_two, signature
+from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, Launch, Plans, on_device, padded, signature
 from diffmax.kernels.triton.power import settings
 from diffmax.kernels.triton.power.call import VALUES, Decays, Names, Sizes, columns, segments, strided, tables
 from diffmax.kernels.triton.power.dkv import power_bwd_dkv_kernel
@@ -80,9 +80,11 @@ class PowerOperator:
         self.scratch = SCRATCH
         self.plans = Plans()
 
-    def blocks(self, device: torch.device, dtype: torch.dtype, size: int) -> settings.Blocks:
-        """Settings of the kernels, for the larger head size."""
-        return settings.blocks(self.architecture(device), dtype, max(16, power_of_two(size)))
+    def blocks(self, query: Tensor, sizes: Sizes) -> settings.Blocks:
+        """Settings of the kernels."""
+        size = padded(max(sizes.size, sizes.values))
+        tokens = min(sizes.chunk, sizes.length or sizes.many)
+        return settings.blocks(self.architecture(query.device), query.dtype, size, tokens)
 
     def power_attention(self, query: Tensor, key: Tensor, value: Tensor, call: PowerCall, keep: bool) -> PowerResults:
         """Forward kernel; arguments and results as `diffmax.reference.power.power_attention`."""
@@ -212,7 +214,7 @@ class PowerOperator:
         found = {f"{name}_ptr": query for name in missing} | {"q_ptr": query, "k_ptr": key, "v_ptr": value}
         found |= {"queries": query, "keys": key, "of_queries": query, "of_keys": query}
         if states:
-            tokens = self._tokens(query, value)
+            tokens = self.blocks(query, sizes).output.tokens
             found["variables_ptr"], found["coefficients_ptr"] = tables(sizes.size, sizes.degree, query.device)
             if sizes.length:
                 found["queries"] = columns(query, call.scale, sizes, sizes.first, tokens)
@@ -222,9 +224,6 @@ class PowerOperator:
             decays = Decays.of(call.log_gates, sizes)
             found |= {"g_ptr": decays.g, "since_ptr": decays.since, "until_ptr": decays.until, "decay_ptr": decays.whole}
         return found
-
-    def _tokens(self, query: Tensor, value: Tensor) -> int:
-        return self.blocks(query.device, query.dtype, max(query.shape[3], value.shape[3])).output.tokens
 
     def _forward_plan(
         self, query: Tensor, key: Tensor, value: Tensor, call: PowerCall, sizes: Sizes, keep: bool
@@ -272,7 +271,7 @@ class _Maker:
         self, operator: PowerOperator, query: Tensor, key: Tensor, value: Tensor, call: PowerCall, sizes: Sizes
     ) -> None:
         self.sizes, self.call, self.value = sizes, call, value
-        self.of = operator.blocks(query.device, query.dtype, max(sizes.size, sizes.values))
+        self.of = operator.blocks(query, sizes)
         self.gates = call.log_gates is not None and sizes.pairs
         self.precision, self.scratch = operator.precision, operator.scratch
         # bfloat16 splits float32 numbers in parts of eight digits, into as many as its results show

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ class Block:
     """Settings of a kernel.
 
     Attributes:
-        tokens: Of a program, or in the update of a step. It is the same for all kernels of a call.
+        tokens: Of a program, or of a step of the update. That of the output is a multiple of all others.
         entries: Monomials at a time.
         others: Keys or queries that meet a program's tokens at a time.
         warps: Warps per program.
@@ -43,15 +43,23 @@ class Blocks(NamedTuple):
     dkv: Block
 
 
-def blocks(architecture: str, dtype: torch.dtype, size: int) -> Blocks:
-    """The settings for heads of this size, a power of two from 16: the larger of those of keys and values."""
-    wide = dtype == torch.float32
-    tokens = 64 if size <= 128 and not wide else 32
-    small = 32 if size <= 128 and not wide else 16
-    warps = 4 if size <= 64 else 8
-    return Blocks(
-        update=Block(tokens, 64, 0, 4 if size <= 64 else 8, 2),
-        output=Block(tokens, 64 if size <= 64 else small, 64 if size <= 64 and not wide else small, warps, 2),
-        dq=Block(tokens, small, small, warps, 2),
-        dkv=Block(tokens, small, small, warps, 2),
-    )
+def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int) -> Blocks:
+    """The settings for heads of this size, a power of two from 16: the larger of those of keys and values.
+
+    Args:
+        architecture: Such as "sm90" or "gfx942".
+        dtype: Of queries, keys and values.
+        size: Padded size of a head.
+        tokens: How many tokens a program may have, at most: those of a chunk, or all queries.
+    """
+    if dtype == torch.float32:
+        small = 32 if size <= 64 else 16
+        block = Block(32, small, small, 4 if size <= 64 else 8, 2)
+        return Blocks(replace(block, entries=64 if size <= 64 else 32), block, block, block)
+    if size > 64:
+        block = Block(64 if size <= 128 else 32, 32 if size <= 128 else 16, 32 if size <= 128 else 16, 8, 2)
+        return Blocks(replace(block, entries=64), block, block, block)
+    # twice the tokens share the parts into which a tile of a state is split
+    many, warps = (128, 8) if tokens > 64 else (64, 4)
+    gradient = Block(many, 32, 32, warps, 2)
+    return Blocks(Block(64, 64, 0, 4, 2), Block(many, 64, 64, warps, 2), gradient, gradient)
