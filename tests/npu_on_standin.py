@@ -20,6 +20,7 @@ from diffmax.errors import NoBackendError
 from diffmax.kernels.tools import rules
 from diffmax.plugin import CallSpec
 from diffmax.testing.attention.conformance import AttentionConformance
+from diffmax.testing.power.conformance import PowerConformance
 from diffmax.testing.rows.conformance import BackendConformance
 from diffmax_npu import probe
 from diffmax_npu.solver import newton_steps
@@ -31,6 +32,11 @@ class TestRows(BackendConformance):
 
 
 class TestAttention(AttentionConformance):
+    backend = "npu"
+    device = "npu"
+
+
+class TestPower(PowerConformance):
     backend = "npu"
     device = "npu"
 

@@ -96,7 +96,7 @@ def test_the_table_has_a_row_per_backend_and_is_narrow(capsys, with_vendors):
     table = output.partition("\nbackends\n")[2].partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in table if line[2] != " "] == ["backend", *names]  # what is indented is a reason
     assert max(map(len, output.splitlines())) < 100
-    assert table[1].split() == ["numba", "cpu", "active", "bisect,", "attention,", "attention_kvcache"]
+    assert table[1].split() == ["numba", "cpu", "active", "bisect,", "attention,", "attention_kvcache,", "power_attention"]
 
 
 def test_verbose_lists_every_kernel(capsys):
@@ -381,7 +381,7 @@ def test_bench_times_what_an_operator_says(monkeypatch, capsys):
     monkeypatch.setitem(spec.SPECS, "new", spec.OperatorSpec(name="new", rank=99, functions={"new_function": function}))
     monkeypatch.setattr(rows_bench, "LENGTHS", (16,))
     monkeypatch.setattr(bench, "run", partial(bench.run, elements=1024, seconds=1e-3))
-    assert list(bench.timed()) == ["diffmax_bisect", "attention", "attention_with_kvcache", "new_function"]
+    assert list(bench.timed()) == ["diffmax_bisect", "attention", "attention_with_kvcache", "power_attention", "new_function"]
     assert main(["bench", "--operator", "new_function"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["diffmax_bisect", "forward", "forward+backward"]

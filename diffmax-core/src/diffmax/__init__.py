@@ -10,6 +10,7 @@ from diffmax import reference_attention as reference_attention
 from diffmax import reference_dropout as reference_dropout
 from diffmax import reference_kvcache as reference_kvcache
 from diffmax.errors import BackendError, DiffmaxError, NoBackendError
+from diffmax.hybrid import HybridCache
 from diffmax.machine import discovery, dispatch, name_conflict
 from diffmax.machine.dispatch import register_backend, unregister_backend, use_backend
 from diffmax.machine.inspection import backends, explain
@@ -46,6 +47,7 @@ __all__ = [
     "DiffmaxLoss",
     "ExpMap",
     "HillMap",
+    "HybridCache",
     "KVCacheStats",
     "NoBackendError",
     "PageBounds",

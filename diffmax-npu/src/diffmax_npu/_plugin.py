@@ -10,6 +10,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ALPHA = frozenset({"tensor_alpha", "deterministic"})
 SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink", "mask", "bias", "varlen", "dropout"})
 
+POWER = frozenset({"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"})
+
 
 class Plugin:
     """Describes the backend `npu`, and the experimental `npu-triton`."""
@@ -29,11 +31,13 @@ class Plugin:
                     "attention_backward": Kernel(
                         "diffmax_npu.attention:attention_backward", FLOATS, ALPHA | SCORES | {"alpha_gradient"}
                     ),
+                    "power_attention": Kernel("diffmax_npu.power:power_attention", FLOATS, POWER),
+                    "power_attention_backward": Kernel("diffmax_npu.power:power_attention_backward", FLOATS, POWER),
                 },
                 probe="diffmax_npu.probe:probe",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together, and the order of installation",
-                api_version=(1, 4),
+                api_version=(1, 5),
                 shared_kernels=2,
             ),
             Backend(
@@ -48,7 +52,7 @@ class Plugin:
                 probe="diffmax_npu.probe:probe_triton",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together",
-                api_version=(1, 4),
+                api_version=(1, 5),
                 shared_kernels=2,
             ),
         )

@@ -8,6 +8,7 @@ from diffmax.nn.gate import HeadGate
 from diffmax.nn.groups import param_groups
 from diffmax.nn.length import LengthScale
 from diffmax.nn.position import RelativePositionBias
+from diffmax.nn.power import PowerAttention, PowerAttentionState
 from diffmax.nn.schedule import AlphaSchedule
 from diffmax.nn.sink import Sink
 
@@ -19,6 +20,8 @@ __all__ = [
     "Elastic",
     "HeadGate",
     "LengthScale",
+    "PowerAttention",
+    "PowerAttentionState",
     "RelativePositionBias",
     "Sink",
     "param_groups",

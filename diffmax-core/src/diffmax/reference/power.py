@@ -1,7 +1,7 @@
 """Power attention in plain PyTorch: the reference for all other kernels, and the fallback on any device.
 
 It holds the matrix of weights in memory, in the accumulation dtype. With S keys, G_t = log_gates_1 + .. + log_gates_t and query
-i at position t = i + S - L (docs/theory.md, Eq. 34):
+i at position t = i + S - L (docs/theory.md, Eq. 30):
 
     w_ij = (scale * q_i . k_j)^p exp(G_t - G_j) for j <= t,   u_i = exp(G_t) phi(scale * q_i)
     out_i = (sum_j w_ij v_j + u_i . sums) / total_i,          total_i = sum_j w_ij + u_i . norm
@@ -73,7 +73,7 @@ def power_attention_backward(
     call: PowerCall,
     wanted: PowerWanted,
 ) -> PowerGradients:
-    """Backward kernel (docs/theory.md, Eq. 37 and 38).
+    """Backward kernel (docs/theory.md, Eq. 33 and 34).
 
     Args:
         grad: Gradient for out, any strides.

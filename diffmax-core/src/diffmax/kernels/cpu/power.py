@@ -8,7 +8,7 @@ of matrices; expanded queries and keys exist for one slice of the state at a tim
 
 Values have a last column of ones and the state one of norms, so that sums of weights come with those of values. The gradients
 of gates need no products of their own: what goes through a state follows from the gradients for queries and keys
-(docs/theory.md, Eq. 38), and is taken so on both sides, where the rounding errors cancel.
+(docs/theory.md, Eq. 34), and is taken so on both sides, where the rounding errors cancel.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class _Walk:
         self.values = value.shape[3] + 1
         self.rows = expanded_dim(self.size, call.degree)
         self.c = coefficients(self.size, call.degree, self.new(0)).unsqueeze(1)
-        self.g = None if call.log_gates is None else cumulated(call.log_gates).view(self.heads, self.many)
+        self.log_gates = None if call.log_gates is None else call.log_gates.reshape(self.heads, self.many)
         self.chunk = call.chunk or chosen_chunk(self.length, self.many, self.size, value.shape[3], call.degree, self.groups)
 
     def new(self, *shape: int) -> Tensor:
@@ -203,8 +203,8 @@ class _Chunk:
         value = walk.value[:, start:end].to(walk.acc)
         self.value = torch.cat([value, value.new_ones(*value.shape[:2], 1)], 2)
         self.g = None  # log gates since the chunk's start
-        if walk.g is not None and end > start:
-            self.g = walk.g[:, start:end] - (walk.g[:, start - 1 : start] if start else 0.0)
+        if walk.log_gates is not None and end > start:
+            self.g = cumulated(walk.log_gates[:, start:end])
 
     @property
     def whole_decay(self) -> Tensor | float:

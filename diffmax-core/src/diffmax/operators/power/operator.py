@@ -51,7 +51,7 @@ BACKWARD = Schema(
     "power_attention_backward",
     BackwardArguments,
     PowerGradients,
-    prefixes={"wanted": "needs_", "results": "grad_", "call": "call_"},
+    prefixes={"wanted": "needs_", "results": "grad_"},
     sizes=True,
 )
 FORWARD.define()

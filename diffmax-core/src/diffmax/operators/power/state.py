@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PowerState(NamedTuple):
-    """Sums over keys j of their monomials m(k_j), decayed by the gates since (docs/theory.md, Eq. 36).
+    """Sums over keys j of their monomials m(k_j), decayed by the gates since (docs/theory.md, Eq. 32).
 
     Its layout is exact and the same on every backend: P = C(D + p - 1, p) monomials in lexicographic order, without
     multiplicities (`diffmax.power.indices`); `diffmax.power.to_tiled` and `from_tiled` convert it.

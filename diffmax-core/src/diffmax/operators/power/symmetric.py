@@ -4,7 +4,7 @@ For x of d entries there is one monomial x_i1 ... x_ip for each i1 <= ... <= ip,
 order of the indices. Those that begin at index a or behind are the last C(d - a + p - 1, p), so the monomials of degree p that
 begin with x_a are x_a times the end of those of degree p - 1: expansion is products of contiguous runs.
 
-(q . k)^p = sum over the monomials of c_i q_i1 ... q_ip k_i1 ... k_ip, with c the multinomial coefficient (Eq. 35). It stands on
+(q . k)^p = sum over the monomials of c_i q_i1 ... q_ip k_i1 ... k_ip, with c the multinomial coefficient (Eq. 31). It stands on
 the queries' side; a state holds the plain monomials of keys.
 """
 

@@ -1,0 +1,281 @@
+"""Power attention against sums written out here, its derivatives, transforms, errors and memory."""
+
+import inspect
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffmax
+from diffmax import PowerState, power_attention
+from diffmax.operators.power import symmetric
+
+BACKENDS = ("reference", "cpu", "numba")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def tensor_power(x, degree):
+    """All products of `degree` entries, one after the other: the full power, which knows no symmetry."""
+    found = x
+    for _ in range(degree - 1):
+        found = (found.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
+    return found
+
+
+def recurrent(query, key, value, log_gates, degree, scale):
+    """Token after token, with the full tensor power as the state, in float64."""
+    query, key, value = query.double(), key.double(), value.double()
+    group = query.shape[1] // key.shape[1]
+    key, value, log_gates = (t.repeat_interleave(group, 1) for t in (key, value, log_gates.double()))
+    state = norm = 0.0
+    pieces = []
+    for t in range(key.shape[2]):
+        phi, gate = tensor_power(key[:, :, t], degree), log_gates[:, :, t].exp()
+        state = state * gate[..., None, None] + phi.unsqueeze(-1) * value[:, :, t].unsqueeze(-2)
+        norm = norm * gate[..., None] + phi
+        asked = tensor_power(query[:, :, t] * scale, degree)
+        pieces.append((asked.unsqueeze(-2) @ state).squeeze(-2) / (asked * norm).sum(-1, keepdim=True))
+    return torch.stack(pieces, 2)
+
+
+def drawn(*shape, heads=4, kv_heads=2, tokens=40, size=6, dtype=torch.float64):
+    query = torch.randn(2, heads, tokens, size, dtype=dtype)
+    key, value = torch.randn(2, 2, kv_heads, tokens, size, dtype=dtype).unbind()
+    log_gates = torch.nn.functional.logsigmoid(torch.randn(2, kv_heads, tokens, dtype=dtype) + 1)
+    return query, key, value, log_gates
+
+
+@every_backend
+@pytest.mark.parametrize(("degree", "size"), [(2, 6), (4, 5), (6, 3), (8, 2)])
+def test_it_is_the_recurrence_of_full_tensor_powers(degree, size, backend):
+    query, key, value, log_gates = drawn(size=size)
+    wanted = recurrent(query, key, value, log_gates, degree, 0.3)
+    for chunk in (None, 7, 16, 40):
+        out = power_attention(query, key, value, log_gates, degree=degree, scale=0.3, chunk_size=chunk, backend=backend)
+        torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_monomials_are_in_lexicographic_order_and_their_products_are_powers():
+    for size, degree in ((1, 2), (5, 2), (4, 4), (3, 6)):
+        which = symmetric.indices(size, degree)
+        assert which.shape == (degree, math.comb(size + degree - 1, degree))
+        columns = which.T.tolist()
+        assert columns == sorted(columns)
+        assert all(column == sorted(column) for column in columns)
+        x, y = torch.randn(2, 3, size, dtype=torch.float64)
+        assert torch.equal(symmetric.monomials(x, degree), x[:, which].prod(1)) or torch.allclose(
+            symmetric.monomials(x, degree), x[:, which].prod(1), rtol=1e-14
+        )
+        products = (symmetric.monomials(x, degree) * symmetric.monomials(y, degree)) @ symmetric.multiplicities(size, degree)
+        torch.testing.assert_close(products, (x * y).sum(-1) ** degree)
+
+
+@every_backend
+@pytest.mark.parametrize("degree", [2, 4])
+def test_gradients_of_everything_by_finite_differences(backend, degree):
+    query, key, value, log_gates = (t[:1, :, :7, :3] if t.ndim == 4 else t[:1, :, :7] for t in drawn(heads=2, kv_heads=1))
+    rows = symmetric.expanded_dim(3, degree)
+    before = symmetric.monomials(torch.randn(1, 1, 4, 3, dtype=torch.float64), degree)
+    sums, norm = before.mT @ torch.randn(1, 1, 4, 3, dtype=torch.float64), before.sum(2)
+    assert norm.shape == (1, 1, rows)
+    leaves = [t.clone().requires_grad_() for t in (query, key, value, log_gates, sums, norm)]
+
+    def call(query, key, value, log_gates, sums, norm):
+        out, state = power_attention(
+            query, key, value, log_gates, (sums, norm), degree=degree, chunk_size=3, return_final_state=True, backend=backend
+        )
+        return out, *state
+
+    assert torch.autograd.gradcheck(call, leaves)
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(call, leaves)
+        assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, check_backward_ad=False)
+
+
+def test_second_derivatives_are_those_of_the_reference_on_any_backend():
+    given = [t.requires_grad_() for t in drawn(tokens=9)]
+
+    def second(backend):
+        out = power_attention(*given, chunk_size=4, backend=backend)
+        first = torch.autograd.grad(out.sin().sum(), given, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), given)
+
+    for ours, theirs in zip(second("cpu"), second("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_functional_transforms():
+    query, key, value, log_gates = drawn(tokens=9)
+
+    def loss(query, key, value, log_gates):
+        return power_attention(query, key, value, log_gates, chunk_size=4).square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (query, key, value, log_gates)]
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    for ours, theirs in zip(torch.func.grad(loss, (0, 1, 2, 3))(query, key, value, log_gates), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    stacked = [torch.stack([t, t * 0.5]) for t in (query, key, value, log_gates)]
+    both = torch.vmap(power_attention)(*stacked)
+    for n in range(2):
+        torch.testing.assert_close(both[n], power_attention(*(t[n] for t in stacked)))
+    shared = torch.vmap(power_attention, in_dims=(0, None, None, None))(stacked[0], key, value, log_gates)
+    torch.testing.assert_close(shared[1], power_attention(stacked[0][1], key, value, log_gates))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+def test_it_is_traced_and_exported():
+    query, key, value, log_gates = drawn(tokens=9, dtype=torch.float32)
+    traced = torch.jit.trace(lambda *given: power_attention(*given), (query, key, value, log_gates))
+    torch.testing.assert_close(traced(query, key, value, log_gates), power_attention(query, key, value, log_gates))
+    assert "diffmax::" not in str(traced.graph)
+
+    class Model(torch.nn.Module):
+        def forward(self, query, key, value, log_gates):
+            return power_attention(query, key, value, log_gates)
+
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    shapes = {name: {2: tokens} for name in ("query", "key", "value", "log_gates")}
+    program = torch.export.export(Model(), (query, key, value, log_gates), dynamic_shapes=shapes).module()
+    longer = drawn(tokens=23, dtype=torch.float32)
+    torch.testing.assert_close(program(*longer), power_attention(*longer))
+
+
+def test_autocast_computes_in_the_dtype_that_torch_would():
+    query, key, value, log_gates = drawn(tokens=9, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, state = power_attention(query, key, value, log_gates, return_final_state=True)
+    assert out.dtype == torch.bfloat16
+    assert state.sums.dtype == state.norm.dtype == torch.float32
+
+
+@every_backend
+def test_the_scale_cancels_and_the_state_goes_on_anywhere(backend):
+    query, key, value, log_gates = drawn()
+    whole, end = power_attention(query, key, value, log_gates, return_final_state=True, backend=backend)
+    torch.testing.assert_close(whole, power_attention(query, key, value, log_gates, scale=0.01, backend=backend))
+    state, pieces = None, []
+    for first, last in ((0, 13), (13, 14), (14, 40)):
+        part = (t[:, :, first:last] for t in (query, key, value, log_gates))
+        out, state = power_attention(*part, state, return_final_state=True, backend=backend)
+        assert isinstance(state, PowerState)
+        pieces.append(out)
+    torch.testing.assert_close(torch.cat(pieces, 2), whole)
+    torch.testing.assert_close(tuple(state), tuple(end))
+
+
+@every_backend
+def test_a_gate_of_zero_forgets_and_gates_near_one_and_zero_are_exact(backend):
+    query, key, value, _ = drawn(tokens=30)
+    closed = torch.zeros(2, 2, 30, dtype=torch.float64)
+    closed[:, :, 11] = -torch.inf
+    out = power_attention(query, key, value, closed, chunk_size=8, backend=backend)
+    late = power_attention(*(t[:, :, 11:] for t in (query, key, value)), backend=backend)
+    torch.testing.assert_close(out[:, :, 11:], late)
+    for gate in (-1e-9, -1e-3, -30.0):
+        log_gates = torch.full((2, 2, 30), gate, dtype=torch.float64)
+        wanted = recurrent(query, key, value, log_gates, 2, 1.0)
+        out = power_attention(query, key, value, log_gates, chunk_size=8, backend=backend)
+        torch.testing.assert_close(out, wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("chunk", [16, 63, 64, 100, 4096])
+def test_chunks_agree_to_a_hundred_thousandth_in_float32(chunk):
+    query, key, value = torch.randn(3, 1, 2, 600, 32).unbind()
+    log_gates = torch.nn.functional.logsigmoid(torch.randn(1, 2, 600) + 5)
+    out = power_attention(query, key, value, log_gates, chunk_size=chunk)
+    wanted = power_attention(query, key, value, log_gates, chunk_size=600)
+    assert (out - wanted).abs().max() < 1e-5
+
+
+LONG = """
+import resource, sys, torch, diffmax
+torch.manual_seed(0)
+tokens = 1 << 20
+query, key, value = torch.randn(3, 1, 1, tokens, 16).unbind()
+power = lambda *given: diffmax.power_attention(*given, backend=sys.argv[1])
+power(*(t[:, :, :5000] for t in (query, key, value)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = power(query, key, value)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+assert out.isfinite().all()
+last = power(query[:, :, -3:], key, value)
+torch.testing.assert_close(out[:, :, -3:], last, rtol=2e-3, atol=2e-3)
+print(grown)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpu", "numba"])
+def test_a_million_tokens_take_the_memory_of_their_result(backend):
+    run = subprocess.run([sys.executable, "-c", LONG, backend], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    result = (1 << 20) * 16 * 4 / 2**20
+    assert float(run.stdout) < result + 48, run.stdout  # MiB
+
+
+def test_flops_are_those_of_the_cheaper_form():
+    import diffmax.integrations.flop_counter  # noqa: F401
+
+    def counted(tokens):
+        query, key, value = torch.randn(3, 1, 2, tokens, 32, device="meta").unbind()
+        with FlopCounterMode(display=False) as counter:
+            power_attention(query, key, value)
+        return counter.get_total_flops()
+
+    assert counted(128) == 2 * 2 * (128 * 129 // 2) * 64
+    assert counted(1 << 16) < 2 * 2 * 2 * (1 << 16) * (528 * 33 * 2 + 1024 * 64)
+    assert 1.9 < counted(1 << 17) / counted(1 << 16) < 2.1
+
+
+def test_explain_names_a_backend_and_refuses_with_reasons():
+    query, key, value, log_gates = drawn(dtype=torch.float32)
+    explained = diffmax.explain("power_attention", query, key, value, log_gates, degree=4)
+    assert [chosen for _, chosen, _, _ in explained.calls] == ["numba"]
+    assert "high_degree" in str(explained) or "degree" in str(explained)
+
+
+WIDE = torch.zeros(2, 2, 36, 6)
+WRONG = [
+    (TypeError, "degree must be an int, got 2.0", {"degree": 2.0}),
+    (TypeError, "degree must be an int, got True", {"degree": True}),
+    (ValueError, "degree must be even and at least 2.*got 3", {"degree": 3}),
+    (ValueError, "degree must be even and at least 2.*got 0", {"degree": 0}),
+    (ValueError, "chunk_size must be at least 1.*got 0", {"chunk_size": 0}),
+    (TypeError, "chunk_size must be an int or None, got '8'", {"chunk_size": "8"}),
+    (TypeError, "return_final_state must be True or False, got 1", {"return_final_state": 1}),
+    (ValueError, "scale must be finite, got nan", {"scale": math.nan}),
+    (TypeError, "log_gates must be a floating tensor, got float", {"log_gates": -0.1}),
+    (ValueError, r"pass log_gates.transpose\(1, 2\)", {"log_gates": torch.zeros(2, 40, 2)}),
+    (ValueError, r"log_gates must have a number for each key.*got \(2, 4, 40\)", {"log_gates": torch.zeros(2, 4, 40)}),
+    (TypeError, "initial_state must be a PowerState or a pair", {"initial_state": torch.zeros(2)}),
+    (ValueError, "(?s)initial_state.sums must have shape.*from_tiled", {"initial_state": (WIDE, torch.zeros(2, 2, 21))}),
+    (ValueError, "initial_state.norm must have shape", {"initial_state": (WIDE[:, :, :21], WIDE[..., 0])}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "message", "options"), WRONG, ids=[message[:30] for _, message, _ in WRONG])
+def test_bad_input_is_refused_with_what_to_do(kind, message, options):
+    query, key, value, _ = drawn(dtype=torch.float32)
+    with pytest.raises(kind, match=message):
+        power_attention(query, key, value, **options)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    query, key, value, _ = drawn(dtype=torch.float32)
+    with pytest.raises(TypeError, match="must have one dtype"):
+        power_attention(query, key.double(), value)
+    with pytest.raises(ValueError, match="multiple of the key heads, got 3 and 2"):
+        power_attention(query[:, :3], key, value)
+    with pytest.raises(ValueError, match="at least as many keys as queries, or none, got 20 keys and 40 queries"):
+        power_attention(query, key[:, :, :20], value[:, :, :20])
+    with pytest.raises(TypeError, match="sparse"):
+        power_attention(query, key.to_sparse(), value)
+
+
+def test_the_signature_is_documented_and_annotated():
+    signature = inspect.signature(power_attention)
+    for name in signature.parameters:
+        assert f"{name}" in power_attention.__doc__, name
