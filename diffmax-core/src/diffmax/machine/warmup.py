@@ -76,7 +76,9 @@ def warmup(
         of_alpha = frozenset({"tensor_alpha"} if alpha is None else ())
         for spec in SPECS.values():
             for operator, asked, head_dims, its_sizes in spec.prepares(needed):
-                chosen = choose(describe(operator, place.type, dtype, asked | of_alpha, *head_dims), name)
+                chosen = choose(
+                    describe(operator, place.type, dtype, asked | of_alpha & spec.kernels[operator].features, *head_dims), name
+                )
                 learned = frozenset({"alpha_gradient"} if alpha is None and backward else ())
                 more = (asked | learned,) if spec.has_heads else ()
                 target = chosen.provided[operator].warmup

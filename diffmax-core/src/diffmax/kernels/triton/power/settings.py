@@ -9,6 +9,9 @@ import torch
 
 from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS
 
+# Architectures of NVIDIA whose matrix instructions have both operands in registers
+MMA = ("sm80", "sm86", "sm89", "sm120")
+
 
 @dataclass(frozen=True)
 class Block:
@@ -52,14 +55,25 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int) -> Blo
         size: Padded size of a head.
         tokens: How many tokens a program may have, at most: those of a chunk, or all queries.
     """
-    if dtype == torch.float32:
-        small = 32 if size <= 64 else 16
-        block = Block(32, small, small, 4 if size <= 64 else 8, 2)
-        return Blocks(replace(block, entries=64 if size <= 64 else 32), block, block, block)
+    amd, wide = architecture.startswith("gfx"), dtype == torch.float32
+    # matrix instructions that read their operands from registers
+    by_registers = amd or architecture in MMA
+    if wide:
+        narrow_unit = architecture.startswith("gfx11") and size > 64
+        block = Block(16 if narrow_unit else 32, 32 if size <= 64 else 16, 32 if size <= 64 else 16, 4 if size <= 64 else 8, 2)
+        small = replace(block, entries=16, others=16)
+        update = replace(block, entries=16 if narrow_unit else 32, warps=8)
+        return Blocks(update, block if not narrow_unit else small, block if not by_registers else small, small)
     if size > 64:
-        block = Block(64 if size <= 128 else 32, 32 if size <= 128 else 16, 32 if size <= 128 else 16, 8, 2)
-        return Blocks(replace(block, entries=64), block, block, block)
+        large = size > 128 or amd
+        block = Block(32 if large else 64, 16 if large else 32, 16 if large else 32, 8, 2)
+        gradient = replace(block, entries=16, others=16) if by_registers else block
+        return Blocks(replace(block, entries=32 if by_registers else 64), block, gradient, gradient)
     # twice the tokens share the parts into which a tile of a state is split
-    many, warps = (128, 8) if tokens > 64 else (64, 4)
+    many, warps = (128, 8) if tokens > 64 else (64, 8 if architecture in MMA else 4)
+    rounded = dtype == torch.bfloat16
+    update = Block(64, 64 if rounded or not by_registers else 32, 0, 8 if architecture in MMA else 4, 2)
+    output = Block(many, 32 if architecture in MMA else 64, 64, warps, 2)
     gradient = Block(many, 32, 32, warps, 2)
-    return Blocks(Block(64, 64, 0, 4, 2), Block(many, 64, 64, warps, 2), gradient, gradient)
+    small = replace(gradient, entries=16, others=16) if architecture in MMA else gradient
+    return Blocks(update, output, gradient, small)
