@@ -21,6 +21,7 @@ from diffmax.operators.power.checks import check_degree, check_flag, check_gates
 from diffmax.operators.power.state import PowerState
 from diffmax.reference.power import cumulated
 
+FEW = 64  # keys whose monomials are computed at once; more go through the operator, which holds a slice of them
 State = PowerState | tuple[Tensor, Tensor]
 
 
@@ -214,7 +215,7 @@ def update_state(
         The state, in float32 (float64 for float64).
     Raises:
         TypeError, ValueError: Types, shapes, devices or values do not fit.
-    Numerics: The monomials of all keys are in memory: P numbers for each.
+    Numerics: As `power_attention`'s on a CPU. Elsewhere the monomials of all keys are in memory: P numbers for each.
     Source: docs/theory.md, Eq. 36. Written for diffmax.
     Example:
         >>> k, v = torch.randn(2, 1, 4, 10, 16).unbind()
@@ -226,6 +227,9 @@ def update_state(
     degree = check_degree(name, degree)
     gates = check_gates(name, key, key, log_gates)
     sums, norm = check_state(name, key, key, value, initial_state, degree)
+    if key.device.type == "cpu" and key.shape[2] > FEW:
+        none = key[:, :, :0]
+        return power_attention(none, key, value, log_gates, initial_state, degree=degree, return_final_state=True)[1]
     acc = accumulation_dtype(key.dtype)
     with _as_is(key):
         m, whole = symmetric.monomials(key.to(acc), degree), None
