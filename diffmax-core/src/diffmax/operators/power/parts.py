@@ -161,7 +161,7 @@ def attention(
     Raises:
         TypeError, ValueError: Types, shapes, devices or values do not fit.
     Numerics: Computed in float32, for float64 in float64.
-    Source: docs/theory.md, Eq. 34. Written for diffmax.
+    Source: docs/theory.md, Eq. 30. Written for diffmax.
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 10, 16).unbind()
         >>> sums, totals = attention(q, k, v, normalize=False)
@@ -216,7 +216,7 @@ def update_state(
     Raises:
         TypeError, ValueError: Types, shapes, devices or values do not fit.
     Numerics: As `power_attention`'s on a CPU. Elsewhere the monomials of all keys are in memory: P numbers for each.
-    Source: docs/theory.md, Eq. 36. Written for diffmax.
+    Source: docs/theory.md, Eq. 32. Written for diffmax.
     Example:
         >>> k, v = torch.randn(2, 1, 4, 10, 16).unbind()
         >>> update_state(k, v).sums.shape
@@ -287,7 +287,7 @@ def query_state(
     Raises:
         TypeError, ValueError: Types, shapes, devices or values do not fit.
     Numerics: The monomials of all queries are in memory. A state resolves sums of weights to rounding of |q|^p |k|^p.
-    Source: docs/theory.md, Eq. 36. Written for diffmax.
+    Source: docs/theory.md, Eq. 32. Written for diffmax.
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 10, 16, dtype=torch.float64).unbind()
         >>> out = query_state(q, update_state(k, v))
