@@ -102,7 +102,7 @@ def fit(
     def error(offset: Tensor, slope: Tensor, mean: Tensor, log_count: Tensor, past: Tensor) -> Tensor:
         score = slope * mean - torch.expm1(-(1 - ALPHA) * log_count) / (1 - ALPHA) + offset
         weights = diffmax_bisect(torch.cat([of_tail, score.unsqueeze(3)], 3), ALPHA)
-        own = (weights[..., :-1].unsqueeze(3) @ near.unsqueeze(1)).squeeze(3)
+        own = (weights[..., :-1].transpose(1, 2) @ near).transpose(1, 2)
         return (own + weights[..., -1:] * past - target).square().sum(3).mean(2)  # (H_kv, H / H_kv)
 
     best = torch.full((groups, heads // groups), math.inf)
@@ -223,7 +223,7 @@ def measure(model: Any, ids: Tensor, trained_on: Tensor, tails: tuple[int, ...],
         print(f"{name:18} {tail:6} {row['nats']:.4f} {row['seconds']} s", flush=True)
         rows.append(row)
     return {
-        "rows": rows,
+        "contestants": rows,
         "tokens": length,
         "trained_on": trained_on.shape[1],
         "alpha": ALPHA,
@@ -234,11 +234,11 @@ def measure(model: Any, ids: Tensor, trained_on: Tensor, tails: tuple[int, ...],
 
 def table(result: dict[str, Any]) -> str:
     """Nats per token, by position."""
-    edges = list(result["rows"][0]["nats_from"])
+    edges = list(result["contestants"][0]["nats_from"])
     lines = [f"nats per token of {result['tokens']} tokens, alpha {result['alpha']}", ""]
     lines.append("| attention | tail | all | perplexity | " + " | ".join(f"from {edge}" for edge in edges) + " |")
     lines.append("|---|" + "---|" * (len(edges) + 3))
-    for row in result["rows"]:
+    for row in result["contestants"]:
         parts = " | ".join(f"{row['nats_from'][edge]:.3f}" for edge in edges)
         lines.append(
             f"| {row['contestant']} | {row['tail'] or 'all'} | {row['nats']:.3f} | {row['perplexity']:.2f} | {parts} |"

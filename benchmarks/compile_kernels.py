@@ -43,6 +43,8 @@ DECODE_OPTIONS = {
     "pages, causal, bounds, grouped": ("paged", "causal", "gqa", "bounds"),
     "all": ("paged", "window", "softcap", "alibi", "sink", "bounds", "attention_stats"),
 }
+# Name to features of `diffmax.plugin.FEATURES`
+POWER_FEATURES = {"plain": (), "gates, state, grouped": ("gates", "state", "gqa")}
 ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
 # What callers may ask for besides
 MORE_ALPHAS = {**ALPHAS, "0.9": 0.1}
@@ -77,6 +79,13 @@ FACTORS: dict[str, Factors] = {
         "options": tuple(DECODE_OPTIONS),
         "alpha": tuple(ALPHAS),
     },
+    "power": {
+        "target": TARGETS,
+        "dtype": ("bfloat16", "float16", "float32"),
+        "size": ("64", "128", "32"),
+        "degree": ("2", "4"),
+        "features": tuple(POWER_FEATURES),
+    },
 }
 PAIRS: dict[str, Pairs] = {
     "rows": (
@@ -91,6 +100,7 @@ PAIRS: dict[str, Pairs] = {
     "decoding": (
         ("target", "vendor"), ("dtype", "size"), ("dtype", "options"), ("vendor", "options"), ("options", "alpha"),
     ),
+    "power": (("target", "vendor"), ("vendor", "dtype"), ("dtype", "size"), ("vendor", "degree"), ("target", "features")),
 }  # fmt: skip
 
 
@@ -159,9 +169,7 @@ def compiled(case: Case) -> list[Row]:
     target = case.of["target"]
     start = time.perf_counter()
     with recording(target, *kernels()) as launched:
-        {"rows": call_rows, "long rows": call_rows, "attention": call_attention, "decoding": call_decoding}[case.operator](
-            case.of
-        )
+        CALLS[case.operator](case.of)
     seconds = (time.perf_counter() - start) / max(1, len(launched))
     found = {}
     for one in launched:
@@ -249,6 +257,20 @@ def call_decoding(of: Mapping[str, str]) -> None:
         torch.device("cpu"), dtype, size, size, MORE_ALPHAS[of["alpha"]], False, features - {"bounds"},
         heads=8, room=65536, bounds="bounds" in features,
     )  # fmt: skip
+
+
+def call_power(of: Mapping[str, str]) -> None:
+    from diffmax.kernels.triton.power.launch import PowerOperator
+
+    target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
+    operator = PowerOperator(lambda device: target, ptx=target.startswith("sm"))
+    features = {*POWER_FEATURES[of["features"]], *(("high_degree",) if of["degree"] == "4" else ())}
+    operator.warmup(torch.device("cpu"), dtype, size, size, None, True, frozenset(features))
+
+
+CALLS = {
+    "rows": call_rows, "long rows": call_rows, "attention": call_attention, "decoding": call_decoding, "power": call_power,
+}  # fmt: skip
 
 
 def attempt(case: Case) -> tuple[Case, list[Row], str]:

@@ -25,7 +25,7 @@ def probe() -> str | None:
 
 def unsupported(spec: CallSpec) -> list[str]:
     """Reasons against a call: the device's architecture."""
-    if not (spec.operator.startswith("attention") and torch.cuda.is_available()):
+    if not (spec.operator.startswith(("attention", "power")) and torch.cuda.is_available()):
         return []
     (major, minor), which = _least_capable()
     if (major, minor) >= OLDEST_FOR_ATTENTION:

@@ -13,11 +13,12 @@ MOST_ENTRIES = 256  # largest head dimension of queries, keys and values
 ALPHA = frozenset({"tensor_alpha", "deterministic"})
 SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"})
 BOTH_WAYS = SCORES | {"mask", "bias", "varlen", "dropout"}
+POWER = frozenset({"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"})
 
 
 def shared_kernels(package: str) -> dict[str, Kernel]:
-    """From operator to kernel, for a vendor's package with the modules `rows`, `attention` and `decoding`."""
-    rows, attention, decoding = (f"{package}.{module}" for module in ("rows", "attention", "decoding"))
+    """From operator to kernel, for a vendor's package with the modules `rows`, `attention`, `decoding` and `power`."""
+    rows, attention, decoding, power = (f"{package}.{module}" for module in ("rows", "attention", "decoding", "power"))
     kept = ALPHA | BOTH_WAYS
     return {
         "bisect": Kernel(f"{rows}:bisect", EVERY_FLOAT, ALPHA, warmup=f"{rows}:warmup"),
@@ -33,4 +34,6 @@ def shared_kernels(package: str) -> dict[str, Kernel]:
             MOST_ENTRIES,
             warmup=f"{decoding}:warmup",
         ),
+        "power_attention": Kernel(f"{power}:power_attention", FLOATS, POWER, MOST_ENTRIES, warmup=f"{power}:warmup"),
+        "power_attention_backward": Kernel(f"{power}:power_attention_backward", FLOATS, POWER, MOST_ENTRIES),
     }

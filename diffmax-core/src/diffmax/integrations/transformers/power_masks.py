@@ -55,8 +55,9 @@ def padding_mask_of(
         kind = next((said for part, said in _KINDS.items() if part in name), "a mask of its own")
         raise ValueError(f'{label}: masks must be causal, with or without padding, got {kind}\nload this model with "sdpa"')
     position = others.get("cache_position")
-    if q_length is None and position is not None:  # before transformers 5.3
-        q_length, q_offset = len(position), kv_offset + kv_length - len(position)
+    if q_length is None and position is not None:  # its name before transformers 5.3
+        q_length = len(position)
+        q_offset = kv_offset + kv_length - q_length if is_traced() else int(position[0])
     if isinstance(q_offset, Tensor) or (q_length is not None and q_offset + q_length != kv_offset + kv_length):
         raise ValueError(
             f"{label}: the last key must be the last token, got a cache with places that are not written yet\n"

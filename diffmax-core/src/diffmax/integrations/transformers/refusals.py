@@ -42,7 +42,8 @@ _watched: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = (
 _current = threading.local()
 
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|AttentionInterface")
-_CLASS_TABLE = re.compile(r"\w*ATTENTION\w*\[[^\]]*_attn_implementation\b")
+# transformers 5.0 indexes ALL_ATTENTION_FUNCTIONS too
+_CLASS_TABLE = re.compile(r"\b(?!ALL_ATTENTION_FUNCTIONS\b)\w*ATTENTION\w*\[[^\]]*_attn_implementation\b")
 _ATTENTION_NAME = re.compile(r"Attention|Attn")
 _ATTENTION_CLASS = re.compile(r"^class \w*(?:Attention|Attn)\w*\(", re.MULTILINE)
 _FUSED = (

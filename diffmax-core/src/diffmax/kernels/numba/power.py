@@ -6,6 +6,7 @@ sequence.
 
 Where two threads or more would share a head of keys, each has a span of its chunks: a first region finds what the spans add to
 the state, and sums then have another order than those of a thread alone. All else is the same on any number of threads.
+A backward of 16 bits starts with a forward region, for the products of results and their gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmax.kernels.cpu import power
 from diffmax.kernels.numba.power_job import Job
 from diffmax.kernels.numba.power_words import Word
 from diffmax.machine.forked import alone_in_child
@@ -25,8 +25,6 @@ from diffmax.reference.power import state_shapes
 @alone_in_child
 def power_attention(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, keep: bool) -> PowerResults:
     """Forward kernel; arguments and results as `diffmax.reference.power.power_attention`."""
-    if _is_empty(query, key, value):
-        return power.forward(query, key, value, call, keep)
     acc = accumulation_dtype(query.dtype)
     out = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype)
     total = torch.empty(query.shape[:3] if keep else (0,), dtype=acc)
@@ -52,8 +50,6 @@ def power_attention_backward(
     wanted: PowerWanted,
 ) -> PowerGradients:
     """Backward kernel; arguments and results as `diffmax.reference.power.power_attention_backward`."""
-    if _is_empty(query, key, value):
-        return power.backward(grad, grad_sums, grad_norm, query, key, value, saved, call, wanted)
     acc = saved.total.dtype
     grad_query, grad_key, grad_value = (torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value))
     gates = call.log_gates if wanted.log_gates else None
@@ -62,6 +58,10 @@ def power_attention_backward(
     of_end = torch.zeros(key.shape[:2], dtype=torch.float64)
     job = Job(query, key, value, call)
     job.add(Word.grad, grad)
+    if query.dtype != acc:  # the result was rounded, and what is made of it would miss those digits
+        means = torch.empty(query.shape[:3], dtype=acc)
+        job.add_new(Word.means, means)
+        job.run("forward")
     for word, given in ((Word.out, saved.out), (Word.total, saved.total)):
         job.add_whole(word, given)
     if grad_sums is not None and grad_norm is not None:
@@ -95,11 +95,6 @@ def warmup(
     if backward:
         saved = PowerSaved(out, total)
         power_attention_backward(out, None, None, query, query, value, saved, call, PowerWanted())
-
-
-def _is_empty(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether there is nothing to be done for tokens; what there is, states, is left to the plain kernels."""
-    return query.numel() == 0 or value.shape[3] == 0 or key.shape[1] == 0
 
 
 def _states(key: Tensor, value: Tensor, degree: int, wanted: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

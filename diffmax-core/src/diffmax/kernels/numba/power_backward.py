@@ -24,6 +24,7 @@ from diffmax.kernels.numba.power_forward import (
 )
 from diffmax.kernels.numba.power_parts import (
     absorb,
+    begin_gates,
     begin_state,
     copy_state,
     cumulate_gates,
@@ -75,7 +76,8 @@ def gradient_rows(words, memory, batch, head, at, count, target, target_at, mean
     rows = target[target_at:]
     rows_into(words, Word.grad, batch, head, at, count, dim, 1.0, rows, step)
     for t in range(count):
-        dense_rows_into(words, words[Word.out], row + t, 1, dim, out, step)
+        if words[Word.means] == 0:
+            dense_rows_into(words, words[Word.out], row + t, 1, dim, out, step)
         norm = totals[row + t]
         if norm == 0.0:
             zero(rows, t * step, t * step + size)
@@ -86,7 +88,8 @@ def gradient_rows(words, memory, batch, head, at, count, target, target_at, mean
                 a = load(rows, t * step + j) / norm
                 store(rows, t * step + j, a)
                 sums = sums + a * load(out, j)
-            means[mean_at + t] = -total(sums)
+            known = words[Word.means] != 0
+            means[mean_at + t] = array_at(words[Word.means], row + t + 1, computing)[row + t] if known else -total(sums)
 
 
 @jitable
@@ -341,6 +344,7 @@ def make_backward(computing):
             for task in range(start_task, end_task):
                 head, part = task // parts, task % parts
                 batch, kv_head = head // words[Word.kv_heads], head % words[Word.kv_heads]
+                begin_gates(words, memory, head, computing)
                 if words[Word.collects] != 0:
                     if part < words[Word.spans] - 1:
                         collect(words, memory, head, part, computing)

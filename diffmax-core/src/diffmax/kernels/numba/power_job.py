@@ -44,7 +44,7 @@ class Job:
         self.alive: list[Tensor] = []
         batch, heads, length, size = query.shape
         groups, many, value_size = key.shape[1], key.shape[2], value.shape[3]
-        self.heads, group = batch * groups, heads // groups
+        self.heads, group = batch * groups, heads // groups if groups else 1
         span = call.chunk or chosen_chunk(length, many, size, value_size, call.degree, group)
         self.is_quadratic = span >= many
         self.columns = max(1, -(-max(length, many) // COLUMNS))
@@ -91,6 +91,8 @@ class Job:
 
     def run(self, name: str) -> None:
         """Run a kernel: a task for each head of keys, or for some of its tokens where heads are fewer than threads."""
+        if self.heads == 0:
+            return
         words = self.words
         threads = torch.get_num_threads() if self.products >= 2 * THREAD_PRODUCTS else 1
         words[Word.parts] = words[Word.spans] = 1
@@ -107,7 +109,7 @@ class Job:
             words[Word.states], words[Word.of_states] = states[0].data_ptr(), states[-1].data_ptr()
             words[Word.decays], words[Word.collects] = decays.data_ptr(), 1
             self._run(name, threads)
-            words[Word.collects] = words[Word.next] = words[Word.done] = words[Word.slots] = 0
+            words[Word.collects] = 0
         self._run(name, threads)
 
     def step_in_place(self) -> None:
@@ -120,14 +122,17 @@ class Job:
 
     def _run(self, name: str, threads: int) -> None:
         words, tasks = self.words, self.heads * int(self.words[Word.parts])
-        layout = self.plan.backward if name == "backward" else self.plan.forward
+        layout = self.plan.backward if name == "backward" or words[Word.means] else self.plan.forward
         since = _multiple(8 * self.span if words[Word.gates] else 0, BYTES)
+        starts = _multiple(8 * (-(-int(words[Word.many]) // self.span)) if words[Word.gates] else 0, BYTES)
         words[Word.state :] = layout.places
-        words[Word.since], words[Word.slot_bytes] = layout.slot_bytes, layout.slot_bytes + since
+        words[Word.since], words[Word.starts] = layout.slot_bytes, layout.slot_bytes + since
+        words[Word.slot_bytes] = layout.slot_bytes + since + starts
         threads = min(threads, tasks)
         memory = torch.empty(threads * int(words[Word.slot_bytes]) + BYTES, dtype=torch.uint8)
         words[Word.stop], words[Word.chunk] = tasks, 1 if threads > 1 else tasks
         words[Word.memory] = _multiple(memory.data_ptr(), BYTES)
+        words[Word.next] = words[Word.done] = words[Word.slots] = 0
         kernel, address = _kernel(name, self.acc)
         if threads == 1:
             done = kernel(words.ctypes.data)

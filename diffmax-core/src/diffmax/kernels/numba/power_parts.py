@@ -15,6 +15,7 @@ from diffmax.kernels.numba.power_words import (
     COLUMNS,
     HIGH,
     LOW,
+    MORE,
     POSITION,
     SINCE,
     SLICE,
@@ -44,11 +45,11 @@ from diffmax.kernels.numba.simd import (
     times_power,
 )
 
-_tile = product_of(ROWS, VECTORS)
-_column = product_of(ROWS, 1)
-_line = product_of(1, VECTORS)
-_long_line = product_of(1, 4 * VECTORS)
-_spot = product_of(1, 1)
+_tile = product_of(ROWS, VECTORS, added_last=True)
+_column = product_of(ROWS, 1, added_last=True)
+_line = product_of(1, VECTORS, added_last=True)
+_long_line = product_of(1, 4 * VECTORS, added_last=True)
+_spot = product_of(1, 1, added_last=True)
 dots = dots_of(ROWS * VECTORS // 2)
 
 
@@ -173,27 +174,66 @@ def _largest_exponent(y):
     return lambda y: largest
 
 
+def log2_parts(y):
+    """log2(e) in two numbers."""
+
+
+@overload(log2_parts)
+def _log2_parts(y):
+    high = float(np.float32(LOG2_E)) if y.element == types.float32 else LOG2_E
+    low = 1.9259629911266175e-8 if y.element == types.float32 else 2.0355273740931033e-17
+    return lambda y: (high, low)
+
+
 @jitable
-def exp(x):
-    """e^x, 0 where that is below the normal numbers; finite where it is not; NaN of NaN."""
-    y = smaller(x * LOG2_E, largest_exponent(x))
+def exp(x, more):
+    """e^(x + more), where `more` is a rounding error of x: 0 where that is below the normal numbers, finite, NaN of NaN."""
+    factor, rest = log2_parts(x)
+    y = smaller(x * factor, largest_exponent(x))
     i, shifted = round_shifted(larger(y, lowest_exponent(x)))
-    found = times_power(exp2_m1(larger(smaller(x * LOG2_E - i, 0.5), -0.5)) + 1.0, shifted)
+    f = (x * factor - i) + (x * rest + more * factor)  # the first product is fused, and so exact
+    found = times_power(exp2_m1(larger(smaller(f, 0.5), -0.5)) + 1.0, shifted)
     return select(is_nan(x), x, select(y < lowest_exponent(x), 0.0, found))
 
 
 @jitable
+def exp_of_difference(high, low, of_high, of_low):
+    """e^((high + low) - (of_high + of_low)), whose exponent keeps the digits that a difference of large numbers would lose."""
+    x = high - of_high
+    taken = x - high
+    error = (high - (x - taken)) - (of_high + taken)
+    return exp(x, error + (low - of_low))
+
+
+@jitable
+def begin_gates(words, memory, head, computing):
+    """Sum a head's log gates from its first key on, in float64 as the reference does; keep what comes before each chunk."""
+    if words[Word.gates] == 0:
+        return
+    span, many = words[Word.span], words[Word.many]
+    chunks = (many + span - 1) // span
+    gates = array_at(words[Word.gates], (head + 1) * many, computing)
+    starts = array_at(memory + words[Word.starts], chunks, np.float64)
+    g = 0.0
+    for chunk in range(chunks):
+        starts[chunk] = g
+        for i in range(chunk * span, min((chunk + 1) * span, many)):
+            g += gates[head * many + i]
+
+
+@jitable
 def cumulate_gates(words, memory, head, start, end, computing):
-    """Sum a chunk's log gates from its start on, in float64."""
+    """Sums of a chunk's log gates since its start."""
     if words[Word.gates] == 0:
         return
     at = head * words[Word.many]
     gates = array_at(words[Word.gates], at + end, computing)
     since = array_at(memory + words[Word.since], end - start, np.float64)
-    g = 0.0
+    before = array_at(memory + words[Word.starts], start // words[Word.span] + 1, np.float64)[start // words[Word.span]]
+    g = before
     for i in range(end - start):
         g += gates[at + start + i]
-        since[i] = g
+        since[i] = g - before
 
 
 @jitable
@@ -219,7 +259,7 @@ def decay_since(words, memory, padded, computing):
     target = lane_numbers(words, memory, SINCE, computing)
     high, low = lane_numbers(words, memory, HIGH, computing), lane_numbers(words, memory, LOW, computing)
     for c in range(0, padded, places(target)):
-        store(target, c, exp(load(high, c) + load(low, c)))
+        store(target, c, exp(load(high, c), load(low, c)))
     return target
 
 
@@ -229,12 +269,13 @@ def decay_until(words, memory, start, end, first, count, padded, computing):
     target = lane_numbers(words, memory, UNTIL, computing)
     since = array_at(memory + words[Word.since], end - start, np.float64)
     if words[Word.gates] != 0:
+        more = lane_numbers(words, memory, MORE, computing)
         for t in range(count):
-            target[t] = computing(since[end - start - 1] - since[first - start + t])
+            target[t], more[t] = parts_of(since[end - start - 1] - since[first - start + t], computing)
         for t in range(count, padded):
-            target[t] = computing(0.0)
+            target[t], more[t] = computing(0.0), computing(0.0)
         for c in range(0, padded, places(target)):
-            store(target, c, exp(load(target, c)))
+            store(target, c, exp(load(target, c), load(more, c)))
     else:
         target[:count] = 1.0
     target[count:padded] = 0.0
@@ -267,7 +308,7 @@ def weights_of(words, memory, scores, slopes, positions, first, rows, start, sto
     since = array_at(memory + words[Word.since], first + rows, np.float64)
     lane_high, lane_low = lane_numbers(words, memory, HIGH, computing), lane_numbers(words, memory, LOW, computing)
     more = degree // 2 - 1
-    sign = 1.0 if by_lane else -1.0
+    sign = computing(1.0) if by_lane else computing(-1.0)
     for r in range(rows):
         position = computing(first + r)
         high, low = parts_of(since[first + r], computing) if gated else (computing(0.0), computing(0.0))
@@ -280,8 +321,8 @@ def weights_of(words, memory, scores, slopes, positions, first, rows, start, sto
                 power = power * square
             lane = load(positions, c)
             if gated:
-                away = ((load(lane_high, c) - high) + (load(lane_low, c) - low)) * sign
-                decay = exp(away)
+                of_lane, of_lane_low = load(lane_high, c) * sign, load(lane_low, c) * sign
+                decay = exp_of_difference(of_lane, of_lane_low, splat(scores, high * sign), splat(scores, low * sign))
             else:
                 decay = splat(scores, 1.0)
             hidden = lane < position if by_lane else position < lane

@@ -543,12 +543,13 @@ def transpose_square(typing_context, source, at, step, target, target_at, target
     return types.void(source, types.int64, types.int64, target, types.int64, types.int64), generate
 
 
-def product_of(rows, vectors):
+def product_of(rows, vectors, added_last=False):
     """An intrinsic that multiplies `rows` rows with `vectors` vectors of columns: all of the result stays in registers.
 
     product(a, a_rows, a_step, b, b_at, b_step, depth, c, c_rows, c_at, first, more):
         c[c_rows[first + r] + c_at + j] = sum over k < depth of a[a_rows[first + r] + k a_step] b[b_at + k b_step + j],
-    added to what c holds if `more`. a, b and c hold the type that one computes in, a_rows and c_rows int64.
+    added to what c holds if `more`: first, or with `added_last` after the sum, which then loses fewer digits beside a large c.
+    a, b and c hold the type that one computes in, a_rows and c_rows int64.
     """
 
     @intrinsic
@@ -572,7 +573,7 @@ def product_of(rows, vectors):
 
             sums = [[cgutils.alloca_once(builder, llvm) for _ in range(vectors)] for _ in range(rows)]
             zero = ir.Constant(llvm, [0.0] * vector.width)
-            with builder.if_else(more) as (then, otherwise):
+            with builder.if_else(ir.IntType(1)(0) if added_last else more) as (then, otherwise):
                 with then:
                     for r in range(rows):
                         for v in range(vectors):
@@ -596,6 +597,12 @@ def product_of(rows, vectors):
                     for v in range(vectors):
                         term = builder.fmul(factor, columns[v], flags=CONTRACT)
                         builder.store(builder.fadd(builder.load(sums[r][v]), term, flags=CONTRACT), sums[r][v])
+            if added_last:
+                with builder.if_then(more):
+                    for r in range(rows):
+                        for v in range(vectors):
+                            held = builder.load(at_c(r, v), align=align)
+                            builder.store(builder.fadd(held, builder.load(sums[r][v])), sums[r][v])
             for r in range(rows):
                 for v in range(vectors):
                     builder.store(builder.load(sums[r][v]), at_c(r, v), align=align)

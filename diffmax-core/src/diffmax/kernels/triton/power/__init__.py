@@ -1,0 +1,1 @@
+"""Power attention in Triton: `launch.PowerOperator` launches it."""
