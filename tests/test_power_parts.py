@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 import diffmax
 from diffmax import power
+from diffmax.operators.power import parts
 from diffmax.testing import gates
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -103,8 +104,8 @@ def test_attention_is_as_accurate_as_the_reference(dtype):
 def test_unnormalised_attention_to_parts_of_the_keys_adds_up():
     q, k, v, _ = inputs()
     whole = power.attention(q, k, v, is_causal=False, normalize=False)
-    parts = [power.attention(q, k[:, :, s], v[:, :, s], is_causal=False, normalize=False) for s in (slice(4), slice(4, 9))]
-    assert all(close(a + b, c) for a, b, c in zip(*parts, whole, strict=True))
+    halves = [power.attention(q, k[:, :, s], v[:, :, s], is_causal=False, normalize=False) for s in (slice(4), slice(4, 9))]
+    assert all(close(a + b, c) for a, b, c in zip(*halves, whole, strict=True))
 
 
 def test_queries_without_weights_give_zeros_and_no_gradient():
@@ -132,6 +133,16 @@ def test_states_are_those_of_power_attention_and_continue(degree, gated):
         assert isinstance(found, diffmax.PowerState)
         assert close(found.sums, exact.sums)
         assert close(found.norm, exact.norm)
+
+
+def test_many_keys_make_the_state_of_few_keys_after_one_another():
+    """More than `parts.FEW` go through the operator, which holds no monomials of all of them."""
+    _, k, v, log_gates = inputs(many=2 * parts.FEW + 3)
+    at_once, state = power.update_state(k, v, log_gates), None
+    for at in range(0, k.shape[2], parts.FEW):
+        span = slice(at, at + parts.FEW)
+        state = power.update_state(k[:, :, span], v[:, :, span], log_gates[:, :, span], state)
+    assert all(close(a, b) for a, b in zip(at_once, state, strict=True))
 
 
 @pytest.mark.parametrize("degree", [2, 4])

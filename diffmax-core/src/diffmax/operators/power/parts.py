@@ -21,6 +21,7 @@ from diffmax.operators.power.checks import check_degree, check_flag, check_gates
 from diffmax.operators.power.state import PowerState
 from diffmax.reference.power import cumulated
 
+FEW = 64  # keys whose monomials are computed at once; more go through the operator, which holds a slice of them
 State = PowerState | tuple[Tensor, Tensor]
 
 
@@ -160,7 +161,7 @@ def attention(
     Raises:
         TypeError, ValueError: Types, shapes, devices or values do not fit.
     Numerics: Computed in float32, for float64 in float64.
-    Source: docs/theory.md, Eq. 34. Written for diffmax.
+    Source: docs/theory.md, Eq. 30. Written for diffmax.
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 10, 16).unbind()
         >>> sums, totals = attention(q, k, v, normalize=False)
@@ -214,8 +215,8 @@ def update_state(
         The state, in float32 (float64 for float64).
     Raises:
         TypeError, ValueError: Types, shapes, devices or values do not fit.
-    Numerics: The monomials of all keys are in memory: P numbers for each.
-    Source: docs/theory.md, Eq. 36. Written for diffmax.
+    Numerics: As `power_attention`'s on a CPU. Elsewhere the monomials of all keys are in memory: P numbers for each.
+    Source: docs/theory.md, Eq. 32. Written for diffmax.
     Example:
         >>> k, v = torch.randn(2, 1, 4, 10, 16).unbind()
         >>> update_state(k, v).sums.shape
@@ -226,6 +227,9 @@ def update_state(
     degree = check_degree(name, degree)
     gates = check_gates(name, key, key, log_gates)
     sums, norm = check_state(name, key, key, value, initial_state, degree)
+    if key.device.type == "cpu" and key.shape[2] > FEW:
+        none = key[:, :, :0]
+        return power_attention(none, key, value, log_gates, initial_state, degree=degree, return_final_state=True)[1]
     acc = accumulation_dtype(key.dtype)
     with _as_is(key):
         m, whole = symmetric.monomials(key.to(acc), degree), None
@@ -283,7 +287,7 @@ def query_state(
     Raises:
         TypeError, ValueError: Types, shapes, devices or values do not fit.
     Numerics: The monomials of all queries are in memory. A state resolves sums of weights to rounding of |q|^p |k|^p.
-    Source: docs/theory.md, Eq. 36. Written for diffmax.
+    Source: docs/theory.md, Eq. 32. Written for diffmax.
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 10, 16, dtype=torch.float64).unbind()
         >>> out = query_state(q, update_state(k, v))
