@@ -103,7 +103,7 @@ class HybridCache:
         ...     for step in range(100):
         ...         out = cache.attend(q[:, token], k[:, token], v[:, token], alpha=0.8)
         >>> len(cache), cache.memory
-        (1100, 96704)
+        (1100, 41832)
     """
 
     def __init__(self, tail: int = 1024, *, block: int = 128, degree: int = 2) -> None:
@@ -383,7 +383,7 @@ def _past(state: _Past, query: Tensor, tail: _Tail, degree: int, options: _Optio
     count = count[:, :, None, None].clamp_min(torch.finfo(norm.dtype).tiny)
     # the decay since the tail's start is that of all weights: it cancels in both means
     mean = total / count
-    there = (total > 0) & (mean > 0)
+    there = ~((total <= 0) | (mean <= 0))  # NaN is there, and spoils the query
     past = (phi @ sums.unsqueeze(2)) / torch.where(there, total, 1.0).unsqueeze(-1)
     log_count = count.log()
     if tail.gates is not None:
@@ -395,7 +395,7 @@ def _past(state: _Past, query: Tensor, tail: _Tail, degree: int, options: _Optio
     score = options.slope * mean + _log_of_diffmax(log_count, options.e) + options.offset
     # an infinite score would spoil its products with zeros
     most = torch.finfo(query.dtype).max / 2 * min(1.0, options.scale)
-    score = torch.where(there & (score > -most), score.clamp_max(most), -most)
+    score = torch.where(there & ~(score <= -most), score.clamp_max(most), -most)
     return past.reshape(*shape, -1).masked_fill(~there.unsqueeze(-1), 0.0), score
 
 
