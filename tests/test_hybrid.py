@@ -174,6 +174,16 @@ def test_a_gate_of_zero_forgets_what_came_before():
     assert forgot.isfinite().all()
 
 
+def test_a_spoilt_key_spoils_those_who_see_it_and_those_whose_past_it_is():
+    q, k, v = drawn()
+    k[0, 4, 1] = torch.nan
+    out = HybridCache(TAIL, block=BLOCK).attend(q, k, v)
+    assert out[0, 4:, 2:].isnan().all()
+    assert out[0, :4].isfinite().all()
+    assert out[0, :, :2].isfinite().all()
+    assert out[1].isfinite().all()
+
+
 def test_memory_is_constant_and_reported():
     q, k, v = drawn(torch.float32, 200)
     cache, held = HybridCache(TAIL, block=BLOCK), set()

@@ -348,6 +348,17 @@ def test_transformers_own_cache_serves_too():
         close(torch.cat(parts, 1), model(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["power", "hybrid"])
+def test_compiled_it_is_the_same(name):
+    model = model_of(name, num_hidden_layers=1)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for arguments in ({"attention_mask": MASK}, {}):
+            got, wanted = (m(IDS, **arguments).logits[MASK.bool()] for m in (compiled, model))
+            close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 WRONG = {
     "name": (lambda: register_power(0.5), TypeError, "name must be a string, got 0.5"),
     "special name": (lambda: register_hybrid("my-sdpa"), ValueError, "name must not contain"),

@@ -47,7 +47,9 @@ class _Tail(NamedTuple):
     gates: Tensor | None
     padding: Tensor | None
 
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
+        """n."""
         return self.key.shape[2] - 1
 
     def part(self, begin: int, end: int) -> _Tail:
@@ -103,7 +105,7 @@ class HybridCache:
         ...     for step in range(100):
         ...         out = cache.attend(q[:, token], k[:, token], v[:, token], alpha=0.8)
         >>> len(cache), cache.memory
-        (1100, 96704)
+        (1100, 41832)
     """
 
     def __init__(self, tail: int = 1024, *, block: int = 128, degree: int = 2) -> None:
@@ -241,7 +243,7 @@ class HybridCache:
             backend,
         )
         query = q.transpose(1, 2)
-        origin = self._length - (0 if self._tail is None else len(self._tail))  # position of the tail's first token
+        origin = self._length - (0 if self._tail is None else self._tail.length)  # position of the tail's first token
         tail = self._appended(k.transpose(1, 2), v.transpose(1, 2), log_gates, padding)
         self._length += k.shape[1]
         done, at, begin, outs = 0, self._length - q.shape[1], 0, []
@@ -254,7 +256,7 @@ class HybridCache:
             seen = tail.part(begin, at + count - origin)
             outs.append(self._read(query[:, :, done : done + count], seen, options))
             done, at = done + count, at + count
-        self._keep(tail.part(begin, len(tail)))
+        self._keep(tail.part(begin, tail.length))
         return torch.cat(outs, 2).transpose(1, 2).contiguous()
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, log_gates: Tensor | None, padding: Tensor | None) -> int:
@@ -302,7 +304,7 @@ class HybridCache:
             begins = ((_of_past(key, 2), key), (_of_past(value, 1), value))
             joined = [torch.cat([row, pad(t, (0, _MORE))], 2) for row, t in begins]
             return _Tail(joined[0], joined[1], gates, padding)
-        n = len(stored)
+        n = stored.length
         gates = _joined(stored.gates, gates, key.new_zeros((batch, heads, n + new), dtype=acc), n)
         padding = _joined(stored.padding, padding, key.new_zeros((batch, n + new), dtype=torch.bool), n)
         room = self._room
@@ -358,7 +360,7 @@ class HybridCache:
         if torch.is_grad_enabled():
             self._room = None
             return
-        held, batch = 1 + len(tail), tail.key.shape[0]
+        held, batch = 1 + tail.length, tail.key.shape[0]
         room = self._room
         if room is None or not _is_writable(room[0]) or room[0].shape[0] != batch:
             places = 1 + self.tail + self.block
@@ -383,11 +385,11 @@ def _past(state: _Past, query: Tensor, tail: _Tail, degree: int, options: _Optio
     count = count[:, :, None, None].clamp_min(torch.finfo(norm.dtype).tiny)
     # the decay since the tail's start is that of all weights: it cancels in both means
     mean = total / count
-    there = (total > 0) & (mean > 0)
+    there = ~((total <= 0) | (mean <= 0))  # NaN is there, and spoils the query
     past = (phi @ sums.unsqueeze(2)) / torch.where(there, total, 1.0).unsqueeze(-1)
     log_count = count.log()
     if tail.gates is not None:
-        log_count = log_count + tail.gates.cumsum(2)[:, :, None, len(tail) - length :]
+        log_count = log_count + tail.gates.cumsum(2)[:, :, None, tail.length - length :]
     shape = (batch, heads, length)
     there = there.reshape(shape)
     mean = torch.where(there, mean.reshape(shape), 1.0) ** (1 / degree)
@@ -395,7 +397,7 @@ def _past(state: _Past, query: Tensor, tail: _Tail, degree: int, options: _Optio
     score = options.slope * mean + _log_of_diffmax(log_count, options.e) + options.offset
     # an infinite score would spoil its products with zeros
     most = torch.finfo(query.dtype).max / 2 * min(1.0, options.scale)
-    score = torch.where(there & (score > -most), score.clamp_max(most), -most)
+    score = torch.where(there & ~(score <= -most), score.clamp_max(most), -most)
     return past.reshape(*shape, -1).masked_fill(~there.unsqueeze(-1), 0.0), score
 
 
@@ -417,8 +419,8 @@ def _visible(query: Tensor, tail: _Tail, past: int) -> dict[str, Any]:
     """The mask of a call: the `past` rows before the tail are seen by all."""
     if tail.padding is None:
         return {"is_causal": True, "causal_alignment": "lower_right"}
-    place = torch.arange(len(tail), device=query.device)
-    mask = (place <= place[len(tail) - query.shape[2] :].unsqueeze(1)) & ~tail.padding[:, None, None, :]
+    place = torch.arange(tail.length, device=query.device)
+    mask = (place <= place[tail.length - query.shape[2] :].unsqueeze(1)) & ~tail.padding[:, None, None, :]
     return {"attn_mask": pad(mask, (past, 0), value=True)}
 
 

@@ -15,7 +15,7 @@ _KINDS = {
     "sliding_window": "a sliding window: the state cannot forget a single token",
     "chunked": "chunked attention: the state cannot forget single tokens",
     "bidirectional": "attention in both directions: the state has what came before, and nothing of what follows",
-    "packed": "packed sequences: pass them as rows with padding, or with a cache, where each sees all before it",
+    "packed": "packed sequences: pass them as rows with padding; a compiled model cannot tell: give it an attention_mask",
     "and_mask": "a mask of its own, or packed sequences: the state has all tokens before",
     "or_mask": "a mask of its own: the state has no tokens that follow",
 }

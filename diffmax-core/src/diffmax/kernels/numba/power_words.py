@@ -27,7 +27,7 @@ _Words = namedtuple(
     next done stop chunk
     slots slot_bytes memory
     kv_heads group head_dim value_dim head_step value_step state_step row_step stride
-    length many span degree parts spans span_chunks collects in_place monomials kind
+    length many span degree parts spans span_chunks collects in_place monomials kind out_kind
     query query_batch query_head query_row
     key key_batch key_head key_row
     value value_batch value_head value_row
@@ -96,16 +96,14 @@ def rows_into(words, tensor, batch, head, row, count, size, scale, target, targe
 
 
 @jitable
-def dense_rows_into(words, address, row, count, size, target, target_step):
-    """Copy rows of a contiguous tensor of the call's dtype."""
-    kind = words[Word.kind]
-    copy_rows(address + row * size * bytes_of(kind, target), kind, size, count, size, 1.0, target, target_step)
+def dense_rows_into(address, row, count, size, target, target_step):
+    """Copy rows of a contiguous tensor of the dtype in which is computed."""
+    copy_rows(address + row * size * bytes_of(0, target), 0, size, count, size, 1.0, target, target_step)
 
 
 @jitable
-def rows_from(words, address, row, count, size, source, step, factor):
-    """Write rows of a contiguous tensor of the call's dtype, rounded."""
-    kind = words[Word.kind]
+def rows_from(kind, address, row, count, size, source, step, factor):
+    """Write rows of a contiguous tensor, rounded to its kind of numbers."""
     for r in range(count):
         write_row(address + (row + r) * size * bytes_of(kind, source), kind, size, source[r * step :], factor)
 
