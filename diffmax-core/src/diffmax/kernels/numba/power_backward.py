@@ -76,8 +76,7 @@ def gradient_rows(words, memory, batch, head, at, count, target, target_at, mean
     rows = target[target_at:]
     rows_into(words, Word.grad, batch, head, at, count, dim, 1.0, rows, step)
     for t in range(count):
-        if words[Word.means] == 0:
-            dense_rows_into(words, words[Word.out], row + t, 1, dim, out, step)
+        dense_rows_into(words[Word.out], row + t, 1, dim, out, step)
         norm = totals[row + t]
         if norm == 0.0:
             zero(rows, t * step, t * step + size)
@@ -88,8 +87,7 @@ def gradient_rows(words, memory, batch, head, at, count, target, target_at, mean
                 a = load(rows, t * step + j) / norm
                 store(rows, t * step + j, a)
                 sums = sums + a * load(out, j)
-            known = words[Word.means] != 0
-            means[mean_at + t] = array_at(words[Word.means], row + t + 1, computing)[row + t] if known else -total(sums)
+            means[mean_at + t] = -total(sums)
 
 
 @jitable
@@ -142,11 +140,18 @@ def differentiate_queries(words, numbers, memory, batch, kv_head, member, heads,
         multiply(words, memory, values, 0, row_step, 1, rows, lanes_t, 0, stride, c, padded, size + 1, slopes, 0, stride, False)
         weights_of(words, memory, scores, slopes, positions, key - start, rows, c, padded, True, True, gated, computing)
         multiply(words, memory, keys, 0, 1, step, depth, slopes, 0, stride, c, padded, rows, of_levels, 0, stride, True)
+    if words[Word.query_gates] != 0:
+        moved = shares(words, memory, levels, of_levels, heads * count, computing)
+        position = (batch * words[Word.kv_heads] + kv_head) * words[Word.many] + first
+        sums = array_at(words[Word.query_gates], position + count, computing)
+        for h in range(heads):
+            for t in range(count):
+                sums[position + t] += moved[h * count + t]
     from_lanes(of_levels, stride, padded, depth, rows_of_grad, step)
     scale = computing(numbers[Word.scale])
     for h in range(heads):
         row = (batch * words[Word.kv_heads] * words[Word.group] + head + h) * words[Word.length] + at
-        rows_from(words, words[Word.grad_query], row, count, depth, rows_of_grad[h * count * step :], step, scale)
+        rows_from(words[Word.kind], words[Word.grad_query], row, count, depth, rows_of_grad[h * count * step :], step, scale)
 
 
 @jitable
@@ -224,25 +229,32 @@ def differentiate_keys(words, numbers, memory, batch, kv_head, start, end, first
         differentiate_gates(words, memory, levels, of_levels, batch, kv_head, first, count, computing)
     head_row = (batch * words[Word.kv_heads] + kv_head) * words[Word.many] + first
     from_lanes(of_levels, stride, padded, depth, target, step)
-    rows_from(words, words[Word.grad_key], head_row, count, depth, target, step, computing(1.0))
+    rows_from(words[Word.kind], words[Word.grad_key], head_row, count, depth, target, step, computing(1.0))
     from_lanes(of_values, stride, padded, dim, target, row_step)
-    rows_from(words, words[Word.grad_value], head_row, count, dim, target, row_step, computing(1.0))
+    rows_from(words[Word.kind], words[Word.grad_value], head_row, count, dim, target, row_step, computing(1.0))
 
 
 @jitable
 def differentiate_gates(words, memory, levels, of_levels, batch, kv_head, first, count, computing):
     """Write k . dk / p of some keys."""
-    stride, width = words[Word.stride], places(levels)
-    moved = lane_numbers(words, memory, MORE, computing)
+    moved = shares(words, memory, levels, of_levels, count, computing)
     row = (batch * words[Word.kv_heads] + kv_head) * words[Word.many] + first
     target = array_at(words[Word.grad_gates], row + count, computing)
+    for t in range(count):
+        target[row + t] = moved[t]
+
+
+@jitable
+def shares(words, memory, levels, of_levels, count, computing):
+    """x . dx / p for each lane x: the sum of its weights times their gradients."""
+    stride, width = words[Word.stride], places(levels)
+    moved = lane_numbers(words, memory, MORE, computing)
     for c in range(0, lanes_of(count, levels), width):
         sums = load(levels, c) * load(of_levels, c)
         for d in range(1, words[Word.head_dim]):
             sums = sums + load(levels, d * stride + c) * load(of_levels, d * stride + c)
         store(moved, c, sums / float(words[Word.degree]))
-    for t in range(count):
-        target[row + t] = moved[t]
+    return moved
 
 
 @jitable

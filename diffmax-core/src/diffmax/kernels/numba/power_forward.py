@@ -28,7 +28,6 @@ from diffmax.kernels.numba.power_parts import (
 from diffmax.kernels.numba.power_step import enter_in_place, read_in_place
 from diffmax.kernels.numba.power_words import (
     COLUMNS,
-    MEAN,
     POSITION,
     ROWS_AT_ONCE,
     Word,
@@ -132,39 +131,13 @@ def attend(words, numbers, memory, batch, kv_head, member, heads, start, first, 
         by_value(words, memory, values, 0, row_step, scores, c, padded, rows, True, result)
     norm_at = size * stride
     divide(result, dim, stride, padded, norm_at)
-    if words[Word.means] != 0:
-        write_means(words, memory, batch, head, heads, at, count, padded, computing)
-        return
     from_lanes(result, stride, padded, dim, out_rows, size)
     for h in range(heads):
         row = (batch * words[Word.kv_heads] * words[Word.group] + head + h) * words[Word.length] + at
-        rows_from(words, words[Word.out], row, count, dim, out_rows[h * count * size :], size, computing(1.0))
+        rows_from(words[Word.out_kind], words[Word.out], row, count, dim, out_rows[h * count * size :], size, computing(1.0))
         if words[Word.total] != 0:
             for t in range(count):
                 keep(words[Word.total], row + t, result[norm_at + h * count + t], computing)
-
-
-@jitable
-def write_means(words, memory, batch, head, heads, at, count, padded, computing):
-    """Write - a . out, from `result`, whose digits are more than those that the forward could write."""
-    step, size, stride = words[Word.row_step], words[Word.value_step], words[Word.stride]
-    rows = floats(words, memory, Word.value_rows, COLUMNS * step, computing)
-    lanes_t = floats(words, memory, Word.lanes_t, step * stride, computing)
-    result = floats(words, memory, Word.result, (size + 1) * stride, computing)
-    found = lane_numbers(words, memory, MEAN, computing)
-    for h in range(heads):
-        rows_into(words, Word.grad, batch, head + h, at, count, words[Word.value_dim], 1.0, rows[h * count * step :], step)
-    zero(rows, heads * count * step, padded * step)
-    to_lanes(rows, step, padded, size, lanes_t, stride)
-    for c in range(0, padded, places(result)):
-        sums = load(lanes_t, c) * load(result, c)
-        for e in range(1, words[Word.value_dim]):
-            sums = sums + load(lanes_t, e * stride + c) * load(result, e * stride + c)
-        store(found, c, sums / load(result, size * stride + c))
-    for h in range(heads):
-        row = (batch * words[Word.kv_heads] * words[Word.group] + head + h) * words[Word.length] + at
-        for t in range(count):
-            keep(words[Word.means], row + t, -found[h * count + t], computing)
 
 
 @jitable

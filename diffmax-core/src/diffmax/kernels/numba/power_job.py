@@ -54,7 +54,7 @@ class Job:
         words[Word.kv_heads], words[Word.group] = groups, group
         words[Word.head_dim], words[Word.value_dim], words[Word.degree] = size, value_size, call.degree
         words[Word.length], words[Word.many], words[Word.span] = length, many, self.span
-        words[Word.kind] = KINDS.get(query.dtype, 0)
+        words[Word.kind] = words[Word.out_kind] = KINDS.get(query.dtype, 0)
         words[Word.coefficients], words[Word.firsts] = plan.coefficients.data_ptr(), plan.firsts.ctypes.data
         words[Word.level_at] = plan.level_at.ctypes.data
         for word, number in plan.words:
@@ -122,7 +122,7 @@ class Job:
 
     def _run(self, name: str, threads: int) -> None:
         words, tasks = self.words, self.heads * int(self.words[Word.parts])
-        layout = self.plan.backward if name == "backward" or words[Word.means] else self.plan.forward
+        layout = self.plan.backward if name == "backward" else self.plan.forward
         since = _multiple(8 * self.span if words[Word.gates] else 0, BYTES)
         starts = _multiple(8 * (-(-int(words[Word.many]) // self.span)) if words[Word.gates] else 0, BYTES)
         words[Word.state :] = layout.places

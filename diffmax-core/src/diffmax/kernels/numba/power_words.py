@@ -33,7 +33,7 @@ _Words = namedtuple(
     value value_batch value_head value_row
     grad grad_batch grad_head grad_row
     gates coefficients firsts level_at level_rows
-    sums norm end_sums end_norm out total states of_states decays of_end means
+    sums norm end_sums end_norm out total states of_states decays of_end query_gates
     grad_query grad_key grad_value grad_gates grad_sums grad_norm
     scale
     state levels of_levels entries scores slopes lane_rows value_rows rows more_rows lanes_t result of_values
