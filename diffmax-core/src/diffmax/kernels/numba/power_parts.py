@@ -2,6 +2,8 @@
 
 A token's monomials of each degree below p are in memory, `levels`, those of degree p one slice at a time: those that begin with
 x_a are x_a times the end of those of the degree below (`operators.power.symmetric`), whole vectors of tokens.
+
+One file, since forward, backward and steps of decoding are made of the same parts, and those of each other.
 """
 
 import math

@@ -5,8 +5,8 @@ from __future__ import annotations
 from diffmax.operators.power.symmetric import expanded_dim
 
 CHUNKS = (64, 128, 256, 512, 1024)
-# Measured with the compiled CPU kernels, forward: for D = D_v = 16, 32 and 64 and p = 2 both ways take equally long at 400, 1000
-# and 4000 tokens; for D = 16 and p = 4 the quadratic form takes 0.4 times as long at 4000.
+# Measured with the compiled CPU kernels, forward: for D = D_v = 16, 32 and 64 and p = 2 both ways take equally long at
+# 400, 1000 and 4000 tokens; for D = 16, p = 4 and 4000 tokens the quadratic form takes 0.4 times as long.
 # An entry of an expanded query or key, and a weight, cost as much as this many multiplications beside those that they are in.
 ENTRY = 2
 # An entry of the state costs as much as this many for each chunk, after which it is read and written.
