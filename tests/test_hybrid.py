@@ -158,10 +158,17 @@ def test_without_a_past_it_is_a_window(alpha):
 
 
 def test_a_past_below_the_threshold_has_a_weight_of_exactly_zero():
+    """So nothing of it has a gradient."""
     q, k, v = drawn()
-    low, none = (HybridCache(TAIL, block=BLOCK).attend(q, k, v, alpha=0.5, offset=o) for o in (-200.0, -math.inf))
-    assert torch.equal(low, none)
-    assert not torch.equal(HybridCache(TAIL, block=BLOCK).attend(q, k, v, alpha=0.5), none)
+    v.requires_grad_()
+    none, some = (HybridCache(TAIL, block=BLOCK).attend(q, k, v, alpha=0.5, offset=o) for o in (-math.inf, 0.0))
+    offset = torch.full((H,), -200.0, requires_grad=True)
+    low = HybridCache(TAIL, block=BLOCK).attend(q, k, v, alpha=0.5, offset=offset)
+    close(low, none)
+    assert not torch.allclose(some, none)
+    of_offset, of_value = torch.autograd.grad(low[:, -1].sum(), (offset, v))
+    assert (of_offset == 0).all()
+    assert (of_value[:, : L - TAIL - BLOCK] == 0).all()
 
 
 def test_a_gate_of_zero_forgets_what_came_before():

@@ -341,7 +341,7 @@ class HybridCache:
             "enable_gqa": query.shape[1] != tail.key.shape[1],
             "backend": options.backend,
         }
-        if self._state is None:
+        if self._state is None or (not isinstance(options.offset, Tensor) and options.offset == -math.inf):
             key, value = tail.key[:, :, 1:, :-_MORE], tail.value[:, :, 1:, :-_MORE]
             alone: Tensor = attention(query, key, value, **_visible(query, tail, 0), **settings)
             return alone
@@ -379,26 +379,25 @@ def _past(state: _Past, query: Tensor, tail: _Tail, degree: int, options: _Optio
     sums, norm, count = state
     batch, heads, length, size = query.shape
     groups, acc = norm.shape[1], norm.dtype
-    grouped = query.to(acc).reshape(batch, groups, heads // groups, length, size) * options.scale
-    phi = monomials(grouped, degree) * coefficients(size, degree, grouped)
-    total = (phi @ norm[:, :, None, :, None]).squeeze(-1)
-    count = count[:, :, None, None].clamp_min(torch.finfo(norm.dtype).tiny)
+    rows = query.to(acc).reshape(batch, groups, heads // groups * length, size) * options.scale
+    phi = monomials(rows, degree) * coefficients(size, degree, rows)
+    shape, grouped = (batch, heads, length), (batch, groups, heads // groups, length)
+    total = (phi @ norm.unsqueeze(3)).view(shape)
+    count = count[:, :, None, None].clamp_min(torch.finfo(acc).tiny)
     # the decay since the tail's start is that of all weights: it cancels in both means
-    mean = total / count
+    mean = (total.view(grouped) / count).view(shape)
     there = ~((total <= 0) | (mean <= 0))  # NaN is there, and spoils the query
-    past = (phi @ sums.unsqueeze(2)) / torch.where(there, total, 1.0).unsqueeze(-1)
+    past = (phi @ sums).view(*shape, -1) / torch.where(there, total, 1.0).unsqueeze(3)
     log_count = count.log()
     if tail.gates is not None:
         log_count = log_count + tail.gates.cumsum(2)[:, :, None, tail.length - length :]
-    shape = (batch, heads, length)
-    there = there.reshape(shape)
-    mean = torch.where(there, mean.reshape(shape), 1.0) ** (1 / degree)
-    log_count = log_count.expand(batch, groups, heads // groups, length).reshape(shape)
+    mean = torch.where(there, mean, 1.0) ** (1 / degree)
+    log_count = log_count.expand(grouped).reshape(shape)
     score = options.slope * mean + _log_of_diffmax(log_count, options.e) + options.offset
     # an infinite score would spoil its products with zeros
     most = torch.finfo(query.dtype).max / 2 * min(1.0, options.scale)
     score = torch.where(there & ~(score <= -most), score.clamp_max(most), -most)
-    return past.reshape(*shape, -1).masked_fill(~there.unsqueeze(-1), 0.0), score
+    return past.masked_fill(~there.unsqueeze(3), 0.0), score
 
 
 def _of_past(t: Tensor, ones: int) -> Tensor:
