@@ -35,6 +35,8 @@ STAY = {
     "diffmax.compat.adasplash": ("adasplash", "triton_entmax"),
     "diffmax.compat.entmax": ("entmax_bisect", "sparsemax"),
     "diffmax.compat.flash_attn": ("flash_attn_func", "flash_attn_with_kvcache"),
+    "diffmax.compat.power_attention": ("attention", "power_full", "update_state"),
+    "diffmax.compat.retention": ("power_retention", "power_retention_inference"),
     "diffmax.distributed": ("diffmax_bisect_sharded",),
     "diffmax.errors": ("BackendError", "NoBackendError"),
     "diffmax.functional": ("Alpha", "diffmax_bisect", "normalize"),
@@ -48,6 +50,7 @@ STAY = {
     "diffmax.monitor": ("Monitor",),
     "diffmax.nn": ("AffineScale", "AlphaSchedule", "DiffmaxAttention", "DiffmaxBisectModule", "Elastic", "HeadGate", "Sink"),
     "diffmax.plot": ("alpha_and_support", "alpha_curves", "attention_maps"),
+    "diffmax.power": ("attention", "discumsum", "from_tiled", "query_state", "to_tiled", "update_state"),
     "diffmax.plugin": ("API_VERSION", "AttentionCall", "Backend", "CallSpec", "FEATURES", "Kernel", "KVCacheCall", "hookimpl"),
     "diffmax.reference": ("bisect", "bisect_backward"),
     "diffmax.reference_attention": ("attention", "attention_backward"),
@@ -57,6 +60,7 @@ STAY = {
     "diffmax.testing.attention_conformance": ("AttentionConformance",),
     "diffmax.testing.conformance": ("BackendConformance",),
     "diffmax.testing.kvcache_conformance": ("KVCacheConformance",),
+    "diffmax.testing.power_conformance": ("PowerConformance",),
     "diffmax.testing.report": (),
 }
 
