@@ -34,6 +34,25 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     # Heads of 256 entries in tiles of decoding's one size, which a table can change; page bounds take three products
     ("kvcache_read_kernel", "sm80"): {"3.6": 272},
     ("kvcache_start_kernel", "sm80"): {"3.6": 200, "3.9": 616},
+    # Power attention: parts of eight digits are held beside what they are parts of; tiles of 16 monomials wait for a clock
+    ("power_bwd_dkv_kernel", "sm100"): {"3.6": 944},
+    ("power_bwd_dkv_kernel", "sm120"): {"3.6": 24, "3.9": 24},
+    ("power_bwd_dkv_kernel", "sm80"): {"3.9": 8},
+    ("power_bwd_dkv_kernel", "sm86"): {"3.6": 16, "3.9": 48},
+    ("power_bwd_dkv_kernel", "sm90"): {"3.9": 24},
+    ("power_bwd_dq_kernel", "sm90"): {"3.9": 16},
+    ("power_out_kernel", "sm120"): {"3.6": 24, "3.9": 136},
+    ("power_out_kernel", "sm80"): {"3.9": 8},
+    ("power_out_kernel", "sm86"): {"3.9": 24},
+    ("power_update_kernel", "sm120"): {"3.6": 72},
+    ("power_update_kernel", "sm80"): {"3.6": 8},
+    ("power_update_kernel", "sm86"): {"3.6": 80},
+    ("power_update_kernel", "sm90"): {"3.6": 24},
+    # and gfx11 holds whole rows of an operand besides
+    ("power_bwd_dkv_kernel", "gfx1100"): {"3.6": 3612, "3.9": 3688},
+    ("power_bwd_dq_kernel", "gfx1100"): {"3.6": 1792, "3.9": 1272},
+    ("power_out_kernel", "gfx1100"): {"3.6": 5028, "3.9": 4744},
+    ("power_update_kernel", "gfx1100"): {"3.6": 4392, "3.9": 4288},
 }
 
 

@@ -56,6 +56,8 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int) -> Blo
         tokens: How many tokens a program may have, at most: those of a chunk, or all queries.
     """
     amd, wide = architecture.startswith("gfx"), dtype == torch.float32
+    # four warps of 64 lanes may have 512 registers for each lane, eight have 256
+    cdna = architecture.startswith("gfx9")
     # matrix instructions that read their operands from registers
     by_registers = amd or architecture in MMA
     if wide:
@@ -66,11 +68,11 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int) -> Blo
         return Blocks(update, block if not narrow_unit else small, block if not by_registers else small, small)
     if size > 64:
         large = size > 128 or amd
-        block = Block(32 if large else 64, 16 if large else 32, 16 if large else 32, 8, 2)
+        block = Block(32 if large else 64, 16 if large else 32, 16 if large else 32, 4 if cdna else 8, 2)
         gradient = replace(block, entries=16, others=16) if by_registers else block
         return Blocks(replace(block, entries=32 if by_registers else 64), block, gradient, gradient)
     # twice the tokens share the parts into which a tile of a state is split
-    many, warps = (128, 8) if tokens > 64 else (64, 8 if architecture in MMA else 4)
+    many, warps = (128, 8) if tokens > 64 and not cdna else (64, 8 if architecture in MMA else 4)
     rounded = dtype == torch.bfloat16
     update = Block(64, 64 if rounded or not by_registers else 32, 0, 8 if architecture in MMA else 4, 2)
     output = Block(many, 32 if architecture in MMA else 64, 64, warps, 2)
