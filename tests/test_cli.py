@@ -368,9 +368,9 @@ def test_selftest_needs_no_test_packages():
 def test_bench_prints_a_table_of_ratios(capsys, monkeypatch):
     monkeypatch.setattr(rows_bench, "LENGTHS", (16, 64))
     tables = [table.splitlines() for table in bench.run(elements=1024, seconds=1e-3)]
-    assert [len(table) for table in tables] == [5, 5, 3]
+    assert [len(table) for table in tables] == [5, 5, 3, 5]
     assert all(line.split()[-1].endswith("x") for table in tables for line in table[1:])
-    assert [table[0].split()[0].rstrip(",") for table in tables] == ["diffmax_bisect", "attention", "decoding"]
+    assert [table[0].split()[0].rstrip(",") for table in tables] == ["diffmax_bisect", "attention", "decoding", "power"]
     assert main(["bench", "--device", "cuda:77"]) == 1
     assert "bench: device must be one that torch sees" in capsys.readouterr().err
 

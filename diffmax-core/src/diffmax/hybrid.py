@@ -213,7 +213,7 @@ class HybridCache:
             alone. What is stored keeps its gradients: see `detach`.
         """
         q, k, v = autocast(q, k, v)
-        with torch._C._DisableAutocast():  # the past's sums are products in float32
+        with torch.autocast(q.device.type, enabled=False):  # the past's sums are products in float32
             return self._attend(q, k, v, log_gates, alpha, softmax_scale, offset, slope, padding, backend)
 
     def _attend(

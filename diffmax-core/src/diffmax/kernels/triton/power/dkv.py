@@ -33,11 +33,11 @@ def power_bwd_dkv_kernel(
     MOVED: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_T keys (docs/theory.md, Eq. 37).  Grid: (B * H_kv * chunks * blocks of a chunk,).
+    """dK and dV of BLOCK_T keys (docs/theory.md, Eq. 33).  Grid: (B * H_kv * chunks * blocks of a chunk,).
 
     STATE: the state after some chunk has a gradient; LAST_STATE: that after the last one too. `state` has a head's, of which
     the first is for the state before chunk `first_chunk`. MOVED: what keys take from the gradient for G at their positions is
-    stored too (Eq. 38).
+    stored too (Eq. 34).
     """
     index = tl.program_id(0)
     block, chunk = index % blocks, first_chunk + index // blocks % chunks

@@ -31,9 +31,9 @@ def power_bwd_dq_kernel(
     MOVED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_T queries (docs/theory.md, Eq. 37).  Grid and flags: as of `power_out_kernel`.
+    """dQ of BLOCK_T queries (docs/theory.md, Eq. 33).  Grid and flags: as of `power_out_kernel`.
 
-    MOVED: the gradient for G at the queries' positions is stored too, as far as it comes from them (Eq. 38).
+    MOVED: the gradient for G at the queries' positions is stored too, as far as it comes from them (Eq. 34).
     """
     index = tl.program_id(0)
     block, chunk = index % blocks, first_chunk + index // blocks % chunks

@@ -33,7 +33,7 @@ def power_out_kernel(
     WIDE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out and total of BLOCK_T queries (docs/theory.md, Eq. 34).  Grid: (B * H * chunks * blocks of a chunk,).
+    """out and total of BLOCK_T queries (docs/theory.md, Eq. 30).  Grid: (B * H * chunks * blocks of a chunk,).
 
     PAIRS: there are keys. STATE: some chunk has a state before it; FIRST_STATE: the first one too. KEEP: total is stored;
     EXACT: the result before it is rounded too. WIDE: weights and monomials keep the digits of float32.
