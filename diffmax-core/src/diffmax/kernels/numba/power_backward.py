@@ -2,8 +2,8 @@
 
 The first sweep carries the state again, for the gradients of queries; the second, from the end, carries the state's gradient
 for those of keys and values. Each computes the weights within a chunk for itself, so nothing is kept from one to the other. The
-gradients of gates are sums of q . dq - k . dk (docs/theory.md, Eq. 34), which `power` takes. a is the gradient for the result, divided
-by the norm.
+gradients of gates are sums of q . dq - k . dk (docs/theory.md, Eq. 34), which `power` takes. a is the gradient for the result,
+divided by the norm.
 """
 
 import numpy as np

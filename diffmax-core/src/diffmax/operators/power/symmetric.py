@@ -57,7 +57,15 @@ def multiplicities(size: int, degree: int) -> Tensor:
 
 def coefficients(size: int, degree: int, like: Tensor) -> Tensor:
     """`multiplicities` in the dtype and on the device of a tensor."""
-    return multiplicities(size, degree).to(like.dtype).to(like.device)
+    return _constant(size, degree).to(like.dtype).to(like.device)
+
+
+def _constant(size: int, degree: int) -> Tensor:
+    return multiplicities(size, degree)
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: it cannot trace a cached function.
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def monomials(x: Tensor, degree: int) -> Tensor:

@@ -71,7 +71,7 @@ def _both_ways(compute: Callable[..., Any], case: Case, *inputs: Tensor | None, 
     """Gates by the reference in one piece and, where the call is in chunks, in pieces: the larger of both errors."""
     chunk = case.chunk or case.many
     ways = [0, chunk] if chunk < case.many else [0]
-    found = [gates(partial(compute, chunk=way), *inputs, average=average, numbers=_pairs(case)) for way in ways]
+    found = [gates(partial(compute, chunk=way), *inputs, average=average) for way in ways]
     return [Gate(each[0].exact, max(gate.allowed for gate in each)) for each in zip(*found, strict=True)]
 
 
@@ -95,10 +95,6 @@ def _gradients(results: tuple[Tensor, ...], leaves: Inputs, grads: list[Tensor])
     given = [t for t in leaves if t is not None]
     found = torch.autograd.grad(results, given, grads, allow_unused=True)
     return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(given, found, strict=True))
-
-
-def _pairs(case: Case) -> int:
-    return case.batch * case.heads * max(case.many, 1) * (case.many if case.length is None else case.length)
 
 
 def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

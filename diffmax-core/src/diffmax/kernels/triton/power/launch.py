@@ -230,8 +230,8 @@ class PowerOperator:
     ) -> ForwardPlan:
         make = _Maker(self, query, key, value, call, sizes)
         states = sizes.initial or call.final or (sizes.chunks > 1 and sizes.length > 0)
-        # the gates' gradient needs a result with the digits of float32
-        narrow, wide = query.dtype != torch.float32, keep and make.gates
+        # a backward needs a result with the digits of float32: for gates, for the state, and where few weights are not 0
+        narrow, wide = query.dtype != torch.float32, keep
         if wide or call.final:
             make.parts = 3
         own = {
