@@ -87,7 +87,8 @@ def power_attention(
         ValueError: Shapes, devices or values do not fit.
         NoBackendError: No backend can run the call, or the named one cannot.
     Numerics: Products, powers and sums are computed in float32, for float64 in float64. Powers overflow where
-        |q . k| does to the p-th power. A state resolves sums of weights to rounding of |q|^p |k|^p: less than that is noise.
+        a product's p-th power does. A state resolves sums of weights to rounding of (norm of q times norm of k)^p: less than
+        that is noise.
         Second derivatives, forward mode, and gradients under torch.func are right, and computed with all weights in memory.
     Source: Buckman, Gelada and Zhang, "Scaling Context Requires Rethinking Attention", 2025 (arXiv 2507.04239); docs/power.md.
         Written for diffmax.
