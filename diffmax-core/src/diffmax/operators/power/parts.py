@@ -286,7 +286,8 @@ def query_state(
         As `attention`.
     Raises:
         TypeError, ValueError: Types, shapes, devices or values do not fit.
-    Numerics: The monomials of all queries are in memory. A state resolves sums of weights to rounding of (norm of q times norm of k)^p.
+    Numerics: The monomials of all queries are in memory. A state resolves sums of weights to rounding of
+        (norm of q times norm of k)^p.
     Source: docs/theory.md, Eq. 32. Written for diffmax.
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 10, 16, dtype=torch.float64).unbind()
