@@ -72,7 +72,8 @@ def table() -> str:
     columns = backends()
     rows = [["feature", *(f"`{backend.name}`" for backend in columns)], ["---"] * (len(columns) + 1)]
     rows.append(["forward, backward", *(cell_of_all(backend) for backend in columns)])
-    for feature in FEATURES:
+    here = set().union(*(plugin.OPERATOR_FEATURES[operator] for operator in (*OPERATORS, *SPECS["decoding"].kernels)))
+    for feature in (feature for feature in FEATURES if feature in here):
         rows.append([f"`{feature}`", *(cell(backend, feature) for backend in columns)])
     rows.append(["dtypes", *(dtypes_of(backend) for backend in columns)])
     rows.append(["tested by", *(TESTED[backend.name] for backend in columns)])

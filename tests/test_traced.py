@@ -21,7 +21,7 @@ from diffmax import (
     diffmax_loss,
 )
 from diffmax.compat import adasplash, entmax
-from diffmax.nn import AffineScale, DiffmaxAttention, Elastic, HeadGate, LengthScale, RelativePositionBias, Sink
+from diffmax.nn import AffineScale, DiffmaxAttention, Elastic, HeadGate, LengthScale, PowerAttention, RelativePositionBias, Sink
 from diffmax.operators.common import portable
 
 pytestmark = [
@@ -440,6 +440,7 @@ MODULES = {
     "Elastic": (Elastic(DiffmaxBisectModule(0.5), 4), (torch.randn(2, 4, 5, 5),)),
     "HeadGate": (HeadGate(16, 4), (torch.randn(2, 4, 5, 5), torch.randn(2, 5, 16))),
     "LengthScale": (LengthScale(4), (torch.randn(2, 4, 5, 5), 5)),
+    "PowerAttention": (PowerAttention(16, 4), (torch.randn(2, 5, 16),)),
     "RelativePositionBias": (RelativePositionBias(4), (5, 7)),
     "Sink": (Sink(DiffmaxBisectModule(0.5), 4), (torch.randn(2, 4, 5, 5),)),
 }

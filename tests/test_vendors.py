@@ -315,10 +315,12 @@ def test_warmup_calls_the_backend_of_the_device(machine, monkeypatch):
     assert calls[-1][3:] == (4096, None, True)
     calls.clear()
     more = {"features": ["causal"], "decoding": True, "backward": False, "device": "cuda"}
-    assert diffmax.warmup(dtypes=[torch.float16], alphas=(None,), head_dims=[(64, 32)], **more) == {"cuda": 3}
+    assert diffmax.warmup(dtypes=[torch.float16], alphas=(None,), head_dims=[(64, 32)], **more) == {"cuda": 2}
     given = (torch.device("cuda", 0), torch.float16, 64, 32, None, False)
     assert calls == [
         ("diffmax_cuda.attention:warmup", *given, {"causal", "value_dim"}),
         ("diffmax_cuda.decoding:warmup", *given, {"causal", "value_dim", "kv_cache"}),
-        ("diffmax_cuda.power:warmup", *given, {"value_dim"}),
     ]
+    calls.clear()
+    diffmax.warmup(dtypes=[torch.float16], alphas=(None,), head_dims=[(64, 32)], **{**more, "features": ["gates"]})
+    assert ("diffmax_cuda.power:warmup", *given, {"gates", "value_dim"}) in calls

@@ -39,7 +39,8 @@ def warmup(
         dtypes: Dtypes of the scores, or of query, key and value.
         alphas: Floats; None for alpha as a tensor. 1/2, 2/3, 3/4, 4/5 and 9/10 have separate kernels.
         head_dims: Head dimensions; a pair if queries and values differ.
-        features: The `diffmax.plugin.FEATURES` that calls of attention use together, such as {"causal", "gqa"}.
+        features: The `diffmax.plugin.FEATURES` that calls of attention use together, such as {"causal", "gqa"}. With one of
+            "gates", "state" and "high_degree", power attention is prepared too.
         decoding: Whether to prepare `attention_with_kvcache` too.
         backward: Whether to prepare the backward too.
         device: Device of the calls.
