@@ -56,15 +56,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--plot", type=Path, help="where the plot goes (default: docs/images/power_attention.svg; quick: nowhere)"
     )
+    parser.add_argument(
+        "--crossover", action="store_true", help="the forward of heads of 32 and degree 2 alone, without a plot"
+    )
     options = parser.parse_args(arguments)
     if options.draw:
         draw(json.loads(options.draw.read_text()), options.plot or PLOT)
         return
-    plot = options.plot or (None if options.quick else PLOT)
+    chosen = cells(options.quick)
+    if options.crossover:
+        chosen = [case for case in chosen if (case["operation"], case["size"], case["degree"]) == ("forward", 32, 2)]
+    plot = options.plot or (None if options.quick or options.crossover else PLOT)
 
     def found() -> Row:
         with harness.threads(1):
-            rows = harness.rows_of(cells(options.quick), lambda case: run_case(case, 1 if options.quick else ROUNDS))
+            rows = harness.rows_of(chosen, lambda case: run_case(case, 1 if options.quick else ROUNDS))
         try:
             rival = importlib.metadata.version("retention")
         except importlib.metadata.PackageNotFoundError:
