@@ -7,8 +7,9 @@ call of `torch.add` on one number, torch's own price for an operator. Memory com
 
 from __future__ import annotations
 
+import contextlib
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> None:
 
 def found(quick: bool) -> Row:
     batches, number = (3, 10) if quick else (25, 200)
-    with harness.threads(1), torch.no_grad(), pretending("sm90"):
+    with harness.threads(1), torch.no_grad(), pretending("sm90"), _registered():
         one, own = torch.zeros(1), calls(operators())
         bodies = {"torch.add": lambda: torch.add(one, one), **own, **public_calls()}
         samples: dict[str, list[float]] = {name: [] for name in bodies}
@@ -79,6 +80,27 @@ def found(quick: bool) -> Row:
         for name in own
     ]
     return {"triton": triton.__version__, "calls": timed, "targets": targets}
+
+
+@contextlib.contextmanager
+def _registered() -> Iterator[None]:
+    """A backend of these operators, for the public functions."""
+    module = __spec__.name if __spec__ else __name__
+    names = ("bisect", "bisect_backward", "attention", "attention_backward", "attention_kvcache")
+    diffmax.register_backend(
+        Backend(
+            name=BACKEND,
+            device_types=("cpu",),
+            kernels={name: f"{module}:{name}" for name in names},
+            dtypes=(torch.bfloat16, torch.float32),
+            features=frozenset(FEATURES),
+            automatic=False,
+        )
+    )
+    try:
+        yield
+    finally:
+        diffmax.unregister_backend(BACKEND)
 
 
 def calls(of: Operators) -> dict[str, Callable[[], Any]]:
@@ -103,18 +125,6 @@ def calls(of: Operators) -> dict[str, Callable[[], Any]]:
 
 def public_calls() -> dict[str, Callable[[], Any]]:
     """The same by the public functions."""
-    module = __spec__.name if __spec__ else __name__
-    names = ("bisect", "bisect_backward", "attention", "attention_backward", "attention_kvcache")
-    diffmax.register_backend(
-        Backend(
-            name=BACKEND,
-            device_types=("cpu",),
-            kernels={name: f"{module}:{name}" for name in names},
-            dtypes=(torch.bfloat16, torch.float32),
-            features=frozenset(FEATURES),
-            automatic=False,
-        )
-    )
     x, q = torch.zeros(64, 1024, dtype=torch.bfloat16), torch.zeros(1, 8, 128, 64, dtype=torch.bfloat16)
     query, caches, given, _ = _decoding()
     lengths, k, v = given["cache_seqlens"], given["k"], given["v"]

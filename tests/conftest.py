@@ -99,6 +99,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _backends_as_they_were():
+    """A test that leaves a backend behind fails, not the ones after it."""
+    before = list(registry.plugins)
+    yield
+    after, registry.plugins[:] = list(registry.plugins), before
+    assert [plugin.name for plugin in after] == [plugin.name for plugin in before]
+
+
 # The vendors' distributions are installed beside core. Tests see what comes with core, unless they ask for `with_vendors`.
 _vendors = [plugin for plugin in registry.plugins if plugin.distribution in ("diffmax-cuda", "diffmax-rocm", "diffmax-npu")]
 registry.plugins[:] = [plugin for plugin in registry.plugins if plugin not in _vendors]

@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from diffmax.machine import discovery
+from diffmax.plugin import API_VERSION
 
 pytestmark = pytest.mark.sampled(3)
 
@@ -19,6 +20,7 @@ overlay = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(overlay)
 add_plugin, run = overlay.add_plugin, overlay.run
 
+OWN_API = ".".join(map(str, API_VERSION))
 VENDORS = ("diffmax-cuda", "diffmax-rocm", "diffmax-npu")  # installed for their own tests, if they are
 
 HOOK = """
@@ -109,9 +111,9 @@ EXPECTED = {
     "badreturn@plug-badreturn": ("failed", "diffmax_backends must return a sequence of Backend, got 'cuda'"),
     "badelement@plug-badelement": ("failed", "diffmax_backends must return a sequence of Backend, got one of 1"),
     "badfield@plug-badfield": ("failed", "TypeError: Backend badfield: dtypes must be torch dtypes, got ['float32']"),
-    "oldapi@plug-oldapi": ("incompatible", "written for plugin API 0.9, this diffmax-core has 1.4; upgrade the plugin"),
-    "futureminor@plug-futureminor": ("incompatible", "plugin API 1.99, this diffmax-core has 1.4; upgrade diffmax-core"),
-    "futuremajor@plug-futuremajor": ("incompatible", "plugin API 2.0, this diffmax-core has 1.4; upgrade diffmax-core"),
+    "oldapi@plug-oldapi": ("incompatible", f"written for plugin API 0.9, this diffmax-core has {OWN_API}; upgrade the plugin"),
+    "futureminor@plug-futureminor": ("incompatible", f"plugin API 1.99, this diffmax-core has {OWN_API}; upgrade diffmax-core"),
+    "futuremajor@plug-futuremajor": ("incompatible", f"plugin API 2.0, this diffmax-core has {OWN_API}; upgrade diffmax-core"),
     "sharedkernels@plug-sharedkernels": ("incompatible", "written for version 99 of diffmax.kernels, this diffmax-core has 2"),
     "unmet@plug-unmet": ("incompatible", "requires torch>=99, found "),
     "missing@plug-missing": ("incompatible", "which is not installed; run: pip install 'a-package-that-is-not-there>=2"),
