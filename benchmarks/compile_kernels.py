@@ -48,6 +48,7 @@ POWER_FEATURES = {"plain": (), "gates, state, grouped": ("gates", "state", "gqa"
 ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
 # What callers may ask for besides
 MORE_ALPHAS = {**ALPHAS, "0.9": 0.1}
+MORE_POWER_FEATURES = {**POWER_FEATURES, "gates": ("gates", "gqa")}
 
 Factors = Mapping[str, Sequence[str]]
 Pairs = Sequence[tuple[str, str]]
@@ -264,8 +265,9 @@ def call_power(of: Mapping[str, str]) -> None:
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
     operator = PowerOperator(lambda device: target, ptx=target.startswith("sm"))
-    features = {*POWER_FEATURES[of["features"]], *(("high_degree",) if of["degree"] == "4" else ())}
-    operator.warmup(torch.device("cpu"), dtype, size, size, None, True, frozenset(features))
+    features = {*MORE_POWER_FEATURES[of["features"]], *(("high_degree",) if of["degree"] == "4" else ())}
+    training = of.get("for") != "inference"
+    operator.warmup(torch.device("cpu"), dtype, size, size, None, training, frozenset(features))
 
 
 CALLS = {

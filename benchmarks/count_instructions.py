@@ -8,6 +8,8 @@ Compiles the real launch code ahead of time and counts what a warp executes (`be
   its products and stores: the dense pass stores the tiles' largest scores, the further pass does not. "dead" is the shortest
   way through a turn; where it does not differ from the live way by a tenth, tiles are not skipped.
   alpha as a tensor is counted where e is at least 1/64: closer to softmax a series takes the logarithm's place.
+- power (with gates, two heads to one of the keys; its variants are degrees in place of alphas): one turn of the loop over
+  monomials, divided by its monomials times tokens.
 - rows: "once" is the way from entry to end that skips the solver's loops, "step" one turn of the loop with the most arithmetic,
   "early step" of the one before it, which uses the hardware's logarithm.
 
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.compile_kernels import call_attention, call_decoding, call_rows, kernels
+from benchmarks.compile_kernels import call_attention, call_decoding, call_power, call_rows, kernels
 from benchmarks.machine_code import Loop, Order, Program, Tally, by_hardware, idle, likely
 from diffmax.testing.ahead_of_time import Compiled, Target, recording
 
@@ -36,8 +38,9 @@ BEGIN, END = "<!-- instructions:begin -->", "<!-- instructions:end -->"
 
 TARGETS = ("sm90", "sm80", "gfx942")
 ALPHAS = ("0.5", "0.85", "0.9", "tensor")
-SIZES = {"rows": (1024, 4096), "attention": (64, 128), "decoding": (64, 128)}
-DTYPES = {"rows": ("float32", "bfloat16"), "attention": ("bfloat16",), "decoding": ("bfloat16",)}
+SIZES = {"rows": (1024, 4096), "attention": (64, 128), "decoding": (64, 128), "power": (32, 64)}
+DTYPES = {"rows": ("float32", "bfloat16"), "attention": ("bfloat16",), "decoding": ("bfloat16",), "power": ("bfloat16",)}
+DEGREES = ("p2", "p4")
 
 # Most instructions per score on sm90, bfloat16, heads of 64, alpha = 0.5
 GOALS = {
@@ -50,7 +53,7 @@ TENSOR_GOAL = 1.3
 
 @dataclass(frozen=True)
 class Case:
-    """What is compiled together: one operator's kernels for a target, dtype, size (of rows or heads) and alpha."""
+    """What is compiled together: one operator's kernels for a target, dtype, size (of rows or heads) and alpha or degree."""
 
     operator: str
     target: str
@@ -99,10 +102,11 @@ def cases(
     alphas: Sequence[str] = ALPHAS,
 ) -> Iterator[Case]:
     """Those selected; no sizes: all."""
-    for target, operator, alpha in itertools.product(targets, operators, alphas):
-        for dtype, size in itertools.product(DTYPES[operator], SIZES[operator]):
-            if not sizes or size in sizes:
-                yield Case(operator, target, dtype, size, alpha)
+    for target, operator in itertools.product(targets, operators):
+        variants = DEGREES if operator == "power" else alphas
+        for variant, dtype, size in itertools.product(variants, DTYPES[operator], SIZES[operator]):
+            if (not sizes or size in sizes) and (variant, size) != ("p4", 64):  # which is quadratic at every length of use
+                yield Case(operator, target, dtype, size, variant)
 
 
 def triton_version() -> str:
@@ -121,6 +125,12 @@ def counted(case: Case) -> list[Line]:
             found += _rows_lines(case, compiled)
         return found
     of |= {"size": str(case.size), "options": "plain"}
+    if case.operator == "power":
+        of |= {"degree": case.alpha.removeprefix("p"), "features": "gates"}
+        for purpose in ("training", "inference"):
+            for compiled in _launched(call_power, case, of | {"for": purpose}):
+                found += _power_lines(case, compiled, purpose)
+        return list({line.key: line for line in found}.values())
     if case.operator == "decoding":
         for compiled in _launched(call_decoding, case, of):
             if part := {"kvcache_read_kernel": "decode, read", "kvcache_values_kernel": "decode, values"}.get(compiled.name):
@@ -161,6 +171,25 @@ def _decode_line(case: Case, compiled: Compiled, part: str) -> Line:
     constants = _constants(compiled)
     loop = _most_products(Program.of(compiled))
     return _line(case, compiled, part, loop(likely), constants["BLOCK_M"] * constants["BLOCK_N"])
+
+
+def _power_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]:
+    """Of a kernel that reads or writes states. Its loop over a chunk's own tokens comes behind that over monomials."""
+    constants = _constants(compiled)
+    parts = {
+        "power_update_kernel": "power update, of queries" if constants.get("QUERIES") else f"power update, {purpose}",
+        "power_out_kernel": f"power output, {purpose}",
+        "power_bwd_dq_kernel": "power dQ",
+        "power_bwd_dkv_kernel": "power dK, dV",
+    }
+    if compiled.name not in parts:
+        return []
+    program = Program.of(compiled)
+    loops = sorted(program.product_loops(), key=lambda loop: loop.head)
+    if len(loops) == 1 and compiled.name != "power_update_kernel":
+        return []
+    turn = program.turn(loops[0])
+    return [_line(case, compiled, parts[compiled.name], turn, constants["BLOCK_P"] * constants["BLOCK_T"])]
 
 
 def _attention_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]:
@@ -255,7 +284,7 @@ def write(found: Sequence[Line]) -> None:
 
 def _family(part: str) -> str:
     """The operator of a part."""
-    return part.split(",")[0].split(" ")[0] if part.startswith(("rows", "decode")) else "attention"
+    return part.split(",")[0].split(" ")[0] if part.startswith(("rows", "decode", "power")) else "attention"
 
 
 def readable() -> str:
@@ -264,20 +293,27 @@ def readable() -> str:
     versions = sorted({line.triton for line in lines}, key=lambda name: [*map(int, name.split("."))])
     out = []
     for version in dict.fromkeys([versions[0], versions[-1]]) if versions else ():
-        own = {line.key: line for line in lines if line.triton == version}
-        rows = dict.fromkeys((line.part, line.dtype, line.size) for line in own.values())
-        out += [
-            f"Instructions per score, and in parentheses special functions, sm_90, Triton {version}:\n",
-            f"| part | dtype | size | {' | '.join(f'alpha {alpha}' for alpha in ALPHAS)} | registers, programs at alpha 0.5 |",
-            "|---|---|---|" + "---|" * len(ALPHAS) + "---|",
-        ]
-        for part, dtype, size in rows:
-            cells = [own.get((version, "sm90", part, dtype, size, alpha)) for alpha in ALPHAS]
-            first = cells[0]
-            taken = f"{first.registers}, {first.programs}" if first else "-"
-            out.append(f"| {part} | {dtype} | {size} | {' | '.join(map(_cell, cells))} | {taken} |")
-        out.append("")
+        own = [line for line in lines if line.triton == version]
+        out += [f"Instructions per score, and in parentheses special functions, sm_90, Triton {version}:\n"]
+        out += _rows([line for line in own if _family(line.part) != "power"], {alpha: f"alpha {alpha}" for alpha in ALPHAS})
+        out += [f"Power attention: instructions per monomial and token, sm_90, Triton {version}:\n"]
+        out += _rows([line for line in own if _family(line.part) == "power"], {of: f"degree {of[1:]}" for of in DEGREES})
     return "\n".join([*out, *goal_lines(lines)])
+
+
+def _rows(lines: Sequence[Line], variants: dict[str, str]) -> list[str]:
+    """A table with a row for each part, and a column for each variant, by its title."""
+    cells = {(line.part, line.dtype, line.size, line.alpha): line for line in lines}
+    titles = list(variants.values())
+    out = [
+        f"| part | dtype | size | {' | '.join(titles)} | registers, programs at {titles[0]} |",
+        "|---|---|---|" + "---|" * len(titles) + "---|",
+    ]
+    for row in dict.fromkeys(key[:3] for key in cells):
+        found = [cells.get((*row, variant)) for variant in variants]
+        taken = f"{found[0].registers}, {found[0].programs}" if found[0] else "-"
+        out.append(f"| {' | '.join(map(str, row))} | {' | '.join(map(_cell, found))} | {taken} |")
+    return [*out, ""]
 
 
 def _cell(line: Line | None) -> str:

@@ -19,7 +19,11 @@ pytestmark = pytest.mark.compiler
 GROWTH = 1.05
 ROUNDING = 0.05
 
-FAST = (Case("rows", "sm90", "bfloat16", 1024, "0.5"), Case("attention", "sm90", "bfloat16", 64, "0.5"))
+FAST = (
+    Case("rows", "sm90", "bfloat16", 1024, "0.5"),
+    Case("attention", "sm90", "bfloat16", 64, "0.5"),
+    Case("power", "sm90", "bfloat16", 64, "p2"),
+)
 # Bytes, by part and size: outside of the loops, or two registers where four warps share a multiprocessor with as many
 KNOWN_SPILLS = {
     ("dK, dV", 128): 8,
@@ -27,6 +31,10 @@ KNOWN_SPILLS = {
     ("dense pass, dead", 128): 24,
     ("further pass", 128): 24,
     ("output, training", 64): 24,
+    ("power output, inference", 64): 24,
+    ("power update, inference", 32): 40,
+    ("power update, of queries", 32): 96,
+    ("power update, training", 32): 32,
 }
 
 SLOW = tuple(case for case in cases() if case not in FAST)
