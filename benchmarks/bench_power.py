@@ -1,13 +1,14 @@
 """Power attention on the CPU against torch's attention and retention's reference: training and decoding, by length.
 
-    python -m benchmarks.bench_power               # 1k to 64k tokens, on one thread; about 5 minutes
+    python -m benchmarks.bench_power               # 1k to 64k tokens, on one thread; about 8 minutes
     python -m benchmarks.bench_power --quick
     python -m benchmarks.bench_power --draw RESULT.json
 
-One head in float32, in processor time: "forward"; "both", the forward and all gradients, of gates too; and "decode", a token
-after so many others, with a state and a tail that is folded into it every `TAIL` tokens. diffmax is measured as a user gets it:
-with the best backend that is installed. Of degree 4, retention has the quadratic form alone, and so no decoding. Its chunks are
-of `CHUNK` tokens, with which it was fastest here. Outputs and gradients are checked against the float64 reference first.
+In float32, in processor time. Of one head: "forward", and "both", the forward and all gradients, of gates too. Of `DECODING`
+heads, as a layer has them: "decode", a token after so many others, with a state and a tail, folded into it every `TAIL`
+tokens. diffmax is measured as a user gets it: with the best backend that is installed. Of degree 4, retention has the
+quadratic form alone, and so no decoding. Its chunks are of `CHUNK` tokens, with which it was fastest here. Outputs and
+gradients are checked against the float64 reference first.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ LENGTHS = {  # by operation and degree
     ("decode", 4): (1024, 4096, 16384, 65536),
 }
 QUADRATIC = 4096  # retention's quadratic form, with its matrices in memory, up to this length
-CHECKED, CHUNK, TAIL = 320, 256, 128
+CHECKED, CHUNK, TAIL, DECODING = 320, 256, 128, 8
 SHOWN = 16384  # peak memory is measured up to this length: it takes a call of its own
 ROUNDS = 3
 PLOT = ROOT / "docs" / "images" / "power_attention.svg"
@@ -95,11 +96,11 @@ def cells(quick: bool) -> list[Row]:
     return found
 
 
-def inputs(size: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query, key, value (1, 1, length, size) and log gates (1, 1, length), near 0.98."""
+def inputs(size: int, length: int, seed: int = 0, heads: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """query, key, value (1, heads, length, size) and log gates (1, heads, length), near 0.98."""
     generator = torch.Generator().manual_seed(seed)
-    query, key, value = torch.randn(3, 1, 1, length, size, generator=generator).unbind()
-    return query, key, value, logsigmoid(torch.randn(1, 1, length, generator=generator) + 4)
+    query, key, value = torch.randn(3, 1, heads, length, size, generator=generator).unbind()
+    return query, key, value, logsigmoid(torch.randn(1, heads, length, generator=generator) + 4)
 
 
 def attentions(case: Row) -> dict[str, Attention]:
@@ -189,7 +190,7 @@ def prepare_decoding(name: str, case: Row) -> tuple[Row, Call]:
     """Every token of the tail against attention over the whole sequence in float64, at a shorter length."""
     short = {**case, "length": CHECKED}
     with torch.no_grad():
-        given = inputs(case["size"], CHECKED, seed=1)
+        given = inputs(case["size"], CHECKED, 1, DECODING)
         got = torch.cat(decoders(short)[name](_with_state(name, given, case["degree"])), 1 if name == "retention" else 2)
         got = got.transpose(1, 2) if name == "retention" else got
         wide = [t.double() for t in given]
@@ -197,7 +198,7 @@ def prepare_decoding(name: str, case: Row) -> tuple[Row, Call]:
             exact = scaled_dot_product_attention(wide[0][:, :, -TAIL:], *wide[1:3])
         else:
             exact = diffmax.power_attention(*wide, degree=case["degree"], backend="reference")[:, :, -TAIL:]
-        tokens = _with_state(name, inputs(case["size"], case["length"]), case["degree"])
+        tokens = _with_state(name, inputs(case["size"], case["length"], 0, DECODING), case["degree"])
     error = ((got - exact).abs().mean() / exact.abs().max().clamp_min(1.0)).item() / torch.finfo(torch.float32).eps
     reason = None if error <= ULP else f"the output errs by {error:.0f} ulp, allowed {ULP}"
     return {"reason": reason}, torch.no_grad()(lambda: decoders(case)[name](tokens))
@@ -258,7 +259,7 @@ def _crossings(found: list[Row]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    title = "one head, float32, one thread; times sdpa's time (microseconds per token)"
+    title = f"one head, decoding {DECODING}, float32, one thread; times sdpa's time (microseconds per token)"
     return harness.table(
         title,
         rows,
@@ -294,7 +295,9 @@ def draw(result: Row, path: Path) -> None:
         axes.set_yscale("log")
         lengths = sorted({row["length"] for row in rows if row["operation"] == operation})
         axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths], fontsize=8)
-        axes.set_title({"both": "forward and backward"}.get(operation, operation), fontsize=10)
+        axes.set_title(
+            {"both": "forward and backward", "decode": f"decode, {DECODING} heads"}.get(operation, operation), fontsize=10
+        )
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
