@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import diffmax
 from diffmax import attention, attention_varlen, attention_with_kvcache
-from diffmax.compat import adasplash, entmax
+from diffmax.compat import adasplash, entmax, power_attention, retention
 from diffmax.compat import flash_attn as flash
 from diffmax.compat.adasplash.attention import entmax_attention
 
@@ -344,8 +344,95 @@ def check_entmax_attention(**options):
         of_entmax_attention(length=length, **options)
 
 
+def power_by_hand(Q, K, V, log_G=None, deg=2, scale=None, causal=True):
+    """(b, t, h, d) from the definition; log_G is cumulated already."""
+    q, k, v = (t.transpose(1, 2) for t in (Q, K, V))
+    group, scale = q.shape[1] // k.shape[1], 1 / math.sqrt(Q.shape[3]) if scale is None else scale
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    w = (q @ k.mT * scale) ** deg
+    if log_G is not None:
+        G = log_G.transpose(1, 2).repeat_interleave(group, 1)
+        w = w * (G[:, :, -q.shape[2] :, None] - G[:, :, None]).exp()
+    if causal:
+        w = w.tril(k.shape[2] - q.shape[2])
+    return ((w @ v) / w.sum(-1, keepdim=True)).transpose(1, 2)
+
+
+def check_power(log_G=None, deg=2, **options):
+    """Every whole function, against the definition."""
+    Q, K, V = tokens()
+    expected = power_by_hand(Q, K, V, None if log_G is None else log_G.cumsum(1), deg, options.get("scale"))
+    functions = [retention.power_retention, power_attention.power_full] if "switch_over_seq_len" not in options else []
+    for function in functions or [retention.power_retention]:
+        close(function(Q, K, V, log_G, deg=deg, **options), expected)
+
+
+def check_power_states():
+    """A sequence in two parts, with gradients through the state."""
+    Q, K, V = (randn(B, 40, heads, 16).requires_grad_() for heads in (H, KV, KV))
+    gates = -torch.rand(B, 40, KV, dtype=torch.float64)
+    expected = power_by_hand(Q, K, V, gates.cumsum(1))[:, 25:]
+    first, then = ([t[:, part] for t in (Q, K, V, gates)] for part in (slice(25), slice(25, None)))
+    _, S, s = retention.power_retention(*first, return_final_state=True, chunk_size=8)
+    out = retention.power_retention(*then, initial_state=S, sum_of_keys=s, chunk_size=8)
+    _, pair = power_attention.power_full(*first, return_final_state=True, chunk_size=8)
+    for found in (out, power_attention.power_full(*then, initial_state=pair, chunk_size=8)):
+        close(found, expected)
+        for a, b in zip(
+            *(torch.autograd.grad(t.square().sum(), (Q, K, V), retain_graph=True) for t in (found, expected)), strict=True
+        ):
+            close(a, b)
+
+
+def check_power_lengths():
+    for switch in (2, S, 512):
+        check_power(switch_over_seq_len=switch, chunk_size=2)
+    Q, K, V = (randn(B, 40, heads, 16) for heads in (H, KV, KV))
+    _, S_, s = retention.power_retention(Q, K, V, return_final_state=True, chunk_size=8, original_t=29)
+    _, expected, of_keys = retention.power_retention(*(t[:, :24] for t in (Q, K, V)), return_final_state=True, chunk_size=8)
+    close((S_, s), (expected, of_keys))
+
+
+def check_power_form(**options):
+    """The quadratic form with its sums of weights, and normalized."""
+    Q, K, V = tokens()
+    G = -torch.rand(B, S, KV, dtype=torch.float64).cumsum(1)
+    causal, first = options.get("causal", True), options.get("head_first", False)
+    given = [t.transpose(1, 2) for t in (Q, K, V, G)] if first else [Q, K, V, G]
+    expected = power_by_hand(Q, K, V, G, 4, 1.0, causal)
+    group = {} if "r" not in options and "w" not in options else {"r": H // KV, "w": 1}
+    options = {name: value for name, value in options.items() if name not in ("r", "w")}
+    options.pop("norm", None)
+    found = power_attention.attention(*given, 4, **group, norm=True, **options)
+    close(found.transpose(1, 2) if first else found, expected)
+    sums, of_weights, rowmax = power_attention.attention(*given, 4, **group, **options)
+    if first:
+        sums, of_weights = sums.transpose(1, 2), of_weights.transpose(1, 2)
+    close(sums / of_weights.unsqueeze(-1), expected)
+    other = power_attention.attention(*given, 4, **{**options, "use_log2": not options.get("use_log2", False)})[2]
+    close(rowmax * (math.log(2) if options.get("use_log2") else 1 / math.log(2)), other)
+
+
+def check_power_parts():
+    """Chunks: their own part in the quadratic form, and what the state before them holds."""
+    Q, K, V = (randn(1, 32, 2, 16) for _ in range(3))
+    chunks = [t.reshape(1, 4, 8, 2, 16) for t in (Q, K, V)]
+    for vidrial in (False, True):
+        tile = {"d_tile": 4} if vidrial else {}
+        update = power_attention.update_state_vidrial if vidrial else power_attention.update_state
+        query = power_attention.query_state_vidrial if vidrial else power_attention.query_state
+        S_, s = update(chunks[1], chunks[2], 2, **tile)
+        assert S_.shape[3] == (power_attention.default_D(16, 2, 4) if vidrial else power_attention.default_D(16, 2, 16))
+        nothing = torch.zeros(1, 4, 2, dtype=torch.float64)
+        S_, s = (power_attention.discumsum(t, nothing)[:, :-1] for t in (S_, s))
+        within = [t.reshape(4, 8, 2, 16) for t in (Q, K, V)]
+        sums = [t.reshape(1, 4, 8, *t.shape[2:]) for t in power_attention.attention(*within, None, 2, scale=0.25)]
+        out = query(chunks[0], S_, s, *sums, 2, 0.25, zero_initial_state=True, **tile)
+        close(out.reshape(1, 32, 2, 16), power_by_hand(Q, K, V))
+
+
 F, T, E, A = "flash-attn", "torch's scaled_dot_product_attention", "entmax", "AdaSplash"
-R = "torch.softmax"
+P, R = "power-attention and retention", "torch.softmax"
 SERVED = {
     **{
         (F, name): lambda: check_func({}, {})
@@ -391,6 +478,19 @@ SERVED = {
         check_entmax_attention(slopes=torch.rand(H), **more)
         for more in ({}, {"varlen": torch.tensor([7, 4]), "padding": "left"})
     ],
+    **{(P, name): check_power for name in ("Q", "K", "V")},
+    (P, "log_G"): lambda: check_power(-torch.rand(B, S, KV, dtype=torch.float64)),
+    **{(P, name): check_power_states for name in ("initial_state", "sum_of_keys", "return_final_state")},
+    (P, "deg"): lambda: [check_power(deg=deg) for deg in (2, 4, 6)],
+    (P, "scale"): lambda: check_power(scale=0.3),
+    (P, "chunk_size"): lambda: [check_power(chunk_size=chunk) for chunk in (1, 3, S)],
+    **{(P, name): check_power_lengths for name in ("switch_over_seq_len", "original_t")},
+    **{(P, name): lambda name=name: check_power_form(**{name: True}) for name in ("head_first", "use_log2", "norm", "r", "w")},
+    (P, "causal"): lambda: check_power_form(causal=False),
+    **{
+        (P, name): check_power_parts
+        for name in ("S", "s", "Y_attn", "l_attn", "rowmax", "zero_initial_state", "X", "d", "d_tile")
+    },
 }
 NO_EFFECT = {
     (F, "deterministic"): lambda: unchanged(flash.flash_attn_func, *tokens(), deterministic=True),
@@ -423,7 +523,7 @@ def test_every_row_of_the_page_is_tested_and_the_reverse():
 
 
 def test_the_page_has_every_argument_of_the_libraries():
-    listed = {library: {name for where, name in rows() if where == library} for library in (F, T, E, A)}
+    listed = {library: {name for where, name in rows() if where == library} for library in (F, T, E, A, P)}
     assert listed[F] == {name for names in FLASH.values() for name in names.split()}
     assert listed[T] == {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
 
@@ -434,6 +534,15 @@ def test_the_page_has_every_argument_of_the_libraries():
     assert {name for where, name in rows() if where == R} == {"dim", "dtype"}
     assert listed[E] == arguments(entmax)
     assert listed[A] == arguments(adasplash, entmax_attention)
+    samples = {
+        name for name in (*power_attention.__all__, *retention.__all__) if name.startswith("create") or "propert" in name
+    }
+    functions = [
+        getattr(module, name) for module in (power_attention, retention) for name in module.__all__ if name not in samples
+    ]
+    functions.remove(power_attention.ChunkState)
+    own = {"backend", "state_layout"}
+    assert listed[P] == {name for function in functions for name in inspect.signature(function).parameters} - own
 
 
 @pytest.mark.parametrize("name", FLASH)
