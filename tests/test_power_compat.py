@@ -288,6 +288,17 @@ def test_without_a_tail_the_state_is_read_and_returned_as_it_is():
     assert close(out, written_out(Q[:, -1:], K, V, None))
 
 
+def test_a_state_that_no_keys_give_answers_alike_after_a_tail_of_nothing():
+    Q, K, V, _ = inputs(d=16, t=14)
+    size = power_attention.compute_expanded_dim(16)
+    S, s = torch.randn(*K[:, 0, :, 0].shape, size, 16, dtype=Q.dtype), torch.rand(*K[:, 0, :, 0].shape, size, dtype=Q.dtype)
+    before, _, _ = retention.power_retention_inference(Q, None, None, None, S, s)
+    _, folded, sums = retention.power_retention_inference(Q[:, -1:], 0 * K, V, None, S, s, switch_over_seq_len=14)
+    after, _, _ = retention.power_retention_inference(Q, None, None, None, folded, sums)
+    assert not torch.equal(folded, S)
+    assert close(after, before)
+
+
 # the parts
 
 

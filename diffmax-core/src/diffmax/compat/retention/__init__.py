@@ -1,7 +1,9 @@
 """retention compatibility: names of its version 1.0. Use `from diffmax.compat import retention` in existing code.
 
 What `diffmax.compat.power_attention` says of layouts, limits and states holds here too. Further differences: with a tail of
-several queries in `power_retention_inference` the state is decayed for each by its own gates, where all had the last one's.
+several queries in `power_retention_inference` the state is decayed for each by its own gates, where all had the last one's. A
+tiled state holds some products twice. One drawn at random, in which the two differ, is answered as there; a tail is folded into
+their mean.
 `create_inputs` and the properties have `fused_normalizer=False`, which fits these functions. There is no `experimental`: its
 normaliser overwrites the first feature of values.
 """

@@ -133,7 +133,7 @@ def power_retention_inference(
         K, V: (b, tk, h, d) and (b, tk, h, e), with tk >= tq: the tail. None, both: all is in the state.
         log_G: (b, tk, h), floating, of the tail, not cumulated.
         initial_state, sum_of_keys: The state before the tail, (b, h, D, e) and (b, h, D), in any layout. Sums of keys without
-            a state are not used.
+            a state are not used, and returned.
         deg: Degree, even, from 2.
         scale: Factor of the products, not 0; None: 1 / sqrt(d). It cancels, up to rounding.
         switch_over_seq_len: Tokens of a tail that is folded. None: it never is.
@@ -152,7 +152,7 @@ def power_retention_inference(
         (torch.Size([1, 1, 4, 32]), torch.Size([1, 4, 768, 32]))
     """
     name = "power_retention_inference"
-    sum_of_keys = None if initial_state is None else sum_of_keys
+    given, sum_of_keys = sum_of_keys, None if initial_state is None else sum_of_keys
     _check_both(name, initial_state, sum_of_keys)
     switch = _count(name, "switch_over_seq_len", switch_over_seq_len)
     if (K is None) != (V is None):
@@ -175,7 +175,7 @@ def power_retention_inference(
         layout=state_layout,
         backend=backend,
     )
-    return (found.out, found.S, found.s) if folds else (found.out, initial_state, sum_of_keys)
+    return (found.out, found.S, found.s) if folds else (found.out, initial_state, given)
 
 
 def _of_state(name: str, Q: Tensor, S: Tensor, s: Tensor, deg: int, scale: float | None) -> Tensor:

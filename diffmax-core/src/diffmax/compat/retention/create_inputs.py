@@ -212,13 +212,15 @@ def inference_output_properties(
     switch_over_seq_len: int | None = 512,
     fused_normalizer: bool = False,
 ) -> dict[str, Property | None]:
-    """Shape, dtype and device of what `power_retention_inference` returns for them; None for a state that it has not."""
+    """Shape, dtype and device of what `power_retention_inference` returns for them; None for a state that it has not.
+
+    `create_inference_inputs` gives sums of keys without a state too; they are returned.
+    """
     where = on(device)
-    found: dict[str, Property | None] = {"Y": ((b, tq, h * qhead_ratio, d), dtype, where), "state": None, "sum_of_keys": None}
-    if initial_state or (switch_over_seq_len is not None and tk >= switch_over_seq_len):
-        S, s = _state(b, h, d, deg, dtype, where, fused_normalizer and initial_state).values()
-        found |= {"state": S, "sum_of_keys": s}
-    return found
+    folds = switch_over_seq_len is not None and tk >= switch_over_seq_len
+    S, s = _state(b, h, d, deg, dtype, where, fused_normalizer and (initial_state or not folds)).values()
+    found: dict[str, Property | None] = {"Y": ((b, tq, h * qhead_ratio, d), dtype, where)}
+    return found | {"state": S if initial_state or folds else None, "sum_of_keys": s}
 
 
 def _rows(d: int, deg: int, fused_normalizer: bool) -> int:
