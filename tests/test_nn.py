@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffmax import DiffmaxBisectModule, ExpMap, HillMap, TanhMap, diffmax_bisect
+from diffmax import DiffmaxBisectModule, DiffmaxLoss, ExpMap, HillMap, TanhMap, diffmax_bisect
 
 
 def test_a_fixed_alpha_is_the_function():
@@ -107,7 +107,16 @@ def test_repr_names_what_matters():
             TypeError,
             "DiffmaxBisectModule: X must be",
         ),
-        (lambda: DiffmaxBisectModule(1.5)(torch.randn(3)), ValueError, "strictly between 0 and 1, got 1.5"),
+        (lambda: DiffmaxBisectModule(1.5), ValueError, "strictly between 0 and 1, got 1.5"),
+        (
+            lambda: DiffmaxBisectModule("0.5"),
+            TypeError,
+            "DiffmaxBisectModule: alpha must be a float or a tensor, or a function",
+        ),
+        (lambda: DiffmaxBisectModule(0.5, n_iter=0), ValueError, "n_iter must be at least 1, got 0"),
+        (lambda: DiffmaxBisectModule(0.5, dim=1.0), TypeError, "dim must be an int, got 1.0"),
+        (lambda: DiffmaxLoss(0.0), ValueError, "DiffmaxLoss: alpha must lie strictly between 0 and 1, got 0.0"),
+        (lambda: DiffmaxLoss(n_iter=2.5), TypeError, "DiffmaxLoss: n_iter must be an int, got 2.5"),
     ],
 )
 def test_bad_input(call, error, message):

@@ -12,7 +12,7 @@ from diffmax.maps import AlphaMap
 from diffmax.nn._checkpoint import AlphaFromSoftmax
 from diffmax.operators.common import nested
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_alpha_tensor, check_scores
+from diffmax.operators.common.checks import check_alpha_tensor, check_scores, check_settings
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.rows.api import Alpha, diffmax_bisect, normalize
 
@@ -29,8 +29,8 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
             `log_beta`, of alpha's shape (a tensor alpha of shape (H, 1, 1): one per head), and starts at `alpha`. Weight decay
             pulls it to 0, and the learning rate of a model is too small for it: use `diffmax.nn.param_groups`.
     Raises:
-        TypeError: alpha is a function although an alpha_map is given, or alpha_map is not an alpha map.
-        ValueError: alpha lies outside the range of alpha_map.
+        TypeError: An argument has the wrong type, or alpha is a function although an alpha_map is given.
+        ValueError: alpha lies outside (0, 1) or the range of alpha_map, or n_iter is less than 1.
     Example:
         >>> import torch
         >>> from diffmax import HillMap
@@ -53,6 +53,7 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
         alpha_map: AlphaMap | None = None,
     ) -> None:
         super().__init__()
+        check_settings("DiffmaxBisectModule", alpha, dim, n_iter)
         self.dim, self.n_iter, self.ensure_sum_one, self.alpha_map = dim, n_iter, ensure_sum_one, alpha_map
         if alpha_map is None:
             self._store("alpha", alpha)

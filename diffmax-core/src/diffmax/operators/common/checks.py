@@ -44,16 +44,27 @@ def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 def check_scores(name: str, X: Tensor, dim: int, n_iter: int) -> int:
     """Check everything but alpha; return `dim` as a non-negative number."""
     check_tensor(name, "X", X)
-    if not is_whole(dim):
-        raise TypeError(f"{name}: dim must be an int, got {dim!r} of type {type(dim).__name__}")
+    _check_whole(name, dim, n_iter)
     ndim = X.ndim or 1
     if not -ndim <= dim < ndim:
         raise ValueError(f"{name}: dim must lie in [{-ndim}, {ndim - 1}] for X of shape {_shape(X)}, got {dim}")
+    return as_int(dim) % ndim
+
+
+def check_settings(name: str, alpha: Any, dim: int, n_iter: int) -> None:
+    """Check what a module is made with, as far as it can be without scores."""
+    _check_whole(name, dim, n_iter)
+    if not isinstance(alpha, Tensor) and not callable(alpha):
+        one_minus_alpha(name, torch.empty(1, device="cpu"), alpha, 0, OR_FUNCTION)
+
+
+def _check_whole(name: str, dim: int, n_iter: int) -> None:
+    if not is_whole(dim):
+        raise TypeError(f"{name}: dim must be an int, got {dim!r} of type {type(dim).__name__}")
     if not is_whole(n_iter):
         raise TypeError(f"{name}: n_iter must be an int, got {n_iter!r} of type {type(n_iter).__name__}")
     if n_iter < 1:
         raise ValueError(f"{name}: n_iter must be at least 1, got {n_iter}")
-    return as_int(dim) % ndim
 
 
 def is_whole(n: Any) -> bool:

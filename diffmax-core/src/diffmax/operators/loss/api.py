@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffmax.machine.dispatch import selected
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
+from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_scores, check_settings, one_minus_alpha
 from diffmax.operators.common.resettable import Resettable
 from diffmax.operators.loss import operator as loss_operator
 from diffmax.operators.loss.checks import check_reduction, check_target, check_weight
@@ -162,6 +162,7 @@ class DiffmaxLoss(Resettable):
     ) -> None:
         super().__init__()
         check_reduction("DiffmaxLoss", reduction)
+        check_settings("DiffmaxLoss", alpha, -1, n_iter)
         self.ignore_index, self.reduction, self.n_iter = ignore_index, reduction, n_iter
         self._store("weight", weight)
         self._store("alpha", alpha)
