@@ -215,6 +215,45 @@ def test_sequences_are_reordered_and_repeated():
     assert cache.batch_size == 3
 
 
+def test_a_call_that_fails_changes_nothing():
+    def run(fails):
+        cache, outs = HybridCache(tail=6, block=2), []
+        for step in range(0, 40, 4):
+            given = [t[:, step : step + 4] for t in (q, k, v)]
+            if fails and step in (16, 20, 36):
+                with pytest.raises(diffmax.NoBackendError):
+                    cache.attend(*given, alpha=0.8, backend="nonsense")
+            outs.append(cache.attend(*given, alpha=0.8))
+        return torch.cat(outs, 1), len(cache), cache.memory
+
+    q, k, v = torch.randn(3, 1, 40, 2, 4, dtype=torch.float64)
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            found, wanted = run(True), run(False)
+        assert torch.equal(found[0], wanted[0])
+        assert found[1:] == wanted[1:]
+
+
+def test_what_lies_at_padding_is_not_read():
+    q, k, v = torch.randn(3, 1, 30, 2, 4, dtype=torch.float64)
+    padding = torch.zeros(1, 30, dtype=torch.bool)
+    padding[:, :3] = True
+    found = []
+    for bad in (0.0, torch.nan):
+        k[:, :3], v[:, :3] = bad, bad
+        cache = HybridCache(tail=6, block=2)
+        found.append(
+            torch.cat(
+                [
+                    cache.attend(*(t[:, a : a + 10] for t in (q, k, v)), alpha=0.8, padding=padding[:, a : a + 10])
+                    for a in (0, 10, 20)
+                ],
+                1,
+            )
+        )
+    assert torch.equal(*(out[:, 3:] for out in found))
+
+
 def test_after_reset_it_is_new():
     q, k, v = drawn()
     cache = HybridCache(TAIL, block=BLOCK)

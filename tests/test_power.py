@@ -230,6 +230,66 @@ def test_flops_are_those_of_the_cheaper_form():
     assert 1.9 < counted(1 << 17) / counted(1 << 16) < 2.1
 
 
+@every_backend
+@pytest.mark.parametrize(("degree", "size"), [(2, 1.5e9), (4, 3e4), (6, 800.0)])
+def test_a_sum_of_weights_that_overflows_is_nan_and_never_zero(degree, size, backend):
+    """Each weight is finite, and so was zero over infinity."""
+    query, key, value, _ = drawn(size=16, dtype=torch.float32)
+    wanted = power_attention(*(t.double() for t in (query * size, key * size, value)), degree=degree, backend="reference")
+    for chunk in (None, 8):
+        out = power_attention(query * size, key * size, value, degree=degree, chunk_size=chunk, backend=backend)
+        fine = out.isfinite().all(3)
+        assert not fine.all()
+        torch.testing.assert_close(out[fine].double(), wanted[fine], rtol=1e-2, atol=1e-2)
+
+
+@every_backend
+def test_no_scale_leaves_the_range_of_powers(backend):
+    query, key, value, _ = drawn(dtype=torch.float32)
+    wanted = power_attention(query, key, value, backend=backend)
+    for scale in (1e-30, -2.0, 1e20):
+        assert torch.equal(power_attention(query, key, value, scale=scale, backend=backend), wanted)
+
+
+@every_backend
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bad", [1e20, torch.inf, torch.nan])
+def test_a_key_that_overflows_spoils_nothing_before_it(bad, gated, backend):
+    query, key, value, log_gates = drawn(dtype=torch.float32)
+    key[:, :, 25] = bad
+    gates = log_gates if gated else None
+    wanted = power_attention(query[:, :, :25], key[:, :, :25], value[:, :, :25], None if gates is None else gates[..., :25])
+    out = power_attention(query, key, value, gates, backend=backend)
+    torch.testing.assert_close(out[:, :, :25], wanted)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "numba"])
+@pytest.mark.parametrize(("size", "degree"), [(64, 6), (128, 4), (5, 60)])
+def test_a_quadratic_form_makes_no_table_of_a_state(size, degree, backend):
+    """Whose rows, up to 76 million, would fill the memory."""
+    query, key, value = (torch.rand(1, 1, 20, size, dtype=torch.float64).requires_grad_() for _ in range(3))
+    found = power_attention(query, key, value, degree=degree, backend=backend)
+    wanted = power_attention(query, key, value, degree=degree, backend="reference")
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), (query, key, value)) for out in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@every_backend
+def test_heads_of_no_entries_and_chunks_of_any_length(backend):
+    x = torch.randn(1, 2, 5, 0, requires_grad=True)
+    value = torch.randn(1, 2, 5, 3)
+    assert torch.equal(power_attention(x, x, value, backend=backend), torch.zeros(1, 2, 5, 3))
+    query, key, value, _ = drawn()
+    wanted = power_attention(query, key, value, chunk_size=40, backend=backend)
+    assert torch.equal(power_attention(query, key, value, chunk_size=10**30, backend=backend), wanted)
+
+
+def test_its_parts_are_an_attribute_of_the_package():
+    code = "import diffmax; assert diffmax.power.attention; assert 'power' in dir(diffmax)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_explain_names_a_backend_and_refuses_with_reasons():
     query, key, value, log_gates = drawn(dtype=torch.float32)
     explained = diffmax.explain("power_attention", query, key, value, log_gates, degree=4)
@@ -247,6 +307,7 @@ WRONG = [
     (TypeError, "chunk_size must be an int or None, got '8'", {"chunk_size": "8"}),
     (TypeError, "return_final_state must be True or False, got 1", {"return_final_state": 1}),
     (ValueError, "scale must be finite, got nan", {"scale": math.nan}),
+    (ValueError, "scale must not be 0, got 0.0\nit cancels: leave it out", {"scale": 0.0}),
     (TypeError, "log_gates must be a floating tensor, got float", {"log_gates": -0.1}),
     (ValueError, r"pass log_gates.transpose\(1, 2\)", {"log_gates": torch.zeros(2, 40, 2)}),
     (ValueError, r"log_gates must have a number for each key.*got \(2, 4, 40\)", {"log_gates": torch.zeros(2, 4, 40)}),

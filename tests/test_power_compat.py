@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import itertools
+import math
 
 import pytest
 import torch
@@ -344,6 +345,20 @@ def test_attention_returns_sums_in_units_of_the_largest_weight(causal, deg):
     two = power_attention.attention(Q, K, V, G, deg, causal=causal, scale=0.3, use_log2=True)
     assert close(two[2], rowmax / torch.tensor(2.0).double().log())
     assert torch.equal(two[0], Y)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_with_use_log2_gates_are_powers_of_two(norm):
+    Q, K, V, log_G = inputs(t=12)
+    G = log_G.cumsum(1)
+    found = power_attention.attention(Q, K, V, G / math.log(2), 2, norm=norm, use_log2=True)
+    wanted = power_attention.attention(Q, K, V, G, 2, norm=norm)
+    if norm:
+        assert close(found, wanted)
+        return
+    assert close(found[0], wanted[0])
+    assert close(found[1], wanted[1])
+    assert close(found[2], wanted[2] / math.log(2))
 
 
 def test_attention_neither_overflows_nor_loses_what_is_small():

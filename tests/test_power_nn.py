@@ -105,6 +105,24 @@ def _empty(module):
     return type(state)(*(torch.zeros_like(t[1:]) for t in state))
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_what_lies_at_padding_is_not_read(share):
+    attend, x = PowerAttention(12, 2, interpolate=share).double(), torch.randn(1, 10, 12, dtype=torch.float64)
+    padding = torch.zeros(1, 10, dtype=torch.bool)
+    padding[:, :3] = True
+    wanted = attend(x, key_padding_mask=padding)[:, 3:]
+    x[:, :3] = torch.nan
+    assert torch.equal(attend(x, key_padding_mask=padding)[:, 3:], wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12)])
+def test_without_sequences_or_tokens(shape):
+    attend = PowerAttention(12, 2)
+    out, state = attend(torch.zeros(shape), return_state=True)
+    assert out.shape == shape
+    assert state.length == shape[1]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_it_blends_with_softmax(share):
     module, x = made(num_kv_heads=2, interpolate=share), tokens()

@@ -290,6 +290,60 @@ def test_attention_in_both_directions_is_refused(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["power", "hybrid"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mask: mask.masked_fill(mask < 0, -1e4), "got numbers such as -10000 .a key is hidden by torch.finfo"),
+        (lambda mask: mask - 2.0 * (torch.arange(20) == 4), "got numbers such as -2 "),
+        (
+            lambda mask: (mask == 0).expand(2, 4, -1, 20) & (torch.arange(4).view(4, 1, 1) != torch.arange(20)),
+            "differs between heads",
+        ),
+        (
+            lambda mask: (mask == 0) & ((torch.arange(20) != 2) | (torch.arange(20) <= 2).view(-1, 1)[-mask.shape[2] :]),
+            "of its own",
+        ),
+    ],
+    ids=["a large number", "a bias", "heads", "a token that later ones do not see"],
+)
+@pytest.mark.parametrize("rows", [20, 1])
+def test_a_mask_of_its_own_is_refused_in_any_shape(name, change, message, rows):
+    """With one row too, as in a step of decoding, where a bias was ignored."""
+    model, cache = model_of(name), None
+    seen = torch.ones(20, 20, dtype=torch.bool).tril()
+    seen[:, 3] = False
+    mask = torch.zeros(2, 1, 20, 20, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)[:, :, -rows:]
+    if rows == 1:
+        if message == "of its own":
+            return  # its last row is one of padding
+        cache = transformers.DynamicCache()
+        model(IDS[:, :19], past_key_values=cache)
+    with pytest.raises(ValueError, match=f"masks must be causal, with or without padding, got .*{message}"):
+        model(IDS[:, -rows:], attention_mask=change(mask), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["power", "hybrid"])
+def test_after_a_call_that_failed_a_cache_says_so(name, monkeypatch):
+    model, cache = model_of(name), CACHES[name]()
+    model(IDS, past_key_values=cache, use_cache=True)
+    module = {"power": "diffmax.integrations.transformers.power_cache.power_attention", "hybrid": "diffmax.hybrid.attention"}[
+        name
+    ]
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, fails)
+        with pytest.raises(MemoryError):
+            model(IDS[:, :1], past_key_values=cache, use_cache=True)
+    with pytest.raises(RuntimeError, match=r"after a failed call, cache\.reset"):
+        model(IDS[:, :1], past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
 def test_a_mask_of_four_dimensions_is_served_where_it_is_causal():
     model = model_of("power")
     wanted = model(IDS, attention_mask=MASK).logits[MASK.bool()]
@@ -297,7 +351,7 @@ def test_a_mask_of_four_dimensions_is_served_where_it_is_causal():
     close(model(IDS, attention_mask=mask).logits[MASK.bool()], wanted)
     added = torch.zeros(2, 1, 20, 20, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
     close(model(IDS, attention_mask=added).logits[MASK.bool()], wanted)
-    with pytest.raises(ValueError, match="masks must be causal, with or without padding, got one of its own"):
+    with pytest.raises(ValueError, match=r"masks must be causal, with or without padding, got numbers such as 0\.5"):
         model(IDS, attention_mask=added + 0.5 * mask)
 
 

@@ -37,8 +37,9 @@ CASES = {
     "tail in the middle of a chunk": Case(length=21, many=50, gates=1.0, chunk=16, heads=4),
 }
 every_case = pytest.mark.parametrize("name", CASES)
-# float16's products are float32's: every third case tells
-NARROW = [(name, torch.bfloat16) for name in CASES] + [(name, torch.float16) for name in list(CASES)[::3]]
+# float16's products are float32's: every third case tells. Thousands of monomials take minutes, and are told by "degree 4".
+LIGHT = [name for name in CASES if name not in ("degree 4, head size 16", "head size 32, degree 4")]
+NARROW = [(name, torch.bfloat16) for name in LIGHT] + [(name, torch.float16) for name in LIGHT[::3]]
 every_narrow = pytest.mark.parametrize(("name", "dtype"), NARROW, ids=str)
 SINGLE = {
     "strided": lambda: checks.strided_inputs(NAME, "cpu", torch.float32),

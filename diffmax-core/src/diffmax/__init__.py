@@ -72,6 +72,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import modules of layers when they are first used: a fifth of what the import would take."""
+    if name == "power":
+        return importlib.import_module("diffmax.power")
     if name not in ("nn", "DiffmaxBisectModule"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     nn = importlib.import_module("diffmax.nn")
@@ -80,7 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "nn", "DiffmaxBisectModule"})
+    return sorted({*globals(), "nn", "power", "DiffmaxBisectModule"})
 
 
 dispatch.registry.discover()  # last: a plugin may import any of the names above

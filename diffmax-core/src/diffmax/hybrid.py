@@ -158,6 +158,10 @@ class HybridCache:
         if not isinstance(index, Tensor) or index.ndim != 1 or index.is_floating_point():
             got = _shape(index) if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"{_NAME}: reorder must be given a tensor (B,) of numbers of sequences, got {got}")
+        if index.device.type == "cpu" and index.numel() and self._tail is not None:
+            low, high = index.min().item(), index.max().item()
+            if low < 0 or high >= self.batch_size:
+                raise ValueError(f"{_NAME}: reorder must be given numbers from 0 to {self.batch_size - 1}, got {low} to {high}")
         self._map(lambda t: t.index_select(0, index.to(t.device)))
 
     def crop(self, length: int) -> None:
@@ -213,8 +217,13 @@ class HybridCache:
             alone. What is stored keeps its gradients: see `detach`.
         """
         q, k, v = autocast(q, k, v)
-        with torch.autocast(q.device.type, enabled=False):  # the past's sums are products in float32
-            return self._attend(q, k, v, log_gates, alpha, softmax_scale, offset, slope, padding, backend)
+        before = self._length, self._tail, self._room, self._state
+        try:
+            with torch.autocast(q.device.type, enabled=False):  # the past's sums are products in float32
+                return self._attend(q, k, v, log_gates, alpha, softmax_scale, offset, slope, padding, backend)
+        except BaseException:  # a call that fails changes nothing: its tokens lie behind those of the tail
+            self._length, self._tail, self._room, self._state = before
+            raise
 
     def _attend(
         self,
@@ -243,6 +252,8 @@ class HybridCache:
             backend,
         )
         query = q.transpose(1, 2)
+        if padding is not None:  # 0 times NaN would be NaN
+            k, v = (t.masked_fill(padding[:, :, None, None], 0.0) for t in (k, v))
         origin = self._length - (0 if self._tail is None else self._tail.length)  # position of the tail's first token
         tail = self._appended(k.transpose(1, 2), v.transpose(1, 2), log_gates, padding)
         self._length += k.shape[1]

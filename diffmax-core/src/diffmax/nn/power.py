@@ -181,19 +181,19 @@ class PowerAttention(nn.Module):
         if self.rope_base is not None:
             query, key = _rotated(query, start, self.rope_base), _rotated(key, start, self.rope_base)
         padding = None if key_padding_mask is None else key_padding_mask.unsqueeze(1)
+        if padding is not None:  # values too: 0 times NaN would be NaN
+            key, value = (t.masked_fill(padding.unsqueeze(3), 0.0) for t in (key, value))
         share, out, after = self.interpolate, None, None
         if share > 0:
             gates = self._log_gates(x)
-            own = key
             if padding is not None:
-                own = key.masked_fill(padding.unsqueeze(3), 0.0)
                 gates = None if gates is None else gates.masked_fill(padding, 0.0)
             settings: dict[str, Any] = {"degree": self.degree, "chunk_size": self.chunk_size, "backend": self.backend}
             before = None if state is None else state.state
             if return_state:
-                out, after = power_attention(query, own, value, gates, before, return_final_state=True, **settings)
+                out, after = power_attention(query, key, value, gates, before, return_final_state=True, **settings)
             else:
-                out = power_attention(query, own, value, gates, before, **settings)
+                out = power_attention(query, key, value, gates, before, **settings)
         if share < 1:
             other = self._other(query, key, value, padding)
             out = other if out is None else other + share * (out - other)
@@ -221,7 +221,7 @@ class PowerAttention(nn.Module):
 
     def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
         projected: Tensor = projection(x)
-        return projected.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return projected.view(*x.shape[:2], projection.out_features // self.head_dim, self.head_dim).transpose(1, 2)
 
     def _log_gates(self, x: Tensor) -> Tensor | None:
         """(B, H_kv, L), in float32 or float64, whatever autocast says: 1 - 0.999 has few digits in 16 bits."""

@@ -39,7 +39,7 @@ def power_attention(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, 
     Returns:
         Contiguous tensors:
 
-        - out (B, H, L, D_v), in value's dtype. A query whose weights are all 0 has 0.
+        - out (B, H, L, D_v), in value's dtype. A query whose weights are all 0 has 0; one whose sum of weights overflows, NaN.
         - total (B, H, L), in the accumulation dtype, the sum of each query's weights; (0,) if not `keep`.
         - sums (B, H_kv, P, D_v) and norm (B, H_kv, P), in the accumulation dtype, the state after the last key; (0,) if not
           `call.final`.
@@ -54,6 +54,7 @@ def power_attention(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, 
         total = total + (phi @ call.norm[:, :, None, :, None]).squeeze(-1)
         result = result + phi @ call.sums.unsqueeze(2)
     out = (result / _not_zero(total).unsqueeze(-1)).masked_fill((total == 0).unsqueeze(-1), 0.0)
+    out = out.masked_fill((total == torch.inf).unsqueeze(-1), torch.nan)
     sums, norm = _final_state(terms, call) if call.final else (total.new_empty(0), total.new_empty(0))
     exact = out.reshape(*query.shape[:3], value.shape[3]).contiguous()
     total = total.reshape(query.shape[:3]).contiguous() if keep else total.new_empty(0)

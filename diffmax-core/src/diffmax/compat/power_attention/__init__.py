@@ -9,7 +9,8 @@ else, or with `state_layout="exact"`, in diffmax's. A state that is given may ha
 What differs: a query whose weights are all 0 gives 0, where an epsilon gave the mean of the values. `scale=0` is an error, not
 the default. The final state of `power_full` is a pair with its sums of keys, gates apply to an initial state, and one without
 sums of keys is an error. `discumsum` has t + 1 steps without gates too. `attention` finds grouped heads by the shapes; query
-head i reads key head i // (hq / h).
+head i reads key head i // (hq / h). States have the dtype of the inputs, as there: in float16 one of many tokens overflows;
+`diffmax.power_attention` keeps float32.
 """
 
 # The submodules come first: where a function has a submodule's name, the package's attribute is the function.

@@ -105,7 +105,7 @@ def attention(
         head_first: Whether heads come before time, (b, h, t, d).
         scale: Factor of the products.
         norm: Whether to divide by the sum of weights.
-        use_log2: Whether rowmax is a logarithm to the base 2.
+        use_log2: Whether log_G and rowmax are logarithms to the base 2.
     Returns:
         With `norm` the result (b, tq, hq, e). Else the sums of w v / exp(rowmax), in V's dtype, of w / exp(rowmax) (b, tq,
         hq), and rowmax (b, tq, hq), the logarithm of the largest weight, through which no gradient flows; both float32
@@ -138,7 +138,7 @@ def attention(
         away = scores.new_zeros(())
         if log_G is not None:
             g = parts.check_log_gates(name, "log_G", log_G, given, axes)
-            g = g if head_first else g.transpose(1, 2)
+            g = (g if head_first else g.transpose(1, 2)) * (math.log(2) if use_log2 else 1.0)
             away = (g[..., many - length :].unsqueeze(-1) - g.unsqueeze(-2)).unsqueeze(2)
         hidden = parts._hidden(length, many, q.device) if causal else None
         with torch.no_grad():

@@ -113,4 +113,6 @@ def _attend(
         slope=option_of(module, slope),
         padding=None if tokens is None else ~tokens,
     )
+    if layer is not None:
+        layer.take()
     return out, None

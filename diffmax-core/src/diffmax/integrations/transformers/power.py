@@ -147,14 +147,15 @@ def _attend(
         )
     if not isinstance(share, Tensor) and not 0 <= share <= 1:
         raise ValueError(f"{label}: interpolate must lie in [0, 1], got {share}")
+    gates = gates_of(label, module, log_gates, key, tokens)
+    if tokens is not None:  # values too: 0 times NaN would be NaN
+        key, value = (t.masked_fill(~tokens[:, None, :, None], 0.0) for t in (key, value))
     powered: Tensor | None = None
     if isinstance(share, Tensor) or share > 0:
-        gates = gates_of(label, module, log_gates, key, tokens)
-        k = key if tokens is None else key.masked_fill(~tokens[:, None, :, None], 0.0)
         if isinstance(layer, PowerLayer):
-            powered = layer.attend(query, k, value, gates, degree, scaling)
+            powered = layer.attend(query, key, value, gates, degree, scaling)
         else:
-            powered = power_attention(query, k, value, gates, degree=degree, scale=scaling)
+            powered = power_attention(query, key, value, gates, degree=degree, scale=scaling)
     if whole and powered is not None:
         out = powered
     else:

@@ -140,6 +140,8 @@ class StateLayer(CacheLayerMixin):
 def taken(key: Tensor) -> StateLayer | None:
     """The layer of a cache that these keys were given to just now; None if they were given to none.
 
+    Its `take` is called when they were attended: so an attention that fails is noticed at the layer's next update.
+
     Raises:
         RuntimeError: Other keys were given to one.
     """
@@ -153,7 +155,6 @@ def taken(key: Tensor) -> StateLayer | None:
             f"diffmax: attention must get the keys that the cache got, of shape {tuple(waiting.shape)}, got others of shape "
             f"{tuple(key.shape)}\nthe model changes its keys behind the cache, or a call before this one failed: cache.reset()"
         )
-    layer.take()
     return layer
 
 
@@ -177,6 +178,7 @@ class PowerLayer(StateLayer):
         if self.held is None:
             self.held = TailAndState(self.options["switch_over"])
         out: Tensor = self.held.attend(query, key, value, log_gates, degree, scale)
+        self.take()
         return out
 
 
@@ -216,25 +218,28 @@ class TailAndState:
         self, query: Tensor, key: Tensor, value: Tensor, gates: Tensor | None, degree: int, scale: float | None
     ) -> Tensor:
         """Append tokens and attend from them."""
-        new, held = key.shape[2], 0 if self.tail is None else self.tail[0].shape[2]
+        tail, state = self.tail, self.state
+        new, held = key.shape[2], 0 if tail is None else tail[0].shape[2]
         folds = held + new > self.switch_over
-        if folds and new > 1 and self.tail is not None:  # many queries take the linear way, which starts from a state
-            k, v, g = self.tail
-            _, self.state = power_attention(k[:, :, :0], k, v, g, self.state, degree=degree, return_final_state=True)
-            self.tail = None
-        if self.tail is not None:
-            old_key, old_value, old_gates = self.tail
+        if folds and new > 1 and tail is not None:  # many queries take the linear way, which starts from a state
+            k, v, g = tail
+            _, state = power_attention(k[:, :, :0], k, v, g, state, degree=degree, return_final_state=True)
+            tail = None
+        if tail is not None:
+            old_key, old_value, old_gates = tail
             if gates is not None or old_gates is not None:  # None is a gate of 1
                 parts = ((old_gates, old_key), (gates, key))
                 gates = torch.cat([t.new_zeros(t.shape[:3]).float() if g is None else g for g, t in parts], 2)
             key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
         settings: dict[str, Any] = {"degree": degree, "scale": scale}
-        if not folds:
-            self.tail = key, value, gates
-            alone: Tensor = power_attention(query, key, value, gates, self.state, **settings)
-            return alone
-        self.tail = None
-        out, self.state = power_attention(query, key, value, gates, self.state, return_final_state=True, **settings)
+        out: Tensor
+        if folds:
+            tail = None
+            out, state = power_attention(query, key, value, gates, state, return_final_state=True, **settings)
+        else:
+            tail = key, value, gates
+            out = power_attention(query, key, value, gates, state, **settings)
+        self.tail, self.state = tail, state  # last: a call that fails changes nothing
         return out
 
 

@@ -114,15 +114,36 @@ def check_call(
         raise ValueError(f"{label}: a mask must be (B, 1, L, S) for {length} queries and {many} keys, got {mask!r:.60}")
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
     tokens = seen[:, 0, -1].expand(query.shape[0], many)
-    if mask.shape[2] == 1:
-        return tokens
     if not is_traced():
-        place = torch.arange(many, device=seen.device)
-        causal_mask = tokens[:, None, None, :] & (place <= place[many - length :].unsqueeze(1))
-        real = tokens[:, None, many - length :, None]
-        if bool((((seen != causal_mask) | (False if mask.dtype == torch.bool else seen & (mask != 0))) & real).any()):
-            raise ValueError(
-                f"{label}: masks must be causal, with or without padding, got one of its own of shape {tuple(mask.shape)}\n"
-                "the state has all tokens before"
-            )
+        _check_mask(label, mask, seen, tokens, length)
+    elif mask.shape[1] != 1:
+        raise ValueError(f"{label}: a mask must be one for all heads, (B, 1, L, S), got shape {tuple(mask.shape)}")
     return tokens
+
+
+def _check_mask(label: str, mask: Tensor, seen: Tensor, tokens: Tensor, length: int) -> None:
+    """Refuse what is more than causal with padding: numbers other than 0, heads that differ, tokens that some do not see."""
+    many = mask.shape[3]
+    wrong = "one of its own"
+    if mask.dtype != torch.bool and bool((seen & (mask != 0)).any()):
+        numbers = mask[seen & (mask != 0)]
+        wrong = f"numbers such as {numbers[0].item():g} (a key is hidden by torch.finfo({mask.dtype}).min alone)"
+    elif bool((seen != seen[:, :1]).any()):
+        wrong = "one that differs between heads"
+    elif mask.shape[2] == 1:
+        return
+    else:
+        place = torch.arange(many, device=seen.device)
+        own = place == place[many - length :].unsqueeze(1)
+        causal_mask = tokens[:, None, None, :] & (place <= place[many - length :].unsqueeze(1))
+        count = seen.sum(3, keepdim=True)
+        # a row of padding sees nothing, or everything or itself so that its softmax is a number
+        is_padding = ~tokens[:, None, many - length :, None] & (
+            (count == 0) | (count == many) | ((count == 1) & (seen & own).any(3, keepdim=True))
+        )
+        if not bool(((seen != causal_mask) & ~is_padding).any()):
+            return
+    raise ValueError(
+        f"{label}: masks must be causal, with or without padding, got {wrong} of shape {tuple(mask.shape)}\n"
+        "the state has all tokens before"
+    )

@@ -13,6 +13,7 @@ of gates need no products of their own: what goes through a state follows from t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -43,8 +44,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: PowerCall, keep: bo
             if chunk.has_past:
                 sums += rows.through(state)
             result, norm = sums[..., :size], sums[..., size:]
-            divided = (result / norm).masked_fill_(norm == 0, 0.0).view(walk.heads, walk.groups, rows.count, size)
-            out[:, :, rows.first : rows.last] = divided
+            divided = (result / norm).masked_fill_(norm == 0, 0.0).masked_fill_(norm == torch.inf, torch.nan)
+            out[:, :, rows.first : rows.last] = divided.view(walk.heads, walk.groups, rows.count, size)
             if keep:
                 total[:, :, rows.first : rows.last] = norm.view(walk.heads, walk.groups, rows.count)
         if call.final or not chunk.is_last:
@@ -162,7 +163,6 @@ class _Walk:
         self.key, self.value = (t.reshape(self.heads, self.many, t.shape[3]) for t in (key, value))
         self.values = value.shape[3] + 1
         self.rows = expanded_dim(self.size, call.degree)
-        self.c = coefficients(self.size, call.degree, self.new(0)).unsqueeze(1)
         self.log_gates = None if call.log_gates is None else call.log_gates.reshape(self.heads, self.many)
         self.chunk = call.chunk or chosen_chunk(self.length, self.many, self.size, value.shape[3], call.degree, self.groups)
 
@@ -170,11 +170,16 @@ class _Walk:
         """Zeros (N, ...) in the accumulation dtype."""
         return torch.zeros(self.heads, *shape, dtype=self.acc, device=self.query.device)
 
+    @functools.cached_property
+    def c(self) -> Tensor:
+        """(P, 1), the coefficients of the monomials."""
+        return coefficients(self.size, self.call.degree, self.new(0)).unsqueeze(1)
+
     def first_state(self) -> Tensor:
-        """(N, P, D_v + 1)."""
+        """(N, P, D_v + 1); of no rows where no state is read or wanted: a quadratic form of many entries has no room for it."""
         if self.call.sums is not None and self.call.norm is not None:
             return self.joined(self.call.sums, self.call.norm)
-        return self.new(self.rows, self.values)
+        return self.new(self.rows if self.call.final or self.chunk < self.many else 0, self.values)
 
     def joined(self, sums: Tensor, norm: Tensor) -> Tensor:
         """The reverse of `split`."""
@@ -272,7 +277,8 @@ class _Rows:
             return t
         of_query = g[:, self.seen - self.count : self.seen]
         away = (of_query.unsqueeze(2) - g[:, : self.seen].unsqueeze(1)).to(t.dtype)
-        by_group.mul_(away.clamp_max_(_LARGEST[t.dtype]).exp_().tril_(self.seen - self.count).unsqueeze(1))
+        by_group.mul_(away.clamp_max_(_LARGEST[t.dtype]).exp_().unsqueeze(1))
+        by_group.tril_(self.seen - self.count)  # after the product: an infinite key behind the query would be NaN
         return t
 
     def _since(self) -> Tensor | None:

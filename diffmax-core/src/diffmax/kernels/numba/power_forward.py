@@ -142,13 +142,14 @@ def attend(words, numbers, memory, batch, kv_head, member, heads, start, first, 
 
 @jitable
 def divide(result, rows, stride, count, norm_at):
-    """Divide rows of lanes by the norm's; 0 where that is 0."""
+    """Divide rows of lanes by the norm's; 0 where that is 0, NaN where it overflowed."""
     for c in range(0, count, places(result)):
         norm = load(result, norm_at + c)
         nothing = (norm <= 0.0) & (norm * -1.0 <= 0.0)
         safe = select(nothing, 1.0, norm)
+        doubt = norm - norm  # NaN for an infinite norm, else 0
         for r in range(rows):
-            store(result, r * stride + c, select(nothing, 0.0, load(result, r * stride + c) / safe))
+            store(result, r * stride + c, select(nothing, 0.0, load(result, r * stride + c) / safe + doubt))
 
 
 @jitable

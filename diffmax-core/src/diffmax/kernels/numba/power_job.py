@@ -48,7 +48,8 @@ class Job:
         span = call.chunk or chosen_chunk(length, many, size, value_size, call.degree, group)
         self.is_quadratic = span >= many
         self.columns = max(1, -(-max(length, many) // COLUMNS))
-        self.shape = _Shape(self.acc, size, value_size, call.degree)
+        has_states = not self.is_quadratic or call.final or call.sums is not None
+        self.shape = _Shape(self.acc, size, value_size, call.degree, has_states)
         plan = _plan(self.shape)
         self.plan, self.span = plan, max(1, min(span, many))
         words[Word.kv_heads], words[Word.group] = groups, group
@@ -144,12 +145,13 @@ class Job:
 
 
 class _Shape(NamedTuple):
-    """What tables and the size of scratch memory depend on."""
+    """What tables and the size of scratch memory depend on. Without states there are none of their rows."""
 
     acc: torch.dtype
     size: int
     value_size: int
     degree: int
+    has_states: bool
 
 
 class _Layout(NamedTuple):
@@ -173,15 +175,16 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def _plan(shape: _Shape) -> _Plan:
-    acc, size, value_size, degree = shape
+    acc, size, value_size, degree, has_states = shape
     lanes = BYTES // acc.itemsize
     head_step, value_step = _multiple(size, lanes), _multiple(value_size, lanes)
     row_step, state_step, stride = value_step + lanes, value_step + 1, COLUMNS + lanes
-    monomials = expanded_dim(size, degree)
-    firsts = np.array([[first_of(size, d, i) if d else 0 for i in range(size + 1)] for d in range(degree + 1)], np.int64)
+    monomials = expanded_dim(size, degree) if has_states else 0
+    places = [[first_of(size, d, i) if d else 0 for i in range(size + 1)] for d in range(degree + 1 if has_states else 0)]
+    firsts = np.array(places, np.int64)
     level_at = np.zeros(degree + 1, np.int64)
     level_rows = 0
-    for d in range(1, degree):
+    for d in range(1, degree if has_states else 2):
         level_at[d] = level_rows
         level_rows += expanded_dim(size, d)
     words = [
@@ -210,7 +213,8 @@ def _plan(shape: _Shape) -> _Plan:
     rows = max(SLICE, ROWS_AT_ONCE, size, value_step + 1)
     like = torch.empty(0, dtype=acc)
     forward, backward = (_layout(acc.itemsize, parts, rows) for parts in (floats, {**floats, **more}))
-    return _Plan(words, coefficients(size, degree, like).contiguous(), firsts, level_at, monomials, forward, backward)
+    c = coefficients(size, degree, like).contiguous() if has_states else like
+    return _Plan(words, c, firsts, level_at, monomials, forward, backward)
 
 
 def _layout(itemsize: int, floats: dict[str, int], rows: int) -> _Layout:

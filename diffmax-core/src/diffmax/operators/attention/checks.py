@@ -230,7 +230,7 @@ def check_softcap(name: str, softcap: float) -> float:
 def check_scale(name: str, query: Tensor, scale: float | None) -> float:
     """The factor of the scores, 1 / sqrt(D) by default."""
     if scale is None:
-        return 1 / math.sqrt(query.shape[-1])
+        return 1 / math.sqrt(query.shape[-1]) if query.shape[-1] != 0 else 1.0
     if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad and not scale.is_complex():
         scale = scale.item()  # as torch's own attention takes it
     if isinstance(scale, Tensor) and scale.requires_grad:

@@ -74,7 +74,7 @@ def power_attention(
             -inf is a gate of 0, where the sequence starts anew. None: gates of 1.
         initial_state: The state before the first key, which another call returned; may require gradients.
         degree: p, even, from 2.
-        scale: Factor of the products; None: 1 / sqrt(D). It cancels, up to rounding.
+        scale: Factor of the products, not 0. It cancels, so 1 / sqrt(D) is taken whatever is given.
         chunk_size: Tokens between states; it changes rounding and time alone. None: chosen by cost. At least S: the quadratic
             form.
         return_final_state: Whether to return the state after the last key too.
@@ -86,9 +86,11 @@ def power_attention(
         TypeError: An argument has the wrong type, or the dtypes differ.
         ValueError: Shapes, devices or values do not fit.
         NoBackendError: No backend can run the call, or the named one cannot.
-    Numerics: Products, powers and sums are computed in float32, for float64 in float64. Powers overflow where
-        a product's p-th power does. A state resolves sums of weights to rounding of (norm of q times norm of k)^p: less than
-        that is noise.
+    Numerics: Products, powers and sums are computed in float32, for float64 in float64. A query whose sum of weights
+        overflows is NaN; weights below the smallest number are 0. So q . k / sqrt(D) has to lie within 1e-18 to 1e18 for p =
+        2, 1e-9 to 1e9 for p = 4, 1e-6 to 1e6 for p = 6. A NaN or an infinity in a key or value spoils the queries from there
+        on in its head, and may spoil those before it in the same block or chunk. A state resolves sums of weights to rounding
+        of (norm of q times norm of k)^p: less than that is noise.
         Second derivatives, forward mode, and gradients under torch.func are right, and computed with all weights in memory.
     Source: Buckman, Gelada and Zhang, "Scaling Context Requires Rethinking Attention", 2025 (arXiv 2507.04239); docs/power.md.
         Written for diffmax.

@@ -13,6 +13,7 @@ from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.symmetric import expanded_dim
 from diffmax.plugin import PowerCall
 
+_LONGEST = 2**31 - 1
 # exp of a log gate at this is exactly 0: the state starts anew. Larger negative numbers would only cost digits of their sums.
 FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
 
@@ -39,10 +40,13 @@ def build_call(
             "the last query has the position of the last key"
         )
     degree = check_degree(name, degree)
+    scale = check_scale(name, query, scale)
+    if not torch.compiler.is_compiling() and scale == 0:
+        raise ValueError(f"{name}: scale must not be 0, got {scale}\nit cancels: leave it out")
     sums, norm = check_state(name, query, key, value, initial_state, degree)
     return PowerCall(
         degree=degree,
-        scale=check_scale(name, query, scale),
+        scale=check_scale(name, query, None),  # that of the caller cancels, and could leave the range of powers
         chunk=check_chunk(name, chunk_size),
         final=check_flag(name, "return_final_state", final),
         log_gates=check_gates(name, query, key, log_gates),
@@ -68,7 +72,7 @@ def check_chunk(name: str, chunk_size: Any) -> int:
         raise TypeError(f"{name}: chunk_size must be an int or None, got {chunk_size!r} of type {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"{name}: chunk_size must be at least 1, or None for the kernel's choice, got {chunk_size}")
-    return as_int(chunk_size)
+    return min(as_int(chunk_size), _LONGEST)
 
 
 def check_flag(name: str, what: str, flag: Any) -> bool:

@@ -96,6 +96,7 @@ def power_out_kernel(
             else:
                 acc = rounded_by_given(w, v, acc, ROUNDED)
     out = tl.where((total == 0.0)[:, None], 0.0, acc / tl.where(total == 0.0, 1.0, total)[:, None])
+    out = tl.where((total == float("inf"))[:, None], float("nan"), out)
     store_tile(out_ptr + of_head * length * VALUE_DIM, out, query, inside, VALUE_DIM, BLOCK_V)
     if EXACT:
         store_tile(exact_ptr + of_head * length * VALUE_DIM, out, query, inside, VALUE_DIM, BLOCK_V)
