@@ -294,8 +294,8 @@ def test_attention_in_both_directions_is_refused(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda mask: mask.masked_fill(mask < 0, -1e4), "got numbers such as -10000 .a key is hidden by torch.finfo"),
-        (lambda mask: mask - 2.0 * (torch.arange(20) == 4), "got numbers such as -2 "),
+        (lambda mask: mask.masked_fill(mask < 0, -1e4), "numbers such as -10000 .a key is hidden by torch.finfo"),
+        (lambda mask: mask - 2.0 * (torch.arange(20) == 4), "numbers such as -2 "),
         (
             lambda mask: (mask == 0).expand(2, 4, -1, 20) & (torch.arange(4).view(4, 1, 1) != torch.arange(20)),
             "differs between heads",
