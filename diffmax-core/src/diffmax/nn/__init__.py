@@ -3,6 +3,7 @@
 from diffmax.nn.affine import AffineScale
 from diffmax.nn.attention import DiffmaxAttention
 from diffmax.nn.bisect import DiffmaxBisectModule
+from diffmax.nn.differential import DiffAttention, DiffAttentionV2
 from diffmax.nn.elastic import Elastic
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.groups import param_groups
@@ -15,6 +16,8 @@ from diffmax.nn.sink import Sink
 __all__ = [
     "AffineScale",
     "AlphaSchedule",
+    "DiffAttention",
+    "DiffAttentionV2",
     "DiffmaxAttention",
     "DiffmaxBisectModule",
     "Elastic",
