@@ -4,6 +4,7 @@ from diffmax.nn.affine import AffineScale
 from diffmax.nn.attention import DiffmaxAttention
 from diffmax.nn.bisect import DiffmaxBisectModule
 from diffmax.nn.differential import DiffAttention, DiffAttentionV2
+from diffmax.nn.differential_layouts import convert_diff_attention
 from diffmax.nn.elastic import Elastic
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.groups import param_groups
@@ -27,5 +28,6 @@ __all__ = [
     "PowerAttentionState",
     "RelativePositionBias",
     "Sink",
+    "convert_diff_attention",
     "param_groups",
 ]
