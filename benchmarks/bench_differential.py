@@ -1,6 +1,6 @@
 """Differential attention on the CPU: both maps of every head in one call, against two calls and against a single map.
 
-    python -m benchmarks.bench_differential               # 256 to 4k tokens, on one thread; about 3 minutes
+    python -m benchmarks.bench_differential               # 256 to 4k tokens, on one thread; about 8 minutes
     python -m benchmarks.bench_differential --quick
 
 Four heads of two maps in float32, without the projections, in processor time. "fused" is what `diffmax.nn.DiffAttention` does;
@@ -25,7 +25,7 @@ from benchmarks.harness import Call, Row
 from benchmarks.report import target, targets_block
 from diffmax.nn import DiffAttention
 
-HEADS, ALPHA, FACTOR, CHECKED, ROUNDS = 4, 0.5, 0.4, 256, 5
+HEADS, ALPHA, FACTOR, CHECKED, ROUNDS = 4, 0.5, 0.4, 256, 9
 LENGTHS = (256, 1024, 4096)
 BASES = ("two calls", "one map")
 

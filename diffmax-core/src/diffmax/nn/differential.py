@@ -374,7 +374,8 @@ def _softmax_attention(
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
     causal = is_causal and mask is None
-    return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=size**-0.5, enable_gqa=grouped)
+    more: dict[str, Any] = {"enable_gqa": True} if grouped else {}  # torch 2.4 does not know the argument
+    return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=size**-0.5, **more)
 
 
 def _mask_of_maps(name: str, mask: Tensor | None, q: Tensor) -> Tensor | None:
