@@ -365,6 +365,19 @@ def test_compile_in_one_graph(kind, options):
         close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_traced_and_exported_at_other_sizes(kind, options):
+    module, x, other = kind(E, H, **options), tokens(dtype=torch.float32), torch.randn(3, 13, E)
+    masks = torch.rand(B, H, N, N) > 0.3, torch.rand(3, H, 13, 13) > 0.3
+    close(torch.jit.trace(module, (x, masks[0]))(other, masks[1]), module(other, masks[1]))
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("tokens", min=2)}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,))
+    close(exported.module()(other), module(other))
+
+
 def test_a_softmax_checkpoint_keeps_alpha():
     softmax, learned = made(), made(weights="diffmax", alpha=per_map, alpha_map=HillMap(0.9))
     before = learned.log_beta.clone()
@@ -387,7 +400,9 @@ def test_learned_alpha_has_its_group_and_is_trained():
     module = DiffAttention(E, H, weights="diffmax", alpha=0.6, alpha_map=HillMap(0.9))
     groups = {group["name"]: group["params"] for group in param_groups(module, 1e-3)}
     assert any(p is module.log_beta for p in groups["alpha"])
-    assert all(p is not module.lambda_q1 for p in groups["weights"])
+    for decayed in (False, True):
+        groups = {g["name"]: g["params"] for g in param_groups(module, 1e-3, decay_biases_and_norms=decayed)}
+        assert all(p is not module.lambda_q1 for p in groups["weights"])
     module(3 * tokens(dtype=torch.float32)).square().sum().backward()
     assert (module.log_beta.grad != 0).any()
 
