@@ -17,6 +17,8 @@ def theirs():
         return importlib.import_module("timm.layers").DiffAttention
     except (ImportError, RuntimeError):  # no torchvision, or one that does not fit torch
         _forget()
+    vision = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "torchvision"}
+    sys.modules["torchvision"] = None  # as if it were not installed
     try:
         for name, folder in (("timm", ""), ("timm.layers", "/layers")):
             package = types.ModuleType(name)
@@ -25,6 +27,8 @@ def theirs():
         return importlib.import_module("timm.layers.diff_attention").DiffAttention
     finally:
         _forget()
+        del sys.modules["torchvision"]
+        sys.modules |= vision
 
 
 def _forget():
