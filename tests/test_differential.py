@@ -262,6 +262,16 @@ def test_dropout_keeps_the_mean_and_drops_the_maps_independently(options, fused)
     assert (drawn.mean(0).abs() < 5 * drawn.std(0) / 20 + 1e-4).all()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_dropout_of_all_weights_leaves_nothing(options, fused):
+    """Unfused, all weights were kept."""
+    module, x = made(attn_drop=1.0, fused=fused, **options), tokens().requires_grad_()
+    out = module(x)
+    assert torch.equal(out, module.proj.bias.expand_as(out))
+    assert (torch.autograd.grad(out.sum(), x)[0] == 0).all()
+
+
 THEIRS = {
     "plain": {},
     "biases, norms": {"qkv_bias": True, "qk_norm": True, "scale_norm": True, "depth": 3},

@@ -79,6 +79,8 @@ class _Differential(HeadAlpha):
             options = Options(dropout_p, is_causal, None, grouped, one, None, None, 0.0, None)
             query, key, _, call = build_call(q, k, k, mask, options, "upper_left")
             maps = only_weights(query, key, call, self.backend)
+            if dropout_p == 1:  # a call drops all weights by values of 0, and these are not its values
+                maps = maps * 0.0
             return weighted(maps[:, 0::2] - factor * maps[:, 1::2], v).to(query.dtype)
         if v.shape[1] != k.shape[1]:
             v = v.repeat_interleave(2, 1)
