@@ -332,11 +332,24 @@ def test_lambda_stays_float32_in_a_half_module_and_is_not_rounded():
         assert (module(x) - exact(x.double())).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_second_version_in_half_precision(dtype, options):
+    module, x = DiffAttentionV2(E, H, num_kv_heads=1, dtype=dtype, **options), tokens(dtype=dtype)
+    exact = copy.deepcopy(module).double()
+    for fused in (True, False):
+        module.fused = fused
+        assert (module(x) - exact(x.double())).abs().max() < 0.02
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("options", [*KINDS.values(), {"qk_norm": True}, {"qk_norm": True, **KINDS["diffmax"]}])
 @pytest.mark.parametrize("fused", [True, False])
-def test_autocast(options, fused):
-    module, x = DiffAttention(E, H, fused=fused, **options), tokens(dtype=torch.float32)
+@pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
+def test_autocast(kind, options, fused):
+    if kind is DiffAttentionV2 and "qk_norm" in options:
+        options = {"num_kv_heads": 1, **{name: given for name, given in options.items() if name != "qk_norm"}}
+    module, x = kind(E, H, fused=fused, **options), tokens(dtype=torch.float32)
     wanted, mask = module(x, is_causal=True), torch.zeros(B, H, N, N)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x, mask, is_causal=True)
