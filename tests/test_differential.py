@@ -90,7 +90,7 @@ OPTIONS = {
     "two numbers": {"dual_lambda": True, "depth": 1},
     "layer norm": {"qk_norm": True, "norm_layer": nn.LayerNorm},
     "diffmax": {"weights": "diffmax"},
-    "alpha": {"weights": "diffmax", "alpha": 0.5, "qk_norm": True},
+    "alpha": {"weights": "diffmax", "alpha": 0.5, "qk_norm": True, "backend": "reference"},
     "alpha of each map": {"weights": "diffmax", "alpha": per_map},
     "alpha of each head": {"weights": "diffmax", "alpha": per_head, "depth": 2},
     "learned alpha": {"weights": "diffmax", "alpha": per_map, "alpha_map": HillMap(0.9)},
@@ -453,7 +453,8 @@ WRONG = {
     "depth": ({"depth": -1}, ValueError, "depth must be 0 or more, got -1"),
     "depth as text": ({"depth": "1"}, TypeError, "depth must be a number, got '1'"),
     "weights": ({"weights": "sparsemax"}, ValueError, 'weights must be "softmax" or "diffmax", got \'sparsemax\''),
-    "alpha": ({"alpha": 0.5}, ValueError, "alpha must be None for softmax weights, got one"),
+    "alpha": ({"alpha": 0.5}, ValueError, "alpha must be None for softmax weights, got 0.5\nor"),
+    "backend": ({"backend": "cpu"}, ValueError, "backend must be None for softmax weights, got 'cpu'\nor pass weights="),
     "alpha map": ({"alpha_map": HillMap(0.5)}, ValueError, "alpha_map must be None for softmax weights"),
     "alphas": (
         {"weights": "diffmax", "alpha": torch.ones(3)},
