@@ -241,10 +241,11 @@ class PowerAttention(nn.Module):
         if padding is not None:  # padding sees itself, which is better than nothing: softmax would be NaN
             place = torch.arange(query.shape[2], device=query.device)
             mask = (place <= place.unsqueeze(1)) & (~padding.unsqueeze(2) | (place == place.unsqueeze(1)))
-        shared: dict[str, Any] = {"is_causal": mask is None, "enable_gqa": self.num_heads != self.num_kv_heads}
-        if self.alpha is None:
-            return nn.functional.scaled_dot_product_attention(query, key, value, mask, **shared)
-        out: Tensor = attention(query, key, value, mask, alpha=self.alpha, **shared)
+        if self.alpha is None:  # torch 2.4 has no enable_gqa
+            key, value = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (key, value))
+            return nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
+        grouped = self.num_heads != self.num_kv_heads
+        out: Tensor = attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped, alpha=self.alpha)
         return out
 
     def extra_repr(self) -> str:

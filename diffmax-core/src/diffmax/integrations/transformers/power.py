@@ -174,5 +174,6 @@ def _softmax(query: Tensor, key: Tensor, value: Tensor, tokens: Tensor | None, s
         mask = place <= own
         if tokens is not None:  # padding sees itself, which is better than nothing: softmax would be NaN
             mask = mask & (tokens[:, None, None, :] | (place == own))
-    shared: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    return nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None and length > 1, **shared)
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))  # torch 2.4 has no enable_gqa
+    causal = mask is None and length > 1
+    return nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling)
