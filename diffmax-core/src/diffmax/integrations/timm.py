@@ -64,7 +64,7 @@ SERVED: dict[str, int | None] = {
     "timm.models.gemma4_vit.Gemma4Attention": -3,
     "timm.models.hiera.MaskUnitAttention": 1,
     "timm.models.hieradet_sam2.MultiScaleAttention": -3,
-    "timm.models.iformer.SHMA": -3,
+    "timm.models.iformer.SHMA": None,
     "timm.models.levit.Attention": -3,
     "timm.models.levit.AttentionDownsample": -3,
     "timm.models.lowformer.ConvAttention": -3,
