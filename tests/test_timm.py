@@ -41,7 +41,19 @@ FAMILIES = {
         "twins.Twins",
         {"embed_dims": (8, 8, 8, 8), "num_heads": (2, 2, 2, 2), "depths": (2, 2, 1, 1), "wss": (3, 3, 3, 3), "img_size": 32},
     ),
-    "maxvit": ("test_maxvit", {}),
+    "maxvit": (
+        "maxxvit.MaxxVit",
+        {
+            "cfg": timm.models.maxxvit.MaxxVitCfg(
+                embed_dim=(8, 16),
+                depths=(1, 1),
+                block_type=("M", "M"),
+                stem_width=8,
+                transformer_cfg=timm.models.maxxvit.MaxxVitTransformerCfg(dim_head=4, window_size=(4, 4)),
+            ),
+            "img_size": 32,
+        },
+    ),
     "crossvit": (
         "crossvit.CrossVit",
         {
@@ -63,17 +75,13 @@ FAMILIES = {
         {"img_size": 32, "patch_size": 2, "embed_dims": (8, 8, 8), "num_heads": (2, 2, 2), "depths": (1, 1, 1)},
     ),
 }
-SIZES = {"maxvit": 160, "crossvit": 48, "hiera": 64, "levit": 64}
+SIZES = {"crossvit": 48, "hiera": 64, "levit": 64}
 
 
 def made(name, **options):
-    """A model by its class in timm.models, or by its name in timm's registry."""
-    module, _, kind = name.rpartition(".")
-    return (
-        getattr(importlib.import_module(f"timm.models.{module}"), kind)(**options)
-        if module
-        else timm.create_model(name, **options)
-    )
+    """A model by its class in timm.models."""
+    module, _, kind = name.partition(".")
+    return getattr(importlib.import_module(f"timm.models.{module}"), kind)(**options)
 
 
 def build(family):
