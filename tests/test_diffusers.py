@@ -291,29 +291,69 @@ def test_says_which_diffusers_it_needs(monkeypatch, found):
         register()
 
 
-def test_pipelines_run_two_steps():
-    vae = diffusers.AutoencoderKL(
+def small_vae():
+    return diffusers.AutoencoderKL(
         block_out_channels=(8,),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",),
+        latent_channels=4,
+    ).eval()
+
+
+def dit_pipeline():
+    pipeline = diffusers.DiTPipeline(dit()[0].eval(), small_vae(), diffusers.DDIMScheduler())
+    return pipeline, pipeline.transformer, {"class_labels": [1, 2]}
+
+
+def unet_pipeline():
+    model = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    transformer, _ = dit()
-    pipeline = diffusers.DiTPipeline(transformer.eval(), vae.eval(), diffusers.DDIMScheduler())
+    pipeline = diffusers.DDIMPipeline(model.eval(), diffusers.DDIMScheduler())
+    return pipeline, pipeline.unet, {"batch_size": 2}
+
+
+def flux_pipeline():
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 8),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipeline = diffusers.FluxPipeline(scheduler, small_vae(), None, None, None, None, model.eval())
+    torch.manual_seed(1)
+    embedded = {"prompt_embeds": torch.randn(1, 5, 8), "pooled_prompt_embeds": torch.randn(1, 8)}
+    return pipeline, pipeline.transformer, embedded | {"height": 8, "width": 8}
+
+
+@pytest.mark.parametrize("build", [dit_pipeline, unet_pipeline, flux_pipeline])
+def test_pipelines_run_two_steps(build):
+    pipeline, model, options = build()
     pipeline.set_progress_bar_config(disable=True)
 
-    def image():
-        return torch.from_numpy(
-            pipeline([1], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
-        )
+    def images():
+        generator = torch.Generator().manual_seed(0)
+        return torch.from_numpy(pipeline(**options, num_inference_steps=2, output_type="np", generator=generator).images)
 
-    native = image()
-    replace(pipeline.transformer, SOFTMAX)
-    replace(pipeline.vae, SOFTMAX)
-    torch.testing.assert_close(image(), native, rtol=1e-4, atol=1e-4)
-    replace(pipeline.transformer, 0.3)
-    assert image().isfinite().all()
-    assert (image() - native).abs().max() > 1e-6
+    native = images()
+    replace(model, SOFTMAX)
+    torch.testing.assert_close(images(), native, rtol=1e-4, atol=1e-4)
+    replace(model, 0.3)
+    sparse = images()
+    assert sparse.isfinite().all()
+    assert (sparse - native).abs().max() > 1e-6
 
 
 @pytest.mark.slow

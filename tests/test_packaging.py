@@ -34,7 +34,19 @@ def packages_script():
 
 
 def test_the_extras_that_users_and_vendors_rely_on_are_there():
-    assert set(EXTRAS) >= {"numba", "cuda", "rocm", "npu", "monitoring", "transformers", "examples", "testing", "dev"}
+    assert set(EXTRAS) >= {
+        "numba",
+        "cuda",
+        "rocm",
+        "npu",
+        "monitoring",
+        "transformers",
+        "timm",
+        "diffusers",
+        "examples",
+        "testing",
+        "dev",
+    }
 
 
 def test_a_plain_install_asks_for_four_things():
