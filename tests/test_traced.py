@@ -21,7 +21,18 @@ from diffmax import (
     diffmax_loss,
 )
 from diffmax.compat import adasplash, entmax
-from diffmax.nn import AffineScale, DiffmaxAttention, Elastic, HeadGate, LengthScale, PowerAttention, RelativePositionBias, Sink
+from diffmax.nn import (
+    AffineScale,
+    DiffAttention,
+    DiffAttentionV2,
+    DiffmaxAttention,
+    Elastic,
+    HeadGate,
+    LengthScale,
+    PowerAttention,
+    RelativePositionBias,
+    Sink,
+)
 from diffmax.operators.common import portable
 
 pytestmark = [
@@ -436,6 +447,8 @@ MODULES = {
     "DiffmaxBisectModule": (DiffmaxBisectModule(torch.full((4, 1), 0.8), alpha_map=HillMap(0.5)), (torch.randn(2, 4, 5),)),
     "DiffmaxAttention": (MODULE, (torch.randn(2, 5, 16),)),
     "DiffmaxLoss": (DiffmaxLoss(0.5), (torch.randn(3, 5), torch.tensor([1, 2, 3]))),
+    "DiffAttention": (DiffAttention(16, 4), (torch.randn(2, 5, 16),)),
+    "DiffAttentionV2": (DiffAttentionV2(16, 4, weights="diffmax"), (torch.randn(2, 5, 16),)),
     "AffineScale": (AffineScale(16, 4).eval(), (*torch.randn(2, 2, 4, 5, 5), torch.randn(2, 5, 16))),
     "Elastic": (Elastic(DiffmaxBisectModule(0.5), 4), (torch.randn(2, 4, 5, 5),)),
     "HeadGate": (HeadGate(16, 4), (torch.randn(2, 4, 5, 5), torch.randn(2, 5, 16))),

@@ -3,6 +3,8 @@
 from diffmax.nn.affine import AffineScale
 from diffmax.nn.attention import DiffmaxAttention
 from diffmax.nn.bisect import DiffmaxBisectModule
+from diffmax.nn.differential import DiffAttention, DiffAttentionV2
+from diffmax.nn.differential_layouts import convert_diff_attention
 from diffmax.nn.elastic import Elastic
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.groups import param_groups
@@ -15,6 +17,8 @@ from diffmax.nn.sink import Sink
 __all__ = [
     "AffineScale",
     "AlphaSchedule",
+    "DiffAttention",
+    "DiffAttentionV2",
     "DiffmaxAttention",
     "DiffmaxBisectModule",
     "Elastic",
@@ -24,5 +28,6 @@ __all__ = [
     "PowerAttentionState",
     "RelativePositionBias",
     "Sink",
+    "convert_diff_attention",
     "param_groups",
 ]

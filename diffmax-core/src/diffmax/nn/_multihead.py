@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -121,17 +121,32 @@ def _combine(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def with_weights(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, backend: str | None) -> tuple[Tensor, Tensor]:
     """The output of attention, and its weights after dropout (B, H, L, S), with a sink (B, H, L, S + 1), unfused."""
-    keys, kind = key.shape[2], query.device.type
-    # autocast was already applied; it must not change the dtypes again
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        region = reference.Whole.of(query, key, call)
-        scores = rules.apply(reference.products(query, key, call.scale), call, region)
-        e, e_tensor = (0.0, call.e.view(-1, 1, 1)) if isinstance(call.e, Tensor) else (call.e, None)
-        weights = normalize(scores, e, e_tensor, 3, 200, True, backend)
-        kept = reference.times(weights[..., :keys], reference.keep_factors(scores[..., :keys], call))
-        out = reference.weighted(kept, value).to(query.dtype)
-        return out, torch.cat([kept, weights[..., keys:]], 3).to(query.dtype)
+    with _without_autocast(query):
+        weights = _weights(query, key, call, backend)
+        out = reference.weighted(weights[..., : key.shape[2]], value).to(query.dtype)
+        return out, weights.to(query.dtype)
+
+
+def only_weights(query: Tensor, key: Tensor, call: AttentionCall, backend: str | None) -> Tensor:
+    """The weights of `with_weights`, in the dtype in which they are computed."""
+    with _without_autocast(query):
+        return _weights(query, key, call, backend)
+
+
+def _weights(query: Tensor, key: Tensor, call: AttentionCall, backend: str | None) -> Tensor:
+    keys, region = key.shape[2], reference.Whole.of(query, key, call)
+    scores = rules.apply(reference.products(query, key, call.scale), call, region)
+    e, e_tensor = (0.0, call.e.view(-1, 1, 1)) if isinstance(call.e, Tensor) else (call.e, None)
+    weights = normalize(scores, e, e_tensor, 3, 200, True, backend)
+    kept = reference.times(weights[..., :keys], reference.keep_factors(scores[..., :keys], call))
+    return torch.cat([kept, weights[..., keys:]], 3)
+
+
+def _without_autocast(query: Tensor) -> AbstractContextManager[Any]:
+    """Autocast was already applied to the inputs; it must not change the dtypes again."""
+    kind = query.device.type
+    enabled = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def _check_kind(name: str, mask: Tensor, meaning: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from diffmax.maps import AlphaMap
-from diffmax.nn._checkpoint import AlphaFromSoftmax
+from diffmax.nn._alpha import HeadAlpha
 from diffmax.nn._multihead import SeparateProjections, merge_masks, with_weights
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
@@ -17,14 +16,13 @@ from diffmax.operators.attention.api import attention
 from diffmax.operators.attention.call import Options, build_call
 from diffmax.operators.attention.checks import check_mask
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_tensor, one_minus_alpha
-from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.checks import check_tensor
 
 _NAME = "DiffmaxAttention"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class DiffmaxAttention(AlphaFromSoftmax):
+class DiffmaxAttention(HeadAlpha):
     """Multi-head attention with diffmax weights: torch.nn.MultiheadAttention with an alpha per head, fixed or learned.
 
     Called with query, key and value it behaves like that module: same masks, and a pair as result. So it also works inside
@@ -74,8 +72,6 @@ class DiffmaxAttention(AlphaFromSoftmax):
         torch.Size([2, 10, 10])
     """
 
-    alpha: float | Tensor
-    log_beta: nn.Parameter
     _qkv_same_embed_dim = True  # torch's encoder reads it before its fast path: see `SeparateProjections`
 
     def __init__(
@@ -123,7 +119,7 @@ class DiffmaxAttention(AlphaFromSoftmax):
         self.k_proj = nn.Linear(self.kdim, num_kv_heads * self.head_dim, **factory)
         self.v_proj = nn.Linear(self.vdim, num_kv_heads * self.head_dim, **factory)
         self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **factory)
-        self._set_alpha(alpha, alpha_map, device, dtype)
+        self._set_alpha(alpha, alpha_map, num_heads, device, dtype)
         self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sink == "learned" else None
         self.null_sink = sink == "null"
         self.gate = HeadGate(embed_dim, num_heads) if head_gate else None
@@ -191,33 +187,6 @@ class DiffmaxAttention(AlphaFromSoftmax):
         converted.load_state_dict(given)
         return converted.train(self.training)
 
-    def _set_alpha(
-        self, alpha: float | Tensor, alpha_map: AlphaMap | None, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        self.alpha_map = alpha_map
-        if alpha_map is not None and not isinstance(alpha_map, AlphaMap):
-            raise TypeError(f"{_NAME}: alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
-        if isinstance(alpha, Tensor):
-            if alpha.shape not in ((), (self.num_heads,)):
-                raise ValueError(
-                    f"{_NAME}: a tensor alpha must have shape () or ({self.num_heads},), got {tuple(alpha.shape)}\n"
-                    f"the module has {self.num_heads} query heads"
-                )
-        else:
-            one_minus_alpha(_NAME, torch.empty(1), alpha, 0)
-        if alpha_map is None:
-            if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
-                alpha = alpha.to(device)
-            self._store("alpha", alpha)
-        elif isinstance(alpha, Tensor):
-            start = alpha_map.inverse(alpha.detach().double()).log().float()
-            self._store_learned("log_beta", start, start.expand(self.num_heads).clone().to(device=device, dtype=dtype))
-        else:
-            first = math.log(alpha_map.inverse(float(alpha)))
-            self._store_learned(
-                "log_beta", torch.tensor(first, device="cpu"), torch.full((self.num_heads,), first, device=device, dtype=dtype)
-            )
-
     def reset_parameters(self) -> None:
         """Initialize again, for example after `to_empty`: projections as nn.Linear, alpha and the rest as at construction."""
         for child in self.children():
@@ -227,13 +196,6 @@ class DiffmaxAttention(AlphaFromSoftmax):
             nn.init.zeros_(self.sink)
 
     _reset_parameters = reset_parameters  # the name that nn.MultiheadAttention has
-
-    @property
-    def current_alpha(self) -> float | Tensor:
-        """The alpha of the next call: a float, or a tensor through which the learned parameter gets its gradient."""
-        if self.alpha_map is None:
-            return self.alpha
-        return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
 
     @property
     def in_proj_weight(self) -> SeparateProjections:
@@ -423,13 +385,6 @@ class DiffmaxAttention(AlphaFromSoftmax):
             return split.transpose(1, 2)
         # not unflatten: the older ONNX exporter makes its shape a constant
         return projected.reshape(*tokens.shape[:2], heads, self.head_dim).transpose(1, 2)
-
-    def _alpha_for(self, q: Tensor) -> float | Tensor:
-        if self.alpha_map is None:
-            return self.alpha
-        # never in half precision, because the digits of 1 - alpha matter
-        dtype = torch.promote_types(self.log_beta.dtype, accumulation_dtype(q.dtype))
-        return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta.to(dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also accepts the parameter names of torch.nn.MultiheadAttention."""
