@@ -124,8 +124,10 @@ def assert_same(results_, others):
 
 @pytest.fixture(autouse=True)
 def _native():
+    registry, native = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName.NATIVE
+    registry.set_active_backend(native)
     yield
-    attention_dispatch._AttentionBackendRegistry.set_active_backend(attention_dispatch.AttentionBackendName.NATIVE)
+    registry.set_active_backend(native)
 
 
 @pytest.mark.parametrize("build", DISPATCHED)
@@ -298,6 +300,7 @@ def small_vae():
         down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",),
         latent_channels=4,
+        shift_factor=0.0,
     ).eval()
 
 
@@ -335,7 +338,7 @@ def flux_pipeline():
     pipeline = diffusers.FluxPipeline(scheduler, small_vae(), None, None, None, None, model.eval())
     torch.manual_seed(1)
     embedded = {"prompt_embeds": torch.randn(1, 5, 8), "pooled_prompt_embeds": torch.randn(1, 8)}
-    return pipeline, pipeline.transformer, embedded | {"height": 8, "width": 8}
+    return pipeline, pipeline.transformer, embedded | {"height": 8, "width": 8, "max_sequence_length": 5}
 
 
 @pytest.mark.parametrize("build", [dit_pipeline, unet_pipeline, flux_pipeline])

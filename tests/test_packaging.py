@@ -21,8 +21,8 @@ EXTRAS = CORE["optional-dependencies"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
 PINS = {canonicalize_name(name): version for name, version in PINS.items()}
 
-# Extras that ask for what the pinned environment leaves out: other devices.
-NOT_PINNED = {"cuda", "rocm", "npu"}
+# Extras that ask for what the pinned environment leaves out: other devices; timm, which the Makefile pins, without torchvision.
+NOT_PINNED = {"cuda", "rocm", "npu", "timm"}
 
 
 def packages_script():

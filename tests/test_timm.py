@@ -339,7 +339,7 @@ def test_classes_of_others():
 def test_wrong_alphas_change_nothing():
     model = build("vit")
     for wrong, error, message in (
-        (1.0, ValueError, "blocks.0.attn: .*strictly between 0 and 1"),
+        (1.0, ValueError, "replace: blocks.0.attn: .*strictly between 0 and 1"),
         ("0.5", TypeError, "blocks.0.attn: .*must be a float or a tensor"),
         (torch.full((3,), 0.5), ValueError, r"shape \(\) or \(2,\), got \(3,\)\nthe module has 2 query heads"),
         (lambda name, module: 0.5 if "0" in name else 2.0, ValueError, "blocks.1.attn: .*got 2.0"),
@@ -350,7 +350,7 @@ def test_wrong_alphas_change_nothing():
         replace(model, 0.5, alpha_map=0.5)
     assert not any(isinstance(module, inplace.InPlace | inplace.AttentionWeights) for module in model.modules())
     halo = timm.layers.halo_attn.HaloAttn(16, block_size=2, halo_size=1, num_heads=2)
-    with pytest.raises(ValueError, match=r"shape \(\), got \(2,\)\nthe module does not keep its heads apart"):
+    with pytest.raises(ValueError, match=r"shape \(\) or \(1,\), got \(2,\)"):
         replace(halo, torch.full((2,), 0.5))
 
 
@@ -389,7 +389,7 @@ def test_the_layer_is_timms_attention_with_other_weights():
     torch.testing.assert_close(sparse(x), sparse.proj((weights @ v).transpose(1, 2).reshape(2, 9, 24)))
     assert layer(0.5)(24, 3, device="meta", dtype=torch.float64).qkv.weight.is_meta
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
-        layer(2.0)
+        layer(2.0)(24, 3)
 
 
 def test_registered_layers_by_name(monkeypatch):
@@ -408,12 +408,29 @@ def test_registered_layers_by_name(monkeypatch):
     torch.testing.assert_close(learned.eval()(x), fixed.eval()(x))
     assert fixed.blocks[1].attn.diffmax.alpha == 0.6
     assert replace(learned, 0.5).changed == {"blocks.0.attn": "Attention", "blocks.1.attn": "Attention"}
-    register(alpha=0.7)
     for name in ("diff", "attn"):
         with pytest.raises(ValueError, match=f"must not be one of timm's, got '{name}'"):
             register(name)
-    with pytest.raises(ValueError, match="strictly between"):
-        register(alpha=1.5)
+
+
+def test_differential_layers_get_their_depth(monkeypatch):
+    from timm.models import vision_transformer
+
+    monkeypatch.setattr(vision_transformer, "ATTN_LAYERS", dict(vision_transformer.ATTN_LAYERS))
+    theirs = timm.create_model("vit_tiny_patch16_224", attn_layer="diff", num_classes=5, **VIT).double().eval()
+    register("diff", SOFTMAX, differential=True)
+    ours = timm.create_model("vit_tiny_patch16_224", attn_layer="diff", num_classes=5, **VIT).double().eval()
+    assert [type(block.attn) for block in ours.blocks] == [diffmax.nn.DiffAttention] * 2
+    assert not ours.load_state_dict(theirs.state_dict()).missing_keys
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    out = theirs(x)
+    torch.testing.assert_close(ours(x), out)
+    register("diff", 0.5, differential=True)
+    sparse = timm.create_model("vit_tiny_patch16_224", attn_layer="diff", num_classes=5, **VIT).double().eval()
+    sparse.load_state_dict(theirs.state_dict())
+    assert replace(theirs, 0.5).changed == {"blocks.0.attn": "DiffAttention", "blocks.1.attn": "DiffAttention"}
+    torch.testing.assert_close(sparse(x), theirs(x))
+    assert (sparse(x) - out).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("found", [None, "1.0.22"])

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.maps import AlphaMap
-from diffmax.nn._checkpoint import AlphaFromSoftmax
+from diffmax.nn._alpha import HeadAlpha
 from diffmax.operators.attention.api import attention
-from diffmax.operators.common.checks import one_minus_alpha
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.rows.api import diffmax_bisect
 
@@ -34,21 +33,18 @@ LayerAlpha: TypeAlias = "float | Tensor | Callable[[str, nn.Module], float | Ten
 _LIBRARIES = ("F", "torch", "functional")
 
 
-class AttentionWeights(AlphaFromSoftmax):
+class AttentionWeights(HeadAlpha):
     """The alpha of one attention module of another library, and the weights that it makes there.
 
     Args:
-        heads: H, the number of query heads; None: alpha must be one number.
+        heads: H, the number of query heads; None: they are not a dimension of their own, and alpha is one number.
         alpha: As for `diffmax.attention`. A tensor () or (H,) becomes a buffer, an nn.Parameter a parameter.
-        alpha_map: With it alpha is learned: a parameter `log_beta`, (H,) or (), which starts at `alpha`.
+        alpha_map: With it alpha is learned: a parameter `log_beta`, (H,), which starts at `alpha`.
         heads_at: The dimension of queries, keys and scores that has the heads.
         device: Where a tensor alpha and log_beta are.
     Raises:
         TypeError, ValueError: alpha has the wrong type, shape or value.
     """
-
-    alpha: float | Tensor
-    log_beta: nn.Parameter
 
     def __init__(
         self,
@@ -60,35 +56,13 @@ class AttentionWeights(AlphaFromSoftmax):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.alpha_map, self.heads_at = alpha_map, heads_at
+        self.heads, self.heads_at = heads, heads_at
         self.maps: list[Tensor] | None = None  # where `attention_maps` collects
-        if alpha_map is not None and not isinstance(alpha_map, AlphaMap):
-            raise TypeError(f"alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
-        shape = () if heads is None else (heads,)
-        if isinstance(alpha, Tensor):
-            if alpha.shape not in ((), shape):
-                raise ValueError(
-                    "a tensor alpha must have shape ()"
-                    + (f" or ({heads},)" if heads else "")
-                    + f", got {tuple(alpha.shape)}\n"
-                    + (f"the module has {heads} query heads" if heads else "the module does not keep its heads apart")
-                )
-        else:
-            one_minus_alpha("alpha", torch.empty(1), alpha, 0)
-        if alpha_map is None:
-            keep = not isinstance(alpha, Tensor) or isinstance(alpha, nn.Parameter)
-            self._store("alpha", alpha if keep else alpha.to(device))  # type: ignore[union-attr]
-        elif isinstance(alpha, Tensor):
-            start = alpha_map.inverse(alpha.detach().double()).log().float()
-            self._store_learned("log_beta", start, start.expand(shape).clone().to(device))
-        else:
-            first = math.log(alpha_map.inverse(float(alpha)))
-            self._store_learned("log_beta", torch.tensor(first, device="cpu"), torch.full(shape, first, device=device))
+        self._set_alpha(alpha, alpha_map, heads or 1, device, None)
 
-    @property
-    def current_alpha(self) -> float | Tensor:
-        """The alpha of the next call: a float, or a tensor through which the learned parameter gets its gradient."""
-        return self.alpha if self.alpha_map is None else 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta)
+    def _alpha_for(self, q: Tensor) -> float | Tensor:
+        alpha = super()._alpha_for(q)
+        return alpha.squeeze() if self.heads is None and isinstance(alpha, Tensor) else alpha
 
     def attend(
         self,
@@ -102,7 +76,7 @@ class AttentionWeights(AlphaFromSoftmax):
         enable_gqa: bool = False,
     ) -> Tensor:
         """In place of torch's `scaled_dot_product_attention`, with its arguments; alpha is that of each head."""
-        alpha, at = self.current_alpha, self.heads_at
+        alpha, at = self._alpha_for(query), self.heads_at
         if at != -3:
             query, key, value = (t.movedim(at, -3) for t in (query, key, value))
         if self.maps is not None:
@@ -114,7 +88,7 @@ class AttentionWeights(AlphaFromSoftmax):
         """In place of `softmax`: the weights of scores (..., L, S) along the keys."""
         if dim not in (-1, scores.ndim - 1):
             raise ValueError(f"diffmax: weights are along the last dimension, got dim {dim} of {scores.ndim}")
-        alpha = self.current_alpha
+        alpha = self._alpha_for(scores)
         if isinstance(alpha, Tensor) and alpha.ndim:
             alpha = alpha.view(-1, *[1] * (scores.ndim - 1 - self.heads_at % scores.ndim))
         weights = diffmax_bisect(scores, alpha)
@@ -141,7 +115,7 @@ class AttentionWeights(AlphaFromSoftmax):
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         if is_causal:
             scores = scores.masked_fill(scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
-        alpha = self.current_alpha
+        alpha = self._alpha_for(query)
         weights = diffmax_bisect(scores, alpha.view(-1, 1, 1) if isinstance(alpha, Tensor) and alpha.ndim else alpha)
         maps.append(weights.movedim(-3, self.heads_at).to_sparse())
 

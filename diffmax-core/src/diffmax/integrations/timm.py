@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from diffmax.integrations.inplace import (
     CHILD,
     AttentionWeights,
-    InPlace,
     LayerAlpha,
     Replaced,
     attention_maps,
@@ -29,6 +28,7 @@ from diffmax.integrations.inplace import (
 )
 from diffmax.machine.metadata import PackageNotFoundError, version
 from diffmax.maps import AlphaMap
+from diffmax.nn.differential import DiffAttention
 
 __all__ = ["Replaced", "attention_maps", "layer", "register", "replace"]
 
@@ -128,8 +128,8 @@ def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | Non
         alpha: As for `diffmax.attention`: a float; a tensor () or (H,), which becomes a buffer of each module; or a function of
             a module's name and the module that returns either, or None to leave that module as it is.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`: alpha is learned. Each module gets a parameter
-            `diffmax.log_beta`, (H,), or () where heads are not a dimension, and starts at `alpha`. It must get no weight decay:
-            use `diffmax.nn.param_groups`.
+            `diffmax.log_beta`, (H,), or (1,) where heads are not a dimension, which starts at `alpha`. It must get no weight
+            decay: use `diffmax.nn.param_groups`.
         partial: Accept modules that keep softmax, because diffmax cannot stand in its place. Default: refuse such a model.
     Returns:
         The names of the modules that changed, and of those that keep softmax.
@@ -166,26 +166,39 @@ def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | Non
     return replace_all(model, modules, kept, alpha, lambda module, given: _holder(module, given, alpha_map), _rewrite)
 
 
-def layer(alpha: float | Tensor = 0.9, alpha_map: AlphaMap | None = None) -> type[nn.Module]:
+def layer(alpha: float | Tensor = 0.9, alpha_map: AlphaMap | None = None, *, differential: bool = False) -> type[nn.Module]:
     """A class like timm's `Attention`, with diffmax weights: the same constructor, forward and state dict.
 
     Args:
         alpha, alpha_map: As for `replace`; alpha is no function here.
+        differential: Whether it is like timm's `DiffAttention` instead, and makes `diffmax.nn.DiffAttention`; alpha may then
+            also be of shape (2,), for the first and the second map of each pair, or (2 H,).
     Returns:
-        A subclass of `timm.layers.Attention`, for arguments such as `attn_layer` of `VisionTransformer`.
+        A class for arguments such as `attn_layer` of `VisionTransformer`: a subclass of `timm.layers.Attention`, or of
+        `timm.layers.DiffAttention`, which makes timm pass the layer's depth.
     Raises:
         ImportError: timm is missing or too old.
-        TypeError, ValueError: alpha has the wrong type or value; its shape is checked when a layer is built.
+        TypeError, ValueError: alpha has the wrong type or value. This is checked when a layer is built.
     Example:
         >>> import torch
         >>> layer(alpha=0.5)(dim=32, num_heads=4, qkv_bias=True)(torch.randn(2, 10, 32)).shape
         torch.Size([2, 10, 32])
     """
     _import_timm()
-    from timm.layers.attention import Attention
+    from timm.layers import attention, diff_attention
 
-    AttentionWeights(alpha.numel() if isinstance(alpha, Tensor) else None, alpha, alpha_map)
-    base: Any = in_place(Attention)
+    if differential:
+        theirs: Any = diff_attention.DiffAttention
+
+        class Differential(theirs):  # type: ignore[misc]
+            """Makes diffmax's `DiffAttention` from timm's arguments."""
+
+            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+                return DiffAttention(*args, weights="diffmax", alpha=alpha, alpha_map=alpha_map, **kwargs)
+
+        return Differential
+
+    base: Any = in_place(attention.Attention)
 
     class DiffmaxAttention(base):  # type: ignore[misc]
         """timm's `Attention` with diffmax weights."""
@@ -197,15 +210,18 @@ def layer(alpha: float | Tensor = 0.9, alpha_map: AlphaMap | None = None) -> typ
     return DiffmaxAttention
 
 
-def register(name: str = "diffmax", alpha: float | Tensor = 0.9, alpha_map: AlphaMap | None = None) -> None:
+def register(
+    name: str = "diffmax", alpha: float | Tensor = 0.9, alpha_map: AlphaMap | None = None, *, differential: bool = False
+) -> None:
     """Make diffmax an attention layer of timm's `VisionTransformer` under a name: `create_model(..., attn_layer=name)`.
 
     Args:
-        name: The name. Several names with different alphas can coexist; a name of timm's own cannot be taken.
-        alpha, alpha_map: As for `layer`.
+        name: The name. Several names with different alphas can coexist. Of timm's own names only "diff" can be taken, by
+            differential attention; models of timm that ask for "diff" then get it.
+        alpha, alpha_map, differential: As for `layer`.
     Raises:
         ImportError: timm is missing or too old.
-        TypeError, ValueError: alpha has the wrong type or value, or name is taken by timm.
+        ValueError: name is timm's own.
     Example:
         >>> register("diffmax-sparser", alpha=0.5)
         >>> import timm, torch
@@ -216,10 +232,9 @@ def register(name: str = "diffmax", alpha: float | Tensor = 0.9, alpha_map: Alph
     _import_timm()
     from timm.models.vision_transformer import ATTN_LAYERS
 
-    taken = ATTN_LAYERS.get(name)
-    if taken is not None and not issubclass(taken, InPlace):
-        raise ValueError(f"register: name must not be one of timm's, got {name!r} for {taken.__name__}\ntake another name")
-    ATTN_LAYERS[name] = layer(alpha, alpha_map)
+    if name in ("", "attn") or (name == "diff" and not differential):
+        raise ValueError(f"register: name must not be one of timm's, got {name!r}\ntake another name")
+    ATTN_LAYERS[name] = layer(alpha, alpha_map, differential=differential)
 
 
 def _import_timm() -> None:
