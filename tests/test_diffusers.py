@@ -1,6 +1,9 @@
 """diffmax.integrations.diffusers: small random transformers and UNets, as a backend and replaced, alone and in pipelines."""
 
 import copy
+import importlib
+import inspect
+import pkgutil
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 from diffmax import HillMap, attention
 from diffmax.integrations import diffusers as integration
+from diffmax.integrations import inplace
 from diffmax.integrations.diffusers import attention_maps, register, replace
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'diffmax-core[diffusers]'")
@@ -122,12 +126,16 @@ def assert_same(results_, others):
         torch.testing.assert_close(results_[1][name], gradient, rtol=1e-9, atol=1e-10 * scale, msg=name)
 
 
+def set_native():
+    """`reset_attention_backend` leaves the default that `set_attention_backend` chose for all models."""
+    attention_dispatch._AttentionBackendRegistry._active_backend = attention_dispatch.AttentionBackendName.NATIVE
+
+
 @pytest.fixture(autouse=True)
 def _native():
-    registry, native = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName.NATIVE
-    registry.set_active_backend(native)
+    set_native()
     yield
-    registry.set_active_backend(native)
+    set_native()
 
 
 @pytest.mark.parametrize("build", DISPATCHED)
@@ -142,7 +150,7 @@ def test_as_a_backend_alpha_1_is_the_native_one_and_half_is_not(build):
     assert (sparse[0] - native[0]).abs().max() > 1e-6 * native[0].abs().max()
     assert all(gradient.isfinite().all() for gradient in sparse[1].values())
     model.reset_attention_backend()
-    attention_dispatch._AttentionBackendRegistry.set_active_backend(attention_dispatch.AttentionBackendName.NATIVE)
+    set_native()
     assert_same(results(model, inputs), native)
     register("diffmax-softmax", alpha=SOFTMAX)
     with diffusers.attention_backend("diffmax"):
@@ -224,6 +232,20 @@ def test_models_that_would_keep_softmax_are_refused():
         replace(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"a: .*got \(3,\)\nthe module has 8 query heads"):
         replace(own, torch.full((3,), 0.5), partial=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_processor_of_diffusers_is_rewritten_or_refused():
+    """But for those without weights per query and key, known by name."""
+    without = set()
+    for module in pkgutil.walk_packages(diffusers.models.__path__, "diffusers.models."):
+        for kind in vars(importlib.import_module(module.name)).values():
+            if inspect.isclass(kind) and kind.__module__ == module.name and "Processor" in kind.__name__:
+                if inplace.weight_makers(kind):
+                    inplace.in_place(kind)
+                elif inplace.hidden_makers(kind) is None and "__call__" in vars(kind):
+                    without.add(kind.__name__)
+    assert all("Linear" in name or "SanaMultiscale" in name for name in without), without
 
 
 def dispatch(*given, **options):

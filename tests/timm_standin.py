@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from importlib.machinery import ModuleSpec
 
 
@@ -46,7 +47,9 @@ def import_timm():
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:
-        return importlib.import_module("timm")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # timm before 1.0.24 and torch.jit
+            return importlib.import_module("timm")
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:

@@ -29,6 +29,15 @@ from diffmax.operators.rows.api import diffmax_bisect
 
 CHILD = "diffmax"  # the submodule of an attention module that holds its alpha
 MAKERS = ("scaled_dot_product_attention", "softmax", "dispatch_attention_fn")  # what makes weights, by name
+# makes weights too, and is not replaced: a method of diffusers' modules, and kernels of others
+_HIDDEN = (
+    "get_attention_scores",
+    "flash_attention",
+    "memory_efficient_attention",
+    "multi_head_attention_forward",
+    "_na3d",
+    "npu_fusion_attention",
+)
 LayerAlpha: TypeAlias = "float | Tensor | Callable[[str, nn.Module], float | Tensor | None]"
 _LIBRARIES = ("F", "torch", "functional")
 
@@ -243,14 +252,14 @@ def weight_makers(kind: type) -> dict[str, FunctionType]:
 
 @functools.cache
 def hidden_makers(kind: type) -> str | None:
-    """The name of a function outside a class that makes weights for one of its methods, if there is one."""
+    """The name of what makes weights for a class outside its own methods, if there is something."""
     for name in dir(kind):
         method = getattr(kind, name, None)
         if name == "__init__" or not isinstance(method, FunctionType) or _is_torchs(method):
             continue
-        if "get_attention_scores" in method.__code__.co_names:  # a method of diffusers' attention modules
-            return "get_attention_scores"
-        for called in set(method.__code__.co_names) - set(MAKERS):
+        for called in sorted(set(method.__code__.co_names) - set(MAKERS)):
+            if called in _HIDDEN:
+                return called
             function = method.__globals__.get(called)
             if isinstance(function, FunctionType) and not _is_torchs(function) and _names_a_maker(function.__code__):
                 return called
