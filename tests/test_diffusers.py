@@ -84,17 +84,18 @@ def dit():
 
 def unet():
     model = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
+        sample_size=4,
+        block_out_channels=(8,),
         norm_num_groups=4,
         layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
     )
     return model, {
-        "sample": torch.randn(2, 4, 8, 8),
+        "sample": torch.randn(2, 4, 4, 4),
         "timestep": 1,
         "encoder_hidden_states": torch.randn(2, 5, 8),
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
@@ -181,17 +182,27 @@ def test_replaced_alpha_1_is_the_model_as_it_was_and_half_is_not(build):
 
 
 def test_learned_alphas_per_head():
-    model, inputs = double(unet)
+    model, inputs = double(dit)
     softmax = model.state_dict()
     replace(model, 0.8, HillMap(c=0.5))
     names = [name for name, _ in model.named_parameters() if name.endswith("diffmax.log_beta")]
-    assert len(names) == 8
+    assert len(names) == 2
     _, gradients = results(model, inputs)
     assert all(gradients[name].shape == (model.get_submodule(name.partition(".diffmax")[0]).heads,) for name in names)
     assert all(gradients[name].abs().sum() > 0 for name in names)
     model.load_state_dict(softmax)
-    replace(model, lambda name, module: None if "mid_block" in name else 0.5)
-    results(model, inputs)  # modules that share a processor are not confused
+
+
+def test_modules_that_share_a_processor_are_not_confused():
+    model, inputs = double(dit)
+    shared = attention_processor.AttnProcessor2_0()
+    for block in model.transformer_blocks:
+        block.attn1.set_processor(shared)
+    done = replace(model, lambda name, module: None if "blocks.1" in name else 0.5)
+    assert list(done.changed) == ["transformer_blocks.0.attn1"]
+    assert done.kept == {"transformer_blocks.1.attn1": "the given alpha is None"}
+    assert type(model.transformer_blocks[1].attn1.processor) is attention_processor.AttnProcessor2_0
+    results(model, inputs)
 
 
 @pytest.mark.parametrize("slow_one", ["AttnProcessor", "AttnAddedKVProcessor"])
@@ -215,7 +226,7 @@ def test_models_that_would_keep_softmax_are_refused():
     out = model(**inputs).sample
     register(alpha=0.5)
     with pytest.raises(
-        ValueError, match=r"UNet2DConditionModel would keep softmax in 8 modules(.|\n)*AttnProcessor2_0(.|\n)*replace"
+        ValueError, match=r"UNet2DConditionModel would keep softmax in 6 modules(.|\n)*AttnProcessor2_0(.|\n)*replace"
     ):
         model.set_attention_backend("diffmax")
     assert torch.equal(model(**inputs).sample, out)

@@ -108,6 +108,7 @@ def results(model, x):
     return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alpha_1_is_the_model_as_it_was_and_half_is_not(family):
     model, x = build(family), images(family)

@@ -242,7 +242,7 @@ def library_class(kind: type) -> type:
 @functools.cache
 def weight_makers(kind: type) -> dict[str, FunctionType]:
     """The methods of a class that make weights, by name."""
-    methods = ((name, getattr(kind, name)) for name in dir(kind) if name != "__init__")
+    methods = ((name, getattr(kind, name, None)) for name in dir(kind) if name != "__init__")
     return {
         name: method
         for name, method in methods
