@@ -90,7 +90,7 @@ OPTIONS = {
     "two numbers": {"dual_lambda": True, "depth": 1},
     "layer norm": {"qk_norm": True, "norm_layer": nn.LayerNorm},
     "diffmax": {"weights": "diffmax"},
-    "alpha": {"weights": "diffmax", "alpha": 0.5, "qk_norm": True},
+    "alpha": {"weights": "diffmax", "alpha": 0.5, "qk_norm": True, "backend": "reference"},
     "alpha of each map": {"weights": "diffmax", "alpha": per_map},
     "alpha of each head": {"weights": "diffmax", "alpha": per_head, "depth": 2},
     "learned alpha": {"weights": "diffmax", "alpha": per_map, "alpha_map": HillMap(0.9)},
@@ -262,6 +262,16 @@ def test_dropout_keeps_the_mean_and_drops_the_maps_independently(options, fused)
     assert (drawn.mean(0).abs() < 5 * drawn.std(0) / 20 + 1e-4).all()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_dropout_of_all_weights_leaves_nothing(options, fused):
+    """Unfused, all weights were kept."""
+    module, x = made(attn_drop=1.0, fused=fused, **options), tokens().requires_grad_()
+    out = module(x)
+    assert torch.equal(out, module.proj.bias.expand_as(out))
+    assert (torch.autograd.grad(out.sum(), x)[0] == 0).all()
+
+
 THEIRS = {
     "plain": {},
     "biases, norms": {"qkv_bias": True, "qk_norm": True, "scale_norm": True, "depth": 3},
@@ -322,11 +332,24 @@ def test_lambda_stays_float32_in_a_half_module_and_is_not_rounded():
         assert (module(x) - exact(x.double())).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_second_version_in_half_precision(dtype, options):
+    module, x = DiffAttentionV2(E, H, num_kv_heads=1, dtype=dtype, **options), tokens(dtype=dtype)
+    exact = copy.deepcopy(module).double()
+    for fused in (True, False):
+        module.fused = fused
+        assert (module(x) - exact(x.double())).abs().max() < 0.02
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("options", [*KINDS.values(), {"qk_norm": True}, {"qk_norm": True, **KINDS["diffmax"]}])
 @pytest.mark.parametrize("fused", [True, False])
-def test_autocast(options, fused):
-    module, x = DiffAttention(E, H, fused=fused, **options), tokens(dtype=torch.float32)
+@pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
+def test_autocast(kind, options, fused):
+    if kind is DiffAttentionV2 and "qk_norm" in options:
+        options = {"num_kv_heads": 1, **{name: given for name, given in options.items() if name != "qk_norm"}}
+    module, x = kind(E, H, fused=fused, **options), tokens(dtype=torch.float32)
     wanted, mask = module(x, is_causal=True), torch.zeros(B, H, N, N)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x, mask, is_causal=True)
@@ -365,6 +388,19 @@ def test_compile_in_one_graph(kind, options):
         close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_traced_and_exported_at_other_sizes(kind, options):
+    module, x, other = kind(E, H, **options), tokens(dtype=torch.float32), torch.randn(3, 13, E)
+    masks = torch.rand(B, H, N, N) > 0.3, torch.rand(3, H, 13, 13) > 0.3
+    close(torch.jit.trace(module, (x, masks[0]))(other, masks[1]), module(other, masks[1]))
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("tokens", min=2)}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,))
+    close(exported.module()(other), module(other))
+
+
 def test_a_softmax_checkpoint_keeps_alpha():
     softmax, learned = made(), made(weights="diffmax", alpha=per_map, alpha_map=HillMap(0.9))
     before = learned.log_beta.clone()
@@ -387,7 +423,9 @@ def test_learned_alpha_has_its_group_and_is_trained():
     module = DiffAttention(E, H, weights="diffmax", alpha=0.6, alpha_map=HillMap(0.9))
     groups = {group["name"]: group["params"] for group in param_groups(module, 1e-3)}
     assert any(p is module.log_beta for p in groups["alpha"])
-    assert all(p is not module.lambda_q1 for p in groups["weights"])
+    for decayed in (False, True):
+        groups = {g["name"]: g["params"] for g in param_groups(module, 1e-3, decay_biases_and_norms=decayed)}
+        assert all(p is not module.lambda_q1 for p in groups["weights"])
     module(3 * tokens(dtype=torch.float32)).square().sum().backward()
     assert (module.log_beta.grad != 0).any()
 
@@ -415,7 +453,8 @@ WRONG = {
     "depth": ({"depth": -1}, ValueError, "depth must be 0 or more, got -1"),
     "depth as text": ({"depth": "1"}, TypeError, "depth must be a number, got '1'"),
     "weights": ({"weights": "sparsemax"}, ValueError, 'weights must be "softmax" or "diffmax", got \'sparsemax\''),
-    "alpha": ({"alpha": 0.5}, ValueError, "alpha must be None for softmax weights, got one"),
+    "alpha": ({"alpha": 0.5}, ValueError, "alpha must be None for softmax weights, got 0.5\nor"),
+    "backend": ({"backend": "cpu"}, ValueError, "backend must be None for softmax weights, got 'cpu'\nor pass weights="),
     "alpha map": ({"alpha_map": HillMap(0.5)}, ValueError, "alpha_map must be None for softmax weights"),
     "alphas": (
         {"weights": "diffmax", "alpha": torch.ones(3)},

@@ -5,7 +5,6 @@ timm imports torchvision. Each of its wheels fits one build of torch alone, and 
 """
 
 import importlib
-import importlib.util
 import sys
 import types
 import warnings
@@ -42,7 +41,7 @@ class _Finder:
 
 def import_timm():
     """Import timm; raises ImportError if it is not installed."""
-    if "timm" in sys.modules or importlib.util.find_spec("torchvision") is not None:
+    if "timm" in sys.modules or _torchvision_fits():
         return importlib.import_module("timm")
     finder = _Finder()
     sys.meta_path.insert(0, finder)
@@ -52,5 +51,18 @@ def import_timm():
             return importlib.import_module("timm")
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
+        _forget()
+
+
+def _torchvision_fits():
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):  # none, or one without its operators
+        _forget()
+        return False
+    return True
+
+
+def _forget():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]

@@ -45,6 +45,7 @@ class _Differential(HeadAlpha):
         weights: Weights,
         alpha: float | Tensor | None,
         alpha_map: AlphaMap | None,
+        backend: str | None,
         pairs: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -52,17 +53,17 @@ class _Differential(HeadAlpha):
         name = type(self).__name__
         if weights not in ("softmax", "diffmax"):
             raise ValueError(f'{name}: weights must be "softmax" or "diffmax", got {weights!r}')
-        self.weights = weights
+        self.weights, self.backend = weights, backend
         if weights == "diffmax":
             if isinstance(alpha, Tensor) and alpha.shape == (2,) and not alpha.requires_grad:
                 alpha = alpha.repeat(pairs)
             self._set_alpha(0.9 if alpha is None else alpha, alpha_map, 2 * pairs, device, dtype)
-        elif alpha is not None or alpha_map is not None:
-            given = "alpha" if alpha is not None else "alpha_map"
-            raise ValueError(f'{name}: {given} must be None for softmax weights, got one\nor pass weights="diffmax"')
-        else:
-            self.alpha_map = None
-            self._store("alpha", None)
+            return
+        for what, given in (("alpha", alpha), ("alpha_map", alpha_map), ("backend", backend)):
+            if given is not None:
+                raise ValueError(f'{name}: {what} must be None for softmax weights, got {given!r}\nor pass weights="diffmax"')
+        self.alpha_map = None
+        self._store("alpha", None)
 
     def _difference(
         self, q: Tensor, k: Tensor, v: Tensor, factor: Tensor, mask: Tensor | None, is_causal: bool, dropout_p: float
@@ -79,6 +80,8 @@ class _Differential(HeadAlpha):
             options = Options(dropout_p, is_causal, None, grouped, one, None, None, 0.0, None)
             query, key, _, call = build_call(q, k, k, mask, options, "upper_left")
             maps = only_weights(query, key, call, self.backend)
+            if dropout_p == 1:  # a call drops all weights by values of 0, and these are not its values
+                maps = maps * 0.0
             return weighted(maps[:, 0::2] - factor * maps[:, 1::2], v).to(query.dtype)
         if v.shape[1] != k.shape[1]:
             v = v.repeat_interleave(2, 1)
@@ -123,9 +126,9 @@ class DiffAttention(_Differential):
         fused: Whether all 2 H maps go through one call of attention and the difference is taken of its outputs. Otherwise the
             weights are computed and subtracted, in the memory of all scores. The same numbers up to rounding; a softmax map's
             dropout draws others.
-        backend: As for `diffmax.attention`.
+        backend: For diffmax weights, as for `diffmax.attention`.
     Raises:
-        TypeError, ValueError: Sizes do not match, a number is out of range, or alpha is given for softmax weights.
+        TypeError, ValueError: Sizes do not match, a number is out of range, or an option of diffmax comes with softmax weights.
     Source: Ye et al., "Differential Transformer", 2025 (arXiv 2410.05258); the arguments of timm 1.0.31. Written for diffmax.
     Example:
         >>> import torch
@@ -165,7 +168,7 @@ class DiffAttention(_Differential):
                 "a head is a pair of maps of size dim / num_heads / 2: take another number of heads"
             )
         self.num_heads, self.head_dim = num_heads, dim // num_heads // 2
-        self.fused, self.backend = fused, backend
+        self.fused = fused
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_layer = norm_layer or partial(_RMSNorm, eps=1e-6)
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **factory)
@@ -184,7 +187,7 @@ class DiffAttention(_Differential):
         self.lambda_init: float
         self.set_lambda_init(depth)
         self._reset_lambda()
-        self._set_weights(weights, alpha, alpha_map, num_heads, device, dtype)
+        self._set_weights(weights, alpha, alpha_map, backend, num_heads, device, dtype)
 
     def set_lambda_init(self, depth: float) -> None:
         """Set `lambda_init` to 0.8 - 0.6 exp(-0.3 depth), for the layer of index `depth`, from 0."""
@@ -319,14 +322,14 @@ class DiffAttentionV2(_Differential):
         if not 0 <= dropout <= 1:
             raise ValueError(f"{name}: dropout must satisfy 0 <= dropout <= 1, got {dropout}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.dropout, self.fused, self.backend = dropout, fused, backend
+        self.dropout, self.fused = dropout, fused
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, 2 * num_heads * head_dim, bias=bias, **factory)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
         self.lambda_proj = nn.Linear(embed_dim, num_heads, bias=False, **factory)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **factory)
-        self._set_weights(weights, alpha, alpha_map, num_heads, device, dtype)
+        self._set_weights(weights, alpha, alpha_map, backend, num_heads, device, dtype)
 
     def reset_parameters(self) -> None:
         """Initialize again, for example after `to_empty`: projections as nn.Linear, alpha as at construction."""

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from diffmax.nn._checkpoint import ALPHAS
 from diffmax.nn.affine import AffineScale
 from diffmax.nn.attention import DiffmaxAttention
+from diffmax.nn.differential import DiffAttention
 from diffmax.nn.elastic import Elastic
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
 from diffmax.nn.position import RelativePositionBias
 from diffmax.nn.sink import Sink
 
-# Parameters of our modules that decay would pull to a meaningful value: an open gate, a sink at 0, no position bias.
+# Parameters of our modules that decay would pull to a meaningful value: an open gate, a sink at 0, no position bias, the first
+# lambda.
 _NOT_DECAYED: tuple[tuple[type[nn.Module], str], ...] = (
     (AffineScale, "project."),
+    (DiffAttention, "lambda_"),
     (DiffmaxAttention, "sink"),
     (Elastic, "logit"),
     (HeadGate, "project."),
