@@ -14,12 +14,15 @@ test test-all nightly: export OMP_NUM_THREADS = 1
 
 setup: $(STAMP)
 
+# For tests, without torchvision, whose wheels fit one build of torch each: tests/timm_standin.py
+TIMM := timm==1.0.31
 DISTRIBUTIONS := diffmax-core diffmax-cuda diffmax-rocm diffmax-npu
 
 $(STAMP): requirements.txt $(DISTRIBUTIONS:%=%/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "make setup needs Python 3.11 to 3.13, got " + sys.version.split()[0] + "; pass another with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(TIMM)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation $(DISTRIBUTIONS:%=--editable %)
 	touch $@
 

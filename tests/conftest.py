@@ -4,6 +4,7 @@
 fast, and the others slow. `make test-all`, and pytest called by hand, run both tiers.
 """
 
+import contextlib
 import os
 from collections import Counter
 
@@ -22,6 +23,7 @@ collect_ignore = [
     "ranks.py",
     "standin_device.py",
     "standin_npu.py",
+    "timm_standin.py",
 ]
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # test_triton_*.py run these in processes of their own
@@ -54,6 +56,11 @@ def pytest_collection_modifyitems(config, items):
         file = item.nodeid.partition("::")[0]
         fast[file] = fast.get(file, False) or item.get_closest_marker("slow") is None
     config.stash[FILES_WITH_FAST_TESTS] = fast
+    if any("timm.py" in item.nodeid or "timm.md" in item.nodeid for item in items):  # examples that import timm
+        from tests.timm_standin import import_timm
+
+        with contextlib.suppress(ImportError):
+            import_timm()
     # What runs for minutes, in processes of its own, starts first: the processes of tests then end at the same time.
     items.sort(key=lambda item: item.get_closest_marker("interpreter") is None)
 

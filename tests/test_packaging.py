@@ -21,8 +21,8 @@ EXTRAS = CORE["optional-dependencies"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
 PINS = {canonicalize_name(name): version for name, version in PINS.items()}
 
-# Extras that ask for what the pinned environment leaves out: other devices.
-NOT_PINNED = {"cuda", "rocm", "npu"}
+# Extras that ask for what the pinned environment leaves out: other devices; timm, which the Makefile pins, without torchvision.
+NOT_PINNED = {"cuda", "rocm", "npu", "timm"}
 
 
 def packages_script():
@@ -34,7 +34,19 @@ def packages_script():
 
 
 def test_the_extras_that_users_and_vendors_rely_on_are_there():
-    assert set(EXTRAS) >= {"numba", "cuda", "rocm", "npu", "monitoring", "transformers", "examples", "testing", "dev"}
+    assert set(EXTRAS) >= {
+        "numba",
+        "cuda",
+        "rocm",
+        "npu",
+        "monitoring",
+        "transformers",
+        "timm",
+        "diffusers",
+        "examples",
+        "testing",
+        "dev",
+    }
 
 
 def test_a_plain_install_asks_for_four_things():
