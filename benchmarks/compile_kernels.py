@@ -45,6 +45,13 @@ DECODE_OPTIONS = {
 }
 # Name to features of `diffmax.plugin.FEATURES`
 POWER_FEATURES = {"plain": (), "gates, state, grouped": ("gates", "state", "gqa")}
+# Name to features of `ThresholdOperator.warmup`
+THRESHOLD_OPTIONS = {
+    "plain": ("causal",),
+    "bias, grouped": ("causal", "bias", "gqa"),
+    "window, mask": ("window", "mask", "square"),
+    "packed, bias": ("causal", "varlen", "bias", "any_power"),
+}
 ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
 # What callers may ask for besides
 MORE_ALPHAS = {**ALPHAS, "0.9": 0.1}
@@ -87,6 +94,13 @@ FACTORS: dict[str, Factors] = {
         "degree": ("2", "4"),
         "features": tuple(POWER_FEATURES),
     },
+    "threshold": {
+        "target": TARGETS,
+        "dtype": ("bfloat16", "float16", "float32"),
+        "size": ("64", "128", "256", "80"),
+        "weights": ("softmax", "scores"),
+        "options": tuple(THRESHOLD_OPTIONS),
+    },
 }
 PAIRS: dict[str, Pairs] = {
     "rows": (
@@ -102,6 +116,10 @@ PAIRS: dict[str, Pairs] = {
         ("target", "vendor"), ("dtype", "size"), ("dtype", "options"), ("vendor", "options"), ("options", "alpha"),
     ),
     "power": (("target", "vendor"), ("vendor", "dtype"), ("dtype", "size"), ("vendor", "degree"), ("target", "features")),
+    "threshold": (
+        ("target", "vendor"), ("family", "dtype"), ("vendor", "size"), ("target", "weights"), ("vendor", "options"),
+        ("dtype", "size"),
+    ),
 }  # fmt: skip
 
 
@@ -270,8 +288,18 @@ def call_power(of: Mapping[str, str]) -> None:
     operator.warmup(torch.device("cpu"), dtype, size, size, None, training, frozenset(features))
 
 
+def call_threshold(of: Mapping[str, str]) -> None:
+    from diffmax.kernels.triton.threshold.launch import ThresholdOperator
+
+    target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
+    operator = ThresholdOperator(lambda device: target, ptx=target.startswith("sm"))
+    features = frozenset({*THRESHOLD_OPTIONS[of["options"]], of["weights"]})
+    operator.warmup(torch.device("cpu"), dtype, size, size, None, True, features)
+
+
 CALLS = {
     "rows": call_rows, "long rows": call_rows, "attention": call_attention, "decoding": call_decoding, "power": call_power,
+    "threshold": call_threshold,
 }  # fmt: skip
 
 
