@@ -49,8 +49,8 @@ POWER_FEATURES = {"plain": (), "gates, state, grouped": ("gates", "state", "gqa"
 THRESHOLD_OPTIONS = {
     "plain": ("causal",),
     "bias, grouped": ("causal", "bias", "gqa"),
-    "window, mask": ("window", "mask", "square"),
-    "packed, bias": ("causal", "varlen", "bias", "any_power"),
+    "window, mask": ("window", "mask", "square", "mass"),
+    "packed, bias": ("causal", "varlen", "bias", "any_power", "mass"),
 }
 ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
 # What callers may ask for besides

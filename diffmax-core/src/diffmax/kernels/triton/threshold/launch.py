@@ -148,8 +148,9 @@ class ThresholdOperator:
             dtype: Dtype of query, key and value.
             head_dim, value_dim: Head dimensions of queries and of values.
             e: Ignored.
-            backward: Whether the calls will be differentiated; those with and without a gradient for the mass are.
-            features: Of the calls: "softmax", "causal", "window", "bias", "mask", "varlen", "gqa", "square", "any_power".
+            backward: Whether the calls will be differentiated.
+            features: Of the calls: "softmax", "mass" (whose gradient is wanted), "causal", "window", "bias", "mask", "varlen",
+                "gqa", "square", "any_power".
         """
         length, heads = 64, 1 if "gqa" in features else 2
         sizes = ((2, head_dim), (heads, head_dim), (heads, value_dim))
@@ -165,7 +166,8 @@ class ThresholdOperator:
             cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=length, max_seqlen_k=length,
         )  # fmt: skip
         found = self.threshold_attention(query, key, value, call, backward)
-        for mass in (None, found.mass) if backward else ():
+        if backward:
+            mass = found.mass if "mass" in features else None
             saved, wanted = ThresholdSaved(found.statistic), ThresholdWanted(bias=call.bias is not None)
             self.threshold_attention_backward(found.out, mass, query, key, value, saved, call, wanted)
 

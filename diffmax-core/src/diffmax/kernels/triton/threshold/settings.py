@@ -1,4 +1,4 @@
-"""Launch settings of threshold attention's kernels: rules by dtype and padded head size, from the compiler's figures, untimed."""
+"""Launch settings of threshold attention's kernels: rules by dtype and padded head size, by the compiler's figures, untimed."""
 
 from __future__ import annotations
 
