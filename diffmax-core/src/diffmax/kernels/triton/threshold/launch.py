@@ -196,7 +196,8 @@ class ThresholdOperator:
         block = self.blocks(query, value).output
         blocks = _blocks(call, query.shape[2], block.rows)
         arguments = self._arguments(call, query, key, value) | {
-            **_theta_strides(call, query), "n_blocks": blocks, "KEEP": keep, "ROUNDED": self.rounded, **block.arguments(),
+            **_theta_strides(call, query), "n_blocks": blocks, "KEEP": keep and call.weights == "softmax",
+            "ROUNDED": self.rounded, **block.arguments(),
         }  # fmt: skip
         return Launch(threshold_out_kernel, (query.shape[0] * query.shape[1] * blocks,), arguments)
 
