@@ -72,6 +72,7 @@ def blocks(architecture: str, dtype: torch.dtype, size: int) -> Blocks:
     if size > 64:
         warps = 8 if by_registers else 4
         return Blocks(Block(64, 64, warps, stages), Block(64, 32, 4, stages), Block(32, 32, warps, stages), bias)
-    large = Block(64, 64, 4, stages)
-    keys = Block(32, 64, 8, stages) if by_registers else Block(64, 64, 4, 1) if stages == 2 else Block(32, 64, 4, stages)
-    return Blocks(large, large, keys, Block(32, 64, 4, 1))
+    bias, large = Block(32, 64, 4, 1), Block(64, 64, 4, stages)
+    if by_registers:
+        return Blocks(large, Block(64, 32, 4, stages), Block(32, 64, 8, stages), bias)
+    return Blocks(large, large, Block(64, 64, 4, 1) if stages == 2 else Block(32, 64, 4, 1), bias)
