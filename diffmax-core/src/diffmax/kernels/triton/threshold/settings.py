@@ -69,10 +69,11 @@ def blocks(architecture: str, dtype: torch.dtype, size: int) -> Blocks:
     if size > 128:
         small = Block(32, 32, 8, 1)
         return Blocks(small, small, small, bias)
+    # four warps are one group of sm90, whose tile has 64 rows
+    sm90, amd = architecture == "sm90", stages == 1
+    warps, few = 4 if sm90 or amd else 8, 8 if by_registers else 4
     if size > 64:
-        warps = 8 if by_registers else 4
-        return Blocks(Block(64, 64, warps, stages), Block(64, 32, 4, stages), Block(32, 32, warps, stages), bias)
-    bias, large = Block(32, 64, 4, 1), Block(64, 64, 4, stages)
-    if by_registers:
-        return Blocks(large, Block(64, 32, 4, stages), Block(32, 64, 8, stages), bias)
-    return Blocks(large, large, Block(64, 64, 4, 1) if stages == 2 else Block(32, 64, 4, 1), bias)
+        return Blocks(Block(64, 64, warps, stages), Block(64, 32, warps, stages), Block(32, 32, few, stages), bias)
+    queries = Block(64, 32 if by_registers else 64, warps, stages)
+    keys = Block(64, 64, 4, 1) if sm90 else Block(32, 64, few, stages)
+    return Blocks(Block(64, 64, 4, stages), queries, keys, Block(32, 64, 4, 1))
