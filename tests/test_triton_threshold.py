@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.compile_kernels import call_threshold, kernels
+from diffmax.kernels.triton.threshold import settings
 from diffmax.kernels.triton.threshold.call import ThresholdCall
 from diffmax.kernels.triton.threshold.launch import ThresholdOperator
 from diffmax.testing.ahead_of_time import recording
@@ -18,6 +19,17 @@ from tests import interpreted
 @interpreted.in_tiers
 def test_the_kernels_pass_under_the_interpreter(tier):
     interpreted.passes("triton_threshold_interpreted.py", tier, sample=200)
+
+
+@pytest.mark.parametrize("architecture", ["sm75", "sm80", "sm90", "sm100", "sm120", "gfx90a", "gfx942", "gfx1100"])
+def test_tiles_of_the_other_kernels_divide_those_of_queries(architecture):
+    """They load what the kernel for queries wrote, without masks."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size in (16, 64, 128, 256):
+            found = settings.blocks(architecture, dtype, size)
+            assert found.dq.rows % found.dkv.rows == 0
+            assert found.dq.rows % found.dbias.rows == 0
+            assert found.dbias.keys == 2 * found.dbias.rows
 
 
 @pytest.mark.compiler
