@@ -71,9 +71,9 @@ def blocks(architecture: str, dtype: torch.dtype, size: int) -> Blocks:
         return Blocks(small, small, small, bias)
     # four warps are one group of sm90, whose tile has 64 rows
     sm90, amd = architecture == "sm90", stages == 1
-    warps, few = 4 if sm90 or amd else 8, 8 if by_registers else 4
+    warps, warps_of_keys = 4 if sm90 or amd else 8, 8 if by_registers else 4
     if size > 64:
-        return Blocks(Block(64, 64, warps, stages), Block(64, 32, warps, stages), Block(32, 32, few, stages), bias)
+        return Blocks(Block(64, 64, warps, stages), Block(64, 32, warps, stages), Block(32, 32, warps_of_keys, stages), bias)
     queries = Block(64, 32 if by_registers else 64, warps, stages)
-    keys = Block(64, 64, 4, 1) if sm90 else Block(32, 64, few, stages)
+    keys = Block(64, 64, 4, 1) if sm90 else Block(32, 64, warps_of_keys, stages)
     return Blocks(Block(64, 64, 4, stages), queries, keys, Block(32, 64, 4, 1))
