@@ -117,7 +117,7 @@ PAIRS: dict[str, Pairs] = {
     ),
     "power": (("target", "vendor"), ("vendor", "dtype"), ("dtype", "size"), ("vendor", "degree"), ("target", "features")),
     "threshold": (
-        ("target", "vendor"), ("family", "dtype"), ("vendor", "size"), ("target", "weights"), ("vendor", "options"),
+        ("target", "bias"), ("family", "dtype"), ("vendor", "size"), ("target", "weights"), ("vendor", "options"),
         ("dtype", "size"),
     ),
 }  # fmt: skip
@@ -141,7 +141,8 @@ class Case:
         own["vendor"] = own["target"][:2]
         own["kind"] = own["target"][: 2 if own["vendor"] == "sm" else 4]
         own["family"] = "gfx9" if own["target"].startswith("gfx9") else "mma" if own["target"] in MMA else own["target"]
-        own["bias"] = str("bias" in OPTIONS.get(own.get("options", ""), ()) and own.get("for") == "training")
+        options = {**OPTIONS, **THRESHOLD_OPTIONS}.get(own.get("options", ""), ())
+        own["bias"] = str("bias" in options and own.get("for", "training") == "training")
         return own
 
     def __str__(self) -> str:

@@ -64,8 +64,9 @@ def blocks(architecture: str, dtype: torch.dtype, size: int) -> Blocks:
         few = Block(16, 32 if dtype != torch.float32 and size <= 64 else 16, 4 if size <= 64 else 8, 1)
         return Blocks(Block(64, 32, 8, 1) if few.keys == 32 else few, few, few, bias)
     if dtype == torch.float32:
-        wide = Block(32, 32 if size <= 64 else 16, 8, 1)
-        return Blocks(wide, wide, wide if size <= 64 else Block(16, 16, 8, 1), bias)
+        least = Block(16, 16, 8, 1)
+        wide = Block(32, 32 if size <= 64 else 16, 8, 1) if size <= 128 else least  # of 256, four tiles fit
+        return Blocks(wide, wide, wide if size <= 64 else least, bias)
     if size > 128:
         small = Block(32, 32, 8, 1)
         return Blocks(small, small, small, bias)
