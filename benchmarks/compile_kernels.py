@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,12 @@ DECODE_OPTIONS = {
 }
 # Name to features of `diffmax.plugin.FEATURES`
 POWER_FEATURES = {"plain": (), "gates, state, grouped": ("gates", "state", "gqa")}
-# Name to features of `ThresholdOperator.warmup`
+# Name to features of `diffmax.plugin.FEATURES`, "squared", and "mass", whose gradient is asked for
 THRESHOLD_OPTIONS = {
-    "plain": ("causal",),
-    "bias, grouped": ("causal", "bias", "gqa"),
-    "window, mask": ("window", "mask", "square", "mass"),
-    "packed, bias": ("causal", "varlen", "bias", "any_power", "mass"),
+    "plain": (),
+    "bias, grouped": ("distance_bias", "gqa"),
+    "mask, squared": ("mask", "squared", "mass"),
+    "packed, bias": ("varlen", "distance_bias", "real_power", "mass"),
 }
 ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
 # What callers may ask for besides
@@ -142,7 +142,7 @@ class Case:
         own["kind"] = own["target"][: 2 if own["vendor"] == "sm" else 4]
         own["family"] = "gfx9" if own["target"].startswith("gfx9") else "mma" if own["target"] in MMA else own["target"]
         options = {**OPTIONS, **THRESHOLD_OPTIONS}.get(own.get("options", ""), ())
-        own["bias"] = str("bias" in options and own.get("for", "training") == "training")
+        own["bias"] = str(bool({"bias", "distance_bias"} & {*options}) and own.get("for", "training") == "training")
         return own
 
     def __str__(self) -> str:
@@ -290,12 +290,17 @@ def call_power(of: Mapping[str, str]) -> None:
 
 
 def call_threshold(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.threshold.launch import ThresholdOperator
+    from diffmax.kernels.triton.threshold.launch import LENGTH, ThresholdOperator, ThresholdWanted, example_call
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
     operator = ThresholdOperator(lambda device: target, ptx=target.startswith("sm"))
-    features = frozenset({*THRESHOLD_OPTIONS[of["options"]], of["weights"]})
-    operator.warmup(torch.device("cpu"), dtype, size, size, None, True, features)
+    features = frozenset({*THRESHOLD_OPTIONS[of["options"]], f"threshold_{of['weights']}"})
+    call = example_call(torch.device("cpu"), features)
+    call = replace(call, power=2.0 if "squared" in features else call.power)
+    query, key = (torch.zeros(1, heads, LENGTH, size, dtype=dtype) for heads in (2, 1 if "gqa" in features else 2))
+    found = operator.threshold_attention(query, key, key, call, True)
+    mass, wanted = found.mass if "mass" in features else None, ThresholdWanted(True, call.bias is not None)
+    operator.threshold_attention_backward(found.out, mass, query, key, key, found.saved, call, wanted)
 
 
 CALLS = {

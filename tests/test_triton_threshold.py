@@ -56,6 +56,6 @@ def test_lengths_heads_and_thresholds_share_their_binaries():
     with recording("sm90", *own) as launched:
         for batch, heads, length in ((1, 1, 300), (2, 3, 4096), (1, 2, 1000)):
             query = torch.zeros(batch, heads, length, 16, dtype=torch.bfloat16)
-            call = ThresholdCall(scale=0.25 / heads, weights="scores", theta=torch.zeros(1, heads, length), right=0)
+            call = ThresholdCall(scale=0.25 / heads, weights="scores", theta=torch.zeros(1, heads, length))
             operator.threshold_attention(query, query, query, call, False)
     assert len({id(compiled.kernel) for compiled in launched}) == 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from diffmax.kernels.triton.threshold.call import ThresholdCall, ThresholdSaved, ThresholdWanted
+from diffmax.kernels.triton.threshold.call import ThresholdCall, ThresholdWanted
 from diffmax.kernels.triton.threshold.launch import ThresholdOperator
 from diffmax.kernels.triton.threshold.settings import Block, Blocks
 from diffmax.testing.interpreter import harden, quicken
@@ -47,7 +47,6 @@ class Case:
     size: int = 12
     values: int = 20
     width: int = 0
-    left: int = -1
     right: int = 0
     mask: str = ""
 
@@ -62,8 +61,7 @@ class Case:
             mask = (torch.arange(self.many) < torch.tensor([self.many // 2, self.many])[: self.batch, None])[:, None, None, :]
         bias = torch.randn(self.heads, self.width) if self.width else None
         return ThresholdCall(
-            scale=self.size**-0.5, weights=self.weights, power=self.power, theta=theta, bias=bias, mask=mask,
-            left=self.left, right=self.right,
+            scale=self.size**-0.5, weights=self.weights, power=self.power, theta=theta, bias=bias, mask=mask, right=self.right,
         )  # fmt: skip
 
     def inputs(self, dtype=torch.float32):
@@ -86,7 +84,7 @@ CASES = {
     "power 2": Case(power=2.0, theta=(-0.03, 0.03)),
     "power 1.5, mask": Case(power=1.5, mask="pairs"),
     "bias wider than the keys": Case(width=90, right=-1),
-    "window": Case(left=11, width=7, theta=(-0.03, 0.03)),
+    "short bias": Case(width=7, theta=(-0.03, 0.03)),
     "two heads of keys": Case(heads=4, kv_heads=2, length=20, many=20, size=16, values=16, width=9),
     "one query": Case(length=1, width=60),
     "more queries than keys": Case(length=50, many=20, theta=(-0.03, 0.03), width=5),
@@ -102,7 +100,6 @@ def oracle(query, key, value, theta, bias, call):
     distance = torch.arange(length)[:, None] + many - length - torch.arange(many)
     seen = torch.ones_like(distance, dtype=torch.bool)
     seen &= (distance >= -call.right) | (call.right < 0)
-    seen &= (distance <= call.left) | (call.left < 0)
     seen = seen.expand(query.shape[0], query.shape[1], length, many)
     if call.mask is not None:
         seen = seen & call.mask
@@ -121,8 +118,8 @@ def oracle(query, key, value, theta, bias, call):
 def both_ways(query, key, value, call, grad, grad_mass):
     """All results and gradients, with the operator's own functions."""
     found = operator.threshold_attention(query, key, value, call, True)
-    saved, wanted = ThresholdSaved(found.statistic), ThresholdWanted(bias=call.bias is not None)
-    gradients = operator.threshold_attention_backward(grad, grad_mass, query, key, value, saved, call, wanted)
+    wanted = ThresholdWanted(theta=True, bias=call.bias is not None)
+    gradients = operator.threshold_attention_backward(grad, grad_mass, query, key, value, found.saved, call, wanted)
     return found, gradients
 
 

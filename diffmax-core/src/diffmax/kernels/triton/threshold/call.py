@@ -1,4 +1,4 @@
-"""The arguments and results of threshold attention's launcher. Symbols: `launch`."""
+"""The arguments and results of threshold attention's launcher."""
 
 from __future__ import annotations
 
@@ -10,57 +10,68 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ThresholdCall:
-    """What is computed, besides query, key and value.
+    """The arguments of a kernel of "threshold_attention" besides query, key and value.
 
     Attributes:
-        scale: The scores are scale * (query . key) + bias.
-        theta: The thresholds, float32, (1 or B, H, L), any strides.
-        weights: u is "softmax" of the scores of the visible keys, or the "scores".
-        power: Weights are max(u - theta, 0)^power; positive.
-        bias: float32 (H, W): entry r is added to the score of the key r places before the query's own; nothing farther away.
-        mask: Boolean, (B, H, L, S) with any of them 1; True marks what is visible.
-        left, right: Number of keys visible before and after the position of the query; -1: unlimited. Causal: right = 0. The
-            last query has the position of the last key.
-        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), the sequence starts and the end of packed sequences. Then B = 1.
-        max_seqlen_q, max_seqlen_k: No packed sequence is longer.
+        scale: The scores are scale * (query . key), and the bias.
+        theta: (B or 1, H, L), in the accumulation dtype: what is subtracted before the rectifier.
+        weights: What it is subtracted from: "scores", or their "softmax" or "diffmax" over the visible keys.
+        power: p, positive.
+        e: 1 - alpha of "diffmax", in (0, 1]; else 0.
+        bias: (H, W), in the accumulation dtype: bias[h, r] is added to the score of the key r before the query, 0 <= r < W.
+        mask: Boolean, (B, H, L, S) with any of them 1; True marks what is visible. Not with packed sequences.
+        right: 0: causal; -1: not. Query i of L has the position i + S - L.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: As of attention. Then B = 1, and L and S above are the lengths
+            of a single sequence, but theta has an entry for each query.
     """
 
     scale: float
     theta: Tensor
     weights: str = "scores"
     power: float = 1.0
+    e: float = 0.0
     bias: Tensor | None = None
     mask: Tensor | None = None
-    left: int = -1
-    right: int = -1
+    right: int = 0
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
 
 
-class ThresholdResults(NamedTuple):
-    """out (B, H, L, Dv), mass (B, H, L), and the log-sum-exp of softmax's scores (B, H, L), else (0,)."""
-
-    out: Tensor
-    mass: Tensor
-    statistic: Tensor
-
-
 class ThresholdSaved(NamedTuple):
-    """Of the results, what the backward takes."""
+    """What the forward leaves for the backward.
+
+    Attributes:
+        statistic: (B, H, L), in the accumulation dtype: the log-sum-exp of a query's visible scores for "softmax", tau for
+            "diffmax", -inf where nothing is visible; (0,) for "scores".
+    """
 
     statistic: Tensor
 
 
 class ThresholdWanted(NamedTuple):
-    """Which gradients are wanted, besides those for query, key, value and theta."""
+    """Which gradients are wanted besides those for query, key and value: for theta, for the bias."""
 
+    theta: bool = False
     bias: bool = False
 
 
+class ThresholdResults(NamedTuple):
+    """What a kernel of "threshold_attention" returns."""
+
+    out: Tensor
+    mass: Tensor
+    statistic: Tensor
+
+    @property
+    def saved(self) -> ThresholdSaved:
+        """What it leaves for the backward."""
+        return ThresholdSaved(self.statistic)
+
+
 class ThresholdGradients(NamedTuple):
-    """The gradients; theta's is (B, H, L), in float32, and the bias's (0,) if it was not wanted."""
+    """What a kernel of "threshold_attention_backward" returns; (0,) for what was not wanted."""
 
     query: Tensor
     key: Tensor

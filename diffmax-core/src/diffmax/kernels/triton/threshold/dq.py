@@ -47,7 +47,7 @@ def threshold_bwd_dq_kernel(
     heads, group, length, n_keys, n_sequences, n_blocks, places, width, left, right, scale, power,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     ALIGNED: tl.constexpr, OPTIONS: tl.constexpr, BIAS: tl.constexpr, SOFTMAX: tl.constexpr, POWER: tl.constexpr,
-    MASS: tl.constexpr, PLANES: tl.constexpr, ROUNDED: tl.constexpr, PTX: tl.constexpr,
+    MASS: tl.constexpr, NEEDS_THETA: tl.constexpr, PLANES: tl.constexpr, ROUNDED: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * dS K, dtheta = -sum_j G and for the other kernels `Queries`.  Grid: (B * H * n_blocks,).
@@ -130,4 +130,5 @@ def threshold_bwd_dq_kernel(
         elif SOFTMAX:
             acc = by_given(-u * mean[:, None], k, acc, PRECISION, ROUNDED)
     store_tile(grad_q_ptr + row_at * HEAD_DIM, acc * scale, first, inside, HEAD_DIM, BLOCK_M, BLOCK_D)
-    tl.store(grad_theta_ptr + row_at + rows, grad_theta, mask=inside)
+    if NEEDS_THETA:
+        tl.store(grad_theta_ptr + row_at + rows, grad_theta, mask=inside)

@@ -28,6 +28,7 @@ from diffmax.kernels.triton.threshold.dq import threshold_bwd_dq_kernel
 from diffmax.kernels.triton.threshold.output import threshold_out_kernel
 
 Names = dict[str, Any]
+LENGTH = 64  # of example calls
 EACH = 32  # blocks of queries that a program of the bias's gradient walks over
 
 
@@ -102,7 +103,7 @@ class ThresholdOperator:
     ) -> ThresholdGradients:
         """Gradients for the results' gradients; grad_mass: None is 0."""
         of_query, of_key, of_value = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
-        of_theta = query.new_empty(query.shape[:3], dtype=torch.float32)
+        of_theta = query.new_empty(query.shape[:3] if wanted.theta else (0,), dtype=torch.float32)
         of_bias = of_theta.new_empty(call.bias.shape if wanted.bias and call.bias is not None else (0,))
         results = ThresholdGradients(of_query, of_key, of_value, of_theta, of_bias)
         if 0 in (query.numel(), key.numel(), value.numel()):
@@ -141,42 +142,31 @@ class ThresholdOperator:
         backward: bool,
         features: frozenset[str],
     ) -> None:
-        """Compile the kernels for later calls, by calls on tiny tensors.
+        """Compile the kernels for later causal calls of power 1, by calls on tiny tensors.
 
         Args:
             device: Device of the calls.
             dtype: Dtype of query, key and value.
             head_dim, value_dim: Head dimensions of queries and of values.
             e: Ignored.
-            backward: Whether the calls will be differentiated.
-            features: Of the calls: "softmax", "mass" (whose gradient is wanted), "causal", "window", "bias", "mask", "varlen",
-                "gqa", "square", "any_power".
+            backward: Whether the results of the calls will be differentiated. With a gradient for the mass, or another power,
+                kernels are compiled at the first call.
+            features: The `diffmax.plugin.FEATURES` of the calls.
         """
-        length, heads = 64, 1 if "gqa" in features else 2
-        sizes = ((2, head_dim), (heads, head_dim), (heads, value_dim))
-        query, key, value = (torch.zeros(1, many, length, size, dtype=dtype, device=device) for many, size in sizes)
-        ends = torch.tensor([0, length], dtype=torch.int32, device=device) if "varlen" in features else None
-        windowed, causal = "window" in features, "causal" in features
-        call = ThresholdCall(
-            scale=1.0, theta=torch.zeros(1, 2, length, device=device), weights="softmax" if "softmax" in features else "scores",
-            power=2.0 if "square" in features else 1.5 if "any_power" in features else 1.0,
-            bias=torch.zeros(2, 16, device=device) if "bias" in features else None,
-            mask=torch.ones(1, 1, length, length, dtype=torch.bool, device=device) if "mask" in features else None,
-            left=16 if windowed else -1, right=0 if causal or windowed else -1,
-            cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=length, max_seqlen_k=length,
-        )  # fmt: skip
+        sizes = ((2, head_dim), (1 if "gqa" in features else 2, head_dim), (1 if "gqa" in features else 2, value_dim))
+        query, key, value = (torch.zeros(1, heads, LENGTH, size, dtype=dtype, device=device) for heads, size in sizes)
+        call = example_call(device, features)
         found = self.threshold_attention(query, key, value, call, backward)
         if backward:
-            mass = found.mass if "mass" in features else None
-            saved, wanted = ThresholdSaved(found.statistic), ThresholdWanted(bias=call.bias is not None)
-            self.threshold_attention_backward(found.out, mass, query, key, value, saved, call, wanted)
+            wanted = ThresholdWanted(True, call.bias is not None)
+            self.threshold_attention_backward(found.out, None, query, key, value, found.saved, call, wanted)
 
     def _arguments(self, call: ThresholdCall, query: Tensor, key: Tensor, value: Tensor, *more: Tensor) -> Names:
         """What every kernel takes, besides tensors and its settings."""
-        windowed = call.left >= 0 or call.right >= 0
+        causal = call.right >= 0
         options = Options(
-            WINDOW=windowed, SOFTCAP=False, ALIBI=False, MASK=layout_of(call.mask), PACKED=call.cu_seqlens_q is not None,
-            LOWER_RIGHT=windowed or call.bias is not None, PRECISION=self.precision,
+            WINDOW=causal, SOFTCAP=False, ALIBI=False, MASK=layout_of(call.mask), PACKED=call.cu_seqlens_q is not None,
+            LOWER_RIGHT=causal or call.bias is not None, PRECISION=self.precision,
         )  # fmt: skip
         return {
             **strides("q", query), **strides("k", key), **strides("v", value),
@@ -184,7 +174,7 @@ class ThresholdOperator:
             "heads": query.shape[1], "group": query.shape[1] // key.shape[1], "length": query.shape[2], "n_keys": key.shape[2],
             "n_sequences": 0 if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1,
             "width": 0 if call.bias is None else call.bias.shape[1],
-            "left": call.left if call.left >= 0 else NO_LIMIT.value, "right": call.right if call.right >= 0 else NO_LIMIT.value,
+            "left": NO_LIMIT.value, "right": call.right if call.right >= 0 else NO_LIMIT.value,
             "scale": call.scale, "power": call.power,
             "HEAD_DIM": query.shape[3], "BLOCK_D": padded(query.shape[3]),
             "VALUE_DIM": value.shape[3], "BLOCK_V": padded(value.shape[3]),
@@ -235,7 +225,7 @@ class ThresholdOperator:
             Launch(
                 threshold_bwd_dq_kernel,
                 (batch * heads * n_dq,),
-                {**own, **_theta_strides(call, query), "n_blocks": n_dq, **dq.arguments()},
+                {**own, **_theta_strides(call, query), "n_blocks": n_dq, "NEEDS_THETA": wanted.theta, **dq.arguments()},
             ),
             Launch(
                 threshold_bwd_dkv_kernel,
@@ -246,6 +236,18 @@ class ThresholdOperator:
             shares,
             planes * places,
         )
+
+
+def example_call(device: torch.device, features: frozenset[str]) -> ThresholdCall:
+    """A causal call with these features on two heads of `LENGTH` queries and keys."""
+    ends = torch.tensor([0, LENGTH], dtype=torch.int32, device=device) if "varlen" in features else None
+    return ThresholdCall(
+        scale=1.0, theta=torch.zeros(1, 2, LENGTH, device=device),
+        weights="softmax" if "threshold_softmax" in features else "scores", power=1.5 if "real_power" in features else 1.0,
+        bias=torch.zeros(2, LENGTH, device=device) if "distance_bias" in features else None,
+        mask=torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=device) if "mask" in features else None,
+        cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=LENGTH, max_seqlen_k=LENGTH,
+    )  # fmt: skip
 
 
 def _blocks(call: ThresholdCall, length: int, size: int) -> int:
