@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -205,11 +206,10 @@ def kernels() -> list[Any]:
     """Every kernel that is launched."""
     from triton.runtime.jit import JITFunction
 
-    from diffmax.operators.common.spec import SPECS
+    import diffmax.kernels.triton
 
-    for spec in SPECS.values():
-        if spec.kernels:
-            importlib.import_module(f"diffmax.kernels.triton.{spec.name}.launch")
+    for folder in pkgutil.iter_modules(diffmax.kernels.triton.__path__):
+        importlib.import_module(f"diffmax.kernels.triton.{folder.name}.launch")
 
     modules = [module for name, module in sys.modules.items() if name.startswith("diffmax.kernels.triton.")]
     found = {name: item for module in modules for name, item in vars(module).items() if isinstance(item, JITFunction)}
