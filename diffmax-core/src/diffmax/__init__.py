@@ -25,6 +25,7 @@ from diffmax.operators.loss.api import DiffmaxLoss, diffmax_loss
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.state import PowerState
 from diffmax.operators.rows.api import diffmax_bisect
+from diffmax.operators.threshold.api import threshold_attention, threshold_attention_varlen
 
 if TYPE_CHECKING:
     from diffmax import nn as nn
@@ -64,6 +65,8 @@ __all__ = [
     "page_bounds",
     "power_attention",
     "register_backend",
+    "threshold_attention",
+    "threshold_attention_varlen",
     "unregister_backend",
     "use_backend",
     "warmup",
