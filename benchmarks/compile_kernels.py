@@ -290,7 +290,8 @@ def call_power(of: Mapping[str, str]) -> None:
 
 
 def call_threshold(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.threshold.launch import LENGTH, ThresholdOperator, ThresholdWanted, example_call
+    from diffmax.kernels.triton.threshold.launch import LENGTH, ThresholdOperator, example_call
+    from diffmax.plugin import ThresholdWanted
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
     operator = ThresholdOperator(lambda device: target, ptx=target.startswith("sm"))

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.compile_kernels import call_threshold, kernels
 from diffmax.kernels.triton.threshold import settings
-from diffmax.kernels.triton.threshold.call import ThresholdCall
 from diffmax.kernels.triton.threshold.launch import ThresholdOperator
+from diffmax.plugin import ThresholdCall
 from diffmax.testing.ahead_of_time import recording
 from tests import interpreted
 

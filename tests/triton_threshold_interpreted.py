@@ -1,35 +1,29 @@
 """Threshold attention's Triton kernels under Triton's interpreter: `test_triton_threshold.py` runs this file."""
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffmax.kernels.triton.threshold.call import ThresholdCall, ThresholdWanted
-from diffmax.kernels.triton.threshold.launch import ThresholdOperator
-from diffmax.kernels.triton.threshold.settings import Block, Blocks
+from diffmax.errors import NoBackendError
+from diffmax.plugin import ThresholdCall, ThresholdWanted
 from diffmax.testing.interpreter import harden, quicken
+from diffmax.testing.threshold import checks
 
 harden()
 quicken()
 
+sys.path.insert(0, str(Path(__file__).parent))
+import triton_threshold_backend as backend
+
+backend.register()
+NAME, operator = backend.NAME, backend.operator
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # Triton 3.6's loops
 ]
-
-# tiles of several sizes, so that no kernel relies on those of another
-SETTINGS = Blocks(output=Block(32, 16, 4, 1), dq=Block(32, 16, 4, 1), dkv=Block(16, 32, 4, 1), dbias=Block(16, 32, 4, 1))
-
-
-class Operator(ThresholdOperator):
-    def __init__(self):
-        super().__init__(lambda device: "gfx942", ptx=False)
-
-    def blocks(self, query, value):
-        return SETTINGS
-
-
-operator = Operator()
 
 
 @dataclass(frozen=True)
@@ -150,6 +144,26 @@ def test_results_and_gradients(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_results_and_gradients_of_narrow_numbers(dtype):
     compare(CASES["all at once"], dtype, 2e-2)
+
+
+# of the kit: small ones, and what the kernels do not claim is left out
+KIT = {
+    name: replace(case, batch=1, length=min(case.length, 33), many=min(case.many, 33))
+    for name, case in reversed(checks.CASES.items())
+    if case.weights != "diffmax"
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", KIT)
+def test_results_and_gradients_pass_the_kit(name, dtype):
+    checks.results_pass_the_gate(NAME, "cpu", KIT[name], dtype)
+    checks.gradients_are_right_on_average(NAME, "cpu", KIT[name], dtype)
+
+
+def test_diffmax_weights_are_refused():
+    with pytest.raises(NoBackendError, match=f"{NAME}: .*lacks"):
+        checks.results_pass_the_gate(NAME, "cpu", checks.CASES["diffmax"], torch.float32)
 
 
 def test_packed_sequences_are_calls_of_their_own():

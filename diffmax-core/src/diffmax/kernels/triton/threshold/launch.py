@@ -15,17 +15,11 @@ from diffmax.kernels.triton.attention.call import aligned, layout_of, rows_of_en
 from diffmax.kernels.triton.common.launch import Launch, Plans, on_device, padded, signature
 from diffmax.kernels.triton.common.scores import NO_LIMIT, Options
 from diffmax.kernels.triton.threshold import settings
-from diffmax.kernels.triton.threshold.call import (
-    ThresholdCall,
-    ThresholdGradients,
-    ThresholdResults,
-    ThresholdSaved,
-    ThresholdWanted,
-)
 from diffmax.kernels.triton.threshold.dbias import threshold_bwd_dbias_kernel
 from diffmax.kernels.triton.threshold.dkv import threshold_bwd_dkv_kernel
 from diffmax.kernels.triton.threshold.dq import threshold_bwd_dq_kernel
 from diffmax.kernels.triton.threshold.output import threshold_out_kernel
+from diffmax.plugin import ThresholdCall, ThresholdGradients, ThresholdResults, ThresholdSaved, ThresholdWanted
 
 Names = dict[str, Any]
 LENGTH = 64  # of example calls
@@ -48,7 +42,7 @@ class BackwardPlan(NamedTuple):
 
 
 class ThresholdOperator:
-    """`threshold_attention` and `threshold_attention_backward` for one vendor.
+    """`threshold_attention` and `threshold_attention_backward` for one vendor, as in `diffmax.reference.threshold`.
 
     Args:
         architecture: A function that returns the architecture of a device, such as "sm90" or "gfx942".
@@ -74,7 +68,7 @@ class ThresholdOperator:
     def threshold_attention(
         self, query: Tensor, key: Tensor, value: Tensor, call: ThresholdCall, keep: bool
     ) -> ThresholdResults:
-        """Weighted sums of values, and sums of weights. keep: whether a backward follows."""
+        """Forward kernel; arguments and results as `diffmax.reference.threshold.threshold_attention`."""
         out = value.new_empty((*query.shape[:3], value.shape[3]))
         mass = query.new_empty(query.shape[:3], dtype=torch.float32)
         lse = torch.empty_like(mass) if keep and call.weights == "softmax" else mass.new_empty(0)
@@ -101,7 +95,7 @@ class ThresholdOperator:
         call: ThresholdCall,
         wanted: ThresholdWanted,
     ) -> ThresholdGradients:
-        """Gradients for the results' gradients; grad_mass: None is 0."""
+        """Backward kernel; arguments and results as `diffmax.reference.threshold.threshold_attention_backward`."""
         of_query, of_key, of_value = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
         of_theta = query.new_empty(query.shape[:3] if wanted.theta else (0,), dtype=torch.float32)
         of_bias = of_theta.new_empty(call.bias.shape if wanted.bias and call.bias is not None else (0,))
