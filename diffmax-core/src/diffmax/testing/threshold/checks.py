@@ -93,12 +93,9 @@ def attend(given: tuple[Tensor | None, ...], case: Case, backend: str | None) ->
     if not case.packed:
         out, mass = diffmax.threshold_attention(query, key, value, theta, attn_mask=mask, **options)
         return out, mass
-    ends = torch.tensor([0, 7, 7, case.many - 3], dtype=torch.int32, device=query.device)
+    ends = torch.tensor([0, 7, 7, case.many], dtype=torch.int32, device=query.device)
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    out, mass = diffmax.threshold_attention_varlen(
-        q[: case.many - 3], k[: case.many - 3], v[: case.many - 3], theta[0, :, : case.many - 3], ends, ends,
-        case.many, case.many, **options,
-    )  # fmt: skip
+    out, mass = diffmax.threshold_attention_varlen(q, k, v, theta.squeeze(0), ends, ends, case.many, case.many, **options)
     return out, mass
 
 
