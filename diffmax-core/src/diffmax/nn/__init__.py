@@ -6,6 +6,7 @@ from diffmax.nn.bisect import DiffmaxBisectModule
 from diffmax.nn.elastic import Elastic
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.groups import param_groups
+from diffmax.nn.lazy import LazyAttention
 from diffmax.nn.length import LengthScale
 from diffmax.nn.position import RelativePositionBias
 from diffmax.nn.power import PowerAttention, PowerAttentionState
@@ -19,6 +20,7 @@ __all__ = [
     "DiffmaxBisectModule",
     "Elastic",
     "HeadGate",
+    "LazyAttention",
     "LengthScale",
     "PowerAttention",
     "PowerAttentionState",

@@ -184,20 +184,24 @@ def _threshold_backward_autograd(*flat: Any) -> Any:
         return torch.ops.diffmax.threshold_attention_backward(*flat)
 
 
-def _threshold_vmap(info: Any, in_dims: tuple[Any, ...], *flat: Any) -> Any:
-    def run(*given: Any) -> tuple[Tensor, ...]:
-        query, key, value, keep, call, _ = FORWARD.rebuild(given)
-        return tuple(reference.threshold_attention(query, key, value, call, keep))
+# vmap: one call after the other, since bias, mask and offsets need not have a batch
 
-    return torch.vmap(run, in_dims)(*flat), (0,) * len(ThresholdResults._fields)
+
+def _threshold_vmap(info: Any, in_dims: tuple[Any, ...], *flat: Any) -> Any:
+    return _vmapped(torch.ops.diffmax.threshold_attention, info.batch_size, in_dims, flat)
 
 
 def _threshold_backward_vmap(info: Any, in_dims: tuple[Any, ...], *flat: Any) -> Any:
-    def run(*given: Any) -> tuple[Tensor, ...]:
-        grad, grad_mass, query, key, value, saved, wanted, call, _ = BACKWARD.rebuild(given)
-        return tuple(reference.threshold_attention_backward(grad, grad_mass, query, key, value, saved, call, wanted))
+    return _vmapped(torch.ops.diffmax.threshold_attention_backward, info.batch_size, in_dims, flat)
 
-    return torch.vmap(run, in_dims)(*flat), (0,) * len(ThresholdGradients._fields)
+
+def _vmapped(operator: Any, size: int, in_dims: tuple[Any, ...], flat: tuple[Any, ...]) -> Any:
+    calls = [
+        operator(*(given if dim is None else given.select(dim, n) for given, dim in zip(flat, in_dims, strict=True)))
+        for n in range(size)
+    ]
+    results = tuple(torch.stack(each) for each in zip(*calls, strict=True))
+    return results, (0,) * len(results)
 
 
 LIBRARY.impl("threshold_attention", _threshold, "CompositeExplicitAutograd")

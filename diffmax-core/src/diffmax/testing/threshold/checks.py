@@ -1,7 +1,7 @@
 """What every backend's threshold attention has to get right, as functions: the kit and the tests call them.
 
-The truth is `diffmax.reference.threshold` in float64 on the CPU, which diffmax's own tests hold to finite differences and to its
-special cases. The gate is the row operator's.
+The truth is `diffmax.reference.threshold` in float64 on the CPU, which diffmax's own tests hold to finite differences and to
+its special cases. The gate is the row operator's.
 """
 
 from __future__ import annotations
@@ -89,15 +89,13 @@ def attend(given: tuple[Tensor | None, ...], case: Case, backend: str | None) ->
     query, key, value, theta, bias, mask = given
     options: dict[str, Any] = {"weights": case.weights, "alpha": 0.5, "power": case.power, "bias": bias, "backend": backend}
     options |= {"is_causal": case.causal, "return_mass": True}
-    assert query is not None and key is not None and value is not None and theta is not None  # noqa: PT018, S101
+    assert query is not None and key is not None and value is not None and theta is not None  # noqa: PT018
     if not case.packed:
-        return diffmax.threshold_attention(query, key, value, theta, attn_mask=mask, **options)
-    ends = torch.tensor([0, 7, 7, case.many - 3], dtype=torch.int32, device=query.device)
+        out, mass = diffmax.threshold_attention(query, key, value, theta, attn_mask=mask, **options)
+        return out, mass
+    ends = torch.tensor([0, 7, 7, case.many], dtype=torch.int32, device=query.device)
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    out, mass = diffmax.threshold_attention_varlen(
-        q[: case.many - 3], k[: case.many - 3], v[: case.many - 3], theta[0, :, : case.many - 3], ends, ends,
-        case.many, case.many, **options,
-    )  # fmt: skip
+    out, mass = diffmax.threshold_attention_varlen(q, k, v, theta.squeeze(0), ends, ends, case.many, case.many, **options)
     return out, mass
 
 
