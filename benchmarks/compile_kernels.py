@@ -15,10 +15,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ DECODE_OPTIONS = {
 }
 # Name to features of `diffmax.plugin.FEATURES`
 POWER_FEATURES = {"plain": (), "gates, state, grouped": ("gates", "state", "gqa")}
+# Name to features of `diffmax.plugin.FEATURES`, "squared", and "mass", whose gradient is asked for
+THRESHOLD_OPTIONS = {
+    "plain": (),
+    "bias, grouped": ("distance_bias", "gqa"),
+    "mask, squared": ("mask", "squared", "mass"),
+    "packed, bias": ("varlen", "distance_bias", "real_power", "mass"),
+}
 ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
 # What callers may ask for besides
 MORE_ALPHAS = {**ALPHAS, "0.9": 0.1}
@@ -87,6 +95,13 @@ FACTORS: dict[str, Factors] = {
         "degree": ("2", "4"),
         "features": tuple(POWER_FEATURES),
     },
+    "threshold": {
+        "target": TARGETS,
+        "dtype": ("bfloat16", "float16", "float32"),
+        "size": ("64", "128", "256", "80"),
+        "weights": ("softmax", "scores"),
+        "options": tuple(THRESHOLD_OPTIONS),
+    },
 }
 PAIRS: dict[str, Pairs] = {
     "rows": (
@@ -102,6 +117,10 @@ PAIRS: dict[str, Pairs] = {
         ("target", "vendor"), ("dtype", "size"), ("dtype", "options"), ("vendor", "options"), ("options", "alpha"),
     ),
     "power": (("target", "vendor"), ("vendor", "dtype"), ("dtype", "size"), ("vendor", "degree"), ("target", "features")),
+    "threshold": (
+        ("target", "bias"), ("family", "dtype"), ("vendor", "size"), ("target", "weights"), ("vendor", "options"),
+        ("dtype", "size"),
+    ),
 }  # fmt: skip
 
 
@@ -123,7 +142,8 @@ class Case:
         own["vendor"] = own["target"][:2]
         own["kind"] = own["target"][: 2 if own["vendor"] == "sm" else 4]
         own["family"] = "gfx9" if own["target"].startswith("gfx9") else "mma" if own["target"] in MMA else own["target"]
-        own["bias"] = str("bias" in OPTIONS.get(own.get("options", ""), ()) and own.get("for") == "training")
+        options = {**OPTIONS, **THRESHOLD_OPTIONS}.get(own.get("options", ""), ())
+        own["bias"] = str(bool({"bias", "distance_bias"} & {*options}) and own.get("for", "training") == "training")
         return own
 
     def __str__(self) -> str:
@@ -186,11 +206,10 @@ def kernels() -> list[Any]:
     """Every kernel that is launched."""
     from triton.runtime.jit import JITFunction
 
-    from diffmax.operators.common.spec import SPECS
+    import diffmax.kernels.triton
 
-    for spec in SPECS.values():
-        if spec.kernels:
-            importlib.import_module(f"diffmax.kernels.triton.{spec.name}.launch")
+    for folder in pkgutil.iter_modules(diffmax.kernels.triton.__path__):
+        importlib.import_module(f"diffmax.kernels.triton.{folder.name}.launch")
 
     modules = [module for name, module in sys.modules.items() if name.startswith("diffmax.kernels.triton.")]
     found = {name: item for module in modules for name, item in vars(module).items() if isinstance(item, JITFunction)}
@@ -270,8 +289,24 @@ def call_power(of: Mapping[str, str]) -> None:
     operator.warmup(torch.device("cpu"), dtype, size, size, None, training, frozenset(features))
 
 
+def call_threshold(of: Mapping[str, str]) -> None:
+    from diffmax.kernels.triton.threshold.launch import LENGTH, ThresholdOperator, example_call
+    from diffmax.plugin import ThresholdWanted
+
+    target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
+    operator = ThresholdOperator(lambda device: target, ptx=target.startswith("sm"))
+    features = frozenset({*THRESHOLD_OPTIONS[of["options"]], f"threshold_{of['weights']}"})
+    call = example_call(torch.device("cpu"), features)
+    call = replace(call, power=2.0 if "squared" in features else call.power)
+    query, key = (torch.zeros(1, heads, LENGTH, size, dtype=dtype) for heads in (2, 1 if "gqa" in features else 2))
+    found = operator.threshold_attention(query, key, key, call, True)
+    mass, wanted = found.mass if "mass" in features else None, ThresholdWanted(True, call.bias is not None)
+    operator.threshold_attention_backward(found.out, mass, query, key, key, found.saved, call, wanted)
+
+
 CALLS = {
     "rows": call_rows, "long rows": call_rows, "attention": call_attention, "decoding": call_decoding, "power": call_power,
+    "threshold": call_threshold,
 }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ Compiles the real launch code ahead of time and counts what a warp executes (`be
   alpha as a tensor is counted where e is at least 1/64: closer to softmax a series takes the logarithm's place.
 - power (with gates, two heads to one of the keys; its variants are degrees in place of alphas): one turn of the loop over
   monomials, divided by its monomials times tokens.
+- threshold (causal, power 1; its variants are weights in place of alphas; sm90 alone): one turn of a loop over tiles, divided
+  by the tile's scores. The loops are for the log-sum-exp, the output, the mean of softmax's gradient, dQ, and dK with dV.
 - rows: "once" is the way from entry to end that skips the solver's loops, "step" one turn of the loop with the most arithmetic,
   "early step" of the one before it, which uses the hardware's logarithm.
 
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.compile_kernels import call_attention, call_decoding, call_power, call_rows, kernels
+from benchmarks.compile_kernels import call_attention, call_decoding, call_power, call_rows, call_threshold, kernels
 from benchmarks.machine_code import Loop, Order, Program, Tally, by_hardware, idle, likely
 from diffmax.testing.ahead_of_time import Compiled, Target, recording
 
@@ -38,9 +40,10 @@ BEGIN, END = "<!-- instructions:begin -->", "<!-- instructions:end -->"
 
 TARGETS = ("sm90", "sm80", "gfx942")
 ALPHAS = ("0.5", "0.85", "0.9", "tensor")
-SIZES = {"rows": (1024, 4096), "attention": (64, 128), "decoding": (64, 128), "power": (32, 64)}
-DTYPES = {"rows": ("float32", "bfloat16"), "attention": ("bfloat16",), "decoding": ("bfloat16",), "power": ("bfloat16",)}
+SIZES = {"rows": (1024, 4096), "attention": (64, 128), "decoding": (64, 128), "power": (32, 64), "threshold": (64,)}
+DTYPES = {"rows": ("float32", "bfloat16"), **dict.fromkeys(("attention", "decoding", "power", "threshold"), ("bfloat16",))}
 DEGREES = ("p2", "p4")
+WEIGHTS = ("softmax", "scores")
 
 # Most instructions per score on sm90, bfloat16, heads of 64, alpha = 0.5
 GOALS = {
@@ -53,7 +56,7 @@ TENSOR_GOAL = 1.3
 
 @dataclass(frozen=True)
 class Case:
-    """What is compiled together: one operator's kernels for a target, dtype, size (of rows or heads) and alpha or degree."""
+    """What is compiled together: an operator's kernels for a target, dtype, size (of rows or heads) and alpha or variant."""
 
     operator: str
     target: str
@@ -103,7 +106,9 @@ def cases(
 ) -> Iterator[Case]:
     """Those selected; no sizes: all."""
     for target, operator in itertools.product(targets, operators):
-        variants = DEGREES if operator == "power" else alphas
+        if operator == "threshold" and target != "sm90":
+            continue
+        variants = {"power": DEGREES, "threshold": WEIGHTS}.get(operator, alphas)
         for variant, dtype, size in itertools.product(variants, DTYPES[operator], SIZES[operator]):
             if (not sizes or size in sizes) and (variant, size) != ("p4", 64):  # which is quadratic at every length of use
                 yield Case(operator, target, dtype, size, variant)
@@ -131,6 +136,10 @@ def counted(case: Case) -> list[Line]:
             for compiled in _launched(call_power, case, of | {"for": purpose}):
                 found += _power_lines(case, compiled, purpose)
         return list({line.key: line for line in found}.values())
+    if case.operator == "threshold":
+        for compiled in _launched(call_threshold, case, of | {"weights": case.alpha}):
+            found += _threshold_lines(case, compiled)
+        return found
     if case.operator == "decoding":
         for compiled in _launched(call_decoding, case, of):
             if part := {"kvcache_read_kernel": "decode, read", "kvcache_values_kernel": "decode, values"}.get(compiled.name):
@@ -190,6 +199,24 @@ def _power_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]:
         return []
     turn = program.turn(loops[0])
     return [_line(case, compiled, parts[compiled.name], turn, constants["BLOCK_P"] * constants["BLOCK_T"])]
+
+
+def _threshold_lines(case: Case, compiled: Compiled) -> list[Line]:
+    """A kernel's loops in order: a pass that only softmax takes comes first."""
+    constants, program = _constants(compiled), Program.of(compiled)
+    parts = {
+        "threshold_out_kernel": ("threshold log-sum-exp", "threshold output"),
+        "threshold_bwd_dq_kernel": ("threshold mean", "threshold dQ"),
+        "threshold_bwd_dkv_kernel": ("threshold dK, dV",),
+    }[compiled.name]
+    loops = sorted(program.product_loops(), key=lambda loop: loop.head)
+    scores, found = constants["BLOCK_M"] * constants["BLOCK_N"], []
+    for part, loop in zip(parts[-len(loops) :], loops, strict=True):
+        live, dead = program.turn(loop, likely), program.turn(loop, idle)
+        found.append(_line(case, compiled, part, live, scores))
+        if dead.instructions < 0.9 * live.instructions:
+            found.append(_line(case, compiled, f"{part}, dead", dead, scores))
+    return found
 
 
 def _attention_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]:
@@ -284,7 +311,7 @@ def write(found: Sequence[Line]) -> None:
 
 def _family(part: str) -> str:
     """The operator of a part."""
-    return part.split(",")[0].split(" ")[0] if part.startswith(("rows", "decode", "power")) else "attention"
+    return part.split(",")[0].split(" ")[0] if part.startswith(("rows", "decode", "power", "threshold")) else "attention"
 
 
 def readable() -> str:
@@ -295,9 +322,14 @@ def readable() -> str:
     for version in dict.fromkeys([versions[0], versions[-1]]) if versions else ():
         own = [line for line in lines if line.triton == version]
         out += [f"Instructions per score, and in parentheses special functions, sm_90, Triton {version}:\n"]
-        out += _rows([line for line in own if _family(line.part) != "power"], {alpha: f"alpha {alpha}" for alpha in ALPHAS})
+        out += _rows(
+            [line for line in own if _family(line.part) not in ("power", "threshold")],
+            {alpha: f"alpha {alpha}" for alpha in ALPHAS},
+        )
         out += [f"Power attention: instructions per monomial and token, sm_90, Triton {version}:\n"]
         out += _rows([line for line in own if _family(line.part) == "power"], {of: f"degree {of[1:]}" for of in DEGREES})
+        out += [f"Threshold attention: instructions per score, sm_90, Triton {version}:\n"]
+        out += _rows([line for line in own if _family(line.part) == "threshold"], {of: of for of in WEIGHTS})
     return "\n".join([*out, *goal_lines(lines)])
 
 

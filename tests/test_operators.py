@@ -157,7 +157,7 @@ def test_an_operator_that_registers_itself_needs_no_other_list():
     )
     assert plugin.OPERATORS == (
         "bisect", "bisect_backward", "halve", "attention", "attention_backward", "attention_kvcache",
-        "power_attention", "power_attention_backward",
+        "power_attention", "power_attention_backward", "threshold_attention", "threshold_attention_backward",
     )  # fmt: skip
     assert plugin.FEATURES["exact"] == "a result without rounding"
     backend = Backend(name="half", device_types=("cpu",), kernels={"halve": "a:b"}, dtypes=(torch.float32,), priority=99,

@@ -64,6 +64,7 @@ STAY = {
     "diffmax.testing.kvcache_conformance": ("KVCacheConformance",),
     "diffmax.testing.power_conformance": ("PowerConformance",),
     "diffmax.testing.report": (),
+    "diffmax.testing.threshold_conformance": ("ThresholdConformance",),
 }
 
 VENDORS = {

@@ -25,6 +25,12 @@ from diffmax.operators.loss.api import DiffmaxLoss, diffmax_loss
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.state import PowerState
 from diffmax.operators.rows.api import diffmax_bisect
+from diffmax.operators.threshold.api import threshold_attention, threshold_attention_varlen
+from diffmax.operators.threshold.members import (
+    lazy_attention,
+    threshold_differential_attention,
+    threshold_rectified_attention,
+)
 
 if TYPE_CHECKING:
     from diffmax import nn as nn
@@ -61,9 +67,14 @@ __all__ = [
     "diffmax_bisect_monitored",
     "diffmax_loss",
     "explain",
+    "lazy_attention",
     "page_bounds",
     "power_attention",
     "register_backend",
+    "threshold_attention",
+    "threshold_attention_varlen",
+    "threshold_differential_attention",
+    "threshold_rectified_attention",
     "unregister_backend",
     "use_backend",
     "warmup",

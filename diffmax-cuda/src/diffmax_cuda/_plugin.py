@@ -21,7 +21,7 @@ class Plugin:
                 probe="diffmax_cuda.probe:probe",
                 unsupported="diffmax_cuda.probe:unsupported",
                 install_hint="install a torch built for CUDA (pytorch.org, Get Started)",
-                api_version=(1, 5),
+                api_version=(1, 6),
                 shared_kernels=2,
             ),
         )

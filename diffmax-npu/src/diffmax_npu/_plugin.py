@@ -10,6 +10,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ALPHA = frozenset({"tensor_alpha", "deterministic"})
 SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink", "mask", "bias", "varlen", "dropout"})
 
+THRESHOLD = frozenset({"gqa", "value_dim", "mask", "varlen", "distance_bias", "threshold_softmax", "real_power"})
 POWER = frozenset({"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"})
 
 
@@ -33,11 +34,15 @@ class Plugin:
                     ),
                     "power_attention": Kernel("diffmax_npu.power:power_attention", FLOATS, POWER),
                     "power_attention_backward": Kernel("diffmax_npu.power:power_attention_backward", FLOATS, POWER),
+                    "threshold_attention": Kernel("diffmax_npu.threshold:threshold_attention", FLOATS, THRESHOLD),
+                    "threshold_attention_backward": Kernel(
+                        "diffmax_npu.threshold:threshold_attention_backward", FLOATS, THRESHOLD
+                    ),
                 },
                 probe="diffmax_npu.probe:probe",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together, and the order of installation",
-                api_version=(1, 5),
+                api_version=(1, 6),
                 shared_kernels=2,
             ),
             Backend(
@@ -52,7 +57,7 @@ class Plugin:
                 probe="diffmax_npu.probe:probe_triton",
                 unsupported="diffmax_npu.probe:unsupported",
                 install_hint="docs/npu.md has the versions that go together",
-                api_version=(1, 5),
+                api_version=(1, 6),
                 shared_kernels=2,
             ),
         )

@@ -20,7 +20,7 @@ class Plugin:
                 kernels=shared_kernels("diffmax_rocm"),
                 probe="diffmax_rocm.probe:probe",
                 install_hint="install a torch built for ROCm (pytorch.org, Get Started)",
-                api_version=(1, 5),
+                api_version=(1, 6),
                 shared_kernels=2,
             ),
         )

@@ -14,11 +14,15 @@ ALPHA = frozenset({"tensor_alpha", "deterministic"})
 SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"})
 BOTH_WAYS = SCORES | {"mask", "bias", "varlen", "dropout"}
 POWER = frozenset({"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"})
+THRESHOLD = frozenset(
+    {"gqa", "value_dim", "mask", "varlen", "deterministic", "distance_bias", "threshold_softmax", "real_power"}
+)
 
 
 def shared_kernels(package: str) -> dict[str, Kernel]:
-    """From operator to kernel, for a vendor's package with the modules `rows`, `attention`, `decoding` and `power`."""
-    rows, attention, decoding, power = (f"{package}.{module}" for module in ("rows", "attention", "decoding", "power"))
+    """From operator to kernel, for a vendor's package, whose modules are named like the operators."""
+    modules = ("rows", "attention", "decoding", "power", "threshold")
+    rows, attention, decoding, power, threshold = (f"{package}.{module}" for module in modules)
     kept = ALPHA | BOTH_WAYS
     return {
         "bisect": Kernel(f"{rows}:bisect", EVERY_FLOAT, ALPHA, warmup=f"{rows}:warmup"),
@@ -36,4 +40,8 @@ def shared_kernels(package: str) -> dict[str, Kernel]:
         ),
         "power_attention": Kernel(f"{power}:power_attention", FLOATS, POWER, MOST_ENTRIES, warmup=f"{power}:warmup"),
         "power_attention_backward": Kernel(f"{power}:power_attention_backward", FLOATS, POWER, MOST_ENTRIES),
+        "threshold_attention": Kernel(
+            f"{threshold}:threshold_attention", FLOATS, THRESHOLD, MOST_ENTRIES, warmup=f"{threshold}:warmup"
+        ),
+        "threshold_attention_backward": Kernel(f"{threshold}:threshold_attention_backward", FLOATS, THRESHOLD, MOST_ENTRIES),
     }

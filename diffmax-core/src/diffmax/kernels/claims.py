@@ -10,6 +10,12 @@ from diffmax.plugin import Kernel
 _ALPHA = {"tensor_alpha", "deterministic"}
 _SCORES = {"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"}
 _POWER = {"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"}
+_THRESHOLD = {"gqa", "value_dim", "mask", "varlen", "deterministic"} | {
+    "distance_bias",
+    "threshold_softmax",
+    "threshold_diffmax",
+    "real_power",
+}
 _CPU = {
     "bisect": _ALPHA,
     "bisect_backward": _ALPHA | {"alpha_gradient"},
@@ -19,12 +25,13 @@ _CPU = {
     "power_attention": _POWER,
     "power_attention_backward": _POWER,
 }
+_PLAIN = {"threshold_attention": _THRESHOLD, "threshold_attention_backward": _THRESHOLD}  # not compiled yet
 
 
 def cpu_kernels(package: str, *, compiled: bool = False) -> dict[str, Kernel]:
     """The kernels of `diffmax.kernels.cpu` or `.numba`, whose modules have the names of the operator folders."""
     found = {}
-    for operator, features in _CPU.items():
+    for operator, features in (_CPU if compiled else {**_CPU, **_PLAIN}).items():
         module = f"{package}.{spec_of(operator).name}"
         warmup = f"{module}:warmup" if compiled and not operator.endswith("_backward") else None
         found[operator] = Kernel(f"{module}:{operator}", FLOAT_DTYPES, frozenset(features), warmup=warmup)

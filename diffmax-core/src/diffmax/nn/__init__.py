@@ -8,6 +8,7 @@ from diffmax.nn.differential_layouts import convert_diff_attention
 from diffmax.nn.elastic import Elastic
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.groups import param_groups
+from diffmax.nn.lazy import LazyAttention
 from diffmax.nn.length import LengthScale
 from diffmax.nn.position import RelativePositionBias
 from diffmax.nn.power import PowerAttention, PowerAttentionState
@@ -23,6 +24,7 @@ __all__ = [
     "DiffmaxBisectModule",
     "Elastic",
     "HeadGate",
+    "LazyAttention",
     "LengthScale",
     "PowerAttention",
     "PowerAttentionState",

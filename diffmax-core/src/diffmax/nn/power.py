@@ -264,33 +264,33 @@ def _rotated(t: Tensor, start: int, base: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], 3).to(t.dtype)
 
 
-def _check_sizes(embed_dim: Any, heads: Any, kv_heads: Any, head_dim: Any) -> int:
+def _check_sizes(embed_dim: Any, heads: Any, kv_heads: Any, head_dim: Any, name: str = _NAME) -> int:
     """Check the sizes; return D."""
     given = {"embed_dim": embed_dim, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
     for what, number in given.items():
         if what == "head_dim" and number is None:
             continue
         if not is_whole(number):
-            raise TypeError(f"{_NAME}: {what} must be an int, got {number!r} of type {type(number).__name__}")
+            raise TypeError(f"{name}: {what} must be an int, got {number!r} of type {type(number).__name__}")
         if number < 1:
-            raise ValueError(f"{_NAME}: {what} must be at least 1, got {number}")
+            raise ValueError(f"{name}: {what} must be at least 1, got {number}")
     if head_dim is None and embed_dim % heads:
         raise ValueError(
-            f"{_NAME}: embed_dim must be a multiple of num_heads, got {embed_dim} and {heads}\n"
+            f"{name}: embed_dim must be a multiple of num_heads, got {embed_dim} and {heads}\n"
             "take another number of heads, or pass head_dim"
         )
     if heads % kv_heads:
-        raise ValueError(f"{_NAME}: num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}")
+        raise ValueError(f"{name}: num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}")
     return int(embed_dim // heads if head_dim is None else head_dim)
 
 
-def _check_rope(base: Any, head_dim: int) -> float | None:
+def _check_rope(base: Any, head_dim: int, name: str = _NAME) -> float | None:
     if base is None:
         return None
     if not isinstance(base, numbers.Real) or isinstance(base, bool):
-        raise TypeError(f"{_NAME}: rope_base must be a float or None, got {base!r} of type {type(base).__name__}")
+        raise TypeError(f"{name}: rope_base must be a float or None, got {base!r} of type {type(base).__name__}")
     if not 0 < float(base) < math.inf:
-        raise ValueError(f"{_NAME}: rope_base must be positive and finite, got {base}")
+        raise ValueError(f"{name}: rope_base must be positive and finite, got {base}")
     if head_dim % 2:
-        raise ValueError(f"{_NAME}: head_dim must be even for rotary positions, got {head_dim}\npass rope_base=None for none")
+        raise ValueError(f"{name}: head_dim must be even for rotary positions, got {head_dim}\npass rope_base=None for none")
     return float(base)

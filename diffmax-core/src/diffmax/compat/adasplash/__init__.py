@@ -28,13 +28,16 @@ from diffmax.compat.adasplash._functions import (  # isort: skip
     triton_entmax_v2,
     triton_sparsemax,
 )
+from diffmax.compat.adasplash._lazy import LazyAttention, lazy_attention_triton  # isort: skip
 
 __all__ = [
+    "LazyAttention",
     "adasplash",
     "adasplash2",
     "adasplash_no_block_mask",
     "adasplash_v1",
     "adasplash_v2",
+    "lazy_attention_triton",
     "triton_entmax",
     "triton_entmax15",
     "triton_entmax_v1",

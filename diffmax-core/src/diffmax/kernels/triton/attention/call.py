@@ -42,15 +42,15 @@ class Arguments:
         exponent = Exponent.of(call.e, torch.float32)
         mask, alibi = call.mask, call.alibi
         scalars = {
-            **strides("q", query), **strides("k", key), **_score_strides("mask", mask), **_score_strides("bias", call.bias),
+            **strides("q", query), **strides("k", key), **score_strides("mask", mask), **score_strides("bias", call.bias),
             "alibi_b": alibi.shape[1] if alibi is not None and alibi.ndim == 2 else 0,
             "heads": query.shape[1], "group": query.shape[1] // key.shape[1], "length": query.shape[2], "n_keys": key.shape[2],
             "left": call.left if call.left >= 0 else NO_LIMIT.value, "right": call.right if call.right >= 0 else NO_LIMIT.value,
             "scale": call.scale, "softcap": call.softcap, "e": exponent.e, "k": exponent.k,
         }  # fmt: skip
         options = Options(
-            WINDOW=call.left >= 0 or call.right >= 0, MASK=_layout(mask), SOFTCAP=call.softcap > 0, ALIBI=alibi is not None,
-            BIAS=_layout(call.bias), PACKED=call.cu_seqlens_q is not None, LOWER_RIGHT=_lower_right(query, key, call),
+            WINDOW=call.left >= 0 or call.right >= 0, MASK=layout_of(mask), SOFTCAP=call.softcap > 0, ALIBI=alibi is not None,
+            BIAS=layout_of(call.bias), PACKED=call.cu_seqlens_q is not None, LOWER_RIGHT=_lower_right(query, key, call),
             PRECISION=precision,
         )  # fmt: skip
         flags = {
@@ -99,13 +99,13 @@ def aligned(t: Tensor) -> bool:
     return t.data_ptr() % VECTOR_BYTES == 0 and not any(step % vector for step in t.stride()[:3])
 
 
-def _score_strides(name: str, t: Tensor | None) -> Names:
+def score_strides(name: str, t: Tensor | None) -> Names:
     """Strides of a mask or a bias, 0 where it is broadcast."""
     steps = (0, 0, 0, 0) if t is None else (0 if size == 1 else t.stride(axis) for axis, size in enumerate(t.shape))
     return dict(zip((f"{name}_{axis}" for axis in ("b", "h", "row", "key")), steps, strict=True))
 
 
-def _layout(t: Tensor | None) -> int:
+def layout_of(t: Tensor | None) -> int:
     """Memory layout of a mask or a bias, as numbered in `common.scores`."""
     if t is None:
         return int(ABSENT.value)

@@ -1,0 +1,1 @@
+"""Threshold attention in Triton: `launch.ThresholdOperator` launches it."""

@@ -1,0 +1,125 @@
+"""The argument checks of `diffmax.threshold_attention` and its relatives, which run before any backend is chosen."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmax.operators.attention.checks import (
+    _check_floating,
+    check_heads,
+    check_longest,
+    check_mask,
+    check_packing,
+    check_scale,
+    check_tensors,
+)
+from diffmax.operators.common.checks import _shape, broadcasts, one_minus_alpha
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.plugin import ThresholdCall
+
+WEIGHTS = ("scores", "softmax", "diffmax")
+
+
+def build_call(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: float | Tensor,
+    weights: str,
+    alpha: float,
+    power: float,
+    bias: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+) -> ThresholdCall:
+    """The call that the arguments mean; query, key and value are (B, H, L, D)."""
+    check_tensors(name, query, key, value, "BHLD")
+    check_heads(name, query.shape[1], key.shape[1], True)
+    if weights not in WEIGHTS:
+        raise ValueError(f"{name}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if isinstance(alpha, Tensor):
+        raise TypeError(f"{name}: alpha must be a float, got a tensor\na learned alpha: diffmax.attention")
+    e = one_minus_alpha(name, query, alpha, 3)[0]
+    if not isinstance(is_causal, (bool, torch.SymBool)):
+        raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r} of type {type(is_causal).__name__}")
+    mask = None if attn_mask is None else check_mask(name, query, key, attn_mask)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name}: attn_mask must be boolean, True where a key is seen, got {attn_mask.dtype}\n"  # type: ignore[union-attr]
+            "a bias that depends on the distance alone is passed as bias"
+        )
+    return ThresholdCall(
+        scale=check_scale(name, query, scale),
+        theta=check_threshold(name, query, threshold),
+        weights=weights,
+        power=check_power(name, power),
+        e=e if weights == "diffmax" else 0.0,
+        bias=check_bias(name, query, bias),
+        mask=mask,
+        right=0 if is_causal else -1,
+    )
+
+
+def packed(
+    name: str, query: Tensor, key: Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any, longest: tuple[Any, Any]
+) -> dict[str, Any]:
+    """The fields of packed sequences; query and key are (1, H, T, D)."""
+    longest_q, longest_k = (check_longest(name, what, each) for what, each in zip("qk", longest, strict=True))
+    ends_q = check_packing(name, "q", cu_seqlens_q, longest_q, query.shape[2], query.device)
+    ends_k = check_packing(name, "k", cu_seqlens_k, longest_k, key.shape[2], query.device)
+    if ends_q.shape != ends_k.shape:
+        counts = f"{ends_q.shape[0] - 1} and {ends_k.shape[0] - 1}"
+        raise ValueError(f"{name}: cu_seqlens_q and cu_seqlens_k must count the same sequences, got {counts}")
+    return {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k, "max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
+
+
+def check_threshold(name: str, query: Tensor, threshold: Any, what: str = "threshold") -> Tensor:
+    """theta as (B or 1, H, L), in the accumulation dtype."""
+    acc, (batch, heads, length) = accumulation_dtype(query.dtype), query.shape[:3]
+    if not isinstance(threshold, Tensor):
+        if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool):
+            kind = type(threshold).__name__
+            raise TypeError(f"{name}: {what} must be a float or a floating tensor, got {threshold!r} of type {kind}")
+        return query.new_full((1, 1, 1), float(threshold), dtype=acc).expand(1, heads, length)
+    _check_floating(name, what, threshold, query)
+    given = threshold.to(acc)
+    if given.ndim == 1:
+        given = given.unsqueeze(1)
+    if not broadcasts(given, (batch, heads, length)):
+        hint = ""
+        if threshold.ndim == 1 and threshold.shape[0] == length:
+            hint = f"\nfor one per query, pass {what}.view(1, {length})"
+        raise ValueError(
+            f"{name}: {what} must be a float, or have shape (H,), (H, L) or (B, H, L) with (B, H, L) = "
+            f"{(batch, heads, length)}, got {_shape(threshold)}{hint}"
+        )
+    given = given.view((1,) * (3 - given.ndim) + tuple(given.shape))
+    return given.expand(given.shape[0], heads, length)
+
+
+def check_power(name: str, power: Any) -> float:
+    """A positive number."""
+    if isinstance(power, bool) or not isinstance(power, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: power must be a float, got {power!r} of type {type(power).__name__}")
+    if not 0 < float(power) < math.inf:
+        raise ValueError(f"{name}: power must be positive and finite, got {power}")
+    return float(power)
+
+
+def check_bias(name: str, query: Tensor, bias: Any) -> Tensor | None:
+    """The bias (H, W) in the accumulation dtype."""
+    if bias is None:
+        return None
+    _check_floating(name, "bias", bias, query)
+    if bias.ndim != 2 or bias.shape[0] != query.shape[1]:
+        raise ValueError(
+            f"{name}: bias must have a number per head and distance, shape (H, W) with H = {query.shape[1]}, got {_shape(bias)}"
+        )
+    return bias.to(accumulation_dtype(query.dtype))  # type: ignore[no-any-return]

@@ -1,0 +1,256 @@
+"""Members of the family of `threshold_attention` that have names: lazy attention, and threshold differential attention."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize as normalized
+
+from diffmax.operators.attention.checks import _check_floating, check_heads, check_mask, check_tensors
+from diffmax.operators.common.checks import _shape, has_shape, is_whole
+from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.threshold.api import threshold_attention
+
+FIRST_ROWS = ("kept", "published")
+
+
+@overload
+def lazy_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    tau: float | Tensor,
+    window_size: int | None = None,
+    *,
+    weights: Literal["softmax", "diffmax"] = "softmax",
+    alpha: float = 0.9,
+    scale: float | None = None,
+    is_causal: bool = True,
+    attn_mask: Tensor | None = None,
+    first_row: Literal["kept", "published"] = "kept",
+    return_mass: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def lazy_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    tau: float | Tensor,
+    window_size: int | None = None,
+    *,
+    weights: Literal["softmax", "diffmax"] = "softmax",
+    alpha: float = 0.9,
+    scale: float | None = None,
+    is_causal: bool = True,
+    attn_mask: Tensor | None = None,
+    first_row: Literal["kept", "published"] = "kept",
+    return_mass: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def lazy_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    tau: float | Tensor,
+    window_size: int | None = None,
+    *,
+    weights: Literal["softmax", "diffmax"] = "softmax",
+    alpha: float = 0.9,
+    scale: float | None = None,
+    is_causal: bool = True,
+    attn_mask: Tensor | None = None,
+    first_row: Literal["kept", "published"] = "kept",
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Lazy attention (Elastic-Softmax): softmax weights, plus tau / n, without what is then negative.
+
+    w_ij = relu(p_ij + tau_h / n_i),  p_i = softmax of scale * q_i . k_j + bias[h, i' - j],  n_i = keys that query i sees
+
+    The weights are not divided by their sum. Rotary positions, if any, are applied to query and key before.
+
+    Args:
+        query: (B, H, L, D); key, value: as for `threshold_attention`. The last query has the position of the last key.
+        key, value: (B, H_kv, S, D) and (B, H_kv, S, D_v), where H_kv divides H.
+        bias: (H, W): a number per head and distance 0 to W - 1; beyond there is none. None: no bias.
+        tau: A float, or (H,); below 0 it drops weights, above 0 it adds to those of visible keys. With a gradient, like bias.
+        window_size: W or W - 1, which bias is checked against; None: as bias has it.
+        weights: "softmax", or "diffmax" of `alpha` in its place.
+        scale, is_causal, attn_mask, return_mass, backend: As for `threshold_attention`.
+        first_row: Of a query that sees one key alone: "kept" gives it the weight 1 + max(tau, 0), "published" 1 + tau, which
+            is 0, without a gradient, where tau starts at -1.
+    Returns:
+        (B, H, L, D_v), contiguous, in query's dtype; and the mass (B, H, L), if requested. A query that sees nothing gets 0.
+    Raises:
+        TypeError, ValueError, NoBackendError: As `threshold_attention`; or window_size or first_row does not fit.
+    Source: arXiv 2601.00919; docs/lazy.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> query, key, value = torch.randn(3, 2, 4, 100, 16).unbind()
+        >>> out, mass = diffmax.lazy_attention(query, key, value, torch.zeros(4, 32), -0.5, return_mass=True)
+        >>> mass[:, :, 0].unique()
+        tensor([1.])
+    """
+    name = "diffmax.lazy_attention"
+    if first_row not in FIRST_ROWS:
+        raise ValueError(f"{name}: first_row must be one of {', '.join(FIRST_ROWS)}, got {first_row!r}")
+    if weights not in ("softmax", "diffmax"):
+        raise ValueError(f"{name}: weights must be one of softmax, diffmax, got {weights!r}")
+    check_tensors(name, query, key, value, "BHLD")
+    check_heads(name, query.shape[1], key.shape[1], True)
+    _check_window(name, window_size, bias)
+    theta = elastic_threshold(name, query, key, tau, is_causal, attn_mask, first_row == "kept")
+    return threshold_attention(  # type: ignore[call-overload, misc, no-any-return]
+        query, key, value, theta, weights=weights, alpha=alpha, bias=bias, scale=scale, is_causal=is_causal,
+        attn_mask=attn_mask, return_mass=return_mass, backend=backend,
+    )  # fmt: skip
+
+
+def _check_window(name: str, window_size: Any, bias: Tensor | None) -> None:
+    if window_size is None or not isinstance(bias, Tensor) or bias.ndim != 2:
+        return
+    if not is_whole(window_size):
+        raise TypeError(f"{name}: window_size must be an int or None, got {window_size!r} of type {type(window_size).__name__}")
+    if bias.shape[1] - window_size not in (0, 1):
+        raise ValueError(f"{name}: bias must have window_size or window_size + 1 columns, {window_size}, got {_shape(bias)}")
+
+
+def elastic_threshold(
+    name: str, query: Tensor, key: Tensor, tau: float | Tensor, causal: bool, mask: Tensor | None, keeps_first: bool
+) -> Tensor:
+    """-tau / n, (B or 1, H or 1, L), with n the keys that a query sees; where that is one alone, min(-tau, 0) if so wanted."""
+    given = _per_head(name, "tau", query, tau)
+    count = _visible(name, query, key, causal, mask).to(given.dtype)
+    theta = -given / count.clamp_min(1)
+    return torch.where(count == 1, theta.clamp_max(0.0), theta) if keeps_first else theta
+
+
+def _visible(name: str, query: Tensor, key: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """How many keys each query sees, (B or 1, H or 1, L)."""
+    length, many = query.shape[2], key.shape[2]
+    position = torch.arange(length, device=query.device) + (many - length)
+    if mask is None:
+        return (position + 1 if causal else torch.full_like(position, many)).clamp(0, many).view(1, 1, length)
+    seen = check_mask(name, query, key, mask)
+    seen = seen.expand(*seen.shape[:3], many)
+    if causal and seen.shape[2] == 1:  # of padding: counted without a matrix
+        sums = torch.cat([torch.zeros_like(seen[..., :1], dtype=torch.long), seen.cumsum(3)], 3).squeeze(2)
+        return sums[..., (position + 1).clamp_min(0)]
+    if causal:
+        seen = seen & (torch.arange(many, device=query.device) <= position.unsqueeze(1))
+    return seen.sum(3).expand(*seen.shape[:2], length)
+
+
+def _per_head(name: str, what: str, query: Tensor, given: float | Tensor) -> Tensor:
+    """A number, or one per head, as (1, H or 1, 1) in the accumulation dtype."""
+    acc, heads = accumulation_dtype(query.dtype), query.shape[1]
+    if not isinstance(given, Tensor):
+        if not isinstance(given, numbers.Real) or isinstance(given, bool):
+            raise TypeError(f"{name}: {what} must be a float or a tensor, got {given!r} of type {type(given).__name__}")
+        return query.new_full((1, 1, 1), float(given), dtype=acc)
+    _check_floating(name, what, given, query)
+    if not has_shape(given, (), (1,), (heads,)):
+        raise ValueError(f"{name}: {what} must be a float or of shape () or ({heads},), got {_shape(given)}")
+    return given.to(acc).view(1, -1, 1)
+
+
+def threshold_rectified_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: float | Tensor,
+    relu_power: float = 2,
+    *,
+    normalize: bool = True,
+    is_causal: bool = True,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cosines above an analytic threshold, to a power: one map of threshold differential attention.
+
+    w_ij = relu(cos(q_i, k_j) - beta sqrt(2 ln(n_i + 1) / D))^p,  n_i = position of query i + 1;  out_i = sum_j w_ij v_j
+
+    Args:
+        q: (B, H, L, D).
+        k, v: (B, H_kv, S, D) and (B, H_kv, S, D_v), where H_kv divides H. The last query has the position of the last key.
+        beta: A float, or a tensor () or (H,), with a gradient.
+        relu_power: p, positive.
+        normalize: Whether queries and keys are divided by their norms here; else products are taken as they are.
+        is_causal: As for `threshold_attention`; if not, n_i = S.
+        return_mass: Whether to return the mass (B, H, L) too.
+        backend: As for `threshold_attention`.
+    Returns:
+        (B, H, L, D_v), in q's dtype.
+    Raises:
+        TypeError, ValueError, NoBackendError: As `threshold_attention`.
+    Source: arXiv 2601.12145; docs/lazy.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> q, k, v = torch.randn(3, 2, 4, 50, 16).unbind()
+        >>> diffmax.threshold_rectified_attention(q, k, v, 0.5).shape
+        torch.Size([2, 4, 50, 16])
+    """
+    name = "diffmax.threshold_rectified_attention"
+    check_tensors(name, q, k, v, "BHLD")
+    check_heads(name, q.shape[1], k.shape[1], True)
+    given = _per_head(name, "beta", q, beta)
+    count = _visible(name, q, k, is_causal, None).to(given.dtype)
+    theta = given * (2 * torch.log1p(count) / max(q.shape[3], 1)).sqrt()
+    if normalize:
+        q, k = (normalized(t, dim=-1, eps=1e-6) for t in (q, k))
+    return threshold_attention(  # type: ignore[call-overload, no-any-return]
+        q, k, v, theta, power=relu_power, scale=1.0, is_causal=is_causal, return_mass=return_mass, backend=backend
+    )
+
+
+def threshold_differential_attention(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    beta: float | Tensor,
+    lambda_: float | Tensor,
+    relu_power: float = 2,
+    normalize: bool = True,
+    *,
+    is_causal: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Threshold differential attention: the difference of two maps of `threshold_rectified_attention`.
+
+    out = (w(q1, k1) - lambda w(q2, k2)) v
+
+    Args:
+        q1, q2: (B, H, L, D).
+        k1, k2, v: (B, H_kv, S, D) and (B, H_kv, S, D_v).
+        beta, lambda_: A float, or a tensor () or (H,), with gradients. lambda is taken as it is.
+        relu_power, normalize, is_causal, backend: As there.
+    Returns:
+        (B, H, L, D_v), in q1's dtype.
+    Raises:
+        TypeError, ValueError, NoBackendError: As there.
+    Source: arXiv 2601.12145; docs/lazy.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> q1, q2, k1, k2, v = torch.randn(5, 2, 4, 50, 16).unbind()
+        >>> diffmax.threshold_differential_attention(q1, q2, k1, k2, v, 0.5, 0.3).shape
+        torch.Size([2, 4, 50, 16])
+    """
+    share = _per_head("diffmax.threshold_differential_attention", "lambda_", q1, lambda_).unsqueeze(3)
+    settings: dict[str, Any] = {"normalize": normalize, "is_causal": is_causal, "backend": backend}
+    first = threshold_rectified_attention(q1, k1, v, beta, relu_power, **settings)
+    second = threshold_rectified_attention(q2, k2, v, beta, relu_power, **settings)
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)  # noqa: PT018, S101  # no mass was asked for
+    return (first - share * second).to(first.dtype)

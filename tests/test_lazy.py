@@ -1,0 +1,127 @@
+"""Lazy attention: the function's rules, the module, and the published names."""
+
+import pytest
+import torch
+
+import diffmax
+from diffmax.compat import adasplash
+from diffmax.nn import LazyAttention
+
+
+def qkv(length=10, many=None, heads=4, kv_heads=2):
+    many = length if many is None else many
+    q = torch.randn(2, heads, length, 8).double()
+    return q, *(torch.randn(2, kv_heads, many, 8).double() for _ in range(2))
+
+
+def test_gradients_for_bias_and_tau():
+    q, k, v = (t[:1, :, :4, :4].clone().requires_grad_() for t in qkv())
+    bias, tau = torch.randn(4, 3).double().requires_grad_(), torch.tensor([-0.9, -0.5, -0.2, 0.3]).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: diffmax.lazy_attention(*given, 2), (q, k, v, bias, tau))
+
+
+def test_a_lone_key_is_kept_unless_as_published():
+    q, k, v = qkv()
+    bias = torch.zeros(4, 5).double()
+    _, mass = diffmax.lazy_attention(q, k, v, bias, -1.0, return_mass=True)
+    assert (mass[:, :, 0] == 1).all()
+    _, mass = diffmax.lazy_attention(q, k, v, bias, -1.0, first_row="published", return_mass=True)
+    assert not mass[:, :, 0].any()
+
+
+def test_tau_above_zero_does_not_leak():
+    q, k, v = qkv()
+    bias = torch.randn(4, 5).double()
+    before = diffmax.lazy_attention(q, k, v, bias, 2.0)
+    v = v.clone()
+    v[:, :, 6:] = 100
+    assert torch.equal(diffmax.lazy_attention(q, k, v, bias, 2.0)[:, :, :6], before[:, :, :6])
+
+
+@pytest.mark.parametrize("weights", ["softmax", "diffmax"])
+def test_decoding_is_right_aligned(weights):
+    q, k, v = qkv()
+    bias = torch.randn(4, 5).double()
+    whole = diffmax.lazy_attention(q, k, v, bias, -0.5, weights=weights, alpha=0.5)
+    torch.testing.assert_close(
+        diffmax.lazy_attention(q[:, :, 7:], k, v, bias, -0.5, weights=weights, alpha=0.5), whole[:, :, 7:]
+    )
+
+
+def test_left_padding_changes_nothing():
+    q, k, v = qkv()
+    bias, seen = torch.randn(4, 5).double(), torch.ones(2, 1, 1, 10, dtype=torch.bool)
+    seen[1, ..., :3] = False
+    out = diffmax.lazy_attention(q, k, v, bias, -0.5, attn_mask=seen)
+    alone = diffmax.lazy_attention(q[1:, :, 3:], k[1:, :, 3:], v[1:, :, 3:], bias, -0.5)
+    torch.testing.assert_close(out[1:, :, 3:], alone)
+    assert not out[1, :, :3].any()
+    full = diffmax.lazy_attention(q, k, v, bias, -0.5, attn_mask=seen.expand(2, 1, 10, 10))
+    torch.testing.assert_close(full, out)
+
+
+def test_says_what_is_wrong():
+    q, k, v = qkv()
+    for bias, options, says in (
+        (torch.zeros(4, 5), {"window_size": 7}, "bias must have window_size or window_size"),
+        (None, {"first_row": "dropped"}, "first_row must be one of kept, published, got 'dropped'"),
+        (None, {"weights": "scores"}, "weights must be one of softmax, diffmax, got 'scores'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            diffmax.lazy_attention(q, k, v, bias, -1.0, **options)
+    with pytest.raises(ValueError, match=r"tau must be a float or of shape \(\) or \(4,\), got \(3,\)"):
+        diffmax.lazy_attention(q, k, v, None, torch.zeros(3))
+
+
+def test_the_module_decodes_over_its_past():
+    attend, x = LazyAttention(32, 4, 6, num_kv_heads=2), torch.randn(2, 9, 32)
+    with torch.no_grad():
+        attend.attention_biases.normal_()
+    whole, past, parts = attend(x), None, []
+    for token in x.split(1, 1):
+        out, past = attend(token, past=past, return_past=True)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_names_of_parameters_and_precision():
+    attend = LazyAttention(32, 4, 6).to(torch.bfloat16)
+    names = {"attention_biases", "tau", *(f"{name}_proj.weight" for name in "qkvo")}
+    assert set(attend.state_dict()) == names
+    assert attend.attention_biases.dtype == attend.tau.dtype == torch.float32
+    assert attend.attention_biases.shape == (4, 7)
+    assert (attend.tau == -1).all()
+    with torch.no_grad():
+        attend.tau.fill_(-0.3333333)
+    assert (attend.half().tau == torch.tensor(-0.3333333)).all()
+    out = attend(torch.randn(1, 5, 32).half())
+    assert out.dtype == torch.float16
+    out.sum().backward()
+    assert attend.tau.grad.dtype == torch.float32
+
+
+def test_masks_of_every_shape():
+    attend, x = LazyAttention(32, 4, 6), torch.randn(2, 5, 32)
+    seen = torch.ones(2, 5, 5, dtype=torch.bool)
+    seen[1, :, 3:] = False
+    wanted = attend(x, seen[:, None])
+    torch.testing.assert_close(attend(x, seen), wanted)
+    torch.testing.assert_close(attend(x, seen[:, 0]), wanted)
+    torch.testing.assert_close(attend(x, seen[0]), attend(x))
+    assert not attend(x, torch.zeros(2, 5, 5)).any()
+
+
+def test_published_names():
+    q, k, v = (t.float() for t in qkv(kv_heads=4))
+    bias, tau = torch.randn(4, 7), torch.full((4,), -0.5)
+    lengths = torch.tensor([10, 6], dtype=torch.int32)
+    spoilt = k.clone()
+    spoilt[1, :, 6:] = torch.nan
+    out = adasplash.lazy_attention_triton(q, spoilt, v, bias, tau, 6, lengths)
+    assert not out[1, :, 6:].any()
+    alone = adasplash.lazy_attention_triton(q[1:, :, :6], k[1:, :, :6], v[1:, :, :6], bias, tau, 6)
+    torch.testing.assert_close(out[1:, :, :6], alone)
+    theirs, ours = adasplash.LazyAttention(32, 4, 6), LazyAttention(32, 4, 6, first_row="published")
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(ours(x), theirs(x))

@@ -1,0 +1,243 @@
+"""Threshold attention: its gradients, its members, and calls of every shape."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+import diffmax
+from diffmax.errors import NoBackendError
+
+
+def heads(*shape, dtype=torch.float64, grad=False):
+    return torch.randn(*shape, dtype=dtype, requires_grad=grad)
+
+
+def naive(q, k, v, theta, bias=None, weights="scores", power=1.0, causal=True, alpha=0.5):
+    """The definition, query by query."""
+    heads_q, length, many = q.shape[1], q.shape[2], k.shape[2]
+    k, v = (t.repeat_interleave(heads_q // k.shape[1], 1) for t in (k, v))
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in (q.shape[0], heads_q, length))).tolist():
+        at = i + many - length
+        seen = list(range(max(at + 1, 0))) if causal else list(range(many))
+        if not seen:
+            continue
+        s = k[b, h, seen] @ q[b, h, i] / math.sqrt(q.shape[3])
+        if bias is not None:
+            s = s + torch.stack([bias[h, at - j] if 0 <= at - j < bias.shape[1] else s.new_zeros(()) for j in seen])
+        u = s.softmax(0) if weights == "softmax" else diffmax.diffmax_bisect(s, alpha) if weights == "diffmax" else s
+        out[b, h, i] = (u - theta[b, h, i]).clamp_min(0).pow(power) @ v[b, h, seen]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("weights", "power"), [("scores", 1.0), ("scores", 1.5), ("softmax", 2.0), ("diffmax", 1.0)])
+def test_follows_its_definition(backend, causal, weights, power):
+    for length, many in ((6, 6), (2, 7), (5, 3)):
+        q, k, v = heads(2, 4, length, 4), heads(2, 2, many, 4), heads(2, 2, many, 3)
+        theta, bias = torch.rand(2, 4, length).double() * 0.3 - 0.1, heads(4, 4)
+        options = {"weights": weights, "power": power, "is_causal": causal, "bias": bias, "alpha": 0.5}
+        out = diffmax.threshold_attention(q, k, v, theta, backend=backend, **options)
+        torch.testing.assert_close(out, naive(q, k, v, theta, bias, weights, power, causal))
+
+
+@pytest.mark.parametrize("weights", ["scores", "softmax", "diffmax"])
+def test_gradients_are_right_to_second_order(weights):
+    given = [heads(1, 2, 3, 2, grad=True), heads(1, 1, 4, 2, grad=True), heads(1, 1, 4, 2, grad=True)]
+    given += [(torch.rand(1, 2, 3) * 0.1).double().requires_grad_(), heads(2, 3, grad=True)]
+
+    def run(q, k, v, theta, bias):
+        options = {"weights": weights, "power": 3.0, "bias": bias, "alpha": 0.5, "return_mass": True, "backend": "cpu"}
+        return diffmax.threshold_attention(q, k, v, theta, **options)
+
+    assert torch.autograd.gradcheck(run, given)
+    assert torch.autograd.gradgradcheck(run, given)
+
+
+def test_a_learned_number_of_heads_gets_its_gradient():
+    q, k, v = (heads(2, 3, 5, 4) for _ in range(3))
+    for shape in ((), (3,), (3, 1), (1, 5), (2, 1, 5)):
+        theta = torch.full(shape, 0.1).double().requires_grad_()
+        assert torch.autograd.gradcheck(lambda t: diffmax.threshold_attention(q, k, v, t, power=2.0), theta)
+
+
+def test_transforms():
+    q, k, v = (heads(3, 1, 2, 5, 4) for _ in range(3))
+    theta = torch.rand(3, 2, 5).double() * 0.1
+
+    def run(q, k, v, theta):
+        return diffmax.threshold_attention(q, k, v, theta, power=2.0)
+
+    each = torch.stack([run(*rows) for rows in zip(q, k, v, theta, strict=True)])
+    torch.testing.assert_close(torch.vmap(run)(q, k, v, theta), each)
+    slopes = torch.func.vmap(torch.func.grad(lambda *given: run(*given).square().sum()))(q, k, v, theta)
+    leaf = q.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(sum(run(*rows).square().sum() for rows in zip(leaf, k, v, theta, strict=True)), leaf)
+    torch.testing.assert_close(slopes, wanted)
+    _, tangent = torch.func.jvp(lambda t: run(t, k[0], v[0], theta[0]), (q[0],), (torch.ones_like(q[0]),))
+    step = 1e-6 * torch.ones_like(q[0])
+    near = (run(q[0] + step, k[0], v[0], theta[0]) - run(q[0] - step, k[0], v[0], theta[0])) / 2e-6
+    torch.testing.assert_close(tangent, near, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_sequences_are_sequences():
+    q, k, v = heads(8, 4, 4, grad=True), heads(10, 2, 4, grad=True), heads(10, 2, 3, grad=True)
+    ends_q, ends_k = torch.tensor([0, 4, 4, 8]).int(), torch.tensor([0, 6, 7, 10]).int()
+    theta = (torch.rand(4, 8).double() * 0.1).requires_grad_()
+    grads = []
+    for backend in ("reference", "cpu"):
+        out = diffmax.threshold_attention_varlen(
+            q, k, v, theta, ends_q, ends_k, 5, 6, weights="softmax", bias=torch.ones(4, 3).double(), backend=backend
+        )
+        one = diffmax.threshold_attention(
+            *(t[None].transpose(1, 2) for t in (q[4:8], k[7:10], v[7:10])), theta[:, 4:8], weights="softmax",
+            bias=torch.ones(4, 3).double(),
+        )  # fmt: skip
+        torch.testing.assert_close(out[4:8], one[0].transpose(0, 1))
+        grads.append(torch.autograd.grad(out.square().sum(), (q, k, v, theta)))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# the members of the family
+
+
+def test_the_root_is_diffmax_attention():
+    q, k, v = (heads(2, 3, 20, 8) for _ in range(3))
+    wanted, stats = diffmax.attention(q, k, v, is_causal=True, alpha=0.5, return_stats=True, backend="cpu")
+    scale = 1 / math.sqrt(8)
+    found, mass = diffmax.threshold_attention(q, k, v, 0.5 * stats.tau, power=2, scale=0.5 * scale, return_mass=True)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
+def test_zero_under_diffmax_is_diffmax_and_under_softmax_is_softmax():
+    q, k, v = (heads(2, 3, 20, 8) for _ in range(3))
+    found = diffmax.threshold_attention(q, k, v, 0.0, weights="diffmax", alpha=0.7)
+    torch.testing.assert_close(found, diffmax.attention(q, k, v, is_causal=True, alpha=0.7, backend="cpu"))
+    found = diffmax.threshold_attention(q, k, v, 0.0, weights="softmax")
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_an_even_power_of_both_signs_is_power_attention(degree):
+    q, k, v = (heads(2, 3, 20, 8) for _ in range(3))
+    parts = [diffmax.threshold_attention(s * q, k, v, 0.0, power=degree, return_mass=True) for s in (1, -1)]
+    found = (parts[0][0] + parts[1][0]) / (parts[0][1] + parts[1][1]).unsqueeze(3)
+    torch.testing.assert_close(found, diffmax.power_attention(q, k, v, degree=degree, backend="cpu"))
+    q, k = q.abs(), k.abs()  # no product is negative: one part is all
+    found = diffmax.threshold_attention(q, k, v, 0.0, power=degree, normalize=True)
+    torch.testing.assert_close(found, diffmax.power_attention(q, k, v, degree=degree, backend="cpu"))
+
+
+def test_rectified_scores():
+    q, k, v = (heads(2, 3, 20, 8) for _ in range(3))
+    wanted = (q @ k.mT / math.sqrt(8)).relu().tril() @ v
+    torch.testing.assert_close(diffmax.threshold_attention(q, k, v, 0.0), wanted)
+
+
+def published_lazy(q, k, v, bias, tau):
+    length = q.shape[2]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    added = bias[:, distance.clamp(0, bias.shape[1] - 1)].masked_fill((distance < 0) | (distance >= bias.shape[1]), 0.0)
+    s = (q @ k.mT / math.sqrt(q.shape[3]) + added).masked_fill(distance < 0, -torch.inf)
+    rows = torch.arange(1, length + 1).double()[:, None]
+    return (s.softmax(3) + tau.view(-1, 1, 1) / rows).relu().tril() @ v
+
+
+def test_softmax_and_a_threshold_by_row_is_lazy_attention():
+    q, k, v, bias = heads(2, 3, 20, 8), heads(2, 3, 20, 8), heads(2, 3, 20, 8), heads(3, 6)
+    tau = torch.tensor([-1.0, -0.5, 0.3]).double()
+    wanted = published_lazy(q, k, v, bias, tau)
+    torch.testing.assert_close(diffmax.lazy_attention(q, k, v, bias, tau, 6, first_row="published"), wanted)
+    theta = -tau.view(3, 1) / torch.arange(1, 21)
+    torch.testing.assert_close(diffmax.threshold_attention(q, k, v, theta, weights="softmax", bias=bias), wanted)
+
+
+def test_an_analytic_threshold_is_threshold_differential_attention():
+    q1, q2, k1, k2, v = (heads(2, 3, 20, 8) for _ in range(5))
+    beta, share = torch.tensor([0.1, 0.3, 0.5]).double().requires_grad_(), torch.tensor(0.4).double().requires_grad_()
+    rows = torch.arange(1, 21).double()
+    theta = beta.view(3, 1, 1) * (2 * (rows + 1).log() / 8).sqrt().view(20, 1)
+    maps = [(normalize(q, dim=-1) @ normalize(k, dim=-1).mT - theta).relu().square().tril() for q, k in ((q1, k1), (q2, k2))]
+    wanted = (maps[0] - share * maps[1]) @ v
+    found = diffmax.threshold_differential_attention(q1, q2, k1, k2, v, beta, share)
+    torch.testing.assert_close(found, wanted)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), (beta, share)) for out in (found, wanted))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(diffmax.threshold_rectified_attention(q1, k1, v, beta), maps[0] @ v)
+
+
+# what is hidden, empty, or not a number
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("weights", ["scores", "softmax", "diffmax"])
+def test_a_hidden_key_has_no_weight_below_any_threshold(backend, weights):
+    q, k, v = (heads(2, 2, 9, 4, grad=True) for _ in range(3))
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    mask[0, :, 4] = False
+    out, mass = diffmax.threshold_attention(q, k, v, -1.0, weights=weights, attn_mask=mask, return_mass=True, backend=backend)
+    assert not out[0, :, 4].any()
+    assert not mass[0, :, 4].any()
+    grads = torch.autograd.grad(out[:, :, :5].sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+    assert not grads[2][:, :, 5:].any()
+    assert not grads[1][:, :, 5:].any()
+
+
+def test_empty_calls_and_one_token():
+    for shape in ((0, 2, 5, 8), (1, 2, 0, 8), (1, 0, 5, 8), (1, 2, 1, 8)):
+        x = heads(*shape, grad=True)
+        for backend in ("reference", "cpu"):
+            out = diffmax.threshold_attention(x, x, x, 0.1, weights="softmax", backend=backend)
+            assert torch.autograd.grad(out.sum(), x)[0].shape == shape
+    assert not diffmax.threshold_attention(heads(1, 2, 3, 4), heads(1, 2, 0, 4), heads(1, 2, 0, 4), 0.1).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_nan_spoils_its_query(backend):
+    q, k, v = (heads(1, 1, 6, 4) for _ in range(3))
+    q[0, 0, 3, 0] = torch.nan
+    out = diffmax.threshold_attention(q, k, v, 0.1, backend=backend)
+    assert out.isnan().any(3).flatten().tolist() == [False, False, False, True, False, False]
+
+
+def test_many_keys_take_several_blocks():
+    q, k, v = heads(1, 4, 300, 8, grad=True), heads(1, 2, 300, 8, grad=True), heads(1, 2, 300, 8, grad=True)
+    bias = heads(4, 150, grad=True)
+    both = []
+    for backend in ("reference", "cpu"):
+        out = diffmax.threshold_attention(q, k, v, 0.02, weights="softmax", bias=bias, backend=backend)
+        both.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiles():
+    x = torch.randn(1, 2, 20, 8)
+    compiled = torch.compile(
+        lambda x: diffmax.lazy_attention(x, x, x, torch.zeros(2, 4), -0.5), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x), diffmax.lazy_attention(x, x, x, torch.zeros(2, 4), -0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"weights": "sigmoid"}, "weights must be one of scores, softmax, diffmax, got 'sigmoid'"),
+        ({"power": 0}, "power must be positive and finite, got 0"),
+        ({"threshold": torch.zeros(6)}, r"threshold must be a float, or have shape .*got \(6,\)\nfor one per query"),
+        ({"bias": torch.zeros(3, 4)}, r"bias must have a number per head and distance, .* H = 2, got \(3, 4\)"),
+        ({"attn_mask": torch.zeros(6, 6)}, "attn_mask must be boolean"),
+        ({"is_causal": 1}, "is_causal must be True or False, got 1"),
+        ({"backend": "numba"}, "numba: does not provide threshold_attention"),
+    ],
+)
+def test_says_what_is_wrong(options, says):
+    x = torch.randn(1, 2, 6, 4)
+    with pytest.raises((TypeError, ValueError, NoBackendError), match=says):
+        diffmax.threshold_attention(x, x, x, **{"threshold": 0.1, **options})
