@@ -7,7 +7,7 @@ import diffmax
 from diffmax.testing.threshold import checks
 from diffmax.testing.threshold_conformance import ThresholdConformance
 
-pytestmark = pytest.mark.sampled(9)
+pytestmark = pytest.mark.sampled(17)
 
 
 class TestCpu(ThresholdConformance):
@@ -22,6 +22,7 @@ class TestReference(ThresholdConformance):
 
 
 @pytest.mark.parametrize("what", ["query", "key", "value", "theta", "bias"])
+@pytest.mark.slow
 def test_the_kit_notices_a_wrong_gradient(monkeypatch, what):
     from diffmax.kernels.cpu import threshold
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize as normalized
 
 from diffmax.operators.attention.checks import _check_floating, check_heads, check_mask, check_tensors
+from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import _shape, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.threshold.api import threshold_attention
@@ -103,6 +104,11 @@ def lazy_attention(
         tensor([1.])
     """
     name = "diffmax.lazy_attention"
+    if is_captured(query, key, value, bias, tau, attn_mask):
+        return captured(  # type: ignore[no-any-return]
+            lazy_attention, query, key, value, bias, tau, window_size, weights=weights, alpha=alpha, scale=scale,
+            is_causal=is_causal, attn_mask=attn_mask, first_row=first_row, return_mass=return_mass, backend=backend,
+        )  # fmt: skip
     if first_row not in FIRST_ROWS:
         raise ValueError(f"{name}: first_row must be one of {', '.join(FIRST_ROWS)}, got {first_row!r}")
     if weights not in ("softmax", "diffmax"):
