@@ -19,6 +19,7 @@ from diffmax.plugin import FEATURES, OPERATOR_FEATURES, Backend, Kernel
 from diffmax.testing.attention import checks as attention_checks
 from diffmax.testing.decoding import checks as decoding_checks
 from diffmax.testing.power import checks as power_checks
+from diffmax.testing.threshold import checks as threshold_checks
 
 ROOT = Path(__file__).parents[1]
 
@@ -513,6 +514,7 @@ def test_what_an_operator_can_claim_is_reached_by_its_kit():
         "attention": set().union(*(case.features() for case in attention_checks.CASES.values())),
         "attention_kvcache": set().union(*(case.features() for case in decoding_checks.CASES.values())),
         "power_attention": set().union(*(case.features() for case in power_checks.CASES.values())),
+        "threshold_attention": set().union(*(case.features() for case in threshold_checks.CASES.values())),
     }
     for operator, features in OPERATOR_FEATURES.items():
         reached = by_name | cases.get(operator.removesuffix("_backward"), set())

@@ -107,8 +107,15 @@ def test_masks_of_every_shape():
     wanted = attend(x, seen[:, None])
     torch.testing.assert_close(attend(x, seen), wanted)
     torch.testing.assert_close(attend(x, seen[:, 0]), wanted)
-    torch.testing.assert_close(attend(x, seen[0]), attend(x))
+    torch.testing.assert_close(attend(x, seen[:1]), attend(x))
     assert not attend(x, torch.zeros(2, 5, 5)).any()
+    square, padding = torch.randn(5, 5, 32), torch.ones(5, 5)  # as many sequences as tokens: still one row for each sequence
+    padding[2, 3:] = 0
+    torch.testing.assert_close(attend(square, padding)[2, :3], attend(square[2:3, :3])[0])
+    with pytest.raises(ValueError, match=r"of two dimensions must be \(B, S\) = \(2, 5\), got \(5, 5\)\nfor one of queries"):
+        attend(x, seen[0])
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        attend(x, [1])
 
 
 def test_published_names():

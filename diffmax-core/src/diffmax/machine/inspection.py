@@ -40,8 +40,14 @@ class KernelTable(tuple[KernelRecord, ...]):
             row, reason = _summary([record for record in self if record.backend == name])
             rows.append(row)
             reasons.append(reason)
-        table = format_table(rows).splitlines()
-        return "\n".join(_with_reason(line, reason) for line, reason in zip(table, reasons, strict=True))
+        begins = format_table([(*row[:-1], "|") for row in rows]).splitlines()
+        room = _WIDTH - begins[0].index("|")
+        lines = []
+        for begin, (*_, operators), reason in zip(begins, rows, reasons, strict=True):
+            first, *more = wrapped(operators, width=room) or [""]
+            line = (begin[:-1] + first).rstrip()
+            lines.append(_with_reason("\n".join([line, *(" " * (_WIDTH - room) + rest for rest in more)]), reason))
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return format_table([_HEADER, *map(astuple, self)])
@@ -83,7 +89,7 @@ def _summary(records: Sequence[KernelRecord]) -> tuple[tuple[str, str, str, str]
 def _with_reason(line: str, reason: str) -> str:
     """The row with the reason next to it, or below it if it is too long."""
     beside = f"{line}  {reason}".rstrip()
-    return beside if len(beside) <= _WIDTH else "\n".join([line, *wrapped(reason, indent="    ")])
+    return beside if len(beside.splitlines()[-1]) <= _WIDTH else "\n".join([line, *wrapped(reason, indent="    ")])
 
 
 def wrapped(text: str, indent: str = "", width: int = _WIDTH) -> list[str]:

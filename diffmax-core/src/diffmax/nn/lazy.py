@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.nn.power import _check_rope, _check_sizes, _rotated
+from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_tensor, is_whole
 from diffmax.operators.threshold.members import lazy_attention
 
@@ -108,8 +109,8 @@ class LazyAttention(nn.Module):
 
         Args:
             x: (B, L, dim).
-            mask: Where a key is seen, 1 or True, else 0 or False: (B, S) for padding, (L, S), (B, L, S), or what broadcasts to
-                (B, H, L, S); S counts the past. A token that sees nothing has 0 before `o_proj`.
+            mask: Where a key is seen, 1 or True, else 0 or False: (B, S) for padding, (B, L, S) or (1, L, S), or what
+                broadcasts to (B, H, L, S); S counts the past. A token that sees nothing has 0 before `o_proj`.
             past: Keys, rotated, and values (B, H_kv, P, D) of the tokens before, which another call returned.
             return_past: Whether to return those after the last token too.
         Returns:
@@ -117,11 +118,13 @@ class LazyAttention(nn.Module):
         Raises:
             TypeError, ValueError: Shapes do not match.
         """
+        if is_captured(x, mask):
+            return captured(self, x, mask, past=past, return_past=return_past)  # type: ignore[no-any-return]
         check_tensor(_NAME, "x", x)
         if x.ndim != 3 or x.shape[2] != self.dim:
             raise ValueError(f"{_NAME}: x must have shape (B, L, {self.dim}), got {tuple(x.shape)}")
         start = 0 if past is None else past[0].shape[2]
-        query, key, value = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (self._heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope_base is not None:
             query, key = _rotated(query, start, self.rope_base), _rotated(key, start, self.rope_base)
         if past is not None:
@@ -134,16 +137,21 @@ class LazyAttention(nn.Module):
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return (result, (key, value)) if return_past else result
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.reshape(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
+    def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        projected: Tensor = projection(x)
+        return projected.view(*x.shape[:2], projection.out_features // self.head_dim, self.head_dim).transpose(1, 2)
 
     def _seen(self, mask: Tensor, x: Tensor, many: int) -> Tensor:
         """The mask as boolean (B or 1, H or 1, L or 1, S)."""
-        batch, length = x.shape[:2]
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{_NAME}: mask must be a tensor, got {type(mask).__name__}")
+        if mask.ndim == 2 and tuple(mask.shape) != (x.shape[0], many):
+            raise ValueError(
+                f"{_NAME}: a mask of two dimensions must be (B, S) = {(x.shape[0], many)}, got {tuple(mask.shape)}\n"
+                "for one of queries and keys, pass mask.unsqueeze(0)"
+            )
         seen = mask.bool()
-        if seen.ndim == 2 and tuple(seen.shape) == (batch, many) and (batch, many) != (length, many):
-            return seen.view(batch, 1, 1, many)
-        return seen.unsqueeze(1) if seen.ndim == 3 else seen
+        return seen[:, None, None] if seen.ndim == 2 else seen.unsqueeze(1) if seen.ndim == 3 else seen
 
     def extra_repr(self) -> str:
         """What `print` shows."""
