@@ -1,4 +1,7 @@
-"""Train a small transformer from scratch with softmax, a fixed alpha, and an alpha that each head learns. Real data, minutes.
+"""Train a small transformer from scratch with weights of several kinds. Real data, minutes.
+
+The weights are softmax, diffmax with a fixed alpha and with one that each head learns, the difference of two maps of either
+(differential attention), and lazy attention.
 
 Two tasks: handwritten digits (scikit-learn), read as 16 patches, and the weekly CO2 of Mauna Loa (statsmodels), whose next
 value is told from 48 weeks. Each setting is trained with several seeds. What is done is kept in the output's JSON file, so
@@ -8,6 +11,7 @@ that a run that was stopped goes on where it was.
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -15,10 +19,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffmax import DiffmaxBisectModule, HillMap, plot
-from diffmax.nn import param_groups
+from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect, lazy_attention, plot
+from diffmax.nn import DiffAttention, LazyAttention, param_groups
 
-SETTINGS = ("softmax", "alpha 0.85", "alpha 0.5", "learned")
+SETTINGS = ("softmax", "alpha 0.85", "alpha 0.5", "learned", "difference, softmax", "difference, alpha 0.5", "lazy")
 SEEDS = (0, 1, 2)
 LAYERS, HEADS, WIDTH = 2, 4, 32
 START = 0.7  # of a learned alpha; HillMap(c=0.9) keeps it in (0.1, 1)
@@ -44,12 +48,49 @@ class Attention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
 
+class Difference(DiffAttention):
+    """Differential attention of half as many heads, each of two maps, that keeps its weights when it is evaluated."""
+
+    def __init__(self, setting: str, depth: int) -> None:
+        alpha = None if setting.endswith("softmax") else float(setting.rpartition(" ")[2])
+        super().__init__(WIDTH, HEADS // 2, depth=depth, weights="softmax" if alpha is None else "diffmax", alpha=alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            q, k, _ = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            scores = q @ k.mT * q.shape[-1] ** -0.5
+            maps = scores.softmax(-1) if self.weights == "softmax" else diffmax_bisect(scores, self.current_alpha)
+            self.last = maps[:, 0::2] - self.current_lambda * maps[:, 1::2]
+        return super().forward(x)
+
+
+class Lazy(LazyAttention):
+    """Lazy attention among all tokens, without rotary positions, that keeps its weights when it is evaluated."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(WIDTH, HEADS, window_size=tokens, rope_base=None, is_causal=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            q, k = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+            of_each = torch.eye(x.shape[1]).expand(*k.shape[:2], -1, -1)  # with such values the output is the weights
+            self.last = lazy_attention(q, k, of_each, self.attention_biases, self.tau, is_causal=False)
+        return super().forward(x)
+
+
+def attention_of(setting: str, depth: int, tokens: int) -> nn.Module:
+    """The attention of a layer."""
+    if setting == "lazy":
+        return Lazy(tokens)
+    return Difference(setting, depth) if setting.startswith("difference") else Attention(setting)
+
+
 class Block(nn.Module):
     """A layer with the norms before its two parts."""
 
-    def __init__(self, setting: str) -> None:
+    def __init__(self, setting: str, depth: int, tokens: int) -> None:
         super().__init__()
-        self.attention = Attention(setting)
+        self.attention = attention_of(setting, depth, tokens)
         self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
@@ -64,7 +105,7 @@ class Transformer(nn.Module):
     def __init__(self, setting: str, tokens: int, features: int, outputs: int) -> None:
         super().__init__()
         self.embed, self.position = nn.Linear(features, WIDTH), nn.Parameter(0.02 * torch.randn(tokens, WIDTH))
-        self.blocks = nn.Sequential(*(Block(setting) for _ in range(LAYERS)))
+        self.blocks = nn.Sequential(*(Block(setting, depth, tokens) for depth in range(LAYERS)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +113,7 @@ class Transformer(nn.Module):
 
     def alphas(self) -> list[float]:
         """Of each head that learns one, layer by layer."""
-        modules = [block.attention.weights for block in self.blocks]
+        modules = [getattr(block.attention, "weights", None) for block in self.blocks]
         return [a for m in modules if getattr(m, "alpha_map", None) for a in m.current_alpha.flatten().tolist()]
 
 
@@ -107,7 +148,7 @@ def train(task: str, setting: str, seed: int, epochs: int, bar: tqdm) -> dict:
     model = Transformer(setting, x.shape[1], x.shape[2], 10 if classify else 1)
     optimizer = torch.optim.AdamW(param_groups(model, lr=3e-3, alpha_lr=3e-2, decay_biases_and_norms=True))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    history = [model.alphas()]
+    history, start = [model.alphas()], time.process_time()
     for _ in range(epochs):
         for batch in torch.randperm(split).split(64):
             output = model(x[batch])
@@ -118,12 +159,13 @@ def train(task: str, setting: str, seed: int, epochs: int, bar: tqdm) -> dict:
         schedule.step()
         history.append(model.alphas())
         bar.update()
+    seconds = time.process_time() - start
     with torch.no_grad():
         output = model.eval()(x[split:])
     right = (output.argmax(1) == y[split:]).float().mean() if classify else (output[:, 0] - y[split:]).square().mean().sqrt()
     support = [(block.attention.last > 0).sum(-1).float().mean((0, 2)).tolist() for block in model.blocks]
     zeros = torch.stack([(block.attention.last == 0).float().mean() for block in model.blocks]).mean()
-    return {"score": right.item(), "zeros": zeros.item(), "alphas": history, "support": support}
+    return {"score": right.item(), "zeros": zeros.item(), "seconds": seconds, "alphas": history, "support": support}
 
 
 def print_table(runs: dict[str, dict], seeds: tuple[int, ...]) -> None:
@@ -136,8 +178,13 @@ def print_table(runs: dict[str, dict], seeds: tuple[int, ...]) -> None:
             spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
             zeros = statistics.mean(run["zeros"] for run in of_seeds)
             difference = statistics.mean(a - b for a, b in zip(scores, baseline, strict=True))
-            line = f"  {setting:10} {statistics.mean(scores):.4f} +- {spread:.4f} ({difference:+.4f} against softmax)"
-            print(f"{line}   {100 * zeros:5.1f} % exact zeros")
+            line = f"  {setting:22} {statistics.mean(scores):.4f} +- {spread:.4f} ({difference:+.4f} against softmax"
+            if len(scores) > 1:  # paired by seeds, against twice the standard error
+                noise = statistics.stdev(a - b for a, b in zip(scores, baseline, strict=True)) / len(scores) ** 0.5
+                line += ", noise" if abs(difference) <= 2 * noise else ", more than noise"
+            line += ")"
+            seconds = statistics.mean(run["seconds"] for run in of_seeds)
+            print(f"{line}   {100 * zeros:5.1f} % exact zeros   {seconds:.0f} s")
         for seed in seeds:
             final = runs[f"{task}/learned/{seed}"]["alphas"][-1]
             print(f"  alpha of each head, seed {seed}: {' '.join(f'{alpha:.2f}' for alpha in final)}")

@@ -36,7 +36,7 @@ def test_training_runs_and_goes_on_where_it_was_stopped(tmp_path):
     first = run("train_alpha", "--quick", "--output", output)
     assert first.returncode == 0, first.stderr
     result = json.loads(output.with_suffix(".json").read_text())
-    assert len(result["runs"]) == 2 * 4
+    assert len(result["runs"]) == 2 * 7
     assert "alpha of each head, seed 0:" in first.stdout
     assert output.with_suffix(".png").stat().st_size > 5_000
     kept = result["runs"].copy()
