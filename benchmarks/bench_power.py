@@ -1,6 +1,7 @@
 """Power attention on the CPU against torch's attention and retention's reference: training and decoding, by length.
 
     python -m benchmarks.bench_power               # 1k to 64k tokens, on one thread; about 8 minutes
+    python -m benchmarks.bench_power --only decode
     python -m benchmarks.bench_power --quick
     python -m benchmarks.bench_power --draw RESULT.json
 
@@ -57,17 +58,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--plot", type=Path, help="where the plot goes (default: docs/images/power_attention.svg; quick: nowhere)"
     )
-    parser.add_argument(
-        "--crossover", action="store_true", help="the forward of heads of 32 and degree 2 alone, without a plot"
-    )
+    parser.add_argument("--only", choices=("forward", "both", "decode"), help="these cells alone, without a plot")
     options = parser.parse_args(arguments)
     if options.draw:
         draw(json.loads(options.draw.read_text()), options.plot or PLOT)
         return
-    chosen = cells(options.quick)
-    if options.crossover:
-        chosen = [case for case in chosen if (case["operation"], case["size"], case["degree"]) == ("forward", 32, 2)]
-    plot = options.plot or (None if options.quick or options.crossover else PLOT)
+    chosen = [case for case in cells(options.quick) if options.only in (None, case["operation"])]
+    plot = options.plot or (None if options.quick or options.only else PLOT)
 
     def found() -> Row:
         with harness.threads(1):
