@@ -118,6 +118,21 @@ def test_masks_of_every_shape():
         attend(x, [1])
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"dim": 30}, ValueError, "dim must be a multiple of num_heads, got 30 and 4\ntake another number of heads$"),
+        ({"weights": "hard"}, ValueError, "weights must be one of softmax, diffmax, got 'hard'"),
+        ({"first_row": "no"}, ValueError, "first_row must be one of kept, published, got 'no'"),
+        ({"alpha": 2.0}, ValueError, "alpha must lie strictly between 0 and 1, got 2.0"),
+        ({"window_size": -1}, ValueError, "window_size must be an int that is not negative, got -1"),
+    ],
+)
+def test_construction_says_what_is_wrong(options, kind, message):
+    with pytest.raises(kind, match=f"^LazyAttention: {message}"):
+        LazyAttention(**{"dim": 32, "num_heads": 4, **options})
+
+
 def test_published_names():
     q, k, v = (t.float() for t in qkv(kv_heads=4))
     bias, tau = torch.randn(4, 7), torch.full((4,), -0.5)

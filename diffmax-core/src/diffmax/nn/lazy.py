@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffmax.nn.power import _check_rope, _check_sizes, _rotated
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_tensor, is_whole
+from diffmax.operators.common.checks import check_tensor, is_whole, one_minus_alpha
 from diffmax.operators.threshold.members import lazy_attention
 
 _NAME = "LazyAttention"
@@ -61,7 +61,14 @@ class LazyAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = _check_sizes(dim, num_heads, num_kv_heads, None, name=_NAME)
+        self.head_dim = _check_sizes(dim, num_heads, num_kv_heads, None, name=_NAME, of="dim")
+        for what, given, known in (
+            ("weights", weights, ("softmax", "diffmax")),
+            ("first_row", first_row, ("kept", "published")),
+        ):
+            if given not in known:
+                raise ValueError(f"{_NAME}: {what} must be one of {', '.join(known)}, got {given!r}")
+        one_minus_alpha(_NAME, torch.empty(1, device="cpu"), alpha, 0)
         if not is_whole(window_size) or window_size < 0:
             raise ValueError(f"{_NAME}: window_size must be an int that is not negative, got {window_size!r}")
         self.rope_base = _check_rope(rope_base, self.head_dim, name=_NAME)

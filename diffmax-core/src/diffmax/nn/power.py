@@ -264,9 +264,9 @@ def _rotated(t: Tensor, start: int, base: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], 3).to(t.dtype)
 
 
-def _check_sizes(embed_dim: Any, heads: Any, kv_heads: Any, head_dim: Any, name: str = _NAME) -> int:
-    """Check the sizes; return D."""
-    given = {"embed_dim": embed_dim, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+def _check_sizes(embed_dim: Any, heads: Any, kv_heads: Any, head_dim: Any, name: str = _NAME, of: str = "embed_dim") -> int:
+    """Check the sizes; return D. of: the name of the first, without which a module has no head_dim."""
+    given = {of: embed_dim, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
     for what, number in given.items():
         if what == "head_dim" and number is None:
             continue
@@ -276,8 +276,8 @@ def _check_sizes(embed_dim: Any, heads: Any, kv_heads: Any, head_dim: Any, name:
             raise ValueError(f"{name}: {what} must be at least 1, got {number}")
     if head_dim is None and embed_dim % heads:
         raise ValueError(
-            f"{name}: embed_dim must be a multiple of num_heads, got {embed_dim} and {heads}\n"
-            "take another number of heads, or pass head_dim"
+            f"{name}: {of} must be a multiple of num_heads, got {embed_dim} and {heads}\n"
+            f"take another number of heads{', or pass head_dim' if of == 'embed_dim' else ''}"
         )
     if heads % kv_heads:
         raise ValueError(f"{name}: num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}")
