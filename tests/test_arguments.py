@@ -403,14 +403,19 @@ def check_power_form(**options):
     group = {} if "r" not in options and "w" not in options else {"r": H // KV, "w": 1}
     options = {name: value for name, value in options.items() if name not in ("r", "w")}
     options.pop("norm", None)
+    two = options.pop("use_log2", False)
+    if two:
+        given[3] = given[3] / math.log(2)
+    options["use_log2"] = two
     found = power_attention.attention(*given, 4, **group, norm=True, **options)
     close(found.transpose(1, 2) if first else found, expected)
     sums, of_weights, rowmax = power_attention.attention(*given, 4, **group, **options)
     if first:
         sums, of_weights = sums.transpose(1, 2), of_weights.transpose(1, 2)
     close(sums / of_weights.unsqueeze(-1), expected)
-    other = power_attention.attention(*given, 4, **{**options, "use_log2": not options.get("use_log2", False)})[2]
-    close(rowmax * (math.log(2) if options.get("use_log2") else 1 / math.log(2)), other)
+    given[3] = given[3] * (math.log(2) if two else 1 / math.log(2))
+    other = power_attention.attention(*given, 4, **{**options, "use_log2": not two})[2]
+    close(rowmax * (math.log(2) if two else 1 / math.log(2)), other)
 
 
 def check_power_parts():
@@ -533,7 +538,9 @@ def test_the_page_has_every_argument_of_the_libraries():
 
     assert {name for where, name in rows() if where == R} == {"dim", "dtype"}
     assert listed[E] == arguments(entmax)
-    assert listed[A] == arguments(adasplash, entmax_attention)
+    lazy = (adasplash.LazyAttention, adasplash.lazy_attention_triton)  # docs/lazy.md has theirs
+    functions = [getattr(adasplash, name) for name in adasplash.__all__ if getattr(adasplash, name) not in lazy]
+    assert listed[A] == {p for f in (*functions, entmax_attention) for p in inspect.signature(f).parameters} - {"kwargs"}
     samples = {
         name for name in (*power_attention.__all__, *retention.__all__) if name.startswith("create") or "propert" in name
     }

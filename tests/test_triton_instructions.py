@@ -191,7 +191,7 @@ def test_written_lines_replace_those_of_their_case(tmp_path, monkeypatch):
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("after\n")
     assert "| dQ |" in page.read_text()
-    assert "old" not in page.read_text()
+    assert "\nold\n" not in page.read_text()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -84,7 +84,7 @@ class PowerOperator:
         """Settings of the kernels."""
         size = padded(max(sizes.size, sizes.values))
         tokens = min(sizes.chunk, sizes.length or sizes.many)
-        return settings.blocks(self.architecture(query.device), query.dtype, size, tokens)
+        return settings.blocks(self.architecture(query.device), query.dtype, size, tokens, sizes.degree)
 
     def power_attention(self, query: Tensor, key: Tensor, value: Tensor, call: PowerCall, keep: bool) -> PowerResults:
         """Forward kernel; arguments and results as `diffmax.reference.power.power_attention`."""

@@ -46,7 +46,7 @@ class Blocks(NamedTuple):
     dkv: Block
 
 
-def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int) -> Blocks:
+def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int, degree: int = 2) -> Blocks:
     """The settings for heads of this size, a power of two from 16: the larger of those of keys and values.
 
     Args:
@@ -54,6 +54,7 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int) -> Blo
         dtype: Of queries, keys and values.
         size: Padded size of a head.
         tokens: How many tokens a program may have, at most: those of a chunk, or all queries.
+        degree: p.
     """
     amd, wide = architecture.startswith("gfx"), dtype == torch.float32
     # four warps of 64 lanes may have 512 registers for each lane, eight have 256
@@ -74,8 +75,9 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int) -> Blo
     # twice the tokens share the parts into which a tile of a state is split
     many, warps = (128, 8) if tokens > 64 and not cdna else (64, 8 if architecture in MMA else 4)
     rounded = dtype == torch.bfloat16
-    update = Block(64, 64 if rounded or not by_registers else 32, 0, 8 if architecture in MMA else 4, 2)
-    output = Block(many, 32 if architecture in MMA else 64, 64, warps, 2)
+    tight = amd and degree > 2  # more columns lie in AMD's 64 KiB of shared memory
+    update = Block(64, 64 if (rounded and not tight) or not by_registers else 32, 0, 8 if architecture in MMA else 4, 2)
+    output = Block(many, 32 if architecture in MMA or tight else 64, 64, warps, 2)
     gradient = Block(many, 32, 32, warps, 2)
     small = replace(gradient, entries=16, others=16) if architecture in MMA else gradient
     return Blocks(update, output, gradient, small)
