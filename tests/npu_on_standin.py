@@ -22,6 +22,7 @@ from diffmax.plugin import CallSpec
 from diffmax.testing.attention.conformance import AttentionConformance
 from diffmax.testing.power.conformance import PowerConformance
 from diffmax.testing.rows.conformance import BackendConformance
+from diffmax.testing.threshold.conformance import ThresholdConformance
 from diffmax_npu import probe
 from diffmax_npu.solver import newton_steps
 
@@ -37,6 +38,11 @@ class TestAttention(AttentionConformance):
 
 
 class TestPower(PowerConformance):
+    backend = "npu"
+    device = "npu"
+
+
+class TestThreshold(ThresholdConformance):
     backend = "npu"
     device = "npu"
 
