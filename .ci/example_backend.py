@@ -31,7 +31,20 @@ def main() -> None:
     run(sys.executable, "-m", "venv", str(WORK / "venv"))
     python = WORK / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     pins = str(ROOT / "requirements.txt")
-    run(python, "-m", "pip", "install", "-q", "-c", pins, f"{core}[testing]", str(example), "hatchling", "editables")
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-compile",
+        "-c",
+        pins,
+        f"{core}[testing]",
+        str(example),
+        "hatchling",
+        "editables",
+    )
 
     # a copy without src, so that only what is installed can be imported
     shutil.copytree(EXAMPLE, outside / "diffmax-example", ignore=shutil.ignore_patterns("src", "__pycache__", ".*"))

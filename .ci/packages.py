@@ -232,6 +232,7 @@ def environment(folder: Path) -> dict[str, str]:
         "PIP_FIND_LINKS": f"{DIST.as_uri()} {kept.get('PIP_FIND_LINKS', '')}".strip(),
         "PIP_CONSTRAINT": pins.as_uri(),
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_COMPILE": "1",  # each environment imports torch a few times: compiling all of it takes longer
         "UV_FIND_LINKS": str(DIST),
         "UV_CONSTRAINT": str(pins),
     }

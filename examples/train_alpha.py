@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -179,9 +180,10 @@ def print_table(runs: dict[str, dict], seeds: tuple[int, ...]) -> None:
             zeros = statistics.mean(run["zeros"] for run in of_seeds)
             difference = statistics.mean(a - b for a, b in zip(scores, baseline, strict=True))
             line = f"  {setting:22} {statistics.mean(scores):.4f} +- {spread:.4f} ({difference:+.4f} against softmax"
-            if len(scores) > 1:  # paired by seeds, against twice the standard error
-                noise = statistics.stdev(a - b for a, b in zip(scores, baseline, strict=True)) / len(scores) ** 0.5
-                line += ", noise" if abs(difference) <= 2 * noise else ", more than noise"
+            if len(scores) > 1:  # paired by seeds: the 95 % interval of Student's t, which is wide for three seeds
+                error = statistics.stdev(a - b for a, b in zip(scores, baseline, strict=True)) / len(scores) ** 0.5
+                noise = student_t.ppf(0.975, len(scores) - 1) * error
+                line += f" +- {noise:.4f}, noise" if abs(difference) <= noise else f" +- {noise:.4f}, more than noise"
             line += ")"
             seconds = statistics.mean(run["seconds"] for run in of_seeds)
             print(f"{line}   {100 * zeros:5.1f} % exact zeros   {seconds:.0f} s")
