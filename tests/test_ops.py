@@ -50,9 +50,10 @@ def test_the_operator_runs_the_backend_that_it_is_given(backend):
     torch.autograd.grad(p.square().sum(), x)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(  # each pair of values once
+    ("compiler", "dynamic", "learned"),
+    [("aot_eager", False, True), ("aot_eager", True, False), ("inductor", False, False), ("inductor", True, True)],
+)
 def test_compiles_in_one_graph_forward_and_backward(compiler, dynamic, learned):
     torch._dynamo.reset()
 
