@@ -37,8 +37,10 @@ CASES = {
     "tail in the middle of a chunk": Case(length=21, many=50, gates=1.0, chunk=16, heads=4),
 }
 every_case = pytest.mark.parametrize("name", CASES)
-# float16's products are float32's: every third case tells. Thousands of monomials take minutes, and are told by "degree 4".
-LIGHT = [name for name in CASES if name not in ("degree 4, head size 16", "head size 32, degree 4")]
+# An interpreted program takes as long as it has monomials, not tokens: of thousands the results are enough, for "degree 4" has the
+# same kernels. Of narrow numbers every third case in float16 tells: its products are float32's.
+MANY = ("degree 4, head size 16", "head size 32, degree 4")
+LIGHT = [name for name in CASES if name not in (*MANY, "head size 64")]
 NARROW = [(name, torch.bfloat16) for name in LIGHT] + [(name, torch.float16) for name in LIGHT[::3]]
 every_narrow = pytest.mark.parametrize(("name", "dtype"), NARROW, ids=str)
 SINGLE = {
@@ -58,7 +60,7 @@ def test_results(name):
     checks.results_pass_the_gate(NAME, "cpu", CASES[name], torch.float32)
 
 
-@every_case
+@pytest.mark.parametrize("name", [name for name in CASES if name not in MANY])
 def test_gradients(name):
     checks.gradients_are_right_on_average(NAME, "cpu", CASES[name], torch.float32)
 
