@@ -36,14 +36,19 @@ def results(backend):
 def differences(got, wanted):
     pairs = zip(*([t.detach().numpy() for t in tensors] for tensors in (got, wanted)), strict=True)
     return [abs(a - b).max() for a, b in pairs]
-def right(wanted, backends=("numba", "cpu")):
+def few(backend):
+    x, (q, k, v), _ = tensors()
+    rows = diffmax.diffmax_bisect(x.requires_grad_(), 0.5, backend=backend)
+    out = diffmax.attention(q, k, v, alpha=0.5, is_causal=True, backend=backend)
+    return [rows, out, *torch.autograd.grad(rows, x, x.detach())]
+def right(wanted, backends=("numba", "cpu"), compute=results):
     for backend in backends:
-        assert max(differences(results(backend), wanted)) < 1e-4, backend
+        assert max(differences(compute(backend), wanted)) < 1e-4, backend
     return True
 """
 
 
-def run(code, tmp_path, timeout=240, arguments=(), **environment):
+def run(code, tmp_path, timeout=600, arguments=(), **environment):
     """Run a script, as a file that children can import, and fail rather than wait."""
     script = tmp_path / "script.py"
     script.write_text(WORK + code)
@@ -160,7 +165,7 @@ if __name__ == "__main__":
     wanted = results("reference")
     assert right(wanted)  # the kernels were used before
     sums = torch.stack([t.detach().double().sum() for t in wanted])
-    loader = torch.utils.data.DataLoader(Weights(), batch_size=None, num_workers=2, multiprocessing_context={method!r})
+    loader = torch.utils.data.DataLoader(Weights(), batch_size=None, num_workers=1, multiprocessing_context={method!r})
     for batch in loader:
         torch.testing.assert_close(batch, sums, atol=2e-2, rtol=1e-4)
     with multiprocessing.get_context({method!r}).Pool(2) as pool:
@@ -169,19 +174,18 @@ if __name__ == "__main__":
     run(code, tmp_path)
 
 
-@pytest.mark.parametrize("switch", ["1e-6", "0.005"])
 @pytest.mark.slow
-def test_many_threads_compile_and_call_at_once(switch, tmp_path):
+def test_many_threads_compile_and_call_at_once(tmp_path):
     """The first calls of a process come from eight threads, and nothing was compiled before."""
-    code = f"""
+    code = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-sys.setswitchinterval({switch})
+sys.setswitchinterval(1e-5)
 torch.set_num_threads(2)
-wanted = results("reference")
+wanted = few("reference")
 with ThreadPoolExecutor(8) as pool:
-    assert all(pool.map(lambda _: right(wanted, ("numba",)), range(16)))
-    assert all(pool.map(lambda i: right(wanted, (("numba", "cpu")[i % 2],)), range(8)))
+    assert all(pool.map(lambda _: right(wanted, ("numba",), few), range(16)))
+    assert all(pool.map(lambda i: right(wanted, (("numba", "cpu")[i % 2],), few), range(8)))
 """
     run(code, tmp_path, NUMBA_CACHE_DIR=str(tmp_path))
 
@@ -190,10 +194,10 @@ with ThreadPoolExecutor(8) as pool:
 def test_two_processes_fill_one_cache(tmp_path):
     (tmp_path / "cache").mkdir()
     script = tmp_path / "script.py"
-    script.write_text(WORK + "assert right(results('reference'), ('numba',))")
+    script.write_text(WORK + "assert right(few('reference'), ('numba',), few)")
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen([sys.executable, str(script)], env=environment) for _ in range(2)]
-    assert [process.wait(timeout=240) for process in started] == [0, 0]
+    assert [process.wait(timeout=600) for process in started] == [0, 0]
 
 
 @pytest.mark.slow
