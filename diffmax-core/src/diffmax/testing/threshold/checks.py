@@ -16,7 +16,7 @@ import diffmax
 from diffmax.operators.threshold.operator import BACKWARD, FORWARD
 from diffmax.plugin import ThresholdCall, ThresholdResults, ThresholdWanted
 from diffmax.testing.gate import gates
-from diffmax.testing.rows.checks import _expect, _near_on_average, _within
+from diffmax.testing.rows.checks import _expect, _near_on_average, _opcheck, _within
 
 NAMES = ("query", "key", "value", "threshold", "bias")
 
@@ -128,18 +128,15 @@ def gradients_are_right_on_average(backend: str, device: str, case: Case, dtype:
 
 def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     """torch.library.opcheck, forward and backward."""
-    tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
-        tests.append("test_autograd_registration")
     given = Case(length=8, many=8).inputs(dtype)
     query, key, value, theta = (t.to(device).requires_grad_() for t in given[:4] if t is not None)
     call = ThresholdCall(scale=0.25, theta=theta)
     flat = FORWARD.flatten(query, key, value, True, call, backend)
-    torch.library.opcheck(torch.ops.diffmax.threshold_attention.default, flat, test_utils=tuple(tests))
+    _opcheck("threshold_attention", device, flat)
     with torch.no_grad():
         found = ThresholdResults(*FORWARD(query, key, value, True, call, backend))
         plain = ThresholdCall(scale=0.25, theta=theta.detach())
         rows = (query.detach(), key.detach(), value.detach())
         grads = (torch.ones_like(found.out), torch.ones_like(found.mass))
         flat = BACKWARD.flatten(*grads, *rows, found.saved, ThresholdWanted(theta=True), plain, backend)
-    torch.library.opcheck(torch.ops.diffmax.threshold_attention_backward.default, flat, test_utils=tuple(tests))
+    _opcheck("threshold_attention_backward", device, flat)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from diffmax.errors import NoBackendError
-from diffmax.testing.rows.conformance import Kit, dtype_id, every_dtype
+from diffmax.testing.common.conformance import CaseKit, every_case_of
+from diffmax.testing.rows.conformance import every_dtype
 from diffmax.testing.threshold import checks
 
-every_case = pytest.mark.parametrize("case", checks.CASES.values(), ids=[name.replace(" ", "-") for name in checks.CASES])
+every_case = every_case_of(checks.CASES)
 
 
-class ThresholdConformance(Kit):
+class ThresholdConformance(CaseKit):
     """Tests of one backend's threshold attention on one device."""
 
     operators = ("threshold_attention", "threshold_attention_backward")
@@ -21,11 +20,7 @@ class ThresholdConformance(Kit):
     @every_case
     def test_results(self, case: checks.Case, dtype: torch.dtype) -> None:
         """Output and mass through the gate; what is not claimed is refused."""
-        if self.claims(dtype, *case.features(), backward=False):
-            checks.results_pass_the_gate(self.backend, self.device, case, dtype)
-        else:
-            with pytest.raises(NoBackendError, match=f"{self.backend}: .*(lacks|not {dtype_id(dtype)})"):
-                checks.results_pass_the_gate(self.backend, self.device, case, dtype)
+        self.passes_or_is_refused(checks.results_pass_the_gate, case, dtype)
 
     @every_dtype
     @every_case
