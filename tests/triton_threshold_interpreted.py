@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffmax.errors import NoBackendError
+from diffmax.kernels.capability import THRESHOLD
 from diffmax.plugin import ThresholdCall, ThresholdWanted
 from diffmax.testing.interpreter import harden, quicken
 from diffmax.testing.threshold import checks
@@ -161,6 +162,18 @@ def test_results_and_gradients_pass_the_kit(name, dtype):
     checks.gradients_are_right_on_average(NAME, "cpu", KIT[name], dtype)
 
 
+@pytest.mark.parametrize(
+    "check", [checks.bad_numbers_stay_where_they_belong, checks.nothing_comes_of_nothing, checks.residuals_are_exchangeable]
+)
+def test_conduct_passes_the_kit(check):
+    check(NAME, "cpu", torch.float32, THRESHOLD)
+
+
+def test_huge_and_strided_numbers_pass_the_kit():
+    checks.huge_scores(NAME, "cpu", torch.float32, THRESHOLD)
+    checks.strided_inputs(NAME, "cpu", torch.float32)
+
+
 def test_diffmax_weights_are_refused():
     with pytest.raises(NoBackendError, match=f"{NAME}: .*lacks"):
         checks.results_pass_the_gate(NAME, "cpu", checks.CASES["diffmax"], torch.float32)
@@ -240,6 +253,8 @@ def test_nan_stays_where_it_belongs(weights):
     spoilt[0, 0, 20] = True
     assert torch.equal(found.out.isnan().all(3), spoilt)
     assert torch.equal(found.mass.isnan(), spoilt)
+    assert torch.equal(gradients.query.isnan().all(3), spoilt)
+    assert torch.equal(gradients.theta.isnan(), spoilt)
     for t in (gradients.key, gradients.value):
         assert t[0, 0, 32:].isfinite().all()
         assert t[0, 1].isfinite().all()

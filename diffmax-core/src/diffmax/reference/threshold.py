@@ -135,7 +135,8 @@ class _Terms(NamedTuple):
             u, statistic = _normalized(scores, hidden, call)
         u = u.masked_fill(hidden, 0.0)
         above = u - call.theta.unsqueeze(3)
-        return cls(u, above.masked_fill((above <= 0) | hidden, 0.0), statistic)
+        rectified = above.masked_fill((above <= 0) | hidden, 0.0)
+        return cls(u, rectified * torch.where(rectified.isnan(), torch.nan, 1.0), statistic)  # NaN has a gradient of NaN
 
 
 def _normalized(scores: Tensor, hidden: Tensor, call: ThresholdCall) -> tuple[Tensor, Tensor]:
@@ -168,6 +169,8 @@ def _slopes(rectified: Tensor, power: float) -> Tensor:
     """The derivatives of the weights, 0 where there is none."""
     if power == 2:
         return 2 * rectified
+    if power == 1:
+        return torch.where(rectified > 0, 1.0, rectified.detach())  # NaN stays
     return power * _exponent(rectified, power - 1)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,3 +24,14 @@ class Check:
     def name(self) -> str:
         """What it checks, in words."""
         return (self.run.__doc__ or "").rstrip(".")
+
+
+def check_of_cases(operator: str, check: Callable[..., None], cases: Mapping[str, Any], *names: str) -> Check:
+    """A check of (backend, device, case, dtype) for these cases."""
+
+    def run(backend: str, device: str, dtype: torch.dtype) -> None:
+        for name in names:
+            check(backend, device, cases[name], dtype)
+
+    run.__doc__ = "; ".join(names).capitalize()
+    return Check(operator, run, frozenset[str]().union(*(cases[name].features() for name in names)))

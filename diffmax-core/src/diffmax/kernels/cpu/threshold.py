@@ -140,7 +140,7 @@ def _slopes(rectified: Tensor, power: float) -> Tensor:
     if power == 2:
         return 2 * rectified
     if power == 1:
-        return (rectified > 0).to(rectified.dtype)
+        return torch.where(rectified > 0, 1.0, rectified)  # NaN stays
     off = rectified == 0
     return rectified.masked_fill(off, 1.0).pow_(power - 1).mul_(power).masked_fill_(off, 0.0)
 

@@ -21,7 +21,8 @@ from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent, is_transformed
 from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
-from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.schema import Schema
+from diffmax.operators.common.wiring import beside_the_batch, enter, one_by_one
 from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
 from diffmax.reference import attention as reference_attention
 
@@ -55,8 +56,6 @@ FORWARD = Schema("attention", Arguments, AttentionResults, sizes=True)
 BACKWARD = Schema(
     "attention_backward", BackwardArguments, AttentionGradients, prefixes={"wanted": "needs_", "results": "grad_"}, sizes=True
 )
-FORWARD.define()
-BACKWARD.define()
 LEARNED = ("e_tensor", "bias", "sink")
 """Arguments that may have a gradient, besides query, key and value, in the order of `Wanted`."""
 
@@ -314,22 +313,9 @@ def _vmapped(
     """By a wider batch, if the first `tensors` of the arguments alone are batched; by none of them, one after the other."""
     dims = [dim if isinstance(given, Tensor) else None for given, dim in zip(flat, in_dims, strict=True)]
     if not tensors or any(dim is not None for dim in dims[tensors:]) or not _says_the_same(call):
-        each = [
-            operator(*(given if dim is None else given.select(dim, n) for given, dim in zip(flat, dims, strict=True)))
-            for n in range(size)
-        ]
-        results = tuple(torch.stack(entries) for entries in zip(*each, strict=True))
-        return results, (0,) * len(results)
-    wide = []
-    for t, dim in zip(flat[:tensors], dims, strict=False):
-        t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-        wide.append(t.flatten(0, 1) if t.ndim > 2 else t[0])  # of what is not there, (0,)
-    results = operator(*wide, *flat[tensors:])
-    there = [t.ndim > 1 for t in results]
-    unfolded = (
-        t.unflatten(0, (size, t.shape[0] // size)) if is_there else t for t, is_there in zip(results, there, strict=True)
-    )
-    return tuple(unfolded), tuple(0 if is_there else None for is_there in there)
+        return one_by_one(operator, size, dims, flat)
+    rest = flat[tensors:]
+    return beside_the_batch(lambda *wide: operator(*wide, *rest), size, dims[:tensors], flat[:tensors])
 
 
 def _says_the_same(call: AttentionCall) -> bool:
@@ -339,12 +325,11 @@ def _says_the_same(call: AttentionCall) -> bool:
     return alike and slopes and call.cu_seqlens_q is None and call.dropout_p == 0
 
 
-LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
-LIBRARY.impl("attention", _attention_autograd, "Autograd")
-torch.library.register_fake("diffmax::attention", _attention_fake, lib=LIBRARY)
-LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_backward", _attention_backward_autograd, "Autograd")
-torch.library.register_fake("diffmax::attention_backward", _attention_backward_fake, lib=LIBRARY)
-if hasattr(torch.library, "register_vmap"):  # torch 2.5
-    torch.library.register_vmap("diffmax::attention", _attention_vmap, lib=LIBRARY)
-    torch.library.register_vmap("diffmax::attention_backward", _attention_backward_vmap, lib=LIBRARY)
+enter(FORWARD, run=_attention, autograd=_attention_autograd, fake=_attention_fake, vmap=_attention_vmap)
+enter(
+    BACKWARD,
+    run=_attention_backward,
+    autograd=_attention_backward_autograd,
+    fake=_attention_backward_fake,
+    vmap=_attention_backward_vmap,
+)

@@ -17,7 +17,8 @@ from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent, is_transformed
 from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
-from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.schema import Schema
+from diffmax.operators.common.wiring import enter
 from diffmax.plugin import KVCacheCall, KVCacheResults
 
 
@@ -33,7 +34,6 @@ class Arguments(NamedTuple):
 
 
 SCHEMA = Schema("attention_kvcache", Arguments, KVCacheResults, mutated=("k_cache", "v_cache", "low", "high"), sizes=True)
-SCHEMA.define()
 NO_GRADIENT = (
     "diffmax.attention_with_kvcache: it has no gradient, and an argument requires one\n"
     "call it under torch.no_grad() or torch.inference_mode(), or train with diffmax.attention"
@@ -121,8 +121,10 @@ def _attention_kvcache_vmap(*_: Any) -> Any:
     )
 
 
-LIBRARY.impl("attention_kvcache", _attention_kvcache, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_kvcache", _attention_kvcache_autograd, "Autograd")
-torch.library.register_fake("diffmax::attention_kvcache", _attention_kvcache_fake, lib=LIBRARY)
-if hasattr(torch.library, "register_vmap"):  # torch 2.5
-    torch.library.register_vmap("diffmax::attention_kvcache", _attention_kvcache_vmap, lib=LIBRARY)
+enter(
+    SCHEMA,
+    run=_attention_kvcache,
+    autograd=_attention_kvcache_autograd,
+    fake=_attention_kvcache_fake,
+    vmap=_attention_kvcache_vmap,
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from diffmax.operators.attention import scores as rules
-from diffmax.operators.attention.spec import cases
+from diffmax.operators.common.heads import bound, cases
 from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
 from diffmax.operators.decoding import api, operator
 from diffmax.plugin import KVCacheCall
@@ -25,9 +24,7 @@ ALWAYS = frozenset({"kv_cache"})
 
 
 def _asks(*arguments: Any, **named: Any) -> Question:
-    bound = inspect.signature(api.attention_with_kvcache).bind(*arguments, **named)
-    bound.apply_defaults()
-    given = bound.arguments
+    given = bound(api.attention_with_kvcache, *arguments, **named)
     options = api.Options(*(given[name] for name in api.Options._fields))
     q, k_cache, v_cache, call = api.build_call(given["q"], given["k_cache"], given["v_cache"], given["k"], given["v"], options)
     return Question(

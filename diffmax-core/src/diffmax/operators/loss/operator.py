@@ -13,7 +13,8 @@ from torch import Tensor
 from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent
 from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
-from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.schema import Schema
+from diffmax.operators.common.wiring import enter
 from diffmax.operators.loss import terms as rows
 
 
@@ -68,8 +69,6 @@ class Gradients(NamedTuple):
 
 FORWARD = Schema("loss", Arguments, Results)
 BACKWARD = Schema("loss_backward", BackwardArguments, Gradients)
-FORWARD.define()
-BACKWARD.define()
 
 
 def _loss_fake(*flat: Any) -> Results:
@@ -152,9 +151,5 @@ def _loss_backward_autograd(*flat: Any) -> Any:
     return grad_x, grad_e
 
 
-LIBRARY.impl("loss", rows.loss, "CompositeExplicitAutograd")
-LIBRARY.impl("loss", _loss_autograd, "Autograd")
-torch.library.register_fake("diffmax::loss", _loss_fake, lib=LIBRARY)
-LIBRARY.impl("loss_backward", rows.loss_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("loss_backward", _loss_backward_autograd, "Autograd")
-torch.library.register_fake("diffmax::loss_backward", _loss_backward_fake, lib=LIBRARY)
+enter(FORWARD, run=rows.loss, autograd=_loss_autograd, fake=_loss_fake)
+enter(BACKWARD, run=rows.loss_backward, autograd=_loss_backward_autograd, fake=_loss_backward_fake)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffmax.operators.attention.spec import cases
-from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
+from diffmax.operators.common.heads import bound, cases_of_its_own, question
+from diffmax.operators.common.spec import Function, KernelSpec, OperatorSpec, Question, register
 from diffmax.operators.power import api, checks, cost, operator
 from diffmax.operators.power.symmetric import expanded_dim
 
@@ -24,30 +21,12 @@ FEATURES = frozenset(DESCRIBED) | {"gqa", "value_dim", "deterministic"}
 
 
 def _asks(*arguments: Any, **options: Any) -> Question:
-    bound = inspect.signature(api.power_attention).bind(*arguments, **options)
-    bound.apply_defaults()
-    given = dict(bound.arguments)
+    given = bound(api.power_attention, *arguments, **options)
     backend, final = given.pop("backend"), given.pop("return_final_state")
     query, key, value = (given[name] for name in ("query", "key", "value"))
     call = checks.build_call("explain", **given, final=final)
-    learned = [t for t in (query, key, value, call.log_gates, call.sums, call.norm) if t is not None and t.requires_grad]
-    return Question(
-        "power_attention",
-        query.device.type,
-        query.dtype,
-        backward=torch.is_grad_enabled() and bool(learned),
-        backend=backend,
-        features=operator.features(query, key, value, call),
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
-    )
-
-
-def _prepares(needed: Needed) -> Iterator[Case]:
-    """Where features of its own are named: its kernels take as long to compile as attention's, and few models have both."""
-    for case in cases("power_attention", FEATURES, needed):
-        if case.features & DESCRIBED.keys():
-            yield case
+    learned = (query, key, value, call.log_gates, call.sums, call.norm)
+    return question("power_attention", query, value, learned, operator.features(query, key, value, call), backend)
 
 
 def _flops(*flat: Any, **_: Any) -> int:
@@ -84,7 +63,7 @@ register(
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"power_attention": _flops, "power_attention_backward": _backward_flops},
-        prepares=_prepares,
+        prepares=lambda needed: cases_of_its_own("power_attention", FEATURES, DESCRIBED, needed),
         selftest="diffmax.testing.power.selftest:CHECKS",
         kit="diffmax.testing.power_conformance:PowerConformance",
     )

@@ -18,8 +18,9 @@ from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, forward_levels, has_tangent, is_transformed
 from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
-from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.schema import Schema
 from diffmax.operators.common.sharding import register_rules
+from diffmax.operators.common.wiring import enter
 
 
 class Arguments(NamedTuple):
@@ -71,8 +72,6 @@ class Gradients(NamedTuple):
 
 FORWARD = Schema("bisect", Arguments, Results)
 BACKWARD = Schema("bisect_backward", BackwardArguments, Gradients)
-FORWARD.define()
-BACKWARD.define()
 
 
 def _bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str) -> Any:
@@ -251,12 +250,7 @@ def _batched(t: Tensor | None, batch_dim: int | None, ndim: int, batch_size: int
     return t.reshape(t.shape[0], *(1,) * (ndim - t.ndim + 1), *t.shape[1:])
 
 
-LIBRARY.impl("bisect", _bisect, "CompositeExplicitAutograd")
-LIBRARY.impl("bisect", _bisect_autograd, "Autograd")
-torch.library.register_fake("diffmax::bisect", _bisect_fake, lib=LIBRARY)
-LIBRARY.impl("bisect_backward", _bisect_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("bisect_backward", _bisect_backward_autograd, "Autograd")
-torch.library.register_fake("diffmax::bisect_backward", _bisect_backward_fake, lib=LIBRARY)
-if hasattr(torch.library, "register_vmap"):  # torch 2.5
-    torch.library.register_vmap("diffmax::bisect", _bisect_vmap, lib=LIBRARY)
-    torch.library.register_vmap("diffmax::bisect_backward", _bisect_backward_vmap, lib=LIBRARY)
+enter(FORWARD, run=_bisect, autograd=_bisect_autograd, fake=_bisect_fake, vmap=_bisect_vmap)
+enter(
+    BACKWARD, run=_bisect_backward, autograd=_bisect_backward_autograd, fake=_bisect_backward_fake, vmap=_bisect_backward_vmap
+)

@@ -18,7 +18,8 @@ from torch.distributed.distributed_c10d import _get_group_size_by_name
 
 from diffmax.operators.common.autograd import differentiates
 from diffmax.operators.common.numerics import MIN_E, accumulation_dtype, alpha_weight, clamp_e, newton_steps
-from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.schema import Schema
+from diffmax.operators.common.wiring import enter
 from diffmax.operators.rows.operator import Gradients, Results
 from diffmax.reference.rows import _power
 
@@ -63,8 +64,6 @@ class BackwardArguments(NamedTuple):
 
 FORWARD = Schema("bisect_sharded", Arguments, Results)
 BACKWARD = Schema("bisect_sharded_backward", BackwardArguments, Gradients)
-FORWARD.define()
-BACKWARD.define()
 
 
 def _bisect(*flat: Any) -> Results:
@@ -306,9 +305,5 @@ def _agree(given: Arguments) -> int:
     return int(longest) * _get_group_size_by_name(group)
 
 
-LIBRARY.impl("bisect_sharded", _bisect, "CompositeExplicitAutograd")
-LIBRARY.impl("bisect_sharded", _bisect_autograd, "Autograd")
-torch.library.register_fake("diffmax::bisect_sharded", _bisect_fake, lib=LIBRARY)
-LIBRARY.impl("bisect_sharded_backward", _bisect_backward, "CompositeExplicitAutograd")
-LIBRARY.impl("bisect_sharded_backward", _bisect_backward_autograd, "Autograd")
-torch.library.register_fake("diffmax::bisect_sharded_backward", _bisect_backward_fake, lib=LIBRARY)
+enter(FORWARD, run=_bisect, autograd=_bisect_autograd, fake=_bisect_fake)
+enter(BACKWARD, run=_bisect_backward, autograd=_bisect_backward_autograd, fake=_bisect_backward_fake)

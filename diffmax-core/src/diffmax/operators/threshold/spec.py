@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from diffmax.operators.attention.spec import cases
-from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
+from diffmax.operators.common.heads import backward_flops, bound, cases_of_its_own, flops, question
+from diffmax.operators.common.spec import Function, KernelSpec, OperatorSpec, Question, register
 from diffmax.operators.threshold import api, operator
 
 DESCRIBED = {
@@ -25,46 +20,23 @@ FEATURES = frozenset(DESCRIBED) | {"gqa", "value_dim", "mask", "varlen", "determ
 
 
 def _asks(function: Callable[..., Any], build: Callable[..., Any], *arguments: Any, **options: Any) -> Question:
-    bound = inspect.signature(function).bind(*arguments, **options)
-    bound.apply_defaults()
-    given = dict(bound.arguments)
+    given = bound(function, *arguments, **options)
     backend = given.pop("backend")
     for name in ("return_mass", "normalize"):
         given.pop(name)
     query, key, value, call = build(**given)
-    learned = [t for t in (query, key, value, call.theta, call.bias) if t is not None and t.requires_grad]
-    return Question(
-        "threshold_attention",
-        query.device.type,
-        query.dtype,
-        backward=torch.is_grad_enabled() and bool(learned),
-        backend=backend,
-        features=operator.features(query, key, value, call),
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
-    )
-
-
-def _prepares(needed: Needed) -> Iterator[Case]:
-    """Where features of its own are named, as of power attention."""
-    for case in cases("threshold_attention", FEATURES, needed):
-        if case.features & DESCRIBED.keys():
-            yield case
+    learned = (query, key, value, call.theta, call.bias)
+    return question("threshold_attention", query, value, learned, operator.features(query, key, value, call), backend)
 
 
 def _flops(*flat: Any, **_: Any) -> int:
     given = operator.FORWARD.rebuild(flat)
-    return 2 * _pairs(given.query, given.key) * (given.query.shape[3] + given.value.shape[3])
+    return flops(given.query, given.key, given.value, given.call)
 
 
 def _backward_flops(*flat: Any, **_: Any) -> int:
     given = operator.BACKWARD.rebuild(flat)
-    return 2 * _pairs(given.query, given.key) * (3 * given.query.shape[3] + 2 * given.value.shape[3])
-
-
-def _pairs(query: Tensor, key: Tensor) -> int:
-    """As torch counts attention: all pairs, whatever is hidden."""
-    return math.prod(query.shape[:3]) * key.shape[2]
+    return backward_flops(given.query, given.key, given.value, given.call)
 
 
 register(
@@ -85,7 +57,7 @@ register(
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"threshold_attention": _flops, "threshold_attention_backward": _backward_flops},
-        prepares=_prepares,
+        prepares=lambda needed: cases_of_its_own("threshold_attention", FEATURES, DESCRIBED, needed),
         selftest="diffmax.testing.threshold.selftest:CHECKS",
         kit="diffmax.testing.threshold_conformance:ThresholdConformance",
     )

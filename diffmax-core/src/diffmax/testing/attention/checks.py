@@ -23,10 +23,11 @@ from diffmax.plugin import AttentionCall, Saved, Wanted
 from diffmax.reference.dropout import kept
 from diffmax.testing.attention.cases import CASES as CASES
 from diffmax.testing.attention.cases import Case as Case
+from diffmax.testing.common.checks import repeats
 from diffmax.testing.gate import Gate, gates, reordered
 from diffmax.testing.rows import checks
 from diffmax.testing.rows.cases import SPECIAL_ALPHAS, inf, nan
-from diffmax.testing.rows.checks import _expect, _grad, _near_on_average, _poisoned_memory, _within
+from diffmax.testing.rows.checks import _expect, _grad, _near_on_average, _opcheck, _within
 from diffmax.testing.rows.nasty import NASTY_ROWS
 
 # what they return depends on return_stats, which is passed among other keywords here
@@ -260,21 +261,14 @@ def is_repeatable(backend: str, device: str, dtype: torch.dtype) -> None:
         out.sum().backward()
         return [out.detach(), *map(_grad, leaves)]
 
-    first = run()
-    with _poisoned_memory():
-        poisoned = run()
-    for result in (run(), poisoned):
-        _expect(all(torch.equal(a, b) for a, b in zip(first, result, strict=True)), "results differ in their bits")
+    repeats(run)
 
 
 def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     """torch.library.opcheck: schema, gradients, shapes for tracing."""
     query, key, value = (t.to(device).requires_grad_() for t in Case(batch=1, length=5, keys=7).tensors(dtype))
-    tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
-        tests.append("test_autograd_registration")
     arguments = FORWARD.flatten(query, key, value, False, False, AttentionCall(scale=0.25, e=0.5), backend)
-    torch.library.opcheck(torch.ops.diffmax.attention.default, arguments, test_utils=tuple(tests))
+    _opcheck("attention", device, arguments)
 
 
 def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None:

@@ -17,15 +17,15 @@ import torch
 from diffmax import attention
 from diffmax.errors import NoBackendError
 from diffmax.testing.attention import checks
-from diffmax.testing.rows.conformance import DTYPES, Kit, dtype_id, every_dtype
+from diffmax.testing.common.conformance import CaseKit, every_case_of, low
+from diffmax.testing.rows.conformance import dtype_id, every_dtype
 
-every_case = pytest.mark.parametrize("case", checks.CASES.values(), ids=[name.replace(" ", "-") for name in checks.CASES])
+every_case = every_case_of(checks.CASES)
 FLOAT32_CASES = ("head size 256", "long", "dense", "sparse")
 FLOAT32_IDS = [name.replace(" ", "-") for name in FLOAT32_CASES]
-low = pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize < 8], ids=dtype_id)
 
 
-class AttentionConformance(Kit):
+class AttentionConformance(CaseKit):
     """Tests of one backend's attention on one device."""
 
     operators = ("attention", "attention_backward")
@@ -44,11 +44,7 @@ class AttentionConformance(Kit):
     @every_case
     def test_forward(self, case: checks.Case, dtype: torch.dtype) -> None:
         """Every feature alone, and the pairs that interact, through the gate."""
-        if self.claims(dtype, *case.features(), backward=False):
-            checks.forward_passes_the_gate(self.backend, self.device, case, dtype)
-        else:
-            with pytest.raises(NoBackendError, match=f"{self.backend}: .*(lacks|not {dtype_id(dtype)})"):
-                checks.forward_passes_the_gate(self.backend, self.device, case, dtype)
+        self.passes_or_is_refused(checks.forward_passes_the_gate, case, dtype)
 
     @pytest.mark.parametrize("case", [checks.CASES[name] for name in FLOAT32_CASES], ids=FLOAT32_IDS)
     def test_float32_products(self, case: checks.Case) -> None:

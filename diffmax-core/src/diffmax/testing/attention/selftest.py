@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from diffmax.testing.attention import checks
-from diffmax.testing.selftest import Check
+from diffmax.testing.selftest import Check, check_of_cases
 
-
-def _attention(*names: str, gradients: bool = False) -> Check:
-    cases = [checks.CASES[name] for name in names]
-
-    def run(backend: str, device: str, dtype: torch.dtype) -> None:
-        for case in cases:
-            if gradients:
-                checks.gradients_are_right_on_average(backend, device, case, dtype)
-            else:
-                checks.forward_passes_the_gate(backend, device, case, dtype)
-
-    run.__doc__ = "; ".join(names).capitalize()
-    features = frozenset[str]().union(*(case.features() for case in cases))
-    return Check("attention_backward" if gradients else "attention", run, features)
+_results = partial(check_of_cases, "attention", checks.forward_passes_the_gate, checks.CASES)
+_gradients = partial(check_of_cases, "attention_backward", checks.gradients_are_right_on_average, checks.CASES)
 
 
 def _bad_queries(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -34,11 +24,11 @@ def _packed(backend: str, device: str, dtype: torch.dtype) -> None:
 
 
 CHECKS = (
-    _attention("plain", "one query", "head size 80"),
-    _attention("causal, lower right", "mask of queries and keys", "grouped heads"),
-    _attention("sink", "softcap, bias, ALiBi"),
+    _results("plain", "one query", "head size 80"),
+    _results("causal, lower right", "mask of queries and keys", "grouped heads"),
+    _results("sink", "softcap, bias, ALiBi"),
     Check("attention", _bad_queries, holds_for_reference=True),
     Check("attention", _packed, frozenset({"varlen"}), holds_for_reference=True),
-    _attention("plain", "causal", gradients=True),
-    _attention("grouped heads, causal, alpha per head", gradients=True),
+    _gradients("plain", "causal"),
+    _gradients("grouped heads, causal, alpha per head"),
 )

@@ -20,7 +20,7 @@ from diffmax.plugin import KVCacheCall
 from diffmax.testing.attention.checks import attention
 from diffmax.testing.gate import Gate, gates
 from diffmax.testing.rows.cases import SPECIAL_ALPHAS, inf, nan
-from diffmax.testing.rows.checks import _expect, _poisoned_memory, _within
+from diffmax.testing.rows.checks import _expect, _opcheck, _poisoned_memory, _within
 
 # what it returns depends on return_stats, which is passed among other keywords here
 attend: Callable[..., Any] = diffmax.attention_with_kvcache
@@ -356,9 +356,6 @@ def strided_caches(backend: str, device: str, dtype: torch.dtype) -> None:
 
 def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     """torch.library.opcheck: schema with what is changed in place, shapes for tracing."""
-    tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
-        tests.append("test_autograd_registration")
     for case in (Case(new=1, bounds=16), Case()):
         t = inputs(case, dtype).to(device, dtype)
         for cache in (t.k_cache, t.v_cache):
@@ -367,7 +364,7 @@ def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
         options = {"cache_seqlens": t.keywords["cache_seqlens"], "low": low, "high": high, "page_size": 16}
         call = KVCacheCall(scale=0.25, e=0.5, k=t.k, v=t.v, **options)
         arguments = SCHEMA.flatten(t.q, t.k_cache, t.v_cache, False, call, backend)
-        torch.library.opcheck(torch.ops.diffmax.attention_kvcache.default, arguments, test_utils=tuple(tests))
+        _opcheck("attention_kvcache", device, arguments)
 
 
 def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None:

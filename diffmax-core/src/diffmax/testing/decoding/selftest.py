@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from diffmax.testing.decoding import checks
-from diffmax.testing.selftest import Check
+from diffmax.testing.selftest import Check, check_of_cases
 
-
-def _decoding(*names: str) -> Check:
-    cases = [checks.CASES[name] for name in names]
-
-    def run(backend: str, device: str, dtype: torch.dtype) -> None:
-        for case in cases:
-            checks.decoding_passes_the_gate(backend, device, case, dtype)
-
-    run.__doc__ = "; ".join(names).capitalize()
-    return Check("attention_kvcache", run, frozenset[str]().union(*(case.features() for case in cases)))
+_decoding = partial(check_of_cases, "attention_kvcache", checks.decoding_passes_the_gate, checks.CASES)
 
 
 def _goes_on(backend: str, device: str, dtype: torch.dtype) -> None:

@@ -19,12 +19,13 @@ import diffmax
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.operator import BACKWARD, FORWARD
 from diffmax.plugin import PowerCall, PowerResults, PowerWanted
+from diffmax.testing.common.checks import compiles_like_eager, repeats
 from diffmax.testing.gate import Gate, gates, reordered
 from diffmax.testing.power.cases import CASES as CASES
 from diffmax.testing.power.cases import Case as Case
 from diffmax.testing.power.cases import Inputs as Inputs
 from diffmax.testing.rows.cases import inf, nan
-from diffmax.testing.rows.checks import _expect, _near_on_average, _poisoned_memory, _within
+from diffmax.testing.rows.checks import _expect, _near_on_average, _opcheck, _within
 
 NAMES = ("query", "key", "value", "log_gates", "sums", "norm")
 
@@ -226,17 +227,11 @@ def is_repeatable(backend: str, device: str, dtype: torch.dtype) -> None:
         results = attend(leaves, case, backend)
         return (*results, *_gradients(results, leaves, [torch.ones_like(results[0])]))
 
-    results = [run(), run()]
-    with _poisoned_memory():
-        results.append(run())
-    _expect(all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)), "bits differ")
+    repeats(run)
 
 
 def passes_opcheck(backend: str, device: str, dtype: torch.dtype, features: frozenset[str]) -> None:
     """torch.library.opcheck, forward and backward."""
-    tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
-        tests.append("test_autograd_registration")
     plain = Case(many=12)
     rich = Case(many=12, gates=1.0, state=True, final=True)
     for case in (plain, rich) if {"gates", "state"} <= features else (plain,):
@@ -244,7 +239,7 @@ def passes_opcheck(backend: str, device: str, dtype: torch.dtype, features: froz
         query, key, value, log_gates, sums, norm = given
         call = PowerCall(degree=2, scale=0.25, final=case.final, log_gates=log_gates, sums=sums, norm=norm)
         arguments = FORWARD.flatten(query, key, value, True, call, backend)
-        torch.library.opcheck(torch.ops.diffmax.power_attention.default, arguments, test_utils=tuple(tests))
+        _opcheck("power_attention", device, arguments)
         with torch.no_grad():
             found = PowerResults(*FORWARD(query, key, value, True, call, backend))
             ends = (torch.ones_like(found.sums), torch.ones_like(found.norm)) if case.final else (None, None)
@@ -255,22 +250,14 @@ def passes_opcheck(backend: str, device: str, dtype: torch.dtype, features: froz
                 torch.ones_like(found.out), *ends, query.detach(), key.detach(), value.detach(), found.saved, wanted,
                 plain_call, backend,
             )  # fmt: skip
-        torch.library.opcheck(torch.ops.diffmax.power_attention_backward.default, flat, test_utils=tuple(tests))
+        _opcheck("power_attention_backward", device, flat)
 
 
 def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None:
     """torch.compile(fullgraph=True), forward and backward, for several lengths, equals eager."""
-    torch._dynamo.reset()
 
     def step(x: Tensor) -> Tensor:
         out: Tensor = diffmax.power_attention(x * 2, x, x, backend=backend)
         return out.sin()
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length in (20, 33):
-        x = torch.randn(1, 2, length, 16).to(dtype).to(device)
-        leaves = [x.clone().requires_grad_() for _ in range(2)]
-        outs = [function(leaf) for function, leaf in zip((compiled, step), leaves, strict=True)]
-        grads = [torch.autograd.grad(out, leaf, torch.ones_like(out))[0] for out, leaf in zip(outs, leaves, strict=True)]
-        for what, (ours, theirs) in (("compiled", outs), ("its gradient", grads)):
-            _within(ours, theirs.detach().cpu().double(), reordered(length * 16, theirs, dtype), what)
+    compiles_like_eager(step, (torch.randn(1, 2, length, 16).to(dtype).to(device) for length in (20, 33)), terms=16)

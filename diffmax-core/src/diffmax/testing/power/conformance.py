@@ -16,22 +16,17 @@ import pytest
 import torch
 
 from diffmax.errors import NoBackendError
+from diffmax.testing.common.conformance import CaseKit, every_case_of, low
 from diffmax.testing.power import checks
-from diffmax.testing.rows.conformance import DTYPES, Kit, dtype_id, every_dtype
+from diffmax.testing.rows.conformance import dtype_id, every_dtype
 
-every_case = pytest.mark.parametrize("case", checks.CASES.values(), ids=[name.replace(" ", "-") for name in checks.CASES])
-low = pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize < 8], ids=dtype_id)
+every_case = every_case_of(checks.CASES)
 
 
-class PowerConformance(Kit):
+class PowerConformance(CaseKit):
     """Tests of one backend's power attention on one device."""
 
     operators = ("power_attention", "power_attention_backward")
-
-    @property
-    def features(self) -> frozenset[str]:
-        """What it claims for the forward."""
-        return self.description.provided["power_attention"].features
 
     @every_dtype
     def test_a_dtype_is_taken_or_refused_by_the_call(self, dtype: torch.dtype) -> None:
@@ -47,11 +42,7 @@ class PowerConformance(Kit):
     @every_case
     def test_results(self, case: checks.Case, dtype: torch.dtype) -> None:
         """Every feature alone, and those that interact, through the gate; the final state too."""
-        if self.claims(dtype, *case.features(), backward=False):
-            checks.results_pass_the_gate(self.backend, self.device, case, dtype)
-        else:
-            with pytest.raises(NoBackendError, match=f"{self.backend}: .*(lacks|not {dtype_id(dtype)})"):
-                checks.results_pass_the_gate(self.backend, self.device, case, dtype)
+        self.passes_or_is_refused(checks.results_pass_the_gate, case, dtype)
 
     @every_dtype
     @every_case

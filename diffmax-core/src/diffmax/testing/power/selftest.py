@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from diffmax.testing.power import checks
-from diffmax.testing.selftest import Check
+from diffmax.testing.selftest import Check, check_of_cases
 
-
-def _power(*names: str, gradients: bool = False) -> Check:
-    cases = [checks.CASES[name] for name in names]
-
-    def run(backend: str, device: str, dtype: torch.dtype) -> None:
-        check = checks.gradients_are_right_on_average if gradients else checks.results_pass_the_gate
-        for case in cases:
-            check(backend, device, case, dtype)
-
-    run.__doc__ = "; ".join(names).capitalize()
-    features = frozenset[str]().union(*(case.features() for case in cases))
-    return Check("power_attention_backward" if gradients else "power_attention", run, features)
+_results = partial(check_of_cases, "power_attention", checks.results_pass_the_gate, checks.CASES)
+_gradients = partial(check_of_cases, "power_attention_backward", checks.gradients_are_right_on_average, checks.CASES)
 
 
 def _goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -27,9 +19,9 @@ def _goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
 
 
 CHECKS = (
-    _power("plain", "chunks"),
-    _power("grouped heads", "state in, state out"),
-    _power("degree 4"),
+    _results("plain", "chunks"),
+    _results("grouped heads", "state in, state out"),
+    _results("degree 4"),
     Check("power_attention", _goes_on, frozenset({"gates", "state", "gqa"}), holds_for_reference=True),
-    _power("chunks that do not divide", gradients=True),
+    _gradients("chunks that do not divide"),
 )

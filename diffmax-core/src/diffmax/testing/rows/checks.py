@@ -283,10 +283,7 @@ def second_derivative_is_right(backend: str, device: str, dtype: torch.dtype) ->
 def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
     """torch.library.opcheck: schema, gradients, shapes for tracing."""
     x = random_scores((2, 3, 5), dtype).to(device).requires_grad_()
-    tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
-        tests.append("test_autograd_registration")
-    torch.library.opcheck(torch.ops.diffmax.bisect.default, (x, 0.3, None, 2, 50, True, backend), test_utils=tuple(tests))
+    _opcheck("bisect", device, (x, 0.3, None, 2, 50, True, backend))
 
 
 def compiles_in_one_graph(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -377,6 +374,14 @@ def _near_on_average(ours: Tensor, gate: Gate, what: str) -> None:
 def _expect(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
+
+
+def _opcheck(operator: str, device: str, flat: tuple[Any, ...]) -> None:
+    """torch.library.opcheck of torch.ops.diffmax.<operator> with these arguments."""
+    tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if torch.device(device).type in ("cpu", "cuda", "xpu"):  # the fourth test knows no other device
+        tests.append("test_autograd_registration")
+    torch.library.opcheck(getattr(torch.ops.diffmax, operator).default, flat, test_utils=tuple(tests))
 
 
 @contextmanager

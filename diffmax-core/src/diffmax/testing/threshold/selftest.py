@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from diffmax.testing.selftest import Check
+from diffmax.testing.selftest import check_of_cases
 from diffmax.testing.threshold import checks
 
+_results = partial(check_of_cases, "threshold_attention", checks.results_pass_the_gate, checks.CASES)
+_gradients = partial(check_of_cases, "threshold_attention_backward", checks.gradients_are_right_on_average, checks.CASES)
 
-def _check(name: str, gradients: bool = False) -> Check:
-    case = checks.CASES[name]
-
-    def run(backend: str, device: str, dtype: torch.dtype) -> None:
-        check = checks.gradients_are_right_on_average if gradients else checks.results_pass_the_gate
-        check(backend, device, case, dtype)
-
-    run.__doc__ = name.capitalize()
-    operator = "threshold_attention_backward" if gradients else "threshold_attention"
-    return Check(operator, run, frozenset(case.features()))
-
-
-CHECKS = (_check("rectified scores"), _check("bias"), _check("square above a threshold", gradients=True))
+CHECKS = (_results("rectified scores"), _results("bias"), _gradients("square above a threshold"))

@@ -208,7 +208,7 @@ def slopes(y, d_w, power, POWER: tl.constexpr, PTX: tl.constexpr):
         d_w = d_w * (2.0 * positive(y))
     elif POWER == 0:
         d_w = d_w * (power * _power(positive(y), power - 1.0, PTX))
-    return tl.where(y <= 0.0, 0.0, d_w)
+    return tl.where(y > 0.0, d_w, positive(y))  # NaN stays
 
 
 @triton.jit
