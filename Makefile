@@ -10,7 +10,7 @@ test test-all nightly demo train-alpha adapt example-backend: export OMP_WAIT_PO
 test test-all nightly: export OMP_NUM_THREADS = 1
 
 .PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
-	packages pins example-backend floor clean
+	packages pins example-backend floor changelog release clean
 
 setup: $(STAMP)
 
@@ -123,3 +123,13 @@ example-backend: setup
 
 clean:
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The changelog's next section from changelog.d: shown, or with VERSION=0.2.0 written into CHANGELOG.md.
+VERSION :=
+changelog: setup
+	$(BIN)/python -m towncrier build $(if $(VERSION),--yes --version $(VERSION),--draft --version next)
+
+# Everything of a release but the upload, without a network or credentials: dist/ and build/release/. `make release TAG=--tag` tags it.
+TAG :=
+release: setup
+	$(BIN)/python .ci/release.py $(TAG)
