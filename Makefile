@@ -10,7 +10,7 @@ test test-all nightly demo train-alpha adapt example-backend: export OMP_WAIT_PO
 test test-all nightly: export OMP_NUM_THREADS = 1
 
 .PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo train-alpha adapt \
-	packages pins example-backend floor clean
+	packages pins example-backend floor changelog release clean
 
 setup: $(STAMP)
 
@@ -93,11 +93,13 @@ adapt: setup
 	$(BIN)/python examples/adapt_minilm.py --output build/adapt_minilm
 
 # The oldest Python and torch that diffmax-core claims, and the lowest bounds of its other requirements: about 3 GB to download.
+# Others by FLOOR_PYTHON=python3.13 FLOOR_BOUNDS='torch==2.13.0 numba'.
 FLOOR_PYTHON ?= python3.10
+FLOOR_BOUNDS ?= torch==2.4.1 numba==0.60.0 pluggy==1.5.0 importlib-metadata==6.0 packaging==22.0
 FLOOR := build/floor
 floor:
 	$(FLOOR_PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet torch==2.4.1 'numpy<2.3' numba==0.60.0 pluggy==1.5.0 importlib-metadata==6.0 packaging==22.0 \
+	$(FLOOR)/bin/python -m pip install --quiet $(FLOOR_BOUNDS) 'numpy<2.3' \
 		pytest hypothesis scipy mpmath matplotlib entmax==1.3 --editable diffmax-core
 	$(FLOOR)/bin/python -m pytest tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
 		$(addprefix --ignore=tests/test_,adapting.py benchmarks.py demo.py example_backend.py examples.py notebook.py packaging.py \
@@ -123,3 +125,13 @@ example-backend: setup
 
 clean:
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The changelog's next section from changelog.d: shown, or with VERSION=0.2.0 written into CHANGELOG.md.
+VERSION :=
+changelog: setup
+	$(BIN)/python -m towncrier build $(if $(VERSION),--yes --version $(VERSION),--draft --version next)
+
+# Everything of a release but the upload, without a network or credentials: dist/ and build/release/. `make release TAG=--tag` tags it.
+TAG :=
+release: setup
+	$(BIN)/python .ci/release.py $(TAG)

@@ -54,12 +54,7 @@ class PackagingError(Exception):
 def main() -> int:
     """Run every step; 1 if one failed."""
     try:
-        shutil.rmtree(DIST, ignore_errors=True)
-        distributions = {d.name: d for d in map(build, members())}
-        for distribution in distributions.values():
-            check_contents(distribution)
-        step("twine check --strict dist/*")
-        run([sys.executable, "-m", "twine", "check", "--strict", *map(str, DIST.iterdir())])
+        distributions = build_all()
         lines = install_lines((ROOT / "README.md").read_text(encoding="utf-8"))
         if not lines:
             raise PackagingError("README.md shows no install line in a bash or sh block")
@@ -78,6 +73,17 @@ def main() -> int:
 
 
 # --- building ---
+
+
+def build_all() -> dict[str, Distribution]:
+    """Every distribution of the workspace in dist/, and nothing else there; looked into, by name."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    distributions = {d.name: d for d in map(build, members())}
+    for distribution in distributions.values():
+        check_contents(distribution)
+    step("twine check --strict dist/*")
+    run([sys.executable, "-m", "twine", "check", "--strict", *map(str, DIST.iterdir())])
+    return distributions
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,10 @@ class Distribution:
         """The files of the wheel."""
         with zipfile.ZipFile(self.wheel) as wheel:
             return {name: wheel.read(name) for name in wheel.namelist()}
+
+    def requirements(self) -> list[str]:
+        """What the wheel requires, those of its extras too."""
+        return email.message_from_bytes(self.files()[f"{self.dist_info}/METADATA"]).get_all("Requires-Dist", [])
 
 
 def members() -> Iterator[Path]:
@@ -177,7 +187,7 @@ def check_metadata(distribution: Distribution, text: str) -> None:
     if metadata.get_payload().strip() != readme.strip():
         raise PackagingError(f"{distribution.wheel.name}: its description is not {distribution.folder.name}/README.md")
     if distribution.name in DIRECT_REQUIREMENTS:
-        requirements = map(Requirement, metadata.get_all("Requires-Dist", []))
+        requirements = map(Requirement, distribution.requirements())
         direct = {canonicalize_name(r.name) for r in requirements if r.marker is None}
         expect_same(f"requirements of {distribution.name}", DIRECT_REQUIREMENTS[distribution.name], direct)
 
@@ -259,7 +269,7 @@ def check_installed(folder: Path, distribution: Distribution) -> None:
         file = site_packages / name
         if file.name != "RECORD" and (not file.is_file() or file.read_bytes() != content):
             raise PackagingError(f"{name} is not the one of {distribution.wheel.name}: another release was installed")
-    run([python, "-I", "-m", "pip", "check"])
+    run([sys.executable, "-m", "pip", "--python", python, "check"])
 
 
 def smoke(folder: Path, distribution: Distribution) -> str:

@@ -1,0 +1,154 @@
+"""The workflows ask for what is there: make targets, scripts, versions, actions by commit; GitHub itself is not asked."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install pyyaml")
+tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11, as the pinned environment does")
+
+ROOT = Path(__file__).parents[1]
+GITHUB = ROOT / ".github"
+WORKFLOWS = {
+    path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((GITHUB / "workflows").glob("*.yml"))
+}
+ACTION = yaml.safe_load((GITHUB / "actions" / "setup" / "action.yml").read_text(encoding="utf-8"))
+CORE = tomllib.loads((ROOT / "diffmax-core" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = {name for line in re.findall(r"^([a-z][a-z -]*):(?!=)", MAKEFILE, re.MULTILINE) for name in line.split()}
+JOBS = {f"{file}: {name}": job for file, workflow in WORKFLOWS.items() for name, job in workflow["jobs"].items()}
+SCHEMAS = {
+    "github-workflows": sorted((GITHUB / "workflows").glob("*.yml")),
+    "github-actions": sorted((GITHUB / "actions").glob("*/action.yml")),
+    "github-issue-forms": sorted(set((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")) - {GITHUB / "ISSUE_TEMPLATE" / "config.yml"}),
+    "github-issue-config": [GITHUB / "ISSUE_TEMPLATE" / "config.yml"],
+    "dependabot": [GITHUB / "dependabot.yml"],
+    "citation-file-format": [ROOT / "CITATION.cff"],
+}
+
+
+def steps():
+    return [step for job in [*JOBS.values(), ACTION["runs"]] for step in job.get("steps", [])]
+
+
+def missing_targets(job, targets):
+    """What the job's steps ask of make, choices of its matrix among it, and the Makefile does not have."""
+    asked = {word.strip('"') for step in job["steps"] for word in re.findall(r"\bmake (\S+)", step.get("run", ""))}
+    if "$VERB" in asked:
+        asked = asked - {"$VERB"} | set(job["strategy"]["matrix"]["verb"])
+    return sorted(asked - targets)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_the_files_are_what_their_schemas_say(schema):
+    pytest.importorskip("check_jsonschema", reason="needs check-jsonschema: pip install check-jsonschema")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, SCHEMAS[schema])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert SCHEMAS[schema]
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_verb_is_a_target_of_the_makefile(job):
+    assert not missing_targets(JOBS[job], TARGETS)
+
+
+def test_a_verb_that_is_not_there_is_noticed():
+    job = {
+        "steps": [{"run": "make test\nmake nothing"}, {"run": 'make "$VERB"'}],
+        "strategy": {"matrix": {"verb": ["demo", "none"]}},
+    }
+    assert missing_targets(job, TARGETS) == ["none", "nothing"]
+    assert sum("make " in step.get("run", "") for step in steps()) >= 8
+
+
+def test_every_script_that_a_step_runs_is_there():
+    scripts = {script for step in steps() for script in re.findall(r"python (\.ci/\S+\.py)", step.get("run", ""))}
+    assert {".ci/smoke.py"} <= scripts
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+def test_actions_are_pinned_to_commits_that_a_comment_names_and_one_action_to_one():
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(GITHUB.rglob("*.yml")))
+    used = re.findall(r"uses: (\S+)(.*)", text)
+    pins = {}
+    for name, comment in used:
+        if name.startswith("./"):
+            assert (ROOT / name / "action.yml").is_file()
+            continue
+        action, _, commit = name.partition("@")
+        assert re.fullmatch(r"[0-9a-f]{40}", commit), name
+        assert re.fullmatch(r" # v\d+\.\d+\.\d+", comment), name
+        pins.setdefault(action, set()).add((commit, comment))
+    assert len(pins) > 5
+    assert not {action: commits for action, commits in pins.items() if len(commits) > 1}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_has_a_limit_of_time_and_no_more_rights_than_it_names(job):
+    assert 0 < JOBS[job]["timeout-minutes"] <= 180
+    assert WORKFLOWS[job.partition(":")[0]]["permissions"] == {"contents": "read"}
+    writes = {right for right, level in JOBS[job].get("permissions", {}).items() if level == "write"}
+    allowed = {
+        "docs.yml: deploy": {"pages", "id-token"},
+        "release.yml: publish": {"attestations", "id-token"},
+        "release.yml: page": {"contents"},
+    }
+    assert writes == allowed.get(job, set())
+
+
+def test_pythons_and_torches_are_those_of_the_metadata_and_the_pins():
+    matrix = JOBS["ci.yml: versions"]["strategy"]["matrix"]
+    classified = [match[1] for name in CORE["classifiers"] if (match := re.search(r":: (3\.\d+)$", name))]
+    floor = next(match[1] for need in CORE["dependencies"] if (match := re.fullmatch(r"torch>=(\S+)", need)))
+    assert matrix["python"] == classified
+    assert matrix["torch"] == [floor, PINS["torch"]]
+    assert matrix["exclude"] == [{"python": "3.13", "torch": floor}]
+    assert f"FLOOR_BOUNDS ?= torch=={floor} " in MAKEFILE
+    assert f"FLOOR_PYTHON ?= python{classified[0]}" in MAKEFILE
+    assert ACTION["inputs"]["python"]["default"] in classified
+    for project in ROOT.glob("diffmax-*/pyproject.toml"):
+        others = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        assert [name for name in others["classifiers"] if re.search(r":: 3\.\d+$", name)] == [
+            f"Programming Language :: Python :: {version}" for version in classified
+        ]
+
+
+def test_the_page_about_versions_names_the_same():
+    page = (ROOT / "docs" / "versioning.md").read_text(encoding="utf-8")
+    matrix = JOBS["ci.yml: versions"]["strategy"]["matrix"]
+    assert f"| Python | {matrix['python'][0]} | {matrix['python'][-1]} |" in page
+    assert f"| torch | {matrix['torch'][0]} | {PINS['torch'].rpartition('.')[0]} |" in page
+    assert f"| Numba (optional) | 0.60 | {PINS['numba'].rpartition('.')[0]} |" in page
+    assert f"| Triton (on GPUs) | 3.6 | {PINS['triton'].rpartition('.')[0]} |" in page
+
+
+def test_a_release_is_built_and_tested_before_it_is_published():
+    jobs = WORKFLOWS["release.yml"]["jobs"]
+    assert jobs["publish"]["needs"] == ["build", "test"]
+    assert jobs["page"]["needs"] == "publish"
+    built = " ".join(step.get("run", "") for step in jobs["build"]["steps"])
+    assert "--for-tag" in built
+    assert "--from-repository" in built
+    assert "make test-all" in [step.get("run") for step in jobs["test"]["steps"]]
+    assert not [step for step in jobs["publish"]["steps"] if "secrets." in str(step)]
+
+
+def test_hooks_run_tools_of_the_pinned_environment():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    entries = [hook["entry"] for repo in hooks for hook in repo["hooks"]]
+    assert {entry.split()[0] for entry in entries} == {".venv/bin/ruff", ".venv/bin/mypy", ".venv/bin/check-jsonschema"}
+    assert {"ruff", "mypy", "check-jsonschema"} <= PINS.keys()
+
+
+def test_addresses_are_those_of_the_metadata():
+    found = {
+        link
+        for path in [*GITHUB.rglob("*.yml"), *GITHUB.rglob("*.md"), ROOT / "pyproject.toml"]
+        for link in re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", path.read_text(encoding="utf-8"))
+    }
+    assert found == {CORE["urls"]["Repository"]}
