@@ -22,6 +22,7 @@ from diffmax.operators.common.autograd import differentiates, has_tangent, is_tr
 from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.sharding import register_rules
 from diffmax.plugin import AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
 from diffmax.reference import attention as reference_attention
 
@@ -113,6 +114,7 @@ def _unfolded(live: Tensor, query: Tensor, key: Tensor, call: AttentionCall) -> 
 
 
 def _attention_fake(*flat: Any) -> AttentionResults:
+    register_rules()
     query, key, value, keep, stats, call, _ = FORWARD.rebuild(flat)
     rows = query.shape[:3]
     out = value.new_empty((*rows, value.shape[3]))
@@ -166,6 +168,7 @@ def with_flat_arguments(run: Any) -> Any:
 
 
 def _attention_backward_fake(*flat: Any) -> AttentionGradients:
+    register_rules()
     _, query, key, value, saved, wanted, call, _ = BACKWARD.rebuild(flat)
     m, bias = saved.m, call.bias
     return AttentionGradients(

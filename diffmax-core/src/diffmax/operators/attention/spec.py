@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from diffmax.operators.attention import api, operator
+from diffmax.operators.attention import api, operator, sharding
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.attention.call import Options, build_call, build_packed_call
 from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
@@ -106,6 +106,7 @@ register(
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"attention": _flops, "attention_backward": _backward_flops},
+        sharding=sharding.RULES,
         prepares=lambda needed: cases("attention", FORWARD, needed),
         selftest="diffmax.testing.attention.selftest:CHECKS",
         kit="diffmax.testing.attention_conformance:AttentionConformance",

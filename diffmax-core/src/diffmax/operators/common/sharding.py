@@ -27,9 +27,15 @@ def register_rules() -> None:
         return
     _registered = True
     try:
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
         from torch.distributed.tensor.experimental import register_sharding
     except ImportError:
         return
+    known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     for spec in SPECS.values():
         for name, rule in spec.sharding.items():
-            register_sharding(getattr(torch.ops.diffmax, name).default)(rule)
+            operator = getattr(torch.ops.diffmax, name).default
+            register_sharding(operator)(rule)
+            # DTensor keeps what a rule says, by the tensors and by what follows the first int; bools before it count here too
+            known[operator] = RuntimeSchemaInfo(static_argnum=0, needs_pytree=True)

@@ -18,6 +18,7 @@ from diffmax.operators.common.autograd import differentiates, has_tangent, is_tr
 from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.sharding import register_rules
 from diffmax.plugin import KVCacheCall, KVCacheResults
 
 
@@ -85,6 +86,7 @@ def _run(query: Tensor, k_cache: Tensor, v_cache: Tensor, stats: bool, call: KVC
 
 
 def _attention_kvcache_fake(*flat: Any) -> KVCacheResults:
+    register_rules()
     query, k_cache, v_cache, stats, *_ = SCHEMA.rebuild(flat)
     batch, length, heads, _ = query.shape
     m = query.new_empty((batch, heads, length), dtype=accumulation_dtype(query.dtype))

@@ -14,6 +14,7 @@ from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent
 from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
 from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.sharding import register_rules
 from diffmax.operators.loss import terms as rows
 
 
@@ -73,12 +74,14 @@ BACKWARD.define()
 
 
 def _loss_fake(*flat: Any) -> Results:
+    register_rules()
     given = Arguments(*flat)
     x, acc = given.x, accumulation_dtype(given.x.dtype)
     return Results(x.new_empty(rows.row_shape(x, given.dim), dtype=acc), x.new_empty(rows.kept_shape(x), dtype=acc))
 
 
 def _loss_backward_fake(*flat: Any) -> Gradients:
+    register_rules()
     given = BackwardArguments(*flat)
     x, grad = given.x, given.grad
     return Gradients(x.new_empty(x.shape if given.needs_x else (0,)), grad.new_empty(grad.shape if given.needs_e else (0,)))

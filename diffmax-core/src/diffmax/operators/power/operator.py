@@ -16,6 +16,7 @@ from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent, is_transformed
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.sharding import register_rules
 from diffmax.plugin import PowerCall, PowerGradients, PowerResults, PowerSaved, PowerWanted
 from diffmax.reference import power as reference
 
@@ -84,6 +85,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, keep: bool, call: PowerC
 
 
 def _power_fake(*flat: Any) -> PowerResults:
+    register_rules()
     query, key, value, keep, call, _ = FORWARD.rebuild(flat)
     rows, acc = query.shape[:3], accumulation_dtype(query.dtype)
     sums, norm = reference.state_shapes(key, value, call.degree) if call.final else ((0,), (0,))
@@ -105,6 +107,7 @@ def _power_backward(*flat: Any) -> PowerGradients:
 
 
 def _power_backward_fake(*flat: Any) -> PowerGradients:
+    register_rules()
     _, _, _, query, key, value, saved, wanted, call, _ = BACKWARD.rebuild(flat)
     gates, state = call.log_gates, call.sums
 

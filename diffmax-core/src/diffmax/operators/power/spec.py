@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffmax.operators.attention.spec import cases
 from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
-from diffmax.operators.power import api, checks, cost, operator
+from diffmax.operators.power import api, checks, cost, operator, sharding
 from diffmax.operators.power.symmetric import expanded_dim
 
 DESCRIBED = {
@@ -84,6 +84,7 @@ register(
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"power_attention": _flops, "power_attention_backward": _backward_flops},
+        sharding=sharding.RULES,
         prepares=_prepares,
         selftest="diffmax.testing.power.selftest:CHECKS",
         kit="diffmax.testing.power_conformance:PowerConformance",

@@ -16,6 +16,7 @@ from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent, is_transformed
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.sharding import register_rules
 from diffmax.plugin import ThresholdCall, ThresholdGradients, ThresholdResults, ThresholdSaved, ThresholdWanted
 from diffmax.reference import threshold as reference
 
@@ -81,6 +82,7 @@ def _threshold(*flat: Any) -> ThresholdResults:
 
 
 def _threshold_fake(*flat: Any) -> ThresholdResults:
+    register_rules()
     query, _, value, keep, call, _ = FORWARD.rebuild(flat)
     rows, acc = query.shape[:3], accumulation_dtype(query.dtype)
     return ThresholdResults(
@@ -99,6 +101,7 @@ def _threshold_backward(*flat: Any) -> ThresholdGradients:
 
 
 def _threshold_backward_fake(*flat: Any) -> ThresholdGradients:
+    register_rules()
     _, _, query, key, value, _, wanted, call, _ = BACKWARD.rebuild(flat)
     bias = call.bias if wanted.bias else None
     return ThresholdGradients(

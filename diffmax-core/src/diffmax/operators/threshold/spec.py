@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffmax.operators.attention.spec import cases
 from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
-from diffmax.operators.threshold import api, operator
+from diffmax.operators.threshold import api, operator, sharding
 
 DESCRIBED = {
     "distance_bias": "a learned bias of the scores by distance, inside a window",
@@ -85,6 +85,7 @@ register(
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"threshold_attention": _flops, "threshold_attention_backward": _backward_flops},
+        sharding=sharding.RULES,
         prepares=_prepares,
         selftest="diffmax.testing.threshold.selftest:CHECKS",
         kit="diffmax.testing.threshold_conformance:ThresholdConformance",
