@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
-from diffmax.operators.rows import sharding
+from diffmax.operators.common.spec import SPECS
 from tests import fresh
 
 _spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
@@ -202,14 +202,9 @@ def test_importing_diffmax_and_its_distributed_module_leaves_dtensor_alone():
 
 
 def test_every_operator_on_whole_rows_has_a_rule():
-    """The loss and attention have none yet: docs/distributed.md says so, and DTensor refuses them by name."""
-    without = ("sharded", "loss", "attention")
-    names = {
-        name
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("diffmax::") and not any(word in name for word in without)
-    }
-    assert names == {f"diffmax::{name}" for name in sharding.RULES}
+    """Those on sharded rows know their ranks themselves."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("diffmax::") and "sharded" not in name}
+    assert names == {f"diffmax::{name}" for spec in SPECS.values() for name in spec.sharding}
 
 
 @pytest.mark.skipif(Version("2.5") <= TORCH, reason="from torch 2.5 on DTensor takes rules from outside")

@@ -37,8 +37,8 @@ CASES = {
     "tail in the middle of a chunk": Case(length=21, many=50, gates=1.0, chunk=16, heads=4),
 }
 every_case = pytest.mark.parametrize("name", CASES)
-# An interpreted program takes as long as it has monomials, not tokens: of thousands the results are enough, for "degree 4" has the
-# same kernels. Of narrow numbers every third case in float16 tells: its products are float32's.
+# An interpreted program takes as long as it has monomials, not tokens: of thousands the results are enough, for "degree 4" has
+# the same kernels. Of narrow numbers every third case in float16 tells: its products are float32's.
 MANY = ("degree 4, head size 16", "head size 32, degree 4")
 LIGHT = [name for name in CASES if name not in (*MANY, "head size 64")]
 NARROW = [(name, torch.bfloat16) for name in LIGHT] + [(name, torch.float16) for name in LIGHT[::3]]

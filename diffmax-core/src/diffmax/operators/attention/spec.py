@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from diffmax.operators.attention import api, operator
+from diffmax.operators.attention import api, operator, sharding
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.attention.call import Options, build_call, build_packed_call
 from diffmax.operators.common.heads import backward_flops, bound, cases, flops, question
@@ -68,6 +68,7 @@ register(
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"attention": _flops, "attention_backward": _backward_flops},
+        sharding=sharding.RULES,
         prepares=lambda needed: cases("attention", FORWARD, needed),
         selftest="diffmax.testing.attention.selftest:CHECKS",
         kit="diffmax.testing.attention_conformance:AttentionConformance",

@@ -17,6 +17,7 @@ from diffmax.machine.dispatch import kernel
 from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent, is_transformed
 from diffmax.operators.common.schema import LIBRARY, Schema
+from diffmax.operators.common.sharding import register_rules
 
 
 def enter(
@@ -33,16 +34,24 @@ def enter(
         schema: Its schema.
         run: Calls a kernel, on any device.
         autograd: What the Autograd key calls.
-        fake: Gives results of the right shapes, without data.
+        fake: Gives results of the right shapes, without data. DTensor comes here just before it looks for its rule.
         vmap: As `torch.library.register_vmap` takes it; None: torch.func.vmap is refused.
     """
     schema.define()
     name = f"diffmax::{schema.name}"
     LIBRARY.impl(schema.name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     LIBRARY.impl(schema.name, autograd, "Autograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(name, fake, lib=LIBRARY)
+    torch.library.register_fake(name, _with_rules(fake), lib=LIBRARY)
     if vmap is not None and hasattr(torch.library, "register_vmap"):  # torch 2.5
         torch.library.register_vmap(name, vmap, lib=LIBRARY)
+
+
+def _with_rules(fake: Callable[..., Any]) -> Callable[..., Any]:
+    def of_shapes(*flat: Any) -> Any:
+        register_rules()
+        return fake(*flat)
+
+    return of_shapes
 
 
 def one_by_one(operator: Any, size: int, in_dims: Sequence[int | None], flat: Sequence[Any]) -> tuple[Any, Any]:

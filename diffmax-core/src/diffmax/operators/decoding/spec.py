@@ -11,7 +11,7 @@ from torch import Tensor
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.common.heads import bound, cases
 from diffmax.operators.common.spec import Case, Function, KernelSpec, Needed, OperatorSpec, Question, register
-from diffmax.operators.decoding import api, operator
+from diffmax.operators.decoding import api, operator, sharding
 from diffmax.plugin import KVCacheCall
 
 DESCRIBED = {
@@ -62,6 +62,7 @@ register(
         schemas=(operator.SCHEMA,),
         has_heads=True,
         flops={"attention_kvcache": _flops},
+        sharding=sharding.RULES,
         prepares=_prepares,
         selftest="diffmax.testing.decoding.selftest:CHECKS",
         kit="diffmax.testing.kvcache_conformance:KVCacheConformance",

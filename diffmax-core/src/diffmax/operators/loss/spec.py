@@ -11,7 +11,7 @@ from torch import Tensor
 from diffmax.operators.common.checks import check_scores, one_minus_alpha
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.spec import Function, OperatorSpec, Question, register
-from diffmax.operators.loss import operator
+from diffmax.operators.loss import operator, sharding
 from diffmax.operators.loss.api import diffmax_loss
 from diffmax.operators.rows.spec import FORWARD_FLOPS
 
@@ -46,5 +46,6 @@ register(
         functions={"diffmax_loss": Function("bisect", _asks)},
         schemas=(operator.FORWARD, operator.BACKWARD),
         flops={"loss": _forward_flops, "loss_backward": _backward_flops},
+        sharding=sharding.RULES,
     )
 )

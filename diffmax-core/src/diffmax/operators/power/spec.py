@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffmax.operators.common.heads import bound, cases_of_its_own, question
 from diffmax.operators.common.spec import Function, KernelSpec, OperatorSpec, Question, register
-from diffmax.operators.power import api, checks, cost, operator
+from diffmax.operators.power import api, checks, cost, operator, sharding
 from diffmax.operators.power.symmetric import expanded_dim
 
 DESCRIBED = {
@@ -63,6 +63,7 @@ register(
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"power_attention": _flops, "power_attention_backward": _backward_flops},
+        sharding=sharding.RULES,
         prepares=lambda needed: cases_of_its_own("power_attention", FEATURES, DESCRIBED, needed),
         selftest="diffmax.testing.power.selftest:CHECKS",
         kit="diffmax.testing.power_conformance:PowerConformance",

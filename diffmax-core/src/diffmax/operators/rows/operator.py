@@ -19,7 +19,6 @@ from diffmax.operators.common.autograd import differentiates, forward_levels, ha
 from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import Schema
-from diffmax.operators.common.sharding import register_rules
 from diffmax.operators.common.wiring import enter
 
 
@@ -82,7 +81,6 @@ def _bisect(x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int,
 def _bisect_fake(
     x: Tensor, e: float, e_tensor: Tensor | None, dim: int, n_iter: int, ensure_sum_one: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    register_rules()  # DTensor comes here for shapes just before it looks for its rule
     row_shape = [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
     m = x.new_empty(row_shape, dtype=accumulation_dtype(x.dtype))
     return x.new_empty(x.shape), m, torch.empty_like(m)
@@ -95,7 +93,6 @@ def _bisect_backward(*flat: Any) -> Any:
 
 
 def _bisect_backward_fake(*flat: Any) -> Gradients:
-    register_rules()  # DTensor comes here for shapes just before it looks for its rule
     given = BackwardArguments(*flat)
     return Gradients(given.p.new_empty(given.p.shape), given.m.new_empty(given.m.shape if given.needs_e else (0,)))
 

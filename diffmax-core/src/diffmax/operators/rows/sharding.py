@@ -10,7 +10,7 @@ from diffmax.operators.common.sharding import Sharding
 
 def _bisect(x: Any, e: float, e_tensor: Any, dim: int, *_: Any) -> list[Sharding]:
     shardings = []
-    for shard, of_e in _row_placements(x, e_tensor, dim):
+    for shard, of_e in row_placements(x, e_tensor, dim):
         shardings.append(([shard, shard, shard], [shard, None, of_e]))
     return shardings
 
@@ -19,8 +19,8 @@ def _bisect_backward(
     grad: Any, p: Any, m: Any, delta: Any, x: Any, e: float, e_tensor: Any, dim: int, needs_e: bool, *_: Any
 ) -> list[Sharding]:
     shardings = []
-    for shard, of_e in _row_placements(p, e_tensor, dim):
-        grad_e = shard if needs_e else _replicate()
+    for shard, of_e in row_placements(p, e_tensor, dim):
+        grad_e = shard if needs_e else replicate()
         shardings.append(([shard, grad_e], [shard, shard, shard, shard, None if x is None else shard, None, of_e]))
     return shardings
 
@@ -28,7 +28,7 @@ def _bisect_backward(
 RULES: dict[str, Callable[..., list[Sharding]]] = {"bisect": _bisect, "bisect_backward": _bisect_backward}
 
 
-def _row_placements(x: Any, e_tensor: Any, dim: int) -> list[tuple[Any, Any]]:
+def row_placements(x: Any, e_tensor: Any, dim: int) -> list[tuple[Any, Any]]:
     """For each way to place x: its placement, which m, delta and what else has x's rows share, and that of e_tensor.
 
     DTensor picks the cheapest one: what is sharded along `dim`, or a partial sum, is brought to it first.
@@ -45,7 +45,8 @@ def _row_placements(x: Any, e_tensor: Any, dim: int) -> list[tuple[Any, Any]]:
     return [everywhere, *((Shard(axis), of_e(axis)) for axis in range(x.ndim) if axis != dim)]
 
 
-def _replicate() -> Any:
+def replicate() -> Any:
+    """The placement of what every rank has whole; its import takes too long for the head of a module."""
     from torch.distributed.tensor import Replicate
 
     return Replicate()

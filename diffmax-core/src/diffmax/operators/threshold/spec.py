@@ -8,7 +8,7 @@ from typing import Any
 
 from diffmax.operators.common.heads import backward_flops, bound, cases_of_its_own, flops, question
 from diffmax.operators.common.spec import Function, KernelSpec, OperatorSpec, Question, register
-from diffmax.operators.threshold import api, operator
+from diffmax.operators.threshold import api, operator, sharding
 
 DESCRIBED = {
     "distance_bias": "a learned bias of the scores by distance, inside a window",
@@ -57,6 +57,7 @@ register(
         schemas=(operator.FORWARD, operator.BACKWARD),
         has_heads=True,
         flops={"threshold_attention": _flops, "threshold_attention_backward": _backward_flops},
+        sharding=sharding.RULES,
         prepares=lambda needed: cases_of_its_own("threshold_attention", FEATURES, DESCRIBED, needed),
         selftest="diffmax.testing.threshold.selftest:CHECKS",
         kit="diffmax.testing.threshold_conformance:ThresholdConformance",
