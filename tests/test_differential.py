@@ -148,6 +148,8 @@ def masks():
     yield "per map", some
     yield "padding", some[:, 0, 5][:, None, None]
     yield "one row", some[1, 0, :1]
+    yield "one row without an axis of queries", some[1, 0, 0]
+    yield "one number", torch.tensor(0.3).double()
     yield "floating", torch.randn(B, 1, N, N).double()
     added = torch.randn(B, H, N, N).double()
     yield "floating per head", added
@@ -462,6 +464,9 @@ WRONG = {
         ValueError,
         r"a tensor alpha must have shape \(\) or \(6,\), got \(3,\)",
     ),
+    "fused as text": ({"fused": "no"}, TypeError, "fused must be True or False, got 'no'"),
+    "dropout of NaN": ({"attn_drop": math.nan}, ValueError, "attn_drop must satisfy 0 <= attn_drop <= 1, got nan"),
+    "dropout as text": ({"proj_drop": "0.1"}, TypeError, "proj_drop must be a number, got '0.1'"),
     "alpha 2": ({"weights": "diffmax", "alpha": 2.0}, ValueError, "alpha must"),
 }
 
@@ -477,6 +482,8 @@ WRONG_SECOND = {
     "size": ({"embed_dim": 25}, ValueError, "embed_dim must be a multiple of num_heads, got 25 and 3"),
     "head size": ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
     "dropout": ({"dropout": 2}, ValueError, "dropout must satisfy"),
+    "no dropout": ({"dropout": None}, TypeError, "dropout must be a number, got None"),
+    "fused as number": ({"fused": 1}, TypeError, "fused must be True or False, got 1"),
 }
 
 
@@ -484,6 +491,17 @@ WRONG_SECOND = {
 def test_the_second_version_says_what_is_wrong(options, kind, message):
     with pytest.raises(kind, match=f"DiffAttentionV2: {message}"):
         DiffAttentionV2(**{"embed_dim": E, "num_heads": H, **options})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
+def test_is_causal_is_true_or_false_with_either_weights(kind, options, fused):
+    """With softmax weights the text "no" was causal, and None an error of torch's."""
+    module = made(kind, fused=fused, **options)
+    for wrong in ("no", None, 1, torch.tensor(True)):
+        with pytest.raises(TypeError, match=f"{kind.__name__}: is_causal must be True or False, got"):
+            module(tokens(), is_causal=wrong)
 
 
 @pytest.mark.parametrize("module", [made(), made(DiffAttentionV2, weights="diffmax")], ids=["first", "second"])

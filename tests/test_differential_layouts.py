@@ -139,10 +139,14 @@ WRONG = {
     "layout": (("flax", "timm", 4), ValueError, 'source must be "timm", "unilm" or "diffllama", got \'flax\''),
     "target": (("unilm", "llama", 4), ValueError, 'target must be "timm"'),
     "heads": (("unilm", "timm", 5), ValueError, "the rows of q_proj.weight must be a multiple of 10, got 48\nnum_heads is"),
-    "too many heads": (("unilm", "timm", 8), ValueError, "lambda_q1 must have 3 rows for 8 and 8 pairs, got 6"),
+    "too many heads": (("unilm", "timm", 8), ValueError, r"must have shape .* for 8 and 8 pairs, got"),
     "half a head": (("unilm", "timm", 4.0), TypeError, "num_heads must be an int, got 4.0"),
     "none": (("unilm", "timm", 0), ValueError, "num_heads must be a multiple of num_kv_heads, got 0 and 0"),
-    "keys": (("unilm", "timm", 4, 2), ValueError, "k_proj.weight must have 24 rows for 4 and 2 pairs, got 48"),
+    "keys": (
+        ("unilm", "timm", 4, 2),
+        ValueError,
+        r"k_proj.weight must have shape \(24, 48\) for 4 and 2 pairs, got \(48, 48\)",
+    ),
     "no such entries": (("diffllama", "timm", 4), ValueError, "no place for out_proj.weight, subln.weight of diffllama"),
 }
 
@@ -164,6 +168,66 @@ def test_what_has_no_place_and_what_is_missing():
         convert_diff_attention(state, "timm", "unilm", num_heads=4)
     with pytest.raises(ValueError, match="num_kv_heads must be num_heads for timm"):
         convert_diff_attention(DiffAttention(E, 4).state_dict(), "timm", "unilm", num_heads=4, num_kv_heads=2)
+
+
+@pytest.mark.parametrize("source", ["timm", "unilm", "diffllama"])
+def test_every_entry_must_have_its_shape(source):
+    """Only some were looked at: others gave states that fit no module, or torch's error."""
+    state = convert_diff_attention(DiffAttention(E, 4).double().state_dict(), "timm", "diffllama", num_heads=4)
+    if source != "diffllama":
+        state = {name: torch.zeros_like(t) if "bias" in name else t for name, t in state.items()}
+        state = convert_diff_attention(state, "diffllama", source, num_heads=4)
+    for name, tensor in state.items():
+        for axis, wrong in ((-1, tensor[..., 1:]), (0, tensor[1:])):
+            multiple = "rows of q" if axis == 0 and name in ("qkv.weight", "q_proj.weight") else "shape"
+            with pytest.raises(ValueError, match=f"^convert_diff_attention: .*{multiple}"):
+                convert_diff_attention(state | {name: wrong}, source, "diffllama", num_heads=4)
+
+
+def test_a_wrong_number_of_heads_is_seen_without_vectors():
+    """With lambda of two numbers and half the heads, the result was another function."""
+    state = DiffAttention(E, 4, dual_lambda=True).state_dict()
+    with pytest.raises(ValueError, match=r"sub_norm.weight must have shape \(24,\) for 2 and 2 pairs, got \(12,\)"):
+        convert_diff_attention(state, "timm", "timm", num_heads=2)
+
+
+@pytest.mark.parametrize("missing", ["q", "k", "v"])
+def test_a_bias_that_is_missing_beside_others_is_0(missing):
+    """To timm, all were dropped without that of the queries, and the others' absence was a KeyError."""
+    full = convert_diff_attention(DiffAttention(E, 3, qkv_bias=True).state_dict(), "timm", "diffllama", num_heads=3)
+    full = {name: torch.randn_like(tensor).double() / 4 for name, tensor in full.items()}
+    zero = full | {f"{missing}_proj.bias": torch.zeros(E).double()}
+    lacking = {name: tensor for name, tensor in full.items() if name != f"{missing}_proj.bias"}
+    got, wanted = (convert_diff_attention(state, "diffllama", "timm", num_heads=3) for state in (lacking, zero))
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    x = torch.randn(B, N, E).double()
+    close(timm(got, x, 3, 3, False), diffllama(zero, x, 3, 3, False))
+
+
+def test_what_is_no_state_dict_of_a_layer():
+    timms = DiffAttention(E, 4).state_dict()
+    with pytest.raises(TypeError, match=r"state must be a state dict, got DiffAttention\nof a module, pass its state_dict"):
+        convert_diff_attention(DiffAttention(E, 4), "timm", "unilm", num_heads=4)
+    with pytest.raises(TypeError, match=r"proj.bias must be a floating tensor, got ndarray"):
+        convert_diff_attention(timms | {"proj.bias": timms["proj.bias"].numpy()}, "timm", "unilm", num_heads=4)
+    with pytest.raises(TypeError, match=r"proj.bias must be a floating tensor, got torch.int64"):
+        convert_diff_attention(timms | {"proj.bias": timms["proj.bias"].long()}, "timm", "unilm", num_heads=4)
+    with pytest.raises(ValueError, match=r"source must be .* got \['timm'\]"):
+        convert_diff_attention(timms, ["timm"], "unilm", num_heads=4)
+    both = timms | {"lambda_a": torch.zeros(()), "lambda_b": torch.zeros(())}
+    with pytest.raises(ValueError, match=r"two numbers or of vectors, got lambda_a, lambda_b and lambda_q1"):
+        convert_diff_attention(both, "timm", "unilm", num_heads=4)
+    with pytest.raises(ValueError, match=r"unilm has no place for out_proj.bias, got a tensor without numbers"):
+        convert_diff_attention(DiffAttention(E, 4, device="meta").state_dict(), "timm", "unilm", num_heads=4)
+    wide = {
+        name: torch.cat([t] * 2, -1) if name in ("q_proj.weight", "k_proj.weight", "v_proj.weight") else t
+        for name, t in weights(4, 4).items()
+    }
+    wide["out_proj.weight"] = torch.cat([wide["out_proj.weight"]] * 2)
+    assert convert_diff_attention(wide, "unilm", "diffllama", num_heads=4)["o_proj.weight"].shape == (2 * E, E)
+    with pytest.raises(ValueError, match="all heads together must have the size of the tokens, 96, got 48"):
+        convert_diff_attention(wide, "unilm", "timm", num_heads=4)
 
 
 def test_parameters_as_well_as_tensors():

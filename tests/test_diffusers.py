@@ -17,6 +17,7 @@ from diffmax.integrations.diffusers import attention_maps, register, replace
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'diffmax-core[diffusers]'")
 import diffusers
 from diffusers.models import attention_dispatch, attention_processor
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 SOFTMAX = torch.tensor(1.0)
@@ -243,6 +244,95 @@ def test_models_that_would_keep_softmax_are_refused():
         replace(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"a: .*got \(3,\)\nthe module has 8 query heads"):
         replace(own, torch.full((3,), 0.5), partial=True)
+
+
+class CallsSuper(attention_processor.AttnProcessor2_0):
+    def __call__(self, *args, **options):
+        return super().__call__(*args, **options)
+
+
+class Decorated(attention_processor.AttnProcessor2_0):
+    @torch.no_grad()
+    def __call__(self, attn, hidden_states, **options):
+        heads = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+def around():
+    scale = 0.5
+
+    class Around(attention_processor.AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, **options):
+            heads = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            out = nn.functional.scaled_dot_product_attention(heads, heads, heads, scale=scale)
+            return out.transpose(1, 2).flatten(2)
+
+    return Around()
+
+
+class NamesABackend:
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn, hidden_states, **options):
+        heads = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        return attention_dispatch.dispatch_attention_fn(heads, heads, heads, backend="native").flatten(2)
+
+
+class NamesABackendToo(NamesABackend):
+    def __call__(self, attn, hidden_states, **options):
+        heads = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        return dispatch_attention_fn(heads, heads, heads, backend=AttentionBackendName.NATIVE).flatten(2)
+
+
+def two_modules(processor):
+    own = attention_processor.Attention(8, heads=2, dim_head=4, processor=processor)
+    return nn.ModuleDict({"served": attention_processor.Attention(8, heads=2, dim_head=4), "own": own})
+
+
+@pytest.mark.parametrize(
+    ("processor", "reason"),
+    [
+        (CallsSuper(), "CallsSuper takes a softmax in AttnProcessor2_0.__call__"),
+        (around(), r".*Around.__call__ must not use super\(\) or names of a function around it"),
+    ],
+)
+def test_processors_that_cannot_be_rewritten_are_refused_and_nothing_changes(processor, reason):
+    """The first was left as it was, and was not among those kept; the second failed when it was called."""
+    model = two_modules(processor)
+    with pytest.raises(ValueError, match=f"would keep softmax in 1 modules\n  own: {reason}"):
+        replace(model, 0.5)
+    assert not any(isinstance(part.processor, inplace.InPlace) for part in model.values())
+    done = replace(model, 0.5, partial=True)
+    assert (list(done.changed), list(done.kept)) == (["served"], ["own"])
+    model["own"](torch.randn(1, 3, 8))
+
+
+def test_a_processor_with_a_decorator_is_rewritten():
+    """It was left as it was, and was not among those kept."""
+    model, x = two_modules(Decorated()), torch.randn(1, 3, 8)
+    assert list(replace(model, 0.5).changed) == ["served", "own"]
+    heads = model["own"].to_q(x).unflatten(-1, (2, 4)).transpose(1, 2)
+    out = model["own"](x)
+    assert not out.requires_grad
+    torch.testing.assert_close(out, attention(heads, heads, heads, alpha=0.5).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", [NamesABackend, NamesABackendToo])
+def test_set_attention_backend_refuses_a_processor_that_names_another(kind):
+    """Its attention kept softmax in silence."""
+    register(alpha=0.5)
+    model, _ = flux()
+    model.transformer_blocks[0].attn.processor = kind()
+    with pytest.raises(
+        ValueError,
+        match=rf"transformer_blocks.0.attn: {kind.__name__} asks for the attention backend (?i:.*native), whatever is set",
+    ):
+        model.set_attention_backend("diffmax")
+    attend, x = two_modules(kind()), torch.randn(1, 3, 8)
+    softmax = attend["own"](x)
+    replace(attend, 0.5)
+    assert (attend["own"](x) - softmax).abs().max() > 0
 
 
 @pytest.mark.filterwarnings("ignore")

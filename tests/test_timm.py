@@ -337,6 +337,72 @@ def test_classes_of_others():
         replace(nn.Linear(2, 2))
 
 
+class CallsSuper(timm.layers.Attention):
+    def forward(self, x, **options):
+        return 2 * super().forward(x, **options)
+
+
+class CallsBase(timm.layers.Attention):
+    def forward(self, x, **options):
+        return 2 * timm.layers.Attention.forward(self, x, **options)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.normalize = nn.Softmax(dim=-1)
+
+    def forward(self, x):
+        return self.normalize(x @ x.mT) @ x
+
+
+another_name, fused_name = torch.softmax, nn.functional.scaled_dot_product_attention
+
+
+class Aliased(nn.Module):
+    def forward(self, x):
+        return another_name(x @ x.mT, -1) @ x
+
+
+class FusedAliased(nn.Module):
+    def forward(self, x):
+        return fused_name(x, x, x)
+
+
+class Decorated(nn.Module):
+    @torch.no_grad()
+    def forward(self, x):
+        return (x @ x.mT).softmax(-1) @ x
+
+
+HIDDEN = {
+    CallsSuper: "Attention.forward",
+    CallsBase: "Attention.forward",
+    Named: "normalize",
+    Aliased: "another_name",
+    FusedAliased: "fused_name",
+    Decorated: "forward",
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN, ids=lambda kind: kind.__name__)
+def test_a_softmax_that_is_out_of_sight_is_refused(kind):
+    """Each was left as it was, and was not among those kept."""
+    module = kind(16, 2) if issubclass(kind, timm.layers.Attention) else kind()
+    model = nn.ModuleDict({"served": timm.layers.Attention(16, 2), "own": module})
+    reason = f"{kind.__name__} is not known, and takes a softmax in {HIDDEN[kind]}"
+    with pytest.raises(ValueError, match=f"own: {reason}"):
+        replace(model, 0.5)
+    assert not any(isinstance(part, inplace.InPlace) for part in model.modules())
+    done = replace(model, 0.5, partial=True)
+    assert (list(done.changed), done.kept) == (["served"], {"own": reason})
+
+
+def test_a_classifier_with_probabilities_is_no_attention():
+    model = nn.Sequential(timm.layers.Attention(16, 2), nn.Sequential(nn.Linear(16, 3), nn.Softmax(-1)))
+    assert replace(model, 0.5) == ({"0": "Attention"}, {})
+
+
 def test_wrong_alphas_change_nothing():
     model = build("vit")
     for wrong, error, message in (

@@ -7,8 +7,11 @@ docs/diffusers.md.
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
+import inspect
+import textwrap
 from typing import Any
 
 import torch
@@ -25,7 +28,9 @@ from diffmax.integrations.inplace import (
     library_class,
     refuse_kept,
     replace_all,
+    unnamed_softmax,
     weight_makers,
+    why_not_rewritten,
 )
 from diffmax.machine.metadata import PackageNotFoundError, version
 from diffmax.maps import AlphaMap
@@ -135,6 +140,9 @@ def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | Non
     """
     _import_diffusers()
     modules, kept = _scan(model)
+    reasons = {name: why_not_rewritten(_fused(library_class(type(module.processor)))) for name, module in modules.items()}
+    kept |= {name: reason for name, reason in reasons.items() if reason is not None}
+    modules = {name: module for name, module in modules.items() if name not in kept}
     refuse_kept(model, kept, partial)
     return replace_all(model, modules, kept, alpha, lambda module, given: _holder(module, given, alpha_map), _rewrite)
 
@@ -222,8 +230,11 @@ def _refuse_other_processors() -> None:
         if isinstance(backend, str) and backend.lower() in _registered:
             modules, kept = _scan(self)
             for name, module in modules.items():
+                kind: Any = type(module.processor)
                 if not hasattr(module.processor, "_attention_backend"):
-                    kept[name] = f"{type(module.processor).__name__} does not ask for an attention backend"
+                    kept[name] = f"{kind.__name__} does not ask for an attention backend"
+                elif (own := _own_backend(kind)) is not None:
+                    kept[name] = f"{kind.__name__} asks for the attention backend {own}, whatever is set"
             if kept and not _registered[backend.lower()]:
                 raise ValueError(
                     f'set_attention_backend("{backend}"): {type(self).__name__} would keep softmax in {len(kept)} modules\n'
@@ -245,7 +256,10 @@ def _scan(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         processor: Any = getattr(module, "processor", None)
         if isinstance(module, AttentionWeights) or id(module) in processors:
             continue
-        if processor is None:
+        unnamed = unnamed_softmax(module)
+        if unnamed is not None:
+            reason: str | None = f"{type(module).__name__} takes a softmax in {unnamed}"
+        elif processor is None:
             reason = _reason_against(library_class(type(module)))
         else:
             kind = _fused(library_class(type(processor)))
@@ -256,6 +270,19 @@ def _scan(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         if reason is not None:
             kept[name] = reason
     return modules, kept
+
+
+@functools.cache
+def _own_backend(kind: type) -> str | None:
+    """The backend that a processor names in a call of the dispatcher, in place of the one that is set, or None."""
+    for method in weight_makers(kind).values():
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method)))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("dispatch_attention_fn"):
+                for backend in (keyword.value for keyword in node.keywords if keyword.arg == "backend"):
+                    asked = ast.unparse(backend)
+                    if asked.startswith("'") or "AttentionBackendName." in asked:
+                        return asked.strip("'")
+    return None
 
 
 def _reason_against(kind: type) -> str | None:

@@ -242,28 +242,54 @@ def library_class(kind: type) -> type:
 @functools.cache
 def weight_makers(kind: type) -> dict[str, FunctionType]:
     """The methods of a class that make weights, by name."""
-    methods = ((name, getattr(kind, name, None)) for name in dir(kind) if name != "__init__")
-    return {
-        name: method
-        for name, method in methods
-        if isinstance(method, FunctionType) and not _is_torchs(method) and _names_a_maker(method.__code__)
-    }
+    return {name: method for name, method in _methods(kind) if _names_a_maker(method.__code__)}
+
+
+def _methods(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """The methods of a class that are not torch's, without their decorators."""
+    for name in dir(kind):
+        method = getattr(kind, name, None)
+        if name != "__init__" and isinstance(method, FunctionType):
+            method = inspect.unwrap(method)
+            if isinstance(method, FunctionType) and not _is_torchs(method):
+                yield name, method
 
 
 @functools.cache
 def hidden_makers(kind: type) -> str | None:
     """The name of what makes weights for a class outside its own methods, if there is something."""
-    for name in dir(kind):
-        method = getattr(kind, name, None)
-        if name == "__init__" or not isinstance(method, FunctionType) or _is_torchs(method):
-            continue
+    for name, method in _methods(kind):
         for called in sorted(set(method.__code__.co_names) - set(MAKERS)):
             if called in _HIDDEN:
                 return called
             function = method.__globals__.get(called)
+            if getattr(function, "__name__", None) in MAKERS:  # imported under another name
+                return called
             if isinstance(function, FunctionType) and not _is_torchs(function) and _names_a_maker(function.__code__):
                 return called
+        if {"super", name} & set(method.__code__.co_names):  # it may call what it overrides
+            for base in kind.__mro__:
+                overridden = vars(base).get(name)
+                overridden = inspect.unwrap(overridden) if isinstance(overridden, FunctionType) else method
+                if overridden is not method and _names_a_maker(overridden.__code__):
+                    return f"{base.__name__}.{name}"
     return None
+
+
+def why_not_rewritten(kind: type) -> str | None:
+    """Why `in_place` cannot make its subclass of a class, or None."""
+    try:
+        in_place(kind)
+    except ValueError as error:
+        return str(error).removeprefix("diffmax: ")
+    return None
+
+
+def unnamed_softmax(module: nn.Module) -> str | None:
+    """The name of a torch.nn.Softmax that a module calls by another name than softmax, or None; containers do not call."""
+    if type(module).__module__.partition(".")[0] == "torch":
+        return None
+    return next((n for n, part in module.named_children() if isinstance(part, nn.Softmax) and n not in MAKERS), None)
 
 
 def _is_torchs(function: FunctionType) -> bool:
@@ -281,23 +307,25 @@ def _rewritten(function: FunctionType, owner: str) -> FunctionType:
     """A function with every call that makes weights directed to `owner.diffmax`; owner is the name of an argument.
 
     Raises:
-        ValueError: Its source is not available, or makes weights in a way that is not known.
+        ValueError: Its source is not available, needs names from around it, or makes weights in a way that is not known.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError) as error:
         raise ValueError(f"diffmax: the source of {function.__qualname__} must be available") from error
     left = _Rewriting(owner).visit(tree)
+    if function.__code__.co_freevars:
+        raise ValueError(f"diffmax: {function.__qualname__} must not use super() or names of a function around it")
     if _makes_weights(left):
         raise ValueError(f"diffmax: {function.__qualname__} makes weights in a way that is not known, and would keep softmax")
     ast.increment_lineno(left, function.__code__.co_firstlineno - 1)
     defined: dict[str, Any] = {}
     flags = __future__.annotations.compiler_flag  # annotations stay words: they may name what only the class body knows
-    exec(  # noqa: S102 - the library's own source, in its own module
-        compile(ast.fix_missing_locations(left), inspect.getfile(function), "exec", flags, dont_inherit=True),
-        function.__globals__,
-        defined,
-    )
+    code = compile(ast.fix_missing_locations(left), inspect.getfile(function), "exec", flags, dont_inherit=True)
+    try:
+        exec(code, function.__globals__, defined)  # noqa: S102 - the library's own source, in its own module
+    except NameError as error:
+        raise ValueError(f"diffmax: decorators and defaults of {function.__qualname__} must be names of its module") from error
     new: FunctionType = defined[function.__name__]
     new.__qualname__, new.__module__ = function.__qualname__, function.__module__
     return new

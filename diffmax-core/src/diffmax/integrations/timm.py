@@ -24,7 +24,9 @@ from diffmax.integrations.inplace import (
     library_class,
     refuse_kept,
     replace_all,
+    unnamed_softmax,
     weight_makers,
+    why_not_rewritten,
 )
 from diffmax.machine.metadata import PackageNotFoundError, version
 from diffmax.maps import AlphaMap
@@ -260,8 +262,10 @@ def _reason_against(module: nn.Module) -> str | None:
             return (
                 f"{kind.__name__} {REFUSED.get(_owner(function), f'is not known, and takes a softmax in {function.__name__}')}"
             )
-    hidden = hidden_makers(kind)
-    return None if hidden is None else f"{kind.__name__} is not known, and takes a softmax in {hidden}"
+    hidden = hidden_makers(kind) or unnamed_softmax(module)
+    if hidden is not None:
+        return f"{kind.__name__} is not known, and takes a softmax in {hidden}"
+    return why_not_rewritten(kind)
 
 
 def _holder(module: Any, alpha: float | Tensor, alpha_map: AlphaMap | None) -> AttentionWeights:

@@ -19,6 +19,7 @@ from diffmax.operators.attention.api import attention
 from diffmax.operators.attention.call import Options, build_call
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_tensor, is_whole
+from diffmax.operators.power.checks import check_flag
 from diffmax.reference.attention import weighted
 
 Weights: TypeAlias = Literal["softmax", "diffmax"]
@@ -45,6 +46,7 @@ class _Differential(HeadAlpha):
         weights: Weights,
         alpha: float | Tensor | None,
         alpha_map: AlphaMap | None,
+        fused: bool,
         backend: str | None,
         pairs: int,
         device: torch.device | str | None,
@@ -53,7 +55,7 @@ class _Differential(HeadAlpha):
         name = type(self).__name__
         if weights not in ("softmax", "diffmax"):
             raise ValueError(f'{name}: weights must be "softmax" or "diffmax", got {weights!r}')
-        self.weights, self.backend = weights, backend
+        self.weights, self.fused, self.backend = weights, check_flag(name, "fused", fused), backend
         if weights == "diffmax":
             if isinstance(alpha, Tensor) and alpha.shape == (2,) and not alpha.requires_grad:
                 alpha = alpha.repeat(pairs)
@@ -72,6 +74,7 @@ class _Differential(HeadAlpha):
 
         q is (B, 2 H, N, D), k (B, H_k, N, D), v has H_k heads or half as many; the result is (B, H, N, D_v).
         """
+        check_flag(type(self).__name__, "is_causal", is_causal)
         alpha = None if self.weights == "softmax" else self._alpha_for(q)
         mask = _mask_of_maps(type(self).__name__, mask, q)
         grouped = k.shape[1] != q.shape[1]
@@ -167,8 +170,8 @@ class DiffAttention(_Differential):
                 f"{name}: dim must be a multiple of 2 * num_heads, got {dim} and {num_heads}\n"
                 "a head is a pair of maps of size dim / num_heads / 2: take another number of heads"
             )
+        _check_probabilities(name, attn_drop=attn_drop, proj_drop=proj_drop)
         self.num_heads, self.head_dim = num_heads, dim // num_heads // 2
-        self.fused = fused
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_layer = norm_layer or partial(_RMSNorm, eps=1e-6)
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **factory)
@@ -187,7 +190,7 @@ class DiffAttention(_Differential):
         self.lambda_init: float
         self.set_lambda_init(depth)
         self._reset_lambda()
-        self._set_weights(weights, alpha, alpha_map, backend, num_heads, device, dtype)
+        self._set_weights(weights, alpha, alpha_map, fused, backend, num_heads, device, dtype)
 
     def set_lambda_init(self, depth: float) -> None:
         """Set `lambda_init` to 0.8 - 0.6 exp(-0.3 depth), for the layer of index `depth`, from 0."""
@@ -235,7 +238,7 @@ class DiffAttention(_Differential):
         Returns:
             (B, N, dim).
         Raises:
-            TypeError: A mask is not boolean or floating.
+            TypeError: A mask is not boolean or floating; is_causal is not True or False.
             ValueError: Shapes do not match.
         """
         if is_captured(x, attn_mask):
@@ -319,17 +322,16 @@ class DiffAttentionV2(_Differential):
                 f"{name}: num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}\n"
                 "both query heads of a pair read the same key head"
             )
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"{name}: dropout must satisfy 0 <= dropout <= 1, got {dropout}")
+        _check_probabilities(name, dropout=dropout)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.dropout, self.fused = dropout, fused
+        self.dropout = dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, 2 * num_heads * head_dim, bias=bias, **factory)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **factory)
         self.lambda_proj = nn.Linear(embed_dim, num_heads, bias=False, **factory)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **factory)
-        self._set_weights(weights, alpha, alpha_map, backend, num_heads, device, dtype)
+        self._set_weights(weights, alpha, alpha_map, fused, backend, num_heads, device, dtype)
 
     def reset_parameters(self) -> None:
         """Initialize again, for example after `to_empty`: projections as nn.Linear, alpha as at construction."""
@@ -346,7 +348,7 @@ class DiffAttentionV2(_Differential):
         Returns:
             (B, N, embed_dim).
         Raises:
-            TypeError: A mask is not boolean or floating.
+            TypeError: A mask is not boolean or floating; is_causal is not True or False.
             ValueError: Shapes do not match.
         """
         if is_captured(x, attn_mask):
@@ -399,7 +401,8 @@ def _mask_of_maps(name: str, mask: Tensor | None, q: Tensor) -> Tensor | None:
             f"{name}: attn_mask must broadcast to (B, H, N, N) = {(batch, maps // 2, length, length)} or to "
             f"(B, 2 H, N, N), got {tuple(mask.shape)}\na mask of padding, (B, N), is mask[:, None, None]"
         )
-    return mask.repeat_interleave(2, -3) if shape[1] not in (1, maps) else mask
+    mask = mask.reshape(shape)  # torch's attention takes no mask of fewer than two dimensions
+    return mask.repeat_interleave(2, 1) if shape[1] not in (1, maps) else mask
 
 
 def _heads(t: Tensor, heads: int, size: int) -> Tensor:
@@ -426,3 +429,11 @@ def _check_counts(name: str, **counts: Any) -> None:
             raise TypeError(f"{name}: {what} must be an int, got {number!r} of type {type(number).__name__}")
         if number < 1:
             raise ValueError(f"{name}: {what} must be at least 1, got {number}")
+
+
+def _check_probabilities(name: str, **given: Any) -> None:
+    for what, p in given.items():
+        if not isinstance(p, numbers.Real) or isinstance(p, bool):
+            raise TypeError(f"{name}: {what} must be a number, got {p!r} of type {type(p).__name__}")
+        if not 0 <= float(p) <= 1:  # NaN is neither
+            raise ValueError(f"{name}: {what} must satisfy 0 <= {what} <= 1, got {p}")

@@ -46,7 +46,7 @@ def convert_diff_attention(
         The entries of `target`. A norm's weight that DiffLlama lacks is multiplied into its output projection; timm's lambda
         of two numbers becomes vectors with the same products; biases that are missing beside others are 0.
     Raises:
-        TypeError: A number of heads is not an int.
+        TypeError: A number of heads is not an int, or an entry not a floating tensor.
         ValueError: A layout is unknown, numbers or shapes do not fit, an entry is missing, or the target has no place for
             one, such as a bias in unilm.
     Source: docs/differential.md; the published modules' state dicts. Written for diffmax.
@@ -58,8 +58,16 @@ def convert_diff_attention(
     """
     groups = num_heads if num_kv_heads is None else num_kv_heads
     _check(state, source, target, num_heads, groups)
-    common = _READ[source](dict(state), num_heads, groups)
+    common = _with_biases(_READ[source](dict(state), num_heads, groups))
     return _WRITE[target](common, num_heads, groups)
+
+
+def _with_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The projections to queries, keys and values have all a bias or none."""
+    if any(f"{name}_proj.bias" in state for name in "qkv"):
+        for name in "qkv":
+            state.setdefault(f"{name}_proj.bias", torch.zeros_like(state[f"{name}_proj.weight"][:, 0]))
+    return state
 
 
 def _from_timm(state: dict[str, Tensor], heads: int, groups: int) -> dict[str, Tensor]:
@@ -97,8 +105,10 @@ def _from_unilm(state: dict[str, Tensor], heads: int, groups: int) -> dict[str, 
 
 def _to_unilm(state: dict[str, Tensor], heads: int, groups: int) -> dict[str, Tensor]:
     for name in [name for name in state if name.endswith("bias")]:
-        if state.pop(name).any():
-            raise ValueError(f"{_NAME}: unilm has no place for {name}, got numbers other than 0")
+        bias = state.pop(name)
+        if bias.is_meta or bias.any():
+            got = "a tensor without numbers" if bias.is_meta else "numbers other than 0"
+            raise ValueError(f"{_NAME}: unilm has no place for {name}, got {got}")
     return state
 
 
@@ -150,9 +160,9 @@ def _halves(size: int, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(start, size, 2, device=device) for start in (0, 1)])
 
 
-def _check(state: Mapping[str, Tensor], source: Any, target: Any, heads: Any, groups: Any) -> None:
+def _check(state: Any, source: Any, target: Any, heads: Any, groups: Any) -> None:
     for what, layout in (("source", source), ("target", target)):
-        if layout not in _ENTRIES:
+        if layout not in tuple(_ENTRIES):
             raise ValueError(f'{_NAME}: {what} must be "timm", "unilm" or "diffllama", got {layout!r}')
     for what, number in (("num_heads", heads), ("num_kv_heads", groups)):
         if not is_whole(number):
@@ -161,28 +171,55 @@ def _check(state: Mapping[str, Tensor], source: Any, target: Any, heads: Any, gr
         raise ValueError(f"{_NAME}: num_heads must be a multiple of num_kv_heads, got {heads} and {groups}")
     if source == "timm" and groups != heads:
         raise ValueError(f"{_NAME}: num_kv_heads must be num_heads for timm, which has no groups, got {groups} and {heads}")
-    unknown = [name for name in state if name not in _ENTRIES[source]]
+    _check_entries(state, source)
+    _check_shapes(state, source, target, heads, groups)
+
+
+def _check_entries(state: Any, source: str) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{_NAME}: state must be a state dict, got {type(state).__name__}\nof a module, pass its state_dict()")
+    unknown = [str(name) for name in state if name not in _ENTRIES[source]]
     if unknown:
         raise ValueError(
             f"{_NAME}: other layouts have no place for {', '.join(unknown)} of {source}\n"
             "strip the prefix of the layer; norms of queries and keys, and alphas, cannot be converted"
         )
+    scalars = "lambda_a" in state or "lambda_b" in state
     needed = {name for name in _ENTRIES[source] if name.endswith("weight")}
-    needed |= {"lambda_a", "lambda_b"} if "lambda_a" in state else set(_VECTORS)
+    needed |= {"lambda_a", "lambda_b"} if scalars else set(_VECTORS)
     if missing := sorted(needed - set(state)):
         raise ValueError(f"{_NAME}: the state dict of {source} must hold {', '.join(missing)}, got {', '.join(state)}")
+    if scalars and (twice := [name for name in _VECTORS if name in state]):
+        raise ValueError(f"{_NAME}: lambda must be of two numbers or of vectors, got lambda_a, lambda_b and {', '.join(twice)}")
+    for name, entry in state.items():
+        if not isinstance(entry, Tensor) or not entry.is_floating_point():
+            got = entry.dtype if isinstance(entry, Tensor) else type(entry).__name__
+            raise TypeError(f"{_NAME}: {name} must be a floating tensor, got {got}")
+
+
+def _check_shapes(state: Mapping[str, Tensor], source: str, target: str, heads: int, groups: int) -> None:
     name, parts = ("qkv.weight", 3) if source == "timm" else ("q_proj.weight", 1)
-    rows = state[name].shape[0]
-    if rows % (2 * heads * parts):
+    given = tuple(state[name].shape)
+    if len(given) != 2:
+        raise ValueError(f"{_NAME}: {name} must have 2 dimensions, got shape {given}")
+    if given[0] % (2 * heads * parts) or not given[0]:
         raise ValueError(
-            f"{_NAME}: the rows of {name} must be a multiple of {2 * heads * parts}, got {rows}\n"
+            f"{_NAME}: the rows of {name} must be a multiple of {2 * heads * parts}, got {given[0]}\n"
             "num_heads is the number of pairs, half of DiffLlama's num_attention_heads"
         )
-    size = rows // (2 * heads * parts)
-    wanted = {"lambda_q1": size, "k_proj.weight": 2 * groups * size, "v_proj.weight": 2 * groups * size}
-    for entry, length in wanted.items():
-        if entry in state and state[entry].shape[0] != length:
+    size, tokens = given[0] // (2 * heads * parts), given[1]
+    inner, keys = 2 * heads * size, 2 * groups * size
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(_VECTORS, (size,)) | {"lambda_a": (), "lambda_b": ()}
+    wanted |= {"sub_norm.weight": (2 * size,), "subln.weight": (2 * size,)}
+    for layer, rows in (("qkv", 3 * inner), ("q_proj", inner), ("k_proj", keys), ("v_proj", keys)):
+        wanted |= {f"{layer}.weight": (rows, tokens), f"{layer}.bias": (rows,)}
+    for layer in ("proj", "o_proj", "out_proj"):
+        wanted |= {f"{layer}.weight": (tokens, inner), f"{layer}.bias": (tokens,)}
+    for name, entry in state.items():
+        if tuple(entry.shape) != wanted[name]:
             raise ValueError(
-                f"{_NAME}: {entry} must have {length} rows for {heads} and {groups} pairs, got {state[entry].shape[0]}\n"
+                f"{_NAME}: {name} must have shape {wanted[name]} for {heads} and {groups} pairs, got {tuple(entry.shape)}\n"
                 "num_heads and num_kv_heads are numbers of pairs, half of DiffLlama's"
             )
+    if target == "timm" and inner != tokens:
+        raise ValueError(f"{_NAME}: for timm all heads together must have the size of the tokens, {tokens}, got {inner}")
