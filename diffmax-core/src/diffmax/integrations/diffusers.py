@@ -22,6 +22,7 @@ from diffmax.integrations.inplace import (
     AttentionWeights,
     LayerAlpha,
     Replaced,
+    Scale,
     attention_maps,
     hidden_makers,
     in_place,
@@ -34,6 +35,7 @@ from diffmax.integrations.inplace import (
 )
 from diffmax.machine.metadata import PackageNotFoundError, version
 from diffmax.maps import AlphaMap
+from diffmax.matched import check_scale, matched_scale, rescaled
 from diffmax.operators.attention.api import attention
 from diffmax.operators.common.checks import one_minus_alpha
 
@@ -44,7 +46,7 @@ _registered: dict[str, bool] = {}  # names of ours, and whether models may keep 
 _FUSED = {"AttnProcessor": "AttnProcessor2_0", "AttnAddedKVProcessor": "AttnAddedKVProcessor2_0"}
 
 
-def register(name: str = "diffmax", alpha: float | Tensor = 0.9, *, partial: bool = False) -> None:
+def register(name: str = "diffmax", alpha: float | Tensor = 0.9, *, scale: Scale = 1.0, partial: bool = False) -> None:
     """Make diffmax an attention backend of diffusers, under `name`.
 
     Afterwards `model.set_attention_backend(name)` and `attention_backend(name)` accept it.
@@ -54,11 +56,13 @@ def register(name: str = "diffmax", alpha: float | Tensor = 0.9, *, partial: boo
             also in models that use it.
         alpha: As for `diffmax.attention`: a float, or a tensor () or (H,), which may require a gradient. All layers of all
             models with this backend share it; for an alpha per layer, or one that is learned, use `replace`.
+        scale: Factor of the scores, with all that is added to them: a positive number; or "match", the matched scale of alpha
+            (`diffmax.matched_scale`), as a model wants it that was trained with softmax. It follows a tensor alpha.
         partial: Accept models that keep softmax in a part of their attention. Default: `set_attention_backend` refuses them.
     Raises:
         ImportError: diffusers is missing or too old.
-        TypeError: name or alpha has the wrong type.
-        ValueError: alpha lies outside (0, 1), or name is a backend of diffusers, or not in lower case.
+        TypeError: name, alpha or scale has the wrong type.
+        ValueError: alpha lies outside (0, 1), scale is not positive, or name is a backend of diffusers or not in lower case.
 
     Masks (boolean and additive; (B, S), or any shape that broadcasts to (B, H, L, S)), is_causal, dropout, scale and grouped
     heads are honoured. `return_lse`, context parallelism, block masks and masks of three dimensions cannot be, and raise a
@@ -83,6 +87,8 @@ def register(name: str = "diffmax", alpha: float | Tensor = 0.9, *, partial: boo
         raise ValueError(f"register: name must be in lower case, and none of diffusers' backends, got {name!r}")
     if not isinstance(alpha, Tensor):
         one_minus_alpha("register", torch.empty(1), alpha, 0)
+    check_scale("register", scale)
+    factor = scale
 
     def attend(
         query: Tensor,
@@ -97,6 +103,7 @@ def register(name: str = "diffmax", alpha: float | Tensor = 0.9, *, partial: boo
         _parallel_config: Any = None,
     ) -> Tensor:
         q, k, v, mask = _as_torch(query, key, value, attn_mask, return_lse, _parallel_config)
+        q, scale, mask = rescaled(matched_scale(alpha) if isinstance(factor, str) else factor, q, scale, mask)
         out = attention(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, alpha=alpha)
         return out.transpose(1, 2)
 
@@ -107,7 +114,14 @@ def register(name: str = "diffmax", alpha: float | Tensor = 0.9, *, partial: boo
     _refuse_other_processors()
 
 
-def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | None = None, *, partial: bool = False) -> Replaced:
+def replace(
+    model: nn.Module,
+    alpha: LayerAlpha = 0.9,
+    alpha_map: AlphaMap | None = None,
+    *,
+    scale: Scale = 1.0,
+    partial: bool = False,
+) -> Replaced:
     """Give a model of diffusers diffmax attention, in place; its weights stay.
 
     Args:
@@ -117,13 +131,15 @@ def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | Non
             a module's name and the module that returns either, or None to leave that module as it is.
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`: alpha is learned. Each module gets a parameter `diffmax.log_beta`, (H,),
             which starts at `alpha`. It must get no weight decay: use `diffmax.nn.param_groups`.
+        scale: Factor of the scores, with all that is added to them: a positive number; or "match", the matched scale of alpha
+            (`diffmax.matched_scale`), as a model wants it that was trained with softmax. It follows an alpha that is learned.
         partial: Accept modules that keep softmax, because diffmax cannot stand in its place. Default: refuse such a model.
     Returns:
         The names of the modules that changed, with the classes of their processors, and of those that keep softmax.
     Raises:
         ImportError: diffusers is missing or too old.
-        TypeError, ValueError: alpha has the wrong type, shape or value; the model has no attention, or would keep softmax
-            somewhere. The model is then unchanged.
+        TypeError, ValueError: alpha or scale has the wrong type, shape or value; the model has no attention, or would keep
+            softmax somewhere. The model is then unchanged.
 
     A processor then runs its own code, with `diffmax.attention` where it calls torch's attention or diffusers' dispatcher; the
     attention backend that is set no longer matters. Processors that take the softmax of a score matrix become the same one on
@@ -144,7 +160,7 @@ def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | Non
     kept |= {name: reason for name, reason in reasons.items() if reason is not None}
     modules = {name: module for name, module in modules.items() if name not in kept}
     refuse_kept(model, kept, partial)
-    return replace_all(model, modules, kept, alpha, lambda module, given: _holder(module, given, alpha_map), _rewrite)
+    return replace_all(model, modules, kept, alpha, lambda module, given: _holder(module, given, alpha_map, scale), _rewrite)
 
 
 class _Dispatched(AttentionWeights):
@@ -302,10 +318,10 @@ def _fused(kind: type) -> type:
     return fused
 
 
-def _holder(module: Any, alpha: float | Tensor, alpha_map: AlphaMap | None) -> AttentionWeights:
+def _holder(module: Any, alpha: float | Tensor, alpha_map: AlphaMap | None, scale: Scale) -> AttentionWeights:
     device = next((parameter.device for parameter in module.parameters()), None)
     heads = next((getattr(module, name) for name in ("heads", "num_heads") if hasattr(module, name)), None)
-    return _Dispatched(heads, alpha, alpha_map, device=device)
+    return _Dispatched(heads, alpha, alpha_map, scale, device=device)
 
 
 def _rewrite(module: Any) -> str:

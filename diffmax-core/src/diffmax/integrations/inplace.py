@@ -16,12 +16,13 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from diffmax.maps import AlphaMap
+from diffmax.matched import check_scale, matched_scale, rescaled
 from diffmax.nn._alpha import HeadAlpha
 from diffmax.operators.attention.api import attention
 from diffmax.operators.common.numerics import accumulation_dtype
@@ -38,6 +39,7 @@ _HIDDEN = (
     "_na3d",
     "npu_fusion_attention",
 )
+Scale: TypeAlias = 'float | Literal["match"]'
 LayerAlpha: TypeAlias = "float | Tensor | Callable[[str, nn.Module], float | Tensor | None]"
 _LIBRARIES = ("F", "torch", "functional")
 
@@ -49,10 +51,11 @@ class AttentionWeights(HeadAlpha):
         heads: H, the number of query heads; None: they are not a dimension of their own, and alpha is one number.
         alpha: As for `diffmax.attention`. A tensor () or (H,) becomes a buffer, an nn.Parameter a parameter.
         alpha_map: With it alpha is learned: a parameter `log_beta`, (H,), which starts at `alpha`.
+        scale: Factor of the scores, or "match": the matched scale of the current alpha.
         heads_at: The dimension of queries, keys and scores that has the heads.
         device: Where a tensor alpha and log_beta are.
     Raises:
-        TypeError, ValueError: alpha has the wrong type, shape or value.
+        TypeError, ValueError: alpha or scale has the wrong type, shape or value.
     """
 
     def __init__(
@@ -60,18 +63,24 @@ class AttentionWeights(HeadAlpha):
         heads: int | None,
         alpha: float | Tensor,
         alpha_map: AlphaMap | None = None,
+        scale: Scale = 1.0,
         *,
         heads_at: int = -3,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.heads_at = heads, heads_at
+        check_scale(type(self).__name__, scale)
+        self.heads, self.heads_at, self.scale = heads, heads_at, scale
         self.maps: list[Tensor] | None = None  # where `attention_maps` collects
         self._set_alpha(alpha, alpha_map, heads or 1, device, None)
 
     def _alpha_for(self, q: Tensor) -> float | Tensor:
         alpha = super()._alpha_for(q)
         return alpha.squeeze() if self.heads is None and isinstance(alpha, Tensor) else alpha
+
+    def _factor(self, alpha: float | Tensor) -> float | Tensor:
+        """Of the scores: one number, or one per entry of alpha."""
+        return matched_scale(alpha) if isinstance(self.scale, str) else self.scale
 
     def attend(
         self,
@@ -88,6 +97,7 @@ class AttentionWeights(HeadAlpha):
         alpha, at = self._alpha_for(query), self.heads_at
         if at != -3:
             query, key, value = (t.movedim(at, -3) for t in (query, key, value))
+        query, scale, attn_mask = rescaled(self._factor(alpha), query, scale, attn_mask)
         if self.maps is not None:
             self._keep_map(self.maps, query, key, attn_mask, is_causal, scale)
         out = attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, alpha=alpha)
@@ -100,6 +110,9 @@ class AttentionWeights(HeadAlpha):
         alpha = self._alpha_for(scores)
         if isinstance(alpha, Tensor) and alpha.ndim:
             alpha = alpha.view(-1, *[1] * (scores.ndim - 1 - self.heads_at % scores.ndim))
+        factor = self._factor(alpha)
+        if isinstance(factor, Tensor) or factor != 1:
+            scores = (scores * factor).to(scores.dtype)
         weights = diffmax_bisect(scores, alpha)
         if self.maps is not None:
             self.maps.append(weights.detach().to_sparse())
@@ -130,7 +143,8 @@ class AttentionWeights(HeadAlpha):
 
     def extra_repr(self) -> str:
         """The settings that repr shows."""
-        return f"alpha_map={self.alpha_map}" if self.alpha_map is not None else f"alpha={self.alpha}"
+        shown = f"alpha_map={self.alpha_map}" if self.alpha_map is not None else f"alpha={self.alpha}"
+        return shown if self.scale == 1 else f"{shown}, scale={self.scale!r}"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from diffmax.integrations.inplace import (
     AttentionWeights,
     LayerAlpha,
     Replaced,
+    Scale,
     attention_maps,
     hidden_makers,
     in_place,
@@ -122,7 +123,14 @@ REFUSED: dict[str, str] = {
 }
 
 
-def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | None = None, *, partial: bool = False) -> Replaced:
+def replace(
+    model: nn.Module,
+    alpha: LayerAlpha = 0.9,
+    alpha_map: AlphaMap | None = None,
+    *,
+    scale: Scale = 1.0,
+    partial: bool = False,
+) -> Replaced:
     """Give a timm model diffmax attention, in place; its weights stay.
 
     Args:
@@ -132,13 +140,15 @@ def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | Non
         alpha_map: A `HillMap`, `TanhMap` or `ExpMap`: alpha is learned. Each module gets a parameter
             `diffmax.log_beta`, (H,), or (1,) where heads are not a dimension, which starts at `alpha`. It must get no weight
             decay: use `diffmax.nn.param_groups`.
+        scale: Factor of the scores, with all that is added to them: a positive number; or "match", the matched scale of alpha
+            (`diffmax.matched_scale`), as a model wants it that was trained with softmax. It follows an alpha that is learned.
         partial: Accept modules that keep softmax, because diffmax cannot stand in its place. Default: refuse such a model.
     Returns:
         The names of the modules that changed, and of those that keep softmax.
     Raises:
         ImportError: timm is missing or too old.
-        TypeError, ValueError: alpha has the wrong type, shape or value; the model has no attention, or would keep softmax
-            somewhere. The model is then unchanged.
+        TypeError, ValueError: alpha or scale has the wrong type, shape or value; the model has no attention, or would keep
+            softmax somewhere. The model is then unchanged.
 
     A module then runs its own forward, with `diffmax.attention` where it calls torch's fused attention, and `diffmax_bisect`
     where it takes a softmax of scores (its eager path, `fused_attn=False`, or the only one). So masks, causality, dropout of
@@ -165,7 +175,7 @@ def replace(model: nn.Module, alpha: LayerAlpha = 0.9, alpha_map: AlphaMap | Non
         elif weight_makers(library_class(type(module))):
             modules[name] = module
     refuse_kept(model, kept, partial)
-    return replace_all(model, modules, kept, alpha, lambda module, given: _holder(module, given, alpha_map), _rewrite)
+    return replace_all(model, modules, kept, alpha, lambda module, given: _holder(module, given, alpha_map, scale), _rewrite)
 
 
 def layer(alpha: float | Tensor = 0.9, alpha_map: AlphaMap | None = None, *, differential: bool = False) -> type[nn.Module]:
@@ -207,7 +217,7 @@ def layer(alpha: float | Tensor = 0.9, alpha_map: AlphaMap | None = None, *, dif
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            setattr(self, CHILD, _holder(self, alpha, alpha_map))
+            setattr(self, CHILD, _holder(self, alpha, alpha_map, 1.0))
 
     return DiffmaxAttention
 
@@ -268,12 +278,12 @@ def _reason_against(module: nn.Module) -> str | None:
     return why_not_rewritten(kind)
 
 
-def _holder(module: Any, alpha: float | Tensor, alpha_map: AlphaMap | None) -> AttentionWeights:
+def _holder(module: Any, alpha: float | Tensor, alpha_map: AlphaMap | None, scale: Scale) -> AttentionWeights:
     function = next(iter(weight_makers(library_class(type(module))).values()))
     at = SERVED[_owner(function)]
     heads = None if at is None else next(getattr(module, n) for n in ("num_heads", "heads") if hasattr(module, n))
     device = next((parameter.device for parameter in module.parameters()), None)
-    return AttentionWeights(heads, alpha, alpha_map, heads_at=-3 if at is None else at, device=device)
+    return AttentionWeights(heads, alpha, alpha_map, scale, heads_at=-3 if at is None else at, device=device)
 
 
 def _rewrite(module: nn.Module) -> str:

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from diffmax.integrations.transformers.adapting import Heads, adapt, calibrate, distil, refit, replace
+from diffmax.integrations.transformers.adapting import Heads, adapt, calibrate, distil, refit, replace, suggest_alpha
 from diffmax.integrations.transformers.attention import ModelAlpha, register
 from diffmax.integrations.transformers.hybrid import register_hybrid
 from diffmax.integrations.transformers.power import register_power
@@ -26,6 +26,7 @@ __all__ = [
     "register_hybrid",
     "register_power",
     "replace",
+    "suggest_alpha",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from packaging.version import Version
@@ -14,11 +14,13 @@ from diffmax.integrations.transformers import refusals
 from diffmax.integrations.transformers.masks import mask_of, merged_mask, read
 from diffmax.integrations.transformers.unfused import attend_with_weights
 from diffmax.machine.metadata import PackageNotFoundError, version
+from diffmax.matched import check_scale, matched_scale, rescaled
 from diffmax.operators.attention.api import attention, attention_varlen
 from diffmax.operators.common.checks import one_minus_alpha
 from diffmax.operators.decoding.api import attention_with_kvcache
 
 ModelAlpha: TypeAlias = "float | Tensor | Callable[[nn.Module], float | Tensor]"
+ModelScale: TypeAlias = 'float | Tensor | Literal["match"] | Callable[[nn.Module], float | Tensor]'
 
 # transformers gives these substrings of an attention implementation's name a special meaning.
 _RESERVED = ("eager", "flash", "flex", "paged", "sdpa", "/", "|")
@@ -41,7 +43,7 @@ _BOOKKEEPING = {
 _WHAT_TO_DO = {"cache": "continuous batching keeps its own paged cache: call model.generate instead"}
 
 
-def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, partial: bool = False) -> None:
+def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScale = 1.0, partial: bool = False) -> None:
     """Make diffmax an attention implementation of Hugging Face transformers, under `name`.
 
     Afterwards `AutoModel.from_pretrained(..., attn_implementation=name)` and `model.set_attn_implementation(name)` accept it.
@@ -53,13 +55,16 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, partial: bool = 
         alpha: Shape parameter in (0, 1), as in `diffmax_bisect`. A float; a tensor of shape () or (H,), one per query head,
             which may require a gradient; or a function of the attention module that returns either. It is called in every
             forward pass, and can return a different alpha per layer (`lambda module: alphas[module.layer_idx]`).
+        scale: Factor of the model's scores, with all that is added to them. "match": the matched scale of alpha, for a model
+            that was trained with softmax (`diffmax.matched_scale`, docs/choosing.md); it follows an alpha that changes, and
+            gives it a part of its gradient. Or a positive number, a tensor () or (H,), or a function of the attention module.
         partial: Accept models that keep softmax in a part of their attention, such as a pooling head. Default: refuse them.
     Raises:
         ImportError: transformers is missing or too old.
-        TypeError: name or alpha has the wrong type.
-        ValueError: alpha lies outside (0, 1), or `name` has a special meaning in transformers. Later, from a model: it computes
-            attention itself, and would keep softmax. This is detected when the model is loaded, or at its first forward pass,
-            by a check that this function adds to `PreTrainedModel`; docs/models.md lists the types.
+        TypeError: name, alpha or scale has the wrong type.
+        ValueError: alpha lies outside (0, 1), scale is not positive, or `name` has a special meaning in transformers. Later,
+            from a model: it computes attention itself, and would keep softmax. This is detected when the model is loaded, or at
+            its first forward pass, by a check that this function adds to `PreTrainedModel`; docs/models.md lists the types.
 
     A model then uses `diffmax.attention`, which does not hold the score matrix in memory, unless `output_attentions=True`
     requests the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
@@ -86,7 +91,10 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, partial: bool = 
         )
     if not callable(alpha) and not isinstance(alpha, Tensor):
         one_minus_alpha("register", torch.empty(1), alpha, 0, ", or a function of the attention module that returns one")
-    register_functions(name, functools.partial(_attention_forward, alpha=alpha), partial=partial)
+    check_scale("register", scale, ", a tensor, or a function of the attention module that returns one")
+    if isinstance(scale, str) and isinstance(alpha, float):
+        scale = matched_scale(alpha)
+    register_functions(name, functools.partial(_attention_forward, alpha=alpha, scale=scale), partial=partial)
 
 
 def register_functions(name: str, attend: Callable[..., Any], label: str | None = None, partial: bool = False) -> None:
@@ -132,6 +140,7 @@ def _attention_forward(
     max_length_k: int | None = None,
     *,
     alpha: ModelAlpha,
+    scale: ModelScale = 1.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: query (B, H, L, D), key and value (B, H_kv, S, D) to output (B, L, H, D) and weights or None."""
@@ -147,14 +156,25 @@ def _attention_forward(
         key, value = key[:, :, :length], value[:, :, :length]
         position_bias = None if position_bias is None else position_bias[..., :length]
     window = _window(sliding_window, attention_mask, key.shape[2], is_causal)
+    alpha = _per_head("alpha", alpha(module) if callable(alpha) else alpha, heads)
+    if isinstance(scale, str):
+        factor = matched_scale(alpha)
+    else:
+        factor = _per_head("scale", scale(module) if callable(scale) else scale, heads)
+    if softcap and isinstance(factor, Tensor):
+        raise ValueError(
+            f"diffmax attention: with softcap the scale must be a number, got a tensor of shape {tuple(factor.shape)}\n"
+            "register one alpha, as a float, for all heads"
+        )
+    query, scaling, _ = rescaled(factor, query, scaling)
     settings: dict[str, Any] = {
         "dropout_p": dropout if module.training else 0.0,
         "is_causal": is_causal,
         "scale": scaling,
-        "alpha": _check_alpha_shape(alpha(module) if callable(alpha) else alpha, heads),
+        "alpha": alpha,
         "window_size": window,
-        "softcap": softcap or 0.0,
-        "sink": s_aux,
+        "softcap": factor * softcap if softcap else 0.0,
+        "sink": None if s_aux is None else s_aux * factor,
     }
     wants_weights = _wants_weights(module, kwargs)
     if packing is not None and attention_mask is None and position_bias is None and not wants_weights:
@@ -165,6 +185,7 @@ def _attention_forward(
     if packing is not None:
         attention_mask = _mask_other_sequences(attention_mask, packing, length, key.shape[2])
     mask = merged_mask(attention_mask, position_bias)
+    mask = rescaled(factor, query, None, mask)[2]
     if wants_weights:
         output, weights = attend_with_weights(query, key, value, mask, **settings)
         return output.transpose(1, 2).contiguous(), weights
@@ -255,10 +276,11 @@ def _mask_other_sequences(mask: Tensor | None, packing: tuple[Tensor, Tensor], q
     return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
 
 
-def _check_alpha_shape(alpha: float | Tensor, heads: int) -> float | Tensor:
-    if isinstance(alpha, Tensor) and alpha.shape not in ((), (heads,)):
+def _per_head(what: str, value: float | Tensor, heads: int) -> float | Tensor:
+    """Check the shape of a tensor alpha or scale."""
+    if isinstance(value, Tensor) and value.shape not in ((), (heads,)):
         raise ValueError(
-            f"diffmax attention: a tensor alpha must have shape () or ({heads},), got {tuple(alpha.shape)}\n"
-            f"the layer has {heads} query heads; for other alphas in other layers, register a function of the attention module"
+            f"diffmax attention: a tensor {what} must have shape () or ({heads},), got {tuple(value.shape)}\n"
+            f"the layer has {heads} query heads; for other {what}s in other layers, register a function of the attention module"
         )
-    return alpha
+    return value

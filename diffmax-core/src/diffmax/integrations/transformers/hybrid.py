@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffmax.hybrid import HybridCache
 from diffmax.integrations.transformers import refusals
-from diffmax.integrations.transformers.attention import ModelAlpha, _check_alpha_shape
+from diffmax.integrations.transformers.attention import ModelAlpha, _per_head
 from diffmax.integrations.transformers.power import PerModule, check_option, gates_of, option_of, register_state
 from diffmax.integrations.transformers.power_masks import check_call
 
@@ -107,7 +107,7 @@ def _attend(
         key.transpose(1, 2),
         value.transpose(1, 2),
         None if gates is None else gates.transpose(1, 2),
-        alpha=_check_alpha_shape(option_of(module, alpha), query.shape[1]),
+        alpha=_per_head("alpha", option_of(module, alpha), query.shape[1]),
         softmax_scale=scale,
         offset=option_of(module, offset),
         slope=option_of(module, slope),

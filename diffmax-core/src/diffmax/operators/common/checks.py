@@ -123,11 +123,21 @@ def _alpha_hint(name: str, alpha: float) -> str:
     return hint
 
 
+def check_alpha(name: str, alpha: Tensor) -> None:
+    """Check dtype and values of a tensor alpha that belongs to no scores."""
+    _check_floating(name, "alpha", alpha)
+    _check_alpha_values(name, alpha)
+
+
+def _check_floating(name: str, what: str, t: Tensor) -> None:
+    check_strided(name, what, t)
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: {what} must be of a floating dtype, got {_dtype(t)}")
+
+
 def check_alpha_tensor(name: str, X: Tensor, alpha: Tensor, dim: int, what: str = "alpha") -> None:
     """Check dtype, device and shape of a tensor with one number per row: alpha, or the argument named `what`."""
-    check_strided(name, what, alpha)
-    if not alpha.is_floating_point():
-        raise TypeError(f"{name}: {what} must be of a floating dtype, got {_dtype(alpha)}")
+    _check_floating(name, what, alpha)
     if alpha.device != X.device and not (alpha.ndim == 0 and alpha.device.type == "cpu"):
         raise ValueError(f"{name}: {what} and X must be on one device, got {alpha.device} and {X.device}")
     wanted = tuple(1 if axis == dim else size for axis, size in enumerate(X.shape))

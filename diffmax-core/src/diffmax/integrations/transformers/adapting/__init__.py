@@ -8,10 +8,11 @@ writes them, and `replace(model)` restores them after `from_pretrained`.
 
 from diffmax.integrations.transformers.adapting.calibration import ALPHAS, SCALES, calibrate
 from diffmax.integrations.transformers.adapting.distillation import distil
-from diffmax.integrations.transformers.adapting.outputs import Batch, Loss, Output, final_output, relative_error
+from diffmax.integrations.transformers.adapting.outputs import Batch, Loss, Output, final_output, likelihood, relative_error
 from diffmax.integrations.transformers.adapting.recipe import adapt
 from diffmax.integrations.transformers.adapting.refitting import refit
 from diffmax.integrations.transformers.adapting.replacement import NAME, Heads, replace
+from diffmax.integrations.transformers.adapting.suggestion import suggest_alpha
 
 __all__ = [
     "ALPHAS",
@@ -25,7 +26,9 @@ __all__ = [
     "calibrate",
     "distil",
     "final_output",
+    "likelihood",
     "refit",
     "relative_error",
     "replace",
+    "suggest_alpha",
 ]

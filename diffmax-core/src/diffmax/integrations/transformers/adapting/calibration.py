@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from diffmax.operators.rows.api import diffmax_bisect
 # The grid of calibrate. A low alpha with a small scale usually gives the most zeros for the least change.
 ALPHAS = (0.99, 0.97, 0.93, 0.88, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0)
+_NAME = "calibrate"
 
 
 def calibrate(
@@ -28,6 +30,8 @@ def calibrate(
     alpha: float | None = None,
     output: Output = final_output,
     probes: int = 4,
+    grid: Sequence[tuple[float, float]] | None = None,
+    queries: int | None = None,
 ) -> Heads:
     """Choose alpha and scale for each head of a softmax model, so that its output moves least.
 
@@ -44,6 +48,10 @@ def calibrate(
         output: A function of the model's output and inputs that returns the tensor that must not move. Default: logits, or
             the last hidden state.
         probes: Random projections per batch. More give a better estimate.
+        grid: The pairs (alpha, scale) to choose from. Default: `ALPHAS` and `SCALES` of `adapting`. On long inputs, where each
+            pair takes seconds, pass fewer, near the matched scale: `[(a, diffmax.matched_scale(a, w)) for a ... for w ...]`.
+        queries: At most so many queries of a sequence, evenly spaced, stand for all, and each moves the output by itself: less
+            work, and less noise from few projections. Default: all, together.
     Returns:
         The alphas and scales, for `replace`.
     Raises:
@@ -64,13 +72,27 @@ def calibrate(
         raise ValueError(f"calibrate: zeros must lie strictly between 0 and 1, got {zeros}")
     if alpha is not None:
         one_minus_alpha("calibrate", torch.empty(1), alpha, 0)
-    table = _measure(model, batches, ALPHAS if alpha is None else (float(alpha),), output, probes)
-    chosen = table.cheapest(0.0) if zeros is None else table.with_zeros(zeros)
+    table = measure(_NAME, model, batches, _grid(alpha, grid), output, probes, queries)
+    chosen = table.cheapest(0.0) if zeros is None else table.with_zeros(_NAME, zeros)
     return table.heads(chosen)
 
 
+def _grid(alpha: float | None, grid: Sequence[tuple[float, float]] | None) -> list[tuple[float, float]]:
+    """The pairs to choose from: those given, or all of the default alphas, or the given one, and scales."""
+    if grid is None:
+        return list(itertools.product(ALPHAS if alpha is None else (float(alpha),), SCALES))
+    if alpha is not None:
+        raise ValueError(f"calibrate: give either alpha or grid, got alpha {alpha} and a grid of {len(grid)}")
+    wrong = [pair for pair in grid if not (0 < pair[0] < 1 and 0 < pair[1] < math.inf)]
+    if wrong or not grid:
+        raise ValueError(
+            f"calibrate: grid must hold pairs of an alpha in (0, 1) and a positive scale, got {wrong[0] if wrong else 'none'}"
+        )
+    return list(grid)
+
+
 @dataclass
-class _Table:
+class Table:
     """For each head of all layers, concatenated, and each grid point: movement of the output, share of zeros."""
 
     layers: list[tuple[str, int]]  # name, heads
@@ -86,18 +108,24 @@ class _Table:
         """The share of zeros over all heads."""
         return float(self.zeros.gather(1, chosen[:, None]).mean())
 
-    def with_zeros(self, wanted: float) -> Tensor:
+    def with_zeros(self, name: str, wanted: float) -> Tensor:
         """The choice at the lowest price that reaches the share of zeros, by bisection on the logarithm of the price."""
         largest = float(self.movement.max())
         if self.share(self.cheapest(math.inf if largest == 0 else 1e12 * largest)) < wanted:
-            raise ValueError(
-                f"calibrate: no choice has a share of zeros of {wanted}\nask for less, or calibrate on longer inputs"
-            )
+            raise _cannot_reach(name, wanted)
         low, high = math.log(1e-12 * largest), math.log(1e12 * largest)
         for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if self.share(self.cheapest(math.exp(middle))) < wanted else (low, middle)
         return self.cheapest(math.exp(high))
+
+    def one_for_all(self, name: str, wanted: float) -> Tensor:
+        """The grid point that moves the output least of those with the share of zeros, the same for every head."""
+        reached = self.zeros.mean(0) >= wanted
+        if not reached.any():
+            raise _cannot_reach(name, wanted)
+        best = self.movement.sum(0).masked_fill(~reached, math.inf).argmin()
+        return best.expand(len(self.movement))
 
     def heads(self, chosen: Tensor) -> Heads:
         """The chosen alphas and scales by layer."""
@@ -109,8 +137,22 @@ class _Table:
         return result
 
 
-def _measure(model: nn.Module, batches: Iterable[Batch], alphas: tuple[float, ...], output: Output, probes: int) -> _Table:
-    grid = [(alpha, scale) for alpha in alphas for scale in SCALES]
+def _cannot_reach(name: str, wanted: float) -> ValueError:
+    return ValueError(f"{name}: no choice has a share of zeros of {wanted}\nask for less, or calibrate on longer inputs")
+
+
+def measure(
+    name: str,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    grid: list[tuple[float, float]],
+    output: Output,
+    probes: int,
+    queries: int | None = None,
+) -> Table:
+    """The movement and the zeros of each head at each grid point, for the public function `name`."""
+    if queries is not None and (not isinstance(queries, int) or isinstance(queries, bool) or queries < 1):
+        raise ValueError(f"{name}: queries must be a positive int or None, got {queries!r}")
     names = {module: name for name, module in model.named_modules()}
     layers: list[tuple[str, int]] = []
     movement, zeros, entries = torch.zeros(()), torch.zeros(()), torch.zeros(())
@@ -124,17 +166,18 @@ def _measure(model: nn.Module, batches: Iterable[Batch], alphas: tuple[float, ..
         layers = [(names[module], module_calls[0][0].scores.shape[1]) for module, module_calls in of_module.items()]
         with torch.no_grad():
             per_layer = [
-                _of_layer(module_calls, grid, mask_for(model, module, batch)) for module, module_calls in of_module.items()
+                _of_layer(module_calls, grid, mask_for(model, module, batch), queries)
+                for module, module_calls in of_module.items()
             ]
         moved, zero, visible = (torch.cat(parts).double().cpu() for parts in zip(*per_layer, strict=True))
         movement, zeros, entries = movement + moved, zeros + zero, entries + visible
     if not layers:
-        raise ValueError("calibrate: a batch is needed, got none")
-    return _Table(layers, grid, movement, zeros / entries[:, None])
+        raise ValueError(f"{name}: a batch is needed, got none")
+    return Table(layers, grid, movement, zeros / entries[:, None])
 
 
 def _of_layer(
-    calls: list[tuple[Call, Tensor]], grid: list[tuple[float, float]], mask: Tensor | None
+    calls: list[tuple[Call, Tensor]], grid: list[tuple[float, float]], mask: Tensor | None, queries: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Movement (H, grid), zeros (H, grid) and visible entries (H,) of a layer, from its calls and their projections.
 
@@ -142,13 +185,19 @@ def _of_layer(
     """
     moved, zeros = [], []
     visible = [_visible(call, mask) for call, _ in calls]
+    if queries is not None:
+        steps = [-(-call.scores.shape[2] // queries) for call, _ in calls]
+        visible = [seen[:, :, ::step] for seen, step in zip(visible, steps, strict=True)]
+        calls = [(call.every(step), part[..., ::step, :]) for (call, part), step in zip(calls, steps, strict=True)]
     for alpha, scale in grid:
-        by, zero = torch.zeros(()), torch.zeros(())
+        by, apart, zero = torch.zeros(()), torch.zeros(()), torch.zeros(())
         for (call, projections), seen in zip(calls, visible, strict=True):
             weights = diffmax_bisect(call.scores * scale, alpha)
-            by = by + (projections * (weights @ call.values - call.output)).sum((-1, -2))
+            of_query = (projections * (weights @ call.values - call.output)).sum(-1)
+            by = by + of_query.sum(-1)
+            apart = apart + of_query.square().sum(-1)
             zero = zero + ((weights == 0) & seen).sum((0, 2, 3))
-        moved.append(by.square().mean(0).sum(0))
+        moved.append((by.square() if queries is None else apart).mean(0).sum(0))
         zeros.append(zero)
     entries = torch.stack([seen.sum((0, 2, 3)) for seen in visible]).sum(0)
     return torch.stack(moved, 1), torch.stack(zeros, 1), entries

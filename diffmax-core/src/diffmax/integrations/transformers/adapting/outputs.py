@@ -19,6 +19,19 @@ def final_output(output: Any, batch: Batch) -> Tensor:
     return final if mask is None or mask.shape != final.shape[:-1] else final * mask.unsqueeze(-1).to(final.dtype)
 
 
+def likelihood(output: Any, batch: Batch) -> Tensor:
+    """Log-probabilities times the roots of the probabilities, or the last hidden state of a model without logits.
+
+    The square of a small change of them is twice the KL divergence of the predictions.
+    """
+    final = final_output(output, batch)
+    if getattr(output, "logits", None) is None:
+        return final
+    logs = output.logits.log_softmax(-1)
+    weighted: Tensor = logs * (logs / 2).exp().detach()
+    return weighted if final is output.logits else weighted * (final != 0).any(-1, keepdim=True)
+
+
 def relative_error(student: Any, teacher: Any, batch: Batch) -> Tensor:
     """Squared distance between two models' final outputs, relative to the squared norm of the teacher's."""
     wanted = final_output(teacher, batch)

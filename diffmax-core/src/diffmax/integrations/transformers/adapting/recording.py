@@ -43,6 +43,10 @@ class Call:
     values: Tensor
     output: Tensor
 
+    def every(self, step: int) -> Call:
+        """The call of each step-th query alone."""
+        return Call(self.module, self.scores[:, :, ::step], self.values, self.output[:, :, ::step])
+
 
 def record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], Tensor]:
     """The calls of the model's attention layers, and the model's output."""

@@ -112,5 +112,4 @@ def _attend_adapted(
         )
     # on another device only if the layer's parameters are moved for the call, as accelerate does
     alpha, scale = (t.to(query.device) for t in (heads.alpha, heads.scale))
-    query = query * scale.to(query.dtype).view(-1, 1, 1)
-    return _attention_forward(module, query, key, value, attention_mask, alpha=alpha, **kwargs)
+    return _attention_forward(module, query, key, value, attention_mask, alpha=alpha, scale=scale, **kwargs)

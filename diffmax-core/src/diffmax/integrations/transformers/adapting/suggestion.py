@@ -1,0 +1,70 @@
+"""`suggest_alpha`: what to replace softmax by for a share of zeros, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from diffmax.integrations.transformers.adapting.calibration import measure
+from diffmax.integrations.transformers.adapting.outputs import Batch, Output, likelihood
+from diffmax.integrations.transformers.adapting.replacement import Heads
+from diffmax.matched import matched_scale
+
+ALPHAS = (0.97, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
+WEIGHTS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)  # where the slopes of softmax and diffmax may agree
+_NAME = "suggest_alpha"
+
+
+def suggest_alpha(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    zeros: float = 0.9,
+    *,
+    per_head: bool = True,
+    output: Output = likelihood,
+    probes: int = 4,
+    queries: int = 256,
+) -> Heads:
+    """Choose the alpha of a softmax model for a share of zeros, at matched scales, and without training.
+
+    As `calibrate`, with fewer pairs of alpha and scale to choose from, all at or near the matched scale (Eq. 35), and from a
+    sample of the queries: it takes inputs of thousands of tokens. The share of zeros grows with length, so give inputs as long
+    as those that the model is for.
+
+    Args:
+        model: A transformers model with softmax attention, as loaded. Its state is restored.
+        batches: A few dictionaries of the model's inputs; one of a thousand tokens is enough to begin with.
+        zeros: The share of exact zeros to reach, in (0, 1), among the keys that queries without padding see.
+        per_head: Whether each head gets its own alpha and scale. False: one pair for the whole model.
+        output: A function of the model's output and inputs that returns the tensor that must not move. Default: what the
+            KL divergence of its predictions depends on, or the last hidden state of a model without logits.
+        probes, queries: As for `calibrate`.
+    Returns:
+        Per layer, the alphas and scales of its heads: for `diffmax.integrations.transformers.replace(model, heads)`.
+    Raises:
+        ImportError: transformers is missing or too old.
+        TypeError: The model is not one of transformers.
+        ValueError: zeros or queries is out of range; there is no batch; the model computes attention by itself, or uses an
+            option that cannot be measured; or the share of zeros cannot be reached.
+    Source: docs/choosing.md. Written for diffmax.
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> config = LlamaConfig(**sizes, vocab_size=9, initializer_range=1.0)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> heads = suggest_alpha(model, [{"input_ids": torch.randint(9, (2, 64))}], zeros=0.1, per_head=False)
+        >>> len(set(heads["model.layers.0.self_attn"]["alpha"]))
+        1
+    """
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(
+            f"{_NAME}: the model must be one of transformers, got {type(model).__name__}\n"
+            'for timm and diffusers, try alphas with replace(model, alpha, scale="match")'
+        )
+    if not 0 < zeros < 1:
+        raise ValueError(f"{_NAME}: zeros must lie strictly between 0 and 1, got {zeros}")
+    grid = [(alpha, matched_scale(alpha, weight)) for alpha in ALPHAS for weight in WEIGHTS]
+    table = measure(_NAME, model, batches, grid, output, probes, queries)
+    return table.heads(table.with_zeros(_NAME, zeros) if per_head else table.one_for_all(_NAME, zeros))

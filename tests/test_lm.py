@@ -1,0 +1,132 @@
+"""examples/lm.py: its parts, and a run on a tiny random model."""
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[examples]'")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'diffmax-core[examples]'")
+pytest.importorskip("tqdm", reason="needs tqdm: pip install 'diffmax-core[examples]'")
+import transformers
+
+import diffmax
+from diffmax.integrations.transformers import register
+from examples import lm
+
+ROOT = Path(__file__).parents[1]
+
+
+def lm_points():
+    return json.loads((ROOT / "examples" / "results" / "lm.json").read_text())["points"]
+
+
+def test_the_page_about_choosing_quotes_what_was_measured():
+    points, page = lm_points(), (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    settings = [key.removeprefix("1024/") for key in points if key.startswith("1024/") and key != "1024/softmax"]
+    assert len(settings) >= 15
+    for setting in settings:
+        cells = []
+        for length in (1024, 2048):
+            point, base = points[f"{length}/{setting}"], points[f"{length}/softmax"]["nats"]
+            tiles, support = f"{100 * point['empty_tiles']:.1f}", f"{point['support']:.0f}"
+            cells.append(f"{point['nats'] - base:.3f} | {100 * point['zeros']:.1f} | {tiles} | {support}")
+        assert f" | {' | '.join(cells)} |" in page
+
+
+def test_the_fitted_scale_is_the_vertex_where_there_is_one_and_not_beyond_what_was_tried():
+    place = math.log(0.45)
+    found = lm.fitted_scale(0.75, lambda scale: 3 + (math.log(scale) - place) ** 2)
+    assert found == pytest.approx(0.45, rel=1e-9)
+    middle = diffmax.matched_scale(0.75)
+    assert lm.fitted_scale(0.75, lambda scale: scale) == pytest.approx(middle * lm.FACTORS[0])  # the less, the better
+    assert lm.fitted_scale(0.75, lambda scale: -((math.log(scale) - place) ** 2)) == pytest.approx(middle * lm.FACTORS[2])
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2, initializer_range=0.5)).eval()
+
+
+@torch.no_grad()
+def test_the_measured_attention_is_the_registered_one_and_its_zeros_those_of_the_weights():
+    model, ids, swap = tiny_model(), torch.randint(3, 50, (1, 96)), lm.Swap()
+    register("diffmax-lm-test", 0.75, scale="match")
+    model.set_attn_implementation("diffmax-lm-test")
+    wanted = lm.nats(model, ids, 96)
+    weights = torch.stack(model(ids, output_attentions=True).attentions)[:, 0]  # (layers, heads, L, L)
+    per_head = diffmax.matched_scale(torch.full((2, 4), 0.75))
+    for setting in (lm.Setting(0.75, 0.5), lm.Setting(torch.full((2, 4), 0.75), per_head)):
+        model.set_attn_implementation(lm.NAME)
+        swap.setting = setting
+        assert lm.nats(model, ids, 96) == pytest.approx(wanted, rel=1e-5)
+        found = swap.statistics()
+        zeros = 1 - (weights > 0).double().sum((2, 3)) / (96 * 97 / 2)
+        torch.testing.assert_close(torch.tensor(found["zeros_by_head"]).double(), zeros, rtol=0, atol=2e-3)
+        assert found["zeros"] == pytest.approx(zeros.mean().item(), abs=1e-3)
+        assert found["support"] == pytest.approx((weights > 0).sum(3).double().median().item(), abs=1)
+        tiles = torch.nn.functional.pad(weights, (0, 32, 0, 32)).unflatten(3, (2, 64)).unflatten(2, (2, 64)).amax((3, 5))
+        empty = 1 - (tiles > 0).double().sum((2, 3)) / 3
+        torch.testing.assert_close(torch.tensor(found["empty_tiles_by_head"]).double(), empty, rtol=0, atol=1e-3)
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_writes_what_it_draws(monkeypatch, tmp_path):
+    model, tokens = tiny_model(), torch.randint(3, 50, (1, 4000))
+
+    def tokenizer(text, return_tensors):
+        return {"input_ids": tokens[:, 1000 * text.startswith(lm.topics[lm.FITTED[0]]) :]}
+
+    monkeypatch.setattr(lm, "load", lambda: (model, tokenizer))
+    monkeypatch.setattr(lm, "FITTING", 1024)
+    sizes = ["--length", "64", "128", "--tokens", "128"]
+    options = [*sizes, "--alphas", "0.75", "--zeros", "0.5", "--minutes", "0.02", "--output", str(tmp_path / "lm")]
+    monkeypatch.setattr(sys, "argv", ["lm", *options])
+    lm.main()
+    first = json.loads((tmp_path / "lm.json").read_text())
+    expected = {key for key, _, _ in lm.jobs(lm.parser().parse_args(options))}
+    assert set(first["points"]) == expected | {"128/distilled 0.5"}
+    assert first["points"]["64/distilled 0.5"]["steps"] >= 1
+    assert 0.4 < first["points"]["64/calibrated 0.5"]["zeros"] < 0.65
+    assert (tmp_path / "lm.svg").stat().st_size > 5_000
+    first["points"]["64/0.75/1"]["nats"] = 123.0  # is not measured again
+    del first["points"]["128/0.75/matched"]
+    (tmp_path / "lm.json").write_text(json.dumps(first))
+    lm.main()
+    second = json.loads((tmp_path / "lm.json").read_text())["points"]
+    assert second["64/0.75/1"]["nats"] == 123.0
+    assert second["128/0.75/matched"]["zeros"] > 0
+    monkeypatch.setattr(sys, "argv", ["lm", *options[:4], "64", *options[5:]])
+    with pytest.raises(SystemExit):
+        lm.main()
+
+
+def test_no_paragraph_that_is_measured_is_fitted_on():
+    measured, fitted = ("\n\n".join(lm.topics[name] for name in names) for names in (lm.MEASURED, lm.FITTED))
+    paragraphs = [text for text in measured.split("\n\n") if len(text) > 100]
+    assert len(paragraphs) > 50
+    assert not [text for text in paragraphs if text in fitted]
+
+
+def test_a_text_that_is_too_short_is_said():
+    with pytest.raises(ValueError, match="the text has 3 tokens, fewer than 4"):
+        lm.text_of(lm.MEASURED, lambda *_, **__: {"input_ids": torch.ones(1, 3)}, 4)
+
+
+def test_distilling_moves_the_predictions_to_those_of_the_model():
+    model = tiny_model()
+    ids = torch.randint(3, 50, (1, 2 * lm.DISTILLED))
+    heads = {f"model.layers.{i}.self_attn": {"alpha": [0.3] * 4, "scale": [1.0] * 4} for i in range(2)}
+    before = copy.deepcopy(model.state_dict())
+    student, steps = lm.distilled(model, heads, ids, 0.05)
+    assert steps > 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    bare = lm.replace(copy.deepcopy(model), heads)
+    with torch.no_grad():
+        wanted, moved, unmoved = (m(ids, use_cache=False) for m in (model, student, bare))
+    assert lm.divergence(moved, wanted, None) < 0.95 * lm.divergence(unmoved, wanted, None)
+    assert lm.divergence(wanted, wanted, None).abs() < 1e-6
