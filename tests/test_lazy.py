@@ -125,12 +125,46 @@ def test_masks_of_every_shape():
         ({"weights": "hard"}, ValueError, "weights must be one of softmax, diffmax, got 'hard'"),
         ({"first_row": "no"}, ValueError, "first_row must be one of kept, published, got 'no'"),
         ({"alpha": 2.0}, ValueError, "alpha must lie strictly between 0 and 1, got 2.0"),
+        ({"alpha": torch.full((4,), 0.5)}, ValueError, "weights must be \"diffmax\" with a tensor alpha, got 'softmax'"),
+        ({"alpha_map": diffmax.HillMap(c=0.6)}, ValueError, "weights must be \"diffmax\" with alpha_map, got 'softmax'"),
         ({"window_size": -1}, ValueError, "window_size must be an int that is not negative, got -1"),
     ],
 )
 def test_construction_says_what_is_wrong(options, kind, message):
     with pytest.raises(kind, match=f"^LazyAttention: {message}"):
         LazyAttention(**{"dim": 32, "num_heads": 4, **options})
+
+
+@pytest.mark.parametrize("learned", ["parameter", "map"])
+def test_a_learned_alpha_per_head(learned):
+    torch.manual_seed(3)
+    alphas, x = torch.tensor([0.5, 0.6, 0.7, 0.8]), torch.randn(2, 9, 32)
+    given = {"alpha": torch.nn.Parameter(alphas.clone())} if learned == "parameter" else {"alpha": alphas}
+    given |= {"alpha_map": diffmax.HillMap(c=0.6)} if learned == "map" else {}
+    attend = LazyAttention(32, 4, 6, weights="diffmax", **given)
+    torch.testing.assert_close(attend.current_alpha, alphas)
+    with torch.no_grad():
+        attend.tau.fill_(-0.2)
+    name = "alpha" if learned == "parameter" else "log_beta"
+    attend(x).square().sum().backward()
+    assert getattr(attend, name).grad.abs().min() > 0
+    fixed = LazyAttention(32, 4, 6, weights="diffmax", alpha=alphas)
+    fixed.load_state_dict({**attend.state_dict(), "alpha": alphas}, strict=learned == "parameter")
+    torch.testing.assert_close(fixed(x), attend(x))
+    groups = {group["name"]: group for group in diffmax.nn.param_groups(attend, 0.1, weight_decay=0.1)}
+    assert [id(p) for p in groups["alpha"]["params"]] == [id(getattr(attend, name))]
+    before = getattr(attend, name).detach().clone()
+    with torch.no_grad():
+        getattr(attend, name).zero_()
+    attend.reset_parameters()
+    assert torch.equal(getattr(attend, name), before)
+    assert attend.bfloat16()(x.bfloat16()).isfinite().all()
+
+
+def test_a_checkpoint_of_softmax_weights_starts_alpha():
+    softmax, ours = LazyAttention(32, 4, 6), LazyAttention(32, 4, 6, weights="diffmax", alpha_map=diffmax.HillMap(c=0.6))
+    ours.load_state_dict(softmax.state_dict())
+    torch.testing.assert_close(ours.current_alpha, torch.full((4,), 0.9))
 
 
 def test_published_names():

@@ -161,7 +161,8 @@ def test_it_claims_everything_and_is_for_the_device_alone():
     (backend, *_) = plugin.diffmax_backends()
     assert set(backend.provided) == set(OPERATORS) - {"attention_kvcache"}
     for operator, kernel in backend.provided.items():
-        lacks = {"threshold_diffmax", "deterministic"} if operator.startswith("threshold") else set()
+        of_diffmax = {"threshold_diffmax", "tensor_alpha", "alpha_gradient"}
+        lacks = of_diffmax | {"deterministic"} if operator.startswith("threshold") else set()
         assert kernel.features == OPERATOR_FEATURES[operator] - lacks
     assert (backend.name, tuple(backend.device_types), backend.runtime) == ("npu", ("npu",), "cann")
     assert backend.api_version <= API_VERSION

@@ -64,6 +64,45 @@ def test_a_learned_number_of_heads_gets_its_gradient():
         assert torch.autograd.gradcheck(lambda t: diffmax.threshold_attention(q, k, v, t, power=2.0), theta)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_alpha_per_head_is_each_heads_own(backend):
+    q, k, v = heads(2, 4, 12, 8), heads(2, 2, 12, 8), heads(2, 2, 12, 8)
+    alphas = (0.25, 0.5, 0.8, 0.95)
+    options = {"weights": "diffmax", "return_mass": True, "backend": backend}
+    out, mass = diffmax.threshold_attention(q, k, v, 0.02, alpha=torch.tensor(alphas).double(), **options)
+    for head, alpha in enumerate(alphas):
+        pair = (t[:, head // 2, None] for t in (k, v))
+        alone = diffmax.threshold_attention(q[:, head, None], *pair, 0.02, alpha=alpha, **options)
+        torch.testing.assert_close((out[:, head], mass[:, head]), tuple(t[:, 0] for t in alone))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_alpha_gets_its_gradient_to_second_order(backend):
+    q, k, v = (heads(1, 2, 4, 2, grad=True) for _ in range(3))
+    for alpha in (torch.tensor(0.6), torch.tensor([0.5, 0.8])):
+        alpha = alpha.double().requires_grad_()
+
+        def run(q, k, v, alpha):
+            options = {"weights": "diffmax", "alpha": alpha, "power": 3.0, "return_mass": True, "backend": backend}
+            return diffmax.threshold_attention(q, k, v, 0.05, **options)
+
+        assert torch.autograd.gradcheck(run, (q, k, v, alpha))
+        assert torch.autograd.gradgradcheck(run, (q, k, v, alpha))
+
+
+def test_a_learned_alpha_goes_where_its_gradient_is_computed():
+    """A kernel without it is left out by what it claims."""
+    from diffmax.kernels.capability import THRESHOLD
+
+    assert "tensor_alpha" not in THRESHOLD
+    x, alpha = torch.randn(1, 2, 6, 4), torch.tensor([0.5, 0.8], requires_grad=True)
+    text = str(diffmax.explain("threshold_attention", x, x, x, 0.1, weights="diffmax", alpha=alpha))
+    for call in ("needs tensor_alpha, threshold_diffmax", "needs alpha_gradient, tensor_alpha, threshold_diffmax"):
+        assert f"{call}: cpu, by priority" in text
+    out = diffmax.lazy_attention(x, x, x, None, -0.5, weights="diffmax", alpha=alpha)
+    assert torch.autograd.grad(out.sum(), alpha)[0].abs().min() > 0
+
+
 def test_transforms():
     q, k, v = (heads(3, 1, 2, 5, 4) for _ in range(3))
     theta = torch.rand(3, 2, 5).double() * 0.1
@@ -229,6 +268,14 @@ def test_compiles():
     ("options", "says"),
     [
         ({"weights": "sigmoid"}, "weights must be one of scores, softmax, diffmax, got 'sigmoid'"),
+        (
+            {"alpha": torch.full((2,), 0.5)},
+            'alpha must be a float for scores weights, got a tensor\nit is of weights="diffmax"',
+        ),
+        (
+            {"alpha": torch.full((3,), 0.5), "weights": "diffmax"},
+            r"alpha must be a float or of shape \(\) or \(2,\), got shape",
+        ),
         ({"power": 0}, "power must be positive and finite, got 0"),
         ({"threshold": torch.zeros(6)}, r"threshold must be a float, or have shape .*got \(6,\)\nfor one per query"),
         ({"bias": torch.zeros(3, 4)}, r"bias must have a number per head and distance, .* H = 2, got \(3, 4\)"),

@@ -336,7 +336,8 @@ class ThresholdCall:
         theta: (B or 1, H, L), in the accumulation dtype: what is subtracted before the rectifier.
         weights: What it is subtracted from: "scores", or their "softmax" or "diffmax" over the visible keys.
         power: p, positive.
-        e: 1 - alpha of "diffmax", in (0, 1]; else 0.
+        e: 1 - alpha of "diffmax": a float in (0, 1], or, for a backend that claims "tensor_alpha", a tensor (H,) in the
+            accumulation dtype, whose bad entries give NaN; else 0.
         bias: (H, W), in the accumulation dtype: bias[h, r] is added to the score of the key r before the query, 0 <= r < W.
         mask: Boolean, (B, H, L, S) with any of them 1; True marks what is visible. Not with packed sequences.
         right: 0: causal; -1: not. Query i of L has the position i + S - L.
@@ -348,7 +349,7 @@ class ThresholdCall:
     theta: Tensor
     weights: str = "scores"
     power: float = 1.0
-    e: float = 0.0
+    e: float | Tensor = 0.0
     bias: Tensor | None = None
     mask: Tensor | None = None
     right: int = 0
@@ -370,10 +371,11 @@ class ThresholdSaved(NamedTuple):
 
 
 class ThresholdWanted(NamedTuple):
-    """Which gradients are wanted besides those for query, key and value: for theta, for the bias."""
+    """Which gradients are wanted besides those for query, key and value: for theta, for the bias, for e."""
 
     theta: bool = False
     bias: bool = False
+    e: bool = False
 
 
 class ThresholdResults(NamedTuple):
@@ -397,6 +399,7 @@ class ThresholdGradients(NamedTuple):
     value: Tensor
     theta: Tensor
     bias: Tensor
+    e: Tensor
 
 
 class KVCacheResults(NamedTuple):

@@ -10,12 +10,16 @@ from diffmax.plugin import Kernel
 _ALPHA = {"tensor_alpha", "deterministic"}
 _SCORES = {"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"}
 _POWER = {"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"}
-_THRESHOLD = {"gqa", "value_dim", "mask", "varlen", "deterministic"} | {
-    "distance_bias",
-    "threshold_softmax",
-    "threshold_diffmax",
-    "real_power",
-}
+_THRESHOLD = (
+    _ALPHA
+    | {"gqa", "value_dim", "mask", "varlen"}
+    | {
+        "distance_bias",
+        "threshold_softmax",
+        "threshold_diffmax",
+        "real_power",
+    }
+)
 _CPU = {
     "bisect": _ALPHA,
     "bisect_backward": _ALPHA | {"alpha_gradient"},
@@ -25,7 +29,10 @@ _CPU = {
     "power_attention": _POWER,
     "power_attention_backward": _POWER,
 }
-_PLAIN = {"threshold_attention": _THRESHOLD, "threshold_attention_backward": _THRESHOLD}  # not compiled yet
+_PLAIN = {
+    "threshold_attention": _THRESHOLD,
+    "threshold_attention_backward": _THRESHOLD | {"alpha_gradient"},
+}  # not compiled yet
 
 
 def cpu_kernels(package: str, *, compiled: bool = False) -> dict[str, Kernel]:

@@ -7,15 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffmax.maps import AlphaMap
+from diffmax.nn._alpha import HeadAlpha
 from diffmax.nn.power import _check_rope, _check_sizes, _rotated
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_tensor, is_whole, one_minus_alpha
+from diffmax.operators.common.checks import check_tensor, is_whole
 from diffmax.operators.threshold.members import lazy_attention
 
 _NAME = "LazyAttention"
 
 
-class LazyAttention(nn.Module):
+class LazyAttention(HeadAlpha):
     """Multi-head lazy attention: rotary positions, a learned bias by distance, and relu(softmax + tau / n) as weights.
 
     Parameters are named as published: `attention_biases` (H, window_size + 1), from 0, and `tau` (H,), from -1, both kept in
@@ -27,7 +29,10 @@ class LazyAttention(nn.Module):
         window_size: The largest distance that has a bias.
         rope_base: Base of the rotary positions, of which a head's halves are rotated with each other; None for none.
         num_kv_heads: Heads of keys and values, which divide H; None: H.
-        weights, alpha, first_row: As for `diffmax.lazy_attention`.
+        weights, first_row: As for `diffmax.lazy_attention`.
+        alpha: Of diffmax weights, as for `diffmax.lazy_attention`; or an nn.Parameter () or (H,).
+        alpha_map: A `HillMap`, `TanhMap` or `ExpMap`. With it alpha is learned: one parameter, `log_beta` (H,), starts at
+            `alpha`. It must get no weight decay: use `diffmax.nn.param_groups`.
         is_causal: Whether a token sees those up to itself alone.
         device, dtype: Of the parameters.
         backend: As for `diffmax.lazy_attention`.
@@ -52,7 +57,8 @@ class LazyAttention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         weights: Literal["softmax", "diffmax"] = "softmax",
-        alpha: float = 0.9,
+        alpha: float | Tensor = 0.9,
+        alpha_map: AlphaMap | None = None,
         first_row: Literal["kept", "published"] = "kept",
         is_causal: bool = True,
         device: torch.device | str | None = None,
@@ -68,12 +74,15 @@ class LazyAttention(nn.Module):
         ):
             if given not in known:
                 raise ValueError(f"{_NAME}: {what} must be one of {', '.join(known)}, got {given!r}")
-        one_minus_alpha(_NAME, torch.empty(1, device="cpu"), alpha, 0)
+        learns = "alpha_map" if alpha_map is not None else "a tensor alpha" if isinstance(alpha, Tensor) else None
+        if learns and weights != "diffmax":
+            raise ValueError(f'{_NAME}: weights must be "diffmax" with {learns}, got {weights!r}')
+        self._set_alpha(alpha, alpha_map, num_heads, device, dtype)
         if not is_whole(window_size) or window_size < 0:
             raise ValueError(f"{_NAME}: window_size must be an int that is not negative, got {window_size!r}")
         self.rope_base = _check_rope(rope_base, self.head_dim, name=_NAME)
         self.dim, self.num_heads, self.num_kv_heads, self.window_size = dim, num_heads, num_kv_heads, window_size
-        self.weights, self.alpha, self.first_row, self.is_causal, self.backend = weights, alpha, first_row, is_causal, backend
+        self.weights, self.first_row, self.is_causal, self.backend = weights, first_row, is_causal, backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         kept = torch.float64 if dtype == torch.float64 else torch.float32
         self.attention_biases = nn.Parameter(torch.empty(num_heads, window_size + 1, device=device, dtype=kept))
@@ -89,7 +98,8 @@ class LazyAttention(nn.Module):
         nn.init.constant_(self.tau, -1.0)
 
     def reset_parameters(self) -> None:
-        """Initialize again: projections as nn.Linear, biases at 0, tau at -1."""
+        """Initialize again: projections as nn.Linear, biases at 0, tau at -1, alpha as given."""
+        super().reset_parameters()
         self._start()
         for child in self.children():
             child.reset_parameters()  # type: ignore[operator]
@@ -97,7 +107,7 @@ class LazyAttention(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and convert as any module, but keep the biases and tau in float32 at least: .half() rounds them not."""
         exact = {name: getattr(self, name).detach() for name in ("attention_biases", "tau")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, before in exact.items():
             now = getattr(self, name)
             if now.dtype.itemsize < 4:
@@ -137,7 +147,7 @@ class LazyAttention(nn.Module):
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         out = lazy_attention(
-            query, key, value, self.attention_biases, self.tau, weights=self.weights, alpha=self.alpha,
+            query, key, value, self.attention_biases, self.tau, weights=self.weights, alpha=self._alpha_for(query),
             is_causal=self.is_causal, attn_mask=None if mask is None else self._seen(mask, x, key.shape[2]),
             first_row=self.first_row, backend=self.backend,
         )  # fmt: skip

@@ -11,6 +11,7 @@ Its gradients, with the derivative of relu 0 at 0, dw_ij = dout_i . v_j + dmass_
 
     G_ij = p relu(u_ij - theta_i)^(p - 1) dw_ij,  dtheta_i = -sum_j G_ij,  dbias[r] = sum over t - j = r of ds_ij
     ds = G for scores;  softmax: u (G - sum_j u_ij G_ij);  diffmax: r (G - sum_j r_ij G_ij / sum_j r_ij), r = u^(1 - e)
+    de_i = -sum_j w_ij (G_ij - sum_j r_ij G_ij / sum_j r_ij), with w of Eq. 6
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from diffmax.operators.attention.packing import Packing
 from diffmax.operators.common import portable
-from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.numerics import accumulation_dtype, alpha_weight, clamp_e
 from diffmax.plugin import ThresholdCall, ThresholdGradients, ThresholdResults, ThresholdSaved, ThresholdWanted
-from diffmax.reference.attention import grouped, products, weighted
+from diffmax.reference.attention import grouped, per_head, products, weighted
 
 
 def threshold_attention(query: Tensor, key: Tensor, value: Tensor, call: ThresholdCall, keep: bool) -> ThresholdResults:
@@ -71,10 +72,10 @@ def threshold_attention_backward(
         grad_mass: Gradient for mass, or None.
         query, key, value, call: As for the forward.
         saved: The results of any forward kernel for them. Here they are computed again.
-        wanted: Whether to compute the gradients for theta and for the bias.
+        wanted: Whether to compute the gradients for theta, for the bias and for e.
     Returns:
-        Gradients for query, key and value, contiguous, in their dtypes; for theta (B, H, L) and the bias (H, W) in the
-        accumulation dtype, (0,) if not wanted.
+        Gradients for query, key and value, contiguous, in their dtypes; for theta (B, H, L), the bias (H, W) and e, per query
+        (B, H, L), in the accumulation dtype, (0,) if not wanted.
     """
     if call.cu_seqlens_q is not None:
         packed = _Packed.of(query, key, value, call)
@@ -88,6 +89,7 @@ def threshold_attention_backward(
             keys.unpad(found.value, many),
             queries.unpad(found.theta, length) if wanted.theta else found.theta,
             found.bias,
+            queries.unpad(found.e, length) if wanted.e else found.e,
         )
     terms, groups, acc = _Terms.of(query, key, call), key.shape[1], accumulation_dtype(query.dtype)
     g = grouped(grad.to(acc), groups)
@@ -97,19 +99,23 @@ def threshold_attention_backward(
     of_u = _slopes(terms.rectified, call.power) * of_weights
     of_scores = of_u
     if call.weights != "scores":
-        slope = terms.u if call.weights == "softmax" else _exponent(terms.u, 1 - call.e)
+        slope = terms.u if call.weights == "softmax" else _exponent(terms.u, 1 - per_head(call.e))
         total = slope.sum(3, keepdim=True)
         mean = (slope * of_u).sum(3, keepdim=True) / total.masked_fill(total == 0, 1.0)
         of_scores = slope * (of_u - mean)
-    nothing = of_u.new_empty(0)
+    of_e = of_u.new_empty(0)
+    if wanted.e:
+        log_u = terms.u.masked_fill(terms.u == 0, 1.0).log()
+        of_e = -(alpha_weight(terms.u, log_u, clamp_e(per_head(call.e))) * (of_u - mean)).sum(3)
     d_raw = grouped(of_scores, groups) * call.scale
     weights = grouped(_powers(terms.rectified, call.power), groups)
     return ThresholdGradients(
         (d_raw @ key.to(acc)).view(query.shape).to(query.dtype).contiguous(),
         (d_raw.mT @ grouped(query.to(acc), groups)).to(key.dtype).contiguous(),
         (weights.mT @ g).to(value.dtype).contiguous(),
-        -of_u.sum(3) if wanted.theta else nothing,
-        _of_bias(of_scores, call) if wanted.bias and call.bias is not None else nothing,
+        -of_u.sum(3) if wanted.theta else of_u.new_empty(0),
+        _of_bias(of_scores, call) if wanted.bias and call.bias is not None else of_u.new_empty(0),
+        of_e,
     )
 
 
@@ -145,8 +151,9 @@ def _normalized(scores: Tensor, hidden: Tensor, call: ThresholdCall) -> tuple[Te
         return scores, scores.new_full(scores.shape[:3], -torch.inf)
     seen = scores.masked_fill(hidden, -torch.inf)
     if call.weights == "diffmax":
-        p, m, delta = portable.bisect(seen, call.e, 3, 200, True)
-        return p, (m - (1 - delta) / call.e).squeeze(3).detach()
+        e = per_head(call.e)
+        p, m, delta = portable.bisect(seen, e, 3, 200, True)
+        return p, (m - (1 - delta) / clamp_e(e)).squeeze(3).detach()
     dead = hidden.all(-1, keepdim=True)
     seen = seen.masked_fill(dead, 0.0)
     statistic = seen.detach().logsumexp(3, keepdim=True).masked_fill(dead, -torch.inf)
@@ -174,7 +181,7 @@ def _slopes(rectified: Tensor, power: float) -> Tensor:
     return power * _exponent(rectified, power - 1)
 
 
-def _exponent(t: Tensor, power: float) -> Tensor:
+def _exponent(t: Tensor, power: float | Tensor) -> Tensor:
     """t^power of numbers that are not negative, 0 at 0, with a derivative of 0 there."""
     off = t == 0
     return t.masked_fill(off, 1.0).pow(power).masked_fill(off, 0.0)

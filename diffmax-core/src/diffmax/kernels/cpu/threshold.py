@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from diffmax.kernels.cpu import rows
 from diffmax.machine.forked import alone_in_child
-from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.numerics import accumulation_dtype, alpha_weight, clamp_e
 from diffmax.plugin import ThresholdCall, ThresholdGradients, ThresholdResults, ThresholdSaved, ThresholdWanted
 
 PAIRS = 1 << 18  # of queries and keys in memory at once, unless one query sees more
@@ -60,6 +60,7 @@ def backward(
     of_query, of_key, of_value = (torch.zeros(t.shape, dtype=acc, device=t.device) for t in (query, key, value))
     of_theta = of_query.new_zeros(query.shape[:3] if wanted.theta else (0,))
     of_bias = of_query.new_zeros(call.bias.shape if wanted.bias and call.bias is not None else (0,))
+    of_e = of_query.new_zeros(query.shape[:3] if wanted.e else (0,))
     for q_of, k_of, alone in _sequences(call):
         for block in _blocks(query[:, :, q_of], key[:, :, k_of], value[:, :, k_of], alone):
             weights = block.weights(saved.statistic[:, :, q_of] if softmax else None)
@@ -75,7 +76,7 @@ def backward(
             of_u.mul_(_slopes(rectified, call.power))
             if wanted.theta:
                 block.write(of_theta[:, :, q_of], of_u.sum(2).neg_())
-            of_scores = block.of_scores(of_u, columns)
+            of_scores = block.of_scores(of_u, columns, of_e[:, :, q_of] if wanted.e else None)
             if of_scores.shape[2] != block.last:
                 assert columns is not None  # noqa: S101  # no others have fewer columns
                 k, kept = block.key[:, columns], columns
@@ -86,7 +87,8 @@ def backward(
             product = block.grouped(of_scores)
             block.write(of_query[:, :, q_of], (product @ k).mul_(call.scale))
             block.add_to_keys(of_key[:, :, k_of], product.mT @ block.scaled, kept)
-    return ThresholdGradients(of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), of_theta, of_bias)
+    of_tensors = (of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype))
+    return ThresholdGradients(*of_tensors, of_theta, of_bias, of_e)
 
 
 threshold_attention = alone_in_child(forward)
@@ -208,8 +210,9 @@ class _Block:
     def _normalized(self, scores: Tensor, saved: Tensor | None) -> Tensor:
         if self.call.weights == "diffmax":
             flat = scores.view(-1, self.last)
-            p, m, delta = rows.bisect(flat, self.call.e, 1, 200, True)
-            self.statistic = (m - (1 - delta) / self.call.e).view(scores.shape[:2])
+            e = self._per_row_e()
+            p, m, delta = rows.bisect(flat, e, 1, 200, True)
+            self.statistic = (m - (1 - delta) / clamp_e(e)).view(scores.shape[:2])
             return p.view(scores.shape)
         if saved is not None:
             lse = self.rows_of(saved).unsqueeze(2)
@@ -220,6 +223,17 @@ class _Block:
         # the largest weight is exp(m - lse)
         self.statistic = (m - p.amax(2, keepdim=True).log()).masked_fill_(dead, -torch.inf).squeeze(2)
         return p.masked_fill_(dead, 0.0) if self._may_be_blind() else p
+
+    def _per_row_e(self) -> float | Tensor:
+        """e, or one number per row of the block (n, 1)."""
+        e = self.call.e
+        return e[self.heads].repeat_interleave(self.count).unsqueeze(1) if isinstance(e, Tensor) else e
+
+    def _write_of_e(self, target: Tensor, of_u: Tensor, columns: Tensor | None, mean: Tensor, e: float | Tensor) -> None:
+        u = self.u.view(-1, self.last)
+        weight = alpha_weight(u, u.masked_fill(u == 0, 1.0).log_(), e).view(self.u.shape)
+        there = weight if columns is None else weight[:, :, columns]
+        self.write(target, (weight.sum(2) * mean.squeeze(2)).sub_((there * of_u).sum(2)))
 
     def _may_be_blind(self) -> bool:
         return self.call.mask is not None or self.start + self.offset < 0
@@ -239,17 +253,23 @@ class _Block:
             mask = mask[:, self.start : self.end] if mask.shape[1] > 1 else mask
             t.masked_fill_(~(mask[..., : self.last] if mask.shape[2] > 1 else mask), by)
 
-    def of_scores(self, of_u: Tensor, columns: Tensor | None) -> Tensor:
-        """The gradient for scores from that for u, which is 0 outside `columns`."""
+    def of_scores(self, of_u: Tensor, columns: Tensor | None, of_e: Tensor | None) -> Tensor:
+        """The gradient for scores from that for u, which is 0 outside `columns`. `of_e`: where that for e is wanted."""
         kind = self.call.weights
         if kind == "scores":
             return of_u
-        slope = self.u if kind == "softmax" else rows._slopes(self.u.view(-1, self.last), self.call.e).view(self.u.shape)
-        of_u.mul_(slope if columns is None else slope[:, :, columns])
-        mean = of_u.sum(2, keepdim=True)
+        slope = self.u
+        if kind == "diffmax":
+            e = clamp_e(self._per_row_e())
+            slope = rows._slopes(self.u.view(-1, self.last), e).view(self.u.shape)
+        there = slope if columns is None else slope[:, :, columns]
+        mean = (of_u * there).sum(2, keepdim=True)
         if kind == "diffmax":
             total = slope.sum(2, keepdim=True)
             mean /= total.masked_fill(total == 0, 1.0)
+            if of_e is not None:
+                self._write_of_e(of_e, of_u, columns, mean, e)
+        of_u.mul_(there)
         if columns is None:
             return of_u.sub_(slope * mean)
         return (slope * -mean).index_add_(2, columns, of_u)

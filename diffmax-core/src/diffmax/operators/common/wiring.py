@@ -162,13 +162,22 @@ class Wiring:
 
     def _run_backward(self, *flat: Any) -> Any:
         *grads, query, key, value, saved, wanted, call, backend = self.backward.rebuild(flat)
-        run = self._kernel(self.backward.name, query, key, value, call, backend)
+        run = self._kernel(self.backward.name, query, key, value, call, backend, alpha_gradient=getattr(wanted, "e", False))
         with torch._C._DisableAutocast():
             return self.backward.results(*run(*grads, query, key, value, saved, call, wanted))
 
-    def _kernel(self, name: str, query: Tensor, key: Tensor, value: Tensor, call: Any, backend: str) -> Callable[..., Any]:
-        needs = self.features(query, key, value, call)
-        return kernel(name, query, backend, features=needs, head_dims=(query.shape[3], value.shape[3]))
+    def _kernel(
+        self, name: str, query: Tensor, key: Tensor, value: Tensor, call: Any, backend: str, alpha_gradient: bool = False
+    ) -> Callable[..., Any]:
+        return kernel(
+            name,
+            query,
+            backend,
+            tensor_alpha=isinstance(getattr(call, "e", None), Tensor),
+            alpha_gradient=alpha_gradient,
+            features=self.features(query, key, value, call),
+            head_dims=(query.shape[3], value.shape[3]),
+        )
 
     def _may_learn(self, flat: Sequence[Any]) -> tuple[Tensor | None, ...]:
         places = (self.forward.place[name] for name in self.learned)

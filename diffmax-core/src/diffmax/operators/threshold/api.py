@@ -25,7 +25,7 @@ def build(
     threshold: float | Tensor,
     *,
     weights: str,
-    alpha: float,
+    alpha: float | Tensor,
     power: float,
     bias: Tensor | None,
     scale: float | None,
@@ -49,7 +49,7 @@ def build_packed(
     max_seqlen_k: int,
     *,
     weights: str,
-    alpha: float,
+    alpha: float | Tensor,
     power: float,
     bias: Tensor | None,
     scale: float | None,
@@ -73,7 +73,7 @@ def threshold_attention(
     threshold: float | Tensor,
     *,
     weights: Weights = "scores",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -93,7 +93,7 @@ def threshold_attention(
     threshold: float | Tensor,
     *,
     weights: Weights = "scores",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -112,7 +112,7 @@ def threshold_attention(
     threshold: float | Tensor,
     *,
     weights: Weights = "scores",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -136,7 +136,7 @@ def threshold_attention(
             h // (H / H_kv). The last query has the position of the last key.
         threshold: theta: a float, or a tensor (), (H,), (H, L) or (B, H, L) with sizes of 1 for any, with a gradient.
         weights: "scores", "softmax" or "diffmax": what u is.
-        alpha: Of "diffmax", a float in (0, 1).
+        alpha: Of "diffmax": a float in (0, 1), or a tensor () or (H,), with a gradient.
         power: p, positive. The derivative of a weight at u = theta is 0.
         bias: (H, W), a number per head and distance, with a gradient.
         scale: Factor of the products; None: 1 / sqrt(D).
@@ -162,7 +162,7 @@ def threshold_attention(
         >>> out.shape, mass.shape
         (torch.Size([2, 4, 100, 16]), torch.Size([2, 4, 100]))
     """
-    if is_captured(query, key, value, threshold, bias, attn_mask):
+    if is_captured(query, key, value, threshold, alpha, bias, attn_mask):
         return captured(  # type: ignore[no-any-return]
             threshold_attention, query, key, value, threshold, weights=weights, alpha=alpha, power=power, bias=bias,
             scale=scale, is_causal=is_causal, attn_mask=attn_mask, normalize=normalize, return_mass=return_mass,
@@ -189,7 +189,7 @@ def threshold_attention_varlen(
     max_seqlen_k: int,
     *,
     weights: Weights = "scores",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -212,7 +212,7 @@ def threshold_attention_varlen(
     max_seqlen_k: int,
     *,
     weights: Weights = "scores",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -234,7 +234,7 @@ def threshold_attention_varlen(
     max_seqlen_k: int,
     *,
     weights: Weights = "scores",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -267,7 +267,7 @@ def threshold_attention_varlen(
         >>> diffmax.threshold_attention_varlen(x, x, x, 0.0, ends, ends, 6, 6).shape
         torch.Size([10, 2, 8])
     """
-    if is_captured(query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, bias):
+    if is_captured(query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, alpha, bias):
         return captured(  # type: ignore[no-any-return]
             threshold_attention_varlen, query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             weights=weights, alpha=alpha, power=power, bias=bias, scale=scale, is_causal=is_causal, normalize=normalize,

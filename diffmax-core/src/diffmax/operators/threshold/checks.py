@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffmax.operators.attention.checks import (
     _check_floating,
+    check_alpha,
     check_heads,
     check_longest,
     check_mask,
@@ -18,7 +19,7 @@ from diffmax.operators.attention.checks import (
     check_scale,
     check_tensors,
 )
-from diffmax.operators.common.checks import _shape, broadcasts, one_minus_alpha
+from diffmax.operators.common.checks import _shape, broadcasts
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import ThresholdCall
 
@@ -32,7 +33,7 @@ def build_call(
     value: Tensor,
     threshold: float | Tensor,
     weights: str,
-    alpha: float,
+    alpha: float | Tensor,
     power: float,
     bias: Tensor | None,
     scale: float | None,
@@ -44,9 +45,9 @@ def build_call(
     check_heads(name, query.shape[1], key.shape[1], True)
     if weights not in WEIGHTS:
         raise ValueError(f"{name}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    if isinstance(alpha, Tensor):
-        raise TypeError(f"{name}: alpha must be a float, got a tensor\na learned alpha: diffmax.attention")
-    e = one_minus_alpha(name, query, alpha, 3)[0]
+    if isinstance(alpha, Tensor) and weights != "diffmax":
+        raise ValueError(f'{name}: alpha must be a float for {weights} weights, got a tensor\nit is of weights="diffmax"')
+    e, e_tensor = check_alpha(name, query, alpha, query.shape[1])
     if not isinstance(is_causal, (bool, torch.SymBool)):
         raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r} of type {type(is_causal).__name__}")
     mask = None if attn_mask is None else check_mask(name, query, key, attn_mask)
@@ -60,7 +61,7 @@ def build_call(
         theta=check_threshold(name, query, threshold),
         weights=weights,
         power=check_power(name, power),
-        e=e if weights == "diffmax" else 0.0,
+        e=0.0 if weights != "diffmax" else e if e_tensor is None else e_tensor,
         bias=check_bias(name, query, bias),
         mask=mask,
         right=0 if is_causal else -1,

@@ -28,7 +28,7 @@ def lazy_attention(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     scale: float | None = None,
     is_causal: bool = True,
     attn_mask: Tensor | None = None,
@@ -48,7 +48,7 @@ def lazy_attention(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     scale: float | None = None,
     is_causal: bool = True,
     attn_mask: Tensor | None = None,
@@ -67,7 +67,7 @@ def lazy_attention(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float = 0.9,
+    alpha: float | Tensor = 0.9,
     scale: float | None = None,
     is_causal: bool = True,
     attn_mask: Tensor | None = None,
@@ -87,7 +87,8 @@ def lazy_attention(
         bias: (H, W): a number per head and distance 0 to W - 1; beyond there is none. None: no bias.
         tau: A float, or (H,); below 0 it drops weights, above 0 it adds to those of visible keys. With a gradient, like bias.
         window_size: W or W - 1, which bias is checked against; None: as bias has it.
-        weights: "softmax", or "diffmax" of `alpha` in its place.
+        weights: "softmax", or "diffmax" in its place.
+        alpha: Of "diffmax": a float, or a tensor () or (H,), with a gradient.
         scale, is_causal, attn_mask, return_mass, backend: As for `threshold_attention`.
         first_row: Of a query that sees one key alone: "kept" gives it the weight 1 + max(tau, 0), "published" 1 + tau, which
             is 0, without a gradient, where tau starts at -1.
@@ -104,7 +105,7 @@ def lazy_attention(
         tensor([1.])
     """
     name = "diffmax.lazy_attention"
-    if is_captured(query, key, value, bias, tau, attn_mask):
+    if is_captured(query, key, value, bias, tau, alpha, attn_mask):
         return captured(  # type: ignore[no-any-return]
             lazy_attention, query, key, value, bias, tau, window_size, weights=weights, alpha=alpha, scale=scale,
             is_causal=is_causal, attn_mask=attn_mask, first_row=first_row, return_mass=return_mass, backend=backend,

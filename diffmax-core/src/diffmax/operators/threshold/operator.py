@@ -87,11 +87,12 @@ def _threshold_backward_fake(*flat: Any) -> ThresholdGradients:
         value.new_empty(value.shape),
         call.theta.new_empty(query.shape[:3] if wanted.theta else (0,)),
         call.theta.new_empty((0,) if bias is None else bias.shape),
+        call.theta.new_empty(query.shape[:3] if wanted.e else (0,)),
     )
 
 
 class _Threshold(torch.autograd.Function):
-    """The gradient of torch.ops.diffmax.threshold_attention in query, key, value, theta and the bias."""
+    """The gradient of torch.ops.diffmax.threshold_attention in query, key, value, theta, the bias and e (Eq. 6)."""
 
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> Any:
@@ -105,13 +106,16 @@ class _Threshold(torch.autograd.Function):
         if grad is None:
             grad = value.new_zeros((*query.shape[:3], value.shape[3]))
         needs = threshold_attention.needs(ctx)
-        wanted = ThresholdWanted(**needs)
+        wanted = ThresholdWanted(needs["theta"], needs["bias"], needs["e_tensor"])
         # under create_graph=True this operator's own Autograd key makes its results differentiable again
         found = ThresholdGradients(
             *BACKWARD(grad, grad_mass, query, key, value, ThresholdSaved(*saved), wanted, call, backend)
         )._asdict()
         if wanted.theta:
             found["theta"] = found["theta"].sum_to_size(call.theta.shape)
+        if wanted.e:
+            found["e_tensor"] = found["e"].sum((0, 2))
+        del found["e"]
         return threshold_attention.in_place(ctx, found)
 
 
@@ -119,7 +123,7 @@ threshold_attention = Wiring(
     FORWARD,
     BACKWARD,
     features,
-    learned=("theta", "bias"),
+    learned=("theta", "bias", "e_tensor"),
     reference=reference.threshold_attention,
     reference_backward=reference.threshold_attention_backward,
     gradient=_Threshold,

@@ -16,7 +16,7 @@ DESCRIBED = {
     "threshold_diffmax": "threshold attention over diffmax weights",
     "real_power": "threshold attention with a power other than 1 and 2",
 }
-FEATURES = frozenset(DESCRIBED) | {"gqa", "value_dim", "mask", "varlen", "deterministic"}
+FEATURES = frozenset(DESCRIBED) | {"gqa", "value_dim", "mask", "varlen", "tensor_alpha", "deterministic"}
 
 
 def _asks(function: Callable[..., Any], build: Callable[..., Any], *arguments: Any, **options: Any) -> Question:
@@ -25,8 +25,9 @@ def _asks(function: Callable[..., Any], build: Callable[..., Any], *arguments: A
     for name in ("return_mass", "normalize"):
         given.pop(name)
     query, key, value, call = build(**given)
-    learned = (query, key, value, call.theta, call.bias)
-    return question("threshold_attention", query, value, learned, operator.features(query, key, value, call), backend)
+    learned = (query, key, value, call.theta, call.bias, call.e)
+    features = operator.features(query, key, value, call)
+    return question("threshold_attention", query, value, learned, features, backend, call.e)
 
 
 def _flops(*flat: Any, **_: Any) -> int:
@@ -45,7 +46,7 @@ register(
         rank=50,
         kernels={
             "threshold_attention": KernelSpec(FEATURES),
-            "threshold_attention_backward": KernelSpec(FEATURES),
+            "threshold_attention_backward": KernelSpec(FEATURES | {"alpha_gradient"}),
         },
         functions={
             "threshold_attention": Function("threshold_attention", partial(_asks, api.threshold_attention, api.build)),

@@ -21,12 +21,15 @@ from diffmax.testing.gate import gates, reordered
 from diffmax.testing.rows.cases import inf, nan
 from diffmax.testing.rows.checks import _expect, _near_on_average, _opcheck, _within
 
-NAMES = ("query", "key", "value", "threshold", "bias")
+NAMES = ("query", "key", "value", "threshold", "bias", "alpha")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and options of one call. `level`: what thresholds lie around; `seen`: the share of keys that a mask shows."""
+    """Sizes and options of one call.
+
+    `level`: what thresholds lie around; `seen`: the share of keys that a mask shows; `alpha`: one, or one per head.
+    """
 
     batch: int = 2
     heads: int = 2
@@ -36,6 +39,7 @@ class Case:
     head_dim: int = 16
     value_dim: int = 16
     weights: str = "scores"
+    alpha: float | tuple[float, ...] = 0.5
     power: float = 1.0
     level: float = 0.3
     width: int = 0
@@ -53,12 +57,13 @@ class Case:
             "distance_bias": self.width > 0,
             "threshold_softmax": self.weights == "softmax",
             "threshold_diffmax": self.weights == "diffmax",
+            "tensor_alpha": isinstance(self.alpha, tuple),
             "real_power": self.power not in (1, 2),
         }
         return {name for name, needed in needs.items() if needed}
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """Random query, key, value, threshold and bias on the CPU, from torch's global generator; the mask comes last."""
+        """Query, key, value, threshold, bias, alpha and mask on the CPU, from torch's global generator; None: not given."""
         acc = accumulation_dtype(dtype)
         batch = 1 if self.packed else self.batch
         query = torch.randn(batch, self.heads, self.length, self.head_dim).to(dtype)
@@ -67,7 +72,8 @@ class Case:
         theta = (self.level * (1 + 0.2 * torch.randn(batch, self.heads, self.length))).to(acc)
         bias = torch.randn(self.heads, self.width).to(acc) if self.width else None
         mask = torch.rand(batch, 1, 1, self.many) < self.seen if self.seen < 1 else None
-        return query, key, value, theta, bias, mask
+        alpha = torch.tensor(self.alpha, dtype=acc) if isinstance(self.alpha, tuple) else None
+        return query, key, value, theta, bias, alpha, mask
 
 
 CASES = {
@@ -77,6 +83,8 @@ CASES = {
     "softmax": Case(weights="softmax", level=0.02, length=70, many=70),
     "softmax below zero": Case(weights="softmax", level=-0.02),
     "diffmax": Case(weights="diffmax", level=0.02),
+    "alpha per head": Case(weights="diffmax", level=0.01, alpha=(0.5, 0.75), length=70, many=70),
+    "alpha per head, packed": Case(weights="diffmax", level=0.01, heads=4, alpha=(0.25, 0.5, 0.75, 0.875), packed=True),
     "bias": Case(weights="softmax", level=0.02, width=9),
     "bias, not causal": Case(weights="softmax", level=0.02, width=60, causal=False),
     "grouped heads, value size": Case(heads=6, kv_heads=2, value_dim=24, power=2.0),
@@ -89,9 +97,9 @@ CASES = {
 
 def attend(given: tuple[Tensor | None, ...], case: Case, backend: str | None) -> tuple[Tensor, ...]:
     """The output and the mass."""
-    query, key, value, theta, bias, mask = given
-    options: dict[str, Any] = {"weights": case.weights, "alpha": 0.5, "power": case.power, "bias": bias, "backend": backend}
-    options |= {"is_causal": case.causal, "return_mass": True}
+    query, key, value, theta, bias, alpha, mask = given
+    options: dict[str, Any] = {"weights": case.weights, "power": case.power, "bias": bias, "backend": backend}
+    options |= {"alpha": case.alpha if alpha is None else alpha, "is_causal": case.causal, "return_mass": True}
     assert query is not None and key is not None and value is not None and theta is not None  # noqa: PT018
     if not case.packed:
         out, mass = diffmax.threshold_attention(query, key, value, theta, attn_mask=mask, **options)
@@ -119,8 +127,8 @@ def gradients_are_right_on_average(backend: str, device: str, case: Case, dtype:
     grads = tuple(torch.randn_like(t) for t in attend(given, case, "reference"))
 
     def gradients(of: str, *drawn: Tensor | None) -> tuple[Tensor, ...]:
-        leaves = [t if t is None else t.detach().clone().requires_grad_() for t in drawn[2:7]]
-        out = attend((*leaves, drawn[7]), case, of)
+        leaves = [t if t is None else t.detach().clone().requires_grad_() for t in drawn[2:8]]
+        out = attend((*leaves, drawn[8]), case, of)
         return torch.autograd.grad(out, [t for t in leaves if t is not None], [t for t in drawn[:2] if t is not None])
 
     wanted = gates(lambda *drawn: gradients("reference", *drawn), *grads, *given, average=True)
@@ -145,7 +153,7 @@ def _leaves(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 def _all_of(leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return (*leaves, *[None] * (6 - len(leaves)))
+    return (*leaves, *[None] * (7 - len(leaves)))
 
 
 def gradients_match_differences(backend: str, device: str, kind: str) -> None:
@@ -232,7 +240,7 @@ def nothing_comes_of_nothing(backend: str, device: str, dtype: torch.dtype, feat
             leaves = _leaves(case, dtype, device)
             mask = torch.ones(2, 1, 40, 40, dtype=torch.bool, device=device)
             mask[0, :, :7], mask[:, :, :, 9] = False, False
-            results = attend((*leaves, None, mask), replace(case, level=-1.0), backend)
+            results = attend((*leaves, None, None, mask), replace(case, level=-1.0), backend)
             grads = _gradients(results, leaves)
             rows = (results[0], results[1], grads[0], grads[3])
             _expect(not any(bool(t[0, :, :7].any()) for t in rows), f"{kind}: a query that sees nothing is not 0")
@@ -264,7 +272,7 @@ def huge_scores(backend: str, device: str, dtype: torch.dtype, features: frozens
         case = Case(weights=kind, level=0.1, head_dim=16, value_dim=16)
         query, key, value, theta, *_ = case.inputs(dtype)
         assert query is not None and key is not None and value is not None and theta is not None  # noqa: PT018
-        given = (query * 16, key * 16, value, theta, None, None)
+        given = (query * 16, key * 16, value, theta, None, None, None)
         wanted = gates(lambda *drawn, case=case: attend(drawn, case, "reference"), *given)
         found = attend(tuple(t if t is None else t.to(device) for t in given), case, backend)
         for what, got, gate in zip(("output", "mass"), found, wanted, strict=True):

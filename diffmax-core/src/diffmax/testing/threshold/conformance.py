@@ -26,8 +26,9 @@ class ThresholdConformance(CaseKit):
     @every_dtype
     @every_case
     def test_gradients(self, case: checks.Case, dtype: torch.dtype) -> None:
-        """For queries, keys, values, thresholds and the bias."""
-        if self.claims(dtype, *case.features()):
+        """For queries, keys, values, thresholds, the bias and alpha."""
+        needs = case.features()
+        if self.claims(dtype, *needs, *(["alpha_gradient"] if "tensor_alpha" in needs else [])):
             checks.gradients_are_right_on_average(self.backend, self.device, case, dtype)
 
     @every_dtype

@@ -99,7 +99,7 @@ class ThresholdOperator:
         of_query, of_key, of_value = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
         of_theta = query.new_empty(query.shape[:3] if wanted.theta else (0,), dtype=torch.float32)
         of_bias = of_theta.new_empty(call.bias.shape if wanted.bias and call.bias is not None else (0,))
-        results = ThresholdGradients(of_query, of_key, of_value, of_theta, of_bias)
+        results = ThresholdGradients(of_query, of_key, of_value, of_theta, of_bias, of_theta.new_empty(0))
         if 0 in (query.numel(), key.numel(), value.numel()):
             return ThresholdGradients(*(t.zero_() for t in results))
         grad = rows_of_entries(grad.to(value.dtype))
