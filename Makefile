@@ -10,7 +10,7 @@ test test-all nightly demo lm train-alpha adapt example-backend: export OMP_WAIT
 test test-all nightly: export OMP_NUM_THREADS = 1
 
 .PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo lm train-alpha adapt \
-	packages pins example-backend floor changelog release clean
+	packages pins example-backend floor changelog release container clean
 
 setup: $(STAMP)
 
@@ -77,8 +77,9 @@ WRITE :=
 check-triton: setup
 	$(BIN)/python .ci/check_triton.py $(WRITE)
 
-# The pages of docs/ and the API from docstrings, as HTML in docs/_build; a warning is an error.
+# The pages of docs/ and the API from docstrings, a page a name in docs/api, as HTML in docs/_build; a warning is an error.
 docs: setup
+	rm -rf docs/api
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build
 
 demo: setup
@@ -130,7 +131,7 @@ example-backend: setup
 	$(BIN)/python .ci/example_backend.py
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/api .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The changelog's next section from changelog.d: shown, or with VERSION=0.2.0 written into CHANGELOG.md.
 VERSION :=
@@ -141,3 +142,9 @@ changelog: setup
 TAG :=
 release: setup
 	$(BIN)/python .ci/release.py $(TAG)
+
+# The Dockerfile's steps without a container engine, and the check of the image as its user, read-only. Needs root on Linux.
+# `make container ARGUMENTS="'TORCH=--no-deps --no-index --find-links=/wheels'"` takes torch from a folder.
+ARGUMENTS :=
+container: setup
+	$(BIN)/python .ci/container.py $(ARGUMENTS)

@@ -1,18 +1,22 @@
-"""Sphinx: `make docs` builds the pages of this folder, and the API from docstrings, to docs/_build."""
+"""Sphinx: `make docs` builds the pages of this folder, and the API from docstrings, to docs/_build. It needs no network."""
 
 import re
 from typing import Any
 
+from docutils import nodes
 from importlib_metadata import version as _version
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 project = "diffmax"
 author = "The diffmax authors"
 project_copyright = author
 version = release = _version("diffmax-core")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "README.md", "examples"]  # index.md includes README.md; examples are projects, not pages
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "README.md", "examples"]  # README.md is the index on GitHub; examples are projects, not pages
 smartquotes = False
 
 myst_enable_extensions = ["dollarmath"]
@@ -25,6 +29,27 @@ napoleon_custom_sections = [("Numerics", "notes_style"), ("Source", "notes_style
 
 html_theme = "furo"
 html_title = f"diffmax {release}"
+html_math_renderer = "mathml"
+
+
+def _mathml(latex: str, display: str) -> str:
+    """MathML, which browsers show without a script; a number that is given as a tag stands beside it."""
+    number = re.search(r"\\tag\{(.*?)\}", latex)
+    plain = re.sub(r"\\tag\{.*?\}", "", latex).replace(r"\arg", r"\operatorname{arg}")
+    formula = convert(plain, display=display)
+    if unknown := re.findall(r"\\[a-zA-Z]+", formula):
+        raise ExtensionError(f"conf.py: latex2mathml does not know {unknown[0]}, in {latex!r}")
+    return f'<span class="eqno">({number[1]})</span>{formula}' if number else formula
+
+
+def _visit_math(self: Any, node: nodes.math) -> None:
+    self.body.append(_mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def _visit_math_block(self: Any, node: nodes.math_block) -> None:
+    self.body.append(f'<div class="math-wrapper"><div class="math">{_mathml(node.astext(), "block")}</div></div>')
+    raise nodes.SkipNode
 
 
 def _open_one_line_sections(_app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
@@ -34,6 +59,13 @@ def _open_one_line_sections(_app: Sphinx, _what: str, _name: str, _object: Any, 
             lines[index : index + 1] = ["", f"{section[1]}:", f"    {section[2]}"]
 
 
+def _skip_fields(_app: Sphinx, _what: str, _name: str, member: Any, _skip: bool, _options: Any) -> bool | None:
+    """Fields of a named tuple have a docstring that says nothing; its class describes them."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", _open_one_line_sections, priority=100)  # before napoleon's 500
+    app.connect("autodoc-skip-member", _skip_fields)
+    app.add_html_math_renderer("mathml", inline_renderers=(_visit_math, None), block_renderers=(_visit_math_block, None))

@@ -218,7 +218,7 @@ def print_verdict(runs: dict[str, Run]) -> None:
     )
 
 
-def draw(model, tokenizer, path: Path) -> None:
+def draw(model, tokenizer, path: Path, dpi: int = 110) -> None:
     """One head's weights under softmax and diffmax, side by side; exact zeros stay blank."""
     batch = tokenizer(SENTENCE, return_tensors="pt")
     tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
@@ -239,20 +239,25 @@ def draw(model, tokenizer, path: Path) -> None:
     figure.supxlabel("... from these", fontsize=12)
     figure.colorbar(image, ax=axes, label="weight (blank: exactly 0)", shrink=0.8)
     figure.suptitle(f"Layer {LAYER}, head {HEAD} of a pretrained sentence encoder", fontsize=15)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=dpi)
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("attention.png"), help="the picture (default: %(default)s)")
-    output = parser.parse_args().output
+    parser.add_argument("--only-picture", action="store_true", help="draw it, small, and leave the search out")
+    options = parser.parse_args()
 
     transformers.utils.logging.disable_progress_bar()
     for alpha in ALPHAS:
         register(f"diffmax-{alpha}", alpha)
     model = AutoModel.from_pretrained(get_model_path(), attn_implementation=SETTINGS["softmax"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+
+    if options.only_picture:
+        draw(model, tokenizer, options.output, dpi=72)
+        return
 
     texts = dict(sorted(documents().items(), key=lambda item: len(item[1])))  # of like length: less padding
     print(f"{len(texts)} paragraphs of torch {torch.__version__}'s documentation, {len(QUERIES)} queries")
@@ -263,8 +268,8 @@ def main() -> None:
     print_hits(runs, list(texts))
     print()
     print_verdict(runs)
-    draw(model, tokenizer, output)
-    print(f"Wrote {output}.")
+    draw(model, tokenizer, options.output)
+    print(f"Wrote {options.output}.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ By hand, since neither sybil nor pytest-markdown-docs compares `print(...)  # ..
 would remain, which is most of this file, and a requirement would come.
 """
 
+import importlib.util
 import re
 from contextlib import redirect_stdout
 from io import StringIO
@@ -50,5 +51,20 @@ def test_the_index_of_the_documentation_lists_every_decision():
 
 def test_the_api_page_lists_every_public_name():
     page = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
-    listed = re.findall(r"^\.\. auto(?:function|class|exception):: (\S+)", page, re.MULTILINE)
+    tables = re.findall(r"^\.\. autosummary::\n(?:   :.*\n)*\n((?:   \S+\n)+)", page, re.MULTILINE)
+    listed = [name for table in tables for name in table.split()]
     assert not set(diffmax.__all__) - {"__version__", "nn"} - set(listed)
+
+
+def test_a_formula_that_cannot_be_shown_is_refused_and_its_number_stands_beside_it():
+    pytest.importorskip("sphinx", reason="needs Sphinx: pip install sphinx")
+    pytest.importorskip("latex2mathml", reason="needs latex2mathml: pip install latex2mathml")
+    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    formula = conf._mathml(r"\arg\max x_i \tag{7}", "block")
+    assert formula.startswith('<span class="eqno">(7)</span><math ')
+    assert formula.endswith("</math>")
+    assert "\\" not in formula
+    with pytest.raises(conf.ExtensionError, match=r"does not know \\nosuch"):
+        conf._mathml(r"\nosuch x", "inline")

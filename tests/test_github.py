@@ -1,5 +1,6 @@
 """The workflows ask for what is there: make targets, scripts, versions, actions by commit; GitHub itself is not asked."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -116,6 +117,18 @@ def test_pythons_and_torches_are_those_of_the_metadata_and_the_pins():
         assert [name for name in others["classifiers"] if re.search(r":: 3\.\d+$", name)] == [
             f"Programming Language :: Python :: {version}" for version in classified
         ]
+
+
+def test_other_systems_install_what_the_files_that_they_test_import():
+    commands = " ".join(step.get("run", "") for step in JOBS["ci.yml: systems"]["steps"])
+    files = [ROOT / name for name in re.findall(r"tests/\w+\.py", commands)]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in [*files, ROOT / "tests" / "conftest.py"]]
+    names = {alias.name for tree in trees for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)}
+    needed = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    installed = set(re.findall(r"[a-z]+", re.search(r"pip install (.*)", commands)[1]))
+    assert len(files) >= 4
+    assert needed - {"benchmarks", "diffmax", "tests", "torch"} <= installed
 
 
 def test_the_page_about_versions_names_the_same():
