@@ -467,6 +467,12 @@ WRONG = {
     "fused as text": ({"fused": "no"}, TypeError, "fused must be True or False, got 'no'"),
     "dropout of NaN": ({"attn_drop": math.nan}, ValueError, "attn_drop must satisfy 0 <= attn_drop <= 1, got nan"),
     "dropout as text": ({"proj_drop": "0.1"}, TypeError, "proj_drop must be a number, got '0.1'"),
+    "alphas outside": (
+        {"weights": "diffmax", "alpha": torch.tensor([0.5, 1.5])},
+        ValueError,
+        "alpha must lie between 0 and 1, got values from 0.5 to 1.5",
+    ),
+    "alpha of an integer": ({"weights": "diffmax", "alpha": torch.tensor(1)}, TypeError, "alpha must be of a floating dtype"),
     "alpha 2": ({"weights": "diffmax", "alpha": 2.0}, ValueError, "alpha must"),
 }
 

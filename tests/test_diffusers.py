@@ -13,6 +13,7 @@ from diffmax import HillMap, attention
 from diffmax.integrations import diffusers as integration
 from diffmax.integrations import inplace
 from diffmax.integrations.diffusers import attention_maps, register, replace
+from diffmax.nn import DiffAttention
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'diffmax-core[diffusers]'")
 import diffusers
@@ -306,6 +307,15 @@ def test_processors_that_cannot_be_rewritten_are_refused_and_nothing_changes(pro
     done = replace(model, 0.5, partial=True)
     assert (list(done.changed), list(done.kept)) == (["served"], ["own"])
     model["own"](torch.randn(1, 3, 8))
+
+
+def test_modules_of_diffmax_in_a_model_are_not_taken_for_softmax():
+    model = two_modules(attention_processor.AttnProcessor2_0())
+    model["diff"] = DiffAttention(8, 2, weights="diffmax")
+    assert list(replace(model, 0.5).changed) == ["served", "own"]
+    model["softmax"] = DiffAttention(8, 2)
+    with pytest.raises(ValueError, match="softmax: DiffAttention was made with softmax weights"):
+        replace(model, 0.5)
 
 
 def test_a_processor_with_a_decorator_is_rewritten():

@@ -25,6 +25,7 @@ from diffmax.integrations.inplace import (
     attention_maps,
     hidden_makers,
     in_place,
+    keeps_softmax,
     library_class,
     refuse_kept,
     replace_all,
@@ -34,6 +35,7 @@ from diffmax.integrations.inplace import (
 )
 from diffmax.machine.metadata import PackageNotFoundError, version
 from diffmax.maps import AlphaMap
+from diffmax.nn._alpha import HeadAlpha
 from diffmax.operators.attention.api import attention
 from diffmax.operators.common.checks import one_minus_alpha
 
@@ -257,8 +259,10 @@ def _scan(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         if isinstance(module, AttentionWeights) or id(module) in processors:
             continue
         unnamed = unnamed_softmax(module)
-        if unnamed is not None:
-            reason: str | None = f"{type(module).__name__} takes a softmax in {unnamed}"
+        if isinstance(module, HeadAlpha):
+            reason = keeps_softmax(module)
+        elif unnamed is not None:
+            reason = f"{type(module).__name__} takes a softmax in {unnamed}"
         elif processor is None:
             reason = _reason_against(library_class(type(module)))
         else:
