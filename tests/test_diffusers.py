@@ -404,6 +404,10 @@ def test_wrong_names_and_alphas():
         register(0.5)
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         register(alpha=1.5)
+    with pytest.raises(ValueError, match=r"register: alpha must lie between 0 and 1, got values from 0.5 to 1.5"):
+        register("diffmax-two", alpha=torch.tensor([0.5, 1.5]))
+    with pytest.raises(TypeError, match=r"register: alpha must be of a floating dtype, got int64"):
+        register("diffmax-two", alpha=torch.tensor(1))
     register("diffmax-two")
     names = attention_dispatch.AttentionBackendName
     assert names("diffmax-two") is names.__members__["DIFFMAX-TWO"]

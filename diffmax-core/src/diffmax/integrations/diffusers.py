@@ -83,8 +83,8 @@ def register(name: str = "diffmax", alpha: float | Tensor = 0.9, *, partial: boo
     taken = name not in _registered and name in {member.value for member in names}
     if taken or name != name.lower() or not name:
         raise ValueError(f"register: name must be in lower case, and none of diffusers' backends, got {name!r}")
-    if not isinstance(alpha, Tensor):
-        one_minus_alpha("register", torch.empty(1), alpha, 0)
+    beside = alpha if isinstance(alpha, Tensor) else torch.empty(1)
+    one_minus_alpha("register", beside, alpha, beside.ndim)
 
     def attend(
         query: Tensor,
