@@ -395,8 +395,10 @@ def test_compile_in_one_graph(kind, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
-def test_traced_and_exported_at_other_sizes(kind, options):
-    module, x, other = kind(E, H, **options), tokens(dtype=torch.float32), torch.randn(3, 13, E)
+@pytest.mark.parametrize("fused", [True, False])
+def test_traced_and_exported_at_other_sizes(kind, options, fused):
+    """The second version's export fixed the number of tokens with fused=False."""
+    module, x, other = kind(E, H, fused=fused, **options), tokens(dtype=torch.float32), torch.randn(3, 13, E)
     masks = torch.rand(B, H, N, N) > 0.3, torch.rand(3, H, 13, 13) > 0.3
     close(torch.jit.trace(module, (x, masks[0]))(other, masks[1]), module(other, masks[1]))
     sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("tokens", min=2)}
