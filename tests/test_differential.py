@@ -395,8 +395,10 @@ def test_compile_in_one_graph(kind, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
-def test_traced_and_exported_at_other_sizes(kind, options):
-    module, x, other = kind(E, H, **options), tokens(dtype=torch.float32), torch.randn(3, 13, E)
+@pytest.mark.parametrize("fused", [True, False])
+def test_traced_and_exported_at_other_sizes(kind, options, fused):
+    """The second version's export fixed the number of tokens with fused=False."""
+    module, x, other = kind(E, H, fused=fused, **options), tokens(dtype=torch.float32), torch.randn(3, 13, E)
     masks = torch.rand(B, H, N, N) > 0.3, torch.rand(3, H, 13, 13) > 0.3
     close(torch.jit.trace(module, (x, masks[0]))(other, masks[1]), module(other, masks[1]))
     sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("tokens", min=2)}
@@ -467,6 +469,12 @@ WRONG = {
     "fused as text": ({"fused": "no"}, TypeError, "fused must be True or False, got 'no'"),
     "dropout of NaN": ({"attn_drop": math.nan}, ValueError, "attn_drop must satisfy 0 <= attn_drop <= 1, got nan"),
     "dropout as text": ({"proj_drop": "0.1"}, TypeError, "proj_drop must be a number, got '0.1'"),
+    "alphas outside": (
+        {"weights": "diffmax", "alpha": torch.tensor([0.5, 1.5])},
+        ValueError,
+        "alpha must lie between 0 and 1, got values from 0.5 to 1.5",
+    ),
+    "alpha of an integer": ({"weights": "diffmax", "alpha": torch.tensor(1)}, TypeError, "alpha must be of a floating dtype"),
     "alpha 2": ({"weights": "diffmax", "alpha": 2.0}, ValueError, "alpha must"),
 }
 

@@ -13,6 +13,7 @@ from diffmax import HillMap, attention
 from diffmax.integrations import diffusers as integration
 from diffmax.integrations import inplace
 from diffmax.integrations.diffusers import attention_maps, register, replace
+from diffmax.nn import DiffAttention
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'diffmax-core[diffusers]'")
 import diffusers
@@ -308,6 +309,15 @@ def test_processors_that_cannot_be_rewritten_are_refused_and_nothing_changes(pro
     model["own"](torch.randn(1, 3, 8))
 
 
+def test_modules_of_diffmax_in_a_model_are_not_taken_for_softmax():
+    model = two_modules(attention_processor.AttnProcessor2_0())
+    model["diff"] = DiffAttention(8, 2, weights="diffmax")
+    assert list(replace(model, 0.5).changed) == ["served", "own"]
+    model["softmax"] = DiffAttention(8, 2)
+    with pytest.raises(ValueError, match="softmax: DiffAttention was made with softmax weights"):
+        replace(model, 0.5)
+
+
 def test_a_processor_with_a_decorator_is_rewritten():
     """It was left as it was, and was not among those kept."""
     model, x = two_modules(Decorated()), torch.randn(1, 3, 8)
@@ -394,6 +404,10 @@ def test_wrong_names_and_alphas():
         register(0.5)
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         register(alpha=1.5)
+    with pytest.raises(ValueError, match=r"register: alpha must lie between 0 and 1, got values from 0.5 to 1.5"):
+        register("diffmax-two", alpha=torch.tensor([0.5, 1.5]))
+    with pytest.raises(TypeError, match=r"register: alpha must be of a floating dtype, got int64"):
+        register("diffmax-two", alpha=torch.tensor(1))
     register("diffmax-two")
     names = attention_dispatch.AttentionBackendName
     assert names("diffmax-two") is names.__members__["DIFFMAX-TWO"]

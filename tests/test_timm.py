@@ -409,6 +409,9 @@ def test_wrong_alphas_change_nothing():
         (1.0, ValueError, "replace: blocks.0.attn: .*strictly between 0 and 1"),
         ("0.5", TypeError, "blocks.0.attn: .*must be a float or a tensor"),
         (torch.full((3,), 0.5), ValueError, r"shape \(\) or \(2,\), got \(3,\)\nthe module has 2 query heads"),
+        (torch.tensor(1.5), ValueError, "blocks.0.attn: .*alpha must lie between 0 and 1, got values from 1.5 to 1.5"),
+        (torch.tensor([0.5, torch.nan]), ValueError, "blocks.0.attn: .*alpha must lie between 0 and 1"),
+        (torch.tensor(1), TypeError, "blocks.0.attn: .*alpha must be of a floating dtype, got int64"),
         (lambda name, module: 0.5 if "0" in name else 2.0, ValueError, "blocks.1.attn: .*got 2.0"),
     ):
         with pytest.raises(error, match=message):
@@ -478,6 +481,20 @@ def test_registered_layers_by_name(monkeypatch):
     for name in ("diff", "attn"):
         with pytest.raises(ValueError, match=f"must not be one of timm's, got '{name}'"):
             register(name)
+    for wrong in (0.5, None):
+        with pytest.raises(TypeError, match=f"name must be a string, got {wrong}\nfor an alpha, write register.alpha="):
+            register(wrong)
+
+
+def test_modules_of_diffmax_in_a_model_are_not_taken_for_softmax():
+    """Its differential attention was refused, whatever its weights."""
+    own = diffmax.nn.DiffAttention(16, 2, weights="diffmax", alpha=0.3)
+    model = nn.ModuleList([timm.layers.Attention(16, 2), own, diffmax.nn.DiffmaxAttention(16, 2)])
+    assert replace(model, 0.5) == ({"0": "Attention"}, {})
+    assert own.alpha == 0.3
+    model.append(diffmax.nn.DiffAttentionV2(16, 2))
+    with pytest.raises(ValueError, match='3: DiffAttentionV2 was made with softmax weights: make it with weights="diffmax"'):
+        replace(model, 0.5)
 
 
 def test_differential_layers_get_their_depth(monkeypatch):

@@ -26,6 +26,7 @@ from diffmax.integrations.inplace import (
     attention_maps,
     hidden_makers,
     in_place,
+    keeps_softmax,
     library_class,
     refuse_kept,
     replace_all,
@@ -36,6 +37,7 @@ from diffmax.integrations.inplace import (
 from diffmax.machine.metadata import PackageNotFoundError, version
 from diffmax.maps import AlphaMap
 from diffmax.matched import check_scale, matched_scale, rescaled
+from diffmax.nn._alpha import HeadAlpha
 from diffmax.operators.attention.api import attention
 from diffmax.operators.common.checks import one_minus_alpha
 
@@ -85,8 +87,8 @@ def register(name: str = "diffmax", alpha: float | Tensor = 0.9, *, scale: Scale
     taken = name not in _registered and name in {member.value for member in names}
     if taken or name != name.lower() or not name:
         raise ValueError(f"register: name must be in lower case, and none of diffusers' backends, got {name!r}")
-    if not isinstance(alpha, Tensor):
-        one_minus_alpha("register", torch.empty(1), alpha, 0)
+    beside = alpha if isinstance(alpha, Tensor) else torch.empty(1)
+    one_minus_alpha("register", beside, alpha, beside.ndim)
     check_scale("register", scale)
     factor = scale
 
@@ -273,8 +275,10 @@ def _scan(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         if isinstance(module, AttentionWeights) or id(module) in processors:
             continue
         unnamed = unnamed_softmax(module)
-        if unnamed is not None:
-            reason: str | None = f"{type(module).__name__} takes a softmax in {unnamed}"
+        if isinstance(module, HeadAlpha):
+            reason = keeps_softmax(module)
+        elif unnamed is not None:
+            reason = f"{type(module).__name__} takes a softmax in {unnamed}"
         elif processor is None:
             reason = _reason_against(library_class(type(module)))
         else:

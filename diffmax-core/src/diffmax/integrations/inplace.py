@@ -299,6 +299,13 @@ def why_not_rewritten(kind: type) -> str | None:
     return None
 
 
+def keeps_softmax(module: HeadAlpha) -> str | None:
+    """Why one of diffmax's own modules would keep softmax, or None."""
+    if getattr(module, "weights", None) != "softmax":
+        return None
+    return f'{type(module).__name__} was made with softmax weights: make it with weights="diffmax"'
+
+
 def unnamed_softmax(module: nn.Module) -> str | None:
     """The name of a torch.nn.Softmax that a module calls by another name than softmax, or None; containers do not call."""
     if type(module).__module__.partition(".")[0] == "torch":

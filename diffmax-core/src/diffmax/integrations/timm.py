@@ -22,6 +22,7 @@ from diffmax.integrations.inplace import (
     attention_maps,
     hidden_makers,
     in_place,
+    keeps_softmax,
     library_class,
     refuse_kept,
     replace_all,
@@ -31,6 +32,7 @@ from diffmax.integrations.inplace import (
 )
 from diffmax.machine.metadata import PackageNotFoundError, version
 from diffmax.maps import AlphaMap
+from diffmax.nn._alpha import HeadAlpha
 from diffmax.nn.differential import DiffAttention
 
 __all__ = ["Replaced", "attention_maps", "layer", "register", "replace"]
@@ -233,6 +235,7 @@ def register(
         alpha, alpha_map, differential: As for `layer`.
     Raises:
         ImportError: timm is missing or too old.
+        TypeError: name is not a string.
         ValueError: name is timm's own.
     Example:
         >>> register("diffmax-sparser", alpha=0.5)
@@ -244,6 +247,8 @@ def register(
     _import_timm()
     from timm.models.vision_transformer import ATTN_LAYERS
 
+    if not isinstance(name, str):
+        raise TypeError(f"register: name must be a string, got {name!r}\nfor an alpha, write register(alpha={name!r})")
     if name in ("", "attn") or (name == "diff" and not differential):
         raise ValueError(f"register: name must not be one of timm's, got {name!r}\ntake another name")
     ATTN_LAYERS[name] = layer(alpha, alpha_map, differential=differential)
@@ -264,6 +269,8 @@ def _without_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _reason_against(module: nn.Module) -> str | None:
     """Why a module would keep softmax, or None."""
+    if isinstance(module, HeadAlpha):
+        return keeps_softmax(module)
     kind = library_class(type(module))
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention is torch's own: put diffmax.nn.DiffmaxAttention.from_torch(module) in its place"

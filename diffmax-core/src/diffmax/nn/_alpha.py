@@ -38,6 +38,8 @@ class HeadAlpha(AlphaFromSoftmax):
                     f"{name}: a tensor alpha must have shape () or ({heads},), got {tuple(alpha.shape)}\n"
                     f"the module has {heads} query heads"
                 )
+            if alpha_map is None:
+                one_minus_alpha(name, alpha, alpha, alpha.ndim)  # beside itself, every alpha has its place
         else:
             one_minus_alpha(name, torch.empty(1), alpha, 0)
         if alpha_map is None:

@@ -79,8 +79,9 @@ class _Differential(HeadAlpha):
         mask = _mask_of_maps(type(self).__name__, mask, q)
         grouped = k.shape[1] != q.shape[1]
         if not self.fused:
+            k, v = (_per_head(t, heads) for t, heads in ((k, q.shape[1]), (v, q.shape[1] // 2)))
             one = torch.ones((), device=q.device) if alpha is None else alpha
-            options = Options(dropout_p, is_causal, None, grouped, one, None, None, 0.0, None)
+            options = Options(dropout_p, is_causal, None, False, one, None, None, 0.0, None)
             query, key, _, call = build_call(q, k, k, mask, options, "upper_left")
             maps = only_weights(query, key, call, self.backend)
             if dropout_p == 1:  # a call drops all weights by values of 0, and these are not its values
@@ -403,6 +404,11 @@ def _mask_of_maps(name: str, mask: Tensor | None, q: Tensor) -> Tensor | None:
         )
     mask = mask.reshape(shape)  # torch's attention takes no mask of fewer than two dimensions
     return mask.repeat_interleave(2, 1) if shape[1] not in (1, maps) else mask
+
+
+def _per_head(t: Tensor, heads: int) -> Tensor:
+    """Groups as heads: torch.export fixes a length where grouped heads are stacked along the queries."""
+    return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
 
 
 def _heads(t: Tensor, heads: int, size: int) -> Tensor:
