@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from diffmax import HillMap, diffmax_bisect, reference
 from diffmax.distributed import diffmax_bisect_sharded
+from diffmax.operators.common import messages
 from diffmax.operators.common.numerics import newton_steps
-from diffmax.operators.rows import sharded
 from diffmax.testing import gates
 from diffmax.testing.oracle import solve_exactly
 from diffmax.testing.pairs import every_pair
@@ -269,13 +269,13 @@ def test_alpha_may_be_a_float_a_tensor_a_function_or_learned():
 @on_ranks(2, 4)
 def test_what_is_sent_is_what_the_documentation_says():
     """Sizes of every message: the agreement, the maxima, two numbers per row and one in each iteration, two in backward."""
-    sent, real = [], sharded._all_reduce
+    sent, real = [], messages.all_reduce
 
     def recorded(t, operation, group):
         sent.append((t.numel(), operation))
         return real(t, operation, group)
 
-    sharded._all_reduce = recorded
+    messages.all_reduce = recorded
     try:
         x = part(torch.randn(5, 400)).clone().requires_grad_()
         alpha = torch.full((5, 1), 0.85, requires_grad=True)
@@ -285,7 +285,7 @@ def test_what_is_sent_is_what_the_documentation_says():
         backward, sent[:] = list(sent), []
         diffmax_bisect_sharded(x, 0.85).sum().backward()
     finally:
-        sharded._all_reduce = real
+        messages.all_reduce = real
     assert forward[:2] == [(11, "max"), (5, "max")]
     assert forward[2:] == [(11, "sum")] * len(forward[2:])
     assert 2 <= len(forward[2:]) <= 5 < newton_steps(50, 400, 0.15, torch.float32)
@@ -298,8 +298,8 @@ def test_the_number_of_evaluations_is_what_the_documentation_says():
     page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
     table = [[float(cell) for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| 0\.\d+ \|.*$", page, re.MULTILINE)]
     assert [row[0] for row in table] == [0.1, 0.5, 0.85, 0.99]
-    sent, real = [], sharded._all_reduce
-    sharded._all_reduce = lambda *message: (sent.append(message), real(*message))[1]
+    sent, real = [], messages.all_reduce
+    messages.all_reduce = lambda *message: (sent.append(message), real(*message))[1]
     try:
         for alpha, *documented in table:
             for sigma, evaluations in zip((0.3, 1.0, 3.0, 10.0), documented, strict=True):
@@ -307,7 +307,7 @@ def test_the_number_of_evaluations_is_what_the_documentation_says():
                 diffmax_bisect_sharded(torch.randn(64, 4096) * sigma, alpha)
                 assert abs(len(sent) - 2 - evaluations) <= 1, f"alpha={alpha} sigma={sigma}: {len(sent) - 2}"
     finally:
-        sharded._all_reduce = real
+        messages.all_reduce = real
 
 
 @on_ranks(4)

@@ -1,21 +1,24 @@
-"""The row operator for rows sharded over the ranks of a process group, without gathering. See docs/distributed.md."""
+"""Rows and sequences that are sharded over the ranks of a process group. See docs/distributed.md."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmax.operators.attention import context_parallel
+from diffmax.operators.attention.call import autocast
+from diffmax.operators.common import messages
 from diffmax.operators.common.checks import OR_FUNCTION, check_scores, one_minus_alpha
-from diffmax.operators.rows import sharded
+from diffmax.operators.rows import sharded  # noqa: F401 - defines the operator
 from diffmax.operators.rows.api import Alpha
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["diffmax_bisect_sharded"]
+__all__ = ["attention_context_parallel", "diffmax_bisect_sharded"]
 
 
 def diffmax_bisect_sharded(
@@ -66,7 +69,7 @@ def diffmax_bisect_sharded(
     """
     name = "diffmax_bisect_sharded"
     if not torch.compiler.is_compiling():
-        sharded.refuse_transforms()  # also checked here: otherwise vmap would call the operator once per sample
+        messages.refuse_transforms(name)  # also checked here: otherwise vmap would call the operator once per sample
     dim = check_scores(name, X, dim, n_iter)
     if type(X).__name__ == "DTensor":  # compared by name, because the import takes half a second
         raise TypeError(
@@ -75,34 +78,99 @@ def diffmax_bisect_sharded(
         )
     if X.ndim == 0:
         raise ValueError(f"{name}: X must have a dimension to be sharded along, got a scalar")
-    group_name = _name_of(group)
+    action = "call torch.distributed.init_process_group first; diffmax_bisect needs no group"
+    group_name = str(_group_of(name, group, action).group_name)
     e, e_tensor = one_minus_alpha(name, X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     p: Tensor = torch.ops.diffmax.bisect_sharded(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), group_name)[0]
     return p
 
 
-def _name_of(group: dist.ProcessGroup | DeviceMesh | None) -> str:
-    """The name of the group for torch's collectives; `sharded` gets only the name, so graphs can contain it."""
+def attention_context_parallel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    method: Literal["ulysses", "all_gather"] = "ulysses",
+    layout: Literal["contiguous", "zigzag"] = "contiguous",
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    alpha: float | Tensor = 0.9,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`attention` over a sequence that is sharded over the ranks of a process group.
+
+    The result on each rank is that of its queries in `attention` of the whole sequence. All ranks of the group must make the
+    call, and the backward pass.
+
+    Args:
+        query: (B, H, l, D): this rank's tokens, as many on every rank.
+        key, value: (B, H_kv, l, D) and (B, H_kv, l, D_v), of the same tokens.
+        group: A process group, or a one-dimensional DeviceMesh. None: the default group.
+        method: "ulysses" exchanges heads for tokens: each rank computes H / ranks heads of the whole sequence, so both H and
+            H_kv must be multiples of the number of ranks. "all_gather" gathers keys and values, for any number of heads; a
+            window then needs is_causal.
+        layout: Which tokens a rank has, of n ranks. "contiguous": those from rank * l. "zigzag": of 2 n runs of l / 2 tokens,
+            run `rank`, then run 2 n - 1 - rank: so every rank has the same work in causal attention by "all_gather".
+        is_causal, scale, enable_gqa, window_size, softcap, backend: As for `attention`, of the whole sequence.
+        alpha, sink: As for `attention`, with the same values and all H heads on every rank. Their gradients are already summed
+            over the ranks: do not all-reduce them again.
+    Returns:
+        (B, H, l, D_v), in query's dtype.
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        TypeError, ValueError: As of `attention`; or a head or token count that does not fit, a DTensor, a group without this
+            rank, or calls of the ranks that differ in anything but the values of tensors: then every rank raises.
+        NotImplementedError: Forward-mode differentiation or a torch.func transform.
+    Communication: One message of 31 integers that checks that the calls agree. Then, forward and backward alike, "ulysses"
+        sends two all-to-alls (Eq. 41), "all_gather" one all-gather, whose backward is one reduce-scatter (Eq. 42). Gradients
+        for alpha and the sink are one all-reduce each.
+    Memory: "ulysses" holds H / ranks heads of the whole sequence, as much as the shards. "all_gather" holds the keys and values
+        of the whole sequence, until backward.
+    Numerics: Those of `attention`. "all_gather" sums the gradients for key and value over the ranks in float32, for float64
+        in float64. Second derivatives are right, and send messages too.
+    Source: docs/distributed.md; "ulysses" is arXiv:2309.14509. Written for diffmax.
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from diffmax.distributed import attention_context_parallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> tokens = torch.randn(1, 4, 10, 16)
+        >>> attention_context_parallel(tokens, tokens, tokens, is_causal=True, alpha=0.5).shape
+        torch.Size([1, 4, 10, 16])
+        >>> dist.destroy_process_group()
+    """
+    name = context_parallel.NAME
+    messages.refuse_transforms(name)
+    found = _group_of(name, group, "call torch.distributed.init_process_group first; diffmax.attention needs no group")
+    ranks = context_parallel.Ranks(found, found.size(), found.rank())
+    options = context_parallel.Options(
+        *(method, layout, is_causal, scale, enable_gqa, alpha, window_size, softcap, sink, backend)
+    )
+    query, key, value = autocast(query, key, value)
+    return context_parallel.attend(query, key, value, options, ranks)
+
+
+def _group_of(name: str, group: dist.ProcessGroup | DeviceMesh | None, action: str) -> dist.ProcessGroup:
+    """The group. What goes on to an operator is its name alone, so that graphs can contain it."""
     if not dist.is_initialized():
-        raise RuntimeError(
-            "diffmax_bisect_sharded: torch.distributed must be initialised, got no process group\n"
-            "call torch.distributed.init_process_group first; diffmax_bisect needs no group"
-        )
+        raise RuntimeError(f"{name}: torch.distributed must be initialised, got no process group\n{action}")
     from torch.distributed.device_mesh import DeviceMesh
 
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
-                f"diffmax_bisect_sharded: group must be a DeviceMesh of one dimension, got {group.ndim}\n"
-                "select the one that the rows are sharded over: mesh['its name']"
+                f"{name}: group must be a DeviceMesh of one dimension, got {group.ndim}\n"
+                "select the one that is sharded over: mesh['its name']"
             )
         group = group.get_group()
     if group is None:
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         if group == dist.GroupMember.NON_GROUP_MEMBER:  # new_group returns it to ranks outside the group
-            raise ValueError("diffmax_bisect_sharded: this rank must be a member of group, got a group without it")
-        raise TypeError(
-            f"diffmax_bisect_sharded: group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}"
-        )
-    return str(group.group_name)
+            raise ValueError(f"{name}: this rank must be a member of group, got a group without it")
+        raise TypeError(f"{name}: group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
+    return group

@@ -6,16 +6,14 @@ Plain PyTorch on any device, like `diffmax.reference`. What is sent, and why it 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import _get_group_size_by_name
 
+from diffmax.operators.common import messages
 from diffmax.operators.common.autograd import differentiates
 from diffmax.operators.common.numerics import MIN_E, accumulation_dtype, alpha_weight, clamp_e, newton_steps
 from diffmax.operators.common.schema import Schema
@@ -62,6 +60,7 @@ class BackwardArguments(NamedTuple):
         return self.e if self.e_tensor is None else self.e_tensor
 
 
+NAME = "diffmax_bisect_sharded"
 FORWARD = Schema("bisect_sharded", Arguments, Results)
 BACKWARD = Schema("bisect_sharded_backward", BackwardArguments, Gradients)
 
@@ -79,7 +78,7 @@ def _bisect(*flat: Any) -> Results:
     given_e = torch.full((), e, dtype=acc, device=x.device) if e_tensor is None else e_tensor
     invalid_e = ~((given_e >= 0) & (given_e <= 1))
     row_e = given_e.clamp_min(MIN_E)
-    m = _all_reduce(_row_max(scores, dim), "max", group)
+    m = messages.all_reduce(_row_max(scores, dim), "max", group)
     z = row_e * (scores - torch.where(m == -torch.inf, 0.0, m))
     steps = newton_steps(given.n_iter, n, e if e_tensor is None else 1.0, acc)
     p, total, delta = _newton(z, m, row_e, dim, steps, group)
@@ -104,7 +103,7 @@ def _newton(z: Tensor, m: Tensor, e: Tensor, dim: int, steps: int, group: str) -
     for step in range(steps + 1):
         p, _, base = _power(z, delta, e)
         parts = [part.sum(dim, keepdim=True).flatten() for part in (p, p / base)]
-        sums = _all_reduce(torch.cat([*parts, unfinished]), "sum", group)
+        sums = messages.all_reduce(torch.cat([*parts, unfinished]), "sum", group)
         total, slope = sums[:-1].view(2, *m.shape)
         if step == steps or (step > 0 and float(sums[-1]) == 0):
             break
@@ -126,7 +125,7 @@ def _bisect_backward(*flat: Any) -> Gradients:
     given = BackwardArguments(*flat)
 
     def add(part: Tensor) -> Tensor:
-        return _all_reduce(part, "sum", given.group)
+        return messages.all_reduce(part, "sum", given.group)
 
     grad_x, grad_e = _gradients(given, given.given_e, add)
     return Gradients(grad_x.contiguous(), add(grad_e) if given.needs_e else grad_e)
@@ -191,44 +190,9 @@ class _Bisect(torch.autograd.Function):
         return tuple(found[name] if needed else None for name, needed in needs.items())
 
 
-class _Add(torch.autograd.Function):
-    """Parts, one on each rank, to their sum, which every rank then holds: one value. Its transpose is `_Hand`."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return _all_reduce(part, "sum", group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Hand.apply(grad, ctx.group), None
-
-
-class _Hand(torch.autograd.Function):
-    """One value that every rank holds, to a copy of its own for each rank's part of the computation. Transpose: `_Add`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Add.apply(grad, ctx.group), None
-
-
-def refuse_transforms() -> None:
-    """Raise under a torch.func transform or in forward mode: neither has a meaning here that would not be slow or silent."""
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            "diffmax_bisect_sharded: torch.func transforms and forward-mode differentiation are not supported\n"
-            "use reverse mode: Tensor.backward, torch.autograd.grad"
-        )
-
-
 def _bisect_autograd(*flat: Any) -> Any:
     given = Arguments(*flat)
-    refuse_transforms()
+    messages.refuse_transforms(NAME)
     if differentiates(given.x, given.e_tensor):
         return _Bisect.apply(*given)
     with torch._C._AutoDispatchBelowAutograd():
@@ -250,24 +214,19 @@ def _differentiable_gradients(given: BackwardArguments) -> Gradients:
         # p leads on to x; where p has lost its small weights, a p in float32 that leads to x takes its place
         again = Arguments(given.x.float(), given.e, e_tensor, given.dim, 50, True, group)
         given = given._replace(p=torch.ops.diffmax.bisect_sharded(*again)[0], x=None)
-    e = given.e if e_tensor is None else _Hand.apply(e_tensor, group)
+    e = given.e if e_tensor is None else messages.Hand.apply(e_tensor, group)
 
     def add(part: Tensor) -> Tensor:
-        handed: Tensor = _Hand.apply(_Add.apply(part, group), group)
+        handed: Tensor = messages.Hand.apply(messages.Add.apply(part, group), group)
         return handed
 
     grad_x, grad_e = _gradients(given, e, add)
-    return Gradients(grad_x.to(given.grad.dtype), _Add.apply(grad_e, group) if given.needs_e else grad_e)
+    return Gradients(grad_x.to(given.grad.dtype), messages.Add.apply(grad_e, group) if given.needs_e else grad_e)
 
 
 def _rows_of(x: Tensor, dim: int) -> list[int]:
     """The shape of what each row has one of."""
     return [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
-
-
-def _all_reduce(t: Tensor, operation: str, group: Any) -> Tensor:
-    reduced: Tensor = collectives.wait_tensor(collectives.all_reduce(t.contiguous(), operation, group))
-    return reduced
 
 
 def _row_max(scores: Tensor, dim: int) -> Tensor:
@@ -279,10 +238,7 @@ def _row_max(scores: Tensor, dim: int) -> Tensor:
 
 
 def _agree(given: Arguments) -> int:
-    """See that all ranks make the same call, in one message of fixed length; return an upper bound of a whole row's length.
-
-    Without it, ranks that disagree would wait for each other, or exchange messages of different lengths.
-    """
+    """See that all ranks make the same call; return an upper bound of a whole row's length."""
     x, dim, e_tensor = given.x, given.dim, given.e_tensor
     group: Any = given.group  # for which torch's later versions have a type
     facts = {
@@ -292,17 +248,13 @@ def _agree(given: Arguments) -> int:
         "n_iter": given.n_iter,
         "ensure_sum_one": given.ensure_sum_one,
     }
-    codes = [zlib.crc32(repr(fact).encode()) for fact in facts.values()]
-    message = torch.tensor([x.shape[dim], *codes, *(-code for code in codes)], device=x.device)
-    longest, *extremes = _all_reduce(message, "max", group).tolist()
-    highest, lowest = extremes[: len(codes)], [-code for code in extremes[len(codes) :]]
-    differing = [name for name, high, low in zip(facts, highest, lowest, strict=True) if high != low]
+    longest, differing = messages.agree(facts, x.shape[dim], group, x.device)
     if differing:
         raise ValueError(
-            f"diffmax_bisect_sharded: {' and '.join(differing)} must be the same on every rank, got different ones\n"
+            f"{NAME}: {' and '.join(differing)} must be the same on every rank, got different ones\n"
             + "\n".join(f"  {name} on this rank: {facts[name]}" for name in differing)
         )
-    return int(longest) * _get_group_size_by_name(group)
+    return longest * _get_group_size_by_name(group)
 
 
 enter(FORWARD, run=_bisect, autograd=_bisect_autograd, fake=_bisect_fake)

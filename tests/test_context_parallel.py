@@ -1,0 +1,347 @@
+"""Attention over a sequence that is sharded over ranks: `attention_context_parallel` against the sequence on one process."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import diffmax
+from diffmax.distributed import attention_context_parallel
+from diffmax.operators.common import messages
+from diffmax.testing import gates
+
+_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
+ranks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranks)
+
+METHODS, LAYOUTS = ("ulysses", "all_gather"), ("contiguous", "zigzag")
+LENGTH, DIM, DIM_V = 48, 8, 6
+
+
+def on_ranks(*sizes):
+    """As `ranks.on_ranks`, on plain PyTorch: there is nothing to compile on each rank."""
+
+    def decorate(body):
+        test = ranks.on_ranks(*sizes)(body)
+        test.body = diffmax.use_backend("cpu")(body)
+        return test
+
+    return decorate
+
+
+def part(t, layout):
+    """This rank's tokens of (B, H, L, D)."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if layout == "contiguous":
+        return t.chunk(size, 2)[rank]
+    runs = t.chunk(2 * size, 2)
+    return torch.cat([runs[rank], runs[2 * size - 1 - rank]], 2)
+
+
+def sequence(heads=4, kv_heads=4, dtype=torch.float64, length=LENGTH):
+    return (
+        torch.randn(2, heads, length, DIM).mul(2).to(dtype),
+        torch.randn(2, kv_heads, length, DIM).mul(2).to(dtype),
+        torch.randn(2, kv_heads, length, DIM_V).to(dtype),
+    )
+
+
+def with_gradients(function, tensors, grad, layout=None):
+    """The result and the gradients, with `layout` those of this rank's part of the first three tensors."""
+    mine = (lambda t: part(t, layout).contiguous()) if layout else (lambda t: t)
+    leaves = [(mine(t) if place < 3 else t).detach().clone().requires_grad_() for place, t in enumerate(tensors)]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, mine(grad))]
+
+
+def same(method, layout, tensors, **options):
+    """In float64: the same as on one process, to rounding."""
+    alpha_and_sink = tensors[3:]
+
+    def whole(q, k, v, *more):
+        return diffmax.attention(q, k, v, enable_gqa=True, **dict(zip(("alpha", "sink"), more, strict=False)), **options)
+
+    def own(q, k, v, *more):
+        learned = dict(zip(("alpha", "sink"), more, strict=False))
+        return attention_context_parallel(q, k, v, method=method, layout=layout, enable_gqa=True, **learned, **options)
+
+    grad = torch.randn(*tensors[0].shape[:3], DIM_V, dtype=tensors[0].dtype)
+    expected, found = with_gradients(whole, tensors, grad), with_gradients(own, tensors, grad, layout)
+    names = ("out", "query", "key", "value", "alpha", "sink")
+    for place, (ours, truth) in enumerate(zip(found, expected, strict=True)):
+        truth = part(truth, layout) if place < 4 else truth
+        assert ours.shape == truth.shape
+        error = float((ours - truth).abs().max())
+        assert error <= 1e-13 * max(1.0, float(truth.abs().max())), f"{method} {layout} {options} {names[place]}: {error:.3g}"
+    assert len(found) == 4 + len(alpha_and_sink)
+
+
+@on_ranks(2, 4)
+def test_results_and_gradients_are_those_of_the_whole_sequence():
+    for method in METHODS:
+        for layout in LAYOUTS:
+            for causal in (False, True):
+                same(method, layout, sequence(), is_causal=causal, alpha=0.5)
+            for window in ((10, 0), (0, 0), (17, 30), (100, 100)):
+                same(method, layout, sequence(), is_causal=True, alpha=0.7, window_size=window)
+            same(method, layout, sequence(), is_causal=True, softcap=2.0, scale=0.3)
+    for window in ((10, 3), (-1, 5), (0, 40)):
+        same("ulysses", "zigzag", sequence(), window_size=window)
+
+
+@on_ranks(2, 4)
+def test_alpha_and_the_sink_per_head_learn_on_every_rank():
+    alpha, sink = torch.linspace(0.3, 0.9, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    for method in METHODS:
+        for layout in LAYOUTS:
+            for causal in (False, True):
+                same(method, layout, (*sequence(8, 4), alpha, sink), is_causal=causal)
+                same(method, layout, (*sequence(8, 8), torch.tensor(0.6, dtype=torch.float64)), is_causal=causal)
+
+
+@on_ranks(2, 4)
+def test_gathering_takes_any_number_of_heads():
+    for heads, kv_heads in ((3, 1), (3, 3), (6, 2), (1, 1)):
+        for layout in LAYOUTS:
+            same("all_gather", layout, sequence(heads, kv_heads), is_causal=True)
+            same("all_gather", layout, sequence(heads, kv_heads))
+
+
+@on_ranks(2, 4)
+def test_narrow_dtypes_pass_the_gate():
+    """Forward and backward together, by the mean error, as decision 0011 has it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = (*sequence(4, 4, dtype), torch.full((4,), 0.6), torch.randn(4))
+        grad = torch.randn(2, 4, LENGTH, DIM_V).to(dtype)
+
+        def whole(*given):
+            *leaves, grad = (t.detach().requires_grad_() for t in given)
+            q, k, v, alpha, sink = leaves
+            out = diffmax.attention(q, k, v, is_causal=True, alpha=alpha, sink=sink, backend="reference")
+            return (out.detach(), *torch.autograd.grad(out, leaves, grad.detach()))
+
+        wanted = gates(whole, *tensors, grad, average=True)
+        for method in METHODS:
+            for layout in LAYOUTS:
+
+                def own(q, k, v, alpha, sink, method=method, layout=layout):
+                    given = {"alpha": alpha, "sink": sink, "is_causal": True}
+                    return attention_context_parallel(q, k, v, method=method, layout=layout, **given)
+
+                for place, ours in enumerate(with_gradients(own, tensors, grad, layout)):
+                    exact, allowed = wanted[place]
+                    truth = part(exact, layout) if place < 4 else exact
+                    error = (ours.double() - truth).abs().sum()
+                    if place < 4:  # the gate is for the mean over all tokens
+                        error = messages.all_reduce(error, "sum", dist.group.WORLD.group_name)
+                    error = float(error / exact.numel())
+                    assert error <= allowed, f"{dtype} {method} {layout} {place}: {error:.3g}, allowed {allowed:.3g}"
+
+
+@on_ranks(2)
+def test_second_derivatives_are_those_of_the_whole_sequence():
+    q, k, v = sequence(4, 2)
+    results = []
+    for method, layout in ((None, None), *((m, y) for m in METHODS for y in LAYOUTS)):
+        leaves = [(part(t, layout) if layout else t).detach().clone().requires_grad_() for t in (q, k, v)]
+        alpha = torch.full((4,), 0.7, dtype=torch.float64, requires_grad=True)
+        options = {"is_causal": True, "alpha": alpha, "enable_gqa": True}
+        if layout:
+            out = attention_context_parallel(*leaves, method=method, layout=layout, **options)
+        else:
+            out = diffmax.attention(*leaves, **options)
+        first = torch.autograd.grad(out.square().sum(), (*leaves, alpha), create_graph=True)
+        # of the sum over ranks: alpha's first gradient is one value on every rank, and counts once
+        total = sum(t.square().sum() for t in first[:3])
+        second = torch.autograd.grad(total, leaves)
+        results.append([*first, *second])
+    for (_, layout), own in zip([(m, y) for m in METHODS for y in LAYOUTS], results[1:], strict=True):
+        for ours, truth in zip(own, results[0], strict=True):
+            truth = part(truth, layout) if truth.ndim == 4 else truth
+            assert float((ours - truth).abs().max()) <= 1e-11 * max(1.0, float(truth.abs().max()))
+
+
+@on_ranks(2, 4)
+def test_what_is_sent_is_what_the_documentation_says():
+    """Eq. 41 and 42, in bytes that a rank sends, and the number of messages."""
+    size, sent = dist.get_world_size(), []
+    shares = {  # of the numbers that a rank hands over, how many leave it, by ring where that matters
+        "all_to_all": (size - 1) / size,
+        "all_gather": size - 1,
+        "reduce_scatter": (size - 1) / size,
+        "all_reduce": None,
+    }
+    real = {name: getattr(messages, name) for name in shares}
+
+    def recording(name):
+        def record(t, *more):
+            sent.append((name, t.numel(), t.element_size()))
+            return real[name](t, *more)
+
+        return record
+
+    batch, heads, kv_heads, length = 2, 8, 4, LENGTH // size
+    per_token = {  # the numbers of a token in Eq. 41 and 42
+        "ulysses": (heads * DIM + kv_heads * (DIM + DIM_V) + heads * DIM_V) * (size - 1) / size,
+        "all_gather": kv_heads * (DIM + DIM_V) * (size - 1),
+    }
+    expected_messages = {
+        "ulysses": (["all_to_all"] * 2, ["all_to_all", "all_reduce", "all_to_all"]),
+        "all_gather": (["all_gather"], ["all_reduce", "reduce_scatter"]),
+    }
+    try:
+        for name in shares:
+            setattr(messages, name, recording(name))
+        for dtype, width, summed in ((torch.float32, 4, 4), (torch.bfloat16, 2, 4)):
+            for method in METHODS:
+                for layout in LAYOUTS:
+                    leaves = [part(t, layout).clone().requires_grad_() for t in sequence(heads, kv_heads, dtype)]
+                    alpha = torch.full((heads,), 0.6, requires_grad=True)
+                    options = {"method": method, "layout": layout, "is_causal": True, "alpha": alpha, "enable_gqa": True}
+                    sent.clear()
+                    out = attention_context_parallel(*leaves, **options)
+                    agreement, *forward = list(sent)
+                    sent.clear()
+                    out.float().square().sum().backward()
+                    backward = list(sent)
+                    assert agreement == ("all_reduce", 31, 8)
+                    names = [[name for name, *_ in way] for way in (forward, backward)]
+                    assert [sorted(way) for way in names] == [sorted(way) for way in expected_messages[method]]
+                    assert [n for name, n, _ in backward if name == "all_reduce"] == [heads]
+                    for way, each in ((forward, width), (backward, summed if method == "all_gather" else width)):
+                        counted = sum(n * w * shares[name] for name, n, w in way if shares[name] is not None)
+                        assert counted == batch * length * per_token[method] * each
+    finally:
+        for name, function in real.items():
+            setattr(messages, name, function)
+
+
+@on_ranks(4)
+def test_the_work_of_the_zigzag_layout_is_the_same_on_every_rank():
+    """Pairs of a query and a key that it is given; of contiguous parts the last rank has four times the first's."""
+    from diffmax.operators.attention import context_parallel
+
+    pairs, real = [], context_parallel.attention
+    context_parallel.attention = lambda q, k, *more, **named: (
+        pairs.append(q.shape[2] * k.shape[2]),
+        real(q, k, *more, **named),
+    )[1]
+    try:
+        for layout in LAYOUTS:
+            pairs.clear()
+            attention_context_parallel(
+                *(part(t, layout) for t in sequence()), method="all_gather", layout=layout, is_causal=True
+            )
+            work = [None] * 4
+            dist.all_gather_object(work, sum(pairs))
+            length = LENGTH // 4
+            if layout == "zigzag":
+                assert work == [(length // 2) ** 2 * 9] * 4
+            else:
+                assert work == [length**2 * n for n in (1, 2, 3, 4)]
+    finally:
+        context_parallel.attention = real
+
+
+@on_ranks(4)
+def test_a_group_may_be_a_part_of_the_ranks_and_a_mesh():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    q, k, v = (t[mesh.get_local_rank("data")][None] for t in sequence())
+    expected = diffmax.attention(q, k, v, is_causal=True).chunk(2, 2)[mesh.get_local_rank("context")]
+    mine = [t.chunk(2, 2)[mesh.get_local_rank("context")] for t in (q, k, v)]
+    for group in (mesh["context"], mesh.get_group("context")):
+        for method in METHODS:
+            out = attention_context_parallel(*mine, group=group, method=method, is_causal=True)
+            assert float((out - expected).abs().max()) <= 1e-13
+    with pytest.raises(ValueError, match="DeviceMesh of one dimension, got 2"):
+        attention_context_parallel(*mine, group=mesh)
+
+
+@on_ranks(2)
+def test_arguments_that_do_not_fit_raise_on_every_rank():
+    q, k, v = (part(t, "contiguous") for t in sequence(4, 2))
+    ours = {"enable_gqa": True}
+    for given, options, error, match in (
+        ((q, k, v), {}, ValueError, "pass enable_gqa=True"),
+        (
+            (q[:, :3], k[:, :1], v[:, :1]),
+            ours,
+            ValueError,
+            r"got 3 query heads and 1 key heads for 2 ranks\npass method=\"all_g",
+        ),
+        ((q, k[:, :1], v[:, :1]), ours, ValueError, "got 4 query heads and 1 key heads for 2 ranks"),
+        ((q, k, v), {**ours, "method": "ring"}, ValueError, "method must be one of ulysses, all_gather, got 'ring'"),
+        ((q, k, v), {**ours, "layout": "striped"}, ValueError, "layout must be one of contiguous, zigzag, got 'striped'"),
+        ((q[:, :, :9], k[:, :, :9], v[:, :, :9]), {**ours, "layout": "zigzag"}, ValueError, "got 9 tokens\npad to an even one"),
+        ((q[:, :, :9], k, v), ours, ValueError, "must have the same length on a rank, got 9 and 24"),
+        (
+            (q, k, v),
+            {**ours, "method": "all_gather", "window_size": (5, 5)},
+            ValueError,
+            r'takes a window with is_causal=True, got window_size=\(5, 5\)\npass method="ulysses"',
+        ),
+        ((q, k, v), {**ours, "alpha": 1.5}, ValueError, "alpha"),
+        ((q, k, v), {**ours, "sink": torch.zeros(3)}, ValueError, "sink must have one number per head"),
+        ((q.int(), k, v), ours, TypeError, "query"),
+    ):
+        with pytest.raises(error, match=match):
+            attention_context_parallel(*given, **options)
+
+
+@on_ranks(2)
+def test_calls_that_differ_raise_on_every_rank_and_name_rank_and_fact():
+    rank = dist.get_rank()
+    q, k, v = (part(t, "contiguous") for t in sequence())
+    short = [t[:, :, : 24 - 2 * rank] for t in (q, k, v)]
+    with pytest.raises(
+        ValueError,
+        match=rf"query's shape and .*got different ones\n  query's shape on rank {rank}: \(2, 4, {24 - 2 * rank}, 8\)",
+    ):
+        attention_context_parallel(*short)
+    for name, values in (("alpha's shape", (0.5, 0.6)), ("is_causal", (True, False)), ("layout", LAYOUTS), ("method", METHODS)):
+        with pytest.raises(ValueError, match=rf"{name} must be the same .*\n  {name} on rank {rank}: {values[rank]}"):
+            attention_context_parallel(q, k, v, **{name.split("'")[0]: values[rank]})
+    with pytest.raises(ValueError, match="what requires a gradient must be the same"):
+        attention_context_parallel(q.clone().requires_grad_(rank == 0), k, v)
+    if rank == 1:
+        with pytest.raises(ValueError, match="alpha must lie"):
+            attention_context_parallel(q, k, v, alpha=torch.tensor(1.5))
+    else:
+        with pytest.raises(ValueError, match="got invalid ones on rank 1\nit says which"):
+            attention_context_parallel(q, k, v, alpha=torch.tensor(0.5))
+
+
+@on_ranks(2)
+def test_a_dtensor_and_a_transform_are_refused():
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    q, k, v = sequence()
+    own = [distribute_tensor(t, mesh, [Shard(2)]) for t in (q, k, v)]
+    with pytest.raises(TypeError, match=r"query must be this rank's part, got a DTensor\npass query.to_local\(\)"):
+        attention_context_parallel(*own)
+    out = attention_context_parallel(*(t.to_local() for t in own), group=own[0].device_mesh)
+    assert float((out - part(diffmax.attention(q, k, v), "contiguous")).abs().max()) <= 1e-13
+    with pytest.raises(NotImplementedError, match=r"attention_context_parallel: torch\.func transforms"):
+        torch.func.grad(lambda q: attention_context_parallel(q, k, v).sum())(q)
+
+
+@on_ranks(2)
+def test_no_tokens_and_no_batch():
+    for method in METHODS:
+        for layout in LAYOUTS:
+            for causal in (False, True):
+                q, k, v = sequence(length=0)
+                out = attention_context_parallel(q, k, v, method=method, layout=layout, is_causal=causal)
+                assert out.shape == (2, 4, 0, DIM_V)
+                q, k, v = (part(t[:0], layout) for t in sequence())
+                out = attention_context_parallel(q, k, v, method=method, layout=layout, is_causal=causal)
+                assert out.shape == (0, 4, LENGTH // 2, DIM_V)
+
+
+def test_without_a_process_group_it_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"must be initialised, got no process group\ncall torch\.distributed"):
+        attention_context_parallel(*sequence())
