@@ -140,11 +140,12 @@ def distilled(model: Any, heads: Heads, ids: Tensor, minutes: float) -> tuple[An
     model.set_attn_implementation("sdpa")
     student = replace(copy.deepcopy(model), heads)
     batches = [{"input_ids": part, "use_cache": False} for part in ids.split(DISTILLED, 1) if part.shape[1] == DISTILLED]
-    began = time.perf_counter()  # of one step, which tells how many there will be
-    with torch.no_grad():
-        wanted = model(**batches[0])
-    divergence(student(**batches[0]), wanted, None).backward()
-    student.zero_grad()
+    for _ in range(2):  # the first compiles kernels; the second tells how many steps there will be
+        began = time.perf_counter()
+        with torch.no_grad():
+            wanted = model(**batches[0])
+        divergence(student(**batches[0]), wanted, None).backward()
+        student.zero_grad()
     steps = max(1, int(60 * minutes / (time.perf_counter() - began)))
     with tqdm(total=steps, desc="distilling", unit="step", leave=False) as bar:
 
