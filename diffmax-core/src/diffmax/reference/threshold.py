@@ -194,7 +194,7 @@ def _of_bias(of_scores: Tensor, call: ThresholdCall) -> Tensor:
     distance = _distances(of_scores.shape[2], of_scores.shape[3], of_scores.device)
     place = torch.where((distance >= 0) & (distance < width), distance, width).flatten()
     rows = of_scores.sum(0).flatten(1)
-    return torch.zeros_like(rows[:, :1]).expand(-1, width + 1).index_add(1, place, rows)[:, :width].contiguous()
+    return torch.zeros_like(rows.sum(1, keepdim=True)).expand(-1, width + 1).index_add(1, place, rows)[:, :width].contiguous()
 
 
 class _Packed(NamedTuple):
