@@ -1,7 +1,7 @@
 """Threshold attention in plain PyTorch: the reference for all other kernels, and the fallback on any device.
 
 It holds the matrix of weights in memory, in the accumulation dtype, and is differentiable. With S keys, query i has the
-position t = i + S - L; hidden keys (the future, if causal, and what the mask hides) have no weight, whatever theta:
+position t = i + S - L; hidden keys (outside the window, and what the mask hides) have no weight, whatever theta:
 
     s_ij = scale * q_i . k_j + bias[t - j] where 0 <= t - j < W
     u_i = s_i, softmax(s_i) or diffmax(s_i) over the visible keys
@@ -134,7 +134,9 @@ class _Terms(NamedTuple):
             width = call.bias.shape[1]
             added = call.bias[:, distance.clamp(0, width - 1)]
             scores = scores + added.masked_fill((distance < 0) | (distance >= width), 0.0)
-        hidden = distance < 0 if call.right == 0 else torch.zeros_like(distance, dtype=torch.bool)
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        hidden = hidden | (distance < -call.right) if call.right >= 0 else hidden
+        hidden = hidden | (distance > call.left) if call.left >= 0 else hidden
         hidden = hidden if call.mask is None else hidden | ~call.mask
         u, statistic = scores, scores.new_empty(0)
         if call.weights != "scores":
