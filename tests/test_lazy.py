@@ -167,6 +167,57 @@ def test_a_checkpoint_of_softmax_weights_starts_alpha():
     torch.testing.assert_close(ours.current_alpha, torch.full((4,), 0.9))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("weights", "causal", "first_row"), [("softmax", True, "kept"), ("diffmax", True, "published"), ("softmax", False, "kept")]
+)
+def test_packed_sequences_are_sequences(weights, causal, first_row, backend):
+    """Empty ones, one of a query, and ones of fewer queries than keys among them; gradients too."""
+    starts_q, starts_k = [0, 4, 4, 5, 11], [0, 6, 7, 8, 14]
+    tensors = [torch.randn(11, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 5), torch.randn(4, 3), torch.rand(4) - 0.8]
+    ours, theirs = ([t.double().requires_grad_() for t in tensors] for _ in range(2))
+    alpha = torch.tensor([0.5, 0.6, 0.7, 0.8]).double() if weights == "diffmax" else 0.9
+    options = {"weights": weights, "alpha": alpha, "is_causal": causal, "first_row": first_row, "return_mass": True}
+    ends = (torch.tensor(starts).int() for starts in (starts_q, starts_k))
+    packed = diffmax.lazy_attention_varlen(*ours, *ends, 6, 6, 3, backend=backend, **options)
+    q, k, v, *learned = theirs
+    pieces = []
+    for n in range(4):
+        spans = [slice(starts[n], starts[n + 1]) for starts in (starts_q, starts_k, starts_k)]
+        rows = [t[span].transpose(0, 1).unsqueeze(0) for t, span in zip((q, k, v), spans, strict=True)]
+        pieces.append(
+            [t[0].transpose(0, 1) for t in diffmax.lazy_attention(*rows, *learned, 3, backend="reference", **options)]
+        )
+    alone = tuple(torch.cat(each) for each in zip(*pieces, strict=True))
+    torch.testing.assert_close(packed, alone)
+    for a, b in zip(*(torch.autograd.grad([t.square().sum() for t in r], g) for r, g in ((packed, ours), (alone, theirs))),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
+
+
+def test_packed_sequences_say_what_is_wrong():
+    x, ends = torch.randn(5, 2, 4), torch.tensor([0, 2, 5], dtype=torch.int32)
+    for given, options, says in (
+        ((ends, ends, 3, 3), {"weights": "scores"}, "weights must be one of softmax, diffmax, got 'scores'"),
+        ((ends, ends, 3, 3), {"first_row": "no"}, "first_row must be one of kept, published, got 'no'"),
+        ((ends, ends[:2], 3, 3), {}, "cu_seqlens_k must ascend from 0 to the number of tokens, 5, got"),
+        ((ends, ends, 2, 3), {}, "max_seqlen_q must be at least the longest length, 3, got 2"),
+        ((ends, ends, 3, 3), {"tau": torch.zeros(3)}, r"tau must be a float or of shape \(\) or \(2,\), got \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^diffmax.lazy_attention_varlen: {says}"):
+            diffmax.lazy_attention_varlen(x, x, x, None, options.pop("tau", -0.5), *given, **options)
+
+
+def test_packed_sequences_compile():
+    x, ends = torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)
+
+    def run(x, ends):
+        return diffmax.lazy_attention_varlen(x, x, x, torch.zeros(2, 4), -0.5, ends, ends, 6, 6)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, ends), run(x, ends))
+
+
 def test_published_names():
     q, k, v = (t.float() for t in qkv(kv_heads=4))
     bias, tau = torch.randn(4, 7), torch.full((4,), -0.5)

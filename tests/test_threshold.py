@@ -103,6 +103,36 @@ def test_a_learned_alpha_goes_where_its_gradient_is_computed():
     assert torch.autograd.grad(out.sum(), alpha)[0].abs().min() > 0
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("weights", ["scores", "softmax", "diffmax"])
+@pytest.mark.parametrize(
+    ("window", "causal"), [((5, 0), False), ((5, -1), True), ((3, 2), False), ((-1, 4), False), ((0, 0), True)]
+)
+def test_a_window_is_a_mask(backend, weights, window, causal):
+    """Over several blocks of queries, with fewer and more keys; gradients too."""
+    for length, many in ((300, 300), (40, 60), (60, 40)):
+        given = [
+            heads(1, 4, length, 4),
+            heads(1, 2, many, 4),
+            heads(1, 2, many, 4),
+            torch.rand(4, length).double() * 0.1,
+            heads(4, 7),
+        ]
+        distance = torch.arange(length)[:, None] + many - length - torch.arange(many)
+        left, right = window[0], 0 if causal else window[1]
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        seen &= (distance <= left) | (left < 0)
+        seen &= (distance >= -right) | (right < 0)
+        found = []
+        for options in ({"window_size": window, "is_causal": causal}, {"attn_mask": seen, "is_causal": False}):
+            leaves = [t.clone().requires_grad_() for t in given]
+            options |= {"weights": weights, "alpha": 0.5, "backend": backend, "return_mass": True}
+            results = diffmax.threshold_attention(*leaves[:4], bias=leaves[4], **options)
+            found.append((*results, *torch.autograd.grad([t.square().sum() for t in results], leaves)))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_transforms():
     q, k, v = (heads(3, 1, 2, 5, 4) for _ in range(3))
     theta = torch.rand(3, 2, 5).double() * 0.1
@@ -280,6 +310,7 @@ def test_compiles():
         ({"threshold": torch.zeros(6)}, r"threshold must be a float, or have shape .*got \(6,\)\nfor one per query"),
         ({"bias": torch.zeros(3, 4)}, r"bias must have a number per head and distance, .* H = 2, got \(3, 4\)"),
         ({"attn_mask": torch.zeros(6, 6)}, "attn_mask must be boolean"),
+        ({"window_size": 4}, r"window_size must be a pair of ints \(left, right\), got 4"),
         ({"is_causal": 1}, "is_causal must be True or False, got 1"),
         ({"backend": "numba"}, "numba: does not provide threshold_attention"),
     ],

@@ -42,6 +42,7 @@ class Case:
     size: int = 12
     values: int = 20
     width: int = 0
+    left: int = -1
     right: int = 0
     mask: str = ""
 
@@ -56,7 +57,8 @@ class Case:
             mask = (torch.arange(self.many) < torch.tensor([self.many // 2, self.many])[: self.batch, None])[:, None, None, :]
         bias = torch.randn(self.heads, self.width) if self.width else None
         return ThresholdCall(
-            scale=self.size**-0.5, weights=self.weights, power=self.power, theta=theta, bias=bias, mask=mask, right=self.right,
+            scale=self.size**-0.5, weights=self.weights, power=self.power, theta=theta, bias=bias, mask=mask,
+            left=self.left, right=self.right,
         )  # fmt: skip
 
     def inputs(self, dtype=torch.float32):
@@ -83,6 +85,9 @@ CASES = {
     "two heads of keys": Case(heads=4, kv_heads=2, length=20, many=20, size=16, values=16, width=9),
     "one query": Case(length=1, width=60),
     "more queries than keys": Case(length=50, many=20, theta=(-0.03, 0.03), width=5),
+    "window": Case(left=9, theta=(-0.03, 0.1), width=5),
+    "window on both sides": Case(weights="scores", theta=(-0.5, 0.5), left=6, right=3, length=60, many=70),
+    "window to the left": Case(left=11, right=-1, length=50, many=40, theta=(-0.03, 0.1)),
     "not causal": Case(right=-1, theta=(-0.03, 0.03)),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -95,6 +100,7 @@ def oracle(query, key, value, theta, bias, call):
     distance = torch.arange(length)[:, None] + many - length - torch.arange(many)
     seen = torch.ones_like(distance, dtype=torch.bool)
     seen &= (distance >= -call.right) | (call.right < 0)
+    seen &= (distance <= call.left) | (call.left < 0)
     seen = seen.expand(query.shape[0], query.shape[1], length, many)
     if call.mask is not None:
         seen = seen & call.mask

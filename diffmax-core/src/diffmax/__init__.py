@@ -29,6 +29,7 @@ from diffmax.operators.rows.api import diffmax_bisect
 from diffmax.operators.threshold.api import threshold_attention, threshold_attention_varlen
 from diffmax.operators.threshold.members import (
     lazy_attention,
+    lazy_attention_varlen,
     threshold_differential_attention,
     threshold_rectified_attention,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "diffmax_loss",
     "explain",
     "lazy_attention",
+    "lazy_attention_varlen",
     "matched_scale",
     "page_bounds",
     "power_attention",

@@ -340,7 +340,7 @@ class ThresholdCall:
             accumulation dtype, whose bad entries give NaN; else 0.
         bias: (H, W), in the accumulation dtype: bias[h, r] is added to the score of the key r before the query, 0 <= r < W.
         mask: Boolean, (B, H, L, S) with any of them 1; True marks what is visible. Not with packed sequences.
-        right: 0: causal; -1: not. Query i of L has the position i + S - L.
+        left, right: How many keys a query sees before and after its position; -1: all. Query i of L has the position i + S - L.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: As of attention. Then B = 1, and L and S above are the lengths
             of a single sequence, but theta has an entry for each query.
     """
@@ -352,6 +352,7 @@ class ThresholdCall:
     e: float | Tensor = 0.0
     bias: Tensor | None = None
     mask: Tensor | None = None
+    left: int = -1
     right: int = 0
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None

@@ -10,7 +10,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ALPHA = frozenset({"tensor_alpha", "deterministic"})
 SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink", "mask", "bias", "varlen", "dropout"})
 
-THRESHOLD = frozenset({"gqa", "value_dim", "mask", "varlen", "distance_bias", "threshold_softmax", "real_power"})
+THRESHOLD = frozenset({"gqa", "value_dim", "mask", "window", "varlen", "distance_bias", "threshold_softmax", "real_power"})
 POWER = frozenset({"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"})
 
 

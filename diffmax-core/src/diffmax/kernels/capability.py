@@ -15,7 +15,7 @@ SCORES = frozenset({"causal", "window", "gqa", "value_dim", "alibi", "softcap", 
 BOTH_WAYS = SCORES | {"mask", "bias", "varlen", "dropout"}
 POWER = frozenset({"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"})
 THRESHOLD = frozenset(
-    {"gqa", "value_dim", "mask", "varlen", "deterministic", "distance_bias", "threshold_softmax", "real_power"}
+    {"gqa", "value_dim", "mask", "window", "varlen", "deterministic", "distance_bias", "threshold_softmax", "real_power"}
 )
 
 

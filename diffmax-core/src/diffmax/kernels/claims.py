@@ -12,7 +12,7 @@ _SCORES = {"causal", "window", "gqa", "value_dim", "alibi", "softcap", "sink"}
 _POWER = {"gqa", "value_dim", "gates", "state", "high_degree", "deterministic"}
 _THRESHOLD = (
     _ALPHA
-    | {"gqa", "value_dim", "mask", "varlen"}
+    | {"gqa", "value_dim", "mask", "window", "varlen"}
     | {
         "distance_bias",
         "threshold_softmax",

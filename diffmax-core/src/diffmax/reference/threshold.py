@@ -1,7 +1,7 @@
 """Threshold attention in plain PyTorch: the reference for all other kernels, and the fallback on any device.
 
 It holds the matrix of weights in memory, in the accumulation dtype, and is differentiable. With S keys, query i has the
-position t = i + S - L; hidden keys (the future, if causal, and what the mask hides) have no weight, whatever theta:
+position t = i + S - L; hidden keys (outside the window, and what the mask hides) have no weight, whatever theta:
 
     s_ij = scale * q_i . k_j + bias[t - j] where 0 <= t - j < W
     u_i = s_i, softmax(s_i) or diffmax(s_i) over the visible keys
@@ -134,7 +134,9 @@ class _Terms(NamedTuple):
             width = call.bias.shape[1]
             added = call.bias[:, distance.clamp(0, width - 1)]
             scores = scores + added.masked_fill((distance < 0) | (distance >= width), 0.0)
-        hidden = distance < 0 if call.right == 0 else torch.zeros_like(distance, dtype=torch.bool)
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        hidden = hidden | (distance < -call.right) if call.right >= 0 else hidden
+        hidden = hidden | (distance > call.left) if call.left >= 0 else hidden
         hidden = hidden if call.mask is None else hidden | ~call.mask
         u, statistic = scores, scores.new_empty(0)
         if call.weights != "scores":
@@ -194,7 +196,7 @@ def _of_bias(of_scores: Tensor, call: ThresholdCall) -> Tensor:
     distance = _distances(of_scores.shape[2], of_scores.shape[3], of_scores.device)
     place = torch.where((distance >= 0) & (distance < width), distance, width).flatten()
     rows = of_scores.sum(0).flatten(1)
-    return torch.zeros_like(rows[:, :1]).expand(-1, width + 1).index_add(1, place, rows)[:, :width].contiguous()
+    return torch.zeros_like(rows.sum(1, keepdim=True)).expand(-1, width + 1).index_add(1, place, rows)[:, :width].contiguous()
 
 
 class _Packed(NamedTuple):

@@ -125,9 +125,16 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor, call: ThresholdCall) -> I
             k, v = key[b, of].to(acc), value[b, of].to(acc)
             for start in range(0, length, count):
                 end = min(start + count, length)
-                last = min(many, max(0, end + many - length)) if call.right == 0 else many
-                if last:
-                    yield _Block(query, k[:, :last], v[:, :last], call, b, of, groups, start, end, many - length)
+                keys = _seen(call, start + many - length, end + many - length, many)
+                if keys.start < keys.stop:
+                    shift = many - length - keys.start
+                    yield _Block(query, k[:, keys], v[:, keys], call, b, of, groups, start, end, shift, keys.start)
+
+
+def _seen(call: ThresholdCall, first: int, end: int, many: int) -> slice:
+    """The keys that queries at the positions from `first` up to `end` may see."""
+    start = max(0, first - call.left) if call.left >= 0 else 0
+    return slice(start, min(many, max(0, end + call.right)) if call.right >= 0 else many)
 
 
 def _live(weights: Tensor) -> Tensor | None:
@@ -149,7 +156,9 @@ def _slopes(rectified: Tensor, power: float) -> Tensor:
 
 @dataclass
 class _Block:
-    """Queries `start` to `end` of the heads that read the key heads `of`, of sequence b, with the keys up to `last`.
+    """Queries `start` to `end` of the heads that read the key heads `of`, of sequence b, with `last` keys from `first` on.
+
+    Query i has the position i + `offset` among these keys.
 
     Matrices are (heads, rows, keys), or, grouped, (key heads, groups * rows, keys).
     """
@@ -164,6 +173,7 @@ class _Block:
     start: int
     end: int
     offset: int
+    first: int
 
     def __post_init__(self) -> None:
         self.last = self.key.shape[1]
@@ -187,7 +197,7 @@ class _Block:
 
     def add_to_keys(self, target: Tensor, share: Tensor, columns: Tensor | None) -> None:
         """Add to the gradient of keys or values."""
-        place = target[self.b, self.of, : self.last]
+        place = target[self.b, self.of, self.first : self.first + self.last]
         if columns is None:
             place += share
         else:
@@ -240,18 +250,22 @@ class _Block:
 
     def _hide(self, t: Tensor, by: float) -> None:
         """Fill what is hidden."""
-        if self.call.right == 0:
-            first = max(0, self.start + self.offset + 1)
-            if first < self.last:
-                keys = torch.arange(first, self.last, device=t.device)
-                position = torch.arange(self.start, self.end, device=t.device).unsqueeze(1) + self.offset
-                t[:, :, first:].masked_fill_(keys > position, by)
+        left, right = self.call.left, self.call.right
+        first, last = self.start + self.offset, self.end + self.offset
+        low = max(0, first + right + 1) if right >= 0 else self.last
+        high = min(self.last, last - 1 - left) if left >= 0 else 0
+        if low < self.last or high > 0:
+            position = torch.arange(first, last, device=t.device).unsqueeze(1)
+            if low < self.last:
+                t[:, :, low:].masked_fill_(torch.arange(low, self.last, device=t.device) > position + right, by)
+            if high > 0:
+                t[:, :, :high].masked_fill_(torch.arange(high, device=t.device) < position - left, by)
         if self.call.mask is not None:
             mask = self.call.mask
             mask = mask[self.b if mask.shape[0] > 1 else 0]
             mask = mask[self.heads] if mask.shape[0] > 1 else mask
             mask = mask[:, self.start : self.end] if mask.shape[1] > 1 else mask
-            t.masked_fill_(~(mask[..., : self.last] if mask.shape[2] > 1 else mask), by)
+            t.masked_fill_(~(mask[..., self.first : self.first + self.last] if mask.shape[2] > 1 else mask), by)
 
     def of_scores(self, of_u: Tensor, columns: Tensor | None, of_e: Tensor | None) -> Tensor:
         """The gradient for scores from that for u, which is 0 outside `columns`. `of_e`: where that for e is wanted."""

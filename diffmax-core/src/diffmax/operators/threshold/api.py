@@ -30,11 +30,12 @@ def build(
     bias: Tensor | None,
     scale: float | None,
     is_causal: bool,
+    window_size: tuple[int, int] | None,
     attn_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, ThresholdCall]:
     """The tensors and the call that `threshold_attention`'s arguments mean."""
     query, key, value = autocast(query, key, value)
-    given = (query, key, value, threshold, weights, alpha, power, bias, scale, is_causal, attn_mask)
+    given = (query, key, value, threshold, weights, alpha, power, bias, scale, is_causal, window_size, attn_mask)
     return query, key, value, checks.build_call(_NAME, *given)
 
 
@@ -54,13 +55,16 @@ def build_packed(
     bias: Tensor | None,
     scale: float | None,
     is_causal: bool,
+    window_size: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, ThresholdCall]:
     """The tensors (1, H, T, D) and the call that `threshold_attention_varlen`'s arguments mean."""
     name = f"{_NAME}_varlen"
     query, key, value = autocast(query, key, value)
     check_tensors(name, query, key, value, "THD")
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    call = checks.build_call(name, query, key, value, threshold, weights, alpha, power, bias, scale, is_causal, None)
+    call = checks.build_call(
+        name, query, key, value, threshold, weights, alpha, power, bias, scale, is_causal, window_size, None
+    )
     places = checks.packed(name, query, key, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
     return query, key, value, replace(call, **places)
 
@@ -78,6 +82,7 @@ def threshold_attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    window_size: tuple[int, int] | None = None,
     attn_mask: Tensor | None = None,
     normalize: bool = False,
     return_mass: Literal[False] = False,
@@ -98,6 +103,7 @@ def threshold_attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    window_size: tuple[int, int] | None = None,
     attn_mask: Tensor | None = None,
     normalize: bool = False,
     return_mass: Literal[True],
@@ -117,6 +123,7 @@ def threshold_attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    window_size: tuple[int, int] | None = None,
     attn_mask: Tensor | None = None,
     normalize: bool = False,
     return_mass: bool = False,
@@ -141,6 +148,7 @@ def threshold_attention(
         bias: (H, W), a number per head and distance, with a gradient.
         scale: Factor of the products; None: 1 / sqrt(D).
         is_causal: Query i sees the keys up to its own position; else all.
+        window_size: (left, right): how many keys before and after its position a query sees; -1: all.
         attn_mask: Boolean, broadcasts to (B, H, L, S): True where a key is seen, in addition to `is_causal`.
         normalize: Whether to divide out by mass; a query without weights stays 0.
         return_mass: Whether to return the mass too; it has a gradient.
@@ -165,12 +173,12 @@ def threshold_attention(
     if is_captured(query, key, value, threshold, alpha, bias, attn_mask):
         return captured(  # type: ignore[no-any-return]
             threshold_attention, query, key, value, threshold, weights=weights, alpha=alpha, power=power, bias=bias,
-            scale=scale, is_causal=is_causal, attn_mask=attn_mask, normalize=normalize, return_mass=return_mass,
-            backend=backend,
+            scale=scale, is_causal=is_causal, window_size=window_size, attn_mask=attn_mask, normalize=normalize,
+            return_mass=return_mass, backend=backend,
         )  # fmt: skip
     query, key, value, call = build(
         query, key, value, threshold, weights=weights, alpha=alpha, power=power, bias=bias, scale=scale,
-        is_causal=is_causal, attn_mask=attn_mask,
+        is_causal=is_causal, window_size=window_size, attn_mask=attn_mask,
     )  # fmt: skip
     found = operator.threshold_attention(query, key, value, call, selected(backend))
     out = _divided(found.out, found.mass) if normalize else found.out
@@ -194,6 +202,7 @@ def threshold_attention_varlen(
     bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    window_size: tuple[int, int] | None = None,
     normalize: bool = False,
     return_mass: Literal[False] = False,
     backend: str | None = None,
@@ -217,6 +226,7 @@ def threshold_attention_varlen(
     bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    window_size: tuple[int, int] | None = None,
     normalize: bool = False,
     return_mass: Literal[True],
     backend: str | None = None,
@@ -239,6 +249,7 @@ def threshold_attention_varlen(
     bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
+    window_size: tuple[int, int] | None = None,
     normalize: bool = False,
     return_mass: bool = False,
     backend: str | None = None,
@@ -254,7 +265,7 @@ def threshold_attention_varlen(
         threshold: theta: a float, or a tensor (), (H,) or (H, T_q) with sizes of 1 for any, with a gradient.
         cu_seqlens_q, cu_seqlens_k: (N + 1,), int32: where each sequence begins, and the end of the last.
         max_seqlen_q, max_seqlen_k: No sequence is longer.
-        weights, alpha, power, bias, scale, is_causal, normalize, backend: As for `threshold_attention`.
+        weights, alpha, power, bias, scale, is_causal, window_size, normalize, backend: As for `threshold_attention`.
         return_mass: Whether to return the mass too.
     Returns:
         (T_q, H, D_v), in query's dtype; and mass (T_q, H), if requested. Tokens after the last sequence are 0.
@@ -270,12 +281,12 @@ def threshold_attention_varlen(
     if is_captured(query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, alpha, bias):
         return captured(  # type: ignore[no-any-return]
             threshold_attention_varlen, query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            weights=weights, alpha=alpha, power=power, bias=bias, scale=scale, is_causal=is_causal, normalize=normalize,
-            return_mass=return_mass, backend=backend,
+            weights=weights, alpha=alpha, power=power, bias=bias, scale=scale, is_causal=is_causal, window_size=window_size,
+            normalize=normalize, return_mass=return_mass, backend=backend,
         )  # fmt: skip
     query, key, value, call = build_packed(
         query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, weights=weights, alpha=alpha,
-        power=power, bias=bias, scale=scale, is_causal=is_causal,
+        power=power, bias=bias, scale=scale, is_causal=is_causal, window_size=window_size,
     )  # fmt: skip
     found = operator.threshold_attention(query, key, value, call, selected(backend))
     out = _divided(found.out, found.mass) if normalize else found.out

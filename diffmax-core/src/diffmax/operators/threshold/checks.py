@@ -18,6 +18,7 @@ from diffmax.operators.attention.checks import (
     check_packing,
     check_scale,
     check_tensors,
+    check_window,
 )
 from diffmax.operators.common.checks import _shape, broadcasts
 from diffmax.operators.common.numerics import accumulation_dtype
@@ -38,6 +39,7 @@ def build_call(
     bias: Tensor | None,
     scale: float | None,
     is_causal: bool,
+    window_size: tuple[int, int] | None,
     attn_mask: Tensor | None,
 ) -> ThresholdCall:
     """The call that the arguments mean; query, key and value are (B, H, L, D)."""
@@ -48,8 +50,7 @@ def build_call(
     if isinstance(alpha, Tensor) and weights != "diffmax":
         raise ValueError(f'{name}: alpha must be a float for {weights} weights, got a tensor\nit is of weights="diffmax"')
     e, e_tensor = check_alpha(name, query, alpha, query.shape[1])
-    if not isinstance(is_causal, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: is_causal must be True or False, got {is_causal!r} of type {type(is_causal).__name__}")
+    left, right = check_window(name, window_size, is_causal)
     mask = None if attn_mask is None else check_mask(name, query, key, attn_mask)
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(
@@ -64,7 +65,8 @@ def build_call(
         e=0.0 if weights != "diffmax" else e if e_tensor is None else e_tensor,
         bias=check_bias(name, query, bias),
         mask=mask,
-        right=0 if is_causal else -1,
+        left=left,
+        right=right,
     )
 
 

@@ -13,7 +13,8 @@ from diffmax.operators.attention.checks import _check_floating, check_heads, che
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import _shape, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
-from diffmax.operators.threshold.api import threshold_attention
+from diffmax.operators.threshold.api import threshold_attention, threshold_attention_varlen
+from diffmax.operators.threshold.checks import packed
 
 FIRST_ROWS = ("kept", "published")
 
@@ -110,10 +111,7 @@ def lazy_attention(
             lazy_attention, query, key, value, bias, tau, window_size, weights=weights, alpha=alpha, scale=scale,
             is_causal=is_causal, attn_mask=attn_mask, first_row=first_row, return_mass=return_mass, backend=backend,
         )  # fmt: skip
-    if first_row not in FIRST_ROWS:
-        raise ValueError(f"{name}: first_row must be one of {', '.join(FIRST_ROWS)}, got {first_row!r}")
-    if weights not in ("softmax", "diffmax"):
-        raise ValueError(f"{name}: weights must be one of softmax, diffmax, got {weights!r}")
+    _check_lazy(name, weights, first_row)
     check_tensors(name, query, key, value, "BHLD")
     check_heads(name, query.shape[1], key.shape[1], True)
     _check_window(name, window_size, bias)
@@ -122,6 +120,125 @@ def lazy_attention(
         query, key, value, theta, weights=weights, alpha=alpha, bias=bias, scale=scale, is_causal=is_causal,
         attn_mask=attn_mask, return_mass=return_mass, backend=backend,
     )  # fmt: skip
+
+
+@overload
+def lazy_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    tau: float | Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window_size: int | None = None,
+    *,
+    weights: Literal["softmax", "diffmax"] = "softmax",
+    alpha: float | Tensor = 0.9,
+    scale: float | None = None,
+    is_causal: bool = True,
+    first_row: Literal["kept", "published"] = "kept",
+    return_mass: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def lazy_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    tau: float | Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window_size: int | None = None,
+    *,
+    weights: Literal["softmax", "diffmax"] = "softmax",
+    alpha: float | Tensor = 0.9,
+    scale: float | None = None,
+    is_causal: bool = True,
+    first_row: Literal["kept", "published"] = "kept",
+    return_mass: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def lazy_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    tau: float | Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window_size: int | None = None,
+    *,
+    weights: Literal["softmax", "diffmax"] = "softmax",
+    alpha: float | Tensor = 0.9,
+    scale: float | None = None,
+    is_causal: bool = True,
+    first_row: Literal["kept", "published"] = "kept",
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`lazy_attention` over packed sequences, each of which attends to itself.
+
+    w_ij = relu(p_ij + tau_h / n_i) as there, within each sequence.
+
+    Args:
+        query: (T_q, H, D).
+        key, value: (T_k, H_kv, D) and (T_k, H_kv, D_v), where H_kv divides H. The last query of a sequence has the position of
+            its last key.
+        bias, tau: As for `lazy_attention`; distances are counted within a sequence.
+        cu_seqlens_q, cu_seqlens_k: (N + 1,), int32: where each sequence begins, and the end of the last.
+        max_seqlen_q, max_seqlen_k: No sequence is longer.
+        window_size, weights, alpha, scale, is_causal, first_row, return_mass, backend: As for `lazy_attention`.
+    Returns:
+        (T_q, H, D_v), in query's dtype; and mass (T_q, H), if requested. Tokens after the last sequence are 0.
+    Raises:
+        TypeError, ValueError, NoBackendError: As `lazy_attention`; or offsets do not fit the tokens.
+    Source: arXiv 2601.00919; docs/lazy.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> x, ends = torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)
+        >>> out, mass = diffmax.lazy_attention_varlen(x, x, x, None, -0.5, ends, ends, 6, 6, return_mass=True)
+        >>> mass[[0, 4]]
+        tensor([[1., 1.],
+                [1., 1.]])
+    """
+    name = "diffmax.lazy_attention_varlen"
+    if is_captured(query, key, value, bias, tau, cu_seqlens_q, cu_seqlens_k, alpha):
+        return captured(  # type: ignore[no-any-return]
+            lazy_attention_varlen, query, key, value, bias, tau, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            window_size, weights=weights, alpha=alpha, scale=scale, is_causal=is_causal, first_row=first_row,
+            return_mass=return_mass, backend=backend,
+        )  # fmt: skip
+    _check_lazy(name, weights, first_row)
+    check_tensors(name, query, key, value, "THD")
+    check_heads(name, query.shape[1], key.shape[1], True)
+    _check_window(name, window_size, bias)
+    heads = query.transpose(0, 1).unsqueeze(0), key.transpose(0, 1).unsqueeze(0)
+    packed(name, *heads, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
+    given = _per_head(name, "tau", heads[0], tau)[0]
+    theta = _elastic(given, _visible_in_sequence(query, cu_seqlens_q, cu_seqlens_k, is_causal), first_row == "kept")
+    return threshold_attention_varlen(  # type: ignore[call-overload, misc, no-any-return]
+        query, key, value, theta, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, weights=weights, alpha=alpha,
+        bias=bias, scale=scale, is_causal=is_causal, return_mass=return_mass, backend=backend,
+    )  # fmt: skip
+
+
+def _check_lazy(name: str, weights: Any, first_row: Any) -> None:
+    if first_row not in FIRST_ROWS:
+        raise ValueError(f"{name}: first_row must be one of {', '.join(FIRST_ROWS)}, got {first_row!r}")
+    if weights not in ("softmax", "diffmax"):
+        raise ValueError(f"{name}: weights must be one of softmax, diffmax, got {weights!r}")
 
 
 def _check_window(name: str, window_size: Any, bias: Tensor | None) -> None:
@@ -137,10 +254,23 @@ def elastic_threshold(
     name: str, query: Tensor, key: Tensor, tau: float | Tensor, causal: bool, mask: Tensor | None, keeps_first: bool
 ) -> Tensor:
     """-tau / n, (B or 1, H or 1, L), with n the keys that a query sees; where that is one alone, min(-tau, 0) if so wanted."""
-    given = _per_head(name, "tau", query, tau)
-    count = _visible(name, query, key, causal, mask).to(given.dtype)
-    theta = -given / count.clamp_min(1)
+    return _elastic(_per_head(name, "tau", query, tau), _visible(name, query, key, causal, mask), keeps_first)
+
+
+def _elastic(tau: Tensor, count: Tensor, keeps_first: bool) -> Tensor:
+    theta = -tau / count.to(tau.dtype).clamp_min(1)
     return torch.where(count == 1, theta.clamp_max(0.0), theta) if keeps_first else theta
+
+
+def _visible_in_sequence(query: Tensor, ends_q: Tensor, ends_k: Tensor, causal: bool) -> Tensor:
+    """How many keys of its sequence each packed query sees, (1, T); 0 after the last sequence."""
+    place = torch.arange(query.shape[0], device=query.device)
+    ends_q, lengths_k = ends_q.long(), ends_k.long().diff()
+    of = torch.searchsorted(ends_q[1:], place, right=True).clamp_max(ends_q.shape[0] - 2)
+    count = lengths_k[of]
+    if causal:
+        count = torch.minimum((place - ends_q[1:][of] + count + 1).clamp_min(0), count)
+    return count.masked_fill(place >= ends_q[-1], 0).unsqueeze(0)
 
 
 def _visible(name: str, query: Tensor, key: Tensor, causal: bool, mask: Tensor | None) -> Tensor:

@@ -59,6 +59,7 @@ def features(query: Tensor, key: Tensor, value: Tensor, call: ThresholdCall) -> 
         "gqa": query.shape[1] != key.shape[1],
         "value_dim": value.shape[3] != key.shape[3],
         "mask": call.mask is not None,
+        "window": call.left >= 0 or call.right > 0,
         "varlen": call.cu_seqlens_q is not None,
         "distance_bias": call.bias is not None,
         "threshold_softmax": call.weights == "softmax",

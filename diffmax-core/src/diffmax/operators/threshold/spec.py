@@ -16,7 +16,7 @@ DESCRIBED = {
     "threshold_diffmax": "threshold attention over diffmax weights",
     "real_power": "threshold attention with a power other than 1 and 2",
 }
-FEATURES = frozenset(DESCRIBED) | {"gqa", "value_dim", "mask", "varlen", "tensor_alpha", "deterministic"}
+FEATURES = frozenset(DESCRIBED) | {"gqa", "value_dim", "mask", "window", "varlen", "tensor_alpha", "deterministic"}
 
 
 def _asks(function: Callable[..., Any], build: Callable[..., Any], *arguments: Any, **options: Any) -> Question:

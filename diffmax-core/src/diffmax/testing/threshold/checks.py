@@ -44,6 +44,7 @@ class Case:
     level: float = 0.3
     width: int = 0
     causal: bool = True
+    window: tuple[int, int] | None = None
     seen: float = 1.0
     packed: bool = False
 
@@ -53,6 +54,7 @@ class Case:
             "gqa": self.heads != self.kv_heads,
             "value_dim": self.head_dim != self.value_dim,
             "mask": self.seen < 1,
+            "window": self.window is not None,
             "varlen": self.packed,
             "distance_bias": self.width > 0,
             "threshold_softmax": self.weights == "softmax",
@@ -91,6 +93,9 @@ CASES = {
     "fewer queries": Case(weights="softmax", level=0.02, length=3, width=9),
     "more queries": Case(weights="softmax", level=0.02, many=30),
     "padding": Case(weights="softmax", level=0.02, seen=0.6, width=9),
+    "window": Case(weights="softmax", level=0.02, length=70, many=70, window=(12, 0), width=9),
+    "window on both sides": Case(power=2.0, many=50, causal=False, window=(7, 3), seen=0.8),
+    "window, packed": Case(weights="softmax", level=0.02, window=(5, 4), causal=False, packed=True, width=4),
     "packed": Case(weights="softmax", level=0.02, width=9, packed=True),
 }
 
@@ -99,7 +104,12 @@ def attend(given: tuple[Tensor | None, ...], case: Case, backend: str | None) ->
     """The output and the mass."""
     query, key, value, theta, bias, alpha, mask = given
     options: dict[str, Any] = {"weights": case.weights, "power": case.power, "bias": bias, "backend": backend}
-    options |= {"alpha": case.alpha if alpha is None else alpha, "is_causal": case.causal, "return_mass": True}
+    options |= {
+        "alpha": case.alpha if alpha is None else alpha,
+        "is_causal": case.causal,
+        "return_mass": True,
+        "window_size": case.window,
+    }
     assert query is not None and key is not None and value is not None and theta is not None  # noqa: PT018
     if not case.packed:
         out, mass = diffmax.threshold_attention(query, key, value, theta, attn_mask=mask, **options)

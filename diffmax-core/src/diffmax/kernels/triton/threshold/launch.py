@@ -157,10 +157,10 @@ class ThresholdOperator:
 
     def _arguments(self, call: ThresholdCall, query: Tensor, key: Tensor, value: Tensor, *more: Tensor) -> Names:
         """What every kernel takes, besides tensors and its settings."""
-        causal = call.right >= 0
+        bounded = call.right >= 0 or call.left >= 0
         options = Options(
-            WINDOW=causal, SOFTCAP=False, ALIBI=False, MASK=layout_of(call.mask), PACKED=call.cu_seqlens_q is not None,
-            LOWER_RIGHT=causal or call.bias is not None, PRECISION=self.precision,
+            WINDOW=bounded, SOFTCAP=False, ALIBI=False, MASK=layout_of(call.mask), PACKED=call.cu_seqlens_q is not None,
+            LOWER_RIGHT=bounded or call.bias is not None, PRECISION=self.precision,
         )  # fmt: skip
         return {
             **strides("q", query), **strides("k", key), **strides("v", value),
@@ -168,7 +168,7 @@ class ThresholdOperator:
             "heads": query.shape[1], "group": query.shape[1] // key.shape[1], "length": query.shape[2], "n_keys": key.shape[2],
             "n_sequences": 0 if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1,
             "width": 0 if call.bias is None else call.bias.shape[1],
-            "left": NO_LIMIT.value, "right": call.right if call.right >= 0 else NO_LIMIT.value,
+            "left": call.left if call.left >= 0 else NO_LIMIT.value, "right": call.right if call.right >= 0 else NO_LIMIT.value,
             "scale": call.scale, "power": call.power,
             "HEAD_DIM": query.shape[3], "BLOCK_D": padded(query.shape[3]),
             "VALUE_DIM": value.shape[3], "BLOCK_V": padded(value.shape[3]),
