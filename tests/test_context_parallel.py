@@ -1,6 +1,7 @@
 """Attention over a sequence that is sharded over ranks: `attention_context_parallel` against the sequence on one process."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -345,3 +346,18 @@ def test_no_tokens_and_no_batch():
 def test_without_a_process_group_it_says_what_to_do():
     with pytest.raises(RuntimeError, match=r"must be initialised, got no process group\ncall torch\.distributed"):
         attention_context_parallel(*sequence())
+
+
+def test_the_table_of_the_documentation_follows_its_equations():
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+), (\d+) \| (\d) \| (.*) \| ([\d.]+) / ([\d.]+) GB \| ([\d.]+) GB \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for heads, kv_heads, size, exchanged, *rest in rows:
+        heads, kv_heads, size = int(heads), int(kv_heads), int(size)
+        both_dims, length, gigabytes = 2 * 128, 131072 // size, 2 / 1e9  # bfloat16
+        gathered = (size - 1) * length * kv_heads * both_dims * gigabytes
+        held = size * length * kv_heads * both_dims * gigabytes
+        assert [float(x) for x in rest] == pytest.approx([gathered, 2 * gathered, held], abs=5.1e-3)
+        if kv_heads % size == 0:
+            sent = (size - 1) / size * length * (heads + kv_heads) * both_dims * gigabytes
+            assert exchanged == f"{sent:.2f} / {sent:.2f} GB"
