@@ -218,6 +218,17 @@ def test_packed_sequences_compile():
     torch.testing.assert_close(compiled(x, ends), run(x, ends))
 
 
+def test_exports_with_a_free_length():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return diffmax.lazy_attention(q, k, v, torch.zeros(4, 3).double(), -0.5)
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    exported = torch.export.export(Model(), qkv(10), dynamic_shapes=({2: length},) * 3).module()
+    given = qkv(14)
+    torch.testing.assert_close(exported(*given), Model()(*given))
+
+
 def test_published_names():
     q, k, v = (t.float() for t in qkv(kv_heads=4))
     bias, tau = torch.randn(4, 7), torch.full((4,), -0.5)

@@ -19,6 +19,8 @@ from diffmax import (
     attention_with_kvcache,
     diffmax_bisect,
     diffmax_loss,
+    lazy_attention,
+    threshold_attention,
 )
 from diffmax.compat import adasplash, entmax
 from diffmax.nn import (
@@ -41,6 +43,7 @@ pytestmark = [
 ]
 
 SLOPES, SINK, ALPHAS = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.zeros(4), torch.tensor([0.3, 0.5, 0.9, 1.0])
+LAZY_BIAS = torch.randn(4, 5, generator=torch.Generator().manual_seed(5))
 
 
 def learned(*shape):
@@ -104,6 +107,12 @@ CALLS = {
         ),
         packed,
     ),
+    "lazy": (lambda *qkv: lazy_attention(*qkv, LAZY_BIAS, -0.5), heads),
+    "lazy, diffmax, padding": (
+        lambda q, k, v, mask: lazy_attention(q, k, v, LAZY_BIAS, -0.5, attn_mask=mask, weights="diffmax", alpha=ALPHAS),
+        lambda b, n: (*heads(b, n), torch.rand(b, 1, 1, n) < 0.8),
+    ),
+    "threshold, window": (lambda *qkv: threshold_attention(*qkv, 0.02, weights="softmax", window_size=(4, 0)), heads),
     "loss": (lambda x, y: diffmax_loss(x, y, 0.5), lambda b, n: (learned(n, 9), torch.randint(9, (n,)))),
     "loss, an alpha": (
         lambda x, y, alpha: diffmax_loss(x, y, alpha, ignore_index=3),

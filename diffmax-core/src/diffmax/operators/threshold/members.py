@@ -282,7 +282,7 @@ def _visible(name: str, query: Tensor, key: Tensor, causal: bool, mask: Tensor |
     seen = check_mask(name, query, key, mask)
     seen = seen.expand(*seen.shape[:3], many)
     if causal and seen.shape[2] == 1:  # of padding: counted without a matrix
-        sums = torch.cat([torch.zeros_like(seen[..., :1], dtype=torch.long), seen.cumsum(3)], 3).squeeze(2)
+        sums = torch.cat([torch.zeros_like(seen[..., :1], dtype=torch.long), seen.long().cumsum(3)], 3).squeeze(2)
         return sums[..., (position + 1).clamp_min(0)]
     if causal:
         seen = seen & (torch.arange(many, device=query.device) <= position.unsqueeze(1))
