@@ -518,6 +518,28 @@ def test_a_float_at_the_ends_or_beyond(call, alpha, message):
         call(alpha)
 
 
+FLAGS = {
+    "ensure_sum_one": lambda flag: diffmax_bisect(Q, 0.5, ensure_sum_one=flag),
+    "ensure_sum_one of the module": lambda flag: diffmax.DiffmaxBisectModule(ensure_sum_one=flag),
+    "is_causal": lambda flag: attention(Q, Q, Q, is_causal=flag),
+    "return_stats": lambda flag: attention(Q, Q, Q, return_stats=flag),
+    "return_stats of decoding": lambda flag: diffmax.attention_with_kvcache(Q, Q, Q, return_stats=flag),
+    "return_softmax_lse": lambda flag: diffmax.attention_with_kvcache(Q, Q, Q, return_softmax_lse=flag),
+    "causal": lambda flag: diffmax.attention_with_kvcache(Q, Q, Q, causal=flag),
+    "normalize": lambda flag: diffmax.threshold_attention(Q, Q, Q, 0.0, normalize=flag),
+    "return_mass": lambda flag: diffmax.threshold_attention(Q, Q, Q, 0.0, return_mass=flag),
+    "return_final_state": lambda flag: diffmax.power_attention(Q, Q, Q, return_final_state=flag),
+    "is_causal of lazy attention": lambda flag: diffmax.nn.LazyAttention(8, 2, 4, is_causal=flag),
+}
+
+
+@pytest.mark.parametrize("call", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("flag", ["no", None, 2])
+def test_what_only_happens_to_be_true_or_false(call, flag):
+    with pytest.raises(TypeError, match=r"must be True or False, got "):
+        call(flag)
+
+
 @pytest.mark.parametrize("call", WITH_ALPHA.values(), ids=WITH_ALPHA)
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_the_ends_as_tensors_are_served(call, alpha):

@@ -12,7 +12,7 @@ from diffmax.maps import AlphaMap
 from diffmax.nn._checkpoint import AlphaFromSoftmax
 from diffmax.operators.common import nested
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_alpha_tensor, check_scores, check_settings
+from diffmax.operators.common.checks import check_alpha_tensor, check_flag, check_scores, check_settings
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.rows.api import Alpha, diffmax_bisect, normalize
 
@@ -54,6 +54,7 @@ class DiffmaxBisectModule(AlphaFromSoftmax):
     ) -> None:
         super().__init__()
         check_settings("DiffmaxBisectModule", alpha, dim, n_iter)
+        check_flag("DiffmaxBisectModule", "ensure_sum_one", ensure_sum_one)
         self.dim, self.n_iter, self.ensure_sum_one, self.alpha_map = dim, n_iter, ensure_sum_one, alpha_map
         if alpha_map is None:
             self._store("alpha", alpha)

@@ -18,8 +18,7 @@ from diffmax.nn._multihead import only_weights
 from diffmax.operators.attention.api import attention
 from diffmax.operators.attention.call import Options, build_call
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_tensor, is_whole
-from diffmax.operators.power.checks import check_flag
+from diffmax.operators.common.checks import check_flag, check_tensor, is_whole
 from diffmax.reference.attention import weighted
 
 Weights: TypeAlias = Literal["softmax", "diffmax"]

@@ -11,7 +11,7 @@ from diffmax.maps import AlphaMap
 from diffmax.nn._alpha import HeadAlpha
 from diffmax.nn.power import _check_rope, _check_sizes, _rotated
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_tensor, is_whole
+from diffmax.operators.common.checks import check_flag, check_tensor, is_whole
 from diffmax.operators.threshold.members import lazy_attention
 
 _NAME = "LazyAttention"
@@ -82,7 +82,8 @@ class LazyAttention(HeadAlpha):
             raise ValueError(f"{_NAME}: window_size must be an int that is not negative, got {window_size!r}")
         self.rope_base = _check_rope(rope_base, self.head_dim, name=_NAME)
         self.dim, self.num_heads, self.num_kv_heads, self.window_size = dim, num_heads, num_kv_heads, window_size
-        self.weights, self.first_row, self.is_causal, self.backend = weights, first_row, is_causal, backend
+        self.weights, self.first_row, self.backend = weights, first_row, backend
+        self.is_causal = check_flag(_NAME, "is_causal", is_causal)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         kept = torch.float64 if dtype == torch.float64 else torch.float32
         self.attention_biases = nn.Parameter(torch.empty(num_heads, window_size + 1, device=device, dtype=kept))

@@ -9,9 +9,9 @@ from torch import Tensor
 from diffmax.compat.power_attention import _functions, _states
 from diffmax.compat.power_attention._functions import given_state
 from diffmax.operators.attention.checks import check_tensors
-from diffmax.operators.common.checks import as_int, check_tensor, is_whole
+from diffmax.operators.common.checks import as_int, check_flag, check_tensor, is_whole
 from diffmax.operators.power import parts
-from diffmax.operators.power.checks import check_chunk, check_degree, check_flag
+from diffmax.operators.power.checks import check_chunk, check_degree
 from diffmax.operators.power.state import PowerState
 
 

@@ -17,6 +17,7 @@ from diffmax.operators.attention.call import Options, build_call, build_packed_c
 from diffmax.operators.attention.stats import AttentionStats, tile_sparsity
 from diffmax.operators.common import nested, watch
 from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import check_flag
 from diffmax.operators.common.numerics import clamp_e
 from diffmax.operators.decoding.paged import from_pages
 from diffmax.plugin import AttentionCall
@@ -288,9 +289,8 @@ def _as_given(given: tuple[Tensor, ...], out: Tensor, stats: AttentionStats | No
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, return_stats: bool, backend: str | None
 ) -> tuple[Tensor, AttentionStats | None]:
-    out, m, delta, _, live, support = attention_operator.attention(
-        query, key, value, bool(return_stats), call, selected(backend)
-    )
+    check_flag("diffmax.attention", "return_stats", return_stats)
+    out, m, delta, _, live, support = attention_operator.attention(query, key, value, return_stats, call, selected(backend))
     if not torch.compiler.is_compiling():
         for watcher in watch.watchers:
             watcher.saw_attention(query, key, value, call)

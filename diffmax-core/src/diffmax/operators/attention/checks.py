@@ -17,6 +17,7 @@ from diffmax.operators.common.checks import (
     _shape,
     as_int,
     broadcasts,
+    check_flag,
     check_strided,
     check_tensor,
     has_shape,
@@ -276,8 +277,7 @@ def check_alignment(name: str, causal_alignment: str) -> bool:
 
 def check_window(name: str, window_size: Any, is_causal: bool, argument: str = "is_causal") -> tuple[int, int]:
     """How many keys a query sees to its left and right, -1 for all."""
-    if not isinstance(is_causal, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: {argument} must be True or False, got {is_causal!r} of type {type(is_causal).__name__}")
+    check_flag(name, argument, is_causal)
     if window_size is None:
         window_size = (-1, -1)
     whole = isinstance(window_size, (tuple, list)) and len(window_size) == 2

@@ -34,6 +34,13 @@ def check_strided(name: str, what: str, t: Tensor) -> None:
     raise TypeError(f"{name}: {what} must be a strided tensor, got layout {t.layout}\nconvert it first, with {what}.to_dense()")
 
 
+def check_flag(name: str, what: str, flag: Any) -> bool:
+    """True or False, and nothing that happens to be true."""
+    if not isinstance(flag, (bool, torch.SymBool)):
+        raise TypeError(f"{name}: {what} must be True or False, got {flag!r} of type {type(flag).__name__}")
+    return bool(flag)
+
+
 def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Check the dtype argument, to which the scores are converted."""
     if not isinstance(dtype, torch.dtype):

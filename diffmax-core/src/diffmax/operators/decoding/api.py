@@ -10,6 +10,7 @@ from diffmax.machine.dispatch import selected
 from diffmax.operators.attention import checks as attention_checks
 from diffmax.operators.attention.call import autocast
 from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import check_flag
 from diffmax.operators.common.numerics import clamp_e
 from diffmax.operators.decoding import checks
 from diffmax.operators.decoding import operator as decoding_operator
@@ -199,6 +200,8 @@ def attention_with_kvcache(
         return captured(  # type: ignore[no-any-return]
             attention_with_kvcache, q, k_cache, v_cache, k, v, **options._asdict(), **unserved, **more
         )
+    for what, flag in (("return_softmax_lse", return_softmax_lse), ("return_stats", return_stats)):
+        check_flag("diffmax.attention_with_kvcache", what, flag)
     checks.check_unserved("diffmax.attention_with_kvcache", rotary_cos, rotary_sin, num_splits)
     if return_softmax_lse and return_stats:
         raise ValueError(
@@ -207,7 +210,7 @@ def attention_with_kvcache(
         )
     q, k_cache, v_cache, call = build_call(q, k_cache, v_cache, k, v, options)
     out, m, delta, support, pages = decoding_operator.attention_kvcache(
-        q, k_cache, v_cache, call, bool(return_stats), selected(backend)
+        q, k_cache, v_cache, call, return_stats, selected(backend)
     )
     if not (return_stats or return_softmax_lse):
         return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmax.operators.attention.checks import check_heads, check_scale, check_tensors
-from diffmax.operators.common.checks import _dtype, _shape, as_int, check_strided, has_shape, is_whole
+from diffmax.operators.common.checks import _dtype, _shape, as_int, check_flag, check_strided, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.symmetric import expanded_dim
 from diffmax.plugin import PowerCall
@@ -73,13 +73,6 @@ def check_chunk(name: str, chunk_size: Any) -> int:
     if chunk_size < 1:
         raise ValueError(f"{name}: chunk_size must be at least 1, or None for the kernel's choice, got {chunk_size}")
     return min(as_int(chunk_size), _LONGEST)
-
-
-def check_flag(name: str, what: str, flag: Any) -> bool:
-    """True or False, and nothing that happens to be true."""
-    if not isinstance(flag, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: {what} must be True or False, got {flag!r} of type {type(flag).__name__}")
-    return bool(flag)
 
 
 def check_gates(name: str, query: Tensor, key: Tensor, log_gates: Any) -> Tensor | None:

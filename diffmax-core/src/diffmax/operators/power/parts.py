@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from diffmax.operators.attention.checks import check_heads, check_scale, check_tensors
-from diffmax.operators.common.checks import _dtype, _shape, as_int, check_strided, check_tensor, has_shape, is_whole
+from diffmax.operators.common.checks import _dtype, _shape, as_int, check_flag, check_strided, check_tensor, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power import symmetric
 from diffmax.operators.power.api import power_attention
-from diffmax.operators.power.checks import check_degree, check_flag, check_gates, check_state
+from diffmax.operators.power.checks import check_degree, check_gates, check_state
 from diffmax.operators.power.state import PowerState
 from diffmax.reference.power import cumulated
 

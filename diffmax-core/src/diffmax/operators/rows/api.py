@@ -14,7 +14,7 @@ from torch import Tensor
 from diffmax.machine.dispatch import selected
 from diffmax.operators.common import nested, watch
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_dtype, check_scores, one_minus_alpha
+from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_dtype, check_flag, check_scores, one_minus_alpha
 from diffmax.operators.rows import operator as rows_operator
 
 __all__ = ["Alpha", "diffmax_bisect"]
@@ -76,6 +76,8 @@ def diffmax_bisect(
     if isinstance(X, Tensor) and X.is_nested:
         options = (n_iter, ensure_sum_one)
         return nested.weights("diffmax_bisect", X, dim, lambda t, d: diffmax_bisect(t, alpha, d, *options, backend=backend))
+    if ensure_sum_one is not True:
+        check_flag("diffmax_bisect", "ensure_sum_one", ensure_sum_one)
     dim = check_scores("diffmax_bisect", X, dim, n_iter)
     e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)

@@ -11,6 +11,7 @@ from diffmax.machine.dispatch import selected
 from diffmax.operators.attention.call import autocast
 from diffmax.operators.attention.checks import check_tensors
 from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.checks import check_flag
 from diffmax.operators.threshold import checks, operator
 from diffmax.plugin import ThresholdCall
 
@@ -176,6 +177,8 @@ def threshold_attention(
             scale=scale, is_causal=is_causal, window_size=window_size, attn_mask=attn_mask, normalize=normalize,
             return_mass=return_mass, backend=backend,
         )  # fmt: skip
+    check_flag(_NAME, "normalize", normalize)
+    check_flag(_NAME, "return_mass", return_mass)
     query, key, value, call = build(
         query, key, value, threshold, weights=weights, alpha=alpha, power=power, bias=bias, scale=scale,
         is_causal=is_causal, window_size=window_size, attn_mask=attn_mask,
@@ -284,6 +287,8 @@ def threshold_attention_varlen(
             weights=weights, alpha=alpha, power=power, bias=bias, scale=scale, is_causal=is_causal, window_size=window_size,
             normalize=normalize, return_mass=return_mass, backend=backend,
         )  # fmt: skip
+    check_flag(f"{_NAME}_varlen", "normalize", normalize)
+    check_flag(f"{_NAME}_varlen", "return_mass", return_mass)
     query, key, value, call = build_packed(
         query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, weights=weights, alpha=alpha,
         power=power, bias=bias, scale=scale, is_causal=is_causal, window_size=window_size,
