@@ -139,3 +139,16 @@ def test_what_it_cannot_do_is_said():
     capped = Gemma2ForCausalLM(Gemma2Config(**SIZES, **TOKENS, num_key_value_heads=2, head_dim=8)).eval()
     with pytest.raises(ValueError, match="softcap is not implemented"):
         suggest_alpha(capped, batches())
+
+
+IDS = torch.zeros(1, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "given", [[IDS], {"input_ids": IDS}, IDS, [[1, 2]]], ids=["tensors", "a dictionary", "a tensor", "lists"]
+)
+def test_batches_that_are_no_dictionaries_are_refused_in_a_line(given):
+    model = llama()
+    with pytest.raises(TypeError, match=r"suggest_alpha: a batch must be a dictionary of the model's inputs, got \w+") as error:
+        suggest_alpha(model, given)
+    assert len(str(error.value)) < 200

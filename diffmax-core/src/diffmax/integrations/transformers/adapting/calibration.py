@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmax.integrations.transformers.adapting.outputs import Batch, Output, final_output, mask_for
+from diffmax.integrations.transformers.adapting.outputs import Batch, Output, each, final_output, mask_for
 from diffmax.integrations.transformers.adapting.recording import Call, record
 from diffmax.integrations.transformers.adapting.replacement import Heads
 from diffmax.operators.common.checks import one_minus_alpha
@@ -156,7 +156,7 @@ def measure(
     names = {module: name for name, module in model.named_modules()}
     layers: list[tuple[str, int]] = []
     movement, zeros, entries = torch.zeros(()), torch.zeros(()), torch.zeros(())
-    for batch in batches:
+    for batch in each(name, batches):
         calls, final = record(model, batch, output)
         outputs = [call.output for call in calls]
         projections = [torch.autograd.grad(final, outputs, torch.randn_like(final), retain_graph=True) for _ in range(probes)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sized
 import torch
 from torch import nn
 
-from diffmax.integrations.transformers.adapting.outputs import Batch, Loss, relative_error
+from diffmax.integrations.transformers.adapting.outputs import Batch, Loss, each, relative_error
 from diffmax.integrations.transformers.adapting.replacement import replace
 
 _TOO_FEW = "distil: a batch per step is needed, got {} for {} steps\npass more, or fewer steps"
@@ -50,7 +50,7 @@ def distil(
         )
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
-    source = iter(batches)
+    source = iter(each("distil", batches))
     try:
         for step in range(steps):
             batch = next(source, None)

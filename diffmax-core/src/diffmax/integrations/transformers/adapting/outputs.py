@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -10,6 +10,18 @@ from torch import Tensor, nn
 Batch: TypeAlias = "Mapping[str, Any]"
 Output: TypeAlias = "Callable[[Any, Batch], Tensor]"
 Loss: TypeAlias = "Callable[[Any, Any, Batch], Tensor]"
+
+
+def each(name: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, each of which must be a mapping of inputs."""
+    for batch in [batches] if isinstance(batches, (Mapping, Tensor)) else batches:
+        if batch is batches or not isinstance(batch, Mapping):
+            got = f"{type(batch).__name__} in place of a list of them" if batch is batches else type(batch).__name__
+            raise TypeError(
+                f"{name}: a batch must be a dictionary of the model's inputs, got {got}\n"
+                'for instance batches = [{"input_ids": ids, "attention_mask": mask}]'
+            )
+        yield batch
 
 
 def final_output(output: Any, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffmax.integrations.transformers.adapting.outputs import Batch, mask_for
+from diffmax.integrations.transformers.adapting.outputs import Batch, each, mask_for
 
 
 @torch.no_grad()
@@ -40,6 +40,7 @@ def refit(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], linear
         originals[name].register_forward_hook(lambda _, __, output, kept=wanted[name]: kept[-1].append(output))
         for name in linears
     ]
+    batches = list(each("refit", batches))
     for batch in batches:
         for kept in wanted.values():
             kept.append([])
