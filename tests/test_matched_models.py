@@ -231,28 +231,13 @@ def test_a_floating_mask_of_timm_is_scaled_with_the_scores():
 
 @pytest.mark.parametrize("alpha", [0.75, torch.tensor([0.75, 0.75])])
 def test_diffusers_has_it_in_replace_and_in_its_backend(alpha):
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'diffmax-core[diffusers]'")
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install 'diffmax-core[diffusers]'")
     from diffmax.integrations import diffusers as integration
+    from tests.test_diffusers import flux
 
     torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
-    given = {
-        "hidden_states": torch.randn(1, 9, 4),
-        "encoder_hidden_states": torch.randn(1, 5, 8),
-        "pooled_projections": torch.randn(1, 8),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": torch.zeros(9, 3),
-        "txt_ids": torch.zeros(5, 3),
-    }
+    model, given = flux()
+    model.eval()
     replaced, wanted = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in wanted.named_parameters():
