@@ -17,6 +17,7 @@ with warnings.catch_warnings(record=True) as caught:
 told = [str(warning.message) for warning in caught if "diffmax" in str(warning.message)]
 assert len(told) == 1, told
 assert "set NUMBA_CACHE_DIR to a folder that this user can write to" in told[0], told
+print(told[0])
 assert diffmax.explain("diffmax_bisect", x.detach()).chosen == "numba"
 torch.testing.assert_close(diffmax.diffmax_bisect(x, 0.7), diffmax.diffmax_bisect(x, 0.7, backend="reference"))
 """
@@ -37,8 +38,9 @@ def run(code, **options):
 @pytest.mark.slow
 def test_where_numba_has_no_place_for_its_cache_kernels_are_compiled_in_memory():
     """Every call raised "cannot cache function: no locator available", while `explain` said that numba could run it."""
-    done = run(NO_PLACE + CALLS)
+    done = run(NO_PLACE + CALLS, env={**os.environ, "NUMBA_CACHE_DIR": "/no/such"})
     assert done.returncode == 0, done.stderr
+    assert "cannot write to NUMBA_CACHE_DIR, /no/such" in done.stdout
 
 
 def as_nobody(code):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,9 +50,12 @@ def _tell_once(error: Exception) -> None:
     if "cache" in _told:
         return
     _told.add("cache")
+    chosen = os.environ.get("NUMBA_CACHE_DIR") if isinstance(error, RuntimeError) else None
+    fact = f"cannot write to NUMBA_CACHE_DIR, {chosen}" if chosen else "Numba has no folder to keep them in"
     warnings.warn(
-        f"diffmax: Numba has no folder to keep compiled kernels in, so they are compiled anew in each process ({error})\n"
-        "set NUMBA_CACHE_DIR to a folder that this user can write to; diffmax.warmup() fills it, also while an image is built",
+        f"diffmax: kernels are compiled anew in each process: {fact} ({error})\n"
+        "set NUMBA_CACHE_DIR to a folder that this user can write to; diffmax.warmup() fills it\n"
+        "of a read-only image: docs/containers.md",
         RuntimeWarning,
         stacklevel=4,
     )
