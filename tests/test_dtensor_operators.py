@@ -328,6 +328,8 @@ def test_threshold_attention_of_shards_sends_nothing():
                 check(call, {**heads(kv_heads), "threshold": theta}, letter)
                 check(call, {**heads(kv_heads), "threshold": theta}, letter, (*QKV, "threshold"))
                 check(call, {**heads(kv_heads), "threshold": theta, "bias": bias}, letter, (*QKV, "threshold", "bias"))
+        alpha = (torch.linspace(0.3, 0.9, HEADS), "H")
+        check(call, {**heads(2), "threshold": theta, "alpha": alpha}, letter, (*QKV, "threshold", "alpha"))
         mask = (torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.3, "BHLS")
         check(call, {**heads(), "threshold": (torch.rand(BATCH, HEADS, LENGTH), "BHL"), "attn_mask": mask}, letter, QKV)
 

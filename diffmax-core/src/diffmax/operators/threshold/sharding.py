@@ -6,7 +6,7 @@ from diffmax.operators.common.placements import Result, rule
 from diffmax.operators.threshold import operator
 
 _TENSORS = {"query": "BHLD", "key": "BHSD", "value": "BHSD"}
-_CALL = {"theta": "BHL", "bias": "HW", "mask": "BHLS", "cu_seqlens_q": "", "cu_seqlens_k": ""}
+_CALL = {"theta": "BHL", "e_tensor": "H", "bias": "HW", "mask": "BHLS", "cu_seqlens_q": "", "cu_seqlens_k": ""}
 
 RULES = {
     "threshold_attention": rule(
@@ -27,6 +27,7 @@ RULES = {
             "value": Result("BHSD", like="value"),
             "theta": Result("BHL", made=lambda given: given["needs_theta"]),
             "bias": Result("HW", like="bias", made=lambda given: given["needs_bias"]),
+            "e": Result("BHL", made=lambda given: given["needs_e"]),
         },
     ),
 }
