@@ -55,17 +55,19 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("power_update_kernel", "gfx1100"): {"3.6": 4392, "3.9": 4288},
     # Threshold attention: float32 in three products of tf32, above all heads of 256; three operands beside a wide sum
     ("threshold_bwd_dbias_kernel", "sm90"): {"3.9": 16},
-    ("threshold_bwd_dkv_kernel", "sm100"): {"3.6": 24},
-    ("threshold_bwd_dkv_kernel", "sm86"): {"3.6": 784, "3.9": 720},
-    ("threshold_bwd_dkv_kernel", "sm90"): {"3.6": 16},
+    ("threshold_bwd_dkv_kernel", "sm100"): {"3.6": 16},
+    ("threshold_bwd_dkv_kernel", "sm86"): {"3.6": 752, "3.9": 616},
+    ("threshold_bwd_dkv_kernel", "sm90"): {"3.6": 16, "3.9": 32},
     ("threshold_bwd_dq_kernel", "gfx942"): {"3.9": 52},
-    ("threshold_bwd_dq_kernel", "sm86"): {"3.6": 1440, "3.9": 960},
+    ("threshold_bwd_dq_kernel", "sm100"): {"3.6": 8},
+    ("threshold_bwd_dq_kernel", "sm80"): {"3.6": 8, "3.9": 8},
+    ("threshold_bwd_dq_kernel", "sm86"): {"3.6": 1712, "3.9": 960},
     ("threshold_out_kernel", "sm86"): {"3.6": 408, "3.9": 376},
     ("threshold_out_kernel", "sm90"): {"3.6": 48, "3.9": 24},
     # and gfx11 holds whole rows of an operand
-    ("threshold_bwd_dbias_kernel", "gfx1100"): {"3.6": 904, "3.9": 868},
-    ("threshold_bwd_dkv_kernel", "gfx1100"): {"3.6": 1000, "3.9": 1024},
-    ("threshold_bwd_dq_kernel", "gfx1100"): {"3.6": 992, "3.9": 1612},
+    ("threshold_bwd_dbias_kernel", "gfx1100"): {"3.6": 904, "3.9": 900},
+    ("threshold_bwd_dkv_kernel", "gfx1100"): {"3.6": 996, "3.9": 1020},
+    ("threshold_bwd_dq_kernel", "gfx1100"): {"3.6": 992, "3.9": 1648},
     ("threshold_out_kernel", "gfx1100"): {"3.9": 432},
 }
 
