@@ -269,7 +269,8 @@ def loaded(name):
 def cases_of(function):
     """The strings that stand for the values of a test's parameters."""
     marks = [mark for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
-    return {str(value) for mark in marks for value in mark.args[1]}
+    values = [value for mark in marks for value in mark.args[1]]
+    return {str(one) for value in values for one in (value if isinstance(value, tuple) else (value,))}
 
 
 @pytest.mark.parametrize("name", sorted({cell[1].split("::")[0] for _, cells, _ in TABLE for cell in cells if cell}))
