@@ -302,9 +302,11 @@ def test_calls_that_differ_raise_on_every_rank_and_name_rank_and_fact():
         match=rf"query's shape and .*got different ones\n  query's shape on rank {rank}: \(2, 4, {24 - 2 * rank}, 8\)",
     ):
         attention_context_parallel(*short)
-    for name, values in (("alpha's shape", (0.5, 0.6)), ("is_causal", (True, False)), ("layout", LAYOUTS), ("method", METHODS)):
+    for name, values in (("alpha", (0.5, 0.6)), ("is_causal", (True, False)), ("layout", LAYOUTS), ("method", METHODS)):
         with pytest.raises(ValueError, match=rf"{name} must be the same .*\n  {name} on rank {rank}: {values[rank]}"):
             attention_context_parallel(q, k, v, **{name.split("'")[0]: values[rank]})
+    with pytest.raises(ValueError, match=rf"alpha must be the same .*\n  alpha on rank {rank}: \[0\.\d"):  # of one shape
+        attention_context_parallel(q, k, v, alpha=torch.linspace(0.3, 0.5 + 0.1 * rank, q.shape[1]))
     with pytest.raises(ValueError, match="what requires a gradient must be the same"):
         attention_context_parallel(q.clone().requires_grad_(rank == 0), k, v)
     if rank == 1:

@@ -149,13 +149,15 @@ def _agree(query: Any, key: Any, value: Any, options: Options, ranks: Ranks) -> 
         problem = None
     except (TypeError, ValueError) as error:
         problem = error
-    alpha, sink = options.alpha, options.sink
-    named = {"query": query, "key": key, "value": value, "alpha": alpha, "sink": sink}
+    parts, shared = {"query": query, "key": key, "value": value}, {"alpha": options.alpha, "sink": options.sink}
     learning = torch.is_grad_enabled()
     facts: dict[str, Any] = {
-        **{f"{name}'s shape": tuple(t.shape) if isinstance(t, Tensor) else t for name, t in named.items()},
+        **{f"{name}'s shape": tuple(t.shape) if isinstance(t, Tensor) else t for name, t in parts.items()},
+        **{name: t.detach().tolist() if isinstance(t, Tensor) else t for name, t in shared.items()},
         "query's dtype": getattr(query, "dtype", None),
-        "what requires a gradient": [n for n, t in named.items() if learning and isinstance(t, Tensor) and t.requires_grad],
+        "what requires a gradient": [
+            name for name, t in {**parts, **shared}.items() if learning and isinstance(t, Tensor) and t.requires_grad
+        ],
         **{name: given for name, given in options._asdict().items() if name not in ("alpha", "sink")},
     }
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
