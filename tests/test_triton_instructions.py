@@ -35,6 +35,8 @@ KNOWN_SPILLS = {
     ("power update, inference", 32): 40,
     ("power update, of queries", 32): 96,
     ("power update, training", 32): 32,
+    ("threshold dK, dV", 64): 32,
+    ("threshold dK, dV, dead", 64): 32,
 }
 
 SLOW = tuple(case for case in cases() if case not in FAST)
