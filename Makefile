@@ -42,9 +42,12 @@ test-all: setup
 test-processors: setup
 	$(BIN)/python .ci/processors.py
 
-# What takes longer than a change should wait for: 10 000 calls of the public functions, drawn anew each time.
+# What takes longer than a change should wait for: 10 000 calls of the public functions, drawn anew each time; every count of
+# instructions and every kernel compiled, though the sources are those of the tables.
 nightly: setup
 	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile nightly
+	DIFFMAX_RECOUNT=1 $(BIN)/python -m pytest -n 2 tests/test_triton_instructions.py
+	$(BIN)/python .ci/check_triton.py --again
 
 bench: setup
 	$(BIN)/python -m benchmarks.bench_forward
@@ -72,7 +75,8 @@ check-npu: setup
 	$(BIN)/python .ci/check_npu.py $(STUBS)
 
 # Every Triton kernel compiled, without a device, for every architecture by the oldest Triton and the newest: registers, spills, shared
-# memory. The first time it downloads both and takes minutes. `make check-triton WRITE=--write` renews docs/kernels.md.
+# memory. The first time it downloads both and takes minutes. `make check-triton WRITE=--write` renews docs/kernels.md; of the very
+# sources of that page nothing is compiled again, unless by WRITE=--again.
 WRITE :=
 check-triton: setup
 	$(BIN)/python .ci/check_triton.py $(WRITE)

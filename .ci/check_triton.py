@@ -3,14 +3,17 @@
 `make check-triton` runs it. No GPU is needed. Each Triton lives in a folder of its own under build/, which child processes put
 first on their path, with a cache of its own, so that a second run takes seconds. For each it writes one table: kernel, target,
 case, warps, registers, bytes spilled, shared memory. It fails where something does not compile, takes more shared memory than
-the device has, or spills more than `SPILLS` allows. `--write` puts docs/kernels.md up to date, which a test holds complete.
+the device has, or spills more than `SPILLS` allows. `--write` puts docs/kernels.md up to date, which a test holds complete, and
+notes there the fingerprint of the sources, if they have no fault: of the very same sources the next run says so and compiles
+nothing, unless `--again` asks for it.
 
-    python .ci/check_triton.py [--write] [--jobs 2] [VERSION ...]
+    python .ci/check_triton.py [--write] [--again] [--jobs 2] [VERSION ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +25,10 @@ from typing import Any
 from triton_spills import allowed
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.sources import OPERATORS, fingerprint  # noqa: E402
+
 FOLDER = ROOT / "build" / "check-triton"
 PAGE = ROOT / "docs" / "kernels.md"
 VERSIONS = ("3.6.0", "3.9.0")
@@ -34,7 +41,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("versions", nargs="*", default=VERSIONS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--write", action="store_true", help="write docs/kernels.md")
+    parser.add_argument("--again", action="store_true", help="compile though docs/kernels.md is of these very sources")
     options = parser.parse_args(arguments)
+    made_from = MADE_FROM.format(sources())
+    if not options.write and not options.again and PAGE.read_text(encoding="utf-8").endswith(made_from):
+        print(f"check-triton: these very sources were compiled without a fault for docs/kernels.md. {made_from.strip()}")
+        print("check-triton: nothing to compile; --again does")
+        return 0
     reports = {version: compiled(version, options.jobs) for version in options.versions}
     faults = []
     for version, report in reports.items():
@@ -43,10 +56,16 @@ def main(arguments: Sequence[str]) -> int:
         print(whole_table(report))
         faults += [f"Triton {version}: {fault}" for fault in faults_of(report)]
     if options.write:
-        PAGE.write_text(page(reports), encoding="utf-8")
+        PAGE.write_text(page(reports) + (made_from if not faults and tuple(reports) == VERSIONS else ""), encoding="utf-8")
     for fault in faults:
         print(f"check-triton: {fault}", file=sys.stderr)
     return int(bool(faults))
+
+
+def sources() -> str:
+    """The fingerprint of what is compiled, for which compilers, and of what may spill."""
+    own = [Path(__file__), Path(__file__).with_name("triton_spills.py")]
+    return hashlib.sha256("".join(fingerprint(operator, *own) for operator in OPERATORS).encode()).hexdigest()[:16]
 
 
 def compiled(version: str, jobs: int) -> dict[str, Any]:
@@ -127,6 +146,7 @@ def cell(rows: list[dict[str, Any]]) -> str:
     return f"{most['registers']}{spilled}, {-(-most['shared'] // 1024)}"
 
 
+MADE_FROM = "\nSources without a fault: {}.\n"
 HEAD = """# What the compiler makes of the kernels
 
 Written by `make check-triton WRITE=--write`, which compiles every Triton kernel ahead of time, from the real launch code and

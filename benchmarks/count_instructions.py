@@ -13,11 +13,12 @@ Compiles the real launch code ahead of time and counts what a warp executes (`be
 - threshold (causal, power 1; its variants are weights in place of alphas; sm90 alone): one turn of a loop over tiles, divided
   by the tile's scores. The loops are for the log-sum-exp, the output, the mean of softmax's gradient, dQ, and dK with dV.
 - rows: "once" is the way from entry to end that skips the solver's loops, "step" one turn of the loop with the most arithmetic,
-  "early step" of the one before it, which uses the hardware's logarithm.
+  "early step" of the one before it, which uses the hardware's logarithm. As a tensor alpha is at most 63/64 here too.
 
 Scores of decoding count the padded rows of its tiles. An AMD warp has 64 lanes, and its scalar instructions count too.
 `--write` renews the counted lines of instructions.json, and the tables of docs/performance.md. The version of Triton is part of
-a line's key; another Triton is put first on the path (`PYTHONPATH`).
+a line's key; another Triton is put first on the path (`PYTHONPATH`). Where all cases of an operator are counted, the table
+notes the fingerprint of its sources (`benchmarks.sources`): while it is the same, tests need not count again.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.compile_kernels import call_attention, call_decoding, call_power, call_rows, call_threshold, kernels
 from benchmarks.machine_code import Loop, Order, Program, Tally, by_hardware, idle, likely
+from benchmarks.sources import fingerprint
 from diffmax.testing.ahead_of_time import Compiled, Target, recording
 
 TABLE = Path(__file__).with_name("instructions.json")
@@ -166,6 +169,9 @@ def _rows_lines(case: Case, compiled: Compiled) -> list[Line]:
     if "bwd" in compiled.name:
         return [_line(case, compiled, "rows backward", program.whole(), scores)]
     turns = sorted((program.turn(loop) for loop in program.inner_loops()), key=lambda tally: tally.arithmetic)
+    if case.alpha == "tensor" and case.dtype != "float64":  # each step twice, the way of the hardware's logarithm first
+        quick = max(turns, key=lambda tally: tally.special)
+        turns = [quick] if case.dtype == "bfloat16" else [quick, turns[-1]]
     found = [
         _line(case, compiled, "rows, once", program.whole(), scores),
         _line(case, compiled, "rows, step", turns[-1], scores),
@@ -289,12 +295,31 @@ def programs_at_a_time(target: Target, warps: int, registers: int, shared: int) 
 
 def read() -> dict[tuple[str, str, str, str, int, str], Line]:
     """The table in the repository."""
-    lines = [Line(**each) for each in json.loads(TABLE.read_text(encoding="utf-8"))] if TABLE.exists() else []
+    lines = [Line(**each) for each in _stored()["lines"]]
     return {line.key: line for line in lines}
 
 
-def write(found: Sequence[Line]) -> None:
-    """Renew lines of the table; those of the same cases that no longer occur go."""
+def sources(operator: str) -> str:
+    """The fingerprint of what an operator's lines are counted from."""
+    return fingerprint(operator, Path(__file__))
+
+
+def up_to_date(operator: str) -> bool:
+    """Whether the table has all lines of an operator for this Triton, from the sources as they are."""
+    return bool(_stored()["sources"].get(triton_version(), {}).get(operator) == sources(operator))
+
+
+def _stored() -> dict[str, Any]:
+    return json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"sources": {}, "lines": []}
+
+
+def write(found: Sequence[Line], whole: Sequence[str] = ()) -> None:
+    """Renew lines of the table; those of the same cases that no longer occur go.
+
+    Args:
+        found: The new lines.
+        whole: Operators of which every case was counted with this Triton.
+    """
     renewed = {(line.triton, line.target, line.dtype, line.size, line.alpha) for line in found}
     parts = {_family(line.part) for line in found}
     kept = [
@@ -303,7 +328,12 @@ def write(found: Sequence[Line]) -> None:
         if (line.triton, line.target, line.dtype, line.size, line.alpha) not in renewed or _family(line.part) not in parts
     ]
     lines = sorted([*kept, *found], key=lambda line: line.key)
-    TABLE.write_text("[\n" + ",\n".join(json.dumps(asdict(line)) for line in lines) + "\n]\n", encoding="utf-8")
+    made_from = _stored()["sources"]
+    made_from[triton_version()] = made_from.get(triton_version(), {}) | {operator: sources(operator) for operator in whole}
+    table = ",\n".join(json.dumps(asdict(line)) for line in lines)
+    TABLE.write_text(
+        f'{{"sources": {json.dumps(made_from, indent=1, sort_keys=True)},\n"lines": [\n{table}\n]}}\n', encoding="utf-8"
+    )
     page = PAGE.read_text(encoding="utf-8")
     start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
     PAGE.write_text(f"{page[:start]}\n{readable()}{page[end:]}", encoding="utf-8")
@@ -408,6 +438,8 @@ def main(arguments: Sequence[str]) -> int:
             print(show(line), flush=True)
         if options.write:  # case by case, so that what an interrupted run counted stays
             write(found)
+    if options.write and (tuple(options.targets), options.sizes, tuple(options.alphas)) == (TARGETS, (), ALPHAS):
+        write((), options.operators)
     return 0
 
 

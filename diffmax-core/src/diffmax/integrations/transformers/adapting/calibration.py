@@ -157,7 +157,7 @@ def measure(
     layers: list[tuple[str, int]] = []
     movement, zeros, entries = torch.zeros(()), torch.zeros(()), torch.zeros(())
     for batch in each(name, batches):
-        calls, final = record(model, batch, output)
+        calls, final = record(name, model, batch, output)
         outputs = [call.output for call in calls]
         projections = [torch.autograd.grad(final, outputs, torch.randn_like(final), retain_graph=True) for _ in range(probes)]
         of_module: dict[nn.Module, list[tuple[Call, Tensor]]] = {}

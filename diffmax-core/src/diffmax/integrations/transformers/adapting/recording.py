@@ -48,16 +48,16 @@ class Call:
         return Call(self.module, self.scores[:, :, ::step], self.values, self.output[:, :, ::step])
 
 
-def record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], Tensor]:
-    """The calls of the model's attention layers, and the model's output."""
+def record(function: str, model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], Tensor]:
+    """The calls of the model's attention layers, and the model's output. Errors name `function`."""
     calls: list[Call] = []
 
     def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        calls.append(_attend_with_softmax(*args, **kwargs))
+        calls.append(_attend_with_softmax(function, *args, **kwargs))
         return calls[-1].output.transpose(1, 2).contiguous(), None
 
     with _as_it_was(model):
-        register_functions(_RECORDING, attend, "calibrate")
+        register_functions(_RECORDING, attend, function)
         model.eval()
         model.set_attn_implementation(_RECORDING)  # type: ignore[operator]
         with torch.enable_grad():
@@ -66,14 +66,20 @@ def record(model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], 
 
 
 def _attend_with_softmax(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    function: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> Call:
     """Softmax attention for a layer that calls the attention interface of transformers; its output requires a gradient."""
     refusals.called()
     _refuse_what_changes_the_weights({name: given for name, given in kwargs.items() if name not in _MEASURED})
     for name in ("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"calibrate: {name} is not implemented, got {type(module).__name__} with one")
+            raise ValueError(f"{function}: {name} is not implemented, got {type(module).__name__} with one")
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     attention_mask, causal = read(module, attention_mask, kwargs.get("is_causal"), query.shape[2], key.shape[2])

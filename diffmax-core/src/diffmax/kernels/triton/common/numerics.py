@@ -109,6 +109,15 @@ def exp2_of(y, PTX: tl.constexpr):
 
 
 @triton.jit
+def once(x, PTX: tl.constexpr):
+    """x of float32. On NVIDIA the compiler may not compute it again for another layout: each warp would do what one can."""
+    if PTX:
+        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return x
+
+
+@triton.jit
 def expm1_of(y):
     """e^y - 1 per row, without cancellation: Newton's lower bound is valid only as far as this is exact."""
     TERMS: tl.constexpr = 15 if y.dtype == tl.float64 else 8
@@ -342,8 +351,11 @@ def weights(z, delta, r, k, step, scale, CHEAP: tl.constexpr):
 
 
 @triton.jit
-def alpha_weight(p, log2_p, e, TERMS: tl.constexpr):
-    """w = p phi(ln p) of Eq. 6: with v = -e ln p, a series for v < 1, else as written. log2 p is 0 where p is 0."""
+def alpha_weight(p, log2_p, e, TERMS: tl.constexpr, PTX: tl.constexpr):
+    """w = p phi(ln p) of Eq. 6: with v = -e ln p, a series for v < 1, else as written. log2 p is 0 where p is 0.
+
+    TERMS of the series leave 2 / (TERMS + 2)! of it.
+    """
     v2 = -e[:, None] * log2_p
     v = v2 * _LN_2
     log_p = log2_p * _LN_2
@@ -353,5 +365,5 @@ def alpha_weight(p, log2_p, e, TERMS: tl.constexpr):
     # 1/2 + v/6 + v^2/24 + ... = 1/2 (1 + v/3 (1 + v/4 (1 + ...)))
     for j in tl.static_range(TERMS):
         series = 1.0 + series * x * (1.0 / (TERMS + 2 - j))
-    far_e = tl.where(near, 1.0, e[:, None])  # if the series is used, e^2 may be too small to divide by
-    return p * tl.where(near, 0.5 * log_p * log_p * series, ((tl.exp2(v2) - 1.0) - v) / (far_e * far_e))
+    far = ((exp2_of(v2, PTX) - 1.0) - v) * (1.0 / (e * e))[:, None]  # e^2 is at least 2^-120
+    return p * tl.where(near, 0.5 * log_p * log_p * series, far)

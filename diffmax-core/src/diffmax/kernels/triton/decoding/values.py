@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from diffmax.kernels.triton.common.numerics import once
 from diffmax.kernels.triton.decoding.tiles import (
     SUMS,
     SUPPORT,
@@ -67,6 +68,8 @@ def kvcache_values_kernel(
         )
         if alive:
             filled += 1.0
+            if E_TENSOR:
+                base, r = once(base, PTX), once(r, PTX)
             s = r * base
             p = s * base
             total += p

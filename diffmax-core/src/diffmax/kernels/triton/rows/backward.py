@@ -44,11 +44,11 @@ def bisect_bwd_rows_kernel(
         m = tl.load(m_ptr + places, mask=in_rows, other=0.0)
         delta = tl.load(delta_ptr + places, mask=in_rows, other=0.0)
 
-    weight, s, log_p = slopes(p, x, m, delta, row_e, FROM_X, PTX)
+    weight, s, log_p = slopes(p, x, m, delta, row_e, FROM_X, VECTOR == 8, PTX)
     total = tl.sum(s, axis=1)
     mean = tl.sum(s * g, axis=1) / tl.where(total == 0.0, 1.0, total)
     centred = g - mean[:, None]
     tl.store(grad_x_ptr + at_p, (s * centred).to(grad_x_ptr.dtype.element_ty), mask=inside)
     if NEEDS_E:
-        w = alpha_weight(weight, log_p, row_e, TERMS)
+        w = alpha_weight(weight, log_p, row_e, TERMS, PTX)
         tl.store(grad_e_ptr + places, -tl.sum(w * centred, axis=1), mask=in_rows)

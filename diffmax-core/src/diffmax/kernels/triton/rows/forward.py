@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from diffmax.kernels.triton.common.launch import SMALLEST_E_FOR_HARDWARE
 from diffmax.kernels.triton.common.layout import columns, load_exponent, place, row_starts, whole_vectors
-from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, integer_power
+from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, HARDWARE_ALL, HARDWARE_FIRST, integer_power
 from diffmax.kernels.triton.rows.steps import (
     base,
     centred,
@@ -24,6 +25,8 @@ from diffmax.kernels.triton.rows.steps import (
 # The largest |S - 1| from which 16-bit weights take a linear step; float16's backward computes them from delta
 _FAR_BFLOAT16 = tl.constexpr(4e-3)
 _FAR_FLOAT16 = tl.constexpr(1e-3)
+
+_SMALLEST_E = tl.constexpr(SMALLEST_E_FOR_HARDWARE)
 
 _MOST_EARLY_STEPS = tl.constexpr(3)
 
@@ -110,6 +113,20 @@ def solved_to_16_bits(
     return linear_weights(y, delta, slopes, c, e, k, K, HARDWARE, PTX), final
 
 
+@triton.jit
+def solved(
+    y, e, k, size, high, newton_steps, DTYPE: tl.constexpr, K: tl.constexpr, ENSURE_SUM_ONE: tl.constexpr, CUT: tl.constexpr,
+    HARDWARE: tl.constexpr, PTX: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Weights of DTYPE, and delta for the backward."""
+    if tl.float16 == DTYPE:
+        return solved_to_16_bits(y, e, k, size, high, newton_steps, K, _FAR_FLOAT16, HARDWARE, PTX)
+    elif tl.bfloat16 == DTYPE:
+        return solved_to_16_bits(y, e, k, size, high, newton_steps, K, _FAR_BFLOAT16, HARDWARE, PTX)
+    else:
+        return solved_exactly(y, e, k, size, high, newton_steps, K, ENSURE_SUM_ONE, CUT, HARDWARE, PTX, KEEP)
+
+
 @triton.jit(do_not_specialize=["n", "size_1", "size_2", "x_0", "x_1", "x_2", "x_col", "p_0", "p_1", "p_2", "p_col",
                                "e_0", "e_1", "e_2", "e", "k", "high", "e_bits", "newton_steps"])  # fmt: skip
 def bisect_rows_kernel(
@@ -140,11 +157,20 @@ def bisect_rows_kernel(
         high = -power_less_one(size, row_e, PTX)
     else:
         high = tl.zeros_like(row_e) + high
-    if VECTOR == 8:  # 16 bits; asked of a constexpr, which Triton 3.2 compares
-        FAR: tl.constexpr = _FAR_FLOAT16 if x_ptr.dtype.element_ty == tl.float16 else _FAR_BFLOAT16
-        p, final = solved_to_16_bits(y, row_e, row_k, size, high, newton_steps, K, FAR, HARDWARE, PTX)
+    if E_TENSOR and tl.float32 == ACC:  # what a float e would choose, chosen where it is read
+        QUICK: tl.constexpr = HARDWARE_ALL if VECTOR == 8 else HARDWARE_FIRST
+        if tl.min(row_e, axis=0) >= _SMALLEST_E:
+            p, final = solved(
+                y, row_e, row_k, size, high, newton_steps, x_ptr.dtype.element_ty, K, ENSURE_SUM_ONE, CUT, QUICK, PTX, KEEP
+            )
+        else:
+            p, final = solved(
+                y, row_e, row_k, size, high, newton_steps, x_ptr.dtype.element_ty, K, ENSURE_SUM_ONE, CUT, HARDWARE, PTX, KEEP
+            )
     else:
-        p, final = solved_exactly(y, row_e, row_k, size, high, newton_steps, K, ENSURE_SUM_ONE, CUT, HARDWARE, PTX, KEEP)
+        p, final = solved(
+            y, row_e, row_k, size, high, newton_steps, x_ptr.dtype.element_ty, K, ENSURE_SUM_ONE, CUT, HARDWARE, PTX, KEEP
+        )
     poison = tl.where(spoilt(m) | (row_e != row_e), float("nan"), 0.0)
     p += poison[:, None]  # costs nothing where it is fused with a product
     final += poison

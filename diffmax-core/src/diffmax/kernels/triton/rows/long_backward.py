@@ -23,7 +23,8 @@ def load_tiles(
     x = p
     if FROM_X:
         x = tl.load(x_ptr + at_p, mask=inside, other=-float("inf")).to(e.dtype)
-    weight, s, log_p = slopes(p, x, m, delta, e, FROM_X, PTX)
+    SHORT: tl.constexpr = 128 // p_ptr.dtype.element_ty.primitive_bitwidth == 8  # Triton 3.2 compares no bitwidth
+    weight, s, log_p = slopes(p, x, m, delta, e, FROM_X, SHORT, PTX)
     return g, weight, s, log_p
 
 
@@ -90,6 +91,6 @@ def bisect_bwd_long_kernel(
             at_p = (p_start + columns(cols, p_col, P_LAYOUT))[None, :]
             tl.store(grad_x_ptr + at_p, (s * centred).to(grad_x_ptr.dtype.element_ty), mask=(cols < n)[None, :])
             if NEEDS_E:
-                e_sum += alpha_weight(weight, log_p, row_e, TERMS) * centred
+                e_sum += alpha_weight(weight, log_p, row_e, TERMS, PTX) * centred
         if NEEDS_E:
             tl.store(grad_e_ptr + row * CHUNKS + chunk + lane, -tl.sum(e_sum, axis=1))
