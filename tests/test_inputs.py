@@ -598,6 +598,7 @@ def test_other_shapes_compile_in_one_graph():
         close(compiled(query, key, key, alpha=0.5), attention(query, key, key, alpha=0.5))
 
 
+@pytest.mark.slow
 def test_nested_tensors_compile_in_one_graph():
     parts = ([part.detach() for part in sequences(4, 8)] for _ in range(3))
     query, key, value = nest_all(*parts, layout=torch.jagged)

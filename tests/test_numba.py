@@ -137,6 +137,7 @@ def test_where_halley_and_newton_would_go_back_and_forth():
         assert (p.double() - wanted.exact).abs().max() <= wanted.allowed
 
 
+@pytest.mark.slow
 def test_sums_of_very_long_rows_keep_their_digits():
     x = torch.randn(1, 3_000_000)
     p = diffmax_bisect(x, 0.97, backend="numba")

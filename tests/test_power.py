@@ -49,7 +49,9 @@ def drawn(*shape, heads=4, kv_heads=2, tokens=40, size=6, dtype=torch.float64):
 
 
 @every_backend
-@pytest.mark.parametrize(("degree", "size"), [(2, 6), (4, 5), (6, 3), (8, 2)])
+@pytest.mark.parametrize(
+    ("degree", "size"), [(2, 6), (4, 5), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((6, 3), (8, 2)))]
+)
 def test_it_is_the_recurrence_of_full_tensor_powers(degree, size, backend):
     query, key, value, log_gates = drawn(size=size)
     wanted = recurrent(query, key, value, log_gates, degree, 0.3)
@@ -125,6 +127,7 @@ def test_functional_transforms():
     torch.testing.assert_close(shared[1], power_attention(stacked[0][1], key, value, log_gates))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
 def test_it_is_traced_and_exported():
     query, key, value, log_gates = drawn(tokens=9, dtype=torch.float32)

@@ -9,7 +9,7 @@ from benchmarks import bench_power
 CASE = {"size": 16, "degree": 2, "length": 400, "threads": 1}
 
 
-@pytest.mark.parametrize("operation", ["forward", "both", "decode"])
+@pytest.mark.parametrize("operation", ["decode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("forward", "both"))])
 def test_contestants_are_right_and_who_is_wrong_gets_no_number(monkeypatch, operation):
     kind = "decoders" if operation == "decode" else "attentions"
     own = getattr(bench_power, kind)

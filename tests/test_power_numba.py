@@ -303,6 +303,7 @@ assert all(t.grad.isfinite().all() for t in leaves)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the peak of a process of its own, by getrusage")
+@pytest.mark.slow
 def test_a_million_tokens_take_the_memory_of_their_results():
     """Results and gradients, and the sum of each query's weights."""
     before, forward, backward = map(int, fresh.python(LONG).stdout.split())

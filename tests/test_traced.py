@@ -291,6 +291,7 @@ def changing(given, others):
     return [{place: f"n{a}" for place, (a, b) in enumerate(pair) if a != b} for pair in pairs]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", sorted(set(CALLS) - DTYPES_OF_JIT_ALONE))
 def test_onnx_by_the_older_exporter(name):
     """There was no translation of our operators."""

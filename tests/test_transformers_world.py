@@ -190,7 +190,8 @@ def trained(tmp_path, model, **arguments):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("reentrant", [False, None, True])
 def test_the_trainer_with_and_without_gradient_checkpointing(tmp_path, reentrant):
     checkpointing = {} if reentrant is None else {
         "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},

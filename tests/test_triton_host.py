@@ -59,6 +59,7 @@ def searches(monkeypatch):
     return found
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_call_makes_no_plan_and_launches_the_same(name, handed_over, searches):
     ours = operators()
