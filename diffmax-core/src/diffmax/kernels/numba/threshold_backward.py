@@ -38,7 +38,20 @@ from diffmax.kernels.numba.products import (
     scatter_rows,
     write_row,
 )
-from diffmax.kernels.numba.simd import array_at, bits, count_bits, is_nan, jitable, load, places, select, size_of, splat, store, total
+from diffmax.kernels.numba.simd import (
+    array_at,
+    bits,
+    count_bits,
+    is_nan,
+    jitable,
+    load,
+    places,
+    select,
+    size_of,
+    splat,
+    store,
+    total,
+)
 from diffmax.kernels.numba.threshold_rows import BLOCK, DIFFMAX, SOFTMAX, list_nonzero, reach, rectify, theta_of, weigh
 from diffmax.operators.common.numerics import MIN_E
 from diffmax.plugin import TILE

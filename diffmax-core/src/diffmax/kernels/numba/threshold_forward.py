@@ -1,6 +1,6 @@
 """Threshold attention's forward kernel: for each tile of queries the products with the keys, weights, and the values' sums.
 
-A row of few weights gathers their values; the others are multiplied with the blocks of values in which one of them has a weight.
+A row of few weights gathers their values; the others are multiplied with the blocks of values in which one of them has some.
 """
 
 import math
