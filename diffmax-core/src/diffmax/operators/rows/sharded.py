@@ -6,12 +6,12 @@ Plain PyTorch on any device, like `diffmax.reference`. What is sent, and why it 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_group_size_by_name
 
 from diffmax.operators.common import messages
 from diffmax.operators.common.autograd import differentiates
@@ -238,23 +238,23 @@ def _row_max(scores: Tensor, dim: int) -> Tensor:
 
 
 def _agree(given: Arguments) -> int:
-    """See that all ranks make the same call; return an upper bound of a whole row's length."""
+    """See that all ranks make the same call; return a whole row's length."""
     x, dim, e_tensor = given.x, given.dim, given.e_tensor
-    group: Any = given.group  # for which torch's later versions have a type
     facts = {
         "the shape of X outside dim": [*x.shape[:dim], "dim", *x.shape[dim + 1 :]],
         "the dtype of X": x.dtype,
-        "alpha": 1 - given.e if e_tensor is None else f"a tensor of shape {tuple(e_tensor.shape)}",
+        "alpha": (1 - given.e) if e_tensor is None else alpha_of(e_tensor),
         "n_iter": given.n_iter,
         "ensure_sum_one": given.ensure_sum_one,
     }
-    longest, differing = messages.agree(facts, x.shape[dim], group, x.device)
-    if differing:
-        raise ValueError(
-            f"{NAME}: {' and '.join(differing)} must be the same on every rank, got different ones\n"
-            + "\n".join(f"  {name} on this rank: {facts[name]}" for name in differing)
-        )
-    return longest * _get_group_size_by_name(group)
+    return sum(messages.agree(NAME, facts, x.shape[dim], None, given.group, x.device))
+
+
+def alpha_of(e_tensor: Tensor) -> str:
+    """A tensor alpha as a fact that ranks compare: its shape, its first values, and a code of all of them."""
+    values = (1 - e_tensor.detach()).flatten().tolist()
+    shown = ", ".join(f"{value:.9g}" for value in values[:4]) + ", ..." * (len(values) > 4)
+    return f"[{shown}] of shape {tuple(e_tensor.shape)}, checksum {zlib.crc32(repr(values).encode()):08x}"
 
 
 enter(FORWARD, run=_bisect, autograd=_bisect_autograd, fake=_bisect_fake)
