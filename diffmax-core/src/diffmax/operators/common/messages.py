@@ -27,7 +27,7 @@ FACTS = 20
 # How long a rank may take to answer after a message has failed.
 ROLL_CALL_SECONDS = 5.0
 
-_resolve: Callable[[Any], dist.ProcessGroup] = torch._C._distributed_c10d._resolve_process_group
+resolve: Callable[[Any], dist.ProcessGroup] = torch._C._distributed_c10d._resolve_process_group
 
 # torch 2.13 renamed both
 _gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -74,7 +74,7 @@ def _answered(group: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        group = _resolve(group) if isinstance(group, str) else group
+        group = resolve(group) if isinstance(group, str) else group
         absent = _absent(group)
         if not absent:
             raise
@@ -189,7 +189,7 @@ def agree(
     One message of the ranks + 2 * FACTS integers, and more only for what an error tells. `problem` is what is wrong on this
     rank. Without the message, ranks that disagree would wait for each other, or exchange messages of different lengths.
     """
-    group = _resolve(group) if isinstance(group, str) else group
+    group = resolve(group) if isinstance(group, str) else group
     own = {"the function": name, **facts}
     if len(own) > FACTS:
         raise AssertionError(f"room for {FACTS} facts, got {len(own)}")

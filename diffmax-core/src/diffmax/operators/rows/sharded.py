@@ -74,18 +74,39 @@ def _bisect(*flat: Any) -> Results:
     if n == 0 or math.prod(rows) == 0:
         return Results(x.new_empty(x.shape), x.new_full(rows, -torch.inf, dtype=acc), x.new_zeros(rows, dtype=acc))
 
-    scores = x.to(acc)
-    given_e = torch.full((), e, dtype=acc, device=x.device) if e_tensor is None else e_tensor
-    invalid_e = ~((given_e >= 0) & (given_e <= 1))
-    row_e = given_e.clamp_min(MIN_E)
-    m = messages.all_reduce(_row_max(scores, dim), "max", group)
-    z = row_e * (scores - torch.where(m == -torch.inf, 0.0, m))
+    given_e = e if e_tensor is None else e_tensor
     steps = newton_steps(given.n_iter, n, e if e_tensor is None else 1.0, acc)
-    p, total, delta = _newton(z, m, row_e, dim, steps, group)
+    p, m, delta, total = solve(x.to(acc), given_e, dim, steps, group)
     if given.ensure_sum_one:
         p = p / torch.where(total > 0, total, 1.0)
-    p = p.masked_fill((m == torch.inf) | invalid_e, torch.nan)
+    p = p.masked_fill(invalid(m, given_e), torch.nan)
     return Results(p.to(x.dtype).contiguous(), m, delta)
+
+
+def solve(scores: Tensor, e: float | Tensor, dim: int, steps: int, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rows of which each rank has some scores: its [z - t]^k, and of the whole row the maximum, delta and the sum."""
+    row_e = _row_e(e, scores)
+    m = messages.all_reduce(_row_max(scores, dim), "max", group)
+    z = row_e * (scores - torch.where(m == -torch.inf, 0.0, m))
+    p, total, delta = _newton(z, m, row_e, dim, steps, group)
+    return p, m, delta, total
+
+
+def weights_at(scores: Tensor, m: Tensor, delta: Tensor, total: Tensor, e: float | Tensor) -> Tensor:
+    """The weights of rows that are solved, without a message."""
+    row_e = _row_e(e, scores)
+    p = _power(row_e * (scores - torch.where(m == -torch.inf, 0.0, m)), delta, row_e)[0]
+    return (p / torch.where(total > 0, total, 1.0)).masked_fill(invalid(m, e), torch.nan)
+
+
+def invalid(m: Tensor, e: float | Tensor) -> Tensor:
+    """Rows whose weights are NaN: they hold NaN or +inf, or their alpha is outside [0, 1]."""
+    return (m == torch.inf) | ~torch.as_tensor((e >= 0) & (e <= 1), device=m.device)
+
+
+def _row_e(e: float | Tensor, scores: Tensor) -> Tensor:
+    given = torch.full((), e, dtype=scores.dtype, device=scores.device) if not isinstance(e, Tensor) else e
+    return given.clamp_min(MIN_E)
 
 
 def _newton(z: Tensor, m: Tensor, e: Tensor, dim: int, steps: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
