@@ -34,8 +34,10 @@ def on_ranks(*sizes):
 
 
 def part(t, layout):
-    """This rank's tokens of (B, H, L, D)."""
+    """This rank's tokens of (B, H, L, D); a layout may also be how many the ranks have."""
     size, rank = dist.get_world_size(), dist.get_rank()
+    if not isinstance(layout, str):
+        return t.split(layout, 2)[rank]
     if layout == "contiguous":
         return t.chunk(size, 2)[rank]
     runs = t.chunk(2 * size, 2)
@@ -67,7 +69,8 @@ def same(method, layout, tensors, **options):
 
     def own(q, k, v, *more):
         learned = dict(zip(("alpha", "sink"), more, strict=False))
-        return attention_context_parallel(q, k, v, method=method, layout=layout, enable_gqa=True, **learned, **options)
+        how = layout if isinstance(layout, str) else "contiguous"
+        return attention_context_parallel(q, k, v, method=method, layout=how, enable_gqa=True, **learned, **options)
 
     grad = torch.randn(*tensors[0].shape[:3], DIM_V, dtype=tensors[0].dtype)
     expected, found = with_gradients(whole, tensors, grad), with_gradients(own, tensors, grad, layout)
@@ -75,8 +78,10 @@ def same(method, layout, tensors, **options):
     for place, (ours, truth) in enumerate(zip(found, expected, strict=True)):
         truth = part(truth, layout) if place < 4 else truth
         assert ours.shape == truth.shape
-        error = float((ours - truth).abs().max())
-        assert error <= 1e-13 * max(1.0, float(truth.abs().max())), f"{method} {layout} {options} {names[place]}: {error:.3g}"
+        error = float((ours - truth).abs().max()) if truth.numel() else 0.0
+        assert error <= 1e-13 * max([1.0, *truth.abs().flatten().tolist()]), (
+            f"{method} {layout} {options} {names[place]}: {error:.3g}"
+        )
     assert len(found) == 4 + len(alpha_and_sink)
 
 
@@ -101,6 +106,24 @@ def test_alpha_and_the_sink_per_head_learn_on_every_rank():
             for causal in (False, True):
                 same(method, layout, (*sequence(8, 4), alpha, sink), is_causal=causal)
                 same(method, layout, (*sequence(8, 8), torch.tensor(0.6, dtype=torch.float64)), is_causal=causal)
+
+
+@on_ranks(2, 4)
+def test_ranks_may_have_different_numbers_of_tokens_and_none():
+    size = dist.get_world_size()
+    alpha, sink = torch.linspace(0.3, 0.9, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    for lengths in ([17, *[31 // (size - 1)] * (size - 2), 48 - 17 - 31 // (size - 1) * (size - 2)], [48, *[0] * (size - 1)]):
+        for tokens in (lengths, lengths[::-1]):
+            for method in METHODS:
+                for causal in (False, True):
+                    same(method, tokens, (*sequence(), alpha, sink), is_causal=causal)
+                same(method, tokens, sequence(), is_causal=True, window_size=(20, 0))
+    rank, q = dist.get_rank(), torch.randn(1, 4, 8, 8)
+    mine = q[:, :, : 8 - 2 * rank]
+    with pytest.raises(
+        ValueError, match=r"as many tokens in the zigzag layout, got 8 on rank 0, 6 on rank 1.*\npad them, or pass"
+    ):
+        attention_context_parallel(mine, mine, mine, layout="zigzag")
 
 
 @on_ranks(2, 4)
@@ -208,7 +231,7 @@ def test_what_is_sent_is_what_the_documentation_says():
                     sent.clear()
                     out.float().square().sum().backward()
                     backward = list(sent)
-                    assert agreement == ("all_reduce", 31, 8)
+                    assert agreement == ("all_reduce", 40 + size, 8)
                     names = [[name for name, *_ in way] for way in (forward, backward)]
                     assert [sorted(way) for way in names] == [sorted(way) for way in expected_messages[method]]
                     assert [n for name, n, _ in backward if name == "all_reduce"] == [heads]
@@ -296,25 +319,24 @@ def test_arguments_that_do_not_fit_raise_on_every_rank():
 def test_calls_that_differ_raise_on_every_rank_and_name_rank_and_fact():
     rank = dist.get_rank()
     q, k, v = (part(t, "contiguous") for t in sequence())
-    short = [t[:, :, : 24 - 2 * rank] for t in (q, k, v)]
-    with pytest.raises(
-        ValueError,
-        match=rf"query's shape and .*got different ones\n  query's shape on rank {rank}: \(2, 4, {24 - 2 * rank}, 8\)",
-    ):
-        attention_context_parallel(*short)
+    deeper = [t[..., : 6 - rank] for t in (q, k, v)]
+    shapes = r"\(2, 4, 'tokens', 6\) on rank 0; \(2, 4, 'tokens', 5\) on rank 1"
+    with pytest.raises(ValueError, match=rf"query's shape and .*got different ones\n  query's shape: {shapes}\n  key's shape"):
+        attention_context_parallel(*deeper)
     for name, values in (("alpha", (0.5, 0.6)), ("is_causal", (True, False)), ("layout", LAYOUTS), ("method", METHODS)):
-        with pytest.raises(ValueError, match=rf"{name} must be the same .*\n  {name} on rank {rank}: {values[rank]}"):
-            attention_context_parallel(q, k, v, **{name.split("'")[0]: values[rank]})
-    with pytest.raises(ValueError, match=rf"alpha must be the same .*\n  alpha on rank {rank}: \[0\.\d"):  # of one shape
+        with pytest.raises(
+            ValueError, match=rf"{name} must be the same .*\n  {name}: '?{values[0]}'? on rank 0; '?{values[1]}'? on rank 1"
+        ):
+            attention_context_parallel(q, k, v, **{name: values[rank]})
+    with pytest.raises(ValueError, match=r"alpha must be the same .*\n  alpha: \[0\.3.*\] on rank 0; \[0\.3.*\] on rank 1"):
         attention_context_parallel(q, k, v, alpha=torch.linspace(0.3, 0.5 + 0.1 * rank, q.shape[1]))
+    with pytest.raises(ValueError, match=r"query's dtype: torch.float32 on rank 0; torch.float64 on rank 1"):
+        attention_context_parallel(*((q, k, v) if rank else (t.float() for t in (q, k, v))))
     with pytest.raises(ValueError, match="what requires a gradient must be the same"):
         attention_context_parallel(q.clone().requires_grad_(rank == 0), k, v)
-    if rank == 1:
-        with pytest.raises(ValueError, match="alpha must lie"):
-            attention_context_parallel(q, k, v, alpha=torch.tensor(1.5))
-    else:
-        with pytest.raises(ValueError, match="got invalid ones on rank 1\nit says which"):
-            attention_context_parallel(q, k, v, alpha=torch.tensor(0.5))
+    invalid = "" if rank == 1 else r"got invalid ones on rank 1\n  rank 1: diffmax.*"
+    with pytest.raises(ValueError, match=invalid + "alpha must lie"):
+        attention_context_parallel(q, k, v, alpha=torch.tensor(1.5 if rank == 1 else 0.5))
 
 
 @on_ranks(2)

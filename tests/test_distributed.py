@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from diffmax import HillMap, diffmax_bisect, reference
-from diffmax.distributed import diffmax_bisect_sharded
+from diffmax.distributed import attention_context_parallel, diffmax_bisect_sharded
 from diffmax.operators.common import messages
 from diffmax.operators.common.numerics import newton_steps
 from diffmax.testing import gates
@@ -286,7 +286,7 @@ def test_what_is_sent_is_what_the_documentation_says():
         diffmax_bisect_sharded(x, 0.85).sum().backward()
     finally:
         messages.all_reduce = real
-    assert forward[:2] == [(11, "max"), (5, "max")]
+    assert forward[:2] == [(40 + dist.get_world_size(), "max"), (5, "max")]
     assert forward[2:] == [(11, "sum")] * len(forward[2:])
     assert 2 <= len(forward[2:]) <= 5 < newton_steps(50, 400, 0.15, torch.float32)
     assert backward == [(10, "sum"), (5, "sum")]
@@ -339,14 +339,34 @@ def test_a_rank_outside_the_group_is_told_so():
 def test_ranks_that_disagree_all_raise_and_none_waits():
     rank = dist.get_rank()
     calls = {
-        "the shape of X outside dim": lambda: diffmax_bisect_sharded(torch.randn(3 + rank, 4), 0.5),
-        "the dtype of X": lambda: diffmax_bisect_sharded(torch.randn(3, 4).to(DTYPES[rank]), 0.5),
-        "alpha": lambda: diffmax_bisect_sharded(torch.randn(3, 4), 0.5 if rank else torch.tensor(0.5)),
-        "n_iter and ensure_sum_one": lambda: diffmax_bisect_sharded(torch.randn(3, 4), 0.5, -1, 20 + rank, bool(rank)),
+        r"the shape of X .*: \[3, 'dim'\] on rank 0; \[4, 'dim'\] on rank 1": lambda: diffmax_bisect_sharded(
+            torch.randn(3 + rank, 4), 0.5
+        ),
+        "the dtype of X: torch.float64 on rank 0; torch.float32 on rank 1": lambda: diffmax_bisect_sharded(
+            torch.randn(3, 4).to(DTYPES[rank]), 0.5
+        ),
+        r"alpha: '\[0.5\] of shape \(\), checksum [0-9a-f]{8}' on rank 0; 0.5 on rank 1": lambda: diffmax_bisect_sharded(
+            torch.randn(3, 4), 0.5 if rank else torch.tensor(0.5)
+        ),
+        r"alpha: '\[0.5\] of shape .*' on rank 0; '\[0.6\d*\] of shape .*' on rank 1": lambda: diffmax_bisect_sharded(
+            torch.randn(3, 4), torch.tensor(0.5 + 0.1 * rank)
+        ),
+        r"n_iter: 20 on rank 0; 21 on rank 1\n  ensure_sum_one: False on rank 0; True on rank 1": lambda: (
+            diffmax_bisect_sharded(torch.randn(3, 4), 0.5, -1, 20 + rank, bool(rank))
+        ),
     }
     for what, call in calls.items():
-        with pytest.raises(ValueError, match=f"{what} must be the same on every rank"):
+        with pytest.raises(ValueError, match=f"must be the same on every rank, got different ones\n  {what}"):
             call()
+    with pytest.raises(
+        ValueError, match="alpha must lie" if rank else "invalid ones on rank 1\n  rank 1: diffmax.*alpha must lie"
+    ):
+        diffmax_bisect_sharded(torch.randn(3, 4), 0.5 + rank)
+    other = attention_context_parallel if rank else diffmax_bisect_sharded
+    with pytest.raises(
+        ValueError, match=r"the function: 'diffmax_bisect_sharded' on rank 0; 'diffmax\.distributed\.att.*' on rank 1"
+    ):
+        other(*torch.randn(3, 1, 2, 4, 4)[: 3 if rank else 1])
     diffmax_bisect_sharded(torch.randn(3, 4 + rank), 0.5)  # lengths along dim may differ, and nothing is left of the errors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,13 +13,16 @@ from diffmax.operators.attention import context_parallel
 from diffmax.operators.attention.call import autocast
 from diffmax.operators.common import messages
 from diffmax.operators.common.checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax.operators.loss.api import reduce_losses
+from diffmax.operators.loss.checks import check_reduction, check_target_of_part, check_weight
+from diffmax.operators.loss.of_shards import loss_of_parts
 from diffmax.operators.rows import sharded  # noqa: F401 - defines the operator
 from diffmax.operators.rows.api import Alpha
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["attention_context_parallel", "diffmax_bisect_sharded"]
+__all__ = ["attention_context_parallel", "diffmax_bisect_sharded", "diffmax_loss_sharded"]
 
 
 def diffmax_bisect_sharded(
@@ -46,15 +50,15 @@ def diffmax_bisect_sharded(
         Tensor of X's shape, dtype and device. A row that is fully masked on all ranks is all 0; a row with NaN or +inf on any
         rank is all NaN on every rank.
     Raises:
-        RuntimeError: torch.distributed is not initialised.
+        RuntimeError: torch.distributed is not initialised; or a message failed or timed out: it says which rank is silent.
         TypeError: As for `diffmax_bisect`; or X is a DTensor, or group has the wrong type.
         ValueError: As for `diffmax_bisect`; or X is a scalar, this rank is not in the group, or the calls of the ranks differ
-            in anything but the length along `dim` and the values of an alpha tensor: then every rank raises.
+            in anything but the length along `dim`: then every rank raises, and says which rank has what.
         NotImplementedError: Forward-mode differentiation or a torch.func transform.
-    Communication: For R rows, forward sends 11 integers, which check that the calls agree, then R maxima, then in every
-        iteration of Newton's method (Eq. 2) two numbers per row, S and S_1, and one number for the stopping decision. Typical
+    Communication: For R rows and n ranks, forward sends 40 + n integers, which check that the calls agree, then R maxima, then
+        in every iteration of Newton's method (Eq. 2) two numbers per row, S and S_1, and one for the stopping decision. Typical
         scores take 3 to 12 such messages (docs/distributed.md has a table); Eq. 9 bounds their number. Backward sends two
-        numbers per row, the sums of Eq. 3, and the gradient of alpha if it is learned. Gathering would send n numbers per row.
+        numbers per row, the sums of Eq. 3, and the gradient of alpha if it is learned. Gathering would send whole rows.
     Numerics: Computes in float32, for float64 in float64, with the arithmetic of `diffmax.reference`. Second derivatives are
         exact, and communicate too. Under torch.compile the call is one operator. The host reads the stopping decision, so a
         CUDA graph cannot capture the call.
@@ -70,19 +74,90 @@ def diffmax_bisect_sharded(
     name = "diffmax_bisect_sharded"
     if not torch.compiler.is_compiling():
         messages.refuse_transforms(name)  # also checked here: otherwise vmap would call the operator once per sample
-    dim = check_scores(name, X, dim, n_iter)
+    action = "call torch.distributed.init_process_group first; diffmax_bisect needs no group"
+    group_name = str(_group_of(name, group, action).group_name)
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else messages.refusals(name, group_name, X):
+        dim = check_scores(name, X, dim, n_iter)
+        _check_part(name, X, "give the DTensor to diffmax_bisect, which gathers rows")
+        e, e_tensor = one_minus_alpha(name, X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
+    p: Tensor = torch.ops.diffmax.bisect_sharded(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), group_name)[0]
+    return p
+
+
+def diffmax_loss_sharded(
+    X: Tensor,
+    target: Tensor,
+    alpha: Alpha = 0.9,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    n_iter: int = 50,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+) -> Tensor:
+    """`diffmax_loss` for scores whose classes are sharded over the ranks of a process group, without gathering them.
+
+    The result on every rank is `diffmax_loss(torch.cat(all X, class dimension), target, alpha)`: for the vocabulary-parallel
+    logits of a language model. All ranks of the group must make the call. A DTensor that is sharded over classes goes to
+    `diffmax_loss` as it is, which then does the same.
+
+    Args:
+        X: This rank's classes: (c,), (N, c) or (N, c, d1, ...). The numbers of classes may differ between ranks, and be 0. The
+            ranks' classes follow each other in the order of the ranks.
+        target: Class indices of X's shape without the class dimension, which count the classes of all ranks and are the same on
+            every rank; or probabilities of X's shape, whose classes on all ranks together sum to 1.
+        alpha: As for `diffmax_loss`, with the same value on every rank. The gradient of a tensor is already summed over all
+            classes, the same on every rank: do not all-reduce it again.
+        weight: One weight per class of this rank, (c,), or None on all ranks.
+        ignore_index, reduction, n_iter: As for `diffmax_loss`.
+        group: A process group, or a one-dimensional DeviceMesh. None: the default group.
+    Returns:
+        As `diffmax_loss`, the same on every rank. X's gradient is p - y of this rank's classes, times that of the result.
+    Raises:
+        RuntimeError: torch.distributed is not initialised; or a message failed or timed out: it says which rank is silent.
+        TypeError, ValueError: As of `diffmax_loss`; or X is a DTensor, a group without this rank, or calls of the ranks that
+            differ in more than the number of classes: then every rank raises, and says which rank has what.
+        NotImplementedError: Forward-mode differentiation or a torch.func transform.
+    Communication: For R rows and n ranks, forward sends 40 + n integers, R maxima, 2 R + 1 numbers in each iteration, as
+        `diffmax_bisect_sharded` does, then 4 R sums for class indices, 5 R with weights; 2 R or 3 R for probabilities.
+        Backward sends nothing, or one number per alpha if it is learned. The logits stay where they are.
+    Memory: Works on blocks of 2**24 scores of the longest part; each block sends its own messages. X and four numbers per row
+        are saved for backward, which recomputes the weights. Double backward holds the weights, and sends messages.
+    Numerics: Computes in float32, for float64 in float64, with the arithmetic of `diffmax.reference`. Under torch.compile the
+        call is one operator. The host reads the stopping decision, so a CUDA graph cannot capture the call.
+    Source: docs/theory.md, section 12, docs/distributed.md. Written for diffmax.
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from diffmax.distributed import diffmax_loss_sharded
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [5.0, 2.0, 1.0, 0.0]])
+        >>> diffmax_loss_sharded(logits, torch.tensor([0, 0]), alpha=0.5, reduction="none")
+        tensor([0.0617, 0.0000])
+        >>> dist.destroy_process_group()
+    """
+    name = "diffmax_loss_sharded"
+    if not torch.compiler.is_compiling():
+        messages.refuse_transforms(name)
+    action = "call torch.distributed.init_process_group first; diffmax_loss needs no group"
+    group_name = str(_group_of(name, group, action).group_name)
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else messages.refusals(name, group_name, X):
+        check_reduction(name, reduction)
+        dim = check_scores(name, X, 0 if isinstance(X, Tensor) and X.ndim == 1 else 1, n_iter)
+        _check_part(name, X, "give the DTensor to diffmax_loss")
+        check_target_of_part(name, X, target, dim, ignore_index)
+        check_weight(name, X, weight, dim)
+        e, e_tensor = one_minus_alpha(name, X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
+    losses, share = loss_of_parts(X, target, e, e_tensor, dim, weight, ignore_index, n_iter, group_name)
+    return reduce_losses(losses, share, reduction, X)
+
+
+def _check_part(name: str, X: Tensor, otherwise: str) -> None:
     if type(X).__name__ == "DTensor":  # compared by name, because the import takes half a second
         raise TypeError(
-            f"{name}: X must be this rank's part, got a DTensor\n"
-            "pass X.to_local() and group=X.device_mesh, or give the DTensor to diffmax_bisect, which gathers rows"
+            f"{name}: X must be this rank's part, got a DTensor\npass X.to_local() and group=X.device_mesh, or {otherwise}"
         )
     if X.ndim == 0:
         raise ValueError(f"{name}: X must have a dimension to be sharded along, got a scalar")
-    action = "call torch.distributed.init_process_group first; diffmax_bisect needs no group"
-    group_name = str(_group_of(name, group, action).group_name)
-    e, e_tensor = one_minus_alpha(name, X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
-    p: Tensor = torch.ops.diffmax.bisect_sharded(X, e, e_tensor, dim, n_iter, bool(ensure_sum_one), group_name)[0]
-    return p
 
 
 def attention_context_parallel(
@@ -108,27 +183,27 @@ def attention_context_parallel(
     call, and the backward pass.
 
     Args:
-        query: (B, H, l, D): this rank's tokens, as many on every rank.
+        query: (B, H, l, D): this rank's tokens; l may differ between ranks, and be 0, in the contiguous layout.
         key, value: (B, H_kv, l, D) and (B, H_kv, l, D_v), of the same tokens.
         group: A process group, or a one-dimensional DeviceMesh. None: the default group.
         method: "ulysses" exchanges heads for tokens: each rank computes H / ranks heads of the whole sequence, so both H and
             H_kv must be multiples of the number of ranks. "all_gather" gathers keys and values, for any number of heads; a
             window then needs is_causal.
-        layout: Which tokens a rank has, of n ranks. "contiguous": those from rank * l. "zigzag": of 2 n runs of l / 2 tokens,
-            run `rank`, then run 2 n - 1 - rank: so every rank has the same work in causal attention by "all_gather".
+        layout: Which tokens a rank has, of n ranks. "contiguous": those after the lower ranks'. "zigzag": of 2 n runs of l / 2
+            tokens, run `rank`, then run 2 n - 1 - rank: so every rank has the same work in causal attention by "all_gather".
         is_causal, scale, enable_gqa, window_size, softcap, backend: As for `attention`, of the whole sequence.
         alpha, sink: As for `attention`, with the same values and all H heads on every rank. Their gradients are already summed
             over the ranks: do not all-reduce them again.
     Returns:
         (B, H, l, D_v), in query's dtype.
     Raises:
-        RuntimeError: torch.distributed is not initialised.
+        RuntimeError: torch.distributed is not initialised; or a message failed or timed out: it says which rank is silent.
         TypeError, ValueError: As of `attention`; or a head or token count that does not fit, a DTensor, a group without this
-            rank, or calls of the ranks that differ in anything but the values of tensors: then every rank raises.
+            rank, or calls of the ranks that differ in more than tokens: then every rank raises, and says which rank has what.
         NotImplementedError: Forward-mode differentiation or a torch.func transform.
-    Communication: One message of 31 integers that checks that the calls agree. Then, forward and backward alike, "ulysses"
-        sends two all-to-alls (Eq. 41), "all_gather" one all-gather, whose backward is one reduce-scatter (Eq. 42). Gradients
-        for alpha and the sink are one all-reduce each.
+    Communication: One message of 40 + n integers, which checks that the calls agree. Then, forward and backward alike,
+        "ulysses" sends two all-to-alls (Eq. 41), "all_gather" one all-gather, whose backward is one reduce-scatter (Eq. 42).
+        Gradients for alpha and the sink are one all-reduce each.
     Memory: "ulysses" holds H / ranks heads of the whole sequence, as much as the shards. "all_gather" holds the keys and values
         of the whole sequence, until backward.
     Numerics: Those of `attention`. "all_gather" sums the gradients for key and value over the ranks in float32, for float64

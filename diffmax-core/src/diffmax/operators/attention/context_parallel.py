@@ -6,8 +6,8 @@ attention of each rank is then the fused one, of whole rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -48,20 +48,30 @@ class Options(NamedTuple):
 
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks) -> Tensor:
     """The rows of this rank's queries."""
-    _agree(query, key, value, options, ranks)
+    lengths = _agree(query, key, value, options, ranks)
     run = _by_heads if options.method == "ulysses" else _by_tokens
-    return run(query, key, value, options, ranks)
+    return run(query, key, value, options, ranks, lengths)
 
 
-def _by_heads(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks) -> Tensor:
+def _by_heads(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks, lengths: list[int]) -> Tensor:
     """Each rank gets some of the heads, with all their tokens."""
-    size, length = ranks.size, query.shape[2]
+    size, own_length = ranks.size, lengths[ranks.rank]
     sent = [t.unflatten(1, (size, -1)).movedim(1, 0) for t in (query, key, value)]
-    received = messages.Exchange.apply(torch.cat([t.flatten(1) for t in sent], 1), ranks.group)
-    parts = received.split([t[0].numel() for t in sent], 1)
-    order = _places(options.layout, size, length, query.device)
+    per_token = [math.prod(t.shape[1:3]) * t.shape[4] for t in sent]  # numbers that one rank gets
+    sends, receives = [own_length * sum(per_token)] * size, [length * sum(per_token) for length in lengths]
+    packed = torch.cat([t.flatten(1) for t in sent], 1).flatten()
+    received = messages.Exchange.apply(packed, ranks.group, sends, receives).split(receives)
+    parts = [
+        from_rank.split([length * n for n in per_token]) for from_rank, length in zip(received, lengths, strict=True)
+    ]  # from each rank, its query, key and value
+    order = _places(options.layout, lengths, query.device)
     back = order.argsort()
-    whole = [_in_order(t.reshape(like.shape), back) for t, like in zip(parts, sent, strict=True)]
+    whole = [
+        torch.cat([t.view(*like.shape[1:3], length, like.shape[4]) for t, length in zip(of_ranks, lengths, strict=True)], 2)[
+            :, :, back
+        ]
+        for of_ranks, like in zip(zip(*parts, strict=True), sent, strict=True)
+    ]
     heads = sent[0].shape[2]
 
     def own(t: Any) -> Any:
@@ -72,20 +82,24 @@ def _by_heads(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks
         return handed.narrow(0, ranks.rank * heads, heads) if t.ndim == 1 and t.shape[0] == query.shape[1] else handed
 
     out = _attention(options, own)(*whole, is_causal=options.is_causal, window_size=options.window_size)
-    tokens = out[:, :, order].unflatten(2, (size, length)).movedim(2, 0)
-    returned = messages.Exchange.apply(tokens.flatten(1), ranks.group).view(tokens.shape)
-    return returned.movedim(0, 1).flatten(1, 2)  # type: ignore[no-any-return]
+    of_ranks = out[:, :, order].split(lengths, 2)
+    sends, receives = [t.numel() for t in of_ranks], [of_ranks[ranks.rank].numel()] * size
+    returned = messages.Exchange.apply(torch.cat([t.flatten() for t in of_ranks]), ranks.group, sends, receives)
+    return returned.view(size, out.shape[0], heads, own_length, out.shape[3]).movedim(0, 1).flatten(1, 2)  # type: ignore[no-any-return]
 
 
-def _by_tokens(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks) -> Tensor:
+def _by_tokens(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks, lengths: list[int]) -> Tensor:
     """Each rank gets the keys and values of all tokens. A run of queries that is causal sees them up to its own last token."""
-    size, length = ranks.size, query.shape[2]
-    gathered = messages.Gather.apply(torch.cat([key.flatten(), value.flatten()]), ranks.group).view(size, -1)
-    order = _places(options.layout, size, length, query.device)
+    size, longest = ranks.size, max(lengths)
+    padded = [torch.nn.functional.pad(t, (0, 0, 0, longest - t.shape[2])) for t in (key, value)]
+    gathered = messages.Gather.apply(torch.cat([t.flatten() for t in padded]), ranks.group).view(size, -1)
+    order = _places(options.layout, lengths, query.device)
     back = order.argsort()
     keys, values = (
-        _in_order(t.reshape(size, *like.shape), back)
-        for t, like in zip(gathered.split([key.numel(), value.numel()], 1), (key, value), strict=True)
+        torch.cat([of_rank[:, :, :length] for of_rank, length in zip(t.view(size, *like.shape), lengths, strict=True)], 2)[
+            :, :, back
+        ]
+        for t, like in zip(gathered.split([t.numel() for t in padded], 1), padded, strict=True)
     )
 
     def own(t: Any) -> Any:
@@ -94,22 +108,18 @@ def _by_tokens(query: Tensor, key: Tensor, value: Tensor, options: Options, rank
     run = _attention(options, own)
     if not options.is_causal:
         return run(query, keys, values)
-    ends = [0, *_run_ends(options.layout, length)]
-    starts = [int(order[ranks.rank * length + start]) for start in ends[:-1]] if length else []
-    rows = []
-    for (first, last), start in zip(pairwise(ends), starts, strict=False):
-        seen = start + last - first
-        rows.append(
-            run(
-                query[:, :, first:last],
-                keys[:, :, :seen],
-                values[:, :, :seen],
-                is_causal=True,
-                window_size=options.window_size,
-                causal_alignment="lower_right",
-            )
+    rows = [
+        run(
+            query[:, :, first:last],
+            keys[:, :, :seen],
+            values[:, :, :seen],
+            is_causal=True,
+            window_size=options.window_size,
+            causal_alignment="lower_right",
         )
-    return torch.cat(rows, 2) if rows else run(query, keys, values)
+        for first, last, seen in _runs(options.layout, lengths, ranks.rank)
+    ]
+    return torch.cat(rows, 2)
 
 
 def _attention(options: Options, own: Callable[[Any], Any]) -> Callable[..., Tensor]:
@@ -123,56 +133,53 @@ def _attention(options: Options, own: Callable[[Any], Any]) -> Callable[..., Ten
     return run
 
 
-def _in_order(t: Tensor, back: Tensor) -> Tensor:
-    """(ranks, B, H, l, D) as (B, H, L, D), the tokens in their order."""
-    return t.movedim(0, 2).flatten(2, 3)[:, :, back]
-
-
-def _places(layout: str, size: int, length: int, device: torch.device) -> Tensor:
+def _places(layout: str, lengths: list[int], device: torch.device) -> Tensor:
     """The positions of the tokens in the order in which the ranks hold them (Eq. 40)."""
+    positions, size = torch.arange(sum(lengths), device=device), len(lengths)
     if layout == "contiguous":
-        return torch.arange(size * length, device=device)
-    runs = torch.arange(size * length, device=device).view(2 * size, -1)
+        return positions
     pairs = [run for rank in range(size) for run in (rank, 2 * size - 1 - rank)]
-    return runs[pairs].flatten()
+    return positions.view(2 * size, -1)[pairs].flatten()
 
 
-def _run_ends(layout: str, length: int) -> list[int]:
-    """Where the runs of consecutive tokens of a rank end."""
-    return [length] if layout == "contiguous" else [length // 2, length]
+def _runs(layout: str, lengths: list[int], rank: int) -> list[tuple[int, int, int]]:
+    """A rank's runs of consecutive tokens: the first one, the one after the last, and the position of the latter."""
+    length, size = lengths[rank], len(lengths)
+    if layout == "contiguous":
+        return [(0, length, sum(lengths[: rank + 1]))]
+    half = length // 2
+    return [(0, half, half * (rank + 1)), (half, length, half * (2 * size - rank))]
 
 
-def _agree(query: Any, key: Any, value: Any, options: Options, ranks: Ranks) -> None:
-    """Check the arguments, and see that all ranks make the same call; else raise on every rank."""
+def _agree(query: Any, key: Any, value: Any, options: Options, ranks: Ranks) -> list[int]:
+    """Check the arguments, and see that all ranks make the same call; else raise on every rank. The ranks' lengths."""
     try:
         _check(query, key, value, options, ranks)
         problem = None
     except (TypeError, ValueError) as error:
         problem = error
     parts, shared = {"query": query, "key": key, "value": value}, {"alpha": options.alpha, "sink": options.sink}
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    if problem is not None:
+        return messages.agree(NAME, {}, 0, problem, ranks.group, device)
     learning = torch.is_grad_enabled()
     facts: dict[str, Any] = {
-        **{f"{name}'s shape": tuple(t.shape) if isinstance(t, Tensor) else t for name, t in parts.items()},
+        **{f"{name}'s shape": (*t.shape[:2], "tokens", t.shape[3]) for name, t in parts.items()},
         **{name: t.detach().tolist() if isinstance(t, Tensor) else t for name, t in shared.items()},
-        "query's dtype": getattr(query, "dtype", None),
+        "query's dtype": query.dtype,
         "what requires a gradient": [
             name for name, t in {**parts, **shared}.items() if learning and isinstance(t, Tensor) and t.requires_grad
         ],
         **{name: given for name, given in options._asdict().items() if name not in ("alpha", "sink")},
     }
-    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    refusing, differing = messages.agree(facts, 0 if problem is None else 1 + ranks.rank, ranks.group, device)
-    if problem is not None:
-        raise problem
-    if refusing:
+    lengths = messages.agree(NAME, facts, query.shape[2], None, ranks.group, device)
+    if options.layout == "zigzag" and len(set(lengths)) > 1:
         raise ValueError(
-            f"{NAME}: every rank's arguments must be valid, got invalid ones on rank {refusing - 1}\nit says which"
+            f"{NAME}: every rank must have as many tokens in the zigzag layout, got "
+            f"{', '.join(f'{length} on rank {rank}' for rank, length in enumerate(lengths))}\n"
+            'pad them, or pass layout="contiguous", which takes any lengths'
         )
-    if differing:
-        raise ValueError(
-            f"{NAME}: {' and '.join(differing)} must be the same on every rank, got different ones\n"
-            + "\n".join(f"  {name} on rank {ranks.rank}: {facts[name]}" for name in differing)
-        )
+    return lengths
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks) -> None:

@@ -164,7 +164,7 @@ def loss(x: Tensor, target: Tensor, e: float | Tensor, dim: int, n_iter: int) ->
     soft = target.is_floating_point()
     row_e = clamp_e(e.detach() if isinstance(e, Tensor) else e)
     solved = (scores.detach(), target, p.clone(), m, delta, row_e, dim)
-    losses = terms._soft_losses(*solved, _expm1) if soft else terms._index_losses(*solved)
+    losses = terms.soft_losses(*solved, _expm1) if soft else terms._index_losses(*solved)
     if is_in_onnx_export():
         return losses
     # explicit gradients: p - y for x, and the slope of Omega for e; the term that carries them is 0

@@ -75,6 +75,11 @@ def diffmax_loss(
         return captured(diffmax_loss, X, target, alpha, **given)  # type: ignore[no-any-return]
     if isinstance(X, Tensor) and X.ndim == 0:
         raise ValueError(f"{name}: X must have a dimension of classes, shape (C,), (N, C) or (N, C, ...), got shape ()")
+    if type(X).__name__ == "DTensor":  # compared by name, because the import takes half a second
+        from diffmax.operators.loss.of_shards import loss_of_dtensor
+
+        if found := loss_of_dtensor(X, target, alpha, weight, ignore_index, n_iter):
+            return reduce_losses(*found, reduction, X)
     dim = 0 if isinstance(X, Tensor) and X.ndim == 1 else 1
     dim = check_scores(name, X, dim, n_iter)
     check_target(name, X, target, dim, ignore_index)

@@ -21,6 +21,27 @@ def check_reduction(name: str, reduction: str, allowed: tuple[str, ...] = REDUCT
 
 def check_target(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: int) -> None:
     """Check class indices or probabilities for scores X: dtype, device, shape and, where they can be read, values."""
+    _check_kind(name, X, target, ignore_index)
+    if X.shape[dim] == 0:
+        raise ValueError(f"{name}: X must have at least one class, got shape {_shape(X)} with the classes along dim {dim}")
+    if target.is_floating_point():
+        _check_shape_of_probabilities(name, X, target, ignore_index)
+        _check_probabilities(name, target, dim)
+    else:
+        _check_shape_of_indices(name, X, target, dim)
+        _check_indices(name, X, target, dim, ignore_index)
+
+
+def check_target_of_part(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: int) -> None:
+    """As `check_target`, where X is a part of the classes, and may have none: all but the values."""
+    _check_kind(name, X, target, ignore_index)
+    if target.is_floating_point():
+        _check_shape_of_probabilities(name, X, target, ignore_index)
+    else:
+        _check_shape_of_indices(name, X, target, dim)
+
+
+def _check_kind(name: str, X: Tensor, target: Tensor, ignore_index: int) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"{name}: target must be a torch.Tensor, got {type(target).__name__}")
     check_strided(name, "target", target)
@@ -28,12 +49,6 @@ def check_target(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: i
         raise ValueError(f"{name}: target and X must be on one device, got {target.device} and {X.device}")
     if not is_whole(ignore_index):
         raise TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r} of type {type(ignore_index).__name__}")
-    if X.shape[dim] == 0:
-        raise ValueError(f"{name}: X must have at least one class, got shape {_shape(X)} with the classes along dim {dim}")
-    if target.is_floating_point():
-        _check_probabilities(name, X, target, dim, ignore_index)
-    else:
-        _check_indices(name, X, target, dim, ignore_index)
 
 
 def check_weight(name: str, X: Tensor, weight: Tensor | None, dim: int) -> None:
@@ -55,7 +70,7 @@ def check_weight(name: str, X: Tensor, weight: Tensor | None, dim: int) -> None:
         raise ValueError(f"{name}: weight must not require a gradient, there is none for it\npass weight.detach()")
 
 
-def _check_indices(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: int) -> None:
+def _check_shape_of_indices(name: str, X: Tensor, target: Tensor, dim: int) -> None:
     rows = (*X.shape[:dim], *X.shape[dim + 1 :])
     if target.dtype != torch.int64:
         raise TypeError(
@@ -67,6 +82,9 @@ def _check_indices(name: str, X: Tensor, target: Tensor, dim: int, ignore_index:
             f"{name}: a target of class indices must have shape {rows}, got {_shape(target)}\n"
             f"  X {_shape(X)}   classes along dim {dim}"
         )
+
+
+def _check_indices(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: int) -> None:
     if _readable(target) and not bool((fine := ((target >= 0) & (target < X.shape[dim])) | (target == ignore_index)).all()):
         raise ValueError(
             f"{name}: class indices must lie in [0, {X.shape[dim] - 1}] or equal ignore_index = {ignore_index}, got "
@@ -74,7 +92,7 @@ def _check_indices(name: str, X: Tensor, target: Tensor, dim: int, ignore_index:
         )
 
 
-def _check_probabilities(name: str, X: Tensor, target: Tensor, dim: int, ignore_index: int) -> None:
+def _check_shape_of_probabilities(name: str, X: Tensor, target: Tensor, ignore_index: int) -> None:
     if target.shape != X.shape:
         raise ValueError(
             f"{name}: a target of probabilities must have X's shape {_shape(X)}, got {_shape(target)}\n"
@@ -84,6 +102,9 @@ def _check_probabilities(name: str, X: Tensor, target: Tensor, dim: int, ignore_
         raise ValueError(f"{name}: target must not require a gradient, there is none for it\npass target.detach()")
     if ignore_index >= 0:
         raise ValueError(f"{name}: ignore_index is for class indices, got {ignore_index} with a target of probabilities")
+
+
+def _check_probabilities(name: str, target: Tensor, dim: int) -> None:
     if _readable(target) and target.numel():
         low, sums = target.min(), target.sum(dim, dtype=torch.float64)
         if not bool((low >= 0) & ((sums - 1).abs() <= _SUM_SLACK).all()):

@@ -32,7 +32,7 @@ def loss(
     rows = row_shape(x, dim)
     losses = x.new_empty(rows, dtype=acc)
     weights = x.new_empty((0,), dtype=acc)
-    of_block = _soft_losses if target.is_floating_point() else _index_losses
+    of_block = soft_losses if target.is_floating_point() else _index_losses
     for block in _blocks(x, dim):
         scores = x[block].to(acc)
         row_e = _take(e_tensor, rows, block)
@@ -107,14 +107,21 @@ def _index_losses(x: Tensor, index: Tensor, p: Tensor, m: Tensor, delta: Tensor,
     place = index.clamp_min(0)
     p_y, x_y = p.gather(dim, place), x.gather(dim, place)
     p.scatter_(dim, place, 0.0)
-    rest = p.sum(dim, keepdim=True)  # 1 - p_y without cancellation
-    far = (m - x_y) + delta / e - (1 - p_y.pow(1 + e)) / (1 + e)
-    losses = torch.where(rest <= _NEAR, _near(rest, e), far) + p.pow(1 + e).sum(dim, keepdim=True) / (1 + e)
+    rest, powers = p.sum(dim, keepdim=True), p.pow(1 + e).sum(dim, keepdim=True)
     p.scatter_(dim, place, p_y)
-    return losses.masked_fill_(silent(index, m == -torch.inf), 0.0)
+    return index_losses(rest, powers, p_y, x_y, m, delta, e).masked_fill_(silent(index, m == -torch.inf), 0.0)
 
 
-def _soft_losses(
+def index_losses(rest: Tensor, powers: Tensor, p_y: Tensor, x_y: Tensor, m: Tensor, delta: Tensor, e: float | Tensor) -> Tensor:
+    """Eq. 18 from numbers per row: the weight and the score of its class, and sums of p and p^(1 + e) over the other classes.
+
+    rest is 1 - p_y without cancellation.
+    """
+    far = (m - x_y) + delta / e - (1 - p_y.pow(1 + e)) / (1 + e)
+    return torch.where(rest <= _NEAR, _near(rest, e), far) + powers / (1 + e)
+
+
+def soft_losses(
     x: Tensor,
     target: Tensor,
     p: Tensor,

@@ -6,12 +6,12 @@ Plain PyTorch on any device, like `diffmax.reference`. What is sent, and why it 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_group_size_by_name
 
 from diffmax.operators.common import messages
 from diffmax.operators.common.autograd import differentiates
@@ -74,18 +74,39 @@ def _bisect(*flat: Any) -> Results:
     if n == 0 or math.prod(rows) == 0:
         return Results(x.new_empty(x.shape), x.new_full(rows, -torch.inf, dtype=acc), x.new_zeros(rows, dtype=acc))
 
-    scores = x.to(acc)
-    given_e = torch.full((), e, dtype=acc, device=x.device) if e_tensor is None else e_tensor
-    invalid_e = ~((given_e >= 0) & (given_e <= 1))
-    row_e = given_e.clamp_min(MIN_E)
-    m = messages.all_reduce(_row_max(scores, dim), "max", group)
-    z = row_e * (scores - torch.where(m == -torch.inf, 0.0, m))
+    given_e = e if e_tensor is None else e_tensor
     steps = newton_steps(given.n_iter, n, e if e_tensor is None else 1.0, acc)
-    p, total, delta = _newton(z, m, row_e, dim, steps, group)
+    p, m, delta, total = solve(x.to(acc), given_e, dim, steps, group)
     if given.ensure_sum_one:
         p = p / torch.where(total > 0, total, 1.0)
-    p = p.masked_fill((m == torch.inf) | invalid_e, torch.nan)
+    p = p.masked_fill(invalid(m, given_e), torch.nan)
     return Results(p.to(x.dtype).contiguous(), m, delta)
+
+
+def solve(scores: Tensor, e: float | Tensor, dim: int, steps: int, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rows of which each rank has some scores: its [z - t]^k, and of the whole row the maximum, delta and the sum."""
+    row_e = _row_e(e, scores)
+    m = messages.all_reduce(_row_max(scores, dim), "max", group)
+    z = row_e * (scores - torch.where(m == -torch.inf, 0.0, m))
+    p, total, delta = _newton(z, m, row_e, dim, steps, group)
+    return p, m, delta, total
+
+
+def weights_at(scores: Tensor, m: Tensor, delta: Tensor, total: Tensor, e: float | Tensor) -> Tensor:
+    """The weights of rows that are solved, without a message."""
+    row_e = _row_e(e, scores)
+    p = _power(row_e * (scores - torch.where(m == -torch.inf, 0.0, m)), delta, row_e)[0]
+    return (p / torch.where(total > 0, total, 1.0)).masked_fill(invalid(m, e), torch.nan)
+
+
+def invalid(m: Tensor, e: float | Tensor) -> Tensor:
+    """Rows whose weights are NaN: they hold NaN or +inf, or their alpha is outside [0, 1]."""
+    return (m == torch.inf) | ~torch.as_tensor((e >= 0) & (e <= 1), device=m.device)
+
+
+def _row_e(e: float | Tensor, scores: Tensor) -> Tensor:
+    given = torch.full((), e, dtype=scores.dtype, device=scores.device) if not isinstance(e, Tensor) else e
+    return given.clamp_min(MIN_E)
 
 
 def _newton(z: Tensor, m: Tensor, e: Tensor, dim: int, steps: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,23 +259,23 @@ def _row_max(scores: Tensor, dim: int) -> Tensor:
 
 
 def _agree(given: Arguments) -> int:
-    """See that all ranks make the same call; return an upper bound of a whole row's length."""
+    """See that all ranks make the same call; return a whole row's length."""
     x, dim, e_tensor = given.x, given.dim, given.e_tensor
-    group: Any = given.group  # for which torch's later versions have a type
     facts = {
         "the shape of X outside dim": [*x.shape[:dim], "dim", *x.shape[dim + 1 :]],
         "the dtype of X": x.dtype,
-        "alpha": 1 - given.e if e_tensor is None else f"a tensor of shape {tuple(e_tensor.shape)}",
+        "alpha": (1 - given.e) if e_tensor is None else alpha_of(e_tensor),
         "n_iter": given.n_iter,
         "ensure_sum_one": given.ensure_sum_one,
     }
-    longest, differing = messages.agree(facts, x.shape[dim], group, x.device)
-    if differing:
-        raise ValueError(
-            f"{NAME}: {' and '.join(differing)} must be the same on every rank, got different ones\n"
-            + "\n".join(f"  {name} on this rank: {facts[name]}" for name in differing)
-        )
-    return longest * _get_group_size_by_name(group)
+    return sum(messages.agree(NAME, facts, x.shape[dim], None, given.group, x.device))
+
+
+def alpha_of(e_tensor: Tensor) -> str:
+    """A tensor alpha as a fact that ranks compare: its shape, its first values, and a code of all of them."""
+    values = (1 - e_tensor.detach()).flatten().tolist()
+    shown = ", ".join(f"{value:.9g}" for value in values[:4]) + ", ..." * (len(values) > 4)
+    return f"[{shown}] of shape {tuple(e_tensor.shape)}, checksum {zlib.crc32(repr(values).encode()):08x}"
 
 
 enter(FORWARD, run=_bisect, autograd=_bisect_autograd, fake=_bisect_fake)
