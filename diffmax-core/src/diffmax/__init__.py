@@ -21,6 +21,7 @@ from diffmax.monitor import diffmax_bisect_monitored
 from diffmax.operators import register_all
 from diffmax.operators.attention.api import attention, attention_varlen
 from diffmax.operators.attention.stats import AttentionStats
+from diffmax.operators.attention.weights import SparseWeights
 from diffmax.operators.decoding.api import KVCacheStats, PageBounds, attention_with_kvcache, page_bounds
 from diffmax.operators.loss.api import DiffmaxLoss, diffmax_loss
 from diffmax.operators.power.api import power_attention
@@ -36,6 +37,7 @@ from diffmax.operators.threshold.members import (
 
 if TYPE_CHECKING:
     from diffmax import nn as nn
+    from diffmax.inspecting import AttentionReport, inspect_attention
     from diffmax.integrations.transformers import suggest_alpha
     from diffmax.nn import DiffmaxBisectModule
 
@@ -49,6 +51,7 @@ if "torch.utils.flop_counter" in sys.modules:  # only if already imported, becau
 # Without nn and __version__: a star import must not replace torch.nn or the caller's own version.
 __all__ = [
     "AlphaMap",
+    "AttentionReport",
     "AttentionStats",
     "BackendError",
     "DiffmaxBisectModule",
@@ -61,6 +64,7 @@ __all__ = [
     "NoBackendError",
     "PageBounds",
     "PowerState",
+    "SparseWeights",
     "TanhMap",
     "attention",
     "attention_varlen",
@@ -70,6 +74,7 @@ __all__ = [
     "diffmax_bisect_monitored",
     "diffmax_loss",
     "explain",
+    "inspect_attention",
     "lazy_attention",
     "lazy_attention_varlen",
     "matched_scale",
@@ -94,6 +99,9 @@ def __getattr__(name: str) -> Any:
     if name == "suggest_alpha":
         globals()[name] = importlib.import_module("diffmax.integrations.transformers").suggest_alpha
         return globals()[name]
+    if name in ("AttentionReport", "inspect_attention"):
+        globals()[name] = getattr(importlib.import_module("diffmax.inspecting"), name)
+        return globals()[name]
     if name not in ("nn", "DiffmaxBisectModule"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     nn = importlib.import_module("diffmax.nn")
@@ -102,7 +110,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "nn", "power", "DiffmaxBisectModule", "suggest_alpha"})
+    return sorted({*globals(), "nn", "power", "DiffmaxBisectModule", "suggest_alpha", "AttentionReport", "inspect_attention"})
 
 
 dispatch.registry.discover()  # last: a plugin may import any of the names above

@@ -94,6 +94,46 @@ def attention_maps(weights: Numbers, tokens: Sequence[str] | None = None, labels
     return figure
 
 
+def heads_by_tokens(values: Numbers, heads: Sequence[str], tokens: Sequence[str], label: str) -> Any:
+    """Draw a number of each head and token as an image, on a logarithmic scale; zeros are blank.
+
+    Args:
+        values: Shape (heads, tokens).
+        heads: A name per row.
+        tokens: A name per column.
+        label: What the numbers are.
+    Returns:
+        A matplotlib Figure.
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The shape, or the number of names, is wrong.
+    Example:
+        >>> figure = heads_by_tokens(torch.eye(2), ["head 0", "head 1"], ["a", "b"], "weight")
+        >>> [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+        ['head 0', 'head 1']
+    """
+    values = _tensor("heads_by_tokens", "values", values)
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"heads_by_tokens: values must have shape (heads, tokens), got {tuple(values.shape)}")
+    names = _labels("heads_by_tokens", heads, len(values), "head")
+    columns = _labels("heads_by_tokens", tokens, values.shape[1], "token")
+    size = min(2 + 0.25 * len(columns), 24), min(1.2 + 0.18 * len(names), 24)
+    figure = _figure()(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    from matplotlib.colors import LogNorm
+
+    shown = torch.where(values > 0, values, torch.nan)
+    top = max(1.0, float(values.nan_to_num().max()))
+    norm = LogNorm(vmin=1e-4 if top == 1 else 0.9, vmax=top, clip=True)  # of weights, or of counts
+    image = axis.imshow(shown.numpy(), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+    if len(names) <= 200:
+        axis.set_yticks(range(len(names)), names, fontsize=6)
+    if len(columns) <= 120:
+        axis.set_xticks(range(len(columns)), [text.strip() or repr(text) for text in columns], rotation=90, fontsize=7)
+    figure.colorbar(image, ax=axis, label=label, shrink=0.8)
+    return figure
+
+
 def alpha_curves(alphas: Numbers, steps: Numbers | None = None, labels: Sequence[str] | None = None) -> Any:
     """Plot alphas over training.
 

@@ -5,7 +5,7 @@ Symbols: docs/glossary.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention import operator as attention_operator
 from diffmax.operators.attention.call import Options, build_call, build_packed_call
 from diffmax.operators.attention.stats import AttentionStats, tile_sparsity
+from diffmax.operators.attention.weights import SparseWeights, check_request, sparse_weights
 from diffmax.operators.common import nested, watch
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_flag
@@ -24,6 +25,8 @@ from diffmax.plugin import AttentionCall
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
+
+Extra: TypeAlias = "AttentionStats | SparseWeights | None"
 
 
 @overload
@@ -44,6 +47,7 @@ def attention(
     softcap: float = 0.0,
     sink: Tensor | None = None,
     return_stats: Literal[False] = False,
+    return_weights: None = None,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -66,8 +70,32 @@ def attention(
     softcap: float = 0.0,
     sink: Tensor | None = None,
     return_stats: Literal[True],
+    return_weights: None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, AttentionStats]: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | CausalBias | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    alpha: float | Tensor = 0.9,
+    window_size: tuple[int, int] | None = None,
+    causal_alignment: str = "upper_left",
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    return_stats: Literal[False] = False,
+    return_weights: Literal["sparse"],
+    backend: str | None = None,
+) -> tuple[Tensor, SparseWeights]: ...
 
 
 def attention(
@@ -87,8 +115,9 @@ def attention(
     softcap: float = 0.0,
     sink: Tensor | None = None,
     return_stats: bool = False,
+    return_weights: Literal["sparse"] | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, AttentionStats]:
+) -> Tensor | tuple[Tensor, AttentionStats] | tuple[Tensor, SparseWeights]:
     """Attention with diffmax weights: `torch.nn.functional.scaled_dot_product_attention` with an alpha.
 
     out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1, Eq. 5)
@@ -124,16 +153,19 @@ def attention(
         sink: (H,): an extra score per head, whose weight is discarded (attention sink); may require a gradient. It is not
             scaled, capped or masked. A null sink is `torch.zeros(H)`.
         return_stats: Whether to return an `AttentionStats` too: thresholds, support sizes, the share of empty tiles.
+        return_weights: "sparse": return the nonzero weights too, as `SparseWeights`, without gradients. They cost the scores
+            once more, and memory for the weights and one block of scores. Not with dropout, return_stats or nested tensors.
         backend: A name from `diffmax.backends()`, which never falls back. None: what `use_backend` or DIFFMAX_BACKEND says,
             else the best one that can run the call.
     Returns:
-        (B, H, L, D_v), contiguous, in query's dtype, or nested as the query; and the stats, if requested. A fully masked
-        query returns zeros and propagates no gradient. A query with a visible score of NaN or +inf returns NaN.
+        (B, H, L, D_v), contiguous, in query's dtype, or nested as the query; and the stats or the weights, if requested. A
+        fully masked query returns zeros and propagates no gradient. A query with a visible score of NaN or +inf returns NaN.
     Raises:
         TypeError: An argument has the wrong type, or the dtypes differ.
         ValueError: Shapes, devices or values do not fit. The values of an alpha that lives on an accelerator, or under
             torch.compile, are not read: heads whose alpha lies outside [0, 1] are NaN.
         NoBackendError: No backend can run the call, or the named one cannot.
+        NotImplementedError: return_weights under torch.func or a tracer, or of tensors that are not plain.
     Numerics: Scores, weights and sums are computed in float32, for float64 in float64, from inputs as they are. Gradients by
         Eq. 5, for a tensor alpha too. Second derivatives, forward mode, and gradients under torch.func are right, and computed
         with all scores in memory (docs/transforms.md). On the CPU the same input gives the same bits.
@@ -147,15 +179,20 @@ def attention(
     """
     options = Options(dropout_p, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink)
     if is_captured(query, key, value, attn_mask, *options):
-        more = {"causal_alignment": causal_alignment, "return_stats": return_stats, "backend": backend}
+        more: dict[str, Any] = {"causal_alignment": causal_alignment, "return_stats": return_stats, "backend": backend}
+        if return_weights is not None:
+            more["return_weights"] = return_weights
         return captured(attention, query, key, value, attn_mask, **options._asdict(), **more)  # type: ignore[no-any-return]
+    wants = return_weights is not None and check_request(
+        "diffmax.attention", return_weights, return_stats, dropout_p, (query, key, value, attn_mask, alpha, sink)
+    )
     q, k, v, call = build_call(query, key, value, attn_mask, options, causal_alignment)
-    out, stats = _attend(q, k, v, call, return_stats, backend)
+    out, extra = _attend(q, k, v, call, return_stats, wants, backend)
     if call.cu_seqlens_q is not None:
-        out, stats = _as_nested(query, out, stats)
+        out, extra = _as_nested(query, out, extra)
     elif not query.ndim == key.ndim == value.ndim == 4:
-        out, stats = _as_given((query, key, value), out, stats)
-    return out if stats is None else (out, stats)
+        out, extra = _as_given((query, key, value), out, extra)
+    return out if extra is None else (out, extra)  # type: ignore[return-value]
 
 
 def attention_varlen(
@@ -178,8 +215,9 @@ def attention_varlen(
     sink: Tensor | None = None,
     block_table: Tensor | None = None,
     return_stats: bool = False,
+    return_weights: Literal["sparse"] | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, AttentionStats]:
+) -> Tensor | tuple[Tensor, AttentionStats] | tuple[Tensor, SparseWeights]:
     """`attention` over packed sequences, independently: flash-attn's `flash_attn_varlen_func` with an alpha.
 
     Args:
@@ -195,9 +233,10 @@ def attention_varlen(
         block_table: int32 (N, pages): key and value are then (num_blocks, page_size, H_kv, D) and (num_blocks, page_size, H_kv,
             D_v), and row n has the pages of sequence n in order, of which cu_seqlens_k says how many tokens count. They are
             copied out of their pages. Entries after the last page of a sequence may be anything.
+        return_weights: As in `attention`: weights of shape (H, T_q, T_k). Not with alibi_slopes (N, H).
         dropout_p, scale, enable_gqa, alpha, softcap, sink, return_stats, backend: As in `attention`.
     Returns:
-        (T_q, H, D_v), contiguous; and the stats, if asked for.
+        (T_q, H, D_v), contiguous; and the stats or the weights, if asked for.
     Raises:
         TypeError, ValueError, NoBackendError: As in `attention`; or cu_seqlens do not ascend from 0 to
             the number of tokens, which is looked at on the CPU alone.
@@ -213,14 +252,19 @@ def attention_varlen(
     packed = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = Options(dropout_p, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink)
     if is_captured(*packed, *options):
-        more = {"block_table": block_table, "return_stats": return_stats, "backend": backend}
+        more: dict[str, Any] = {"block_table": block_table, "return_stats": return_stats, "backend": backend}
+        if return_weights is not None:
+            more["return_weights"] = return_weights
         return captured(attention_varlen, *packed, **options._asdict(), **more)  # type: ignore[no-any-return]
+    wants = return_weights is not None and check_request(
+        "diffmax.attention_varlen", return_weights, return_stats, dropout_p, (query, key, value, alpha, sink), alibi_slopes
+    )
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.ndim == 2:
         return _one_by_one(*packed, alibi_slopes, options, block_table, return_stats, backend)
     query, key, value, call = build_packed_call(*packed, options, block_table)
-    out, stats = _attend(query, key, value, call, return_stats, backend)
-    out, stats = _by_token(out, stats)
-    return out if stats is None else (out, stats)
+    out, extra = _attend(query, key, value, call, return_stats, wants, backend)
+    out, extra = _by_token(out, extra)
+    return out if extra is None else (out, extra)  # type: ignore[return-value]
 
 
 def _one_by_one(
@@ -260,40 +304,46 @@ def _one_by_one(
 
 
 @alone_in_child
-def _by_token(out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
-    """(1, H, T, D) as (T, H, D), and the stats likewise."""
+def _by_token(out: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
+    """(1, H, T, D) as (T, H, D), and what comes with it likewise; weights (1, H, T_q, T_k) as (H, T_q, T_k)."""
     out = out[0].transpose(0, 1).contiguous()
-    return out, stats and AttentionStats(stats.tau[0].T, stats.support_size[0].T, stats.tile_sparsity[0])
+    if isinstance(extra, AttentionStats):
+        return out, AttentionStats(extra.tau[0].T, extra.support_size[0].T, extra.tile_sparsity[0])
+    return out, extra and extra.reshaped(extra.shape[1:])
 
 
-def _as_nested(query: Tensor, out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
+def _as_nested(query: Tensor, out: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
     """(1, H, T, D) as the query is nested, and the stats likewise."""
-    out, stats = _by_token(out, stats)
-    if stats is not None:
-        tau, support = (nested.like(query, t.contiguous()) for t in (stats.tau, stats.support_size))
-        stats = AttentionStats(tau, support, stats.tile_sparsity)
-    return nested.like(query, out), stats
+    out, extra = _by_token(out, extra)
+    if isinstance(extra, AttentionStats):
+        tau, support = (nested.like(query, t.contiguous()) for t in (extra.tau, extra.support_size))
+        extra = AttentionStats(tau, support, extra.tile_sparsity)
+    return nested.like(query, out), extra
 
 
-def _as_given(given: tuple[Tensor, ...], out: Tensor, stats: AttentionStats | None) -> tuple[Tensor, AttentionStats | None]:
-    """(B, H, L, D) with as many dimensions as the given tensors have, and the stats likewise."""
+def _as_given(given: tuple[Tensor, ...], out: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
+    """(B, H, L, D) with as many dimensions as the given tensors have, and what comes with it likewise."""
     batch: torch.Size = torch.broadcast_shapes(*(t.shape[:-3] for t in given))  # type: ignore[no-untyped-call]
     leading = (*batch, out.shape[1]) if any(t.ndim > 2 for t in given) else ()
 
     def shaped(t: Tensor) -> Tensor:
         return t.reshape((*leading, *t.shape[2:]))
 
-    return shaped(out), stats and AttentionStats(*map(shaped, stats))
+    if isinstance(extra, SparseWeights):
+        return shaped(out), extra.reshaped((*leading, *extra.shape[2:]))
+    return shaped(out), extra and AttentionStats(*map(shaped, extra))
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, return_stats: bool, backend: str | None
-) -> tuple[Tensor, AttentionStats | None]:
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, return_stats: bool, wants: bool, backend: str | None
+) -> tuple[Tensor, Extra]:
     check_flag("diffmax.attention", "return_stats", return_stats)
     out, m, delta, _, live, support = attention_operator.attention(query, key, value, return_stats, call, selected(backend))
     if not torch.compiler.is_compiling():
         for watcher in watch.watchers:
             watcher.saw_attention(query, key, value, call)
+    if wants:
+        return out, sparse_weights(query, key, call, delta)
     if not return_stats:
         return out, None
     row_e = clamp_e(call.e.detach().unsqueeze(1) if isinstance(call.e, Tensor) else call.e)

@@ -27,6 +27,7 @@ BOTH_WAYS = frozenset(DESCRIBED) - {"attention_stats"} | {"tensor_alpha", "deter
 def _asks(function: Callable[..., Any], build: Callable[..., Any], *arguments: Any, **options: Any) -> Question:
     given = bound(function, *arguments, **options)
     stats, backend = bool(given.pop("return_stats")), given.pop("backend")
+    given.pop("return_weights")  # made from what every kernel returns
     chosen = Options(*(given.pop(name) for name in Options._fields))
     query, key, value, call = build(**given, options=chosen, draws=False)
     learned = (query, key, value, call.e, call.bias, call.sink)

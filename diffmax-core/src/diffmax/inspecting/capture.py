@@ -1,0 +1,149 @@
+"""`inspect_attention`: one forward pass, in which every attention of a model is recorded as sparse lists."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmax.inspecting.report import AttentionReport, Layer
+from diffmax.machine.dispatch import selected
+from diffmax.monitor.calls import visible_keys
+from diffmax.operators.attention import operator as attention_operator
+from diffmax.operators.attention.weights import SparseWeights, sparse_weights
+from diffmax.operators.common.watch import watchers
+from diffmax.plugin import AttentionCall
+
+
+@torch.no_grad()
+def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None) -> AttentionReport:
+    """Run a model once, and report what each token reads in each of its diffmax attentions.
+
+    Args:
+        model: Any module with diffmax attention: a model of transformers with a registered implementation, one of timm or
+            diffusers after `replace`, or with `diffmax.nn` modules in it. It runs in evaluation mode, and is left as it was.
+        inputs: What the model is called with: a mapping of its arguments by name, a tensor, or a tuple of tensors. With a
+            tokenizer also a text, or a list of texts, which are padded to one length.
+        tokenizer: A tokenizer of transformers. It names the tokens of the `input_ids`; without it they are numbered.
+    Returns:
+        An `AttentionReport`, on the CPU. With a two-dimensional `attention_mask` among the inputs, what is 0 there is padding.
+    Raises:
+        TypeError: The model is no module, or a text comes without a tokenizer.
+        ValueError: The model is compiled, or called no attention of diffmax: it has none, or a single token was decoded.
+    Numerics: The output of the model is not changed. The attention of each layer is computed a second time, and its scores a
+        third time, block by block: memory is that of the forward pass, and of the weights that are not 0. Weights of modules
+        that have all weights in memory themselves are taken from there, with one more key if they have a sink.
+    Source: docs/inspecting.md. Written for diffmax.
+    Example:
+        >>> import torch, diffmax
+        >>> model = torch.nn.Sequential(diffmax.nn.DiffmaxAttention(16, 2, alpha=0.5), torch.nn.Linear(16, 3))
+        >>> report = diffmax.inspect_attention(model, torch.randn(1, 10, 16).mul(4))
+        >>> [layer.name for layer in report.layers], report.layers[0].weights.shape
+        (['0'], (1, 2, 10, 10))
+        >>> keys, weights = report.layers[0].weights.query(0, 1, 9)  # what the last token reads, by head 1
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"inspect_attention: model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
+        raise ValueError("inspect_attention: model must not be compiled, got a compiled one\npass the module that was compiled")
+    arguments, options = _arguments(model, inputs, tokenizer)
+    recorder = _Recorder(model)
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with recorder:
+            model(*arguments, **options)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    if not recorder.layers:
+        raise ValueError(
+            f"inspect_attention: {type(model).__name__} called no attention of diffmax\n"
+            'replace its attention first, such as with attn_implementation="diffmax"; one token alone is decoded, and not seen'
+        )
+    ids, mask = options.get("input_ids"), options.get("attention_mask")
+    names = None
+    if tokenizer is not None and isinstance(ids, Tensor) and ids.ndim == 2:
+        names = tuple(tuple(tokenizer.decode([number]) for number in row) for row in ids.tolist())
+    real = mask.bool().cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return AttentionReport(tuple(recorder.layers), names, real)
+
+
+def _arguments(model: nn.Module, inputs: Any, tokenizer: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What to call the model with."""
+    is_text = isinstance(inputs, str) or (
+        isinstance(inputs, Sequence) and len(inputs) > 0 and all(isinstance(t, str) for t in inputs)
+    )
+    if is_text:
+        if tokenizer is None:
+            raise TypeError("inspect_attention: a text needs a tokenizer, got None\npass tokenizer=, or the model's own inputs")
+        inputs = tokenizer(inputs, return_tensors="pt", padding=not isinstance(inputs, str))
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        inputs = {name: t.to(device) for name, t in inputs.items()}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+class _Recorder:
+    """A watcher of the calls that a model makes in one thread."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[Layer] = []
+        self._model, self._running, self._thread, self._hooks = model, list[str](), threading.get_ident(), list[Any]()
+        self._busy = False
+
+    def __enter__(self) -> _Recorder:
+        for name, module in self._model.named_modules():
+            self._hooks += [
+                module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)),
+                module.register_forward_hook(lambda *_: self._running.pop() and None, always_call=True),
+            ]
+        watchers.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        watchers.remove(self)
+        for hook in self._hooks:
+            hook.remove()
+
+    def saw_rows(self, X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> None:
+        """Record a call of `diffmax_bisect`, whose weights lie in memory."""
+        if self._counts() and X.ndim >= 2:
+            self._add(_of_dense(weights.movedim(dim, -1)), _four(~X.isneginf().movedim(dim, -1)).sum(-1))
+
+    def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+        """Record a call of `attention` or `attention_varlen`."""
+        if not self._counts():
+            return
+        found = attention_operator.attention(query, key, value, False, call, selected(None))
+        self._add(sparse_weights(query, key, call, found.delta), visible_keys(query, key, call))
+
+    def _counts(self) -> bool:
+        return bool(self._running) and threading.get_ident() == self._thread
+
+    def _add(self, weights: SparseWeights, visible: Tensor) -> None:
+        name = self._running[-1].removesuffix("diffmax").rstrip(".") or self._running[-1]  # a holder of alpha in a module
+        again = sum(layer.name.split(" ")[0] == name for layer in self.layers)
+        name = f"{name} ({again + 1})" if again else name
+        self.layers.append(Layer(name, weights.to("cpu"), visible.expand(weights.shape[:-1]).cpu()))
+
+
+def _four(t: Tensor) -> Tensor:
+    """(B, H, L, S): without heads H is 1; dimensions between batch and queries are heads."""
+    if t.ndim == 2:
+        return t[None, None]
+    return t.unsqueeze(1) if t.ndim == 3 else t.flatten(1, -3)
+
+
+def _of_dense(weights: Tensor) -> SparseWeights:
+    weights = _four(weights.detach())
+    place = weights.nonzero()
+    counts = (weights != 0).sum(-1).flatten()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    values = weights[tuple(place.unbind(1))]
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return SparseWeights(offsets, place[:, 3].int(), values, None, tuple(weights.shape))
