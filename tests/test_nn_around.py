@@ -1,14 +1,16 @@
 """What diffmax.nn puts around the operator: each module against the identity that defines it."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from entmax import entmax_bisect
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from diffmax import DiffmaxBisectModule, HillMap, attention, diffmax_bisect
-from diffmax.nn import AffineScale, Elastic, HeadGate, LengthScale, Sink
+from diffmax.nn import AdaptiveLengthScale, AffineScale, ASEntmax, DiffmaxAttention, Elastic, HeadGate, LengthScale, Sink
 
 B, H, L, S, D, E = 2, 4, 5, 7, 8, 12
 NORMALIZERS = {
@@ -146,6 +148,86 @@ def test_a_length_scale_of_softmax_raises_n_to_the_scores():
     close(LengthScale(1).double()(one, 1), one)
 
 
+def adaptive_factor(module, x, seen):
+    """delta + beta (ln(n + 1))^gamma, head by head and query by query."""
+    beta, gamma = (x @ module.project.weight.detach().T).unflatten(-1, (2, -1)).unbind(-2)  # (B, L, H) each
+    factor = torch.empty(*x.shape[:2], beta.shape[-1], dtype=x.dtype)
+    for index in itertools.product(*map(range, factor.shape)):
+        n = float(seen[index[1]])
+        softplus = math.log1p(math.exp(beta[index]))
+        factor[index] = module.delta + softplus * math.log(n + 1) ** (module.reach * math.tanh(gamma[index]))
+    return factor.transpose(1, 2).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("causal", [False, "upper_left", "lower_right"])
+def test_the_scale_of_asentmax_is_a_temperature_for_each_query_of_any_attention(causal):
+    module = filled(AdaptiveLengthScale(E, H, delta=0.5, reach=1.5))
+    query, key, value = (torch.randn(B, H, n, D, dtype=torch.float64) for n in (L, S, S))
+    x, how = torch.randn(B, L, E, dtype=torch.float64), {"is_causal": bool(causal), "causal_alignment": causal or "upper_left"}
+    out = attention(module(query, x, S, **how), key, value, alpha=0.5, **how)
+    seen = seen_by(how, None).sum(-1)
+    scores = query @ key.mT / math.sqrt(D) * adaptive_factor(module, x, seen)
+    close(out, diffmax_bisect(scores.masked_fill(~seen_by(how, None), -torch.inf), 0.5) @ value)
+
+
+def test_asentmax_of_rows_is_its_fused_attention():
+    """Also its gradients: a masked score times the factor made that of the factor NaN."""
+    rows, x = filled(ASEntmax(E, H)), torch.randn(B, S, E, dtype=torch.float64)
+    query, key, value = (torch.randn(B, H, S, D, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    fused = attention(rows.scale(query, x, S, is_causal=True), key, value, is_causal=True, alpha=0.5)
+    hidden = torch.ones(S, S).triu(1).bool()
+    composed = rows((query @ key.mT / math.sqrt(D)).masked_fill(hidden, -torch.inf), x) @ value
+    close(composed, fused)
+    wanted = (query, key, rows.scale.project.weight)
+    upstream = torch.randn_like(fused)
+    for got, expected in zip(*(torch.autograd.grad(out, wanted, upstream) for out in (composed, fused)), strict=True):
+        assert got.abs().max() > 0
+        close(got, expected)
+
+
+def test_asentmax_is_entmax_of_scaled_scores():
+    module, x, scores_ = filled(ASEntmax(E, H)), torch.randn(B, L, E, dtype=torch.float64), scores()
+    expected = entmax_bisect(scores_ * adaptive_factor(module.scale, x, torch.full((L,), S)), 1.5, n_iter=100)
+    close(module(scores_, x), expected)
+    masked = torch.full((1, H, 1, S), -torch.inf, dtype=torch.float64)
+    assert (module(masked, x[:1, :1]) == 0).all()
+
+
+def test_asentmax_keeps_its_constraints():
+    """beta > 0 and gamma in (-reach, reach), whatever the token: the factor lies between those of the two ends."""
+    module, x = filled(AdaptiveLengthScale(E, H, delta=0.25, reach=0.5)), 100 * torch.randn(B, L, E, dtype=torch.float64)
+    n = torch.tensor(1000.0)
+    beta = nn.functional.softplus((x @ module.project.weight[:H].T).mT)
+    factor, ends = module.factor(x, n), [0.25 + beta * math.log(1001) ** power for power in (-0.5, 0.5)]
+    assert (factor >= 0.25).all()
+    assert (factor >= ends[0] * (1 - 1e-12)).all()
+    assert (factor <= ends[1] * (1 + 1e-12)).all()
+    with torch.no_grad():
+        module.project.weight.zero_()
+    close(module.factor(x, n), torch.full((B, H, L), 0.25 + math.log(2), dtype=torch.float64))
+
+
+def test_gradients_of_the_scale_of_asentmax():
+    module, x = filled(AdaptiveLengthScale(E, H)), torch.randn(B, L, E, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(B, H, L, D, dtype=torch.float64, requires_grad=True)
+
+    def run(query, x, weight):
+        return torch.func.functional_call(module, {"project.weight": weight}, (query, x, S))
+
+    assert torch.autograd.gradcheck(run, (query, x, module.project.weight.detach().clone().requires_grad_()))
+
+
+def test_attention_with_the_scale_of_asentmax_is_that_scale_before_attention():
+    module = filled(DiffmaxAttention(E, H, alpha=0.5, length_scale="adaptive"))
+    x = torch.randn(B, L, E, dtype=torch.float64)
+    q, k, v = (p(x).unflatten(-1, (H, -1)).transpose(1, 2) for p in (module.q_proj, module.k_proj, module.v_proj))
+    out = attention(module.length_scale(q, x, L, is_causal=True), k, v, alpha=0.5, is_causal=True)
+    close(module(x, is_causal=True), module.out_proj(out.transpose(1, 2).flatten(2)))
+    padding = torch.zeros(B, L, dtype=torch.bool)
+    padding[:, -2:] = True
+    close(module(x, x, x, key_padding_mask=padding)[0][:, : L - 2], module(x[:, : L - 2]))
+
+
 @pytest.mark.parametrize("made", NORMALIZERS.values(), ids=NORMALIZERS)
 def test_a_head_gate_scales_the_rows_of_the_weights(made):
     normalize, module = made(), filled(HeadGate(E, H))
@@ -270,6 +352,7 @@ def test_half_precision_stays_half(dtype):
         Sink(DiffmaxBisectModule(0.5), H)(x),
         Elastic(DiffmaxBisectModule(0.5), H)(x),
         LengthScale(H)(value, L),
+        AdaptiveLengthScale(E, H).to(dtype)(value, tokens, L),
         HeadGate(E, H).to(dtype)(value, tokens),
         AffineScale(E, H).to(dtype)(value, value, tokens, is_causal=True),
     ]
@@ -282,6 +365,21 @@ def test_half_precision_stays_half(dtype):
         (lambda: Sink(DiffmaxBisectModule(), 3)(torch.randn(B, H, L, S)), "Sink: scores must .* 3 heads, got"),
         (lambda: Elastic(DiffmaxBisectModule(), 3)(torch.randn(B, H, L, S)), "Elastic: scores must .* 3 heads, got"),
         (lambda: LengthScale(3)(torch.randn(B, H, L, D), S), "LengthScale: query must .* 3 heads, got"),
+        (
+            lambda: AdaptiveLengthScale(E, 3)(torch.randn(B, H, L, D), torch.randn(B, L, E), S),
+            "AdaptiveLengthScale: query must .* 3 heads, got",
+        ),
+        (
+            lambda: AdaptiveLengthScale(E, H)(torch.randn(B, H, L, D), torch.randn(B, L, D), S),
+            r"AdaptiveLengthScale: x must have shape \(B, L, 12\), got \(2, 5, 8\)",
+        ),
+        (lambda: AdaptiveLengthScale(E, H, delta=-1.0), "AdaptiveLengthScale: delta must be finite and at least 0, got -1.0"),
+        (lambda: AdaptiveLengthScale(E, H, reach=0.0), "AdaptiveLengthScale: reach must be finite and more than 0, got 0.0"),
+        (lambda: ASEntmax(E, 3)(scores(), torch.randn(B, L, E)), "ASEntmax: scores must .* 3 heads, got"),
+        (
+            lambda: DiffmaxAttention(E, H, length_scale="longer"),
+            "length_scale must be False, True or \"adaptive\", got 'longer'",
+        ),
         (lambda: HeadGate(E, 3)(torch.randn(B, H, L, D), torch.randn(B, L, E)), "HeadGate: out must .* 3 heads, got"),
         (lambda: AffineScale(E, 3)(torch.randn(B, H, L, D), 0, 0), "AffineScale: out must .* 3 heads, got"),
         (

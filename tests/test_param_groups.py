@@ -14,7 +14,9 @@ import diffmax
 from diffmax import DiffmaxBisectModule, DiffmaxLoss, ExpMap, HillMap, TanhMap
 from diffmax.compat.entmax import EntmaxBisect
 from diffmax.nn import (
+    AdaptiveLengthScale,
     AffineScale,
+    ASEntmax,
     DiffmaxAttention,
     Elastic,
     HeadGate,
@@ -85,6 +87,8 @@ def test_every_learned_alpha_has_its_rate_and_no_decay(case):
         (lambda: Elastic(nn.Softmax(-1), 4), {"logit"}),
         (lambda: Sink(nn.Softmax(-1), 4), {"sink"}),
         (lambda: LengthScale(4), {"log_decay"}),
+        (lambda: AdaptiveLengthScale(16, 4), {"project.weight"}),
+        (lambda: ASEntmax(16, 4), {"scale.project.weight"}),
         (lambda: HeadGate(16, 4), {"project.weight", "project.bias"}),
         (lambda: AffineScale(16, 4), {"project.weight", "project.bias"}),
         (lambda: RelativePositionBias(4), {"weight"}),

@@ -24,7 +24,9 @@ from diffmax import (
 )
 from diffmax.compat import adasplash, entmax
 from diffmax.nn import (
+    AdaptiveLengthScale,
     AffineScale,
+    ASEntmax,
     DiffAttention,
     DiffAttentionV2,
     DiffmaxAttention,
@@ -460,6 +462,8 @@ MODULES = {
     "DiffmaxLoss": (DiffmaxLoss(0.5), (torch.randn(3, 5), torch.tensor([1, 2, 3]))),
     "DiffAttention": (DiffAttention(16, 4), (torch.randn(2, 5, 16),)),
     "DiffAttentionV2": (DiffAttentionV2(16, 4, weights="diffmax"), (torch.randn(2, 5, 16),)),
+    "ASEntmax": (ASEntmax(16, 4), (torch.randn(2, 4, 5, 5), torch.randn(2, 5, 16))),
+    "AdaptiveLengthScale": (AdaptiveLengthScale(16, 4), (torch.randn(2, 4, 5, 5), torch.randn(2, 5, 16), 5)),
     "AffineScale": (AffineScale(16, 4).eval(), (*torch.randn(2, 2, 4, 5, 5), torch.randn(2, 5, 16))),
     "Elastic": (Elastic(DiffmaxBisectModule(0.5), 4), (torch.randn(2, 4, 5, 5),)),
     "HeadGate": (HeadGate(16, 4), (torch.randn(2, 4, 5, 5), torch.randn(2, 5, 16))),

@@ -1,5 +1,6 @@
 """Modules: the row operator, multi-head attention, and add-ons of recent papers for any attention."""
 
+from diffmax.nn.adaptive import AdaptiveLengthScale, ASEntmax
 from diffmax.nn.affine import AffineScale
 from diffmax.nn.attention import DiffmaxAttention
 from diffmax.nn.bisect import DiffmaxBisectModule
@@ -16,6 +17,8 @@ from diffmax.nn.schedule import AlphaSchedule
 from diffmax.nn.sink import Sink
 
 __all__ = [
+    "ASEntmax",
+    "AdaptiveLengthScale",
     "AffineScale",
     "AlphaSchedule",
     "DiffAttention",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffmax.maps import AlphaMap
 from diffmax.nn._alpha import HeadAlpha
 from diffmax.nn._multihead import SeparateProjections, merge_masks, with_weights
+from diffmax.nn.adaptive import AdaptiveLengthScale
 from diffmax.nn.gate import HeadGate
 from diffmax.nn.length import LengthScale
 from diffmax.operators.attention.api import attention
@@ -53,7 +54,7 @@ class DiffmaxAttention(HeadAlpha):
         sink: "null": an extra score of 0 whose weight is discarded. "learned": one score per head, in the parameter `sink`
             (H,), which starts at 0. See `Sink`.
         head_gate: Whether to apply a `HeadGate` after the attention; all factors start at 1.
-        length_scale: Whether to apply a `LengthScale` before the attention.
+        length_scale: Whether to apply a `LengthScale` before the attention. "adaptive": an `AdaptiveLengthScale`, ASEntmax's.
         device, dtype: Device and dtype of the parameters.
         backend: As for `diffmax.attention`.
     Raises:
@@ -90,7 +91,7 @@ class DiffmaxAttention(HeadAlpha):
         window_size: tuple[int, int] | None = None,
         sink: Literal["null", "learned"] | None = None,
         head_gate: bool = False,
-        length_scale: bool = False,
+        length_scale: bool | Literal["adaptive"] = False,
         batch_first: bool = True,
         add_bias_kv: bool = False,
         add_zero_attn: bool = False,
@@ -123,7 +124,7 @@ class DiffmaxAttention(HeadAlpha):
         self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sink == "learned" else None
         self.null_sink = sink == "null"
         self.gate = HeadGate(embed_dim, num_heads) if head_gate else None
-        self.length_scale = LengthScale(num_heads) if length_scale else None
+        self.length_scale = _length_scale(length_scale, embed_dim, num_heads)
         for part in (self.gate, self.length_scale):
             if part is not None and (device is not None or dtype is not None):
                 part.to(device=device, dtype=dtype)
@@ -307,7 +308,8 @@ class DiffmaxAttention(HeadAlpha):
         )
         if self.length_scale is not None:
             mask = mask if mask is None or hasattr(mask, "variant") else check_mask(_NAME, q, k, mask)
-            q = self.length_scale(q, k.shape[2], is_causal, causal_alignment, self.window_size, mask)
+            given = (q, query) if isinstance(self.length_scale, AdaptiveLengthScale) else (q,)
+            q = self.length_scale(*given, k.shape[2], is_causal, causal_alignment, self.window_size, mask)
         out, weights = self._attend(q, k, v, mask, is_causal, causal_alignment, needs_weights)
         if self.gate is not None:
             out = self.gate(out, query)
@@ -416,6 +418,14 @@ def _split(found: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = found[f"in_proj_{kind}"].chunk(3)
             result |= {f"{name}.{kind}": part for name, part in zip(_PROJECTIONS, parts, strict=True)}
     return result
+
+
+def _length_scale(asked: bool | str, embed_dim: int, heads: int) -> LengthScale | AdaptiveLengthScale | None:
+    if asked not in (False, True, "adaptive"):
+        raise ValueError(f'{_NAME}: length_scale must be False, True or "adaptive", got {asked!r}')
+    if asked == "adaptive":
+        return AdaptiveLengthScale(embed_dim, heads)
+    return LengthScale(heads) if asked else None
 
 
 def _check_sizes(embed_dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffmax.nn._checkpoint import ALPHAS
+from diffmax.nn.adaptive import AdaptiveLengthScale
 from diffmax.nn.affine import AffineScale
 from diffmax.nn.attention import DiffmaxAttention
 from diffmax.nn.differential import DiffAttention
@@ -23,6 +24,7 @@ from diffmax.nn.sink import Sink
 # Parameters of our modules that decay would pull to a meaningful value: an open gate, a sink at 0, no position bias, the first
 # lambda.
 _NOT_DECAYED: tuple[tuple[type[nn.Module], str], ...] = (
+    (AdaptiveLengthScale, "project."),
     (AffineScale, "project."),
     (DiffAttention, "lambda_"),
     (DiffmaxAttention, "sink"),

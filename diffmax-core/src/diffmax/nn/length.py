@@ -34,6 +34,21 @@ def visible_keys(
     return (counts[1] - counts[0]).squeeze(-1).clamp_min(1).float()
 
 
+def seen_by(
+    query: Tensor,
+    keys: int,
+    is_causal: bool,
+    causal_alignment: str,
+    window_size: tuple[int, int] | None,
+    attn_mask: Tensor | None,
+) -> Tensor:
+    """`visible_keys` of a query (B, H, L, D), also with one of torch's CausalBias as mask."""
+    variant = getattr(attn_mask, "variant", None)  # its values must not be read
+    if variant is not None:
+        is_causal, causal_alignment, attn_mask = True, variant.name.lower(), None
+    return visible_keys(query.shape[2], keys, is_causal, causal_alignment, window_size, attn_mask, query.device)
+
+
 class LengthScale(nn.Module):
     """Queries scaled by 1 + exp(-exp(b)) ln n, where n is the number of visible keys of the query and b is learned per head.
 
@@ -79,9 +94,6 @@ class LengthScale(nn.Module):
             options = (is_causal, causal_alignment, window_size, attn_mask)
             return captured(self, query, keys, *options)  # type: ignore[no-any-return]
         check_heads("LengthScale", query, len(self.log_decay), "query")
-        variant = getattr(attn_mask, "variant", None)  # for torch's CausalBias, whose values must not be read
-        if variant is not None:
-            is_causal, causal_alignment, attn_mask = True, variant.name.lower(), None
-        seen = visible_keys(query.shape[2], keys, is_causal, causal_alignment, window_size, attn_mask, query.device)
+        seen = seen_by(query, keys, is_causal, causal_alignment, window_size, attn_mask)
         factor = 1 + torch.exp(-self.log_decay.exp()).unsqueeze(1) * seen.log()
         return query * factor.unsqueeze(-1).to(query.dtype)
