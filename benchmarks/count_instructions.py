@@ -388,7 +388,8 @@ def _cell(line: Line | None) -> str:
 def goal_lines(lines: Sequence[Line]) -> list[str]:
     """Goals on sm90 (bfloat16, heads of 64), each with what the worse Triton has."""
     out = ["| goal, sm_90, bfloat16, heads of 64 | at most | counted |", "|---|---|---|"]
-    own = [line for line in lines if line.dtype == "bfloat16" and line.size == 64]
+    size = {"rows": 1024}  # else heads of 64
+    own = [line for line in lines if line.dtype == "bfloat16" and line.size == size.get(_family(line.part), 64)]
     for part, most in GOALS.items():
         counts = [line.instructions for line in own if line.part == part and line.alpha == "0.5"]
         out.append(f"| {part}, alpha 0.5 | {most:g} | {_verdict(max(counts), most) if counts else 'none: not skipped'} |")

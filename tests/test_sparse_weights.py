@@ -6,8 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 from entmax import entmax_bisect
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import diffmax
+from benchmarks import bench_weights
 from benchmarks.memory import peak_bytes
 from diffmax import attention, attention_varlen
 from diffmax.nn._multihead import only_weights
@@ -151,6 +153,30 @@ def test_other_numbers_of_dimensions(leading):
     assert weights.shape == (*leading, 6, 9)
     assert weights.sink.shape == (*leading, 6)
     assert torch.allclose(weights.to_dense() @ key, out, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
+def test_a_causal_bias_of_torch(bias):
+    query, key = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 9, 8)
+    out, weights = attention(query, key, key, bias(6, 9), alpha=0.5, return_weights="sparse")
+    assert torch.allclose(weights.to_dense() @ key, out, atol=1e-5)
+    assert (weights.to_dense().triu(4 if bias is causal_lower_right else 1) == 0).all()
+
+
+def test_under_autocast():
+    query, key, value = torch.randn(3, 1, 2, 30, 8).unbind()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, weights = attention(query, key, value, alpha=0.5, return_weights="sparse")
+    _, wanted = attention(*(t.bfloat16() for t in (query, key, value)), alpha=0.5, return_weights="sparse")
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(weights.to_dense(), wanted.to_dense())
+
+
+def test_the_benchmark_checks_and_measures():
+    rows = bench_weights.run_case(bench_weights.cells(quick=True)[1], 1)
+    assert [(row["weights"], row["correct"]) for row in rows] == [("without", True), ("with", True)]
+    assert rows[1]["lists_bytes"] < rows[1]["map_bytes"]
+    assert "| 256 | 1.0 | 0.5 |" in bench_weights.table(rows)
 
 
 def test_views_of_the_lists():

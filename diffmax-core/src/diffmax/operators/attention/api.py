@@ -184,7 +184,7 @@ def attention(
             more["return_weights"] = return_weights
         return captured(attention, query, key, value, attn_mask, **options._asdict(), **more)  # type: ignore[no-any-return]
     wants = return_weights is not None and check_request(
-        "diffmax.attention", return_weights, return_stats, dropout_p, (query, key, value, attn_mask, alpha, sink)
+        "diffmax.attention", return_weights, return_stats, dropout_p, (query, key, value, alpha, sink)
     )
     q, k, v, call = build_call(query, key, value, attn_mask, options, causal_alignment)
     out, extra = _attend(q, k, v, call, return_stats, wants, backend)

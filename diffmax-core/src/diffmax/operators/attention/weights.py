@@ -162,9 +162,6 @@ def check_request(
     return True
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # what follows has as many numbers as there are weights
-@alone_in_child
-@torch.no_grad()
 def sparse_weights(query: Tensor, key: Tensor, call: AttentionCall, delta: Tensor) -> SparseWeights:
     """The weights of a call, from delta as any forward kernel returns it. Dropout is not applied.
 
@@ -174,6 +171,16 @@ def sparse_weights(query: Tensor, key: Tensor, call: AttentionCall, delta: Tenso
     Returns:
         Weights of shape (B, H, L, S), and (1, H, T_q, T_k) for packed sequences.
     """
+    # the graph breaks: what follows has as many numbers as there are weights
+    run = torch.compiler.disable(_lists) if torch.compiler.is_compiling() else _lists
+    weights: SparseWeights = run(query, key, call, delta)
+    return weights
+
+
+@alone_in_child
+@torch.no_grad()
+def _lists(query: Tensor, key: Tensor, call: AttentionCall, delta: Tensor) -> SparseWeights:
+    """`sparse_weights`."""
     acting, found = rules.acting(call, sink=False), []
     with torch._C._DisableAutocast():
         for block in _blocks(query, key, call):
