@@ -96,7 +96,7 @@ def test_the_table_has_a_row_per_backend_and_is_narrow(capsys, with_vendors):
     table = output.partition("\nbackends\n")[2].partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in table if line[2] != " "] == ["backend", *names]  # what is indented is a reason
     assert max(map(len, output.splitlines())) < 100
-    assert table[1].split() == ["numba", "cpu", "active", "bisect,", "attention,", "attention_kvcache,", "power_attention"]
+    assert table[1].split() == ["numba", "cpu", "active", "bisect,", "attention,", "attention_kvcache,", "power_attention,"]
 
 
 def test_verbose_lists_every_kernel(capsys):

@@ -10,6 +10,10 @@ from diffmax.testing.threshold_conformance import ThresholdConformance
 pytestmark = pytest.mark.sampled(17)
 
 
+class TestNumba(ThresholdConformance):
+    backend = "numba"
+
+
 class TestCpu(ThresholdConformance):
     backend = "cpu"
 

@@ -28,17 +28,15 @@ _CPU = {
     "attention_kvcache": _ALPHA | _SCORES | {"kv_cache", "paged", "leftpad", "attention_stats"},
     "power_attention": _POWER,
     "power_attention_backward": _POWER,
-}
-_PLAIN = {
     "threshold_attention": _THRESHOLD,
     "threshold_attention_backward": _THRESHOLD | {"alpha_gradient"},
-}  # not compiled yet
+}
 
 
 def cpu_kernels(package: str, *, compiled: bool = False) -> dict[str, Kernel]:
     """The kernels of `diffmax.kernels.cpu` or `.numba`, whose modules have the names of the operator folders."""
     found = {}
-    for operator, features in (_CPU if compiled else {**_CPU, **_PLAIN}).items():
+    for operator, features in _CPU.items():
         module = f"{package}.{spec_of(operator).name}"
         warmup = f"{module}:warmup" if compiled and not operator.endswith("_backward") else None
         found[operator] = Kernel(f"{module}:{operator}", FLOAT_DTYPES, frozenset(features), warmup=warmup)

@@ -52,11 +52,7 @@ def attention_backward(
     """Backward kernel; arguments and results as `diffmax.reference.attention.attention_backward`."""
     acc = saved.m.dtype
     job = Job(query, key, value, call)
-    threads = job.threads()
-    # a task is a head of keys; where those are too few, tiles of queries are split between shares of its gradients
-    units, tiles = len(job.table) * key.shape[1], -(-query.shape[2] // TILE)
-    splits = 1 if threads == 1 or units >= 2 * threads else min(max(1, tiles), -(-2 * threads // max(1, units)))
-    splits = min(splits, max(2, SHARE_BYTES // max(1, (key.numel() + value.numel()) * acc.itemsize)))
+    splits = splits_of(job, query, key, value)
     make = torch.empty if call.cu_seqlens_q is None else torch.zeros
     grad_query = make(query.shape, dtype=query.dtype)
     shares = key.shape[:3] if splits == 1 else (splits, *key.shape[:3])
@@ -67,7 +63,7 @@ def attention_backward(
     if wanted.bias and call.bias is not None:
         broadcasts = any(size > 1 and own == 1 for size, own in zip(query.shape[:3], call.bias.shape[:3], strict=True))
         if broadcasts:  # each chunk of tasks has a share, so that the sums have one order
-            chunks = min(threads, max(1, units * splits))
+            chunks = min(job.threads(), max(1, len(job.table) * key.shape[1] * splits))
         grad_bias = torch.zeros(chunks if broadcasts else 1, *call.bias.shape, dtype=acc)
         job.add_bias_gradient(grad_bias)
     job.add(Word.grad, grad)
@@ -85,6 +81,18 @@ def attention_backward(
     if grad_bias.ndim == 5:
         grad_bias = grad_bias.sum(0) if len(grad_bias) > 1 else grad_bias[0]
     return AttentionGradients(grad_query, grad_key, grad_value, grad_e, grad_bias, grad_sink)
+
+
+def splits_of(job: Job, query: Tensor, key: Tensor, value: Tensor) -> int:
+    """In how many the tiles of a head's queries are split, of which each has shares of the gradients for keys and values.
+
+    A task of the backward is a head of keys; it is split where those are too few for the threads.
+    """
+    threads, units, tiles = job.threads(), len(job.table) * key.shape[1], -(-query.shape[2] // TILE)
+    if threads == 1 or units >= 2 * threads:
+        return 1
+    splits = min(max(1, tiles), -(-2 * threads // max(1, units)))
+    return min(splits, max(2, SHARE_BYTES // max(1, (key.numel() + value.numel()) * job.acc.itemsize)))
 
 
 def warmup(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ COMPUTING: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: n
 
 class Job:
     """The words of a call. Tensors of which it holds the addresses live as long as it does."""
+
+    makers: ClassVar[dict[str, Callable[[Any], Any]]] = {"forward": make_forward, "backward": make_backward}
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, sequences: Sequences | None = None
@@ -185,7 +188,7 @@ class Job:
             self.table[:, Sequence.first_task] = np.cumsum(tasks_of) - tasks_of
         if total == 0:
             return
-        kernel, address = _kernel(name, self.acc)
+        kernel, address = _kernel(self.makers[name], self.acc)
         chunk, slot_bytes = -(-total // chunks), int(words[Word.slot_bytes])
         threads = min(self.threads(), -(-total // chunk), max(1, self.most_bytes // slot_bytes))
         memory = torch.empty(threads * slot_bytes + BYTES, dtype=torch.uint8)
@@ -196,7 +199,7 @@ class Job:
             run_on_threads(kernel, address, words.ctypes.data, threads)
             done = int(words[Word.done])
         if done != total:
-            raise RuntimeError(f"diffmax: attention's {name} kernel did {done} of {total} tasks")
+            raise RuntimeError(f"diffmax: the {name} kernel did {done} of {total} tasks")
 
 
 class _Sizes(NamedTuple):
@@ -340,8 +343,7 @@ def _starts(what: str, starts: Tensor, tokens: int, longest: int) -> Table:
 
 
 @functools.cache
-def _kernel(name: str, dtype: torch.dtype) -> tuple[Kernel, int]:
-    make: Any = {"forward": make_forward, "backward": make_backward}[name]
+def _kernel(make: Callable[[Any], Any], dtype: torch.dtype) -> tuple[Kernel, int]:
     compiled = compile_cached(cfunc, KERNEL, error_model="numpy", function=make(COMPUTING[dtype]))
     address = cast("int", compiled.address)
     return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address), address

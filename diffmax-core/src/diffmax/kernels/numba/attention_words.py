@@ -4,6 +4,7 @@ A job is words of 8 bytes, named by `Word`; strides and sizes are in elements, w
 scratch memory of its own, of which the job says where each part begins.
 """
 
+import math
 from collections import namedtuple
 from typing import NamedTuple
 
@@ -30,7 +31,9 @@ _Words = namedtuple(
     length tiles tile_words out m delta u live support
     grad_query grad_key grad_value grad_e grad_sink key_length splits split_step
     grad_bias grad_bias_batch grad_bias_head grad_bias_row grad_bias_key bias_share direct
-    scale e_value softcap passed
+    theta theta_batch theta_head theta_row weighing power_kind distances width mass
+    grad_mass grad_theta grad_distances distances_share
+    scale e_value softcap passed power
     panels value_panels key_rows value_rows pack_rows query_rows grad_rows scores slopes gradients capped
     sums key_sums value_sums z weights reciprocals row_slopes some_weights some_slopes
     list_z list_weights list_slopes lanes norms means row_sums
@@ -39,7 +42,8 @@ _Words = namedtuple(
 )
 N_WORDS = len(_Words._fields)
 Word = _Words(*range(N_WORDS))
-"""Places of a job's words. scale, e_value, softcap and passed are numbers; from panels on, the parts of the scratch memory."""
+"""Places of a job's words: those of the call, from theta on those of threshold attention, from scale on numbers, and from
+panels on the parts of the scratch memory."""
 
 _Columns = namedtuple("_Columns", "length keys query_at key_at tile_at batch key_batch number first_task")
 N_COLUMNS = len(_Columns._fields)
@@ -155,12 +159,19 @@ def apply_rules(words, numbers, x, slope, more, here, base, padded, row, computi
     if words[Word.alibi] != 0:
         at = here.number * words[Word.alibi_batch] + here.head
         rules.subtract_distance(x, padded, base - position, array_at(words[Word.alibi], at + 1, computing)[at])
+    hide(words, x, here, base, padded, row, -math.inf)
+
+
+@jitable
+def hide(words, x, here, base, padded, row, by):
+    """Write `by` over what stands for the keys that a query does not see; arguments as of `apply_rules`."""
+    position, query = row + here.shift, here.query_at + row
     low, high = seen(words, position, position, here.keys)
-    rules.hide_outside(x, padded, low - base, high - base)
+    rules.hide_outside(x, padded, low - base, high - base, by)
     if words[Word.mask] != 0:
-        step = words[Word.mask_key]
+        step, stop = words[Word.mask_key], min(here.keys - base, padded)
         address = place(words, Word.mask, here.batch, here.head, query, 1) + base * step
-        rules.hide_masked(x, array_at(address, stop * step + 1, np.uint8), step, stop)
+        rules.hide_masked(x, array_at(address, stop * step + 1, np.uint8), step, stop, by)
 
 
 @jitable

@@ -71,34 +71,34 @@ def subtract_distance(row, padded, first, slope):
 
 
 @jitable
-def hide_outside(row, padded, start, stop):
-    """-inf before column start and from stop on."""
+def hide_outside(row, padded, start, stop, by):
+    """`by` before column start and from stop on."""
     width = places(row)
     start, stop = min(max(start, 0), padded), min(max(stop, 0), padded)
     for i in range(0, start // width * width, width):
-        store(row, i, splat(row, -math.inf))
+        store(row, i, splat(row, by))
     for i in range(start // width * width, start):
-        row[i] = -math.inf
+        row[i] = by
     whole = min(padded, (stop + width - 1) // width * width)
     for i in range(stop, whole):
-        row[i] = -math.inf
+        row[i] = by
     for i in range(whole, padded, width):
-        store(row, i, splat(row, -math.inf))
+        store(row, i, splat(row, by))
 
 
 @jitable
-def hide_masked(row, mask, step, stop):
-    """-inf where mask[j * step] is 0, for the columns before `stop`."""
+def hide_masked(row, mask, step, stop, by):
+    """`by` where mask[j * step] is 0, for the columns before `stop`."""
     width = places(row)
     if step == 0:
         if mask[0] == 0:
             for j in range(stop):
-                row[j] = -math.inf
+                row[j] = by
         return
     whole = stop // width * width
     for j in range(0, whole, width):
         v = load(row, j)
-        store(row, j, select(nonzero(mask, j, v), v, -math.inf))
+        store(row, j, select(nonzero(mask, j, v), v, by))
     for j in range(whole, stop):
         if mask[j] == 0:
-            row[j] = -math.inf
+            row[j] = by
