@@ -14,6 +14,7 @@ from diffmax import (
     attention_with_kvcache,
     diffmax_bisect,
     diffmax_loss,
+    lazy_attention,
 )
 from diffmax.compat import adasplash, entmax
 from diffmax.nn import DiffmaxAttention
@@ -100,6 +101,7 @@ CALLS = {
     "attention, module": (lambda x: MODULE(x, is_causal=True), lambda n: (learned(2, n, 8),)),
     "varlen": (lambda *given: attention_varlen(*given, is_causal=True), packed),
     "varlen, stats": (lambda *given: attention_varlen(*given, return_stats=True), packed),
+    "lazy": (lazy_attention, lambda n: (*heads(n), learned(2, 40), learned(2))),
     "loss": (lambda x, y: diffmax_loss(x, y, 0.5), classes),
     "loss of probabilities": (lambda x, y: diffmax_loss(x, y, 0.5), lambda n: (learned(3, n), torch.rand(3, n).softmax(1))),
     "decode": (decode, cached),
@@ -198,7 +200,7 @@ def test_wrong_numbers_are_refused_in_eager_calls(name):
         NUMBERS[name](*heads(3), math.inf)
 
 
-@pytest.mark.parametrize("name", ["decode", "decode, append", "attention", "varlen"])
+@pytest.mark.parametrize("name", ["decode", "decode, append", "attention", "varlen", "lazy"])
 def test_the_default_backend(name):
     """Inductor failed on decoding: asking for a tangent left an alias in its graph."""
     function, arguments = CALLS[name]

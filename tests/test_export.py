@@ -15,6 +15,7 @@ from diffmax import (
     attention_with_kvcache,
     diffmax_bisect,
     diffmax_loss,
+    lazy_attention,
 )
 from diffmax.nn import DiffmaxAttention
 
@@ -59,6 +60,7 @@ MODELS = {
     "attention": lambda x: attention(heads(x), heads(x), heads(x), is_causal=True),
     "attention, module": MODULE,
     "varlen": packed,
+    "lazy": lambda x: lazy_attention(heads(x), heads(x), heads(x), torch.zeros(2, 4), -0.5),
     "loss": lambda x: diffmax_loss(x.transpose(1, 2), x.detach().argmax(2), 0.5),
 }
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from diffmax import attention, attention_varlen, attention_with_kvcache, diffmax_bisect, diffmax_loss
+from diffmax import (
+    attention,
+    attention_varlen,
+    attention_with_kvcache,
+    diffmax_bisect,
+    diffmax_loss,
+    lazy_attention,
+    threshold_attention,
+)
 
 ROOT = Path(__file__).parents[1]
 newer_torch = pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="needs torch 2.5: vmap rules of operators")
@@ -242,6 +250,47 @@ TABLE = [
     ),
 ]
 
+# The same of threshold attention and lazy attention.
+THRESHOLD = [
+    ("`backward`, `torch.autograd.grad`", "fused", "test_threshold::test_gradients_are_right_to_second_order", "2.4.1"),
+    (
+        "`create_graph=True`, second derivatives",
+        "composed",
+        "test_threshold::test_gradients_are_right_to_second_order",
+        "2.4.1",
+    ),
+    ("`torch.func.grad`, `vjp`, `jacrev`", "composed", f"{_HERE}::test_jacobians_of_threshold_attention", "2.4.1"),
+    ("`jvp`, forward mode", "composed", "test_threshold::test_transforms", "2.4.1"),
+    ("`vmap`", "one by one", "test_threshold::test_transforms", "2.5"),
+    ("`hessian`, `jacfwd`, `vmap(grad)`", "composed", f"{_HERE}::test_jacobians_of_threshold_attention", "2.5"),
+    ("`torch.utils.checkpoint`", "yes", f"{_HERE}::test_checkpointing[lazy]", "2.4.1"),
+    ("autocast", "as torch's own", f"{_HERE}::test_autocast_of_lazy_attention", "2.4.1"),
+    ("FLOP counter", "yes", f"{_HERE}::test_the_flop_counter_counts_threshold_attention_as_attention", "2.5"),
+    ("`torch.compile`, default backend", "yes", f"{_C}::test_the_default_backend[lazy]", "2.5"),
+    (
+        "`torch.compile(fullgraph=True, dynamic=True)`: one graph for all lengths, gradients too",
+        *("yes", f"{_C}::test_one_graph_serves_all_lengths[lazy]", "2.5"),
+    ),
+    (
+        "`torch.export` with a free length, saved and loaded",
+        *("yes", f"{_E}::test_a_free_length_of_a_model_with_parameters[lazy]", "2.5"),
+    ),
+    ("training what was exported", "yes", f"{_E}::test_what_is_exported_can_be_trained[lazy]", "2.5"),
+    ("`torch.jit.trace`, saved and loaded, run at other sizes", "plain", f"{_J}::test_jit_trace[lazy]", "2.4.1"),
+    ("gradients of what was traced so", "plain", f"{_J}::test_jit_trace[threshold, window]", "2.4.1"),
+    ("`torch.onnx.export(dynamo=False)`, run in onnxruntime", "plain", f"{_J}::test_onnx_by_the_older_exporter[lazy]", "2.6"),
+    ("`torch.fx.symbolic_trace`, of modules too", "one step", f"{_J}::test_fx_sees_one_step[lazy]", "2.4.1"),
+    ("`torch.jit.script`", "torch refuses", f"{_HERE}::test_torch_refuses_to_script[threshold]", NOTHING),
+]
+CELLS = [(transform, cell) for transform, cells, _ in TABLE for cell in cells if cell]
+CELLS += [(transform, (text, test)) for transform, text, test, _ in THRESHOLD]
+
+
+def written_of_threshold():
+    """The second table as Markdown."""
+    lines = ["| transform | `threshold_attention`, `lazy_attention` | from torch |", "|---" * 3 + "|"]
+    return "\n".join([*lines, *(f"| {transform} | {text} | {since} |" for transform, text, _, since in THRESHOLD)])
+
 
 def written():
     """The table as Markdown."""
@@ -255,8 +304,10 @@ def written():
 HEADINGS = ("`diffmax_bisect`", "`attention`", "`attention_varlen`", "`attention_with_kvcache`", "`diffmax_loss`")
 
 
-def test_the_table_of_the_docs_is_this_one():
-    assert written() in (ROOT / "docs/transforms.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_docs_are_these():
+    page = (ROOT / "docs/transforms.md").read_text(encoding="utf-8")
+    assert written() in page
+    assert written_of_threshold() in page
 
 
 def loaded(name):
@@ -273,21 +324,19 @@ def cases_of(function):
     return {str(one) for value in values for one in (value if isinstance(value, tuple) else (value,))}
 
 
-@pytest.mark.parametrize("name", sorted({cell[1].split("::")[0] for _, cells, _ in TABLE for cell in cells if cell}))
+@pytest.mark.parametrize("name", sorted({test.split("::")[0] for _, (_, test) in CELLS}))
 def test_every_cell_names_a_test_that_exists(name):
     module = loaded(name)
-    for transform, cells, _ in TABLE:
-        for text, test in (cell for cell in cells if cell):
-            if test.startswith(f"{name}::"):
-                function, _, case = re.fullmatch(r"\w+::(\w+)(\[(.*)\])?", test).groups()
-                assert callable(getattr(module, function, None)), (transform, text, test)
-                assert case is None or case in cases_of(getattr(module, function)), (transform, text, test)
+    for transform, (text, test) in CELLS:
+        if test.startswith(f"{name}::"):
+            function, _, case = re.fullmatch(r"\w+::(\w+)(\[(.*)\])?", test).groups()
+            assert callable(getattr(module, function, None)), (transform, text, test)
+            assert case is None or case in cases_of(getattr(module, function)), (transform, text, test)
 
 
 def test_every_cell_that_refuses_names_a_test_of_a_refusal():
-    for transform, cells, _ in TABLE:
-        for text, test in (cell for cell in cells if cell):
-            assert ("refuse" in text) == ("refuse" in test), (transform, text, test)
+    for transform, (text, test) in CELLS:
+        assert ("refuse" in text) == ("refuse" in test), (transform, text, test)
 
 
 # --- what no other file tests ---------------------------------------------------------------------------------------------
@@ -296,6 +345,11 @@ def test_every_cell_that_refuses_names_a_test_of_a_refusal():
 def packed(x):
     ends = torch.tensor([0, 2, 5], dtype=torch.int32)
     return attention_varlen(x, x, x, ends, ends, 3, 3, is_causal=True, alpha=0.7)
+
+
+def lazy(x):
+    x = x.transpose(0, 1).unsqueeze(0)
+    return lazy_attention(x, x, x, torch.zeros(x.shape[1], 3), -0.5)
 
 
 def decode(q):
@@ -335,9 +389,13 @@ def test_vmap_of_the_loss():
     torch.testing.assert_close(torch.vmap(lambda x: diffmax_loss(x, y, 0.5))(x), expected)
 
 
-@pytest.mark.parametrize("name", ["varlen", "loss"])
+@pytest.mark.parametrize("name", ["varlen", "loss", "lazy"])
 def test_checkpointing(name):
-    function = {"varlen": packed, "loss": lambda x: diffmax_loss(x[:, 0], torch.tensor([0, 1, 2, 3, 0]), 0.5)}[name]
+    function = {
+        "varlen": packed,
+        "loss": lambda x: diffmax_loss(x[:, 0], torch.tensor([0, 1, 2, 3, 0]), 0.5),
+        "lazy": lazy,
+    }[name]
     x = torch.randn(5, 2, 4, requires_grad=True)
     ours, exact = (
         torch.autograd.grad(out.square().sum(), x)[0] for out in (checkpoint(function, x, use_reentrant=False), function(x))
@@ -369,11 +427,49 @@ def test_the_flop_counter_counts_losses():
     assert counter.get_total_flops() == 2 * 400
 
 
+def test_autocast_of_lazy_attention():
+    x = torch.randn(5, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lazy(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, lazy(x.bfloat16()))
+
+
+@newer_torch
+def test_the_flop_counter_counts_threshold_attention_as_attention():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import diffmax.integrations.flop_counter  # noqa: F401
+
+    x = torch.randn(2, 3, 10, 8, requires_grad=True)
+    counts = []
+    for function in (lambda: threshold_attention(x, x, x, 0.1), lambda: attention(x, x, x, is_causal=True)):
+        with FlopCounterMode(display=False) as forward:
+            out = function()
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[0] == counts[1] == (2 * 2 * 3 * 100 * 16, 2 * 2 * 3 * 100 * 40)
+
+
+@newer_torch
+def test_jacobians_of_threshold_attention():
+    q, k, v = torch.randn(3, 1, 1, 3, 2, dtype=torch.float64)
+
+    def score(q):
+        return threshold_attention(q, k, v, 0.05, weights="softmax", power=3.0).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(score)(q), torch.autograd.functional.jacobian(score, q))
+    torch.testing.assert_close(torch.func.jacrev(score)(q), torch.func.jacfwd(score)(q))
+    torch.testing.assert_close(torch.func.hessian(score)(q), torch.autograd.functional.hessian(score, q))
+
+
 FUNCTIONS = dict(zip(COLUMNS, (diffmax_bisect, attention, attention_varlen, attention_with_kvcache, diffmax_loss), strict=True))
+FUNCTIONS["threshold"] = threshold_attention
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_torch_refuses_to_script(name):
     with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments"):
         torch.jit.script(FUNCTIONS[name])
