@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_differential               # 256 to 4k tokens, on one thread; about 8 minutes
     python -m benchmarks.bench_differential --quick
+    python -m benchmarks.bench_differential --document RESULT.json      # the table of docs/differential.md
 
 Four heads of two maps in float32, without the projections, in processor time. "fused" is what `diffmax.nn.DiffAttention` does;
 "two calls" does the first maps in one call and the second maps in another, as timm does; "one map" is the first call alone:
@@ -11,7 +12,9 @@ attention with as many heads and half the maps. Outputs and gradients are checke
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +34,10 @@ BASES = ("two calls", "one map")
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--document"]:
+        print(document(json.loads(Path(arguments[1]).read_text())["rows"]))
+        return
+
     def show(rows: list[Row]) -> str:
         return table(rows) + "\n" + targets_block(targets(rows))
 
@@ -108,6 +115,25 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
 def table(rows: list[Row]) -> str:
     title = f"{HEADS} heads of 2 maps, float32, one thread, alpha = {ALPHA}; times two calls' time"
     return harness.table(title, rows, "two calls", tables=("weights",), lines=("operation", "size", "length"))
+
+
+def document(rows: list[Row]) -> str:
+    """A Markdown table of "fused": times two calls' time, and times one map's, forward / forward with backward."""
+    columns = (("diffmax", "two calls"), ("diffmax", "one map"), ("softmax", "two calls"))
+    heads = [f"{weights} by {base}" for weights, base in columns]
+    lines = [f"| map size, tokens | {' | '.join(heads)}, as timm makes them |", "|---" * 4 + "|"]
+    held = {(r["weights"], r["size"], r["length"], r["operation"]): r for r in rows if r["contestant"] == "fused"}
+    for size, length in sorted({key[1:3] for key in held}):
+        figures = [
+            " / ".join(_ratio(held[weights, size, length, of][f"ratio_{base}"]) for of in ("forward", "both"))
+            for weights, base in columns
+        ]
+        lines.append(f"| {size}, {length:,} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio >= 1.8 else f"{ratio:.2f}"
 
 
 if __name__ == "__main__":
