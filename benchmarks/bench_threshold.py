@@ -144,7 +144,7 @@ def document(rows: list[Row]) -> str:
     """A Markdown table: times sdpa's time, forward / forward with backward."""
     lengths = sorted({row["length"] for row in rows})
     columns = [("compiled", 1, n) for n in lengths] + [("compiled", 2, n) for n in lengths] + [("portable", 1, min(lengths))]
-    heads = [f"{who}, {n:,} tokens, {'one thread' if threads == 1 else 'two threads'}" for who, threads, n in columns]
+    heads = [f"{who}, {n:,} tokens, {threads} thread{'s' * (threads > 1)}" for who, threads, n in columns]
     lines = ["| member | zeros | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(columns)]
     for member in dict.fromkeys(row["member"] for row in rows):
         zeros = next((row["zeros"] for row in rows if row["member"] == member and "zeros" in row), None)
@@ -160,14 +160,7 @@ def _pair(rows: list[Row], member: str, who: str, threads: int, length: int) -> 
         for row in rows
         if (row["member"], row["contestant"], row["threads"], row["length"]) == wanted and row["correct"]
     }
-    return (
-        " / ".join(
-            f"{found[of]:.2g}" if found[of] < 1 else f"{found[of]:.1f}" if found[of] < 10 else f"{found[of]:.0f}"
-            for of in ("forward", "both")
-        )
-        if found
-        else ""
-    )
+    return " / ".join(f"{found[of]:.{1 if found[of] >= 1 else 2}f}" for of in ("forward", "both")) if found else "\u2013"
 
 
 if __name__ == "__main__":
