@@ -234,3 +234,28 @@ def test_length_runs_and_goes_on_where_it_was_stopped(tmp_path):
     other = run("length", "--steps", 3, *options)
     assert other.returncode == 2
     assert "choose another --output" in other.stderr
+
+
+def test_the_page_on_choosing_shows_where_the_encoder_stops():
+    points = json.loads((EXAMPLES / "results" / "minilm_limits.json").read_text())["points"]
+    page = (EXAMPLES.parent / "docs" / "choosing.md").read_text(encoding="utf-8")
+    figures = {name: round(point["top10_sentences"] + 1e-9, 3) for name, point in points.items()}  # 0.0005 goes up
+    layers = [figures[f"layer as softmax/encoder.layer.{i}.attention.self"] for i in range(6)]
+    noise = [figures[f"random noise/cosine {cosine}"] for cosine in (0.9985, 0.9964, 0.99)]
+    single = [
+        [value] for name, value in figures.items() if name.startswith(("scale per head", "matched", "distilled", "calib"))
+    ]
+    shown = [", ".join(f"{value:.3f}" for value in values) for values in (layers, noise, *single)]
+    assert [cell for cell in shown if f"| {cell} |" not in page] == []
+
+
+@pytest.mark.slow
+def test_limits_of_the_encoder_are_measured(tmp_path):
+    done = run("minilm_limits", "--quick", "--steps", 2, "--output", tmp_path / "limits.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "limits.json").read_text())
+    groups = [name.partition("/")[0] for name in result["points"]]
+    assert groups.count("layer as softmax") == 6
+    assert groups.count("head as softmax") == groups.count("distilled") == 2
+    assert {"random noise", "calibrated", "matched scale", "scale per head"} <= set(groups)
+    assert all(0 <= point["top10_sentences"] <= 1 for point in result["points"].values())
