@@ -1,8 +1,9 @@
-"""examples/train_alpha.py and examples/adapt_minilm.py: their parts, and a short run of each."""
+"""Examples that train, but for lm.py: their parts, and a short run of each."""
 
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,126 @@ def test_adapting_runs_and_saves_a_model_that_loads_again(tmp_path):
     assert calibrated["cosine"] > bare["cosine"]
     assert points["refitted"]["cosine"] > 0.98
     assert json.loads((tmp_path / "model" / "config.json").read_text())["diffmax"]
+
+
+@pytest.mark.parametrize("size", [32, 47, 64, 256])
+def test_what_the_tasks_of_length_ask_for_can_be_told_from_what_comes_before(size, monkeypatch):
+    example = load("length", monkeypatch)
+    torch.manual_seed(size)
+    for task, sample in example.TASKS.items():
+        tokens, labels = sample(8, size)
+        assert tokens.shape == labels.shape
+        assert size - 5 < tokens.shape[1] <= size
+        assert tokens.min() >= 0
+        assert tokens.max() < example.VOCABULARY
+        asked = labels != example.IGNORED
+        assert asked.any(1).all()
+        # within a run of asked tokens each is the input of the next, as generation needs it
+        follows = asked[:, :-1] & asked[:, 1:]
+        assert torch.equal(tokens[:, 1:][follows], labels[:, :-1][follows])
+        for row, wanted in zip(tokens.tolist(), labels.tolist(), strict=True):
+            answers = [label for label in wanted if label != example.IGNORED]
+            if task in ("copy", "reverse", "sort"):
+                source = row[: len(answers)]
+                assert answers == {"copy": source, "reverse": source[::-1], "sort": sorted(source)}[task]
+                assert row[len(source)] == example.MARK
+            elif task == "associative recall":
+                for place in range(len(row) - 16, len(row), 2):
+                    assert row.index(row[place]) < len(row) - 16  # the key was seen, with its value after it
+                    assert wanted[place] == row[row.index(row[place]) + 1]
+            else:
+                known = {tuple(row[i + 1 : i + 3]): row[i + 3 : i + 5] for i in range(0, len(row) - 10, 5)}
+                assert len(known) == (len(row) - 10) // 5
+                for place in (len(row) - 10, len(row) - 5):
+                    assert wanted[place + 2 : place + 4] == known[tuple(row[place + 1 : place + 3])]
+
+
+@pytest.mark.parametrize("method", ["alpha 0.5", "learned alpha", "length scale", "ASEntmax"])
+def test_models_of_length_differ_from_softmax_in_their_weights_alone(method, monkeypatch):
+    """With softmax's limit in place of alpha, and factors of 1, every method is the model of softmax."""
+    example = load("length", monkeypatch)
+    torch.manual_seed(0)
+    softmax, model = example.Transformer("softmax"), example.Transformer(method)
+    missing, unexpected = model.load_state_dict(softmax.state_dict(), strict=False)
+    assert not unexpected
+    assert all("scale" in name or "log_beta" in name for name in missing)
+    monkeypatch.setattr(example.Attention, "alpha", lambda self: torch.ones(example.HEADS))
+    if method == "ASEntmax":
+        monkeypatch.setattr(example.AdaptiveLengthScale, "forward", lambda self, query, x, **_: query)
+    if method == "length scale":
+        monkeypatch.setattr(example.LengthScale, "forward", lambda self, query, **_: query)
+    tokens = torch.randint(example.VOCABULARY, (2, 40))
+    torch.testing.assert_close(model.eval()(tokens), softmax.eval()(tokens), rtol=1e-3, atol=1e-4)
+
+
+def test_differences_of_length_are_paired_by_seeds(monkeypatch):
+    """They were of one seed: a generator in a list was read when the loop was over."""
+    example = load("length", monkeypatch)
+    right = {"softmax": (0.5, 0.7, 0.9), "ASEntmax": (0.6, 0.9, 1.2)}
+    runs = {f"copy/{m}/{s}": {"lengths": {"64": {"right": v}}} for m, of in right.items() for s, v in enumerate(of)}
+    text = example.against_softmax(runs, "copy", "ASEntmax", "64")
+    assert text == "+0.200 +- 0.248, noise"  # 4.303 * 0.1 / sqrt(3)
+    del runs["copy/softmax/1"], runs["copy/softmax/2"]
+    assert example.against_softmax(runs, "copy", "ASEntmax", "64") == ""
+
+
+def test_the_page_on_length_shows_what_was_measured():
+    runs = json.loads((EXAMPLES / "results" / "length.json").read_text())["runs"]
+    page = (EXAMPLES.parent / "docs" / "length.md").read_text(encoding="utf-8")
+    names = {"softmax": "softmax", "α = 0.5": "alpha 0.5", "learned α, from 0.5": "learned alpha"}  # noqa: RUF001
+    names |= {"α = 0.5, `LengthScale`": "length scale", "α = 0.5, ASEntmax": "ASEntmax"}  # noqa: RUF001
+    for shown, method in names.items():
+        (row,) = (line.split(" | ") for line in page.splitlines() if line.startswith(f"| {shown} | "))
+        of_seeds = [run["lengths"] for name, run in runs.items() if name.split("/")[1] == method]
+        assert int(row[1]) == len(of_seeds)
+        for length, cell in zip(("64", "256", "1024", "2048", "4096"), row[2:7], strict=True):
+            right = [100 * lengths[length]["right"] for lengths in of_seeds]
+            spread = f" ± {statistics.stdev(right):.1f}" if len(right) > 1 else ""
+            assert cell == f"{statistics.mean(right):.1f}{spread}"
+
+
+@pytest.mark.slow
+def test_length_runs_and_goes_on_where_it_was_stopped(tmp_path):
+    output = tmp_path / "length"
+    options = ("--tasks", "reverse", "--methods", "softmax", "ASEntmax", "--seeds", 0, 1, "--longest", 128, "--output", output)
+    first = run("length", "--steps", 2, *options)
+    assert first.returncode == 0, first.stderr
+    result = json.loads(output.with_suffix(".json").read_text())
+    assert set(result["runs"]) == {f"reverse/{method}/{seed}" for method in ("softmax", "ASEntmax") for seed in (0, 1)}
+    assert "against softmax at 128:" in first.stdout
+    assert output.with_suffix(".svg").stat().st_size > 5_000
+    kept = result["runs"].pop("reverse/ASEntmax/0")
+    result["runs"]["reverse/softmax/0"]["loss"] = 123.0  # is not trained again
+    output.with_suffix(".json").write_text(json.dumps(result))
+    assert run("length", "--steps", 2, *options).returncode == 0
+    again = json.loads(output.with_suffix(".json").read_text())["runs"]
+    assert again["reverse/softmax/0"]["loss"] == 123.0
+    assert again["reverse/ASEntmax/0"]["lengths"] == kept["lengths"]
+    other = run("length", "--steps", 3, *options)
+    assert other.returncode == 2
+    assert "choose another --output" in other.stderr
+
+
+def test_the_page_on_choosing_shows_where_the_encoder_stops():
+    points = json.loads((EXAMPLES / "results" / "minilm_limits.json").read_text())["points"]
+    page = (EXAMPLES.parent / "docs" / "choosing.md").read_text(encoding="utf-8")
+    figures = {name: round(point["top10_sentences"] + 1e-9, 3) for name, point in points.items()}  # 0.0005 goes up
+    layers = [figures[f"layer as softmax/encoder.layer.{i}.attention.self"] for i in range(6)]
+    noise = [figures[f"random noise/cosine {cosine}"] for cosine in (0.9985, 0.9964, 0.99)]
+    single = [
+        [value] for name, value in figures.items() if name.startswith(("scale per head", "matched", "distilled", "calib"))
+    ]
+    shown = [", ".join(f"{value:.3f}" for value in values) for values in (layers, noise, *single)]
+    assert [cell for cell in shown if f"| {cell} |" not in page] == []
+
+
+@pytest.mark.slow
+def test_limits_of_the_encoder_are_measured(tmp_path):
+    done = run("minilm_limits", "--quick", "--steps", 2, "--output", tmp_path / "limits.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "limits.json").read_text())
+    groups = [name.partition("/")[0] for name in result["points"]]
+    assert groups.count("layer as softmax") == 6
+    assert groups.count("head as softmax") == groups.count("distilled") == 2
+    assert {"random noise", "calibrated", "matched scale", "scale per head"} <= set(groups)
+    assert all(0 <= point["top10_sentences"] <= 1 for point in result["points"].values())
