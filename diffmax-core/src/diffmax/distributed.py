@@ -166,7 +166,7 @@ def attention_context_parallel(
     value: Tensor,
     *,
     group: dist.ProcessGroup | DeviceMesh | None = None,
-    method: Literal["ulysses", "all_gather"] = "ulysses",
+    method: Literal["auto", "ulysses", "all_gather", "live_blocks"] = "ulysses",
     layout: Literal["contiguous", "zigzag"] = "contiguous",
     is_causal: bool = False,
     scale: float | None = None,
@@ -188,7 +188,8 @@ def attention_context_parallel(
         group: A process group, or a one-dimensional DeviceMesh. None: the default group.
         method: "ulysses" exchanges heads for tokens: each rank computes H / ranks heads of the whole sequence, so both H and
             H_kv must be multiples of the number of ranks. "all_gather" gathers keys and values, for any number of heads; a
-            window then needs is_causal.
+            window then needs is_causal. "live_blocks" is as "all_gather", but blocks of 32 keys that certainly have no
+            weight for a rank's queries are not sent to it; it takes no window. "auto" is that of the first two that sends less.
         layout: Which tokens a rank has, of n ranks. "contiguous": those after the lower ranks'. "zigzag": of 2 n runs of l / 2
             tokens, run `rank`, then run 2 n - 1 - rank: so every rank has the same work in causal attention by "all_gather".
         is_causal, scale, enable_gqa, window_size, softcap, backend: As for `attention`, of the whole sequence.
@@ -202,10 +203,11 @@ def attention_context_parallel(
             rank, or calls of the ranks that differ in more than tokens: then every rank raises, and says which rank has what.
         NotImplementedError: Forward-mode differentiation or a torch.func transform.
     Communication: One message of 40 + n integers, which checks that the calls agree. Then, forward and backward alike,
-        "ulysses" sends two all-to-alls (Eq. 41), "all_gather" one all-gather, whose backward is one reduce-scatter (Eq. 42).
-        Gradients for alpha and the sink are one all-reduce each.
+        "ulysses" sends two all-to-alls (Eq. 41), "all_gather" one all-gather, whose backward is one reduce-scatter (Eq. 42);
+        "live_blocks" an all-gather of bounds, an all-to-all of requests, and one of what is live, whose backward is another
+        (Eq. 49). Gradients for alpha and the sink are one all-reduce each.
     Memory: "ulysses" holds H / ranks heads of the whole sequence, as much as the shards. "all_gather" holds the keys and values
-        of the whole sequence, until backward.
+        of the whole sequence, until backward; "live_blocks" the live ones of them.
     Numerics: Those of `attention`. "all_gather" sums the gradients for key and value over the ranks in float32, for float64
         in float64. Second derivatives are right, and send messages too.
     Source: docs/distributed.md; "ulysses" is arXiv:2309.14509. Written for diffmax.
