@@ -1,6 +1,7 @@
 """What context parallel attention leaves out: bounds that hold, results that stay, and bytes that are saved."""
 
 import importlib.util
+import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import diffmax
+from benchmarks import simulate_ranks
 from diffmax.distributed import attention_context_parallel
 from diffmax.operators.attention import context_parallel, live_blocks
 from diffmax.operators.common import messages
@@ -194,3 +196,23 @@ def test_auto_takes_what_sends_less():
         context_parallel._cheapest = real
     with pytest.raises(ValueError, match="got 3 query heads and 3 key heads for 2 ranks"):
         attention_context_parallel(*torch.randn(3, 1, 3, 8, 4), method="auto", window_size=(5, 5))
+
+
+def test_the_simulation_of_many_ranks_is_what_is_kept_and_documented():
+    kept = json.loads(simulate_ranks.RESULT.read_text(encoding="utf-8"))
+    assert kept["simulated"] is True
+    assert kept["rows"] == simulate_ranks.simulate(kept["settings"]["tokens"])
+    lines = simulate_ranks.table(kept["rows"])
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| [\d.]+ \| [\d.]+ \| \d+ \| (?:ulysses|all_gather|live_blocks) \| .*\|$", page, re.MULTILINE)
+    assert len(shown) == 14
+    assert not set(shown) - set(lines)
+    least, most = simulate_ranks.shares([0.5, 0.5], 16, 16 * 64)
+    assert least == most == 0.5 * 47 / 64  # one tile of queries a rank
+    for ranks in simulate_ranks.RANKS:  # Eq. 43
+        ratio = simulate_ranks.bytes_sent("all_gather", ranks, 1 << 20) / simulate_ranks.bytes_sent("ulysses", ranks, 1 << 20)
+        assert ratio == pytest.approx(ranks * 8 / 40)
+        overhead = simulate_ranks.bytes_sent("live_blocks", ranks, 1 << 20) / simulate_ranks.bytes_sent(
+            "all_gather", ranks, 1 << 20
+        )
+        assert overhead == pytest.approx(1 + 517 / 32 / 512)  # the bounds and the requests
