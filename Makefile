@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # A thread that waits lets others run: where cores are shared, spinning makes small operators a hundred times slower.
-test test-all nightly demo lm length train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
+test test-all nightly demo lm length many-devices train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them.
 test test-all nightly: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo lm length train-alpha adapt \
+.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo lm length many-devices train-alpha adapt \
 	packages pins example-backend floor changelog release container clean
 
 setup: $(STAMP)
@@ -92,6 +92,10 @@ demo: setup
 # A small transformer from scratch on two real data sets: softmax, a fixed alpha, learned alphas. Goes on where it was stopped.
 train-alpha: setup
 	$(BIN)/python examples/train_alpha.py --output build/train_alpha
+
+# A small transformer on four processes, data, sequence and tensor parallel, and the same on one: under a minute.
+many-devices: setup
+	$(BIN)/python examples/many_devices.py
 
 # A pretrained language model under diffmax: cost against zeros. 100 MB to download, then minutes. Goes on where it was stopped.
 LM := build/lm

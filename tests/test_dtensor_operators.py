@@ -1,6 +1,7 @@
 """DTensors in the operators with heads and in the loss: what is sharded stays so, nothing is sent, and nothing changes."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -369,3 +370,73 @@ def test_every_tensor_of_an_operator_has_its_axes():
             assert len(results) == len(declared.returns)
             for argument, placement in zip(declared.arguments, placements, strict=True):
                 assert (placement is not None) == ("Tensor" in str(argument.type)), f"{schema.name}: {argument.name}"
+
+
+@on_ranks(2)
+def test_heads_of_the_module_are_sharded_and_a_checkpoint_of_them_loads_whole():
+    import copy
+    import tempfile
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from diffmax import HillMap
+    from diffmax.distributed import shard_heads
+    from diffmax.nn import DiffmaxAttention
+
+    mesh, rank = init_device_mesh("cpu", (2,)), torch.distributed.get_rank()
+    x = torch.randn(2, 10, 32, dtype=torch.float64)
+    for options in (
+        {"alpha": 0.7, "alpha_map": HillMap(c=0.5), "sink": "learned"},
+        {"alpha": torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64), "bias": False},
+        {"alpha": torch.nn.Parameter(torch.tensor(0.6, dtype=torch.float64)), "window_size": (3, 0)},
+        {"alpha": 0.7},
+    ):
+        whole = DiffmaxAttention(32, 4, num_kv_heads=2, **options).double()
+        own = copy.deepcopy(whole)
+        if rank:
+            torch.nn.init.zeros_(own.q_proj.weight)  # the first rank's values count
+        assert shard_heads(own, mesh) is own
+        results = []
+        for attend in (own, whole):
+            leaf = x.clone().requires_grad_()
+            with CommDebugMode() as sent:
+                out = attend(leaf, is_causal=True)
+            assert sent.get_total_counts() == (attend is own)
+            out.square().sum().backward()
+            results.append((out.detach(), leaf.grad))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        for (name, mine), theirs in zip(own.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, rtol=1e-12, atol=1e-12)
+            assert mine.to_local().numel() * (2 - (name in ("alpha", "out_proj.bias"))) == theirs.numel()
+        folder = [tempfile.mkdtemp() if rank == 0 else None]
+        torch.distributed.broadcast_object_list(folder)
+        dcp.save(own.state_dict(), checkpoint_id=folder[0])
+        other = DiffmaxAttention(32, 4, num_kv_heads=2, **options).double()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        state = other.state_dict()
+        dcp.load(state, checkpoint_id=folder[0])
+        other.load_state_dict(state)
+        torch.testing.assert_close(other(x, is_causal=True), whole(x, is_causal=True))
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(folder[0])
+
+
+@on_ranks(2)
+def test_what_cannot_be_sharded_by_heads_is_refused():
+    from diffmax.distributed import shard_heads
+    from diffmax.nn import DiffmaxAttention
+
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(ValueError, match="got 4 query heads and 1 key heads for 2 ranks"):
+        shard_heads(DiffmaxAttention(32, 4, num_kv_heads=1), mesh)
+    with pytest.raises(ValueError, match="module must be without head_gate and dropout"):
+        shard_heads(DiffmaxAttention(32, 4, head_gate=True, dropout=0.1), mesh)
+    with pytest.raises(ValueError, match="mesh must have one dimension, got 2"):
+        shard_heads(DiffmaxAttention(32, 4), init_device_mesh("cpu", (2, 1)))
+    with pytest.raises(TypeError, match=r"must be a diffmax\.nn\.DiffmaxAttention, got Linear"):
+        shard_heads(torch.nn.Linear(4, 4), mesh)

@@ -37,7 +37,7 @@ STAY = {
     "diffmax.compat.flash_attn": ("flash_attn_func", "flash_attn_with_kvcache"),
     "diffmax.compat.power_attention": ("attention", "power_full", "update_state"),
     "diffmax.compat.retention": ("power_retention", "power_retention_inference"),
-    "diffmax.distributed": ("attention_context_parallel", "diffmax_bisect_sharded", "diffmax_loss_sharded"),
+    "diffmax.distributed": ("attention_context_parallel", "diffmax_bisect_sharded", "diffmax_loss_sharded", "shard_heads"),
     "diffmax.errors": ("BackendError", "NoBackendError"),
     "diffmax.functional": ("Alpha", "diffmax_bisect", "normalize"),
     "diffmax.integrations.diffusers": ("attention_maps", "register", "replace"),

@@ -22,7 +22,9 @@ from diffmax.operators.rows.api import Alpha
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["attention_context_parallel", "diffmax_bisect_sharded", "diffmax_loss_sharded"]
+    from diffmax.nn import DiffmaxAttention
+
+__all__ = ["attention_context_parallel", "diffmax_bisect_sharded", "diffmax_loss_sharded", "shard_heads"]
 
 
 def diffmax_bisect_sharded(
@@ -166,7 +168,7 @@ def attention_context_parallel(
     value: Tensor,
     *,
     group: dist.ProcessGroup | DeviceMesh | None = None,
-    method: Literal["ulysses", "all_gather"] = "ulysses",
+    method: Literal["auto", "ulysses", "all_gather", "live_blocks"] = "ulysses",
     layout: Literal["contiguous", "zigzag"] = "contiguous",
     is_causal: bool = False,
     scale: float | None = None,
@@ -188,7 +190,8 @@ def attention_context_parallel(
         group: A process group, or a one-dimensional DeviceMesh. None: the default group.
         method: "ulysses" exchanges heads for tokens: each rank computes H / ranks heads of the whole sequence, so both H and
             H_kv must be multiples of the number of ranks. "all_gather" gathers keys and values, for any number of heads; a
-            window then needs is_causal.
+            window then needs is_causal. "live_blocks" is as "all_gather", but blocks of 32 keys that certainly have no
+            weight for a rank's queries are not sent to it; it takes no window. "auto" is that of the first two that sends less.
         layout: Which tokens a rank has, of n ranks. "contiguous": those after the lower ranks'. "zigzag": of 2 n runs of l / 2
             tokens, run `rank`, then run 2 n - 1 - rank: so every rank has the same work in causal attention by "all_gather".
         is_causal, scale, enable_gqa, window_size, softcap, backend: As for `attention`, of the whole sequence.
@@ -202,10 +205,11 @@ def attention_context_parallel(
             rank, or calls of the ranks that differ in more than tokens: then every rank raises, and says which rank has what.
         NotImplementedError: Forward-mode differentiation or a torch.func transform.
     Communication: One message of 40 + n integers, which checks that the calls agree. Then, forward and backward alike,
-        "ulysses" sends two all-to-alls (Eq. 41), "all_gather" one all-gather, whose backward is one reduce-scatter (Eq. 42).
-        Gradients for alpha and the sink are one all-reduce each.
+        "ulysses" sends two all-to-alls (Eq. 41), "all_gather" one all-gather, whose backward is one reduce-scatter (Eq. 42);
+        "live_blocks" an all-gather of bounds, an all-to-all of requests, and one of what is live, whose backward is another
+        (Eq. 49). Gradients for alpha and the sink are one all-reduce each.
     Memory: "ulysses" holds H / ranks heads of the whole sequence, as much as the shards. "all_gather" holds the keys and values
-        of the whole sequence, until backward.
+        of the whole sequence, until backward; "live_blocks" the live ones of them.
     Numerics: Those of `attention`. "all_gather" sums the gradients for key and value over the ranks in float32, for float64
         in float64. Second derivatives are right, and send messages too.
     Source: docs/distributed.md; "ulysses" is arXiv:2309.14509. Written for diffmax.
@@ -227,6 +231,63 @@ def attention_context_parallel(
     )
     query, key, value = autocast(query, key, value)
     return context_parallel.attend(query, key, value, options, ranks)
+
+
+def shard_heads(module: DiffmaxAttention, mesh: DeviceMesh) -> DiffmaxAttention:
+    """Tensor parallelism for `diffmax.nn.DiffmaxAttention`: each rank of a mesh gets some of its heads.
+
+    The plan is in the words of torch's `parallelize_module`: `q_proj`, `k_proj` and `v_proj` are sharded along their outputs,
+    `out_proj` along its inputs, and alpha and the sink along the heads. All become DTensors, in place, from the values of the
+    mesh's first rank. Then the module takes whole tokens, the same on every rank, and gives whole tokens back.
+
+    Args:
+        module: With numbers of heads and of key heads that are multiples of the ranks, without dropout, head gate and length
+            scale.
+        mesh: A one-dimensional DeviceMesh.
+    Returns:
+        The module.
+    Raises:
+        TypeError: The module is not a DiffmaxAttention.
+        ValueError: The mesh has more dimensions, the heads do not fit it, or the module has a part that is not sharded.
+    Communication: One all-reduce of the output, forward, and one of the gradient of the tokens, backward.
+    Source: the plan is that of arXiv:1909.08053. Written for diffmax.
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from diffmax.distributed import shard_heads
+        >>> from diffmax.nn import DiffmaxAttention
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> attend = shard_heads(DiffmaxAttention(16, 4), init_device_mesh("cpu", (1,)))
+        >>> attend(torch.randn(2, 10, 16)).shape
+        torch.Size([2, 10, 16])
+        >>> dist.destroy_process_group()
+    """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    from diffmax.nn import DiffmaxAttention
+
+    name = "shard_heads"
+    if not isinstance(module, DiffmaxAttention):
+        raise TypeError(f"{name}: module must be a diffmax.nn.DiffmaxAttention, got {type(module).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(f"{name}: mesh must have one dimension, got {mesh.ndim}\nselect one: mesh['its name']")
+    heads, kv_heads, ranks = module.num_heads, module.num_kv_heads, mesh.size()
+    if heads % ranks or kv_heads % ranks:
+        raise ValueError(
+            f"{name}: each rank gets the same number of heads, got {heads} query heads and {kv_heads} key heads "
+            f"for {ranks} ranks"
+        )
+    parts = {"head_gate": module.gate, "length_scale": module.length_scale, "dropout": module.dropout}
+    if present := [what for what, part in parts.items() if part]:
+        raise ValueError(f"{name}: module must be without {' and '.join(present)}, got one with\nthese are not sharded")
+    plan = {what: ColwiseParallel(use_local_output=False) for what in ("q_proj", "k_proj", "v_proj")}
+    parallelize_module(module, mesh, {**plan, "out_proj": RowwiseParallel()})
+    for what, own in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        place = Shard(0) if own.shape == (heads,) else Replicate()
+        moved: Tensor = distribute_tensor(own.detach(), mesh, [place])
+        setattr(module, what, torch.nn.Parameter(moved, own.requires_grad) if isinstance(own, torch.nn.Parameter) else moved)
+    return module
 
 
 def _group_of(name: str, group: dist.ProcessGroup | DeviceMesh | None, action: str) -> dist.ProcessGroup:

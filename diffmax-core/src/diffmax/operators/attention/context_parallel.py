@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmax.operators.attention import checks
+from diffmax.operators.attention import checks, live_blocks
 from diffmax.operators.attention.api import attention
 from diffmax.operators.common import messages
 
 NAME = "diffmax.distributed.attention_context_parallel"
-METHODS = ("ulysses", "all_gather")
+METHODS = ("auto", "ulysses", "all_gather", "live_blocks")
 LAYOUTS = ("contiguous", "zigzag")
 
 
@@ -49,8 +49,33 @@ class Options(NamedTuple):
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks) -> Tensor:
     """The rows of this rank's queries."""
     lengths = _agree(query, key, value, options, ranks)
-    run = _by_heads if options.method == "ulysses" else _by_tokens
+    if options.method == "auto":
+        learning = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        options = options._replace(method=_cheapest(query, key, value, options, lengths, learning))
+    run = {"ulysses": _by_heads, "all_gather": _by_tokens, "live_blocks": _by_live_blocks}[options.method]
     return run(query, key, value, options, ranks, lengths)
+
+
+def _cheapest(query: Tensor, key: Tensor, value: Tensor, options: Options, lengths: list[int], learning: bool) -> str:
+    """Of the methods that can do the call, and whose messages do not depend on the values, the one that sends least."""
+    size, heads, kv_heads = len(lengths), query.shape[1], key.shape[1]
+    both_dims, width = key.shape[3] + value.shape[3], query.element_size()
+    summed = max(width, 4)  # bytes of a number in the accumulation dtype
+    exchanged = (heads + kv_heads) * both_dims * width * (1 + learning) * sum(lengths) / size  # Eq. 41
+    gathered = size * kv_heads * both_dims * (width + summed * learning) * max(lengths)  # Eq. 42
+    if not _exchanges(heads, kv_heads, size):
+        return "all_gather"
+    return "ulysses" if exchanged <= gathered or not _gathers(options) else "all_gather"
+
+
+def _exchanges(heads: int, kv_heads: int, size: int) -> bool:
+    return heads % size == 0 and kv_heads % size == 0
+
+
+def _gathers(options: Options) -> bool:
+    """Whether the keys of a run of queries are those up to its last token, or all."""
+    left, right = options.window_size or (-1, -1)
+    return options.is_causal or (left, right) == (-1, -1)
 
 
 def _by_heads(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks, lengths: list[int]) -> Tensor:
@@ -120,6 +145,24 @@ def _by_tokens(query: Tensor, key: Tensor, value: Tensor, options: Options, rank
         for first, last, seen in _runs(options.layout, lengths, ranks.rank)
     ]
     return torch.cat(rows, 2)
+
+
+def _by_live_blocks(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks, lengths: list[int]) -> Tensor:
+    """Each rank gets the keys and values that may have a weight for one of its queries."""
+    alpha, sink = (messages.Hand.apply(t, ranks.group) if isinstance(t, Tensor) else t for t in (options.alpha, options.sink))
+    causal = {"is_causal": True, "causal_alignment": "lower_right"} if options.is_causal else {}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> Tensor:
+        def of_heads(t: Any) -> Any:
+            return t[heads] if isinstance(t, Tensor) and t.ndim == 1 and t.shape[0] == query.shape[1] else t
+
+        return _attention(options._replace(alpha=of_heads(alpha), sink=of_heads(sink)), lambda t: t)(q, k, v, **causal)
+
+    runs = [
+        [live_blocks.Run(first, last, end - (last - first)) for first, last, end in _runs(options.layout, lengths, rank)]
+        for rank in range(ranks.size)
+    ]
+    return live_blocks.attend(query, key, value, options, ranks, runs, run)
 
 
 def _attention(options: Options, own: Callable[[Any], Any]) -> Callable[..., Tensor]:
@@ -207,12 +250,17 @@ def _check(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: R
         raise ValueError(
             f"{NAME}: a rank has two runs of one length in the zigzag layout, got {length} tokens\npad to an even one"
         )
-    if method == "ulysses" and (heads % size or kv_heads % size):
+    if not _exchanges(heads, kv_heads, size) and (method == "ulysses" or (method == "auto" and not _gathers(options))):
         raise ValueError(
             f'{NAME}: method "ulysses" gives each rank the same number of heads, got {heads} query heads and {kv_heads} '
             f'key heads for {size} ranks\npass method="all_gather", which takes any number, or a smaller group'
         )
-    if method == "all_gather" and not options.is_causal and (left, right) != (-1, -1):
+    if method == "live_blocks" and (left != -1 or (right != -1 and not options.is_causal)):
+        raise ValueError(
+            f'{NAME}: method "live_blocks" takes no window, got window_size={options.window_size}\n'
+            'pass method="all_gather" or "ulysses"'
+        )
+    if method == "all_gather" and not _gathers(options):
         raise ValueError(
             f'{NAME}: method "all_gather" takes a window with is_causal=True, got window_size={options.window_size}\n'
             'pass method="ulysses"'
