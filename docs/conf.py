@@ -14,13 +14,19 @@ author = "The diffmax authors"
 project_copyright = author
 version = release = _version("diffmax-core")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "README.md", "examples"]  # README.md is the index on GitHub; examples are projects, not pages
+exclude_patterns = [
+    "_build",
+    "jupyter_execute",
+    "README.md",
+    "examples",
+]  # README.md is the index on GitHub; examples are projects
 smartquotes = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebook is committed with its outputs: make notebook
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
