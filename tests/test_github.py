@@ -149,6 +149,10 @@ def test_a_release_is_built_and_tested_before_it_is_published():
     assert "--from-repository" in built
     assert "make test-all" in [step.get("run") for step in jobs["test"]["steps"]]
     assert not [step for step in jobs["publish"]["steps"] if "secrets." in str(step)]
+    used = [(step.get("uses", "").partition("@")[0], step.get("with", {})) for step in jobs["publish"]["steps"]]
+    (signed,) = [given for action, given in used if action == "actions/attest-build-provenance"]
+    assert signed["subject-path"] == "release/*"  # SHA256SUMS and the bills of materials among it
+    assert [action for action, _ in used].index("actions/attest-build-provenance") < len(used) - 1
 
 
 def test_the_pages_are_opened_in_a_browser_before_they_are_published():
