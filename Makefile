@@ -36,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+	PYTHONPATH=.ci/record $(BIN)/python -m pytest -p ran --ran build/ran/all.json -n 2 --dist worksteal --durations 15
 
 # The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds.
 test-processors: setup
@@ -110,12 +110,12 @@ adapt: setup
 FLOOR_PYTHON ?= python3.10
 FLOOR_BOUNDS ?= torch==2.4.1 numba==0.60.0 pluggy==1.5.0 importlib-metadata==6.0 packaging==22.0
 FLOOR := build/floor
-RAN := build/ran/floor.json # which versions, and what came out: .ci/ran.py
+RAN := build/ran/floor.json # which versions, and what came out: .ci/record/ran.py
 floor:
 	$(FLOOR_PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet $(FLOOR_BOUNDS) 'numpy<2.3' \
 		pytest hypothesis scipy mpmath matplotlib entmax==1.3 --editable diffmax-core
-	PYTHONPATH=.ci $(FLOOR)/bin/python -m pytest -p ran --ran $(RAN) tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
+	PYTHONPATH=.ci/record $(FLOOR)/bin/python -m pytest -p ran --ran $(RAN) tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
 		$(addprefix --ignore=tests/test_,adapting.py benchmarks.py demo.py example_backend.py examples.py notebook.py packaging.py \
 			plot.py transformers.py npu.py vendors.py) --ignore-glob='*/test_triton_*' \
 		--ignore=diffmax-core/src/diffmax/testing/ahead_of_time.py --ignore=diffmax-core/src/diffmax/testing/interpreter.py

@@ -21,6 +21,9 @@ from playwright.sync_api import Browser, sync_playwright
 
 SIZES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
+COVERED = """[...document.querySelectorAll("div.math > .eqno")].filter(number => number.getBoundingClientRect().left <
+    number.parentElement.querySelector("math").getBoundingClientRect().right - 1).length"""
+
 
 class Quiet(SimpleHTTPRequestHandler):
     """Serves files and says nothing."""
@@ -56,6 +59,8 @@ def faults_of(browser: Browser, address: str, names: list[str], size: str, pictu
         width = page.evaluate("document.documentElement.scrollWidth")
         if width > SIZES[size]["width"]:
             said.append(f"{width} pixels wide")
+        if covered := page.evaluate(COVERED):
+            said.append(f"{covered} numbers of equations lie on their formulas")
         if pictures is not None:
             page.screenshot(path=pictures / f"{size}-{name.replace('/', '-')}.png")
         yield from (f"{size} {name}: {what}" for what in said)

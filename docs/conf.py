@@ -36,6 +36,8 @@ napoleon_custom_sections = [("Numerics", "notes_style"), ("Source", "notes_style
 html_theme = "furo"
 html_title = f"diffmax {release}"
 html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["formulas.css"]
 
 
 def _mathml(latex: str, display: str) -> str:

@@ -80,7 +80,7 @@ def test_a_formula_that_cannot_be_shown_is_refused_and_its_number_stands_beside_
 
 
 def test_the_table_of_versions_is_made_of_the_records_of_what_ran():
-    spec = importlib.util.spec_from_file_location("ran", ROOT / ".ci" / "ran.py")
+    spec = importlib.util.spec_from_file_location("ran", ROOT / ".ci" / "record" / "ran.py")
     ran = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ran)
     page = ran.PAGE.read_text(encoding="utf-8")

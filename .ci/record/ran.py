@@ -1,7 +1,7 @@
 """What tests ran with: a pytest plugin that records a session, and the table of versions that is made of such records.
 
-    PYTHONPATH=.ci python -m pytest -p ran --ran docs/compatibility/NAME.json ...
-    python .ci/ran.py          writes the table of docs/versioning.md again
+    PYTHONPATH=.ci/record python -m pytest -p ran --ran docs/compatibility/NAME.json ...
+    python .ci/record/ran.py          writes the table of docs/versioning.md again
 
 `make floor` and the jobs of CI record theirs in build/ran, and keep them as artifacts; what is committed is in the table.
 """
@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "versioning.md"
 RECORDS = ROOT / "docs" / "compatibility"
-BEGIN, END = "<!-- .ci/ran.py writes what follows -->\n", "<!-- .ci/ran.py wrote what precedes -->\n"
+BEGIN, END = "<!-- .ci/record/ran.py writes what follows -->\n", "<!-- .ci/record/ran.py wrote what precedes -->\n"
 PACKAGES = ("torch", "numba", "transformers", "triton")
 OUTCOMES = ("passed", "failed", "skipped")
 
@@ -29,9 +29,9 @@ def pytest_addoption(parser: Any) -> None:
     parser.addoption("--ran", metavar="PATH", help="write versions and outcomes of this session, as JSON")
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
-    """Write the record."""
-    if path := config.getoption("--ran"):
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: Any) -> None:
+    """Write the record, of a session that came to its end."""
+    if (path := config.getoption("--ran")) and exitstatus in (0, 1):
         found = {outcome: len(terminalreporter.stats.get(outcome, [])) for outcome in OUTCOMES}
         found["failed"] += len(terminalreporter.stats.get("error", []))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
