@@ -9,7 +9,7 @@ test test-all nightly demo lm length many-devices train-alpha adapt example-back
 # Two processes of tests: one thread each leaves no core to two of them.
 test test-all nightly: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs demo lm length many-devices train-alpha adapt \
+.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs notebook demo lm length many-devices train-alpha adapt \
 	packages pins example-backend floor changelog release container clean
 
 setup: $(STAMP)
@@ -36,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+	PYTHONPATH=.ci/record $(BIN)/python -m pytest -p ran --ran build/ran/all.json -n 2 --dist worksteal --durations 15
 
 # The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds.
 test-processors: setup
@@ -81,10 +81,16 @@ WRITE :=
 check-triton: setup
 	$(BIN)/python .ci/check_triton.py $(WRITE)
 
-# The pages of docs/ and the API from docstrings, a page a name in docs/api, as HTML in docs/_build; a warning is an error.
+# The pages of docs/ and the API from docstrings, a page a name in docs/api, as HTML in docs/_build; a warning is an error. Then every
+# page is read: links, anchors, assets, the search's index.
 docs: setup
-	rm -rf docs/api
+	rm -rf docs/api docs/jupyter_execute
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build
+	$(BIN)/python .ci/pages.py
+
+# docs/quickstart.ipynb again, with its outputs, which the pages show; tests compare them with what it prints.
+notebook: setup
+	$(BIN)/python .ci/notebook.py
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -119,11 +125,12 @@ adapt: setup
 FLOOR_PYTHON ?= python3.10
 FLOOR_BOUNDS ?= torch==2.4.1 numba==0.60.0 pluggy==1.5.0 importlib-metadata==6.0 packaging==22.0
 FLOOR := build/floor
+RAN := build/ran/floor.json # which versions, and what came out: .ci/record/ran.py
 floor:
 	$(FLOOR_PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet $(FLOOR_BOUNDS) 'numpy<2.3' \
 		pytest hypothesis scipy mpmath matplotlib entmax==1.3 --editable diffmax-core
-	$(FLOOR)/bin/python -m pytest tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
+	PYTHONPATH=.ci/record $(FLOOR)/bin/python -m pytest -p ran --ran $(RAN) tests diffmax-core/src/diffmax/testing diffmax-core/src/diffmax/functional.py \
 		$(addprefix --ignore=tests/test_,adapting.py benchmarks.py demo.py example_backend.py examples.py notebook.py packaging.py \
 			plot.py transformers.py npu.py vendors.py) --ignore-glob='*/test_triton_*' \
 		--ignore=diffmax-core/src/diffmax/testing/ahead_of_time.py --ignore=diffmax-core/src/diffmax/testing/interpreter.py
@@ -146,7 +153,7 @@ example-backend: setup
 	$(BIN)/python .ci/example_backend.py
 
 clean:
-	rm -rf $(VENV) build dist docs/_build docs/api .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/api docs/jupyter_execute .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The changelog's next section from changelog.d: shown, or with VERSION=0.2.0 written into CHANGELOG.md.
 VERSION :=

@@ -1,7 +1,8 @@
-"""The vendor's path from an empty folder to a passing kit, in a fresh environment: the example, and a new backend.
+"""The vendor's path from an empty folder to a passing kit, in a fresh environment: the example, and a new backend of each kind.
 
 Builds wheels and sdists of diffmax-core and of docs/examples/diffmax-example-backend with the pinned hatchling, installs the
-wheels, and runs the kits from a folder in which no file of this repository can be imported.
+wheels, and runs the kits from a folder in which no file of this repository can be imported. Of a new backend it runs what
+`new-backend` prints as next steps, as printed; of the longer kits the tests of float32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "example-backend"
 EXAMPLE = ROOT / "docs" / "examples" / "diffmax-example-backend"
 TEMPLATE = "cli/templates/backend/src/@package@/_plugin.py.in"
+KINDS = {"acme": "", "acme_attention": "--attention", "acme_power": "--power"}
 
 
 def main() -> None:
@@ -42,8 +44,6 @@ def main() -> None:
         pins,
         f"{core}[testing]",
         str(example),
-        "hatchling",
-        "editables",
     )
 
     # a copy without src, so that only what is installed can be imported
@@ -54,9 +54,20 @@ def main() -> None:
     run(python, "-m", "diffmax", "selftest", "--backend", "example", cwd=outside)
     kit(python, outside, "example", "diffmax-example/tests")
 
-    run(python, "-m", "diffmax", "new-backend", "acme", cwd=outside)
-    run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "diffmax-acme", cwd=outside)
-    kit(python, outside, "acme", "diffmax-acme/tests")
+    for name, kind in KINDS.items():
+        printed = run(python, "-m", "diffmax", "new-backend", name, *kind.split(), cwd=outside)
+        follow(printed, python, outside, "-k float32" if kind else "")
+
+
+def follow(printed: str, python: Path, folder: Path, options: str) -> None:
+    """Run the next steps that `new-backend` prints, in a shell with the environment's Python first on its path."""
+    steps = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
+    if len(steps) != 3:
+        sys.exit(f"new-backend printed {len(steps)} steps, not an installation, a selftest and a kit:\n{printed}")
+    for step in steps:
+        path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+        output = run(step, cwd=folder, PATH=path, PYTEST_ADDOPTS=options)
+        print(*output.splitlines()[-1:], flush=True)
 
 
 def build(folder: Path) -> Path:
@@ -81,14 +92,21 @@ def kit(python: Path, folder: Path, backend: str, tests: str) -> None:
     print(f"{backend}: {output.splitlines()[-1]}", flush=True)
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    """Run a command without this shell's PYTHONPATH, show it, and stop with its output if it fails."""
+def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
+    """Run a command, or a single string in a shell, without this one's PYTHONPATH; show it, and stop if it fails."""
     print("+", *command, flush=True)
     environment = {
         name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("DIFFMAX_")
     }
     result = subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command if len(command) > 1 else command[0],
+        shell=len(command) == 1,
+        cwd=cwd,
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if result.returncode:
         sys.exit(f"{result.stdout}\nexit status {result.returncode}")

@@ -14,13 +14,19 @@ author = "The diffmax authors"
 project_copyright = author
 version = release = _version("diffmax-core")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "README.md", "examples"]  # README.md is the index on GitHub; examples are projects, not pages
+exclude_patterns = [
+    "_build",
+    "jupyter_execute",
+    "README.md",
+    "examples",
+]  # README.md is the index on GitHub; examples are projects
 smartquotes = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebook is committed with its outputs: make notebook
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -30,6 +36,8 @@ napoleon_custom_sections = [("Numerics", "notes_style"), ("Source", "notes_style
 html_theme = "furo"
 html_title = f"diffmax {release}"
 html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["formulas.css"]
 
 
 def _mathml(latex: str, display: str) -> str:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -404,20 +405,43 @@ def test_bench_says_that_the_machine_is_busy(capsys, monkeypatch):
 # new-backend
 
 
-@pytest.mark.parametrize("name", ["acme", "Acme_2", "2d"])
-def test_new_backend_writes_a_plugin_without_placeholders(tmp_path, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "kind", "operator"),
+    [
+        ("acme", [], "bisect"),
+        ("Acme_2", [], "bisect"),
+        ("2d", ["--attention"], "attention"),
+        ("acme", ["--power"], "power_attention"),
+    ],
+)
+def test_new_backend_writes_a_plugin_without_placeholders(tmp_path, capsys, name, kind, operator):
     folder = tmp_path / "deep" / "plugin"
-    assert main(["new-backend", name, "--to", str(folder)]) == 0
-    assert f"next: pip install --editable {folder} && pytest {folder}/tests" in capsys.readouterr().out
+    assert main(["new-backend", name, *kind, "--to", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote {folder}",
+        "next:",
+        f'  python -m pip install --editable "{folder}[testing]"',
+        f"  python -m diffmax selftest --backend {name}",
+        f'  python -m pytest "{folder}"',
+    ]
     package = f"diffmax_{name.lower()}"
     files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
     sources = [f"src/{package}/{file}" for file in ("__init__.py", "_plugin.py", "kernels.py")]
     assert sorted(files) == sorted(["README.md", "pyproject.toml", "tests/test_conformance.py", *sources])
     for path, text in files.items():
-        assert "@" not in text.replace("@hookimpl", ""), path
+        assert not re.search(r"@\w+@", text), path
         if path.endswith(".py"):
             compile(text, path, "exec")
     assert f'{name} = "{package}._plugin:plugin"' in files["pyproject.toml"]
+    for function in (operator, f"{operator}_backward"):
+        assert f'"{function}": Kernel("{package}.kernels:{function}"' in files[f"src/{package}/_plugin.py"]
+        assert f"\ndef {function}(" in files[f"src/{package}/kernels.py"]
+
+
+def test_new_backend_makes_one_operator_at_a_time(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["new-backend", "acme", "--attention", "--power", "--to", str(tmp_path / "plugin")])
+    assert "argument --power: not allowed with argument --attention" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -441,3 +465,47 @@ def test_new_backend_does_not_write_into_a_folder_that_exists(tmp_path, capsys, 
     (tmp_path / "diffmax-acme").mkdir()
     assert main(["new-backend", "acme"]) == 1
     assert "new-backend: the folder must not exist yet, got diffmax-acme\nchoose another one" in capsys.readouterr().err
+
+
+# report
+
+
+def _report_file(folder, tests, **run):
+    run = {"backend": "acme", "distribution": "diffmax-acme", "version": "1.2", "device": "acc", "counts": {}} | run
+    path = folder / "acme.json"
+    path.write_text(json.dumps({"environment": {"torch": "2.13.0"}, "note": "a prototype", "runs": [run | {"tests": tests}]}))
+    return path
+
+
+def test_report_counts_outcomes_by_operator_and_names_what_did_not_pass(tmp_path, capsys):
+    tests = [
+        {"operator": "attention", "test": "test_a[plain]", "outcome": "passed"},
+        {"operator": "attention", "test": "test_b[a|b]", "outcome": "failed", "reason": "0.1 too far\nmore"},
+        {"operator": "bisect", "test": "test_c", "outcome": "expected failure", "reason": "not yet"},
+    ]
+    assert main(["report", str(_report_file(tmp_path, tests, **{"left out": 3}))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| `acme` | acc | `attention` | 1 | 1 | 0 | 0 |" in lines
+    assert "| `acme` | acc | `bisect` | 0 | 0 | 1 | 0 |" in lines
+    assert "| `acme` | diffmax-acme 1.2 | torch 2.13.0 | a prototype | 3 |" in lines
+    assert "| `attention` | `test_b[a\\|b]` | failed | 0.1 too far |" in lines
+    assert "| `bisect` | `test_c` | expected failure | not yet |" in lines
+
+
+def test_report_refuses_what_is_no_report(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text('{"runs": [{"backend": "acme"}], "environment": {}}')
+    assert main(["report", str(path), "--to", str(tmp_path / "page.md")]) == 1
+    words = capsys.readouterr().err
+    assert words.startswith(f"report: the file must be what pytest's --diffmax-report wrote, got {path}\n  KeyError: 'tests'")
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_page_of_published_reports_is_made_of_the_committed_reports(tmp_path):
+    docs = Path(__file__).parents[1] / "docs"
+    reports = sorted((docs / "reports").glob("*.json"))
+    runs = {run["backend"]: run for path in reports for run in json.loads(path.read_text())["runs"]}
+    assert runs.keys() >= {"cpu", "numba", "reference", "npu"}
+    assert not [run["backend"] for run in runs.values() if run["counts"].keys() != {"passed"}]
+    assert main(["report", *map(str, reports), "--to", str(tmp_path / "page.md")]) == 0
+    assert (tmp_path / "page.md").read_text() == (docs / "published_reports.md").read_text()

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 
 import diffmax
 
@@ -49,6 +50,14 @@ def test_the_index_of_the_documentation_lists_every_decision():
     assert not [path.name for path in (ROOT / "docs" / "decisions").glob("*.md") if f"(decisions/{path.name})" not in index]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "decisions").glob("*.md")), ids=lambda path: path.stem[:4])
+def test_a_decision_says_when_it_was_made_and_whether_it_holds(path):
+    title, blank, status = path.read_text(encoding="utf-8").splitlines()[:3]
+    assert title.startswith(f"# {path.stem[:4]}: ")
+    assert not blank
+    assert re.fullmatch(r"\*\d{4}-\d{2}-\d{2}, (in force|replaced by \[\d{4}\]\(\S+\))[^*]*\.\*", status)
+
+
 def test_the_api_page_lists_every_public_name():
     page = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
     tables = re.findall(r"^\.\. autosummary::\n(?:   :.*\n)*\n((?:   \S+\n)+)", page, re.MULTILINE)
@@ -68,3 +77,24 @@ def test_a_formula_that_cannot_be_shown_is_refused_and_its_number_stands_beside_
     assert "\\" not in formula
     with pytest.raises(conf.ExtensionError, match=r"does not know \\nosuch"):
         conf._mathml(r"\nosuch x", "inline")
+
+
+def test_the_table_of_versions_is_made_of_the_records_of_what_ran():
+    spec = importlib.util.spec_from_file_location("ran", ROOT / ".ci" / "record" / "ran.py")
+    ran = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ran)
+    page = ran.PAGE.read_text(encoding="utf-8")
+    assert ran.committed()
+    assert ran.filled(page, ran.committed()) == page
+    record = ran.record({"tests": ["tests"], "marks": ""}, {"passed": 2, "failed": 1, "skipped": 0})
+    assert record["packages"]["torch"] == torch.__version__.partition("+")[0]
+    rows = ran.table([record, record]).splitlines()
+    assert len(rows) == 3
+    assert rows[2].endswith("| 4 | 2 | 0 |")
+
+
+@pytest.mark.parametrize("readme", sorted(ROOT.glob("diffmax-*/README.md")), ids=lambda path: path.parent.name)
+def test_the_page_of_a_distribution_on_the_index_has_no_relative_link(readme):
+    links = re.findall(r"\]\(([^)\s]+)\)", readme.read_text(encoding="utf-8"))
+    assert len(links) > 3
+    assert not [link for link in links if not link.startswith("https://")]

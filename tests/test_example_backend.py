@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from diffmax.cli.new_backend import write
+from diffmax.cli.new_backend import STARTS, write
 
 EXAMPLE = Path(__file__).parents[1] / "docs/examples/diffmax-example-backend"
 
@@ -68,29 +68,66 @@ print(json.dumps([kernels_loaded, records, refusal, chosen]))
     assert chosen == "numba"
 
 
-def test_a_new_backend_is_listed_and_passes_the_selftest(run_with_plugin, tmp_path):
+@pytest.mark.parametrize(("operator", "checks"), [("bisect", 28), ("attention", 10), ("power_attention", 6)])
+def test_a_new_backend_is_listed_and_passes_the_selftest(run_with_plugin, tmp_path, operator, checks):
     output = run_with_plugin(
         "import sys; from diffmax.__main__ import main; sys.exit(main(['selftest', '--backend', 'acme']))",
-        write("acme", tmp_path / "plugin"),
+        write("acme", tmp_path / "plugin", operator),
     )
-    assert output.splitlines()[-1].startswith("all passed: 28 checks")
+    assert output.splitlines()[-1].startswith(f"all passed: {checks} checks")
 
 
-def test_the_example_has_the_files_of_a_new_backend(tmp_path):
-    def names(folder):
-        skip = {"__pycache__", ".pytest_cache"}
-        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and not skip & {*p.parts})
+@pytest.mark.parametrize("operator", ["attention", "power_attention"])
+def test_a_new_backend_claims_what_its_template_says_and_no_more(run_with_plugin, tmp_path, operator):
+    output = run_with_plugin(
+        """
+import json
+from diffmax.machine.dispatch import registry
+from diffmax.plugin import OPERATOR_FEATURES
+(backend,) = [backend for backend in registry.backends() if backend.name == "acme"]
+print(json.dumps({name: [sorted(kernel.features), sorted(OPERATOR_FEATURES[name] - kernel.features)]
+    for name, kernel in backend.provided.items()}))
+""",
+        write("acme", tmp_path / "plugin", operator),
+    )
+    claims = json.loads(output)
+    claimed, left = claims[operator]
+    assert tuple(claimed) == STARTS[operator].features
+    assert left
+    assert set(claims[f"{operator}_backward"][0]) == {*claimed} | ({"alpha_gradient"} if operator == "attention" else set())
 
-    fresh = write("example", tmp_path / "fresh")
-    assert names(EXAMPLE) == names(fresh)
-    for same in ("src/diffmax_example/__init__.py", "tests/test_conformance.py"):
-        assert (EXAMPLE / same).read_text() == (fresh / same).read_text()
+
+@pytest.mark.parametrize(
+    ("operator", "kit", "forward", "cases"),
+    [
+        ("attention", "attention", "forward_passes_the_gate", ["causal, lower right", "grouped heads, causal, alpha per head"]),
+        ("power_attention", "power", "results_pass_the_gate", ["chunks that do not divide", "grouped heads", "degree 4"]),
+    ],
+)
+def test_the_kernels_of_a_new_backend_pass_the_gate(run_with_plugin, tmp_path, operator, kit, forward, cases):
+    """A few of the kit's checks; .ci/example_backend.py runs the kit."""
+    output = run_with_plugin(
+        f"""
+import torch
+from diffmax.testing.{kit} import checks
+torch.manual_seed(0)
+for name in {cases!r}:
+    for dtype in (torch.bfloat16, torch.float32):
+        checks.{forward}("acme", "cpu", checks.CASES[name], dtype)
+        checks.gradients_are_right_on_average("acme", "cpu", checks.CASES[name], dtype)
+checks.residuals_are_exchangeable("acme", "cpu", torch.float32)
+print("passed")
+""",
+        write("acme", tmp_path / "plugin", operator),
+    )
+    assert output == "passed\n"
 
 
-def test_a_new_backend_is_typed_and_formatted_as_the_house_asks(tmp_path):
+@pytest.mark.parametrize("operator", STARTS)
+def test_a_new_backend_is_formatted_as_the_house_asks(tmp_path, operator):
     """The template is no Python file, so that nothing else looks at it."""
     pytest.importorskip("ruff", reason="ruff comes with diffmax-core[dev]")
-    folder = write("acme", tmp_path / "plugin")
+    folder = write("acme", tmp_path / "plugin", operator)
     config = str(EXAMPLE.parents[2] / "pyproject.toml")
     for command in (["check"], ["format", "--check"]):
         result = subprocess.run(

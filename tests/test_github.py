@@ -149,6 +149,21 @@ def test_a_release_is_built_and_tested_before_it_is_published():
     assert "--from-repository" in built
     assert "make test-all" in [step.get("run") for step in jobs["test"]["steps"]]
     assert not [step for step in jobs["publish"]["steps"] if "secrets." in str(step)]
+    used = [(step.get("uses", "").partition("@")[0], step.get("with", {})) for step in jobs["publish"]["steps"]]
+    (signed,) = [given for action, given in used if action == "actions/attest-build-provenance"]
+    assert signed["subject-path"] == "release/*"  # SHA256SUMS and the bills of materials among it
+    assert [action for action, _ in used].index("actions/attest-build-provenance") < len(used) - 1
+
+
+def test_the_pages_are_opened_in_a_browser_before_they_are_published():
+    build = WORKFLOWS["docs.yml"]["jobs"]["build"]["steps"]
+    commands = [step.get("run", "") for step in build]
+    uploads = [step.get("uses", "").startswith("actions/upload-pages-artifact@") for step in build]
+    (browser,) = [place for place, command in enumerate(commands) if ".ci/browser.py" in command]
+    assert commands.index("make docs") < browser < uploads.index(True)
+    assert re.search(r"pip install --quiet playwright==\d+\.\d+\.\d+\n.*playwright install .*chromium\n", commands[browser])
+    assert "if" not in build[browser]
+    assert WORKFLOWS["docs.yml"]["jobs"]["deploy"]["needs"] == "build"
 
 
 def test_hooks_run_tools_of_the_pinned_environment():

@@ -148,6 +148,8 @@ def test_the_report_names_backend_version_device_and_counts(reports):
     run = next(run for run in reports[0]["runs"] if run["backend"] == "right")
     assert (run["distribution"], run["version"], run["device"]) == ("plug-right", "1.0", "cpu")
     assert run["counts"] == {"failed": 1, "passed": len(run["tests"]) - 1}
+    assert run["left out"] == 0
+    assert {entry["operator"] for entry in run["tests"]} == {"bisect"}
     assert set(reports[0]["environment"]) == {"diffmax-core", "torch", "python"}
 
 

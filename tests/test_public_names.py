@@ -13,7 +13,7 @@ from diffmax import plugin
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "examples" / "diffmax-example-backend"
-TEMPLATE = ROOT / "diffmax-core" / "src" / "diffmax" / "cli" / "templates" / "backend"
+TEMPLATE = ROOT / "diffmax-core" / "src" / "diffmax" / "cli" / "templates"
 DOCUMENTS = sorted(
     path
     for folder, pattern in (

@@ -1,4 +1,4 @@
-"""`python -m diffmax`: installed versions, devices and backends. Subcommands: explain, selftest, bench, new-backend."""
+"""`python -m diffmax`: installed versions, devices and backends. Subcommands: explain, selftest, bench, new-backend, report."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from diffmax.cli import bench, new_backend, report, selftest
+from diffmax.cli import bench, new_backend, published, report, selftest
 from diffmax.errors import DiffmaxError
 from diffmax.machine.inspection import explain_question
 from diffmax.operators.common.numerics import FLOAT_DTYPES
@@ -89,8 +90,23 @@ def _run_bench(options: argparse.Namespace) -> int:
 
 
 def _write_new_backend(options: argparse.Namespace) -> int:
-    folder = new_backend.write(options.name, options.to)
-    print(f"wrote {folder}\nnext: pip install --editable {folder} && pytest {folder}/tests")
+    folder = new_backend.write(options.name, options.to, options.operator)
+    print(
+        f"wrote {folder}\nnext:\n"
+        f'  python -m pip install --editable "{folder}[testing]"\n'
+        f"  python -m diffmax selftest --backend {options.name}\n"
+        f'  python -m pytest "{folder}"'
+    )
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    page = published.page(options.files)
+    if options.to is None:
+        print(page, end="")
+    else:
+        Path(options.to).write_text(page, encoding="utf-8")
+        print(f"wrote {options.to}")
     return 0
 
 
@@ -149,5 +165,15 @@ def _parser() -> argparse.ArgumentParser:
     new = commands.add_parser("new-backend", help="write an installable plugin to start from")
     new.add_argument("name", help="name of the backend: letters, digits, '_'")
     new.add_argument("--to", metavar="DIR", help="folder to create; default: diffmax-NAME")
-    new.set_defaults(run=_write_new_backend)
+    kinds = new.add_mutually_exclusive_group()
+    for flag, operator in (("attention", "attention"), ("power", "power_attention")):
+        kinds.add_argument(
+            f"--{flag}", dest="operator", action="store_const", const=operator, help=f"kernels of {operator}, not of rows"
+        )
+    new.set_defaults(run=_write_new_backend, operator="bisect")
+
+    reports = commands.add_parser("report", help="make a page of reports of the conformance kit")
+    reports.add_argument("files", nargs="+", metavar="FILE", help="JSON that pytest's --diffmax-report wrote")
+    reports.add_argument("--to", metavar="PAGE", help="Markdown file to write; default: standard output")
+    reports.set_defaults(run=_publish)
     return parser

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,27 @@ import torch
 import diffmax
 
 _REPORTS = pytest.StashKey[dict[str, Any]]()
+_LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --diffmax-report and --diffmax-seed."""
+    """Add --diffmax-report, --diffmax-note and --diffmax-seed."""
     parser.addoption("--diffmax-report", metavar="PATH", help="write a JSON report of the conformance tests")
+    parser.addoption("--diffmax-note", default="", metavar="TEXT", help="what a reader of the report must know of the device")
     parser.addoption("--diffmax-seed", type=int, default=0, metavar="N", help="of the conformance tests' random inputs; 0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin the report."""
     config.stash[_REPORTS] = {}
+    config.stash[_LEFT_OUT] = Counter()
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Count the tests of each backend that options such as -k leave out."""
+    for item in items:
+        if backend := getattr(getattr(item, "cls", None), "backend", None):
+            item.config.stash[_LEFT_OUT][backend] += 1
 
 
 @pytest.hookimpl(wrapper=True)
@@ -36,7 +48,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     backend = getattr(getattr(item, "cls", None), "backend", None)
     if backend and (report.when == "call" or report.outcome != "passed"):
         outcome = "expected failure" if hasattr(report, "wasxfail") and report.skipped else report.outcome
-        entry = {"test": item.name, "outcome": outcome}
+        operator, *_ = getattr(getattr(item, "cls", None), "operators", ("",))
+        entry = {"operator": operator, "test": item.name, "outcome": outcome}
         if outcome == "expected failure":
             entry["reason"] = report.wasxfail
         elif outcome != "passed":
@@ -64,8 +77,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
                 "version": version,
                 "device": run["device"],
                 "counts": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
+                "left out": session.config.stash[_LEFT_OUT][backend],
                 "tests": run["tests"],
             }
         )
     environment = {"diffmax-core": diffmax.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    Path(path).write_text(json.dumps({"environment": environment, "runs": runs}, indent=1) + "\n")
+    found = {"environment": environment, "note": session.config.getoption("--diffmax-note"), "runs": runs}
+    Path(path).write_text(json.dumps(found, indent=1) + "\n")
