@@ -217,9 +217,13 @@ def test_written_lines_replace_those_of_their_case(tmp_path, monkeypatch):
     monkeypatch.setattr(counting, "PAGE", page)
     counting.write([line, replace(line, part="gone"), replace(line, part="rows backward")])
     counting.write([replace(line, instructions=1.0)])
-    assert [(each["part"], each["instructions"]) for each in json.loads(counting.TABLE.read_text())] == [
+    assert [(each["part"], each["instructions"]) for each in json.loads(counting.TABLE.read_text())["lines"]] == [
         ("dQ", 1.0), ("rows backward", line.instructions),
     ]  # fmt: skip
+    assert not counting.up_to_date("attention")
+    counting.write((), ["attention"])
+    assert counting.up_to_date("attention")
+    assert not counting.up_to_date("rows")
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("after\n")
     assert "| dQ |" in page.read_text()

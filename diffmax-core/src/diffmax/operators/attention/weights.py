@@ -172,7 +172,7 @@ def sparse_weights(query: Tensor, key: Tensor, call: AttentionCall, delta: Tenso
         Weights of shape (B, H, L, S), and (1, H, T_q, T_k) for packed sequences.
     """
     # the graph breaks: what follows has as many numbers as there are weights
-    run = torch.compiler.disable(_lists) if torch.compiler.is_compiling() else _lists
+    run = torch.compiler.disable(_lists) if torch.compiler.is_compiling() else _lists  # type: ignore[no-untyped-call]
     weights: SparseWeights = run(query, key, call, delta)
     return weights
 
