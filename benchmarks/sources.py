@@ -16,7 +16,15 @@ CORE = ROOT / "diffmax-core" / "src"
 KERNELS = "diffmax.kernels.triton"
 OPERATORS = ("rows", "attention", "decoding", "power", "threshold")
 # Of what kernels and launch code import, what decides on a binary; the rest names types.
-FOLLOWED = (KERNELS, "diffmax.kernels.tools", "diffmax.operators.common.numerics", "diffmax.operators.power.symmetric")
+FOLLOWED = (
+    KERNELS,
+    "diffmax.kernels.tools",
+    "diffmax.operators.common.numerics",
+    "diffmax.operators.power",
+    "diffmax.reference",
+)
+# of which the numbers alone decide, such as TILE; the rest of it names types
+NUMBERS = CORE / "diffmax" / "plugin.py"
 MAKERS = (
     ROOT / "benchmarks" / "compile_kernels.py",
     ROOT / "benchmarks" / "machine_code.py",
@@ -41,7 +49,7 @@ def fingerprint(operator: str, *makers: Path, read: Callable[[Path], str] = text
     """
     folder = CORE.joinpath(*KERNELS.split("."), operator)
     found: dict[str, str] = {}
-    waiting = [*sorted(folder.glob("*.py")), *MAKERS, *makers]
+    waiting = [*sorted(folder.glob("*.py")), NUMBERS, *MAKERS, *makers]
     if not folder.is_dir():
         raise ValueError(f"no kernels of {operator!r}: {folder} is not a folder")
     while waiting:
@@ -51,8 +59,14 @@ def fingerprint(operator: str, *makers: Path, read: Callable[[Path], str] = text
             found[name] = read(path)
         elif name not in found:
             tree = ast.parse(read(path))
+            if path == NUMBERS:
+                tree.body = [
+                    node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+                ]
             found[name] = ast.unparse(_bare(tree))  # ast.dump differs by Python's version
-            if path.is_relative_to(CORE / "diffmax" / "kernels"):
+            if path.is_relative_to(CORE / "diffmax" / "kernels") or path.is_relative_to(
+                CORE / "diffmax" / "operators" / "power"
+            ):
                 waiting += [file for module in _imported(tree) if (file := _file(module))]
     whole = "\n".join(f"{name} {found[name]}" for name in sorted(found))
     return hashlib.sha256(whole.encode()).hexdigest()[:16]

@@ -401,3 +401,17 @@ def test_calls_outside_the_model_are_not_recorded():
     report = inspect_attention(Model(), torch.randn(1, 5, 16))
     diffmax.attention(x, x, x)
     assert [layer.name for layer in report.layers] == ["attend"]
+
+
+def test_a_module_whose_name_ends_like_the_package_keeps_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn_diffmax = DiffmaxAttention(8, 2, alpha=0.5)
+
+        def forward(self, x):
+            return self.attn_diffmax(x)
+
+    report = inspect_attention(Block(), torch.randn(1, 4, 8))
+    assert [layer.name for layer in report.layers] == ["attn_diffmax"]
+    assert {read.head for read in report.reads("attn_diffmax", -1)} == {1}

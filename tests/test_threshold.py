@@ -323,3 +323,19 @@ def test_says_what_is_wrong(options, says):
     x = torch.randn(1, 2, 6, 4)
     with pytest.raises((TypeError, ValueError, NoBackendError), match=says):
         diffmax.threshold_attention(x, x, x, **{"threshold": 0.1, **options})
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "numba"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_weights_are_divided_by_mass_before_they_are_rounded(dtype, backend):
+    """In float16 the weights, of 1e-9, were 0 before they were divided, and gradients overflowed."""
+    if backend == "numba":
+        pytest.importorskip("numba", reason="needs Numba: pip install numba")
+    query, key, value = (torch.randn(1, 2, 200, 32).to(dtype).requires_grad_() for _ in range(3))
+    options = {"weights": "softmax", "power": 4, "normalize": True}
+    out = diffmax.threshold_attention(query, key, value, 0.0, **options, backend=backend)
+    exact = diffmax.threshold_attention(query.double(), key.double(), value.double(), 0.0, **options, backend="reference")
+    assert (out - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+    grads = torch.autograd.grad(out.sum(), (query, key, value))
+    for grad, wanted in zip(grads, torch.autograd.grad(exact.sum(), (query, key, value)), strict=True):
+        assert (grad - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max()

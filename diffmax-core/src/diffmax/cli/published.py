@@ -46,7 +46,7 @@ def read(path: str | Path) -> list[Run]:
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
         return [_run(run, given["environment"], given.get("note", "")) for run in given["runs"]]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # JSON or UTF-8 that is none is a ValueError
         raise ValueError(
             f"report: the file must be what pytest's --diffmax-report wrote, got {path}\n  {type(error).__name__}: {error}"
         ) from error

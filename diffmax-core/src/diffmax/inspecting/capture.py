@@ -94,7 +94,6 @@ class _Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.layers: list[Layer] = []
         self._model, self._running, self._thread, self._hooks = model, list[str](), threading.get_ident(), list[Any]()
-        self._busy = False
 
     def __enter__(self) -> _Recorder:
         for name, module in self._model.named_modules():
@@ -126,7 +125,7 @@ class _Recorder:
         return bool(self._running) and threading.get_ident() == self._thread
 
     def _add(self, weights: SparseWeights, visible: Tensor) -> None:
-        name = self._running[-1].removesuffix("diffmax").rstrip(".") or self._running[-1]  # a holder of alpha in a module
+        name = self._running[-1].removesuffix(".diffmax")  # a holder of alpha in a module
         again = sum(layer.name.split(" ")[0] == name for layer in self.layers)
         name = f"{name} ({again + 1})" if again else name
         self.layers.append(Layer(name, weights.to("cpu"), visible.expand(weights.shape[:-1]).cpu()))

@@ -79,7 +79,7 @@ class AttentionReport:
         """Every nonzero weight of a head, query by query, the largest first."""
         found, head = self._layer("reads", layer), int(head)
         self._check("reads", found, batch, head)
-        return self._sorted(found, batch, head, range(found.weights.shape[2]), None)
+        return self._sorted(found, batch, head % found.weights.shape[1], range(found.weights.shape[2]), None)
 
     def table(self, token: int, batch: int = 0, layer: int | str | None = None, top: int = 10) -> Reads:
         """What one token reads: of each layer, or of one, and each head, the `top` largest weights."""

@@ -123,8 +123,11 @@ def attend(
                         slice(h * group, (h + 1) * group),
                     )
                 )
-        shape = (batch, query.shape[1], part.last - part.first, value.shape[3])
-        parts.append(torch.cat(of_heads, 1).view(shape) if of_heads else query.new_empty(shape))
+        queries = query[:, :, part.first : part.last]
+        if batch:
+            parts.append(torch.cat(of_heads, 1).view(*queries.shape[:3], value.shape[3]))
+        else:  # empty, and a function of the query
+            parts.append(queries @ query.new_zeros(query.shape[3], value.shape[3]))
     return torch.cat(parts, 2)
 
 

@@ -194,7 +194,7 @@ def _masses(given: Arguments) -> Tensor:
     y = given.target.to(accumulation_dtype(given.x.dtype))
     sums = torch.where((y < 0).any(1), torch.nan, y.sum(1))
     parts = sums if given.weight is None else torch.stack([sums, y @ given.weight.to(y.dtype)])
-    sums, *masses = messages.all_reduce(parts, "sum", given.group).view(-1, y.shape[0])
+    sums, *masses = messages.all_reduce(parts, "sum", given.group).view(1 if given.weight is None else 2, y.shape[0])
     if not bool(((sums - 1).abs() <= _SUM_SLACK).all()):
         raise ValueError(
             f"{NAME}: probabilities must not be negative and must sum to 1 over the classes of all ranks, got sums from "

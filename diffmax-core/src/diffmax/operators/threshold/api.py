@@ -12,6 +12,7 @@ from diffmax.operators.attention.call import autocast
 from diffmax.operators.attention.checks import check_tensors
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_flag
+from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.threshold import checks, operator
 from diffmax.plugin import ThresholdCall
 
@@ -151,7 +152,7 @@ def threshold_attention(
         is_causal: Query i sees the keys up to its own position; else all.
         window_size: (left, right): how many keys before and after its position a query sees; -1: all.
         attn_mask: Boolean, broadcasts to (B, H, L, S): True where a key is seen, in addition to `is_causal`.
-        normalize: Whether to divide out by mass; a query without weights stays 0.
+        normalize: Whether to divide out by mass; a query without weights stays 0. It computes in float32 (float64 for float64).
         return_mass: Whether to return the mass too; it has a gradient.
         backend: As in `attention`.
     Returns:
@@ -183,9 +184,8 @@ def threshold_attention(
         query, key, value, threshold, weights=weights, alpha=alpha, power=power, bias=bias, scale=scale,
         is_causal=is_causal, window_size=window_size, attn_mask=attn_mask,
     )  # fmt: skip
-    found = operator.threshold_attention(query, key, value, call, selected(backend))
-    out = _divided(found.out, found.mass) if normalize else found.out
-    return (out, found.mass) if return_mass else out
+    out, mass = _computed(query, key, value, call, normalize, backend)
+    return (out, mass) if return_mass else out
 
 
 @overload
@@ -271,7 +271,7 @@ def threshold_attention_varlen(
         weights, alpha, power, bias, scale, is_causal, window_size, normalize, backend: As for `threshold_attention`.
         return_mass: Whether to return the mass too.
     Returns:
-        (T_q, H, D_v), in query's dtype; and mass (T_q, H), if requested. Tokens after the last sequence are 0.
+        (T_q, H, D_v), in query's dtype; and mass (T_q, H), if requested. Tokens after the last sequence: 0, a CPU refuses them.
     Raises:
         TypeError, ValueError, NoBackendError: As `threshold_attention`; or offsets do not fit the tokens.
     Source: docs/lazy.md. Written for diffmax.
@@ -293,13 +293,20 @@ def threshold_attention_varlen(
         query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, weights=weights, alpha=alpha,
         power=power, bias=bias, scale=scale, is_causal=is_causal, window_size=window_size,
     )  # fmt: skip
-    found = operator.threshold_attention(query, key, value, call, selected(backend))
-    out = _divided(found.out, found.mass) if normalize else found.out
-    out, mass = out.squeeze(0).transpose(0, 1), found.mass.squeeze(0).transpose(0, 1)
+    out, mass = _computed(query, key, value, call, normalize, backend)
+    out, mass = out.squeeze(0).transpose(0, 1), mass.squeeze(0).transpose(0, 1)
     return (out, mass) if return_mass else out
 
 
-def _divided(out: Tensor, mass: Tensor) -> Tensor:
-    """out / mass, 0 without mass."""
-    mass = mass.unsqueeze(-1)
-    return (out / mass.masked_fill(mass == 0, 1.0)).to(out.dtype)
+def _computed(
+    query: Tensor, key: Tensor, value: Tensor, call: ThresholdCall, normalize: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """The output, divided by mass (0 without mass) if `normalize`, and mass."""
+    if not normalize:
+        found = operator.threshold_attention(query, key, value, call, selected(backend))
+        return found.out, found.mass
+    # weights may be too small for float16, and their quotients by mass are not: rounded once, after the division
+    exact = accumulation_dtype(query.dtype)
+    found = operator.threshold_attention(query.to(exact), key.to(exact), value.to(exact), call, selected(backend))
+    mass = found.mass.unsqueeze(-1)
+    return (found.out / mass.masked_fill(mass == 0, 1.0)).to(query.dtype), found.mass

@@ -201,7 +201,7 @@ def lazy_attention_varlen(
         max_seqlen_q, max_seqlen_k: No sequence is longer.
         window_size, weights, alpha, scale, is_causal, first_row, return_mass, backend: As for `lazy_attention`.
     Returns:
-        (T_q, H, D_v), in query's dtype; and mass (T_q, H), if requested. Tokens after the last sequence are 0.
+        (T_q, H, D_v), in query's dtype; and mass (T_q, H), if requested. Tokens after the last sequence: 0, a CPU refuses them.
     Raises:
         TypeError, ValueError, NoBackendError: As `lazy_attention`; or offsets do not fit the tokens.
     Source: arXiv 2601.00919; docs/lazy.md. Written for diffmax.
