@@ -339,3 +339,22 @@ def test_small_weights_are_divided_by_mass_before_they_are_rounded(dtype, backen
     grads = torch.autograd.grad(out.sum(), (query, key, value))
     for grad, wanted in zip(grads, torch.autograd.grad(exact.sum(), (query, key, value)), strict=True):
         assert (grad - wanted).abs().max() <= 2 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "numba"])
+@pytest.mark.parametrize("weights", ["softmax", "diffmax", "scores"])
+def test_a_query_whose_visible_scores_are_all_minus_infinity_has_no_weights(weights, backend):
+    """Not even where the threshold is negative: the backends differed."""
+    if backend == "numba":
+        pytest.importorskip("numba", reason="needs Numba: pip install numba")
+    query, key, value = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(2, 6)
+    bias[0] = -torch.inf
+    options = {"weights": weights, "bias": bias, "return_mass": True, "backend": backend}
+    out, mass = diffmax.threshold_attention(query, key, value, -0.3, **options)
+    assert (out[:, 0] == 0).all()
+    assert (mass[:, 0] == 0).all()
+    assert weights == "scores" or (mass[:, 1] > 0).all()
+    for grad in torch.autograd.grad(out.sum() + mass.sum(), (query, key, value)):
+        assert (grad[:, 0] == 0).all()
+        assert grad[:, 1].isfinite().all()

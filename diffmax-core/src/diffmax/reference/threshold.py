@@ -1,7 +1,8 @@
 """Threshold attention in plain PyTorch: the reference for all other kernels, and the fallback on any device.
 
 It holds the matrix of weights in memory, in the accumulation dtype, and is differentiable. With S keys, query i has the
-position t = i + S - L; hidden keys (outside the window, and what the mask hides) have no weight, whatever theta:
+position t = i + S - L; hidden keys (outside the window, and what the mask hides) have no weight, whatever theta, nor have
+the keys of a query whose visible scores are all -inf:
 
     s_ij = scale * q_i . k_j + bias[t - j] where 0 <= t - j < W
     u_i = s_i, softmax(s_i) or diffmax(s_i) over the visible keys
@@ -140,6 +141,7 @@ class _Terms(NamedTuple):
         hidden = hidden if call.mask is None else hidden | ~call.mask
         u, statistic = scores, scores.new_empty(0)
         if call.weights != "scores":
+            hidden = hidden | scores.masked_fill(hidden, -torch.inf).isneginf().all(3, keepdim=True)  # nothing to share out
             u, statistic = _normalized(scores, hidden, call)
         u = u.masked_fill(hidden, 0.0)
         above = u - call.theta.unsqueeze(3)

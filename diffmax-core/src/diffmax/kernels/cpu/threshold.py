@@ -212,6 +212,8 @@ class _Block:
         self.u = scores if call.weights == "scores" else self._normalized(scores, saved)
         rectified = (self.u - self.rows_of(call.theta).unsqueeze(2)).clamp_min_(0.0)
         self._hide(rectified, 0.0)
+        if call.weights != "scores" and bool(self.dead.any()):
+            rectified.masked_fill_(self.dead, 0.0)
         self.rectified = rectified
         if call.power == 1:
             return rectified
@@ -223,16 +225,18 @@ class _Block:
             e = self._per_row_e()
             p, m, delta = rows.bisect(flat, e, 1, 200, True)
             self.statistic = (m - (1 - delta) / clamp_e(e)).view(scores.shape[:2])
+            self.dead = (m == -torch.inf).view(*scores.shape[:2], 1)
             return p.view(scores.shape)
         if saved is not None:
             lse = self.rows_of(saved).unsqueeze(2)
-            return scores.sub_(lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
+            self.dead = lse == -torch.inf
+            return scores.sub_(lse.masked_fill(self.dead, 0.0)).exp_()
         m = scores.amax(2, keepdim=True)
-        dead = m == -torch.inf
+        self.dead = m == -torch.inf  # of these queries all visible scores are -inf, or none is visible
         p = scores.softmax(2)
         # the largest weight is exp(m - lse)
-        self.statistic = (m - p.amax(2, keepdim=True).log()).masked_fill_(dead, -torch.inf).squeeze(2)
-        return p.masked_fill_(dead, 0.0) if self._may_be_blind() else p
+        self.statistic = (m - p.amax(2, keepdim=True).log()).masked_fill_(self.dead, -torch.inf).squeeze(2)
+        return p.masked_fill_(self.dead, 0.0) if bool(self.dead.any()) else p
 
     def _per_row_e(self) -> float | Tensor:
         """e, or one number per row of the block (n, 1)."""
@@ -244,9 +248,6 @@ class _Block:
         weight = alpha_weight(u, u.masked_fill(u == 0, 1.0).log_(), e).view(self.u.shape)
         there = weight if columns is None else weight[:, :, columns]
         self.write(target, (weight.sum(2) * mean.squeeze(2)).sub_((there * of_u).sum(2)))
-
-    def _may_be_blind(self) -> bool:
-        return self.call.mask is not None or self.start + self.offset < 0
 
     def _hide(self, t: Tensor, by: float) -> None:
         """Fill what is hidden."""
