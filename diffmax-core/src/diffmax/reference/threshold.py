@@ -141,7 +141,8 @@ class _Terms(NamedTuple):
         hidden = hidden if call.mask is None else hidden | ~call.mask
         u, statistic = scores, scores.new_empty(0)
         if call.weights != "scores":
-            hidden = hidden | scores.masked_fill(hidden, -torch.inf).isneginf().all(3, keepdim=True)  # nothing to share out
+            seen = scores.masked_fill(hidden, -torch.inf)
+            hidden = hidden | (seen == -torch.inf).all(3, keepdim=True)  # nothing to share out; ONNX has no isneginf
             u, statistic = _normalized(scores, hidden, call)
         u = u.masked_fill(hidden, 0.0)
         above = u - call.theta.unsqueeze(3)
