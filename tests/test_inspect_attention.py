@@ -30,7 +30,7 @@ CONFIGS = {
 
 
 def transformer(kind, alpha=0.5):
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
     register("diffmax-inspected", alpha=alpha)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
     config = transformers.AutoConfig.for_model(kind, **sizes, **CONFIGS[kind], attn_implementation="diffmax-inspected")
@@ -294,7 +294,7 @@ def test_the_script_of_the_page_follows_mouse_and_keys():
     """In Node.js, with as much of a DOM as the script asks for."""
     node = shutil.which("node")
     if node is None:
-        pytest.skip("needs Node.js")
+        pytest.skip("needs Node.js, the command node, to run the page's script")
     dense = torch.tensor([[0.0, 1.0, 0.0], [0.25, 0.0, 0.75], [0.0, 0.0, 0.0]])
     maps = torch.stack([dense, torch.eye(3)]).unsqueeze(0)
     text = report_of(maps, maps.flip(1), tokens=(("a", " b", "c"),)).to_html()
@@ -344,7 +344,7 @@ def test_weights_of_nan_and_no_weights_make_a_page():
 
 
 def test_pictures():
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     maps = torch.rand(1, 2, 4, 4).sub(0.5).clamp_min(0)
     report = report_of(maps, maps, torch.rand(1, 1, 4, 7), tokens=(("a", "b", "c", " "),))
     image = report.show().axes[0].images[0].get_array()

@@ -12,7 +12,7 @@ from diffmax.reference import power as reference
 from diffmax.testing.gate import gates, reordered
 from tests import fresh
 
-pytest.importorskip("numba")
+pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
 
 power_job = pytest.importorskip("diffmax.kernels.numba.power_job")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import bench_threshold
 from benchmarks.environment import ROOT
 
-pytest.importorskip("numba")
+pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
 
 CASE = {"member": "lazy", "operation": "both", "length": 60, "threads": 1}
 ROW = {"contestant": "compiled", "member": "lazy", "operation": "forward", "length": 2048, "threads": 2, "correct": True}

@@ -10,7 +10,7 @@ from diffmax.testing.gate import reordered
 from diffmax.testing.threshold import checks
 from diffmax.testing.threshold.checks import Case
 
-pytest.importorskip("numba")
+pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
 
 attention_job = pytest.importorskip("diffmax.kernels.numba.attention_job")
 WIDE = Case(batch=1, heads=4, kv_heads=2, length=300, many=300, head_dim=20, value_dim=24)
