@@ -193,6 +193,17 @@ def test_asentmax_is_entmax_of_scaled_scores():
     assert (module(masked, x[:1, :1]) == 0).all()
 
 
+def test_asentmax_of_large_scores_in_float16_is_finite():
+    """Scores times the factor were infinite, and the weights NaN."""
+    module = ASEntmax(E, H).half()
+    large = torch.linspace(30000, 60000, S).half().expand(B, H, L, S)
+    weights = module(large, torch.randn(B, L, E).half())
+    assert weights.dtype == torch.float16
+    assert (weights.sum(-1) == 1).all()
+    with pytest.raises(TypeError, match=r"ASEntmax: scores must have a floating-point dtype, got torch\.int64"):
+        module(torch.ones(B, H, L, S, dtype=torch.long), torch.randn(B, L, E).half())
+
+
 def test_asentmax_keeps_its_constraints():
     """beta > 0 and gamma in (-reach, reach), whatever the token: the factor lies between those of the two ends."""
     module, x = filled(AdaptiveLengthScale(E, H, delta=0.25, reach=0.5)), 100 * torch.randn(B, L, E, dtype=torch.float64)
@@ -373,6 +384,12 @@ def test_half_precision_stays_half(dtype):
             lambda: AdaptiveLengthScale(E, H)(torch.randn(B, H, L, D), torch.randn(B, L, D), S),
             r"AdaptiveLengthScale: x must have shape \(B, L, 12\), got \(2, 5, 8\)",
         ),
+        (
+            lambda: AdaptiveLengthScale(E, H)(torch.randn(B, H, L, D), torch.randn(B, L + 1, E), S),
+            r"AdaptiveLengthScale: x must hold the token of each query, \(2, 5, embed_dim\), got \(2, 6, 12\)",
+        ),
+        (lambda: ASEntmax(E, H)(scores(), torch.randn(B + 1, L, E)), "ASEntmax: x must hold the token of each query"),
+        (lambda: AdaptiveLengthScale(E, 0), "AdaptiveLengthScale: heads must be at least 1, got 0"),
         (lambda: AdaptiveLengthScale(E, H, delta=-1.0), "AdaptiveLengthScale: delta must be finite and at least 0, got -1.0"),
         (lambda: AdaptiveLengthScale(E, H, reach=0.0), "AdaptiveLengthScale: reach must be finite and more than 0, got 0.0"),
         (lambda: ASEntmax(E, 3)(scores(), torch.randn(B, L, E)), "ASEntmax: scores must .* 3 heads, got"),

@@ -29,7 +29,8 @@ class AdaptiveLengthScale(nn.Module):
         delta: The part of the scale that does not depend on the length. At least 0.
         reach: Bound of the absolute value of gamma. More than 0.
     Raises:
-        ValueError: delta or reach is out of range, or query or x has the wrong shape.
+        TypeError: query has no floating-point dtype.
+        ValueError: heads, delta or reach is out of range, or query or x has the wrong shape.
     Source: "Long-Context Generalization with Sparse Attention" (Vasylenko et al., 2025, arXiv:2506.16640), ASEntmax; delta,
         reach and no bias are its settings. There it acts on the heads without positions only. Written for diffmax.
     Example:
@@ -40,6 +41,8 @@ class AdaptiveLengthScale(nn.Module):
 
     def __init__(self, embed_dim: int, heads: int, *, delta: float = 1.0, reach: float = 2.0) -> None:
         super().__init__()
+        if heads < 1:
+            raise ValueError(f"AdaptiveLengthScale: heads must be at least 1, got {heads}")
         if not 0 <= delta < math.inf:
             raise ValueError(f"AdaptiveLengthScale: delta must be finite and at least 0, got {delta}")
         if not 0 < reach < math.inf:
@@ -76,6 +79,7 @@ class AdaptiveLengthScale(nn.Module):
             options = (is_causal, causal_alignment, window_size, attn_mask)
             return captured(self, query, x, keys, *options)  # type: ignore[no-any-return]
         check_heads("AdaptiveLengthScale", query, self.heads, "query")
+        _check_tokens("AdaptiveLengthScale", query, x, "query")
         seen = seen_by(query, keys, is_causal, causal_alignment, window_size, attn_mask)
         return query * self.factor(x, seen).unsqueeze(-1).to(query.dtype)
 
@@ -95,6 +99,7 @@ class ASEntmax(nn.Module):
         alpha, alpha_map: As for `DiffmaxBisectModule`, which is the part `normalize`. entmax's alpha is 2 - alpha: the
             published 1.5 is 0.5.
     Raises:
+        TypeError: scores have no floating-point dtype.
         ValueError: An argument is out of range, or scores or x has the wrong shape.
     Source: as `AdaptiveLengthScale`.
     Example:
@@ -122,9 +127,19 @@ class ASEntmax(nn.Module):
         if is_captured(scores, x):
             return captured(self, scores, x)  # type: ignore[no-any-return]
         check_heads("ASEntmax", scores, self.scale.heads, "scores")
+        _check_tokens("ASEntmax", scores, x, "scores")
         masked = scores == -torch.inf
         factor = self.scale.factor(x, (~masked).sum(-1).clamp_min(1))
-        # the factor's gradient would be NaN: -inf times 0
-        scaled = scores.masked_fill(masked, 0.0) * factor.unsqueeze(-1).to(scores.dtype)
+        # the factor's gradient would be NaN: -inf times 0; and in float16 the product may be infinite
+        scaled = scores.masked_fill(masked, 0.0) * factor.unsqueeze(-1)
         weights: Tensor = self.normalize(scaled.masked_fill(masked, -torch.inf))
-        return weights
+        return weights.to(scores.dtype)
+
+
+def _check_tokens(name: str, given: Tensor, x: Tensor, what: str) -> None:
+    """Refuse what is not (B, H, L, ...) of floats with tokens (B, L, embed_dim)."""
+    if not given.is_floating_point():
+        raise TypeError(f"{name}: {what} must have a floating-point dtype, got {given.dtype}")
+    if x.ndim == 3 and x.shape[:2] != (given.shape[0], given.shape[2]):
+        wanted = f"({given.shape[0]}, {given.shape[2]}, embed_dim)"
+        raise ValueError(f"{name}: x must hold the token of each query, {wanted}, got {tuple(x.shape)}")
