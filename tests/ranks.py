@@ -1,4 +1,5 @@
-"""Tests that run on the ranks of a gloo group, each rank a process of its own; all of a file's tests share one launch.
+"""Tests that run on the ranks of a gloo group, each rank a process of its own; all of a file's tests share one launch, also
+those that pytest-xdist gave to other processes.
 
 `on_ranks(2, 4)` turns a function without arguments, which runs on each rank, into a test per group size; of more than two ranks
 they are slow. A rank on which one fails ends there, so that the others do not wait for messages that never come; the tests
@@ -20,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # A rank that waits for a message gives up after the first, the whole launch after the second.
 COLLECTIVE_SECONDS = 30
@@ -31,8 +33,11 @@ def on_ranks(*world_sizes, marks=()):
 
     def decorate(body):
         @pytest.mark.parametrize("world_size", [pytest.param(n, marks=[pytest.mark.slow] * (n > 2)) for n in world_sizes])
-        def test(world_size):
-            failures = [f"rank {rank}: {what}" for rank, what in launch(body.__code__.co_filename, world_size)(body.__name__)]
+        def test(world_size, tmp_path_factory):
+            folder = tmp_path_factory.getbasetemp()
+            folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # of one run, whatever the process
+            ended = launch(body.__code__.co_filename, world_size, folder)
+            failures = [f"rank {rank}: {what}" for rank, what in ended(body.__name__)]
             assert not failures, "\n".join(failures)
 
         test.__name__, test.__doc__, test.body, test.world_sizes = body.__name__, body.__doc__, body, world_sizes
@@ -43,9 +48,8 @@ def on_ranks(*world_sizes, marks=()):
     return decorate
 
 
-@functools.cache
-def launch(path, world_size):
-    """Run what the file has for this group size; returns a function from a test's name to [(rank, what went wrong)]."""
+def launch_here(path, world_size):
+    """What each rank reported, and what it last wrote to its stderr."""
     with tempfile.TemporaryDirectory() as folder:
         reports = [Path(folder, f"report{rank}") for rank in range(world_size)]
         errors = [Path(folder, f"stderr{rank}") for rank in range(world_size)]
@@ -65,6 +69,20 @@ def launch(path, world_size):
             first.wait()
         found = [json.loads(report.read_text()) if report.exists() else {} for report in reports]
         ends = [error.read_text()[-3000:] if error.exists() else "was not started" for error in errors]
+    return found, ends
+
+
+@functools.cache
+def launch(path, world_size, shared):
+    """Run what the file has for this group size; returns a function from a test's name to [(rank, what went wrong)].
+
+    Processes of tests with the same folder `shared` launch it once.
+    """
+    kept = Path(shared, f"ranks-{Path(path).stem}-{world_size}.json")
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            kept.write_text(json.dumps(launch_here(path, world_size)))
+    found, ends = json.loads(kept.read_text())
 
     def failures(name):
         unreached = [(rank, f"did not finish {name}\n{ends[rank]}") for rank in range(world_size) if name not in found[rank]]

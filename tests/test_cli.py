@@ -297,6 +297,7 @@ def test_explain_says_what_is_wrong_with_its_arguments(capsys):
 # selftest
 
 
+@pytest.mark.slow
 def test_selftest_passes_on_cores_own_kernels(capsys):
     assert main(["selftest", "--backend", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -76,6 +76,7 @@ def test_forward_and_backward_together(name, dtype):
     checks.gradients_are_right_on_average(WHOLE, "cpu", replace(CASES[name], length=65, keys=100), dtype)
 
 
+@pytest.mark.slow
 def test_packed_sequences():
     checks.packed_sequences_are_each_on_their_own(WHOLE, "cpu", torch.float32)
 

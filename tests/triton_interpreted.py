@@ -45,6 +45,7 @@ class TestRows(BackendConformance):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             checks.special_alphas_pass_the_gate(self.backend, self.device, dtype)
 
+    @pytest.mark.slow
     def test_strides_and_dims(self):
         checks.strides_and_dims(self.backend, self.device, torch.float32)
 
