@@ -14,6 +14,7 @@ from benchmarks import (
     bench_attention,
     bench_attention_options,
     bench_attention_threads,
+    bench_context_parallel,
     bench_decode,
     bench_e2e_attention,
     bench_import,
@@ -276,6 +277,19 @@ def test_attention_on_all_threads_gives_no_number_to_who_is_wrong(monkeypatch):
     assert "errs by" in rows["diffmax"]["reason"]
     assert "median_s" not in rows["diffmax"]
     assert rows["sdpa"]["median_s"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the bytes of Linux's loopback interface")
+def test_attention_of_sharded_sequences_is_checked_against_the_whole_and_its_bytes_are_counted():
+    rows = bench_context_parallel.on_ranks(2, quick=True)
+    assert all(row["correct"] and row["median_s"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    case = {"operation": "forward", "causal": False}
+    sent = {row["contestant"]: row["sent_bytes"] for row in rows if all(row[key] == value for key, value in case.items())}
+    keys_and_values = 128 * 8 * 2 * 64 * 4  # of one rank's tokens
+    assert keys_and_values < sent["all_gather"] < 1.2 * keys_and_values
+    assert keys_and_values < sent["ulysses"] < 1.2 * keys_and_values  # half of them, of queries and of results
+    assert "torch's ring" in bench_context_parallel.table(rows)
 
 
 def wrong_for_numba(attention):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -371,6 +372,35 @@ def test_a_dtensor_and_a_transform_are_refused():
     assert float((out - part(diffmax.attention(q, k, v), "contiguous")).abs().max()) <= 1e-13
     with pytest.raises(NotImplementedError, match=r"attention_context_parallel: torch\.func transforms"):
         torch.func.grad(lambda q: attention_context_parallel(q, k, v).sum())(q)
+
+
+@on_ranks(2, 4)
+def test_it_runs_inside_torchs_context_and_the_others_warn_there():
+    """The order of tokens is that of torch's load balancer; a function that is given a part of the keys cannot know it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import context_parallel_unshard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    query, key, value = torch.randn(3, 1, 4, 64, 16).unbind()
+    expected = diffmax.attention(query, key, value, is_causal=True, alpha=0.5)
+    shards = [t.clone() for t in (query, key, value)]
+    with context_parallel(mesh, buffers=shards, buffer_seq_dims=[2, 2, 2]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = attention_context_parallel(*shards, is_causal=True, alpha=0.5, group=mesh, layout="zigzag")
+        for function, more in (
+            (diffmax.attention, {}),
+            (diffmax.power_attention, {}),
+            (diffmax.threshold_attention, {"threshold": 0.5}),
+        ):
+            with pytest.warns(UserWarning, match="keys of this rank alone"):
+                function(*shards, **more)
+        (whole,) = context_parallel_unshard(mesh, [out], [2])
+    torch.testing.assert_close(whole, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diffmax.attention(query, key, value)
 
 
 @on_ranks(2)

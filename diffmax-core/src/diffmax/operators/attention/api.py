@@ -20,6 +20,7 @@ from diffmax.operators.common import nested, watch
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_flag
 from diffmax.operators.common.numerics import clamp_e
+from diffmax.operators.common.parts import warn_of_part
 from diffmax.operators.decoding.paged import from_pages
 from diffmax.plugin import AttentionCall
 
@@ -186,6 +187,7 @@ def attention(
     wants = return_weights is not None and check_request(
         "diffmax.attention", return_weights, return_stats, dropout_p, (query, key, value, alpha, sink)
     )
+    warn_of_part("diffmax.attention")
     q, k, v, call = build_call(query, key, value, attn_mask, options, causal_alignment)
     out, extra = _attend(q, k, v, call, return_stats, wants, backend)
     if call.cu_seqlens_q is not None:

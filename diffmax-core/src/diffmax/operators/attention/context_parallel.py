@@ -17,6 +17,7 @@ from torch import Tensor
 from diffmax.operators.attention import checks, live_blocks
 from diffmax.operators.attention.api import attention
 from diffmax.operators.common import messages
+from diffmax.operators.common.parts import whole_keys
 
 NAME = "diffmax.distributed.attention_context_parallel"
 METHODS = ("auto", "ulysses", "all_gather", "live_blocks")
@@ -170,7 +171,8 @@ def _attention(options: Options, own: Callable[[Any], Any]) -> Callable[..., Ten
 
     def run(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
         given: dict[str, Any] = {"scale": options.scale, "softcap": options.softcap, "backend": options.backend, **more}
-        out: Tensor = attention(query, key, value, enable_gqa=True, alpha=alpha, sink=sink, **given)
+        with whole_keys():
+            out: Tensor = attention(query, key, value, enable_gqa=True, alpha=alpha, sink=sink, **given)
         return out
 
     return run

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffmax.machine.dispatch import selected
 from diffmax.operators.attention.call import autocast
 from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.parts import warn_of_part
 from diffmax.operators.power import checks, operator
 from diffmax.operators.power.state import PowerState
 
@@ -113,6 +114,7 @@ def power_attention(
             return_final_state=return_final_state,
             backend=backend,
         )
+    warn_of_part("diffmax.power_attention")
     query, key, value = autocast(query, key, value)
     call = checks.build_call(
         "diffmax.power_attention",

@@ -13,6 +13,7 @@ from diffmax.operators.attention.checks import check_tensors
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_flag
 from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.parts import warn_of_part
 from diffmax.operators.threshold import checks, operator
 from diffmax.plugin import ThresholdCall
 
@@ -178,6 +179,7 @@ def threshold_attention(
             scale=scale, is_causal=is_causal, window_size=window_size, attn_mask=attn_mask, normalize=normalize,
             return_mass=return_mass, backend=backend,
         )  # fmt: skip
+    warn_of_part(_NAME)
     check_flag(_NAME, "normalize", normalize)
     check_flag(_NAME, "return_mass", return_mass)
     query, key, value, call = build(
