@@ -1,6 +1,7 @@
 """Attention over a sequence that is sharded over ranks: `attention_context_parallel` against the sequence on one process."""
 
 import importlib.util
+import json
 import re
 import warnings
 from pathlib import Path
@@ -449,3 +450,19 @@ def test_the_table_of_the_documentation_follows_its_equations():
         if kv_heads % size == 0:
             sent = (size - 1) / size * length * (heads + kv_heads) * both_dims * gigabytes
             assert exchanged == f"{sent:.2f} / {sent:.2f} GB"
+
+
+def test_the_table_beside_torchs_ring_is_the_benchmarks():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "distributed.md").read_text(encoding="utf-8")
+    file = re.search(r"`(benchmarks/results/[^`]*context_parallel.json)`", page)[1]
+    rows = json.loads((root / file).read_text())["rows"]
+    found = {}
+    for row in rows:
+        assert row["correct"]
+        ratio = row["ratio_torch's ring"]
+        figure = f"{ratio:.2f}" if ratio != 1 else "1"
+        line = found.setdefault((row["ranks"], row["causal"], row["operation"]), [])
+        line.append(f"{figure} ({row['sent_bytes'] / 1e6:.1f}; {row['peak_bytes'] / 1e6:.0f})")
+    for (ranks, causal, operation), figures in found.items():
+        assert f"| {ranks} | {'yes' if causal else 'no'} | {operation} | {' | '.join(figures)} |" in page
