@@ -286,7 +286,7 @@ def draw(runs: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="in this order (default: all)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="default: all")
@@ -295,13 +295,15 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = arguments.output.with_suffix(".json")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": arguments.steps, "batch": BATCH, "longest": arguments.longest}
+    settings = {"steps": arguments.steps, "batch": BATCH, "rate": RATE, "longest": arguments.longest}
     result = {"settings": settings, "torch": torch.__version__, "runs": {}}
     if kept.exists():
         result = json.loads(kept.read_text())
         if result["settings"] != settings:
             parser.error(f"{kept} holds runs with {result['settings']}, not {settings}: choose another --output, or remove it")
-    asked = [(t, m, s) for t in arguments.tasks for s in arguments.seeds for m in arguments.methods]
+    asked = [
+        (t, m, s) for s in arguments.seeds for t in arguments.tasks for m in arguments.methods
+    ]  # a run cut short has all tasks
     missing = [run for run in asked if "/".join(map(str, run)) not in result["runs"]]
     with tqdm(total=len(missing) * arguments.steps, desc="training", unit="step") as bar:
         for task, method, seed in missing:
