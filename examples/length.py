@@ -3,8 +3,8 @@
 The tasks are those of "Long-Context Generalization with Sparse Attention" (arXiv:2506.16640), at a size that trains on a CPU
 in a minute: copy, reverse, sort, associative recall, and recall of keys and values of several tokens (MQMTAR). Half of the
 heads have no positions, half have ALiBi, as there; a short convolution before attention replaces its further layers. The
-weights are softmax; diffmax with a fixed alpha, or one that each head learns; and diffmax with a length scale on the heads
-without positions: `LengthScale`, or the one of ASEntmax.
+weights are softmax; diffmax with a fixed alpha, one that each head learns, or one that descends from softmax in the first half
+of the steps; and diffmax with a length scale on the heads without positions: `LengthScale`, or the one of ASEntmax.
 
 A sequence counts as solved if every token that is asked for is predicted from the true ones before it: then, and only then,
 greedy generation gives the same tokens. What is done is kept in the output's JSON file, so that a run that was stopped goes on.
@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffmax import HillMap, attention
-from diffmax.nn import AdaptiveLengthScale, LengthScale, param_groups
+from diffmax.nn import AdaptiveLengthScale, AlphaSchedule, LengthScale, param_groups
 
-METHODS = ("softmax", "alpha 0.5", "learned alpha", "length scale", "ASEntmax")
+METHODS = ("softmax", "alpha 0.5", "learned alpha", "descending alpha", "length scale", "ASEntmax")
 SEEDS = (0, 1, 2)
 LAYERS, HEADS, WIDTH = 2, 4, 64
 SLOPES = torch.tensor([1.0, 0.5, 0.0, 0.0])  # ALiBi's, and two heads without positions
 ALPHA = 0.5  # entmax's 1.5
 SHORTEST, TRAINED = 32, 64
 TESTED = {64: 64, 128: 32, 256: 16, 512: 16, 1024: 8, 2048: 8, 4096: 4, 8192: 2}  # sequences of each length
+MORE = 4  # times as many for recall, whose sequences ask for few tokens
 NEAR = 4  # tokens that the convolution before attention mixes
 BATCH, RATE = 16, 8e-3
 ALPHABET, SYMBOLS, VOCABULARY = 128, 32, 136
@@ -113,9 +114,12 @@ class Attention(nn.Module):
             self.scale = AdaptiveLengthScale(WIDTH, self.scaled)
         self.map = HillMap(c=0.9)
         self.log_beta = nn.Parameter(self.map.inverse(torch.full((HEADS,), ALPHA)).log()) if method == "learned alpha" else None
+        self.schedule: AlphaSchedule | None = None
         self.support: Tensor | None = None
 
     def alpha(self) -> float | Tensor:
+        if self.schedule is not None:
+            return self.schedule()
         return ALPHA if self.log_beta is None else self.map(self.log_beta.exp())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,6 +186,9 @@ def train(task: str, method: str, seed: int, steps: int, longest: int, bar: tqdm
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps, pct_start=0.1
     )
+    descent = AlphaSchedule(ALPHA, steps=max(1, steps // 2), shape="linear")  # from softmax
+    for block in model.blocks:
+        block.attention.schedule = descent if method == "descending alpha" else None
     start, losses = time.process_time(), []
     for _ in range(steps):
         tokens, labels = sample(BATCH, int(torch.randint(SHORTEST, TRAINED + 1, ())))
@@ -192,11 +199,12 @@ def train(task: str, method: str, seed: int, steps: int, longest: int, bar: tqdm
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        descent.step()
         losses.append(loss.item())
         bar.update()
     trained = time.process_time() - start
     result = {"loss": statistics.mean(losses[-20:]), "seconds": trained, "lengths": {}}
-    for length, found in test(model.eval(), sample, longest):
+    for length, found in test(model.eval(), sample, longest, MORE if sample in (recall, multi_recall) else 1):
         result["lengths"][str(length)] = found
     result["seconds_of_test"] = time.process_time() - start - trained
     if method == "learned alpha":
@@ -205,11 +213,9 @@ def train(task: str, method: str, seed: int, steps: int, longest: int, bar: tqdm
 
 
 @torch.inference_mode()
-def test(model: Transformer, sample: Sample, longest: int) -> Iterator[tuple[int, dict]]:
+def test(model: Transformer, sample: Sample, longest: int, more: int) -> Iterator[tuple[int, dict]]:
     """By length: shares of solved sequences and right tokens, and the mean support of the heads without positions."""
-    for length, count in TESTED.items():
-        if length > longest:
-            return
+    for length, count in ((length, more * count) for length, count in TESTED.items() if length <= longest):
         torch.manual_seed(length)  # the same sequences for every method and seed
         solved, right, support = [], [], []
         size = max(1, min(count, 4096 // length))
@@ -221,7 +227,8 @@ def test(model: Transformer, sample: Sample, longest: int) -> Iterator[tuple[int
             right.append(hit[asked].float().mean().item())
             supports = [block.attention.support for block in model.blocks if block.attention.support is not None]
             support += [s.float().mean().item() for s in supports]
-        found = {"solved": statistics.mean(solved), "right": statistics.mean(right), "sequences": len(solved)}
+        tokens_asked = int(asked.sum()) // size * count
+        found = {"solved": statistics.mean(solved), "right": statistics.mean(right), "sequences": count, "tokens": tokens_asked}
         yield length, found | ({"support": statistics.mean(support)} if support else {})
 
 
@@ -286,7 +293,7 @@ def draw(runs: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="in this order (default: all)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="default: all")
@@ -295,13 +302,15 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = arguments.output.with_suffix(".json")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": arguments.steps, "batch": BATCH, "longest": arguments.longest}
+    settings = {"steps": arguments.steps, "batch": BATCH, "rate": RATE, "longest": arguments.longest}
     result = {"settings": settings, "torch": torch.__version__, "runs": {}}
     if kept.exists():
         result = json.loads(kept.read_text())
         if result["settings"] != settings:
             parser.error(f"{kept} holds runs with {result['settings']}, not {settings}: choose another --output, or remove it")
-    asked = [(t, m, s) for t in arguments.tasks for s in arguments.seeds for m in arguments.methods]
+    asked = [
+        (t, m, s) for s in arguments.seeds for t in arguments.tasks for m in arguments.methods
+    ]  # a run cut short has all tasks
     missing = [run for run in asked if "/".join(map(str, run)) not in result["runs"]]
     with tqdm(total=len(missing) * arguments.steps, desc="training", unit="step") as bar:
         for task, method, seed in missing:

@@ -35,6 +35,7 @@ from diffmax.integrations.transformers import Heads, distil, replace
 MEASURED = ("execmodel", "debugger", "import", "typesmapping", "comparisons")
 FITTED = ("types", "specialnames", "string-methods", "formatstrings")
 ALPHAS = (0.95, 0.9, 0.85, 0.75, 0.5)
+SCALES = ("1", "matched", "fitted")
 TOKENS = 2048  # measured at each length, unless a length is more
 FACTORS = (0.7, 1.0, 1.4)  # of the matched scale: where the parabola of the fitted scale goes through
 ASKED = (0.8, 0.9)  # shares of zeros that are asked of the calibration
@@ -176,9 +177,10 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
         yield f"{length}/softmax", "softmax", length
         for alpha in arguments.alphas:
             for scale in ("1", "matched"):
-                yield f"{length}/{alpha}/{scale}", scale, (length, alpha)
+                if scale in arguments.scales:
+                    yield f"{length}/{alpha}/{scale}", scale, (length, alpha)
     first = arguments.length[0]
-    for alpha in arguments.alphas:
+    for alpha in arguments.alphas if "fitted" in arguments.scales else ():
         yield f"fit/{alpha}", "fit", (first, alpha)
         for length in arguments.length:
             yield f"{length}/{alpha}/fitted", "fitted", (length, alpha)
@@ -295,6 +297,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, nargs="+", default=[1024, 2048], help="tokens of a passage (default: 1024 2048)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="measured tokens, in passages (default: %(default)s)")
     parser.add_argument("--alphas", type=float, nargs="*", default=list(ALPHAS), help="alphas of all heads")
+    parser.add_argument(
+        "--scales", nargs="*", choices=SCALES, default=list(SCALES), help="scales of these alphas (default: all)"
+    )
     parser.add_argument("--zeros", type=float, nargs="*", default=list(ASKED), help="shares of zeros to calibrate heads for")
     parser.add_argument("--minutes", type=float, default=0.0, help="to distil for, after each calibration (default: none)")
     parser.add_argument("--output", type=Path, default=Path("lm"), help="name of the .json and .svg (default: %(default)s)")

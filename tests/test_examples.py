@@ -170,7 +170,7 @@ def test_what_the_tasks_of_length_ask_for_can_be_told_from_what_comes_before(siz
                     assert wanted[place + 2 : place + 4] == known[tuple(row[place + 1 : place + 3])]
 
 
-@pytest.mark.parametrize("method", ["alpha 0.5", "learned alpha", "length scale", "ASEntmax"])
+@pytest.mark.parametrize("method", ["alpha 0.5", "learned alpha", "descending alpha", "length scale", "ASEntmax"])
 def test_models_of_length_differ_from_softmax_in_their_weights_alone(method, monkeypatch):
     """With softmax's limit in place of alpha, and factors of 1, every method is the model of softmax."""
     example = load("length", monkeypatch)
@@ -188,6 +188,24 @@ def test_models_of_length_differ_from_softmax_in_their_weights_alone(method, mon
     torch.testing.assert_close(model.eval()(tokens), softmax.eval()(tokens), rtol=1e-3, atol=1e-4)
 
 
+def test_a_descending_alpha_begins_at_softmax_and_is_the_fixed_one_for_half_of_the_steps(monkeypatch):
+    example = load("length", monkeypatch)
+    seen, alpha = [], example.Attention.alpha
+    monkeypatch.setattr(example.Attention, "alpha", lambda self: seen.append(float(alpha(self))) or alpha(self))
+    example.train("copy", "descending alpha", 0, 8, 64, example.tqdm(disable=True))
+    per_step = seen[: 8 * example.LAYERS : example.LAYERS]
+    assert per_step == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5, 0.5])
+    assert set(seen[8 * example.LAYERS :]) == {0.5}  # when it is tested
+
+
+def test_recall_has_more_sequences_because_they_ask_for_less(monkeypatch):
+    example = load("length", monkeypatch)
+    model = example.Transformer("softmax").eval()
+    for task, more, asked in (("copy", 1, 32), ("MQMTAR", 4, 4)):
+        ((length, found),) = example.test(model, example.TASKS[task], 64, more)
+        assert (length, found["sequences"], found["tokens"]) == (64, 64 * more, 64 * more * asked)
+
+
 def test_differences_of_length_are_paired_by_seeds(monkeypatch):
     """They were of one seed: a generator in a list was read when the loop was over."""
     example = load("length", monkeypatch)
@@ -200,18 +218,48 @@ def test_differences_of_length_are_paired_by_seeds(monkeypatch):
 
 
 def test_the_page_on_length_shows_what_was_measured():
-    runs = json.loads((EXAMPLES / "results" / "length.json").read_text())["runs"]
+    result = json.loads((EXAMPLES / "results" / "length.json").read_text())
     page = (EXAMPLES.parent / "docs" / "length.md").read_text(encoding="utf-8")
     names = {"softmax": "softmax", "α = 0.5": "alpha 0.5", "learned α, from 0.5": "learned alpha"}  # noqa: RUF001
     names |= {"α = 0.5, `LengthScale`": "length scale", "α = 0.5, ASEntmax": "ASEntmax"}  # noqa: RUF001
-    for shown, method in names.items():
-        (row,) = (line.split(" | ") for line in page.splitlines() if line.startswith(f"| {shown} | "))
-        of_seeds = [run["lengths"] for name, run in runs.items() if name.split("/")[1] == method]
-        assert int(row[1]) == len(of_seeds)
-        for length, cell in zip(("64", "256", "1024", "2048", "4096"), row[2:7], strict=True):
+    names |= {"α from 1 to 0.5": "descending alpha"}  # noqa: RUF001
+    assert f"{result['settings']['steps']} steps of {result['settings']['batch']} sequences" in page
+    tasks = {name.split("/")[0] for name in result["runs"]}
+    assert tasks == {"copy", "reverse", "sort", "associative recall", "MQMTAR"}
+    rows = {
+        tuple(cells[:2]): cells[2:]
+        for cells in (line.strip("| ").split(" | ") for line in page.splitlines())
+        if cells[0] in tasks
+    }
+    assert {(task, names[shown]) for task, shown in rows} == {tuple(name.split("/")[:2]) for name in result["runs"]}
+    for (task, shown), row in rows.items():
+        of_seeds = [r["lengths"] for name, r in result["runs"].items() if name.split("/")[:2] == [task, names[shown]]]
+        assert int(row[0]) == len(of_seeds)
+        for length, cell in zip(("64", "128", "256", "1024", "4096"), row[1:6], strict=True):
             right = [100 * lengths[length]["right"] for lengths in of_seeds]
             spread = f" ± {statistics.stdev(right):.1f}" if len(right) > 1 else ""
             assert cell == f"{statistics.mean(right):.1f}{spread}"
+        solved = [100 * statistics.mean(lengths[length]["solved"] for lengths in of_seeds) for length in ("64", "256")]
+        assert row[6] == f"{solved[0]:.0f}, {solved[1]:.0f}"
+        if shown != "softmax":
+            support = [statistics.mean(lengths[length]["support"] for lengths in of_seeds) for length in ("64", "4096")]
+            assert row[7] == f"{support[0]:.0f}, {support[1]:.0f}"
+
+
+def test_the_page_on_length_quotes_the_other_runs():
+    page = " ".join((EXAMPLES.parent / "docs" / "length.md").read_text(encoding="utf-8").split())
+    early = json.loads((EXAMPLES / "results" / "length_800.json").read_text())["runs"]
+    for method, words in (
+        ("softmax", "right with softmax at 4096"),
+        ("alpha 0.5", "with α = 0.5"),  # noqa: RUF001
+        ("ASEntmax", "with ASEntmax"),
+    ):
+        right = [100 * early[f"reverse/{method}/{seed}"]["lengths"]["4096"]["right"] for seed in range(3)]
+        assert f"{statistics.mean(right):.1f} ± {statistics.stdev(right):.1f} % {words}" in page
+    longer = json.loads((EXAMPLES / "results" / "length_3600.json").read_text())
+    right = longer["runs"]["MQMTAR/alpha 0.5/0"]["lengths"]["64"]["right"]
+    assert longer["settings"]["steps"] == 3600
+    assert f"α = 0.5 then has {100 * right:.1f} %" in page  # noqa: RUF001
 
 
 @pytest.mark.slow

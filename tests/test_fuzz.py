@@ -398,6 +398,27 @@ def mask_of(case, batch, heads, length, keys, dtype):
     )
 
 
+def lists_of(case, options):
+    """Now and then the weights too; faults are what they do not come with."""
+    kind = case.fault("return_weights", case.often(None, "sparse"), "dense", True)
+    if kind is not None:
+        case.faults += [n for n, given in (("stats", options["return_stats"]), ("dropout", options["dropout_p"])) if given]
+    return {"return_weights": kind}
+
+
+def whole(function):
+    """The function, with its lists of weights as a tensor, the sink's apart."""
+
+    def call(*arguments, **options):
+        result = function(*arguments, **options)
+        if not isinstance(result, tuple) or not isinstance(result[1], diffmax.SparseWeights):
+            return result
+        out, weights = result
+        return (out, weights.to_dense()) if weights.sink is None else (out, weights.to_dense(), weights.sink)
+
+    return call
+
+
 QK = ("normal", "large", "tied")
 ATTENTION = {"diffmax.attention"}
 
@@ -427,7 +448,7 @@ def attention(case):
         "return_stats": case.often(False, True),
         **on_scores(case, heads, batch, dtype),
     }
-    got = check(case, ATTENTION, diffmax.attention, *tensors, **options)
+    got = check(case, ATTENTION, whole(diffmax.attention), *tensors, **options, **lists_of(case, options))
     if got is not None and not case.faults and sound(options["alpha"]):
         check_gradients(diffmax.attention, tensors, options, got)
 
@@ -456,7 +477,8 @@ def packed_attention(case):
     }
     longest = [case.fault("max_seqlen", max(of), -1, 1.5, None) for of in (lengths, keys)]
     ends = ends_of(case, "cu_seqlens_q", lengths), ends_of(case, "cu_seqlens_k", keys)
-    check(case, {"diffmax.attention_varlen"}, diffmax.attention_varlen, q, k, v, *ends, *longest, **options)
+    more = lists_of(case, options)
+    check(case, {"diffmax.attention_varlen"}, whole(diffmax.attention_varlen), q, k, v, *ends, *longest, **options, **more)
 
 
 @subject(10)

@@ -16,6 +16,7 @@ import diffmax
 from diffmax import inspect_attention
 from diffmax.inspecting import page as pages
 from diffmax.inspecting.report import AttentionReport, Layer
+from diffmax.integrations.inplace import AttentionWeights
 from diffmax.integrations.transformers import register
 from diffmax.nn import DiffmaxAttention
 from diffmax.operators.attention.weights import SparseWeights
@@ -385,6 +386,72 @@ def test_the_example(tmp_path, monkeypatch, capsys):
     found.feed(page.read_text(encoding="utf-8"))
     assert "animal" in found.data["labels"]["15"]
     assert picture.stat().st_size > 1000
+
+
+class Single(nn.Module):
+    """Attention of one head on scores (B, L, S), and class scores (B, C), both by `diffmax_bisect`."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend, self.head = diffmax.DiffmaxBisectModule(0.5), diffmax.DiffmaxBisectModule(0.5)
+        self.fused = DiffmaxAttention(8, 2, alpha=0.5)
+
+    def forward(self, x):
+        x = self.fused(x)
+        self.weights = self.attend(x @ x.mT)
+        return self.head((self.weights @ x).mean(1))
+
+
+def test_class_scores_are_no_attention_and_rows_names_what_is():
+    model, x = Single(), torch.randn(2, 6, 8).mul(2)
+    assert [layer.name for layer in inspect_attention(model, x).layers] == ["fused"]
+    report = inspect_attention(model, x, rows=["attend"])
+    assert [layer.name for layer in report.layers] == ["fused", "attend"]
+    assert torch.equal(report.layers[1].weights.to_dense(), model.weights.unsqueeze(1))
+    everything = inspect_attention(model, x, rows=[""])
+    assert [layer.name for layer in everything.layers] == ["fused", "attend", "head"]
+    for rows, error, words in (
+        (["attention"], ValueError, r"rows must name modules of the model, got 'attention'\nmodel\.named_modules"),
+        ("attend", TypeError, "rows must be a sequence of names, got 'attend'\npass \\['attend'\\]"),
+    ):
+        with pytest.raises(error, match=words):
+            inspect_attention(model, x, rows=rows)
+    model.fused = nn.Identity()
+    with pytest.raises(ValueError, match=r"Single called no attention of diffmax\n(.*\n)*name in rows= the modules"):
+        inspect_attention(model, x)
+
+
+def test_a_module_whose_softmax_was_replaced_has_attention_of_any_shape():
+    class Replaced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.diffmax = AttentionWeights(None, 0.5)
+
+        def forward(self, x):
+            return self.diffmax.weights(x @ x.mT) @ x
+
+    model = nn.Sequential(Replaced(), diffmax.DiffmaxBisectModule(0.5))
+    (layer,) = inspect_attention(model, torch.randn(2, 5, 8)).layers
+    assert (layer.name, layer.weights.shape) == ("0", (2, 1, 5, 5))
+
+
+def test_maps_of_four_dimensions_count_along_the_last_only():
+    class Image(nn.Module):
+        def forward(self, x):
+            return diffmax.diffmax_bisect(x, 0.5, dim=1), diffmax.diffmax_bisect(x, 0.5)
+
+    (layer,) = inspect_attention(Image(), torch.randn(2, 3, 4, 5)).layers
+    assert layer.weights.shape == (2, 3, 4, 5)
+
+
+def test_an_attention_is_computed_once(monkeypatch):
+    """Its forward ran a second time for delta, which every forward kernel returns."""
+    from diffmax.operators.attention import operator
+
+    calls, forward = [], operator.attention
+    monkeypatch.setattr(operator, "attention", lambda *given: calls.append(given) or forward(*given))
+    model = DiffmaxAttention(8, 2, alpha=0.5)
+    assert len(inspect_attention(model, torch.randn(1, 5, 8)).layers) == len(calls) == 1
 
 
 def test_calls_outside_the_model_are_not_recorded():

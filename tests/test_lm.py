@@ -38,6 +38,22 @@ def test_the_page_about_choosing_quotes_what_was_measured():
         assert f" | {' | '.join(cells)} |" in page
 
 
+def test_the_page_about_choosing_quotes_what_was_measured_at_8192_tokens():
+    points = json.loads((ROOT / "examples" / "results" / "lm_8k.json").read_text())["points"]
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    for length in ("2048", "8192"):
+        base, point = points[f"{length}/softmax"]["nats"], points[f"{length}/0.75/matched"]
+        cost, shares = point["nats"] - base, [f"{100 * point[name]:.1f}" for name in ("zeros", "empty_tiles")]
+        cells = (length, f"{base:.3f}", f"{point['nats']:.3f} (+{cost:.3f})", *shares, f"{point['support']:.0f}")
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def test_the_jobs_are_those_of_the_scales_that_are_asked_for():
+    arguments = lm.parser().parse_args(["--length", "64", "--alphas", "0.75", "0.5", "--scales", "matched", "--zeros", "0.8"])
+    keys = [key for key, _, _ in lm.jobs(arguments)]
+    assert keys == ["64/softmax", "64/0.75/matched", "64/0.5/matched", "calibration/0.8", "64/calibrated 0.8"]
+
+
 def test_the_fitted_scale_is_the_vertex_where_there_is_one_and_not_beyond_what_was_tried():
     place = math.log(0.45)
     found = lm.fitted_scale(0.75, lambda scale: 3 + (math.log(scale) - place) ** 2)

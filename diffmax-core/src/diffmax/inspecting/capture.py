@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.inspecting.report import AttentionReport, Layer
-from diffmax.machine.dispatch import selected
+from diffmax.integrations.inplace import CHILD, AttentionWeights
 from diffmax.monitor.calls import visible_keys
-from diffmax.operators.attention import operator as attention_operator
 from diffmax.operators.attention.weights import SparseWeights, sparse_weights
 from diffmax.operators.common.watch import watchers
 from diffmax.plugin import AttentionCall
 
 
 @torch.no_grad()
-def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None) -> AttentionReport:
+def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None, *, rows: Sequence[str] = ()) -> AttentionReport:
     """Run a model once, and report what each token reads in each of its diffmax attentions.
 
     Args:
@@ -28,14 +27,18 @@ def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None) -> A
         inputs: What the model is called with: a mapping of its arguments by name, a tensor, or a tuple of tensors. With a
             tokenizer also a text, or a list of texts, which are padded to one length.
         tokenizer: A tokenizer of transformers. It names the tokens of the `input_ids`; without it they are numbered.
+        rows: Names of modules, as in `named_modules`, in which every call of `diffmax_bisect` is attention, queries by keys.
+            Elsewhere it is if it normalizes the last of four dimensions or more, (B, H, L, S), or if its module had its softmax
+            replaced; class scores (B, C) or (B, L, C) are none.
     Returns:
         An `AttentionReport`, on the CPU. With a two-dimensional `attention_mask` among the inputs, what is 0 there is padding.
     Raises:
-        TypeError: The model is no module, or a text comes without a tokenizer.
-        ValueError: The model is compiled, or called no attention of diffmax: it has none, or a single token was decoded.
-    Numerics: The output of the model is not changed. The attention of each layer is computed a second time, and its scores a
-        third time, block by block: memory is that of the forward pass, and of the weights that are not 0. Weights of modules
-        that have all weights in memory themselves are taken from there, with one more key if they have a sink.
+        TypeError: The model is no module, a text comes without a tokenizer, or `rows` is a string.
+        ValueError: The model is compiled, or called no attention of diffmax: it has none, or a single token was decoded; or
+            `rows` has a name that is no module's.
+    Numerics: The output of the model is not changed. The scores of each attention are computed a second time, block by block:
+        memory is that of the forward pass, and of the weights that are not 0. Weights of modules that have all weights in
+        memory themselves are taken from there, with one more key if they have a sink.
     Source: docs/inspecting.md. Written for diffmax.
     Example:
         >>> import torch, diffmax
@@ -49,8 +52,15 @@ def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None) -> A
         raise TypeError(f"inspect_attention: model must be a torch.nn.Module, got {type(model).__name__}")
     if any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
         raise ValueError("inspect_attention: model must not be compiled, got a compiled one\npass the module that was compiled")
+    if isinstance(rows, str):
+        raise TypeError(f"inspect_attention: rows must be a sequence of names, got {rows!r}\npass [{rows!r}]")
+    unknown = [name for name in rows if name not in dict(model.named_modules(remove_duplicate=False))]
+    if unknown:
+        raise ValueError(
+            f"inspect_attention: rows must name modules of the model, got {unknown[0]!r}\nmodel.named_modules() lists them"
+        )
     arguments, options = _arguments(model, inputs, tokenizer)
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, frozenset(rows))
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -62,7 +72,8 @@ def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None) -> A
     if not recorder.layers:
         raise ValueError(
             f"inspect_attention: {type(model).__name__} called no attention of diffmax\n"
-            'replace its attention first, such as with attn_implementation="diffmax"; one token alone is decoded, and not seen'
+            'replace its attention first, such as with attn_implementation="diffmax"; one token alone is decoded and not seen\n'
+            "name in rows= the modules that call diffmax_bisect on scores of two or three dimensions"
         )
     ids, mask = options.get("input_ids"), options.get("attention_mask")
     names = None
@@ -91,9 +102,10 @@ def _arguments(model: nn.Module, inputs: Any, tokenizer: Any) -> tuple[tuple[Any
 class _Recorder:
     """A watcher of the calls that a model makes in one thread."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rows: frozenset[str]) -> None:
         self.layers: list[Layer] = []
         self._model, self._running, self._thread, self._hooks = model, list[str](), threading.get_ident(), list[Any]()
+        self._rows = rows
 
     def __enter__(self) -> _Recorder:
         for name, module in self._model.named_modules():
@@ -110,16 +122,19 @@ class _Recorder:
             hook.remove()
 
     def saw_rows(self, X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> None:
-        """Record a call of `diffmax_bisect`, whose weights lie in memory."""
-        if self._counts() and X.ndim >= 2:
+        """Record a call of `diffmax_bisect` that is attention; its weights lie in memory."""
+        if self._counts() and X.ndim >= 2 and ((X.ndim >= 4 and dim == X.ndim - 1) or self._are_attention()):
             self._add(_of_dense(weights.movedim(dim, -1)), _four(~X.isneginf().movedim(dim, -1)).sum(-1))
 
-    def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+    def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, delta: Tensor) -> None:
         """Record a call of `attention` or `attention_varlen`."""
-        if not self._counts():
-            return
-        found = attention_operator.attention(query, key, value, False, call, selected(None))
-        self._add(sparse_weights(query, key, call, found.delta), visible_keys(query, key, call))
+        if self._counts():
+            self._add(sparse_weights(query, key, call, delta), visible_keys(query, key, call))
+
+    def _are_attention(self) -> bool:
+        """Whether the rows of the module that runs are attention, whatever their shape."""
+        module = self._model.get_submodule(self._running[-1])
+        return isinstance(getattr(module, CHILD, None), AttentionWeights) or not self._rows.isdisjoint(self._running)
 
     def _counts(self) -> bool:
         return bool(self._running) and threading.get_ident() == self._thread

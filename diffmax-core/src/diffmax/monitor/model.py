@@ -141,7 +141,7 @@ class Monitor:
             self._add(of_rows(X, weights, e, dim))
 
     @torch.no_grad()
-    def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+    def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, delta: Tensor) -> None:
         """Count a call of `attention` or `attention_varlen`."""
         if self._counts(query):
             self._add(of_attention(query, key, value, call))

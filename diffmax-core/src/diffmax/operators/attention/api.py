@@ -343,7 +343,7 @@ def _attend(
     out, m, delta, _, live, support = attention_operator.attention(query, key, value, return_stats, call, selected(backend))
     if not torch.compiler.is_compiling():
         for watcher in watch.watchers:
-            watcher.saw_attention(query, key, value, call)
+            watcher.saw_attention(query, key, value, call, delta)
     if wants:
         return out, sparse_weights(query, key, call, delta)
     if not return_stats:

@@ -1,4 +1,4 @@
-"""Observers of calls of rows and attention: only `diffmax.monitor.Monitor`, while one exists."""
+"""Observers of calls of rows and attention: `diffmax.monitor.Monitor` and `diffmax.inspect_attention`, while one exists."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Watcher(Protocol):
     def saw_rows(self, X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> None:
         """Observe a call of the row operator: scores, weights, and 1 - alpha."""
 
-    def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
-        """Observe the arguments of a call of attention."""
+    def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, delta: Tensor) -> None:
+        """Observe a call of attention: its arguments, and delta (B, H, L) of its queries."""
 
 
 watchers: list[Watcher] = []
