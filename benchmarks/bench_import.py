@@ -1,7 +1,8 @@
 """`python -m benchmarks.bench_import`: what diffmax costs before it computes anything.
 
 - Import: a fresh process imports torch, then times `import diffmax`. The first such process is not counted: it may have to
-  write byte code. Also noted: which modules it pulls in that it must not (triton, numba).
+  write byte code. Also noted: the processor time, which says more where others use the cores, and which modules it pulls in
+  that it must not (triton, numba).
 - Overhead: one call on a CPU tensor of 8 elements, beside the least that an operator of torch.library costs: one that is
   defined here with Library.define and Library.impl and returns a clone. The difference holds the argument checks, the
   choice of a kernel and its work. Calls are timed in batches that take turns, in processor time. A second figure, which no
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import timeit
@@ -31,11 +33,12 @@ from diffmax.machine.dispatch import kernel
 IMPORT = """
 import gc, time, torch
 gc.collect()
-start = time.perf_counter()
+start, processor = time.perf_counter(), time.process_time()
 import diffmax
-seconds = time.perf_counter() - start
+seconds, processor = time.perf_counter() - start, time.process_time() - processor
 import json, sys
-print(json.dumps({"seconds": seconds, "heavy": [name for name in ("triton", "numba") if name in sys.modules]}))
+heavy = [name for name in ("triton", "numba") if name in sys.modules]
+print(json.dumps({"seconds": seconds, "processor": processor, "heavy": heavy}))
 """
 
 
@@ -72,7 +75,8 @@ def shown(result: Row) -> str:
 
     heavy = ", ".join(result["import"]["heavy"]) or "none"
     lines = [line(name, row, 1e6, "us") for name, row in result["calls"].items()]
-    lines.append(f"{line('import', result['import'], 1e3, 'ms')}   beyond torch; heavy modules: {heavy}")
+    processor = f"{1e3 * result['import']['processor_s']:.1f} ms of the processor"
+    lines.append(f"{line('import', result['import'], 1e3, 'ms')}   beyond torch; {processor}; heavy modules: {heavy}")
     lines.append(f"times a bare operator of the same schema, with three results: {result['times_bare_schema']:.2f}")
     return "\n".join([*lines, targets_block(result["targets"])])
 
@@ -82,7 +86,8 @@ def time_import(repeats: int) -> Row:
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", IMPORT]
     runs = [json.loads(subprocess.check_output(command, text=True, env=environ)) for _ in range(repeats + 1)]
-    return {**summarize([run["seconds"] for run in runs[1:]]), "heavy": runs[0]["heavy"]}
+    processor = statistics.median(run["processor"] for run in runs[1:])
+    return {**summarize([run["seconds"] for run in runs[1:]]), "processor_s": processor, "heavy": runs[0]["heavy"]}
 
 
 def time_calls(batches: int, calls: int) -> dict[str, dict[str, float | int]]:

@@ -209,6 +209,7 @@ def test_import_and_call_overhead_are_measured(tmp_path, capsys):
     bench_import.main(["--quick", "--output", str(path)])
     result = json.loads(path.read_text())
     assert result["import"]["heavy"] == []
+    assert result["import"]["processor_s"] > 0
     assert {"bare_operator", "bare_schema", "softmax", "diffmax", "choice"} == set(result["calls"])
     assert [target["goal"] for target in result["targets"]] == [50, 2, 2]
     assert "targets:" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import concurrent.futures
 import ctypes
 import functools
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
 from diffmax import diffmax_bisect, reference
-from diffmax.kernels.numba import functions, simd, solver, threads
+from diffmax.kernels.numba import functions, gradient, simd, solver, threads
 from diffmax.kernels.numba import rows as numba_rows
 from diffmax.kernels.numba.probe import numba_cannot, numba_converts_float16, numba_missing
 from diffmax.machine.dispatch import registry
@@ -80,6 +81,57 @@ def test_elementary_functions_are_right_to_a_few_ulp(name, exact, low, high, dty
         slack = [4 + (abs(float(v)) if name == "exp2" else 0) for v in values]
         errors = [abs(float((mpmath.mpf(float(r)) - t) / t)) if t else 0.0 for r, t in zip(result, truth, strict=True)]
     assert max(e / s for e, s in zip(errors, slack, strict=True)) <= np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.85, 0.99])
+def test_slopes_of_a_call_are_right_to_a_few_ulp(alpha):
+    """Whether they come from tables or not: every mantissa's sixteenth, every exponent, and 0."""
+    weights = np.concatenate([2.0 ** np.linspace(-126, 0, 4001), 1 + np.linspace(-0.6, 0, 501), [0.0, 1.0]]).astype(np.float32)
+
+    @njit
+    def slopes(p, s):
+        tables = np.empty(gradient.TABLES * 16, np.float32)
+        gradient.fill_tables(tables, 1 - alpha)
+        for i in range(0, p.size, 16):
+            simd.store(s, i, gradient.slopes_by_tables(simd.load(p, i), tables, simd.splat(p, 1 - alpha)))
+
+    padded = np.resize(weights, -(-len(weights) // 16) * 16)
+    found = np.empty_like(padded)
+    slopes(padded, found)
+    exact = padded.astype(np.float64) ** alpha
+    allowed = 3.0
+    if not simd.has_avx512():  # alpha and 1 - alpha are then rounded to float32, and count as often as the exponent
+        allowed += 2 * math.log(2) / 4 * -np.log2(np.maximum(padded, 2.0**-126))
+    assert (np.abs(found - exact) <= allowed * np.finfo(np.float32).eps * exact).all()
+    assert (found[padded == 1] == 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not simd.has_avx512(), reason="the processor that Numba compiles for lacks AVX-512: the tests above were of this"
+)
+def test_digits_without_the_instructions_of_avx512(tmp_path):
+    """The same in a process that compiles for an older processor, and the kernels against the gate there."""
+    environment = {"NUMBA_CPU_NAME": "znver3", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    code = """
+import torch
+from diffmax import diffmax_bisect, reference
+from diffmax.kernels.numba.simd import has_avx512
+from diffmax.testing import gates
+torch.manual_seed(0)
+x, g = torch.randn(2, 40, 200)
+p = diffmax_bisect(x.requires_grad_(), 0.85, backend="numba")
+p.backward(g)
+with torch.no_grad():
+    bisect, m = lambda x: reference.bisect(x, 0.15, 1, 200, True)[0], torch.zeros(40, 1)
+    of_p = lambda g, p: reference.bisect_backward(g, p, m.to(p), m.to(p), None, 0.15, 1, False)[0]
+    for found, wanted in ((p, gates(bisect, x)[0]), (x.grad, gates(of_p, g, p)[0])):
+        assert (found.double() - wanted.exact).abs().max() <= wanted.allowed
+print(has_avx512())
+"""
+    assert run(code, **environment).strip() == "False"
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "few_ulp", __file__]
+    subprocess.run(tests, check=True, timeout=300, env={**os.environ, **environment})
 
 
 @needs_half

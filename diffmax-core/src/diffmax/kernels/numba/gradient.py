@@ -19,10 +19,13 @@ from diffmax.kernels.numba.functions import (
 from diffmax.kernels.numba.simd import (
     bits,
     get,
+    has_avx512,
     horner,
     jitable,
     larger,
     load,
+    looked_up_by,
+    mantissa,
     nearest_integer,
     places,
     put,
@@ -114,6 +117,74 @@ def slope_sums(p, g, s, start, stop, e, square_roots):
         slopes = zero
         if bits(weights > 0.0) != 0:
             slopes = square_root(weights) if square_roots else slopes_from_weights(weights, e)[0]
+            sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+    return sums, products
+
+
+# Tables of `slopes_by_tables`, each a vector: 1 / c for a c in each sixteenth of [1, 2), its power, and powers of two for the
+# low and the high four bits of an exponent.
+TABLES = 4
+_CENTRES = (1.0, *(1 + (i + 0.5) / 16 for i in range(1, 16)))  # the first is 1: a weight of 1 has a slope of 1
+_part_of_mantissa, _low_exponent, _high_exponent = looked_up_by(19), looked_up_by(23), looked_up_by(27)
+
+
+def fill_tables(tables, e):
+    """What `slopes_by_tables` needs to know of e, in `TABLES` vectors."""
+
+
+@overload(fill_tables)
+def _fill_tables(tables, e):
+    if not _has_tables(tables):
+        return lambda tables, e: None
+
+    def fill(tables, e):
+        for i in range(16):
+            tables[i] = 1.0 / _CENTRES[i]
+            tables[16 + i] = float(tables[i]) ** e
+            tables[32 + i] = 2.0 ** (e * (15 - i))
+            tables[48 + i] = 2.0 ** (e * 16 * (7 - i))
+
+    return fill
+
+
+def _has_tables(array):
+    return has_avx512() and array.dtype == types.float32
+
+
+def slopes_by_tables(weights, tables, e):
+    """s = p^alpha of weights that may be 0, for the e of `fill_tables`: p 2^(-e j) c^-e (1 + f)^-e, with p = 2^j c (1 + f)."""
+
+
+@overload(slopes_by_tables)
+def _slopes_by_tables(weights, tables, e):
+    if not _has_tables(tables):
+        return lambda weights, tables, e: slopes_from_weights(weights, e)[0]
+
+    def by_tables(weights, tables, e):
+        f = mantissa(weights) * _part_of_mantissa(load(tables, 0), weights) - 1.0
+        c2 = e * (e + 1.0) * 0.5
+        c3 = c2 * (e + 2.0) * (-1.0 / 3.0)
+        c4 = c3 * (e + 3.0) * -0.25
+        c5 = c4 * (e + 4.0) * -0.2
+        rest = ((((c5 * f + c4) * f + c3) * f + c2) * f - e) * f + 1.0
+        about = _part_of_mantissa(load(tables, 16), weights) * _low_exponent(load(tables, 32), weights)
+        return weights * about * _high_exponent(load(tables, 48), weights) * rest
+
+    return by_tables
+
+
+@jitable
+def slope_sums_by_tables(p, g, s, start, stop, tables, e):
+    """As `slope_sums`, for the e of `fill_tables`."""
+    width = places(s)
+    zero = splat(s, 0.0)
+    sums, products = zero, zero
+    for i in range(start, stop, width):
+        weights = load(p, i)
+        slopes = zero
+        if bits(weights > 0.0) != 0:
+            slopes = slopes_by_tables(weights, tables, e)
             sums, products = sums + slopes, products + slopes * load(g, i)
         store(s, i, slopes)
     return sums, products

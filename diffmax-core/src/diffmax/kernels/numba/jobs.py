@@ -19,7 +19,16 @@ from numba.core import types
 from numba.core.ccallback import CFunc
 
 from diffmax.kernels.numba.cache import compile_cached
-from diffmax.kernels.numba.gradient import centred, centred_sum, score_sums, slope_and_alpha_sums, slope_sums
+from diffmax.kernels.numba.gradient import (
+    TABLES,
+    centred,
+    centred_sum,
+    fill_tables,
+    score_sums,
+    slope_and_alpha_sums,
+    slope_sums,
+    slope_sums_by_tables,
+)
 from diffmax.kernels.numba.one_row import DEAD, LISTED, fill, listed, row_alone, top_of
 from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, jitable, load, put, splat, store, total
 from diffmax.kernels.numba.solver import SUMMED, solve_group
@@ -191,12 +200,15 @@ def _backward(dtype, computing):
         wants_alpha, from_scores = grad_e_at != 0, x_at != 0
         padded = (n + width - 1) // width * width
         second = padded if wants_alpha or from_scores else 0
-        memory = np.empty(padded + second + 2 * width + PAGE // itemsize, computing)
+        memory = np.empty(padded + second + (2 + TABLES) * width + PAGE // itemsize, computing)
         scratch = memory[first_aligned(memory, p_at) :]
-        last, last_g = scratch[:width], scratch[width:]
-        acc, s, w = last, scratch[2 * width :], scratch[2 * width + (padded if second else 0) :]
+        last, last_g, tables = scratch[:width], scratch[width:], scratch[2 * width :]
+        acc, s, w = last, tables[TABLES * width :], tables[TABLES * width + (padded if second else 0) :]
         whole = n // width * width
         square_roots = e_at == 0 and e_value == 0.5
+        by_tables = e_at == 0 and not square_roots
+        if by_tables:
+            fill_tables(tables, e_value)
         done, start, end = take(words, 0, 0, 0)
         while start < end:
             for row in range(start, end):
@@ -219,6 +231,8 @@ def _backward(dtype, computing):
                         sums, products = score_sums(x, g, s, w, block, stop_at, e, m[row], delta[row])
                     elif wants_alpha:
                         sums, products = slope_and_alpha_sums(p, g, s, w, block, stop_at, e)
+                    elif by_tables:
+                        sums, products = slope_sums_by_tables(p, g, s, block, stop_at, tables, e)
                     else:
                         sums, products = slope_sums(p, g, s, block, stop_at, e, square_roots)
                     sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
@@ -233,6 +247,8 @@ def _backward(dtype, computing):
                         sums, products = score_sums(last, last_g, end_s, end_w, 0, width, e, m[row], delta[row])
                     elif wants_alpha:
                         sums, products = slope_and_alpha_sums(last, last_g, end_s, end_w, 0, width, e)
+                    elif by_tables:
+                        sums, products = slope_sums_by_tables(last, last_g, end_s, 0, width, tables, e)
                     else:
                         sums, products = slope_sums(last, last_g, end_s, 0, width, e, square_roots)
                     sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)

@@ -5,9 +5,8 @@ keys from panels in which the numbers of one dimension lie side by side (docs/de
 Left factors are rows anywhere: `offsets` says where each begins.
 """
 
-import numba.core.codegen
 import numpy as np
-from numba.core import config, types
+from numba.core import types
 from numba.core.extending import overload
 
 from diffmax.kernels.numba.one_row import write
@@ -17,6 +16,7 @@ from diffmax.kernels.numba.simd import (
     array_at,
     dots_of,
     get,
+    has_avx512,
     jitable,
     load,
     places,
@@ -27,15 +27,9 @@ from diffmax.kernels.numba.simd import (
     transpose_square,
 )
 
-
-def _vector_registers() -> int:
-    """Registers that hold a whole vector of 64 bytes: 32 with AVX-512, else none."""
-    features = numba.core.codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    return 32 if "+avx512f" in features.split(",") else 0
-
-
-# Rows and vectors of a tile: the sums, one row of the right factor and one number of the left one fill the registers.
-ROWS, VECTORS = (8, 2) if _vector_registers() else (4, 1)
+# Rows and vectors of a tile: the sums, one row of the right factor and one number of the left one fill the registers, which
+# are 32 that hold a whole vector with AVX-512, and fewer and smaller ones without.
+ROWS, VECTORS = (8, 2) if has_avx512() else (4, 1)
 PANEL_BYTES = VECTORS * BYTES
 # Rows of values that are summed before the next rows of weights take their place: they stay in the nearest cache.
 DEPTH = 128

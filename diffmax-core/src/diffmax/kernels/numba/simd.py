@@ -10,7 +10,8 @@ as they are, uint16 for bfloat16 and int16 for float16 (torch's bits), both as f
 import operator
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, lower_builtin, overload, register_jitable, register_model, type_callable
 
@@ -64,6 +65,23 @@ def _splat(builder, value, vector):
     single = builder.insert_element(ir.Constant(llvm, ir.Undefined), value, ir.IntType(32)(0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector.width), [0] * vector.width)
     return builder.shuffle_vector(single, ir.Constant(llvm, ir.Undefined), zeros)
+
+
+def has_avx512():
+    """Whether Numba compiles for AVX-512, with its instructions for exponents and look-ups, which LLVM's own vectors lack."""
+    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return {"+avx512f", "+avx512dq"} <= set(features.split(","))
+
+
+def _avx512(builder, name, *arguments):
+    """llvm.x86.avx512.mask.<name> of whole vectors; numbers among the arguments are written into the instruction."""
+    vector, kind = arguments[0].type, "pd" if isinstance(arguments[0].type.element, ir.DoubleType) else "ps"
+    word, mask = ir.IntType(32), ir.IntType(vector.count)
+    given = [word(a) if isinstance(a, int) else a for a in arguments]
+    given += [ir.Constant(vector, ir.Undefined), mask(-1), word(4)]  # 4: the rounding that is set
+    function_type = ir.FunctionType(vector, [a.type for a in given])
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.x86.avx512.mask.{name}.{kind}.512")
+    return builder.call(function, given)
 
 
 # operators
@@ -266,6 +284,10 @@ def split_exponent(typing_context, u):
 
         shift = constant(_MANTISSA_BITS[size])
         offset = builder.sub(builder.bitcast(arguments[0], integers), constant(_SQRT_HALF_BITS[size]))
+        if has_avx512():
+            whole = builder.and_(offset, constant(-1 << _MANTISSA_BITS[size]))
+            scale = builder.bitcast(builder.sub(constant(_BIAS[size] << _MANTISSA_BITS[size]), whole), _llvm(u))
+            return context.make_tuple(builder, signature.return_type, [builder.fneg(_avx512(builder, "getexp", scale)), scale])
         j = builder.ashr(offset, shift)
         scale = builder.sub(constant(_BIAS[size] << _MANTISSA_BITS[size]), builder.shl(j, shift))
         parts = [builder.sitofp(j, _llvm(u)), builder.bitcast(scale, _llvm(u))]
@@ -279,6 +301,10 @@ def nearest_integer(typing_context, y):
     """(i, 2^i) with the integer i nearest to y, for y <= 0.5 whose 2^i is a normal number."""
 
     def generate(context, builder, signature, arguments):
+        if has_avx512():
+            i = _avx512(builder, "rndscale", arguments[0], 0)
+            one = ir.Constant(_llvm(y), [1.0] * y.width)
+            return context.make_tuple(builder, signature.return_type, [i, _avx512(builder, "scalef", one, i)])
         size = y.element.bitwidth
         integers = ir.VectorType(ir.IntType(size), y.width)
 
@@ -296,9 +322,12 @@ def nearest_integer(typing_context, y):
 
 @intrinsic
 def round_shifted(typing_context, y):
-    """(i, t) with the integer i nearest to y, |y| below 2^21, and t from which `times_power` takes i."""
+    """(i, t) with the integer i nearest to y, |y| below 2^21, and t, from which `times_power` takes i."""
 
     def generate(context, builder, signature, arguments):
+        if has_avx512():
+            i = _avx512(builder, "rndscale", arguments[0], 0)
+            return context.make_tuple(builder, signature.return_type, [i, i])
         magic = ir.Constant(_llvm(y), [1.5 * 2.0 ** _MANTISSA_BITS[y.element.bitwidth]] * y.width)
         shifted = builder.fadd(arguments[0], magic)  # its last bits are i
         return context.make_tuple(builder, signature.return_type, [builder.fsub(shifted, magic), shifted])
@@ -311,6 +340,8 @@ def times_power(typing_context, q, t):
     """q 2^i for the i of which `round_shifted` made t; q and the result are normal numbers."""
 
     def generate(context, builder, signature, arguments):
+        if has_avx512():
+            return _avx512(builder, "scalef", *arguments)
         size = q.element.bitwidth
         integers = ir.VectorType(ir.IntType(size), q.width)
         value, shifted = (builder.bitcast(argument, integers) for argument in arguments)
@@ -318,6 +349,40 @@ def times_power(typing_context, q, t):
         return builder.bitcast(builder.add(value, i), _llvm(q))
 
     return q(q, t), generate
+
+
+@intrinsic
+def mantissa(typing_context, u):
+    """u 2^-j between 1 and 2, of a positive and normal u."""
+
+    def generate(context, builder, signature, arguments):
+        size = u.element.bitwidth
+        integers = ir.VectorType(ir.IntType(size), u.width)
+        bits = _MANTISSA_BITS[size]
+        kept = builder.and_(builder.bitcast(arguments[0], integers), ir.Constant(integers, [(1 << bits) - 1] * u.width))
+        return builder.bitcast(builder.or_(kept, ir.Constant(integers, [_BIAS[size] << bits] * u.width)), _llvm(u))
+
+    return u(u), generate
+
+
+def looked_up_by(shift):
+    """An intrinsic, for processors with AVX-512: looked_up(table, u) takes the place of `table` that four bits of each u name.
+
+    They are those from bit `shift` on; both are vectors of float32.
+    """
+
+    @intrinsic
+    def looked_up(typing_context, table, u):
+        def generate(context, builder, signature, arguments):
+            floats, integers = _llvm(u), ir.VectorType(ir.IntType(32), u.width)
+            kind = ir.FunctionType(floats, [floats, integers])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+            index = builder.lshr(builder.bitcast(arguments[1], integers), ir.Constant(integers, [shift] * u.width))
+            return builder.call(function, [arguments[0], index])
+
+        return u(table, u), generate
+
+    return looked_up
 
 
 # memory
