@@ -15,10 +15,12 @@ from hypothesis import settings
 
 from diffmax.machine.dispatch import registry
 
-# helpers for processes of their own: to collect the stand-in device is to import it, and to turn this process into its host
+# helpers without tests: to collect the stand-in device is to import it, and to turn this process into its host; model_types
+# needs transformers, which `make floor` does not install
 collect_ignore = [
     "fresh.py",
     "interpreted.py",
+    "model_types.py",
     "npu_on_standin.py",
     "overlay.py",
     "ranks.py",

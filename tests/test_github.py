@@ -180,3 +180,32 @@ def test_addresses_are_those_of_the_metadata():
         for link in re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", path.read_text(encoding="utf-8"))
     }
     assert found == {CORE["urls"]["Repository"]}
+
+
+def test_make_floor_can_import_what_it_collects():
+    """tests/model_types.py imports transformers, and was collected for its docstrings where `make floor` has none."""
+    recipe = re.search(r"^floor:\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+    named = re.findall(r"\b(pytest|hypothesis|scipy|mpmath|matplotlib|entmax|numpy)\b", recipe)
+    installed = {*named, "torch", "numba", "diffmax", "tests"}
+    conftest = ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    ignored = next(
+        ast.literal_eval(node.value)
+        for node in conftest.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "collect_ignore"
+    )
+    helpers = [path for path in sorted((ROOT / "tests").glob("*.py")) if not path.name.startswith(("test_", "triton_"))]
+    beside = {path.stem for path in helpers}
+    asked = {
+        path.name: sorted(imported(path) - installed - beside - sys.stdlib_module_names)
+        for path in helpers
+        if path.name not in ignored
+    }
+    assert not {name: modules for name, modules in asked.items() if modules}
+
+
+def imported(path):
+    """The top packages that a file imports when it is imported itself."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    named = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+    named += [node.module for node in body if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in named}
