@@ -12,7 +12,9 @@ from torch import Tensor
 from diffmax.operators.attention import context_parallel
 from diffmax.operators.attention.call import autocast
 from diffmax.operators.common import messages
-from diffmax.operators.common.checks import OR_FUNCTION, check_scores, one_minus_alpha
+from diffmax.operators.common.checks import OR_FUNCTION, check_flag, check_scores, one_minus_alpha
+from diffmax.operators.decoding import sharded as sharded_cache
+from diffmax.operators.decoding.api import Options, PageBounds, build_call
 from diffmax.operators.loss.api import reduce_losses
 from diffmax.operators.loss.checks import check_reduction, check_target_of_part, check_weight
 from diffmax.operators.loss.of_shards import loss_of_parts
@@ -24,7 +26,13 @@ if TYPE_CHECKING:
 
     from diffmax.nn import DiffmaxAttention
 
-__all__ = ["attention_context_parallel", "diffmax_bisect_sharded", "diffmax_loss_sharded", "shard_heads"]
+__all__ = [
+    "attention_context_parallel",
+    "attention_with_kvcache_sharded",
+    "diffmax_bisect_sharded",
+    "diffmax_loss_sharded",
+    "shard_heads",
+]
 
 
 def diffmax_bisect_sharded(
@@ -231,6 +239,104 @@ def attention_context_parallel(
     )
     query, key, value = autocast(query, key, value)
     return context_parallel.attend(query, key, value, options, ranks)
+
+
+def attention_with_kvcache_sharded(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    owner: int | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    alpha: float | Tensor = 0.9,
+    sink: Tensor | None = None,
+    page_bounds: PageBounds | None = None,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention_with_kvcache` over a cache of which every rank of a process group holds some tokens of each sequence.
+
+    Every rank gives the same queries, and gets the result for the whole cache. All ranks of the group must make the call.
+    Keys and values stay where they are: what is exchanged is a bound of each query's threshold, then the scores above it.
+
+    Args:
+        q: (B, L, H, D), the same on every rank.
+        k_cache, v_cache, cache_seqlens, cache_batch_idx, block_table, page_bounds: As for `attention_with_kvcache`, of this
+            rank's tokens: `cache_seqlens` counts them, and may be 0. The tokens of a sequence follow each other in the order of
+            the ranks. Which rank has which matters only to a window, to ALiBi, and to causality among several new tokens.
+        k, v: (B, L_new, H_kv, D) and (B, L_new, H_kv, D_v), new tokens, the same on every rank, or None. They are appended to
+            the cache of rank `owner`.
+        group: A process group, or a one-dimensional DeviceMesh. None: the default group.
+        owner: The rank of the group that gets new tokens. None: the last.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, alpha, sink: As for `attention_with_kvcache`, with the same
+            value on every rank.
+        return_softmax_lse: Whether to return tau too, (B, H, L).
+    Returns:
+        (B, L, H, D_v), contiguous, in q's dtype, the same on every rank; and tau, if requested.
+    Raises:
+        RuntimeError: torch.distributed is not initialised; or a message failed or timed out: it says which rank is silent.
+        TypeError, ValueError: As of `attention_with_kvcache`; or a wrong owner, a group without this rank, or calls of the
+            ranks that differ in more than their tokens: then every rank raises, and says which rank has what.
+        NotImplementedError: An argument requires a gradient, and gradients are on; or a torch.func transform.
+    Communication: Eq. 51 of docs/distributed.md: per query and head a bound, the candidates, which are those scores that exceed
+        the largest of the ranks' own thresholds, and the output. If a query has more than 4096 of them, two sums for each of
+        3 to 12 iterations instead.
+    Numerics: Exact. Computes in float32, for float64 in float64, with the arithmetic of `diffmax.reference`. The host reads
+        lengths and counts, so a CUDA graph cannot capture the call.
+    Source: docs/distributed.md. Written for diffmax.
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from diffmax.distributed import attention_with_kvcache_sharded
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> q, k_cache, v_cache = torch.randn(2, 1, 8, 16), *torch.randn(2, 2, 512, 4, 16).unbind()
+        >>> attention_with_kvcache_sharded(q, k_cache, v_cache, cache_seqlens=100, alpha=0.5).shape
+        torch.Size([2, 1, 8, 16])
+        >>> dist.destroy_process_group()
+    """
+    name = sharded_cache.NAME
+    messages.refuse_transforms(name)
+    found = _group_of(name, group, "call torch.distributed.init_process_group first; attention_with_kvcache needs no group")
+    with messages.refusals(name, found, q):
+        check_flag(name, "return_softmax_lse", return_softmax_lse)
+        if owner is not None and (isinstance(owner, bool) or not isinstance(owner, int) or not 0 <= owner < found.size()):
+            raise ValueError(f"{name}: owner must be a rank of the group, 0 to {found.size() - 1}, or None, got {owner!r}")
+        for what, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+            if type(t).__name__ == "DTensor":
+                raise TypeError(f"{name}: {what} must be this rank's part, got a DTensor\npass {what}.to_local()")
+        if (k is None) != (v is None):
+            raise ValueError(f"{name}: k and v go together, got {'v' if k is None else 'k'} alone")
+        last = found.size() - 1 if owner is None else owner
+        new = (k, v) if last == found.rank() else (None, None)
+        options = Options(
+            *(cache_seqlens, cache_batch_idx, block_table, softmax_scale, causal, window_size),
+            *(softcap, alibi_slopes, alpha, sink, page_bounds, None),
+        )
+        query, k_cache, v_cache, call = build_call(q, k_cache, v_cache, *new, options, name=name)
+    shared = {"alpha": alpha, "sink": sink, "alibi_slopes": alibi_slopes}
+    facts = {
+        "q's shape": tuple(query.shape),
+        "q's dtype": query.dtype,
+        "heads and sizes of the cache": (*k_cache.shape[2:], v_cache.shape[3]),
+        **{what: t.detach().tolist() if isinstance(t, Tensor) else t for what, t in shared.items()},
+        "softmax_scale": call.scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "owner": last,
+        "new tokens": None if k is None else tuple(k.shape),
+    }
+    messages.agree(name, facts, 0, None, found, query.device)
+    out, tau, _ = sharded_cache.attend(query, k_cache, v_cache, call, -1 if k is None else last, found)
+    return (out, tau) if return_softmax_lse else out
 
 
 def shard_heads(module: DiffmaxAttention, mesh: DeviceMesh) -> DiffmaxAttention:

@@ -226,9 +226,9 @@ def build_call(
     k: Tensor | None,
     v: Tensor | None,
     options: Options,
+    name: str = "diffmax.attention_with_kvcache",
 ) -> tuple[Tensor, Tensor, Tensor, KVCacheCall]:
     """Check the arguments of `attention_with_kvcache`, and build the call from them."""
-    name = "diffmax.attention_with_kvcache"
     block_table, alpha, sink = options.block_table, options.alpha, options.sink
     checks.check_cache(name, "q", q)
     checks.check_cache(name, "k_cache", k_cache)
