@@ -99,6 +99,14 @@ def test_results_and_gradients_are_those_of_the_whole_sequence():
             same(method, layout, sequence(), is_causal=True, softcap=2.0, scale=0.3)
     for window in ((10, 3), (-1, 5), (0, 40)):
         same("ulysses", "zigzag", sequence(), window_size=window)
+    tensors = sequence()
+    batch, heads = tensors[0].shape[:2]
+    for slopes in (torch.rand(heads), torch.rand(batch, heads) - 0.3):
+        for layout in LAYOUTS:
+            for method in METHODS:
+                same(method, layout, tensors, is_causal=True, alpha=0.7, alibi_slopes=slopes)
+            same("ulysses", layout, tensors, alpha=0.7, alibi_slopes=slopes)
+            same("auto", layout, tensors, alpha=0.7, alibi_slopes=slopes)
     for layout in LAYOUTS:
         for causal in (False, True):
             same("live_blocks", layout, sequence(), is_causal=causal, alpha=0.5)
@@ -320,7 +328,19 @@ def test_arguments_that_do_not_fit_raise_on_every_rank():
             (q, k, v),
             {**ours, "method": "all_gather", "window_size": (5, 5)},
             ValueError,
-            r'takes a window with is_causal=True, got window_size=\(5, 5\)\npass method="ulysses"',
+            r'takes a window or ALiBi with is_causal=True, got window_size=\(5, 5\)\npass method="ulysses"',
+        ),
+        (
+            (q, k, v),
+            {**ours, "method": "all_gather", "alibi_slopes": torch.ones(q.shape[1])},
+            ValueError,
+            r'takes a window or ALiBi with is_causal=True, got alibi_slopes\npass method="ulysses"',
+        ),
+        (
+            (q, k, v),
+            {**ours, "method": "live_blocks", "is_causal": True, "alibi_slopes": torch.ones(q.shape[1])},
+            ValueError,
+            r'takes no ALiBi, got alibi_slopes\npass method="all_gather"',
         ),
         (
             (q, k, v),

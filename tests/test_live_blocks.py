@@ -25,7 +25,7 @@ LENGTH, DIM = 512, 16
 
 
 def options(alpha, is_causal=True, softcap=0.0, scale=None):
-    return context_parallel.Options("live_blocks", "contiguous", is_causal, scale, True, alpha, None, softcap, None, None)
+    return context_parallel.Options("live_blocks", "contiguous", is_causal, scale, True, alpha, None, None, softcap, None, None)
 
 
 def clustered(noise, dtype=torch.float64, heads=2, kv_heads=1, dim_v=8):

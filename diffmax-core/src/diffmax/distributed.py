@@ -183,6 +183,7 @@ def attention_context_parallel(
     enable_gqa: bool = False,
     alpha: float | Tensor = 0.9,
     window_size: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     sink: Tensor | None = None,
     backend: str | None = None,
@@ -198,11 +199,11 @@ def attention_context_parallel(
         group: A process group, or a one-dimensional DeviceMesh. None: the default group.
         method: "ulysses" exchanges heads for tokens: each rank computes H / ranks heads of the whole sequence, so both H and
             H_kv must be multiples of the number of ranks. "all_gather" gathers keys and values, for any number of heads; a
-            window then needs is_causal. "live_blocks" is as "all_gather", but blocks of 32 keys that certainly have no
-            weight for a rank's queries are not sent to it; it takes no window. "auto" is that of the first two that sends less.
+            window or ALiBi then needs is_causal. "live_blocks" is as "all_gather", but blocks of 32 keys that certainly have no
+            weight for a rank's queries are not sent to it; it takes neither. "auto" is that of the first two that sends less.
         layout: Which tokens a rank has, of n ranks. "contiguous": those after the lower ranks'. "zigzag": of 2 n runs of l / 2
             tokens, run `rank`, then run 2 n - 1 - rank: so every rank has the same work in causal attention by "all_gather".
-        is_causal, scale, enable_gqa, window_size, softcap, backend: As for `attention`, of the whole sequence.
+        is_causal, scale, enable_gqa, window_size, alibi_slopes, softcap, backend: As for `attention`, of the whole sequence.
         alpha, sink: As for `attention`, with the same values and all H heads on every rank. Their gradients are already summed
             over the ranks: do not all-reduce them again.
     Returns:
@@ -235,7 +236,7 @@ def attention_context_parallel(
     found = _group_of(name, group, "call torch.distributed.init_process_group first; diffmax.attention needs no group")
     ranks = context_parallel.Ranks(found, found.size(), found.rank())
     options = context_parallel.Options(
-        *(method, layout, is_causal, scale, enable_gqa, alpha, window_size, softcap, sink, backend)
+        *(method, layout, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink, backend)
     )
     query, key, value = autocast(query, key, value)
     return context_parallel.attend(query, key, value, options, ranks)

@@ -42,6 +42,7 @@ class Options(NamedTuple):
     enable_gqa: bool
     alpha: float | Tensor
     window_size: tuple[int, int] | None
+    alibi_slopes: Tensor | None
     softcap: float
     sink: Tensor | None
     backend: str | None
@@ -74,9 +75,9 @@ def _exchanges(heads: int, kv_heads: int, size: int) -> bool:
 
 
 def _gathers(options: Options) -> bool:
-    """Whether the keys of a run of queries are those up to its last token, or all."""
+    """Whether the keys of a run of queries are those up to its last token; or all, and no position counts."""
     left, right = options.window_size or (-1, -1)
-    return options.is_causal or (left, right) == (-1, -1)
+    return options.is_causal or ((left, right) == (-1, -1) and options.alibi_slopes is None)
 
 
 def _by_heads(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks, lengths: list[int]) -> Tensor:
@@ -105,7 +106,7 @@ def _by_heads(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks
         if not isinstance(t, Tensor):
             return t
         handed = messages.Hand.apply(t, ranks.group)
-        return handed.narrow(0, ranks.rank * heads, heads) if t.ndim == 1 and t.shape[0] == query.shape[1] else handed
+        return handed.narrow(-1, ranks.rank * heads, heads) if t.ndim and t.shape[-1] == query.shape[1] else handed
 
     out = _attention(options, own)(*whole, is_causal=options.is_causal, window_size=options.window_size)
     of_ranks = out[:, :, order].split(lengths, 2)
@@ -167,12 +168,12 @@ def _by_live_blocks(query: Tensor, key: Tensor, value: Tensor, options: Options,
 
 
 def _attention(options: Options, own: Callable[[Any], Any]) -> Callable[..., Tensor]:
-    alpha, sink = own(options.alpha), own(options.sink)
+    alpha, sink, slopes = own(options.alpha), own(options.sink), own(options.alibi_slopes)
 
     def run(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
         given: dict[str, Any] = {"scale": options.scale, "softcap": options.softcap, "backend": options.backend, **more}
         with whole_keys():
-            out: Tensor = attention(query, key, value, enable_gqa=True, alpha=alpha, sink=sink, **given)
+            out: Tensor = attention(query, key, value, enable_gqa=True, alpha=alpha, sink=sink, alibi_slopes=slopes, **given)
         return out
 
     return run
@@ -203,7 +204,8 @@ def _agree(query: Any, key: Any, value: Any, options: Options, ranks: Ranks) -> 
         problem = None
     except (TypeError, ValueError) as error:
         problem = error
-    parts, shared = {"query": query, "key": key, "value": value}, {"alpha": options.alpha, "sink": options.sink}
+    parts = {"query": query, "key": key, "value": value}
+    shared = {name: getattr(options, name) for name in ("alpha", "sink", "alibi_slopes")}
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     if problem is not None:
         return messages.agree(NAME, {}, 0, problem, ranks.group, device)
@@ -215,7 +217,7 @@ def _agree(query: Any, key: Any, value: Any, options: Options, ranks: Ranks) -> 
         "what requires a gradient": [
             name for name, t in {**parts, **shared}.items() if learning and isinstance(t, Tensor) and t.requires_grad
         ],
-        **{name: given for name, given in options._asdict().items() if name not in ("alpha", "sink")},
+        **{name: given for name, given in options._asdict().items() if name not in shared},
     }
     lengths = messages.agree(NAME, facts, query.shape[2], None, ranks.group, device)
     if options.layout == "zigzag" and len(set(lengths)) > 1:
@@ -243,6 +245,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: R
     checks.check_heads(NAME, heads, kv_heads, options.enable_gqa or kv_heads == 1)
     checks.check_alpha(NAME, query, options.alpha, heads)
     checks.check_sink(NAME, query, options.sink, heads)
+    checks.check_alibi(NAME, query, options.alibi_slopes, (query.shape[0], heads))
     checks.check_softcap(NAME, options.softcap)
     checks.check_scale(NAME, query, options.scale)
     left, right = checks.check_window(NAME, options.window_size, options.is_causal)
@@ -257,13 +260,17 @@ def _check(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: R
             f'{NAME}: method "ulysses" gives each rank the same number of heads, got {heads} query heads and {kv_heads} '
             f'key heads for {size} ranks\npass method="all_gather", which takes any number, or a smaller group'
         )
+    if method == "live_blocks" and options.alibi_slopes is not None:
+        raise ValueError(
+            f'{NAME}: method "live_blocks" takes no ALiBi, got alibi_slopes\npass method="all_gather" or "ulysses"'
+        )
     if method == "live_blocks" and (left != -1 or (right != -1 and not options.is_causal)):
         raise ValueError(
             f'{NAME}: method "live_blocks" takes no window, got window_size={options.window_size}\n'
             'pass method="all_gather" or "ulysses"'
         )
     if method == "all_gather" and not _gathers(options):
+        got = f"window_size={options.window_size}" if options.alibi_slopes is None else "alibi_slopes"
         raise ValueError(
-            f'{NAME}: method "all_gather" takes a window with is_causal=True, got window_size={options.window_size}\n'
-            'pass method="ulysses"'
+            f'{NAME}: method "all_gather" takes a window or ALiBi with is_causal=True, got {got}\npass method="ulysses"'
         )
