@@ -250,6 +250,22 @@ def test_arguments_that_do_not_fit_or_differ_raise_on_every_rank():
         attention_with_kvcache_sharded(q.clone().requires_grad_(), k_cache, v_cache)
 
 
+@on_ranks(2)
+def test_no_queries_no_sequences_and_an_empty_cache():
+    for batch, length, tokens in ((0, 1, 32), (2, 0, 32), (2, 1, 0), (2, 3, 1)):
+        q, k_cache, v_cache = cache_of(tokens, torch.float32, batch, length)
+        caches = (k_cache[:, : tokens // 2], v_cache[:, : tokens // 2])
+        if dist.get_rank() == 0:
+            caches = (k_cache[:, tokens // 2 :], v_cache[:, tokens // 2 :])
+        for gathered in (sharded.GATHERED, -1):
+            before, sharded.GATHERED = sharded.GATHERED, gathered
+            out, tau = attention_with_kvcache_sharded(q, *caches, alpha=0.5, return_softmax_lse=True)
+            sharded.GATHERED = before
+            expected = diffmax.attention_with_kvcache(q, k_cache, v_cache, alpha=0.5, backend=backend())
+            torch.testing.assert_close(out, expected)
+            assert tau.shape == (batch, HEADS, length)
+
+
 def test_without_a_process_group_it_says_what_to_do():
     q, k_cache, v_cache = cache_of(32, torch.float32)
     with pytest.raises(RuntimeError, match="init_process_group first; attention_with_kvcache needs no group"):

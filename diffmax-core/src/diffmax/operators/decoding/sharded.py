@@ -121,7 +121,8 @@ class _Part:
         self.k_cache, self.call, self.b, self.end, self.e = k_cache, call, b, end, e
         self.length, self.heads, size = query.shape
         self.kv_heads = k_cache.shape[2]
-        self.query = query.transpose(0, 1).reshape(self.kv_heads, -1, size) * call.scale  # heads that share keys together
+        sharing = self.heads // max(self.kv_heads, 1) * self.length
+        self.query = query.transpose(0, 1).reshape(self.kv_heads, sharing, size) * call.scale
         self.region = _PartRegion(b, end, first, self.length, query.device)
         self.pages, self.read = -(-end // max(call.page_size, 1)), 0
         self.tokens = torch.arange(0, device=query.device)
