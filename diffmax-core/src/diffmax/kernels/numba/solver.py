@@ -6,7 +6,7 @@ import numpy as np
 from numba.core import types
 from numba.core.extending import overload
 
-from diffmax.kernels.numba.functions import LOG2_E, TINY, exp2, exp_m1, integer_power, ln, power, refined
+from diffmax.kernels.numba.functions import LOG2_E, TINY, exp2, exp_m1, integer_power, ln, power, refined, smallest_normal
 from diffmax.kernels.numba.simd import bits, jitable, larger, load, maximum, places, select, smaller, splat, store, total
 
 # Entries whose sum is taken in the computing dtype, before it is added to the others in double precision.
@@ -228,7 +228,9 @@ def shift(p, r, length, d, k):
             change = change * (change + 2.0)  # (1 + change)^2 - 1: squares of numbers near 1 would lose digits
             change = change * (change + 2.0)
             change = change * (change + 2.0)
-            live = (y < 1.0) & (weight > 0.0)  # elsewhere r means nothing, and may have become infinite
+            # elsewhere r means nothing and may be infinite, or the weight is below the normal numbers, where `exp2` leaves the
+            # least of them: with a large k the series would make it as large as any
+            live = (y < 1.0) & (weight > smallest_normal(weight))
             shifted = select(live, weight + weight * change, 0.0)
             store(p, i, shifted)
             part, slopes = part + shifted, slopes + select(live, shifted * reciprocal, 0.0)
