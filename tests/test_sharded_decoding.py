@@ -246,6 +246,10 @@ def test_arguments_that_do_not_fit_or_differ_raise_on_every_rank():
     ):
         with pytest.raises(error, match=words):
             attention_with_kvcache_sharded(*arguments, **options)
+    room, before = k_cache.clone(), k_cache.clone()
+    with pytest.raises(ValueError, match="pass owner=1"):
+        attention_with_kvcache_sharded(wide, room, v_cache, *new, owner=0, cache_seqlens=20, causal=True)
+    assert torch.equal(room, before)  # a call that is refused writes nothing
     with pytest.raises(NotImplementedError, match="gradient"):
         attention_with_kvcache_sharded(q.clone().requires_grad_(), k_cache, v_cache)
 

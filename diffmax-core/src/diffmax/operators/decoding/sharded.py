@@ -39,13 +39,13 @@ class Results(NamedTuple):
 
 def attend(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, owner: int, group: dist.ProcessGroup) -> Results:
     """The rows of all queries, the same on every rank. The ranks have agreed on the call."""
-    append(k_cache, v_cache, call)
     acc = accumulation_dtype(query.dtype)
     batch, length, heads, _ = query.shape
     own = lengths(k_cache, call).long()
     of_ranks = messages.all_gather(own, group).view(group.size(), batch)
     if call.left >= 0 or call.alibi is not None or (call.right >= 0 and length > 1):
         _check_order(of_ranks, owner)
+    append(k_cache, v_cache, call)
     first = of_ranks[group.rank() :].sum(0) - length  # of each sequence's queries, counted from this rank's first token
     e: float | Tensor = call.e.view(-1, 1, 1) if isinstance(call.e, Tensor) else call.e
     parts = [_Part(query[b].to(acc), k_cache, call, b, int(own[b]), int(first[b]), e) for b in range(batch)]
@@ -92,7 +92,7 @@ def _weights(scores: Tensor, e: float | Tensor, call: KVCacheCall, group: dist.P
     most = int(messages.all_reduce(count.view(1), "max", group))
     size, rank = group.size(), group.rank()
     if most * size > GATHERED:
-        steps = newton_steps(200, GATHERED * size, e if not isinstance(e, Tensor) else 1.0, scores.dtype)
+        steps = newton_steps(200, most * size, e if not isinstance(e, Tensor) else 1.0, scores.dtype)
         own = scores
         if sink is not None:
             own = rules.with_sink(scores, sink if rank == 0 else torch.full_like(sink, -torch.inf))
@@ -142,7 +142,9 @@ class _Part:
         _, m, delta = reference.bisect(scores, self.e, 2, 200, True)
         e = clamp_e(self.e)
         tau = m - (1 - delta) / e - 8 * torch.finfo(m.dtype).eps * (m.abs() + 1 / e)
-        return tau.nan_to_num(nan=-torch.inf, posinf=-torch.inf)  # such rows are looked at whole, and become NaN
+        return tau.nan_to_num(
+            nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf
+        )  # such rows are looked at whole, and become NaN
 
     def candidates(self, floor: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (H, L, n), -inf where they are not above `floor`, and the tokens (n,) of the columns."""
