@@ -21,7 +21,9 @@ TORCH = Version(torch.__version__)
 NEEDS_TRANSFORMERS = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs transformers: pip install transformers"
 )
-NEEDS_SHARD_HEADS = pytest.mark.skipif(Version("2.13") > TORCH, reason="shard_heads was tested with torch 2.13")
+NEEDS_SHARD_HEADS = pytest.mark.skipif(
+    Version("2.13") > TORCH, reason="needs torch 2.13, with which shard_heads runs: pip install torch==2.13.0"
+)
 
 
 def shared_folder():

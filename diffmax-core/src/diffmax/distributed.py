@@ -336,7 +336,7 @@ def attention_with_kvcache_sharded(
         "new tokens": None if k is None else tuple(k.shape),
     }
     messages.agree(name, facts, 0, None, found, query.device)
-    out, tau, _ = sharded_cache.attend(query, k_cache, v_cache, call, -1 if k is None or k.shape[1] == 0 else last, found)
+    out, tau = sharded_cache.attend(query, k_cache, v_cache, call, -1 if k is None or k.shape[1] == 0 else last, found)
     return (out, tau) if return_softmax_lse else out
 
 

@@ -7,8 +7,6 @@ device, as `diffmax.reference`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,16 +27,10 @@ GATHERED = 4096
 FIRST_PAGES = 4
 
 
-class Results(NamedTuple):
-    """out (B, L, H, D_v) in query's dtype, tau (B, H, L) and the share of its pages that this rank has read."""
-
-    out: Tensor
-    tau: Tensor
-    pages_read: float
-
-
-def attend(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, owner: int, group: dist.ProcessGroup) -> Results:
-    """The rows of all queries, the same on every rank. The ranks have agreed on the call."""
+def attend(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, owner: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """out (B, L, H, D_v) in query's dtype and tau (B, H, L), the same on every rank. The ranks have agreed on the call."""
     acc = accumulation_dtype(query.dtype)
     batch, length, heads, _ = query.shape
     own = lengths(k_cache, call).long()
@@ -68,8 +60,7 @@ def attend(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, o
     wrong = sharded_rows.invalid(m, e) | m.isnan()
     out = out.masked_fill(wrong, torch.nan).transpose(1, 2).to(query.dtype).contiguous()
     tau = (m - (1 - delta) / clamp_e(e)).masked_fill(wrong, torch.nan).squeeze(3)
-    pages = sum(part.pages for part in parts)
-    return Results(out, tau, sum(part.read for part in parts) / pages if pages else 0.0)
+    return out, tau
 
 
 def _check_order(of_ranks: Tensor, owner: int) -> None:
@@ -124,7 +115,7 @@ class _Part:
         sharing = self.heads // max(self.kv_heads, 1) * self.length
         self.query = query.transpose(0, 1).reshape(self.kv_heads, sharing, size) * call.scale
         self.region = _PartRegion(b, end, first, self.length, query.device)
-        self.pages, self.read = -(-end // max(call.page_size, 1)), 0
+        self.pages = -(-end // max(call.page_size, 1))
         self.tokens = torch.arange(0, device=query.device)
         self.scores = query.new_empty(self.heads, self.length, 0)
         self.bound = self._bounds() if call.low is not None and end else None
@@ -160,7 +151,6 @@ class _Part:
     def _read(self, pages: Tensor) -> None:
         """Add the scores of the tokens of some pages."""
         size = self.call.page_size
-        self.read += len(pages)
         tokens = (pages.unsqueeze(1) * size + torch.arange(size, device=pages.device)).flatten()
         tokens = tokens[tokens < self.end]
         keys = _at(self.k_cache, self.call, self.b, tokens).to(self.query.dtype)
