@@ -162,15 +162,16 @@ def _slopes_by_tables(weights, tables, e):
         return lambda weights, tables, e: slopes_from_weights(weights, e)[0]
 
     def by_tables(weights, tables, e):
-        normal = larger(weights, smallest_normal(weights))
-        f = mantissa(normal) * _part_of_mantissa(load(tables, 0), normal) - 1.0
+        if bits(weights > smallest_normal(weights)) != bits(weights > 0.0):  # some may be subnormal
+            return slopes_from_weights(weights, e)[0]
+        f = mantissa(weights) * _part_of_mantissa(load(tables, 0), weights) - 1.0
         c2 = e * (e + 1.0) * 0.5
         c3 = c2 * (e + 2.0) * (-1.0 / 3.0)
         c4 = c3 * (e + 3.0) * -0.25
         c5 = c4 * (e + 4.0) * -0.2
         rest = ((((c5 * f + c4) * f + c3) * f + c2) * f - e) * f + 1.0
-        about = _part_of_mantissa(load(tables, 16), normal) * _low_exponent(load(tables, 32), normal)
-        return select(weights > 0.0, normal * about * _high_exponent(load(tables, 48), normal) * rest, 0.0)
+        about = _part_of_mantissa(load(tables, 16), weights) * _low_exponent(load(tables, 32), weights)
+        return weights * about * _high_exponent(load(tables, 48), weights) * rest
 
     return by_tables
 
