@@ -152,6 +152,18 @@ def _has_tables(array):
     return has_avx512() and array.dtype == types.float32
 
 
+@jitable
+def _slopes_of_normal(weights, tables, e):
+    f = mantissa(weights) * _part_of_mantissa(load(tables, 0), weights) - 1.0
+    c2 = e * (e + 1.0) * 0.5
+    c3 = c2 * (e + 2.0) * (-1.0 / 3.0)
+    c4 = c3 * (e + 3.0) * -0.25
+    c5 = c4 * (e + 4.0) * -0.2
+    rest = ((((c5 * f + c4) * f + c3) * f + c2) * f - e) * f + 1.0
+    about = _part_of_mantissa(load(tables, 16), weights) * _low_exponent(load(tables, 32), weights)
+    return weights * about * _high_exponent(load(tables, 48), weights) * rest
+
+
 def slopes_by_tables(weights, tables, e):
     """s = p^alpha of weights that may be 0, for the e of `fill_tables`: p 2^(-e j) c^-e (1 + f)^-e, with p = 2^j c (1 + f)."""
 
@@ -162,16 +174,10 @@ def _slopes_by_tables(weights, tables, e):
         return lambda weights, tables, e: slopes_from_weights(weights, e)[0]
 
     def by_tables(weights, tables, e):
-        if bits(weights > smallest_normal(weights)) != bits(weights > 0.0):  # some may be subnormal
-            return slopes_from_weights(weights, e)[0]
-        f = mantissa(weights) * _part_of_mantissa(load(tables, 0), weights) - 1.0
-        c2 = e * (e + 1.0) * 0.5
-        c3 = c2 * (e + 2.0) * (-1.0 / 3.0)
-        c4 = c3 * (e + 3.0) * -0.25
-        c5 = c4 * (e + 4.0) * -0.2
-        rest = ((((c5 * f + c4) * f + c3) * f + c2) * f - e) * f + 1.0
-        about = _part_of_mantissa(load(tables, 16), weights) * _low_exponent(load(tables, 32), weights)
-        return weights * about * _high_exponent(load(tables, 48), weights) * rest
+        least = smallest_normal(weights)
+        if bits(weights > least) == bits(weights > 0.0):
+            return _slopes_of_normal(weights, tables, e)
+        return select(weights > 0.0, _slopes_of_normal(larger(weights, least), tables, e), 0.0)
 
     return by_tables
 
