@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import diffmax
-from diffmax.distributed import attention_context_parallel
+from diffmax.distributed import attention_context_parallel, attention_varlen_context_parallel
 from diffmax.operators.common import messages
 from diffmax.testing import gates
 
@@ -121,6 +122,94 @@ def test_alpha_and_the_sink_per_head_learn_on_every_rank():
             for causal in (False, True):
                 same(method, layout, (*sequence(8, 4), alpha, sink), is_causal=causal)
                 same(method, layout, (*sequence(8, 8), torch.tensor(0.6, dtype=torch.float64)), is_causal=causal)
+
+
+def same_packed(method, layout, starts, heads=4, kv_heads=4, learned=(), **options):
+    """As `same`, of packed sequences that start at `starts`."""
+    tensors = [t[:1] for t in sequence(heads, kv_heads, length=starts[-1])] + list(learned)
+    ends, longest = torch.tensor(starts, dtype=torch.int32), max(b - a for a, b in pairwise(starts))
+
+    def packed(function):
+        def by_heads(q, k, v, *more):
+            given = {"enable_gqa": True, **options, **dict(zip(("alpha", "sink"), more, strict=False))}
+            return function(*(t[0].transpose(0, 1) for t in (q, k, v)), **given).transpose(0, 1).unsqueeze(0)
+
+        return by_heads
+
+    @packed
+    def whole(q, k, v, **given):
+        return diffmax.attention_varlen(q, k, v, ends, ends, longest, longest, **given)
+
+    @packed
+    def own(q, k, v, **given):
+        how = layout if isinstance(layout, str) else "contiguous"
+        return attention_varlen_context_parallel(q, k, v, ends, method=method, layout=how, **given)
+
+    grad = torch.randn(1, heads, starts[-1], DIM_V, dtype=torch.float64)
+    expected, found = with_gradients(whole, tensors, grad), with_gradients(own, tensors, grad, layout)
+    for place, (ours, truth) in enumerate(zip(found, expected, strict=True)):
+        truth = part(truth, layout) if place < 4 else truth
+        error = float((ours - truth).abs().max()) if truth.numel() else 0.0
+        assert ours.shape == truth.shape
+        assert error <= 1e-13 * max([1.0, *truth.abs().flatten().tolist()]), (method, layout, starts, options, place, error)
+
+
+# starts: of sequences across ranks, within one, of none, of one token, and one of all
+PACKINGS = ([0, 5, 29, 30, 48], [0, 0, 24, 24, 48, 48], [0, 48], [0, 1, 2, 47, 48], [0, 6, 12, 18, 24, 30, 36, 42, 48])
+
+
+@on_ranks(2, 4)
+def test_packed_sequences_may_begin_and_end_on_any_rank():
+    size = dist.get_world_size()
+    alpha, sink = torch.linspace(0.5, 0.9, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    for starts in PACKINGS:
+        for layout in (*LAYOUTS, [17, *[0] * (size - 2), 31]):
+            for method in METHODS:
+                for causal in (False, True):
+                    same_packed(method, layout, starts, is_causal=causal, learned=(alpha, sink))
+                same_packed(method, layout, starts, is_causal=True, alpha=0.7, window_size=(7, 0))
+                same_packed(method, layout, starts, is_causal=True, alpha=0.7, alibi_slopes=torch.rand(4), softcap=3.0)
+            same_packed("ulysses", layout, starts, alpha=0.6, window_size=(5, 2))
+    same_packed("all_gather", "zigzag", PACKINGS[0], heads=6, kv_heads=3, is_causal=True, alpha=0.5, scale=0.4)
+    same_packed("auto", "contiguous", PACKINGS[0], heads=6, kv_heads=1, is_causal=True, alpha=0.5)
+    same_packed("ulysses", "zigzag", PACKINGS[0], heads=8, kv_heads=4, alpha=0.5)
+    empty, none = torch.randn(0, 4, 8), torch.zeros(3, dtype=torch.int32)
+    for method in METHODS:
+        assert attention_varlen_context_parallel(empty, empty, empty, none, method=method).shape == (0, 4, 8)
+
+
+@on_ranks(2)
+def test_packed_sequences_that_do_not_fit_raise_on_every_rank():
+    q, rank = torch.randn(8, 4, 8), dist.get_rank()
+    starts = torch.tensor([0, 5, 16], dtype=torch.int32)
+    for given, message in (
+        (torch.tensor([0, 5, 15]), r"cu_seqlens must end at the number of tokens of all ranks, 16, got 15"),
+        (torch.tensor([0, 9, 5, 16]), r"cu_seqlens must have two entries or more, and ascend from 0, got \[0, 9, 5, 16\]"),
+        (torch.tensor([1, 16]), "ascend from 0, got"),
+        (torch.tensor([0]), "two entries or more"),
+        (starts[: 3 - rank] if rank else starts, "(?s)cu_seqlens must be the same on every rank.*rank 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_varlen_context_parallel(q, q, q, given, is_causal=True)
+    for given in (None, [0, 16], starts.float(), starts.view(1, 3)):
+        with pytest.raises(TypeError, match="cu_seqlens must be an int32 tensor of one dimension"):
+            attention_varlen_context_parallel(q, q, q, given)
+    with pytest.raises(ValueError, match=r"(?s)ascend from 0, got \[1, 16\]|every rank's arguments must be valid.*rank 1"):
+        attention_varlen_context_parallel(q, q, q, starts if rank == 0 else torch.tensor([1, 16]))
+    with pytest.raises(ValueError, match='must be "auto", "ulysses" or "all_gather", got "live_blocks"'):
+        attention_varlen_context_parallel(q, q, q, starts, method="live_blocks")
+    with pytest.raises(ValueError, match="takes a window or ALiBi with is_causal=True, got window_size"):
+        attention_varlen_context_parallel(q, q, q, starts, method="all_gather", window_size=(3, 3))
+    with pytest.raises(ValueError, match=r"must have 3 dimensions \(T, H, D\)"):
+        attention_varlen_context_parallel(q[None], q[None], q[None], starts)
+    with pytest.raises(ValueError, match="one number per head, shape"):
+        attention_varlen_context_parallel(q, q, q, starts, is_causal=True, alibi_slopes=torch.rand(2, 4))
+    mine = q[:, : 4 - 2 * rank]
+    with pytest.raises(ValueError, match=r"(?s)query's shape.*\('tokens', 4, 8\) on rank 0; \('tokens', 2, 8\) on rank 1"):
+        attention_varlen_context_parallel(mine, mine, mine, starts)
+    call = (attention_context_parallel, *[q[None]] * 3) if rank else (attention_varlen_context_parallel, q, q, q, starts)
+    with pytest.raises(ValueError, match="the function must be the same on every rank"):
+        call[0](*call[1:])
 
 
 @on_ranks(2, 4)

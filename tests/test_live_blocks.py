@@ -44,16 +44,12 @@ def clustered(noise, dtype=torch.float64, heads=2, kv_heads=1, dim_v=8):
     return [t.to(dtype) for t in (query, key, normal(1, kv_heads, LENGTH, dim_v))]
 
 
-def of_one_process(key, size, monkeypatch):
+def of_one_process(key, size):
     """The blocks of `size` ranks, without messages."""
     length = key.shape[2] // size
     runs = [[live_blocks.Run(0, length, rank * length)] for rank in range(size)]
-    parts = []
-    monkeypatch.setattr(messages, "all_gather", lambda t, group: parts.append(t) or t.new_zeros(size * len(t)))
-    for rank in range(size):
-        live_blocks._summaries(key[:, :, rank * length :][:, :, :length], context_parallel.Ranks(None, size, rank), runs)
-    monkeypatch.setattr(messages, "all_gather", lambda t, group: torch.cat(parts))
-    return live_blocks._summaries(key[:, :, :length], context_parallel.Ranks(None, size, 0), runs), runs
+    parts = [live_blocks.summary(part, of_rank) for part, of_rank in zip(key.split(length, 2), runs, strict=True)]
+    return live_blocks.blocks_of(torch.stack(parts), runs), runs
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5, 0.9, 0.99])
@@ -73,12 +69,12 @@ def test_the_bound_of_the_threshold_is_below_it_and_near_where_blocks_are_small(
 
 
 @pytest.mark.parametrize("noise", [0.02, pytest.param(0.2, marks=pytest.mark.slow)])
-def test_no_block_with_a_weight_is_ever_left_out(noise, monkeypatch):
+def test_no_block_with_a_weight_is_ever_left_out(noise):
     size, left_out = 4, 0
     alphas, caps = (0.3, 0.7, torch.tensor([0.2, 0.8])), ((0.0, None), (4.0, 1.0), (0.0, -0.5))
     for dtype, alpha, causal, (softcap, scale) in every_pair((torch.float64, torch.bfloat16), alphas, (True, False), caps):
         query, key, _ = clustered(noise, dtype)
-        blocks, runs = of_one_process(key, size, monkeypatch)
+        blocks, runs = of_one_process(key, size)
         given = options(alpha, causal, softcap, scale)
         scores = query.float() @ key.float().transpose(2, 3) * (scale or DIM**-0.5)
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
@@ -89,7 +85,7 @@ def test_no_block_with_a_weight_is_ever_left_out(noise, monkeypatch):
         for rank in range(size):
             own = runs[rank][0]
             rows = slice(own.start, own.start + own.last)
-            wanted = live_blocks._wanted(query[:, :, rows], key, blocks, own, given, rank)
+            wanted = live_blocks.wanted_by(query[:, :, rows], blocks, own, given, rank)
             weighs = (p[:, :, rows].unflatten(3, (-1, live_blocks.BLOCK)) > 0).any(4).any(2).any(1, keepdim=True)
             others = blocks.rank != rank
             assert not bool((weighs & others & ~wanted).any()), f"{dtype} {alpha} {causal} {softcap} {scale}"
@@ -98,12 +94,12 @@ def test_no_block_with_a_weight_is_ever_left_out(noise, monkeypatch):
     assert left_out > 0
 
 
-def test_what_is_not_a_number_is_asked_for(monkeypatch):
+def test_what_is_not_a_number_is_asked_for():
     query, key, _ = clustered(0.02)
     key[0, 0, 40] = math.nan
-    blocks, runs = of_one_process(key, 4, monkeypatch)
+    blocks, runs = of_one_process(key, 4)
     for alpha in (0.5, torch.tensor([math.nan, 0.5])):
-        wanted = live_blocks._wanted(query[:, :, 384:], key, blocks, runs[3][0], options(alpha), 3)
+        wanted = live_blocks.wanted_by(query[:, :, 384:], blocks, runs[3][0], options(alpha), 3)
         assert bool(wanted[0, 0, 1])
         assert not isinstance(alpha, torch.Tensor) or bool(wanted[0, 0, :12].all())
 

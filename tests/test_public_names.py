@@ -39,6 +39,7 @@ STAY = {
     "diffmax.compat.retention": ("power_retention", "power_retention_inference"),
     "diffmax.distributed": (
         "attention_context_parallel",
+        "attention_varlen_context_parallel",
         "attention_with_kvcache_sharded",
         "diffmax_bisect_sharded",
         "diffmax_loss_sharded",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention_context_parallel",
+    "attention_varlen_context_parallel",
     "attention_with_kvcache_sharded",
     "diffmax_bisect_sharded",
     "diffmax_loss_sharded",
@@ -231,13 +232,77 @@ def attention_context_parallel(
         torch.Size([1, 4, 10, 16])
         >>> dist.destroy_process_group()
     """
-    name = context_parallel.NAME
-    messages.refuse_transforms(name)
-    found = _group_of(name, group, "call torch.distributed.init_process_group first; diffmax.attention needs no group")
-    ranks = context_parallel.Ranks(found, found.size(), found.rank())
     options = context_parallel.Options(
         *(method, layout, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink, backend)
     )
+    return _context_parallel(query, key, value, options, group)
+
+
+def attention_varlen_context_parallel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    method: Literal["auto", "ulysses", "all_gather"] = "ulysses",
+    layout: Literal["contiguous", "zigzag"] = "contiguous",
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    alpha: float | Tensor = 0.9,
+    window_size: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`attention_varlen` over packed sequences whose tokens are sharded over the ranks of a process group.
+
+    The result on each rank is that of its tokens in `attention_varlen` of all tokens: a sequence may begin on one rank and end
+    on another. All ranks of the group must make the call, and the backward pass.
+
+    Args:
+        query: (l, H, D): this rank's tokens; l may differ between ranks, and be 0, in the contiguous layout.
+        key, value: (l, H_kv, D) and (l, H_kv, D_v), of the same tokens.
+        cu_seqlens: int32 (N + 1,), the same on every rank: the starts and the end of the sequences among the tokens of all
+            ranks. A sequence may have 0 tokens. It is read on the host.
+        layout: As for `attention_context_parallel`, of all tokens, wherever sequences start.
+        alibi_slopes: (H,).
+        group, method, is_causal, scale, enable_gqa, alpha, window_size, softcap, sink, backend: As for
+            `attention_context_parallel`.
+    Returns:
+        (l, H, D_v), contiguous, in query's dtype.
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: As `attention_context_parallel`; or cu_seqlens do not ascend
+            from 0 to the number of all ranks' tokens.
+    Communication: That of `attention_context_parallel`, with B = 1.
+    Numerics: Those of `attention_context_parallel`.
+    Source: docs/distributed.md. Written for diffmax.
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from diffmax.distributed import attention_varlen_context_parallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> tokens = torch.randn(12, 4, 16)  # sequences of 5 and 7 tokens
+        >>> ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+        >>> attention_varlen_context_parallel(tokens, tokens, tokens, ends, is_causal=True, alpha=0.5).shape
+        torch.Size([12, 4, 16])
+        >>> dist.destroy_process_group()
+    """
+    options = context_parallel.Options(
+        *(method, layout, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink, backend),
+        cu_seqlens=() if cu_seqlens is None else cu_seqlens,  # None is of attention_context_parallel
+    )
+    return _context_parallel(query, key, value, options, group)
+
+
+def _context_parallel(
+    query: Tensor, key: Tensor, value: Tensor, options: context_parallel.Options, group: dist.ProcessGroup | DeviceMesh | None
+) -> Tensor:
+    messages.refuse_transforms(options.name)
+    otherwise = "diffmax.attention" if options.cu_seqlens is None else "diffmax.attention_varlen"
+    found = _group_of(options.name, group, f"call torch.distributed.init_process_group first; {otherwise} needs no group")
+    ranks = context_parallel.Ranks(found, found.size(), found.rank())
     query, key, value = autocast(query, key, value)
     return context_parallel.attend(query, key, value, options, ranks)
 

@@ -90,7 +90,7 @@ def attend(
     with torch.no_grad():
         blocks = _summaries(key, ranks, runs)
         own = runs[ranks.rank]
-        wanted = [_wanted(query, key, blocks, part, options, ranks.rank) for part in own]  # (B, H_kv, N) each
+        wanted = [wanted_by(query, blocks, part, options, ranks.rank) for part in own]  # (B, H_kv, N) each
         union = torch.stack(wanted).any(0)
         asked = _requests(union, blocks, ranks)
     pairs = torch.cat([key, value], 3).flatten(0, 2)
@@ -133,22 +133,31 @@ def attend(
 
 def _summaries(key: Tensor, ranks: Any, runs: list[list[Run]]) -> Blocks:
     """Of all blocks, in one all-gather; a rank with fewer blocks pads."""
+    known = summary(key, runs[ranks.rank])
+    most = max(sum(1 for _ in _cut(of_rank)) for of_rank in runs)
+    known = torch.nn.functional.pad(known, (0, 0, 0, most - known.shape[2])).contiguous()
+    return blocks_of(messages.all_gather(known.flatten(), ranks.group).view(ranks.size, *known.shape), runs)
+
+
+def summary(key: Tensor, runs: list[Run]) -> Tensor:
+    """The mean and the radius of every block of a rank's keys, (B, H_kv, blocks, D + 1)."""
     acc = accumulation_dtype(key.dtype)
-    batch, kv_heads, _, dim = key.shape
-    places = [list(_cut(of_rank)) for of_rank in runs]
-    own = places[ranks.rank]
-    most = max(len(of_rank) for of_rank in places)
-    known = key.new_zeros(batch, kv_heads, most, dim + 1, dtype=acc)
-    for n, (row, size, _) in enumerate(own):
+    known = [key.new_zeros(*key.shape[:2], 0, key.shape[3] + 1, dtype=acc)]
+    for row, size, _ in _cut(runs):
         keys = key[:, :, row : row + size].to(acc)
         mean = keys.mean(2, keepdim=True)
-        radius = (keys - mean).norm(dim=3).amax(2)
-        known[:, :, n] = torch.cat([mean.squeeze(2), radius.unsqueeze(2)], 2)
-    whole = messages.all_gather(known.flatten(), ranks.group).view(ranks.size, *known.shape)
-    of_all = torch.cat([whole[rank, :, :, : len(of_rank)] for rank, of_rank in enumerate(places)], 2)
+        radius = (keys - mean).norm(dim=3, keepdim=True).amax(2, keepdim=True)
+        known.append(torch.cat([mean, radius], 3))
+    return torch.cat(known, 2)
+
+
+def blocks_of(summaries: Tensor, runs: list[list[Run]]) -> Blocks:
+    """All ranks' blocks, from each rank's summary, (ranks, B, H_kv, at least its blocks, D + 1)."""
+    places = [list(_cut(of_rank)) for of_rank in runs]
+    of_all = torch.cat([of_one[:, :, : len(of_rank)] for of_one, of_rank in zip(summaries, places, strict=True)], 2)
     flat = [(rank, *place) for rank, of_rank in enumerate(places) for place in of_rank]
-    rank, row, size, start = torch.tensor(flat, dtype=torch.int64, device=key.device).reshape(len(flat), 4).unbind(1)
-    return Blocks(rank, row, size, start, of_all[..., :dim], of_all[..., dim])
+    rank, row, size, start = torch.tensor(flat, dtype=torch.int64, device=of_all.device).reshape(len(flat), 4).unbind(1)
+    return Blocks(rank, row, size, start, of_all[..., :-1], of_all[..., -1])
 
 
 def _cut(runs: list[Run]) -> Iterator[tuple[int, int, int]]:
@@ -157,7 +166,7 @@ def _cut(runs: list[Run]) -> Iterator[tuple[int, int, int]]:
             yield row, min(BLOCK, run.last - row), run.start + row - run.first
 
 
-def _wanted(query: Tensor, key: Tensor, blocks: Blocks, part: Run, options: Any, rank: int) -> Tensor:
+def wanted_by(query: Tensor, blocks: Blocks, part: Run, options: Any, rank: int) -> Tensor:
     """Which blocks of other ranks may have a weight for a query of a run, (B, H_kv, N)."""
     acc = accumulation_dtype(query.dtype)
     batch, kv_heads, count, dim = blocks.mean.shape
