@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import diffmax
-from benchmarks import simulate_ranks
+from benchmarks import count_live_blocks, simulate_ranks
 from diffmax.distributed import attention_context_parallel
 from diffmax.operators.attention import context_parallel, live_blocks
 from diffmax.operators.common import messages
@@ -212,3 +212,21 @@ def test_the_simulation_of_many_ranks_is_what_is_kept_and_documented():
             "all_gather", ranks, 1 << 20
         )
         assert overhead == pytest.approx(1 + 517 / 32 / 512)  # the bounds and the requests
+
+
+def test_the_table_of_trained_models_is_the_counts():
+    kept = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*/*-count_live_blocks.json"))
+    assert kept
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    rows = json.loads(kept[-1].read_text(encoding="utf-8"))["rows"]
+    for line in count_live_blocks.table(rows):
+        assert line in page
+    assert all(row["exact"] <= row["asked"] <= row["seen"] for row in rows)
+
+
+def test_the_share_asked_for_is_that_of_the_bounds():
+    """Clustered keys, of which some are left out, on inputs for which both shares are counted."""
+    query, key, value = clustered(0.02)
+    for row in count_live_blocks.count({"causal LM": (query, key, value), "encoder": (query, key, value)}):
+        assert row["exact"] <= row["asked"] <= row["seen"] <= 1
+        assert row["layout"] == "zigzag" or row["alpha"] > 0.5 or row["asked"] < row["seen"], row
