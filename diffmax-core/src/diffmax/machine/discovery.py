@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import pluggy
 
 from diffmax.machine.env import Settings
-from diffmax.machine.metadata import EntryPoint, PackageNotFoundError, core_version, entry_points, facts, version
+from diffmax.machine.metadata import EntryPoint, PackageNotFoundError, core_version, entry_points_of, facts, version
 from diffmax.plugin import API_VERSION, ENTRY_POINT_GROUP, SHARED_KERNELS_VERSION, Backend, HookSpecs
 
 CORE_VERSION = core_version()
@@ -92,7 +92,7 @@ def find(settings: Settings) -> list[Plugin]:
         return []
     plugins: dict[tuple[str, str], Plugin] = {}
     taken: dict[str, Plugin] = {}
-    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=_sort_key):
+    for point in sorted(entry_points_of(ENTRY_POINT_GROUP), key=_sort_key):
         plugin = Plugin(point.name, *_origin(point), entry_point=point)
         # an editable and a wheel install of one distribution show the same entry point twice
         if plugins.setdefault((point.name, point.value), plugin) is not plugin:

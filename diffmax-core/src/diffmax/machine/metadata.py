@@ -10,7 +10,7 @@ try:
         EntryPoint,
         PackageNotFoundError,
         distribution,
-        entry_points,
+        distributions,
         packages_distributions,
     )
 except ImportError:  # a source tree without installed requirements
@@ -18,7 +18,7 @@ except ImportError:  # a source tree without installed requirements
         EntryPoint,
         PackageNotFoundError,
         distribution,
-        entry_points,
+        distributions,
         packages_distributions,
     )
 
@@ -27,7 +27,7 @@ __all__ = [
     "Facts",
     "PackageNotFoundError",
     "core_version",
-    "entry_points",
+    "entry_points_of",
     "facts",
     "packages_distributions",
     "version",
@@ -51,6 +51,24 @@ def facts(found: Any) -> Facts:
         return Facts(found.name, found.version, tuple(found.requires or ()))
     headers = HeaderParser().parsestr(text)
     return Facts(headers["Name"], headers["Version"], tuple(headers.get_all("Requires-Dist", ())))
+
+
+def entry_points_of(group: str) -> list[EntryPoint]:
+    """As importlib-metadata's `entry_points(group=group)`, which parses those of every distribution: of the few with the group."""
+    points: list[EntryPoint] = []
+    for found in distributions():
+        text = found.read_text("entry_points.txt")
+        if text is not None and f"[{group}]" in text and _is_first(found, text):
+            points += found.entry_points.select(group=group)
+    return points
+
+
+def _is_first(found: Any, text: str) -> bool:
+    """Whether no other copy of the distribution, with other entry points, comes earlier on the path and hides it."""
+    try:
+        return bool(distribution(facts(found).name).read_text("entry_points.txt") == text)
+    except Exception:  # noqa: BLE001  (an interrupted uninstall leaves a distribution without metadata, and without a name)
+        return True
 
 
 def version(name: str) -> str:
