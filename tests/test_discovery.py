@@ -1,5 +1,6 @@
 """Plugins that are broken in every way: `import diffmax` survives, each is listed with its reason, nothing else is hidden."""
 
+import importlib
 import importlib.util
 import itertools
 import re
@@ -7,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import importlib_metadata
 import pytest
 from packaging.requirements import Requirement
 
-from diffmax.machine import discovery
+from diffmax.machine import discovery, metadata
 from diffmax.plugin import API_VERSION
 
 pytestmark = pytest.mark.sampled(3)
@@ -295,3 +297,31 @@ def test_the_import_does_without_layers_and_packaging():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_entry_points_are_those_that_importlib_metadata_finds(tmp_path, monkeypatch):
+    """Of distributions with the group, without it, without METADATA, and of a copy that another one hides."""
+    for folder, name, points in (
+        ("one/plug-2", "plug", "[console_scripts]\nrun = plug:run\n"),
+        ("two/plug-1", "plug", "[diffmax.backends]\nold = plug:old\n"),
+        (
+            "two/Other_Plug-3",
+            "Other.Plug",
+            "[console_scripts]\na = b:c\n\n[diffmax.backends]\n# late\nnew = b:new\nlate = b:late\n",
+        ),
+        ("two/other_plug-2", "other-plug", "[diffmax.backends]\nshadow = other:shadow\n"),
+        ("two/half-1", "", ""),
+    ):
+        info = tmp_path / f"{folder}.dist-info"
+        info.mkdir(parents=True)
+        if name:
+            (info / "METADATA").write_text(f"Name: {name}\nVersion: {folder[-1]}\n")
+            (info / "entry_points.txt").write_text(points)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "one"), str(tmp_path / "two"), *sys.path])
+    importlib.invalidate_caches()
+    found = sorted((point.name, point.value) for point in metadata.entry_points_of("diffmax.backends"))
+    expected = importlib_metadata.entry_points(group="diffmax.backends")
+    assert found == sorted({(point.name, point.value) for point in expected})
+    names = [name for name, _ in found]
+    assert "old" not in names
+    assert "new" in names or "shadow" in names  # whichever of the two copies the folder lists first

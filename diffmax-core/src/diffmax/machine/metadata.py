@@ -54,7 +54,7 @@ def facts(found: Any) -> Facts:
 
 
 def entry_points_of(group: str) -> list[EntryPoint]:
-    """As importlib-metadata's `entry_points(group=group)`, which parses those of every distribution: of the few with the group."""
+    """As importlib-metadata's `entry_points(group=group)`, but parses only files that name the group."""
     points: list[EntryPoint] = []
     for found in distributions():
         text = found.read_text("entry_points.txt")
