@@ -87,7 +87,7 @@ def test_no_text_that_is_measured_on_is_trained_on(monkeypatch):
     )
     assert 190 < len(measured) <= 200  # a few are the same once they are cut
     assert len(validated) > 100
-    assert len(measured & validated) < 3  # likewise
+    assert len(measured & validated) <= 3  # likewise; Python 3.13 strips indents of docstrings, so it varies
     assert search.texts == other.texts
     trained = example.training_texts()
     assert len(trained) > 8000

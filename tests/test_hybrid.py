@@ -138,7 +138,9 @@ def test_with_equal_scores_a_softmax_of_all_keys_is_exact():
     q, k, v = drawn()
     k = k[:, :1].expand_as(k)
     heads = (t.transpose(1, 2) for t in (q, k, v))
-    wanted = nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+    query, *shared = heads
+    each = [t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in shared]
+    wanted = nn.functional.scaled_dot_product_attention(query, *each, is_causal=True).transpose(1, 2)
     scores = (q * k.repeat_interleave(H // H_KV, 2)).sum(3)
     got = HybridCache(TAIL, block=BLOCK).attend(q, k, v, alpha=torch.tensor(1.0))
     positive = scores > 0  # of a negative score the power has lost the sign

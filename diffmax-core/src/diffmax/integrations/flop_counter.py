@@ -18,4 +18,6 @@ from diffmax.operators.common.spec import SPECS
 if torch.ops.diffmax.bisect not in flop_registry:
     for spec in SPECS.values():
         for name, formula in spec.flops.items():
-            register_flop_formula(getattr(torch.ops.diffmax, name), get_raw=True)(formula)
+            operator = getattr(torch.ops.diffmax, name)
+            register_flop_formula(operator, get_raw=True)(formula)
+            flop_registry.setdefault(operator, formula)  # torch 2.4 files it where its own counter does not look

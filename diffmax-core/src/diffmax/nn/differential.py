@@ -379,8 +379,19 @@ def _softmax_attention(
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
     causal = is_causal and mask is None
-    more: dict[str, Any] = {"enable_gqa": True} if grouped else {}  # torch 2.4 does not know the argument
-    return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=size**-0.5, **more)
+    if torch.__version__ >= "2.5":
+        more: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+        return scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=size**-0.5, **more)
+    # torch 2.4 knows no groups, reads masks that broadcast wrongly, and gives NaN to queries that see nothing
+    if grouped:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if mask is None:
+        return scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=size**-0.5)
+    mask = mask.expand(*q.shape[:3], k.shape[2]).contiguous()
+    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+    blind = ~seen.any(-1, keepdim=True)
+    mask = mask | blind if mask.dtype == torch.bool else mask.masked_fill(blind, 0.0)
+    return scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=size**-0.5).masked_fill(blind, 0.0)
 
 
 def _mask_of_maps(name: str, mask: Tensor | None, q: Tensor) -> Tensor | None:
