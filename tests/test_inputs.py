@@ -80,7 +80,7 @@ def test_grouped_heads_of_other_shapes(shapes):
     close(attention(query, key, value, enable_gqa=True, alpha=ONE), sdpa(query, *repeated))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4's jagged tensors have no such gradients")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs the gradients of jagged tensors: pip install 'torch>=2.13'")
 @pytest.mark.parametrize("floating", [False, True])
 @pytest.mark.parametrize("lead", [(), (4,), (1,), (2, 1), (2, 4), (1, 4), (3, 2, 4), (3, 1, 1), (1, 2, 1)], ids=str)
 @pytest.mark.parametrize("ends", [(5, 7), (1, 7), (5, 1), (1, 1)], ids=str)
@@ -180,7 +180,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4's jagged tensors have no such gradients")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs the gradients of jagged tensors: pip install 'torch>=2.13'")
 @pytest.mark.parametrize("backend", [None, "cpu", "reference"])
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=["jagged", "strided"])
 @pytest.mark.parametrize("other", [LENGTHS, [4, 2, 5], [7, 1, 1]], ids=["same lengths", "other lengths", "more other lengths"])
@@ -221,7 +221,7 @@ def test_nested_at_alpha_one_is_torchs():
     close(attention(query, key, value, alpha=ONE).values(), sdpa(query, key, value).values())
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4's jagged tensors have no such gradients")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs the gradients of jagged tensors: pip install 'torch>=2.13'")
 def test_nested_sequences_with_holes_between_them():
     base, starts, lengths = randn(3, 9, 4, 8), torch.tensor([0, 2, 1]), torch.tensor([4, 3, 8])
     nested = torch.nested.narrow(base, 1, starts, lengths, layout=torch.jagged).transpose(1, 2)
@@ -245,7 +245,7 @@ def test_explain_knows_nested_and_broadcast_calls():
     assert diffmax.explain("attention", randn(5, 8), randn(7, 8), randn(7, 8))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4's jagged tensors have no such gradients")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs the gradients of jagged tensors: pip install 'torch>=2.13'")
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "sink": "learned", "window_size": (2, 0)}, {"sink": "null"}])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_module_takes_jagged_tokens(options, causal):
@@ -262,7 +262,7 @@ def test_the_module_takes_jagged_tokens(options, causal):
         close(a, b)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4's jagged tensors have no such gradients")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs the gradients of jagged tensors: pip install 'torch>=2.13'")
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=["jagged", "strided"])
 @pytest.mark.parametrize("dim", [-1, 1, 2, -2])
 @pytest.mark.parametrize("alpha", [0.5, torch.tensor(0.5), lambda: 0.5])
@@ -289,7 +289,7 @@ def test_rows_of_nested_scores(layout, dim, alpha):
     )
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4's jagged tensors have no such gradients")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs the gradients of jagged tensors: pip install 'torch>=2.13'")
 def test_rows_of_nested_scores_with_heads_and_a_transposed_ragged_dimension():
     parts = [randn(n, 4, 5) for n in LENGTHS]
     nested = torch.nested.as_nested_tensor(parts, layout=torch.jagged).transpose(1, 2)  # (B, 4, j, 5)

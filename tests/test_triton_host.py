@@ -126,6 +126,8 @@ def test_another_driver_is_asked_for_its_own_binary():
         found += launched
     assert found[0].kernel is not found[1].kernel
     assert [one.kernel.metadata.target.arch for one in found] == [90, 80]
+    for one in found:  # from 3.8 on Triton asks the driver of the moment, which is gone, to unload a binary that is let go
+        one.kernel.module = None
 
 
 def test_the_number_of_plans_is_bounded():

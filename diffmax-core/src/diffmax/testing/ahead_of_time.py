@@ -185,5 +185,3 @@ def recording(target: str, *kernels: Any) -> Iterator[list[Compiled]]:
             yield launched
     finally:
         CompiledKernel.launch_metadata = metadata
-        for one in launched:  # from 3.8 on Triton asks the driver of the moment to unload a binary that is no longer used
-            one.kernel.module = None

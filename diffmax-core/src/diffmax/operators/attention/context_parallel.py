@@ -48,7 +48,7 @@ class Options(NamedTuple):
     softcap: float
     sink: Tensor | None
     backend: str | None
-    cu_seqlens: Tensor | None = None
+    cu_seqlens: Any = None  # a tensor; once it is checked, its numbers
 
     @property
     def name(self) -> str:
@@ -62,6 +62,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: R
     packed = options.cu_seqlens is not None
     if packed:
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+        options = options._replace(cu_seqlens=options.cu_seqlens.tolist())
     if options.method == "auto":
         learning = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         options = options._replace(method=_cheapest(query, key, value, options, lengths, learning))
@@ -197,14 +198,14 @@ def _attention(options: Options, own: Callable[[Any], Any]) -> Callable[..., Ten
 class _Places:
     """Which keys the queries with the positions from `first` to `end` see, and where their sequences start in either."""
 
-    def __init__(self, cu_seqlens: Tensor | None, first: int, end: int, causal: bool) -> None:
-        bounds = [0, end] if cu_seqlens is None else cu_seqlens.tolist()
+    def __init__(self, starts_of_all: list[int] | None, first: int, end: int, causal: bool) -> None:
+        bounds = [0, end] if starts_of_all is None else starts_of_all
         own = [(low, high) for low, high in pairwise(bounds) if low < end and high > first]
         low, high = (own[0][0], end if causal else own[-1][1]) if own else (0, 0)
         starts = [low, *(min(high, end_of_one) for _, end_of_one in own)]
         self.keys = slice(low, high)
         self.of_keys = [start - low for start in starts]
-        self.of_queries = [min(max(start, first), end) - first for start in starts] if own else [0]
+        self.of_queries = [min(max(start, first), end) - first for start in starts]
         if len(starts) == 1:  # no sequence: one without tokens
             self.of_keys, self.of_queries = [0, 0], [0, 0]
 
