@@ -355,7 +355,7 @@ def test_heads_that_two_dimensions_of_the_mesh_would_cut_unevenly_are_gathered()
     check(attention(), heads(), "HH", QKV, mesh)  # all heads are cut at the same places, evenly or not
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs a DTensor that takes rules from outside: pip install 'torch>=2.13'")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs a DTensor that takes our rules: pip install 'torch>=2.13'")
 def test_every_tensor_of_an_operator_has_its_axes():
     """A tensor without a placement would reach the operator as it lies."""
 

@@ -208,7 +208,7 @@ def test_packed_sequences_say_what_is_wrong():
             diffmax.lazy_attention_varlen(x, x, x, None, options.pop("tau", -0.5), *given, **options)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs a Dynamo that knows dataclasses.replace: pip install 'torch>=2.13'")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs a Dynamo that knows replace(): pip install 'torch>=2.13'")
 def test_packed_sequences_compile():
     x, ends = torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)
 
@@ -219,7 +219,7 @@ def test_packed_sequences_compile():
     torch.testing.assert_close(compiled(x, ends), run(x, ends))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs a Dynamo that knows dataclasses.replace: pip install 'torch>=2.13'")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs a Dynamo that knows replace(): pip install 'torch>=2.13'")
 def test_exports_with_a_free_length():
     class Model(torch.nn.Module):
         def forward(self, q, k, v):

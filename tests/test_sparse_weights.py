@@ -255,9 +255,7 @@ def test_the_output_has_a_gradient_and_the_weights_have_none():
     )
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.5", reason="needs a Dynamo that breaks the graph here: pip install 'torch>=2.13'"
-)
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="needs a Dynamo that breaks the graph here: pip install 'torch>=2.13'")
 def test_under_torch_compile_the_graph_breaks():
     query, key, value = torch.randn(3, 1, 2, 30, 8).unbind()
 
