@@ -22,6 +22,7 @@ from torch import Tensor
 
 import diffmax
 from benchmarks.environment import environment, result_path
+from benchmarks.harness import write
 from diffmax.operators.attention import context_parallel, live_blocks
 
 ALPHAS, RANKS, LAYOUTS = (0.5, 0.75, 0.9), (2, 4, 8), ("contiguous", "zigzag")
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join(table(rows)))
     about = environment("count_live_blocks", [])
     path = given.output or result_path("count_live_blocks", about)
-    path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    write(path, {"environment": about, "rows": rows})
 
 
 if __name__ == "__main__":
