@@ -28,6 +28,7 @@ from diffmax.kernels.numba.attention_words import (
 from diffmax.kernels.numba.gradient import weights_again
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.one_row import fill
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.products import (
     ROWS,
     bytes_of,
@@ -40,7 +41,7 @@ from diffmax.kernels.numba.products import (
     scatter_rows,
     write_row,
 )
-from diffmax.kernels.numba.simd import array_at, bits, count_bits, jitable, load, places, size_of, splat, store, total
+from diffmax.kernels.numba.simd import array_at, bits, count_bits, load, places, size_of, splat, store, total
 from diffmax.operators.common.numerics import MIN_E
 from diffmax.plugin import TILE
 

@@ -42,6 +42,7 @@ from diffmax.kernels.numba.one_row import (
     write,
     write_nudged,
 )
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.products import (
     DEPTH,
     ROWS,
@@ -59,7 +60,6 @@ from diffmax.kernels.numba.simd import (
     array_at,
     bits,
     count_bits,
-    jitable,
     load,
     places,
     select,

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from diffmax.kernels.numba import scores as rules
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.products import bytes_of, copy_rows
-from diffmax.kernels.numba.simd import array_at, fetch_add, jitable, size_of
+from diffmax.kernels.numba.simd import array_at, fetch_add, size_of
 
 # The first words are those of every job (`jobs`). Behind a tensor's address stand its strides: batch, head, row.
 _Words = namedtuple(

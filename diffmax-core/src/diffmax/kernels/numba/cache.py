@@ -10,6 +10,7 @@ in all files of this folder, so their content is part of its name, and of the na
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import logging
 import os
@@ -27,7 +28,7 @@ _told: set[str] = set()
 def compile_cached(decorator: Callable[..., Callable[[Any], Any]], *arguments: Any, function: Any, **options: Any) -> Any:
     """`decorator(*arguments, cache=True, **options)(function)`, where Numba finds no place for a cache with cache=False."""
     function.__qualname__ += f"_{sources()}"
-    with _telling():
+    with _telling(), _without_collecting():
         try:
             return decorator(*arguments, cache=True, **options)(function)
         except (RuntimeError, OSError) as error:  # no locator for the file; a disk that is full or cannot be written to
@@ -73,10 +74,22 @@ def _telling() -> Iterator[None]:
         timer.cancel()
 
 
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Leave cyclic garbage: Numba makes millions of objects that stay; going through them again and again is a third of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _say_that_it_compiles() -> None:
     if "time" not in _told:
         _told.add("time")
         logging.getLogger("diffmax").warning(
-            "diffmax compiles its kernels for this processor: some seconds for rows, up to half a minute for attention and for "
+            "diffmax compiles its kernels for this processor: some seconds for rows, up to 15 for attention and for "
             "its backward; once where they can be kept (NUMBA_CACHE_DIR); diffmax.warmup() does it ahead of time"
         )

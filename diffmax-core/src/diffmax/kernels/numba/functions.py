@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 from numba.core import types
-from numba.core.extending import overload
 
+from diffmax.kernels.numba.parts import jitable, part
 from diffmax.kernels.numba.simd import (
     horner,
-    jitable,
     larger,
     nearest_integer,
     round_shifted,
@@ -73,7 +72,7 @@ def ln_1p(f):
     """ln(1 + f) for f between sqrt(1/2) - 1 and sqrt(2) - 1."""
 
 
-@overload(ln_1p)
+@part(ln_1p)
 def _ln_1p(f):
     if f.element == types.float32:
         return lambda f: f + f * f * (f * horner(f, LN_SINGLE) - 0.5)
@@ -90,7 +89,7 @@ def exp2_m1(f):
     """2^f - 1 for f between -1/2 and 1/2."""
 
 
-@overload(exp2_m1)
+@part(exp2_m1)
 def _exp2_m1(f):
     if f.element == types.float32:
         return lambda f: f * horner(f, EXP2_SINGLE)
@@ -101,7 +100,7 @@ def lowest_exponent(y):
     """The least y with 2^y a normal number."""
 
 
-@overload(lowest_exponent)
+@part(lowest_exponent)
 def _lowest_exponent(y):
     lowest = -126.0 if y.element == types.float32 else -1022.0
     return lambda y: lowest
@@ -111,7 +110,7 @@ def smallest_normal(v):
     """The least positive number that is not subnormal."""
 
 
-@overload(smallest_normal)
+@part(smallest_normal)
 def _smallest_normal(v):
     least = float(np.finfo(np.float32 if v.element == types.float32 else np.float64).tiny)
     return lambda v: least
@@ -179,7 +178,7 @@ def refined(about, u):
     """1 / u by Newton's method from something within 0.03 % of it."""
 
 
-@overload(refined)
+@part(refined)
 def _refined(about, u):
     if u.element == types.float32:
         return lambda about, u: about * (2.0 - about * u)
@@ -195,7 +194,7 @@ def phi_series(v):
     """(exp(v) - 1 - v) / v^2 for 0 <= v <= 1."""
 
 
-@overload(phi_series)
+@part(phi_series)
 def _phi_series(v):
     if v.element == types.float32:
         return lambda v: horner(v, PHI_SINGLE)

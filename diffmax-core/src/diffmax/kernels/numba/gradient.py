@@ -1,7 +1,6 @@
 """What a row's gradient is made of: the slopes s = p^alpha and the weights of alpha (Eq. 6), from p or from the scores."""
 
 from numba.core import types
-from numba.core.extending import overload
 
 from diffmax.kernels.numba.functions import (
     LN_2,
@@ -16,12 +15,12 @@ from diffmax.kernels.numba.functions import (
     refined,
     smallest_normal,
 )
+from diffmax.kernels.numba.parts import jitable, part
 from diffmax.kernels.numba.simd import (
     bits,
     get,
     has_avx512,
     horner,
-    jitable,
     larger,
     load,
     looked_up_by,
@@ -68,7 +67,7 @@ def _power_again(w, e, k):
     """The first two results of `slopes_from_scores`; in float32 by one power, as s = p / [z - t]."""
 
 
-@overload(_power_again)
+@part(_power_again)
 def _of_dtype(w, e, k):
     if w.element == types.float64:
         return lambda w, e, k: slopes_from_scores(w, e, k)[:2]
@@ -133,7 +132,7 @@ def fill_tables(tables, e):
     """What `slopes_by_tables` needs to know of e, in `TABLES` vectors."""
 
 
-@overload(fill_tables)
+@part(fill_tables)
 def _fill_tables(tables, e):
     if not _has_tables(tables):
         return lambda tables, e: None
@@ -168,7 +167,7 @@ def slopes_by_tables(weights, tables, e):
     """s = p^alpha of weights that may be 0, for the e of `fill_tables`: p 2^(-e j) c^-e (1 + f)^-e, with p = 2^j c (1 + f)."""
 
 
-@overload(slopes_by_tables)
+@part(slopes_by_tables)
 def _slopes_by_tables(weights, tables, e):
     if not _has_tables(tables):
         return lambda weights, tables, e: slopes_from_weights(weights, e)[0]

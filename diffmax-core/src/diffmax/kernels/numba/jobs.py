@@ -30,7 +30,8 @@ from diffmax.kernels.numba.gradient import (
     slope_sums_by_tables,
 )
 from diffmax.kernels.numba.one_row import DEAD, LISTED, fill, listed, row_alone, top_of
-from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, jitable, load, put, splat, store, total
+from diffmax.kernels.numba.parts import jitable
+from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, load, put, splat, store, total
 from diffmax.kernels.numba.solver import SUMMED, solve_group
 from diffmax.operators.common.numerics import MIN_E
 

@@ -1,11 +1,11 @@
 """One row: its maximum, its candidates, its output, and its solution where it has too many candidates for a group."""
 
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.simd import (
     bits,
     count_bits,
     get,
     is_nan,
-    jitable,
     larger,
     load,
     lowest_bit,

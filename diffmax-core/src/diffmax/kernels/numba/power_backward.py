@@ -9,6 +9,7 @@ divided by the norm.
 import numpy as np
 
 from diffmax.kernels.numba.jobs import finish, take
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.power_forward import (
     chunks_of,
     collect,
@@ -60,7 +61,7 @@ from diffmax.kernels.numba.power_words import (
     words_of,
     zero,
 )
-from diffmax.kernels.numba.simd import array_at, jitable, load, places, store, total
+from diffmax.kernels.numba.simd import array_at, load, places, splat, store, total
 
 BEYOND = 3e38
 
@@ -82,7 +83,7 @@ def gradient_rows(words, memory, batch, head, at, count, target, target_at, mean
             zero(rows, t * step, t * step + size)
             means[mean_at + t] = 0.0
         else:
-            sums = load(out, 0) * 0.0
+            sums = splat(out, 0.0)
             for j in range(0, size, width):
                 a = load(rows, t * step + j) / norm
                 store(rows, t * step + j, a)

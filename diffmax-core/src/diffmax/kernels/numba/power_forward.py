@@ -7,6 +7,7 @@ keys; then the keys are added to the state. In the quadratic form the whole sequ
 import numpy as np
 
 from diffmax.kernels.numba.jobs import finish, keep, take
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.power_parts import (
     absorb,
     begin_gates,
@@ -43,7 +44,7 @@ from diffmax.kernels.numba.power_words import (
     zero,
 )
 from diffmax.kernels.numba.products import panel_width
-from diffmax.kernels.numba.simd import array_at, jitable, load, places, select, store
+from diffmax.kernels.numba.simd import array_at, load, places, select, store
 
 
 @jitable

@@ -10,9 +10,9 @@ import math
 
 import numpy as np
 from numba.core import types
-from numba.core.extending import overload
 
 from diffmax.kernels.numba.functions import LOG2_E, exp2_m1, lowest_exponent
+from diffmax.kernels.numba.parts import jitable, part
 from diffmax.kernels.numba.power_words import (
     COLUMNS,
     HIGH,
@@ -34,7 +34,6 @@ from diffmax.kernels.numba.simd import (
     array_at,
     dots_of,
     is_nan,
-    jitable,
     larger,
     load,
     places,
@@ -170,7 +169,7 @@ def largest_exponent(y):
     """The largest y whose 2^y is finite, as a whole number."""
 
 
-@overload(largest_exponent)
+@part(largest_exponent)
 def _largest_exponent(y):
     largest = 127.0 if y.element == types.float32 else 1023.0
     return lambda y: largest
@@ -180,7 +179,7 @@ def log2_parts(y):
     """log2(e) in two numbers."""
 
 
-@overload(log2_parts)
+@part(log2_parts)
 def _log2_parts(y):
     high = float(np.float32(LOG2_E)) if y.element == types.float32 else LOG2_E
     low = 1.9259629911266175e-8 if y.element == types.float32 else 2.0355273740931033e-17

@@ -4,9 +4,10 @@ A state is much larger than what a step computes with it, so its time is that of
 products have the queries as rows and the sums' columns as vectors.
 """
 
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.power_parts import decay_until, dots, expand_slice, fill_levels, multiply, whole_decay
 from diffmax.kernels.numba.power_words import COLUMNS, SLICE, Word, floats, to_lanes
-from diffmax.kernels.numba.simd import array_at, jitable, load, places, splat, store
+from diffmax.kernels.numba.simd import array_at, load, places, splat, store
 
 
 @jitable

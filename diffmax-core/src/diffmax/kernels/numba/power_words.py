@@ -10,8 +10,9 @@ from collections import namedtuple
 
 import numpy as np
 
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.products import bytes_of, copy_rows, write_row
-from diffmax.kernels.numba.simd import array_at, fetch_add, jitable, load, places, size_of, splat, store, transpose_square
+from diffmax.kernels.numba.simd import array_at, fetch_add, load, places, size_of, splat, store, transpose_square
 
 # Tokens side by side: so many that the state is read and written seldom, and few enough for the nearest cache.
 COLUMNS = 128

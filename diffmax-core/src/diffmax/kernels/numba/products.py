@@ -7,9 +7,9 @@ Left factors are rows anywhere: `offsets` says where each begins.
 
 import numpy as np
 from numba.core import types
-from numba.core.extending import overload
 
 from diffmax.kernels.numba.one_row import write
+from diffmax.kernels.numba.parts import jitable, part
 from diffmax.kernels.numba.probe import numba_converts_float16
 from diffmax.kernels.numba.simd import (
     BYTES,
@@ -17,7 +17,6 @@ from diffmax.kernels.numba.simd import (
     dots_of,
     get,
     has_avx512,
-    jitable,
     load,
     places,
     product_of,
@@ -68,12 +67,12 @@ def pack(address, kind, step, count, depth, panels, rows, padded):
         for i in range(some * padded, across * padded):
             rows[i] = 0.0
         target = panels[first * depth :]
-        for part in range(0, across, width):
+        for column in range(0, across, width):
             whole = depth // width * width
             for k in range(0, whole, width):
-                transpose_square(rows, part * padded + k, padded, target, k * across + part, across)
+                transpose_square(rows, column * padded + k, padded, target, k * across + column, across)
             for k in range(whole, depth):
-                for j in range(part, part + width):
+                for j in range(column, column + width):
                     target[k * across + j] = rows[j * padded + k]
 
 
@@ -191,7 +190,7 @@ def copy_rows(address, kind, step, count, size, scale, target, target_step):
     """
 
 
-@overload(copy_rows)
+@part(copy_rows)
 def _copy_rows(address, kind, step, count, size, scale, target, target_step):
     if target.dtype == types.float64:
 
@@ -215,7 +214,7 @@ def write_row(address, kind, size, row, factor):
     """Write row[:size] * factor in the type of a kind, see `copy_rows`."""
 
 
-@overload(write_row)
+@part(write_row)
 def _write_row(address, kind, size, row, factor):
     if row.dtype == types.float64:
         return lambda address, kind, size, row, factor: write(array_at(address, size, np.float64), size, row, factor)

@@ -3,10 +3,10 @@
 import math
 
 from numba.core import types
-from numba.core.extending import overload
 
 from diffmax.kernels.numba.functions import exp_m1
-from diffmax.kernels.numba.simd import is_nan, jitable, lanes, load, nonzero, places, select, splat, store
+from diffmax.kernels.numba.parts import jitable, part
+from diffmax.kernels.numba.simd import is_nan, lanes, load, nonzero, places, select, splat, store
 
 
 @jitable
@@ -22,7 +22,7 @@ def cap(row, slope, padded, softcap):
     """c tanh(score / c), and its derivative where there is room for it."""
 
 
-@overload(cap)
+@part(cap)
 def _cap(row, slope, padded, softcap):
     if row.dtype == types.float64:  # the last digits count: the processor's own function, one by one
 

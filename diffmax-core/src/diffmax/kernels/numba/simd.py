@@ -13,11 +13,11 @@ from llvmlite import ir
 from numba.core import cgutils, config, types
 from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
-from numba.core.extending import intrinsic, lower_builtin, overload, register_jitable, register_model, type_callable
+from numba.core.extending import intrinsic, lower_builtin, register_model, type_callable
+
+from diffmax.kernels.numba.parts import part
 
 BYTES = 64
-# Makes a function part of the kernels that call it: compiled with them, and without a way in from Python or C.
-jitable = register_jitable(no_cfunc_wrapper=True, no_cpython_wrapper=True)
 
 CONTRACT = ("contract",)  # a * b + c may be one fused multiply-add, where the processor has it
 
@@ -432,7 +432,7 @@ def places(array):
     """How many elements of the array a vector holds."""
 
 
-@overload(places)
+@part(places)
 def _places(array):
     width = _vector_of(array).width
     return lambda array: width
@@ -735,7 +735,7 @@ def size_of(dtype):
     """Bytes of an element of a NumPy dtype."""
 
 
-@overload(size_of)
+@part(size_of)
 def _size_of(dtype):
     size = dtype.dtype.bitwidth // 8
     return lambda dtype: size

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 from numba.core import types
-from numba.core.extending import overload
 
 from diffmax.kernels.numba.functions import LOG2_E, TINY, exp2, exp_m1, integer_power, ln, power, refined, smallest_normal
-from diffmax.kernels.numba.simd import bits, jitable, larger, load, maximum, places, select, smaller, splat, store, total
+from diffmax.kernels.numba.parts import jitable, part
+from diffmax.kernels.numba.simd import bits, larger, load, maximum, places, select, smaller, splat, store, total
 
 # Entries whose sum is taken in the computing dtype, before it is added to the others in double precision.
 SUMMED = 1024
@@ -67,7 +67,7 @@ def tolerance(array):
     """Rounding leaves |S - 1| about here: a row is solved. After an S that was within 16 times of it, a row is so too."""
 
 
-@overload(tolerance)
+@part(tolerance)
 def _tolerance(array):
     bound = float(np.finfo(np.float64).eps if array.dtype == types.float64 else 4 * np.finfo(np.float32).eps)
     return lambda array: bound
@@ -77,7 +77,7 @@ def reach(array):
     """Up to this S the series of `shift` is long enough for the dtype."""
 
 
-@overload(reach)
+@part(reach)
 def _reach(array):
     bound = 1.01 if array.dtype == types.float64 else 2.2
     return lambda array: bound
@@ -87,7 +87,7 @@ def nudged(array):
     """Up to this |S - 1| the last step's second order is enough for the dtype."""
 
 
-@overload(nudged)
+@part(nudged)
 def _nudged(array):
     bound = 1e-7 if array.dtype == types.float64 else 2e-3
     return lambda array: bound

@@ -27,6 +27,7 @@ from diffmax.kernels.numba.attention_words import (
 from diffmax.kernels.numba.gradient import slope_and_alpha_sums, slope_sums
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.one_row import fill
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.products import (
     ROWS,
     bytes_of,
@@ -43,7 +44,6 @@ from diffmax.kernels.numba.simd import (
     bits,
     count_bits,
     is_nan,
-    jitable,
     load,
     places,
     select,

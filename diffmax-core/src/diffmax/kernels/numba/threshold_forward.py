@@ -22,8 +22,9 @@ from diffmax.kernels.numba.attention_words import (
     words_of,
 )
 from diffmax.kernels.numba.jobs import finish, keep, take
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.products import ROWS, bytes_of, gather_rows, multiply_rows, pack, panel_width, write_row
-from diffmax.kernels.numba.simd import array_at, jitable
+from diffmax.kernels.numba.simd import array_at
 from diffmax.kernels.numba.threshold_rows import BLOCK, list_nonzero, rectify, theta_of, weigh
 from diffmax.operators.common.numerics import MIN_E
 from diffmax.plugin import TILE

@@ -5,13 +5,13 @@ import math
 from diffmax.kernels.numba.attention_words import Word, floats, hide, whole_numbers
 from diffmax.kernels.numba.functions import LOG2_E, exp2, lowest_exponent
 from diffmax.kernels.numba.one_row import fill, row_alone, top_of
+from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.products import DEPTH
 from diffmax.kernels.numba.simd import (
     array_at,
     bits,
     count_bits,
     is_nan,
-    jitable,
     load,
     lowest_bit,
     places,
