@@ -17,6 +17,7 @@ from benchmarks import (
     bench_context_parallel,
     bench_decode,
     bench_e2e_attention,
+    bench_first_call,
     bench_import,
     bench_loss,
     contestants,
@@ -202,6 +203,16 @@ def test_every_grid_holds_the_cells_that_the_targets_speak_about():
     assert {case.n for case in default} == set(shapes.SIZES)
     assert {case.threads for case in default} == {1, 2}
     assert set(default) < set(shapes.cases(("forward",), "full", (1, 2)))
+
+
+def test_first_calls_are_measured_and_half_of_their_compilation_is_spared(tmp_path, capsys):
+    path = tmp_path / "first_call.json"
+    bench_first_call.main(["--quick", "--output", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["operator"], row["direction"]) for row in rows[::2]] == [("rows", "forward"), ("rows", "backward")]
+    assert [row["contestant"] for row in rows] == ["diffmax", "numba alone"] * 2
+    assert rows[0]["of_numba_alone"] < 0.9
+    assert "first forward of rows" in capsys.readouterr().out
 
 
 def test_import_and_call_overhead_are_measured(tmp_path, capsys):
