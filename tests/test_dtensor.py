@@ -207,7 +207,7 @@ def test_every_operator_on_whole_rows_has_a_rule():
     assert names == {f"diffmax::{name}" for spec in SPECS.values() for name in spec.sharding}
 
 
-@pytest.mark.skipif(Version("2.5") <= TORCH, reason="from torch 2.5 on DTensor takes rules from outside")
+@pytest.mark.skipif(Version("2.5") <= TORCH, reason="needs a DTensor without our rules: pip install 'torch<2.5'")
 def test_an_old_torch_refuses_a_dtensor():
     code = FIRST_CALL.format(call="p = diffmax.diffmax_bisect(x, 0.5)").replace("distributed.tensor", "distributed._tensor")
     done = fresh.python(code, check=False)

@@ -2,12 +2,14 @@
 
 import gc
 
-import numba
 import pytest
-from numba import cfunc, types
 
-from diffmax.kernels.numba import parts
-from diffmax.kernels.numba.cache import compile_cached
+numba = pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
+
+from numba import cfunc, types  # noqa: E402
+
+from diffmax.kernels.numba import parts  # noqa: E402
+from diffmax.kernels.numba.cache import compile_cached  # noqa: E402
 
 KERNEL = types.int64(types.int64)
 
