@@ -2,9 +2,9 @@
 those that pytest-xdist gave to other processes.
 
 `on_ranks(2, 4)` turns a function without arguments, which runs on each rank, into a test per group size; of more than two ranks
-they are slow. A rank on which one fails ends there, so that the others do not wait for messages that never come; the tests
-after it are then reported as not reached. The first rank imports what all need, and the others are its forks. They meet in a
-file: no port is chosen.
+they are slow, and the ranks leave out what is slow where that was deselected. A rank on which one fails ends there, so that
+the others do not wait for messages that never come; the tests after it are then reported as not reached. The first rank imports
+what all need, and the others are its forks. They meet in a file: no port is chosen.
 """
 
 import contextlib
@@ -33,10 +33,11 @@ def on_ranks(*world_sizes, marks=()):
 
     def decorate(body):
         @pytest.mark.parametrize("world_size", [pytest.param(n, marks=[pytest.mark.slow] * (n > 2)) for n in world_sizes])
-        def test(world_size, tmp_path_factory):
+        def test(world_size, tmp_path_factory, request):
+            tier = "fast" if request.config.getoption("markexpr") == "not slow" else "all"
             folder = tmp_path_factory.getbasetemp()
             folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # of one run, whatever the process
-            ended = launch(body.__code__.co_filename, world_size, folder)
+            ended = launch(body.__code__.co_filename, world_size, folder, tier)
             failures = [f"rank {rank}: {what}" for rank, what in ended(body.__name__)]
             assert not failures, "\n".join(failures)
 
@@ -48,15 +49,15 @@ def on_ranks(*world_sizes, marks=()):
     return decorate
 
 
-def launch_here(path, world_size):
-    """What each rank reported, and what it last wrote to its stderr."""
+def launch_here(path, world_size, tier="all"):
+    """What each rank reported on the tests of a tier, and what it last wrote to its stderr."""
     with tempfile.TemporaryDirectory() as folder:
         reports = [Path(folder, f"report{rank}") for rank in range(world_size)]
         errors = [Path(folder, f"stderr{rank}") for rank in range(world_size)]
         environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
-        command = [sys.executable, __file__, path, str(world_size), folder]
+        command = [sys.executable, __file__, path, str(world_size), folder, tier]
         with errors[0].open("w") as error:
             first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error, start_new_session=True)
         try:
@@ -73,15 +74,15 @@ def launch_here(path, world_size):
 
 
 @functools.cache
-def launch(path, world_size, shared):
-    """Run what the file has for this group size; returns a function from a test's name to [(rank, what went wrong)].
+def launch(path, world_size, shared, tier):
+    """Run what the file has for this group size in the tier; returns a function from test name to [(rank, what went wrong)].
 
     Processes of tests with the same folder `shared` launch it once.
     """
     kept = Path(shared, f"ranks-{Path(path).stem}-{world_size}.json")
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
-            kept.write_text(json.dumps(launch_here(path, world_size)))
+            kept.write_text(json.dumps(launch_here(path, world_size, tier)))
     found, ends = json.loads(kept.read_text())
 
     def failures(name):
@@ -91,7 +92,7 @@ def launch(path, world_size, shared):
     return failures
 
 
-def run_ranks(path, world_size, folder):
+def run_ranks(path, world_size, folder, tier):
     """What the first rank's process does: import the file, fork the other ranks, be the first, and wait for the others."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -101,12 +102,12 @@ def run_ranks(path, world_size, folder):
         child = os.fork()
         if not child:
             os.dup2(os.open(Path(folder, f"stderr{rank}"), os.O_WRONLY | os.O_CREAT), 2)
-            run_bodies(module, world_size, rank, folder)
+            run_bodies(module, world_size, rank, folder, tier)
         others.append(child)
-    run_bodies(module, world_size, 0, folder, others)
+    run_bodies(module, world_size, 0, folder, tier, others)
 
 
-def run_bodies(module, world_size, rank, folder, others=()):
+def run_bodies(module, world_size, rank, folder, tier, others=()):
     """What each rank does until its process ends, the first after the others."""
     import torch
     import torch.distributed as dist
@@ -116,7 +117,9 @@ def run_bodies(module, world_size, rank, folder, others=()):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     report = {}
     for test in list(vars(module).values()):
-        skips = [mark.args[0] for mark in getattr(test, "pytestmark", ()) if mark.name == "skipif"]
+        marks = getattr(test, "pytestmark", ())
+        skips = [mark.args[0] for mark in marks if mark.name == "skipif"]
+        skips += [mark.name == "slow" and tier == "fast" for mark in marks]
         if world_size not in getattr(test, "world_sizes", ()) or any(skips):
             continue
         torch.manual_seed(0)
@@ -136,4 +139,4 @@ def run_bodies(module, world_size, rank, folder, others=()):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it: a file of tests may import another
-    run_ranks(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    run_ranks(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])

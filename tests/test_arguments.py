@@ -561,6 +561,7 @@ def test_signatures_are_flash_attns(name):
     assert set(FLASH) == set(flash.__all__)
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize(("library", "name"), SERVED)
 def test_what_is_served(library, name):
     SERVED[library, name]()

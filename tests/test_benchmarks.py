@@ -205,6 +205,7 @@ def test_every_grid_holds_the_cells_that_the_targets_speak_about():
     assert set(default) < set(shapes.cases(("forward",), "full", (1, 2)))
 
 
+@pytest.mark.slow
 def test_first_calls_are_measured_and_some_of_their_compilation_is_spared(tmp_path, capsys):
     path = tmp_path / "first_call.json"
     bench_first_call.main(["--quick", "--output", str(path)])
@@ -215,6 +216,7 @@ def test_first_calls_are_measured_and_some_of_their_compilation_is_spared(tmp_pa
     assert "first forward of rows" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_import_and_call_overhead_are_measured(tmp_path, capsys):
     path = tmp_path / "import.json"
     bench_import.main(["--quick", "--output", str(path)])

@@ -215,6 +215,7 @@ def test_budget_per_row_with_a_gradient_for_the_budget():
 # --- what entmax's own suite covers ---
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -2, -4])
 @maps
 def test_gradcheck_along_every_dimension(run, dim):

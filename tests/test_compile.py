@@ -131,7 +131,7 @@ def with_gradients(function, given):
     return out, torch.autograd.grad(first.square().sum(), leaves) if leaves and first.requires_grad else ()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", CALLS)
 def test_one_graph_serves_all_lengths(name):
     """Attention made one per number of tiles, the row module refused its own alpha, decoding broke into seven."""

@@ -57,6 +57,7 @@ def test_agreement_counts_what_stays_of_the_top_ten(demo):
     assert kept == 0
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_fused_and_unfused_agree_on_the_real_model_within_the_gate(demo, capsys):
     """The fused way may be off from the unfused one in float64 at most twice as far as the unfused one is, and two ulp."""

@@ -328,6 +328,7 @@ def test_the_band_has_the_share_of_empty_tiles_that_is_asked_for():
         assert abs(float(stats.tile_sparsity.mean()) - sparsity) < 0.15
 
 
+@pytest.mark.slow
 def test_the_stages_for_an_npu_rehearse_too(tmp_path):
     out = tmp_path / "out"
     run = command(out, "--kind", "npu", "--seconds", "60", "--only", "decisive", "grid", "--inject", "missing:entmax")
@@ -338,6 +339,7 @@ def test_the_stages_for_an_npu_rehearse_too(tmp_path):
     assert set(found[ATTENTION]["contestants"]) == {"diffmax", "sdpa"}
 
 
+@pytest.mark.slow
 def test_the_bundle_holds_wheels_that_unpack_into_an_installation(tmp_path, capsys):
     folder = tmp_path / "bundle"
     assert bundle.main(["--to", str(folder), "--offline", "--without-captured"]) == 0

@@ -246,6 +246,7 @@ def test_an_unknown_name_in_the_environment_is_an_error_at_the_first_call():
     )
 
 
+@pytest.mark.slow
 def test_a_source_path_on_a_bare_machine_is_imported_without_importlib_metadata_and_without_metadata():
     """It used to be a ModuleNotFoundError, and then a PackageNotFoundError for diffmax-core."""
     code = (

@@ -293,7 +293,7 @@ def test_what_is_sent_is_what_the_documentation_says():
     assert sent[-1] == (10, "sum")
 
 
-@on_ranks(1)
+@on_ranks(1, marks=[pytest.mark.slow])
 def test_the_number_of_evaluations_is_what_the_documentation_says():
     page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
     table = [
@@ -399,7 +399,7 @@ def test_compiled_it_stays_one_operator():
         assert torch.equal(eager, compiled)
 
 
-@on_ranks(1)
+@on_ranks(1, marks=[pytest.mark.slow])
 def test_opcheck():
     group = dist.group.WORLD.group_name
     for dtype in DTYPES:

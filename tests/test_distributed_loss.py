@@ -20,11 +20,11 @@ _spec.loader.exec_module(ranks)
 CLASSES = 23
 
 
-def on_ranks(*sizes):
+def on_ranks(*sizes, marks=()):
     """As `ranks.on_ranks`, on plain PyTorch: there is nothing to compile on each rank."""
 
     def decorate(body):
-        test = ranks.on_ranks(*sizes)(body)
+        test = ranks.on_ranks(*sizes, marks=marks)(body)
         test.body = diffmax.use_backend("cpu")(body)
         return test
 
@@ -279,7 +279,7 @@ def test_compiled_it_stays_one_operator():
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
 
 
-@on_ranks(1)
+@on_ranks(1, marks=[pytest.mark.slow])
 def test_opcheck():
     group = dist.group.WORLD.group_name
     x, target = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 3, -100])

@@ -38,6 +38,7 @@ def run_with_plugin(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_example_is_listed_and_computes(run_with_plugin):
     output = run_with_plugin("""
 import json, sys, torch, diffmax

@@ -44,6 +44,7 @@ def exact_x_gradient(row, alpha, weights):
         return torch.tensor(gradient, dtype=torch.float64)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_both_gradients_agree_with_a_sixty_digit_finite_difference(alpha):
     row = (torch.randn(12) * 1.5).tolist()

@@ -133,6 +133,7 @@ def test_a_text_that_is_too_short_is_said():
         lm.text_of(lm.MEASURED, lambda *_, **__: {"input_ids": torch.ones(1, 3)}, 4)
 
 
+@pytest.mark.slow
 def test_distilling_moves_the_predictions_to_those_of_the_model():
     model = tiny_model()
     ids = torch.randint(3, 50, (1, 2 * lm.DISTILLED))

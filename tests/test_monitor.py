@@ -40,6 +40,7 @@ def metrics_of(X, alpha=0.5, dim=-1, **kwargs):
     return {name.removeprefix("m/"): value for name, value in metrics.items()}
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("shape", "dim"), [((5,), 0), ((), 0), ((2, 3, 7, 9), -1), ((2, 9, 4), 1), ((0, 4), -1), ((3, 0), -1)])
 def test_result_and_gradients_are_those_of_the_function_to_the_bit(shape, dim, dtype):
@@ -261,6 +262,7 @@ swanlab.finish()
 """
 
 
+@pytest.mark.slow
 def test_a_real_swanlab_run_holds_the_metrics(tmp_path):
     """Offline: swanlab writes a run's records to a file, and asks no server. In a process of its own, for its threads."""
     swanlab = pytest.importorskip("swanlab", reason="needs swanlab: pip install 'diffmax-core[monitoring]'")

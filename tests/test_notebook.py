@@ -1,5 +1,6 @@
 """docs/quickstart.ipynb runs from top to bottom, on this checkout, and shows what it is committed with."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="needs nbformat: pip install 'diffmax-core[dev]'")
-pytest.importorskip("nbclient", reason="needs nbclient: pip install 'diffmax-core[dev]'")
+# what they import takes seconds: not while tests are collected
+for package in ("nbformat", "nbclient"):
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"needs {package}: pip install 'diffmax-core[dev]'", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
@@ -16,6 +19,8 @@ NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 def outputs(path):
     """What each cell of code shows as text, what it prints or its value, and what kinds of things it shows."""
+    import nbformat
+
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     shown = [[(out.output_type, *out.get("data", {})) for out in cell.outputs] for cell in cells]
     texts = ["".join(out.get("text") or out["data"].get("text/plain", "") for out in cell.outputs) for cell in cells]
@@ -54,6 +59,8 @@ def test_the_quickstart_is_committed_with_the_outputs_that_it_has(fresh):
 
 
 def test_the_quickstart_installs_the_published_package_and_ci_does_not():
+    import nbformat
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     install = [cell for cell in notebook.cells if "install" in cell.metadata.get("tags", [])]
     assert [cell.source for cell in install] == ["%pip install --quiet diffmax-core matplotlib"]

@@ -256,6 +256,7 @@ print("passed")
 """
 
 
+@pytest.mark.slow
 def test_the_triton_backend_computes_rows_in_pieces():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", IN_THE_INTERPRETER],

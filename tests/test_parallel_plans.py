@@ -69,7 +69,7 @@ def test_a_transformer_with_tp_plan_auto_is_that_of_one_process():
         shutil.rmtree(folder)
 
 
-@ranks.on_ranks(2, 4, marks=[NEEDS_SHARD_HEADS])
+@ranks.on_ranks(2, 4, marks=[NEEDS_SHARD_HEADS, pytest.mark.slow])
 def test_fsdp2_over_sharded_heads_trains_and_saves_as_one_process_does():
     """A mesh of data and heads; the learned alpha is sharded over both."""
     import torch.distributed.checkpoint as checkpoint

@@ -75,6 +75,7 @@ def test_monomials_are_in_lexicographic_order_and_their_products_are_powers():
         torch.testing.assert_close(products, (x * y).sum(-1) ** degree)
 
 
+@pytest.mark.sampled(12)
 @every_backend
 @pytest.mark.parametrize("degree", [2, 4])
 def test_gradients_of_everything_by_finite_differences(backend, degree):
@@ -109,6 +110,7 @@ def test_second_derivatives_are_those_of_the_reference_on_any_backend():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_functional_transforms():
     query, key, value, log_gates = drawn(tokens=9)
 

@@ -37,6 +37,7 @@ def test_contestants_are_right_and_who_is_wrong_gets_no_number(monkeypatch, oper
     assert "diffmax RED" in bench_power.table(list(rows.values()))
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_a_result_and_a_plot_of_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_power, "SHAPES", ((16, 2), (4, 4)))
     result, plot = tmp_path / "result.json", tmp_path / "plot.svg"

@@ -207,6 +207,7 @@ def test_its_state_dict_loads_into_another():
     }
 
 
+@pytest.mark.slow
 def test_compiled_without_a_break_it_is_the_same():
     module, x = made(num_kv_heads=2), tokens()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)

@@ -69,6 +69,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_results_and_gradients_are_as_near_to_the_truth_as_the_references(case, dtype):

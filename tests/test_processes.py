@@ -88,6 +88,7 @@ def test_fewer_processors_than_the_machine_has(tmp_path):
     run("import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nassert right(results('reference'))", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_number_of_threads_that_changes_after_the_first_call(tmp_path):
     code = """
 wanted = results("reference")
@@ -148,8 +149,8 @@ assert os.waitpid(child, 0)[1] == 0
     run(code, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.sampled(3)
 def test_pools_and_workers_of_a_data_loader(method, tmp_path):
     code = f"""
 import multiprocessing

@@ -178,6 +178,7 @@ def test_a_schedule_is_the_alpha_of_a_registered_attention(bert):
     assert torch.equal(bert(ids).last_hidden_state, half)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_of_transformers_follows_its_schedule(bert):
     from diffmax.integrations.transformers import register
 

@@ -47,7 +47,7 @@ def check_form(weights):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(12)
 def test_every_rule_of_the_scores_against_float64(name, dtype):
     case = CASES[name]
     given = case.inputs(dtype) | {k: v for k, v in case.options.items() if k != "dropout_p"}

@@ -465,6 +465,7 @@ def test_the_shares_that_decision_0001_quotes_are_those_of_the_table():
     assert f"{row[5]:.1f} % and {row[6]:.1f} %" in decision
 
 
+@pytest.mark.slow
 def test_the_measured_steps_and_candidates():
     for alpha, *printed in table("steps, "):
         steps, candidates = [], []

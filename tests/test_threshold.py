@@ -59,6 +59,7 @@ def test_gradients_are_right_to_second_order(weights):
     assert torch.autograd.gradgradcheck(run, given)
 
 
+@pytest.mark.slow
 def test_a_learned_number_of_heads_gets_its_gradient():
     q, k, v = (heads(2, 3, 5, 4) for _ in range(3))
     for shape in ((), (3,), (3, 1), (1, 5), (2, 1, 5)):
@@ -78,6 +79,7 @@ def test_an_alpha_per_head_is_each_heads_own(backend):
         torch.testing.assert_close((out[:, head], mass[:, head]), tuple(t[:, 0] for t in alone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_alpha_gets_its_gradient_to_second_order(backend):
     q, k, v = (heads(1, 2, 4, 2, grad=True) for _ in range(3))
@@ -105,6 +107,7 @@ def test_a_learned_alpha_goes_where_its_gradient_is_computed():
     assert torch.autograd.grad(out.sum(), alpha)[0].abs().min() > 0
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weights", ["scores", "softmax", "diffmax"])
 @pytest.mark.parametrize(

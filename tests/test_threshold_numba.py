@@ -31,12 +31,14 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 
 
+@pytest.mark.sampled(12)
 @every_dtype
 @every_case
 def test_results_of_several_blocks_pass_the_gate(case, dtype):
     checks.results_pass_the_gate("numba", "cpu", case, dtype)
 
 
+@pytest.mark.sampled(12)
 @every_dtype
 @every_case
 def test_gradients_of_several_blocks_are_right(case, dtype):

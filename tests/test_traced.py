@@ -163,6 +163,7 @@ def saved_and_loaded(function, given):
     return torch.jit.load(file)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", CALLS)
 def test_jit_trace(name):
     """It held a Python function where a gradient was required, and could not be saved."""
@@ -197,6 +198,7 @@ def test_second_derivatives_of_a_traced_graph():
     torch.testing.assert_close(*hessians)
 
 
+@pytest.mark.slow
 def test_a_traced_graph_runs_where_diffmax_is_not(tmp_path):
     torch.jit.save(torch.jit.trace(MODULE, (torch.randn(1, 5, 16),)), tmp_path / "m.pt")
     code = "import sys, torch; torch.jit.load(sys.argv[1])(torch.randn(2, 9, 16)); print('diffmax' in sys.modules)"
@@ -293,7 +295,7 @@ def changing(given, others):
     return [{place: f"n{a}" for place, (a, b) in enumerate(pair) if a != b} for pair in pairs]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", sorted(set(CALLS) - DTYPES_OF_JIT_ALONE))
 def test_onnx_by_the_older_exporter(name):
     """There was no translation of our operators."""

@@ -435,6 +435,7 @@ def test_an_unbuilt_causal_mask_on_other_shapes_is_written_and_checked():
         model(IDS, create_causal_mask(CONFIG, inputs_embeds=torch.randn(1, 7, 16), attention_mask=None, past_key_values=None))
 
 
+@pytest.mark.slow
 def test_compiled_before_its_first_forward_pass():
     register("diffmax-one", alpha=torch.ones(()))
     model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="diffmax-one").eval()

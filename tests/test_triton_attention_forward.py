@@ -18,7 +18,7 @@ from tests import interpreted
 @pytest.mark.interpreter
 @interpreted.in_tiers
 def test_the_kernels_pass_under_the_interpreter(tier):
-    interpreted.passes("triton_forward_interpreted.py", tier, sample=40)
+    interpreted.passes("triton_forward_interpreted.py", tier, sample=80)
 
 
 def launches(target, dtype, size, e, keep):

@@ -96,6 +96,7 @@ def test_no_other_case_does(case, capsys):
         check(case, capsys)
 
 
+@pytest.mark.slow
 def test_the_table_is_out_of_date_once_a_kernel_its_launch_code_or_the_counter_changes():
     def after(path, edit=lambda old: old + "\nNEW = 1\n"):
         changed = [file for file in (ROOT / path,) if file.exists()]

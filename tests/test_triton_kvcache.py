@@ -27,7 +27,7 @@ KERNELS = (
 @pytest.mark.interpreter
 @interpreted.in_tiers
 def test_the_kernels_pass_under_the_interpreter(tier):
-    interpreted.passes("triton_kvcache.py", tier, sample=24)
+    interpreted.passes("triton_kvcache.py", tier, sample=48)
 
 
 def launched_for(e=0.15, **options):

@@ -19,4 +19,4 @@ from tests import interpreted
     ],
 )
 def test_the_kernels_pass_under_the_interpreter(tier, what):
-    interpreted.passes("triton_interpreted.py", tier, "-k", what, sample=20)
+    interpreted.passes("triton_interpreted.py", tier, "-k", what, sample=40)

@@ -95,6 +95,7 @@ def test_statistics():
     checks.statistics_are_right(WHOLE, "cpu", torch.float32)
 
 
+@pytest.mark.slow
 def test_dropout_keeps_what_the_contract_says():
     checks.dropout_keeps_what_the_contract_says(WHOLE, "cpu", torch.float32)
 
