@@ -4,6 +4,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
 
 import diffmax
@@ -86,6 +87,7 @@ def older_project(folder, content="NAME = 'the older project'"):
         (folder / "diffmax" / "__init__.py").write_text(content)
 
 
+@pytest.mark.slow
 def test_the_older_project_installed_first_is_warned_about(tmp_path):
     older_project(tmp_path, content=None)  # its files were overwritten by diffmax-core's, its metadata was not
     code = "import warnings; warnings.simplefilter('error')\ntry: import diffmax\nexcept RuntimeWarning as w: print(w)"

@@ -179,6 +179,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @NEEDS_RULES
 @pytest.mark.parametrize(
     "call",
