@@ -1,7 +1,7 @@
 """The shared Triton attention as backends for CPU tensors: what the kit's checks are run on where Triton interprets.
 
-`triton-attention` works in whole tiles, two at once in the pass over all. `triton-attention-pieces` cuts heads into chunks, values
-into shares, and tiles of keys in two, and one program goes through all blocks.
+`triton-attention` works in whole tiles, two at once in the pass over all. `triton-attention-pieces` cuts heads into chunks,
+values into shares, and tiles of keys in two, and one program goes through all blocks.
 """
 
 import torch

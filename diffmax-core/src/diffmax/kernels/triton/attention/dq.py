@@ -145,9 +145,7 @@ def attention_bwd_dq_kernel(
                     PRECISION, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
                 )  # fmt: skip
             else:
-                value = load_few(
-                    v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, FEW
-                )
+                value = load_few(v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, FEW)
                 d_p = tl.dot(g, tl.trans(value), input_precision=PRECISION)
                 x = tl.dot(q, tl.trans(key), input_precision=PRECISION)
             _, s, w, mean_here, capped = recompute(

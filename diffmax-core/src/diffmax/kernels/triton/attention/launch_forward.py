@@ -87,7 +87,8 @@ class ForwardPlan(NamedTuple):
         solving = {
             **shared,
             "newton_steps": newton_steps(200, keys + 1, largest_e, torch.float32), "LINEAR": keep,
-            "CHUNK": min(solve.chunk, block_d), "AT_ONCE": solve.keys // TILE, "num_warps": solve.warps, "num_stages": solve.stages,
+            "CHUNK": min(solve.chunk, block_d), "AT_ONCE": solve.keys // TILE,
+            "num_warps": solve.warps, "num_stages": solve.stages,
         }  # fmt: skip
         writing = {
             **strides("v", value), **shared, **arguments.dropout,

@@ -54,7 +54,10 @@ def attention_solve_kernel(
     SUM: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, FOLDED: tl.constexpr, POWER: tl.constexpr,
     EXACT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """m, delta, S_1 and the bits of `live`.  Grid: as many programs as run concurrently. AT_ONCE: 1 or 2 tiles a turn of the pass over all."""
+    """m, delta, S_1 and the bits of `live`.  Grid: as many programs as run concurrently.
+
+    AT_ONCE: how many tiles a turn of the pass over all takes, 1 or 2.
+    """
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
     lanes = tl.arange(0, TILE)
