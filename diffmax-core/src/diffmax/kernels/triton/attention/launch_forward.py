@@ -84,6 +84,11 @@ class ForwardPlan(NamedTuple):
             return min(items, processors * of.programs)
 
         solve, output = settings.solve, settings.output_of(keep)
+        if solve.keys not in (TILE, 2 * TILE):
+            raise ValueError(
+                f"the first kernel of attention takes {TILE} or {2 * TILE} keys a turn, and its settings have {solve.keys}: "
+                "mend attention_solve in the vendor's table"
+            )
         solving = {
             **shared,
             "newton_steps": newton_steps(200, keys + 1, largest_e, torch.float32), "LINEAR": keep,

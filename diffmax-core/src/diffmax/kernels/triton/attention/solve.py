@@ -13,7 +13,7 @@ Nothing waits for the host. The reasons for this order, and its cost: docs/perfo
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.evaluation import PARTIAL, level_at, sums_of
+from diffmax.kernels.triton.attention.evaluation import PARTIAL, larger_or_nan, level_at, sums_of
 from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, sampled_scores, tile_scores
 from diffmax.kernels.triton.attention.steps import (
     largest_delta,
@@ -134,10 +134,10 @@ def attention_solve_kernel(
                 alive += rows_alive(top_2, estimate, EXACT) * SECOND
                 two = lanes[:, None] + tl.arange(0, 2)[None, :] * TILE
                 tl.store(tops_ptr + i * TILE + two, tl.join(top, top_2))
-                top = tl.maximum(top, top_2)
+                top = larger_or_nan(top, top_2)
             else:
                 tl.store(tops_ptr + i * TILE + lanes, top)
-            m = tl.where(top > m, top, m)
+            m = larger_or_nan(m, top)
             visit = tl.sum(alive)
             if not EXACT:
                 visit = tl.where(estimate.far, 0, visit)  # left to further evaluations
@@ -154,15 +154,15 @@ def attention_solve_kernel(
                     total, slope, curve = total + more, slope + more_slope, curve + more_curve
         tl.debug_barrier()
         total, slope, curve = tl.sum(total, axis=1), tl.sum(slope, axis=1), tl.sum(curve, axis=1)
-        m = tl.maximum(m * unit, sink)
+        m = larger_or_nan(m * unit, sink)
         if SINK:
             total, slope, curve = with_sink(total, slope, curve, sink, reference, delta, row_e, row_k, K, HARDWARE, PTX)
 
         # 3. from there to the root; if the sums are not usable, from the lowest possible delta
-        bad = in_rows & ((total != total) | (m == float("inf")) | (row_e != row_e))
+        bad = in_rows & ((total != total) | (m != m) | (m == float("inf")) | (row_e != row_e))
         active = in_rows & (bad == 0) & (m > -float("inf"))
         delta -= row_e * (tl.where(active, m, reference) - reference)
-        known = active & (total > 0.0) & (total < 1e30) & (slope < 1e30) & (curve < 1e30)
+        known = active & (total > 0.0) & (total < 1e18) & (slope < 1e18) & (curve < 1e18)  # their products are finite
         ready = promises(total, slope, curve, tl.maximum(delta, 0.0), row_e, row_k, True, CUT, SUM, LINEAR)
         moved, low = next_iterate(delta, zero, high, total, slope, curve, row_e, row_k, True)
         delta, low = tl.where(known, moved, 0.0), tl.where(known, low, 0.0)
