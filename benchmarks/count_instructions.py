@@ -394,17 +394,18 @@ def goal_lines(lines: Sequence[Line]) -> list[str]:
         counts = [line.instructions for line in own if line.part == part and line.alpha == "0.5"]
         out.append(f"| {part}, alpha 0.5 | {most:g} | {_verdict(max(counts), most) if counts else 'none: not skipped'} |")
     by_key = {line.key: line for line in own}
-    for part in dict.fromkeys(line.part for line in own):
-        ratios = [
-            line.instructions / fixed.instructions
-            for line in own
-            if line.part == part
-            and line.alpha == "tensor"
-            and (fixed := by_key.get((line.triton, line.target, part, line.dtype, line.size, "0.85")))
-        ]
+    wholes = {part: (part,) for part in dict.fromkeys(line.part for line in own)} | {"dQ, dK, dV": ("dQ", "dK, dV")}
+    for name, parts in wholes.items():
+        ratios = []
+        for version in dict.fromkeys(line.triton for line in own):
+            for line in own:
+                keys = [(version, line.target, part, line.dtype, line.size) for part in parts]
+                tensors, floats = ([by_key.get((*key, alpha)) for key in keys] for alpha in ("tensor", "0.85"))
+                if all((*tensors, *floats)):
+                    ratios.append(sum(one.instructions for one in tensors) / sum(one.instructions for one in floats))
         if ratios:
             out.append(
-                f"| {part}, alpha as a tensor, times alpha 0.85 | {TENSOR_GOAL} | {_verdict(max(ratios), TENSOR_GOAL)} |"
+                f"| {name}, alpha as a tensor, times alpha 0.85 | {TENSOR_GOAL} | {_verdict(max(ratios), TENSOR_GOAL)} |"
             )
     return [*out, ""]
 

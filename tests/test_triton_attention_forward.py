@@ -4,10 +4,13 @@ Triton decides at its import whether it interprets, so those tests run in a proc
 `triton_forward_interpreted.py` holds. Registers, spills and shared memory: `make check-triton`, docs/kernels.md.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffmax.kernels.triton.attention.launch import AttentionOperator
+from diffmax.kernels.triton.attention.launch_forward import ForwardPlan
 from diffmax.kernels.triton.attention.output import attention_out_kernel
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
 from diffmax.plugin import AttentionCall
@@ -53,6 +56,19 @@ def test_the_output_kernel_has_settings_of_its_own_for_training():
     """U takes as many registers as the output: on sm90, heads of 128 entries are written by four warps, with U by eight."""
     warps = [launches("sm90", torch.bfloat16, 128, 0.15, keep)[1].resources["warps"] for keep in (False, True)]
     assert warps == [4, 8]
+
+
+def test_scratch_holds_whole_turns_and_other_turns_are_refused():
+    """Three tiles of keys, two a turn: the second turn stores a fourth."""
+    operator = AttentionOperator(lambda device: "sm90", lambda device: 1, ptx=True)
+    query, key = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 192, 64, dtype=torch.bfloat16)
+    arguments = {"processors": 1, "ptx": True, "precision": "ieee"}
+    settings = operator.forward_settings(query.device, query.dtype, 64, AttentionCall(scale=0.1, e=0.15))
+    plan = ForwardPlan.of(query, key, key, AttentionCall(scale=0.1, e=0.15), True, False, settings, **arguments)
+    assert plan.tops == 4 * 64
+    wrong = settings._replace(solve=replace(settings.solve, keys=32))
+    with pytest.raises(ValueError, match="takes 64 or 128 keys a turn, and its settings have 32"):
+        ForwardPlan.of(query, key, key, AttentionCall(scale=0.1, e=0.15), True, False, wrong, **arguments)
 
 
 def test_lengths_heads_and_alphas_share_their_binaries():

@@ -243,6 +243,42 @@ def test_a_spoilt_query_spoils_its_gradients_under_every_option(bad, dtype):
             assert torch.equal(ours, theirs), more
 
 
+@pytest.mark.parametrize("name", [WHOLE, PIECES])
+@pytest.mark.parametrize("where", ["query", "keys"])
+def test_a_spoilt_row_beside_large_scores_spoils_its_gradients(where, name):
+    """For scores above 1024 the pass over all tiles leaves the sums to further ones, and sees NaN in the largest scores alone."""
+    query, key, value, grad = (torch.randn(1, 1, n, 16).bfloat16() for n in (2, 128, 128, 2))
+    query[..., 0], key[..., 0] = 100, 100
+    if where == "query":
+        query[:, :, 0] = torch.nan
+    else:
+        key[:, :, 64:] = torch.nan
+    call, found = AttentionCall(scale=0.25, e=0.5), []
+    for kernels in (backend.OPERATORS[name], reference):
+        results = kernels.attention(query, key, value, call, True, False)
+        found.append(
+            [
+                results.out,
+                results.delta,
+                *kernels.attention_backward(grad, query, key, value, results.saved, call, Wanted())[:3],
+            ]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+def test_a_key_that_the_sample_misses_overflows_no_step():
+    """The estimate's sums may be too large for a product of two of them."""
+    for name in (WHOLE, PIECES):
+        for gap in (77.0, 90.0, 110.0):
+            query, key, value = (torch.zeros(1, 1, n, 16) for n in (1, 330, 330))
+            query[..., 0], key[..., 7, 0], value[..., 7, 0] = 1, gap, 1
+            call = AttentionCall(scale=1.0, e=1 / 64)
+            assert torch.allclose(
+                backend.OPERATORS[name].attention(query, key, value, call, True, False).out[..., 0], torch.ones(1)
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_sink_far_above_all_scores_near_softmax(dtype):
     """The sample leaves the sink out, and its sums underflow."""

@@ -6,6 +6,7 @@ A program holds a block of queries and loops over its live tiles.
 import triton
 import triton.language as tl
 
+from diffmax.kernels.triton.attention.evaluation import PARTIAL, partial_sums
 from diffmax.kernels.triton.attention.gradient import (
     KEYS,
     as_column,
@@ -75,6 +76,7 @@ def attention_bwd_dq_kernel(
     most work.
     """
     PRECISION: tl.constexpr = OPTIONS.PRECISION
+    FEW: tl.constexpr = E_TENSOR and PTX and BLOCK_D + BLOCK_V > 128  # then the compiler would spill
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     index = tl.program_id(0)
     block = n_blocks - 1 - index % n_blocks
@@ -121,7 +123,7 @@ def attention_bwd_dq_kernel(
     high = tl.where(first < rows_here, high, low)
     seen = range_of(first, left - shift, right + shift, keys_here, BLOCK_M, OPTIONS.WINDOW)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    acc_e = tl.zeros((BLOCK_M,), tl.float32)
+    acc_e = tl.zeros((BLOCK_M, PARTIAL), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for word in range(low // (TILE * WORD), (high + TILE * WORD - 1) // (TILE * WORD)):
         bits = bits_between(word, low, high)
@@ -132,7 +134,7 @@ def attention_bwd_dq_kernel(
             first_key, bits = walk(bits, word, step, BLOCK_N)
             keys = first_key + tl.arange(0, BLOCK_N)
             valid = rows_inside(first_key, keys_here, BLOCK_N)
-            key = load_few(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D, E_TENSOR and PTX)
+            key = load_few(k_ptr, first_key, valid, k_row, HEAD_DIM, BLOCK_N, BLOCK_D, HEAD_DIM == BLOCK_D, FEW)
             if CHUNK < BLOCK_D or CHUNK < BLOCK_V:
                 d_p = products(
                     g_ptr, first, heard, g_row, v_ptr, first_key, valid, v_row,
@@ -143,9 +145,7 @@ def attention_bwd_dq_kernel(
                     PRECISION, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, min(CHUNK, BLOCK_D),
                 )  # fmt: skip
             else:
-                value = load_few(
-                    v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, E_TENSOR and PTX
-                )
+                value = load_few(v_ptr, first_key, valid, v_row, VALUE_DIM, BLOCK_N, BLOCK_V, VALUE_DIM == BLOCK_V, FEW)
                 d_p = tl.dot(g, tl.trans(value), input_precision=PRECISION)
                 x = tl.dot(q, tl.trans(key), input_precision=PRECISION)
             _, s, w, mean_here, capped = recompute(
@@ -159,9 +159,10 @@ def attention_bwd_dq_kernel(
                 d_p = tl.where(keep, d_p * inverse_keep, 0.0)
             d_s = s * (d_p - mean_here)
             if NEEDS_E:
-                acc_e += tl.sum(d_s * w, axis=1)
+                acc_e += partial_sums(d_s * w)
             acc = tl.dot(score_gradient(d_s, capped, rules, OPTIONS).to(key.dtype), key, acc, input_precision=PRECISION)
 
+    acc_e = tl.sum(acc_e, axis=1)
     if SINK:
         heard = total != 0.0
         mean, acc_e = tl.where(heard, mean, 0.0), tl.where(heard, acc_e, 0.0)

@@ -60,8 +60,7 @@ def values_of(m, delta, heard, mean, e, K: tl.constexpr, HARDWARE: tl.constexpr)
     In 16 bits, shift is e m + delta - 1, which rounds no more than the products of queries and keys do. In float32 the base is
     computed from x - m, and 1 - delta is the offset. Where a power needs the digits that b loses, 1 is not yet added.
     """
-    ONE: tl.constexpr = 1.0 if K > 0 or HARDWARE == ALWAYS else 0.0
-    shift, offset = m, ONE - delta
+    shift, offset = m, least_of(e, K, HARDWARE) + 1.0 - delta
     if HARDWARE != NEVER:
         shift, offset = e * m - offset, mean
     return QueryValues(tl.where(heard, shift, float("inf")), offset, mean)
@@ -126,12 +125,23 @@ def as_row(values):
 @triton.jit
 def base_of(x, factor, values, e, K: tl.constexpr, HARDWARE: tl.constexpr):
     """b = [e (factor x - m) + 1 - delta]_+, or b - 1, and its value where b is 0: see `values_of`."""
-    LEAST: tl.constexpr = 0.0 if K > 0 or HARDWARE == ALWAYS else -1.0
+    least = least_of(e, K, HARDWARE)
     if HARDWARE == NEVER:
         base = e * (x * factor - values.shift) + values.offset
     else:
         base = x * (factor * e) - values.shift
-    return tl.maximum(base, LEAST, propagate_nan=tl.PropagateNan.ALL), LEAST
+    return tl.maximum(base, least, propagate_nan=tl.PropagateNan.ALL), least
+
+
+@triton.jit
+def least_of(e, K: tl.constexpr, HARDWARE: tl.constexpr):
+    """What stands for b = 0: 0, or -1 where a power needs the digits of b - 1."""
+    if K > 0 or HARDWARE == ALWAYS:
+        return 0.0
+    elif HARDWARE == BY_E:
+        return tl.where(e >= _SMALLEST_E, 0.0, -1.0)
+    else:
+        return -1.0
 
 
 @triton.jit
@@ -142,13 +152,14 @@ def slopes_of(base, e, k, NEEDS_E: tl.constexpr, K: tl.constexpr, HARDWARE: tl.c
         return b, integer_power(b, K - 1), curve(b, u, log2_of(b), NEEDS_E)
     elif HARDWARE == ALWAYS:
         s, log_b = slope_by_hardware(base, k, PTX)
-        return base, s, rough_curve(base, base - 1.0, log_b, NEEDS_E)
+        return base, s, rough_curve(base, log_b, NEEDS_E)
     elif HARDWARE == BY_E:
-        b = base + 1.0
         if e >= _SMALLEST_E:
+            b = base
             s, log_b = slope_by_hardware(b, k, PTX)
-            w = rough_curve(b, base, log_b, NEEDS_E)
+            w = rough_curve(b, log_b, NEEDS_E)
         else:
+            b = base + 1.0
             s = slope_near_softmax(b, base, k, PTX)
             w = near_curve(b, base, NEEDS_E)
         return b, s, w
@@ -199,10 +210,10 @@ def near_curve(b, u, NEEDS_E: tl.constexpr):
 
 
 @triton.jit
-def rough_curve(b, u, log_b, NEEDS_E: tl.constexpr):
-    """`curve` with an error of 2^-22, for 16 bits."""
+def rough_curve(b, log_b, NEEDS_E: tl.constexpr):
+    """`curve` with an error of 2^-22, for 16 bits: b (ln b - 1) + 1."""
     if NEEDS_E:
-        return b * tl.maximum(log_b, -127.0) * _LN_2 - u
+        return tl.fma(b, tl.fma(tl.maximum(log_b, -127.0), _LN_2, -1.0), 1.0)
     else:
         return b
 

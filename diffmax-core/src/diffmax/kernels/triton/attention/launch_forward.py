@@ -67,7 +67,7 @@ class ForwardPlan(NamedTuple):
             precision: Precision of products.
         """
         arguments = Arguments.of(query, key, call, ptx=ptx, precision=precision)
-        n_blocks, most_tiles = arguments.blocks(query.shape[2], TILE), _most_tiles(key.shape[2], call)
+        n_blocks, most_tiles = arguments.blocks(query.shape[2], TILE), _most_tiles(key.shape[2], call, settings.solve.keys)
         items = query.shape[0] * query.shape[1] * n_blocks
         live = live_shape(query, key, call)
         shared = {
@@ -84,10 +84,16 @@ class ForwardPlan(NamedTuple):
             return min(items, processors * of.programs)
 
         solve, output = settings.solve, settings.output_of(keep)
+        if solve.keys not in (TILE, 2 * TILE):
+            raise ValueError(
+                f"the first kernel of attention takes {TILE} or {2 * TILE} keys a turn, and its settings have {solve.keys}: "
+                "mend attention_solve in the vendor's table"
+            )
         solving = {
             **shared,
             "newton_steps": newton_steps(200, keys + 1, largest_e, torch.float32), "LINEAR": keep,
-            "CHUNK": min(solve.chunk, block_d), "num_warps": solve.warps, "num_stages": solve.stages,
+            "CHUNK": min(solve.chunk, block_d), "AT_ONCE": solve.keys // TILE,
+            "num_warps": solve.warps, "num_stages": solve.stages,
         }  # fmt: skip
         writing = {
             **strides("v", value), **shared, **arguments.dropout,
@@ -156,9 +162,9 @@ def _arithmetic(arguments: Arguments, dtype: torch.dtype) -> dict[str, Any]:
     return {"FOLDED": not bent and scalars["scale"] > 0, "POWER": power.value, "EXACT": not narrow}
 
 
-def _most_tiles(n_keys: int, call: AttentionCall) -> int:
-    """The maximum number of key tiles in range of one block of queries."""
+def _most_tiles(n_keys: int, call: AttentionCall, keys: int) -> int:
+    """The maximum number of key tiles in range of one block of queries, in multiples of `keys` keys."""
     tiles = -(-(call.max_seqlen_k if call.cu_seqlens_k is not None else n_keys) // TILE)
     if call.left >= 0 and call.right >= 0:
         tiles = min(tiles, (call.left + call.right + 2 * TILE - 2) // TILE + 1)
-    return max(tiles, 1)
+    return -(-max(tiles, 1) * TILE // keys) * (keys // TILE)

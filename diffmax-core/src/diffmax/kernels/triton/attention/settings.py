@@ -22,7 +22,7 @@ class Settings:
         warps: Warps per program.
         stages: Pipeline stages: tiles in flight.
         programs: Programs per multiprocessor: they determine the grid and the size of the scratch buffers.
-        keys: Keys processed at a time.
+        keys: Keys processed at a time; of the first kernel, in its pass over all: 64 or 128.
         chunk: Entries of the head dimension multiplied at a time.
         values: Entries of the value dimension accumulated at a time.
     """
@@ -123,8 +123,14 @@ FORWARD = (
     Rule("nvidia", WIDE, 256, Forward(Settings(8, 1, 1, chunk=32), Settings(8, 1, 1, keys=16, chunk=32, values=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, 16, 64, values=128)), extras=True),
     # four warps are one group, whose tile has 64 rows; of eight, half do the work of the others again
-    Rule("sm90", NARROW, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2)), origin=_COUNTED),
-    Rule("sm90", NARROW, 128, Forward(Settings(4, 2, 2), Settings(4, 2, 1, keys=32), Settings(8, 2, 1)), origin=_COUNTED),
+    Rule("sm90", NARROW, 64, Forward(Settings(4, 2, 2, keys=128), Settings(4, 2, 2)), origin=_COUNTED),
+    Rule(
+        "sm90",
+        NARROW,
+        128,
+        Forward(Settings(4, 2, 2, keys=128), Settings(4, 2, 1, keys=32), Settings(8, 2, 1)),
+        origin=_COUNTED,
+    ),
     # float16 scales weights up, which takes registers
     Rule("nvidia", FLOAT16, 64, Forward(Settings(4, 2, 2), Settings(8, 2, 1, keys=32))),
     Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2), Settings(4, 2, 2, keys=32)), origin=_COUNTED),
@@ -132,7 +138,7 @@ FORWARD = (
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, keys=32, chunk=64, values=128))),
     Rule("cdna", WIDE, 256, Forward(Settings(4, 1, 1, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, values=64))),
     Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64)), extras=True),
-    Rule("cdna", NARROW, 128, Forward(Settings(4, 1, 2), Settings(4, 1, 1, keys=32))),
+    Rule("cdna", NARROW, 128, Forward(Settings(4, 1, 2, keys=128), Settings(4, 1, 1, keys=32))),
     Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64))),
     Rule("rdna", WIDE, 256, Forward(Settings(16, 1, 1, chunk=16), Settings(16, 1, 1, keys=16, chunk=16, values=16))),
     Rule("rdna", NARROW, 64, Forward(Settings(8, 1, 1), Settings(8, 1, 1, keys=32)), extras=False),

@@ -16,22 +16,26 @@ import triton.language as tl
 from diffmax.kernels.triton.attention.evaluation import PARTIAL, larger_or_nan, level_at, sums_of
 from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, sampled_scores, tile_scores
 from diffmax.kernels.triton.attention.steps import (
-    any_alive,
     largest_delta,
     list_live,
     promises,
     root_of_sample,
+    rows_alive,
     spread_keys,
     stalls,
     step_of_sample,
     store_live,
     tiles_of_sample,
+    tops_of,
 )
 from diffmax.kernels.triton.attention.tiles import TILE, row_ptr
 from diffmax.kernels.triton.common.layout import head_exponent, vector_multiple
 from diffmax.kernels.triton.common.numerics import HALLEY_STEPS, next_iterate, with_sink
 
 _SAMPLE_STEPS = tl.constexpr(2)
+
+# More than a tile has rows: what the second tile of two counts as
+SECOND = tl.constexpr(128)
 
 
 @triton.jit(do_not_specialize=[
@@ -48,9 +52,12 @@ def attention_solve_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
     SUM: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, FOLDED: tl.constexpr, POWER: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """m, delta, S_1 and the bits of `live`.  Grid: as many programs as run concurrently."""
+    """m, delta, S_1 and the bits of `live`.  Grid: as many programs as run concurrently.
+
+    AT_ONCE: how many tiles a turn of the pass over all takes, 1 or 2.
+    """
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
     lanes = tl.arange(0, TILE)
@@ -111,33 +118,51 @@ def attention_solve_kernel(
         total = tl.zeros((TILE, PARTIAL), tl.float32)
         slope, curve = total, total
         tl.debug_barrier()  # the previous block may still be read
-        for i in range(0, tiles):
+        for i in range(0, tiles, AT_ONCE):
             x = tile_scores(
                 q, q_row, k_at, k_row, (first_tile + i) * TILE, block, rules, estimate, OPTIONS, FOLDED, EXACT, False,
                 HEAD_DIM, BLOCK_D, CHUNK, TILE,
             )  # fmt: skip
-            top = tl.where(in_rows, tl.reduce(x, 1, larger_or_nan), -float("inf"))
-            tl.store(tops_ptr + i * TILE + lanes, top)
-            m = tl.where(top > m, top, m)
-            visit = any_alive(top, estimate, EXACT)
+            top = tops_of(x, in_rows)
+            alive = rows_alive(top, estimate, EXACT)
+            if AT_ONCE == 2:  # the second one, which may lie behind the last: one store and one sum for both
+                x_2 = tile_scores(
+                    q, q_row, k_at, k_row, (first_tile + i + 1) * TILE, block, rules, estimate, OPTIONS, FOLDED, EXACT, False,
+                    HEAD_DIM, BLOCK_D, CHUNK, TILE,
+                )  # fmt: skip
+                top_2 = tops_of(x_2, in_rows)
+                alive += rows_alive(top_2, estimate, EXACT) * SECOND
+                two = lanes[:, None] + tl.arange(0, 2)[None, :] * TILE
+                tl.store(tops_ptr + i * TILE + two, tl.join(top, top_2))
+                top = larger_or_nan(top, top_2)
+            else:
+                tl.store(tops_ptr + i * TILE + lanes, top)
+            m = larger_or_nan(m, top)
+            visit = tl.sum(alive)
             if not EXACT:
-                visit = visit & (estimate.far == 0)  # left to further evaluations
-            if visit:
+                visit = tl.where(estimate.far, 0, visit)  # left to further evaluations
+            if (visit & (SECOND - 1)) > 0:
                 if EXACT:
                     x = x * unit - reference[:, None]
                 more, more_slope, more_curve = sums_of(x, estimate, head_k, K, POWER, PTX)
                 total, slope, curve = total + more, slope + more_slope, curve + more_curve
+            if AT_ONCE == 2:
+                if visit >= SECOND:
+                    if EXACT:
+                        x_2 = x_2 * unit - reference[:, None]
+                    more, more_slope, more_curve = sums_of(x_2, estimate, head_k, K, POWER, PTX)
+                    total, slope, curve = total + more, slope + more_slope, curve + more_curve
         tl.debug_barrier()
         total, slope, curve = tl.sum(total, axis=1), tl.sum(slope, axis=1), tl.sum(curve, axis=1)
-        m = tl.maximum(m * unit, sink)
+        m = larger_or_nan(m * unit, sink)
         if SINK:
             total, slope, curve = with_sink(total, slope, curve, sink, reference, delta, row_e, row_k, K, HARDWARE, PTX)
 
         # 3. from there to the root; if the sums are not usable, from the lowest possible delta
-        bad = in_rows & ((total != total) | (m == float("inf")) | (row_e != row_e))
+        bad = in_rows & ((total != total) | (m != m) | (m == float("inf")) | (row_e != row_e))
         active = in_rows & (bad == 0) & (m > -float("inf"))
         delta -= row_e * (tl.where(active, m, reference) - reference)
-        known = active & (total > 0.0) & (total < 1e30) & (slope < 1e30) & (curve < 1e30)
+        known = active & (total > 0.0) & (total < 1e18) & (slope < 1e18) & (curve < 1e18)  # their products are finite
         ready = promises(total, slope, curve, tl.maximum(delta, 0.0), row_e, row_k, True, CUT, SUM, LINEAR)
         moved, low = next_iterate(delta, zero, high, total, slope, curve, row_e, row_k, True)
         delta, low = tl.where(known, moved, 0.0), tl.where(known, low, 0.0)

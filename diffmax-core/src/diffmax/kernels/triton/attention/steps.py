@@ -7,7 +7,7 @@ Equations: docs/theory.md; the reasons for this order: docs/decisions/0055-atten
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.evaluation import any_of, is_dead, level_at, sums_of
+from diffmax.kernels.triton.attention.evaluation import is_dead, larger_or_nan, level_at, sums_of
 from diffmax.kernels.triton.attention.tiles import TILE, WORD
 from diffmax.kernels.triton.common.numerics import START_CUT, expm1_of, first_iterate, next_iterate, overshoot
 
@@ -80,9 +80,15 @@ def list_live(tops_ptr, list_ptr, tiles, level, EXACT: tl.constexpr):
 
 
 @triton.jit
-def any_alive(top, level, EXACT: tl.constexpr):
-    """Whether a tile with these largest scores has a nonzero weight, or NaN, in some row."""
-    return any_of(is_dead(top, level.m, level.t, level, EXACT) == 0)
+def tops_of(x, in_rows):
+    """The largest score of each row of a tile, or NaN; -inf for rows that do not exist."""
+    return tl.where(in_rows, tl.reduce(x, 1, larger_or_nan), -float("inf"))
+
+
+@triton.jit
+def rows_alive(top, level, EXACT: tl.constexpr):
+    """1 for each row in which a tile with these largest scores has a nonzero weight, or NaN; else 0."""
+    return (is_dead(top, level.m, level.t, level, EXACT) == 0).to(tl.int32)
 
 
 @triton.jit

@@ -23,9 +23,6 @@ SOLVED = {torch.float64: 1e-9, torch.float32: 2.4e-4, torch.float16: 2e-3, torch
 # The hardware's log2 has an error of 2^-22, which k multiplies: for a larger k the sums are too inaccurate
 SMALLEST_E_FOR_HARDWARE = 1 / 64
 
-# Terms of the series of Eq. 6 by the dtype of the weights: 2 / (terms + 2)! is left, for 16 bits 6e-7
-SERIES_TERMS = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 10, torch.float64: 17}
-
 # Compiler option of every launch: fuse a * b + c into one rounding; explicit, because Triton's default is about to change
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 

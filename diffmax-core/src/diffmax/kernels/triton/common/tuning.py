@@ -336,7 +336,7 @@ def _forward(rule: Settings, size: int, writes: bool) -> Iterator[Settings]:
     yield rule
     chunks = (rule.chunk, *(chunk for chunk in (64, 32) if chunk < size and rule.chunk != chunk))
     for warps, stages, programs, keys, chunk in itertools.product(
-        (4, 8), (1, 2, 3), (1, 2, 3), (16, 32, 64) if writes else (64,), chunks
+        (4, 8), (1, 2, 3), (1, 2, 3), (16, 32, 64) if writes else (64, 128), chunks
     ):
         # one number is changed, or the warps and another number
         changed = (stages != rule.stages) + (programs != rule.programs) + (keys != rule.keys) + (chunk != rule.chunk)

@@ -16,7 +16,7 @@ def bisect_bwd_rows_kernel(
     n, size_1, size_2,
     e, e_bits,
     G_LAYOUT: tl.constexpr, P_LAYOUT: tl.constexpr, E_TENSOR: tl.constexpr, FROM_X: tl.constexpr,
-    NEEDS_E: tl.constexpr, TERMS: tl.constexpr, PTX: tl.constexpr,
+    NEEDS_E: tl.constexpr, PTX: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients for x (Eq. 3) and, per row, for e (Eq. 4).  Grid: (size_0 * size_1 * cdiv(size_2, ROWS),)."""
@@ -50,5 +50,5 @@ def bisect_bwd_rows_kernel(
     centred = g - mean[:, None]
     tl.store(grad_x_ptr + at_p, (s * centred).to(grad_x_ptr.dtype.element_ty), mask=inside)
     if NEEDS_E:
-        w = alpha_weight(weight, log_p, row_e, TERMS, PTX)
+        w = alpha_weight(weight, log_p, row_e, PTX)
         tl.store(grad_e_ptr + places, -tl.sum(w * centred, axis=1), mask=in_rows)

@@ -19,7 +19,6 @@ from diffmax.kernels.triton.common import geometry
 from diffmax.kernels.triton.common.geometry import Geometry, View
 from diffmax.kernels.triton.common.launch import (
     COMPILER_OPTIONS,
-    SERIES_TERMS,
     SMALLEST_E_FOR_HARDWARE,
     SOLVED,
     Exponent,
@@ -162,7 +161,7 @@ class RowOperator(Tunable):
             **_strides("g", view_g), **_strides("p", view_p), **_e_strides(shape), **_sizes(shape, n),
             "e": exponent.e, "e_bits": exponent.bits,
             "G_LAYOUT": view_g.layout, "P_LAYOUT": view_p.layout, "E_TENSOR": exponent.tensor,
-            "FROM_X": from_x, "NEEDS_E": needs_e, "TERMS": SERIES_TERMS[p.dtype], "PTX": self.ptx,
+            "FROM_X": from_x, "NEEDS_E": needs_e, "PTX": self.ptx,
         }  # fmt: skip
         tiles = table.backward_float64 if m.dtype == torch.float64 else table.backward
         tile = self._tile("rows_backward", tiles, n, table, shape, p.dtype)

@@ -36,7 +36,7 @@ def bisect_bwd_long_kernel(
     n, size_1, size_2, chunks,
     e, e_bits,
     G_LAYOUT: tl.constexpr, P_LAYOUT: tl.constexpr, E_TENSOR: tl.constexpr, FROM_X: tl.constexpr,
-    NEEDS_E: tl.constexpr, TERMS: tl.constexpr, PTX: tl.constexpr,
+    NEEDS_E: tl.constexpr, PTX: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SUMS: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk of a row.  Grid: (rows * chunks,).
@@ -91,6 +91,6 @@ def bisect_bwd_long_kernel(
             at_p = (p_start + columns(cols, p_col, P_LAYOUT))[None, :]
             tl.store(grad_x_ptr + at_p, (s * centred).to(grad_x_ptr.dtype.element_ty), mask=(cols < n)[None, :])
             if NEEDS_E:
-                e_sum += alpha_weight(weight, log_p, row_e, TERMS, PTX) * centred
+                e_sum += alpha_weight(weight, log_p, row_e, PTX) * centred
         if NEEDS_E:
             tl.store(grad_e_ptr + row * CHUNKS + chunk + lane, -tl.sum(e_sum, axis=1))
