@@ -246,7 +246,7 @@ def test_a_spoilt_query_spoils_its_gradients_under_every_option(bad, dtype):
 @pytest.mark.parametrize("name", [WHOLE, PIECES])
 @pytest.mark.parametrize("where", ["query", "keys"])
 def test_a_spoilt_row_beside_large_scores_spoils_its_gradients(where, name):
-    """For scores above 1024 the pass over all tiles leaves the sums to further ones, and sees NaN in the largest scores alone."""
+    """For scores above 1024 the pass over all tiles leaves the sums to further ones: only the largest scores show NaN there."""
     query, key, value, grad = (torch.randn(1, 1, n, 16).bfloat16() for n in (2, 128, 128, 2))
     query[..., 0], key[..., 0] = 100, 100
     if where == "query":
