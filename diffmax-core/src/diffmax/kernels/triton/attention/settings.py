@@ -124,13 +124,7 @@ FORWARD = (
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, 16, 64, values=128)), extras=True),
     # four warps are one group, whose tile has 64 rows; of eight, half do the work of the others again
     Rule("sm90", NARROW, 64, Forward(Settings(4, 2, 2, keys=128), Settings(4, 2, 2)), origin=_COUNTED),
-    Rule(
-        "sm90",
-        NARROW,
-        128,
-        Forward(Settings(4, 2, 2, keys=128), Settings(4, 2, 1, keys=32), Settings(8, 2, 1)),
-        origin=_COUNTED,
-    ),
+    Rule("sm90", NARROW, 128, Forward(Settings(4, 2, 2), Settings(4, 2, 1, keys=32), Settings(8, 2, 1)), origin=_COUNTED),
     # float16 scales weights up, which takes registers
     Rule("nvidia", FLOAT16, 64, Forward(Settings(4, 2, 2), Settings(8, 2, 1, keys=32))),
     Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2), Settings(4, 2, 2, keys=32)), origin=_COUNTED),
