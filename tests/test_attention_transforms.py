@@ -159,6 +159,7 @@ def test_dropout_under_vmap_is_as_random_as_asked_for(arguments):
         vmap(call)(many)
 
 
+@pytest.mark.slow
 @newer_torch
 def test_compiled_transforms(arguments, g):
     query, *others = arguments

@@ -26,11 +26,11 @@ EVERY = (*METHODS, "live_blocks")
 LENGTH, DIM, DIM_V = 48, 8, 6
 
 
-def on_ranks(*sizes):
+def on_ranks(*sizes, marks=()):
     """As `ranks.on_ranks`, on plain PyTorch: there is nothing to compile on each rank."""
 
     def decorate(body):
-        test = ranks.on_ranks(*sizes)(body)
+        test = ranks.on_ranks(*sizes, marks=marks)(body)
         test.body = diffmax.use_backend("cpu")(body)
         return test
 
@@ -158,7 +158,7 @@ def same_packed(method, layout, starts, heads=4, kv_heads=4, learned=(), **optio
 PACKINGS = ([0, 5, 29, 30, 48], [0, 0, 24, 24, 48, 48], [0, 48], [0, 1, 2, 47, 48], [0, 6, 12, 18, 24, 30, 36, 42, 48])
 
 
-@on_ranks(2, 4)
+@on_ranks(2, 4, marks=[pytest.mark.slow])
 def test_packed_sequences_may_begin_and_end_on_any_rank():
     size = dist.get_world_size()
     alpha, sink = torch.linspace(0.5, 0.9, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)

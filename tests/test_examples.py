@@ -75,6 +75,7 @@ def test_the_tasks_are_real_and_their_training_part_comes_first(monkeypatch):
     assert 0.3 < y[split:].std() < 1  # ppm a week
 
 
+@pytest.mark.slow
 def test_no_text_that_is_measured_on_is_trained_on(monkeypatch):
     example = load("adapt_minilm", monkeypatch)
     teacher = example.AutoModel.from_pretrained(example.get_model_path()).eval()

@@ -597,6 +597,7 @@ def test_tensors_without_values_have_the_result_s_shape(call):
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
 
 
+@pytest.mark.slow
 def test_other_shapes_compile_in_one_graph():
     for shapes in ([(4, 5, 8), (4, 7, 8)], [(2, 4, 5, 8), (1, 1, 7, 8)], [(2, 3, 4, 5, 8), (2, 3, 4, 7, 8)]):
         query, key = (torch.randn(*shape) for shape in shapes)

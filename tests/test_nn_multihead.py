@@ -264,6 +264,7 @@ def test_inside_torchs_whole_transformer(batch_first, train):
         close(a, b)
 
 
+@pytest.mark.slow
 def test_torchs_layers_compile_in_one_graph():
     layer = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True)
     layer.self_attn = DiffmaxAttention(E, H, alpha=0.5)

@@ -11,4 +11,4 @@ from tests import interpreted
 @pytest.mark.interpreter
 @interpreted.in_tiers
 def test_the_kernels_pass_under_the_interpreter(tier):
-    interpreted.passes("triton_attention_interpreted.py", tier, sample=40)
+    interpreted.passes("triton_attention_interpreted.py", tier, sample=80)

@@ -161,6 +161,7 @@ def test_a_signature_holds_no_tensor():
     assert signature(x, 0.5, None) == (((3, 4), (4, 1), torch.float32, True), 0.5, None)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_what_it_prints(tmp_path, capsys):
     bench_host.main(["--quick", "--output", str(tmp_path / "host.json")])
     result, printed = json.loads((tmp_path / "host.json").read_text()), capsys.readouterr().out
