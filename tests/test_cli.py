@@ -356,6 +356,7 @@ def test_selftest_says_which_backends_and_devices_there_are(capsys):
     assert "selftest: device must be one that torch sees, got 'cuda:77'\n  seen: cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_selftest_needs_no_test_packages():
     code = (
         "import sys; sys.modules.update(pytest=None, scipy=None, hypothesis=None)\n"

@@ -383,7 +383,7 @@ def test_forward_mode_and_transforms_are_refused():
         torch.func.vmap(lambda t: diffmax_bisect_sharded(t, 0.5))(x)
 
 
-@on_ranks(2)
+@on_ranks(2, marks=[pytest.mark.slow])
 def test_compiled_it_stays_one_operator():
     x = torch.randn(3, 7 + dist.get_rank(), requires_grad=True)
     alpha = torch.full((1,), 0.5, requires_grad=True)

@@ -263,7 +263,7 @@ def test_wrong_arguments_and_ranks_that_differ_raise_on_every_rank():
     assert diffmax_loss_sharded(x, target).isfinite()  # nothing is left of the errors
 
 
-@on_ranks(2)
+@on_ranks(2, marks=[pytest.mark.slow])
 def test_compiled_it_stays_one_operator():
     x, target = torch.randn(4, 6 + dist.get_rank(), requires_grad=True), torch.tensor([0, 1, 11, -100])
     alpha = torch.full((1,), 0.5, requires_grad=True)

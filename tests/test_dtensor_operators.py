@@ -21,12 +21,12 @@ NEEDS_RULES = [pytest.mark.skipif(Version("2.5") > Version(torch.__version__), r
 BATCH, HEADS, LENGTH = 4, 6, 70
 
 
-def on_ranks(*sizes):
+def on_ranks(*sizes, marks=()):
     """As `ranks.on_ranks`, on plain PyTorch: there is nothing to compile on each rank, and any kernel gets the same parts."""
 
     def decorate(body):
         with_backend = diffmax.use_backend("cpu")(body)
-        test = ranks.on_ranks(*sizes, marks=NEEDS_RULES)(body)
+        test = ranks.on_ranks(*sizes, marks=[*NEEDS_RULES, *marks])(body)
         test.body = with_backend
         return test
 
@@ -314,7 +314,7 @@ def test_power_attention_of_shards_sends_nothing():
             check(from_a_state, {**given, **state}, letter, (*QKV, "sums", "norm"))
 
 
-@on_ranks(2)
+@on_ranks(2, marks=[pytest.mark.slow])
 def test_threshold_attention_of_shards_sends_nothing():
     for letter in "BH":
         for weights in ("scores", "softmax", "diffmax"):

@@ -49,6 +49,7 @@ def test_the_float64_reference_and_the_operator_agree_with_forty_digits(name, al
     assert (diffmax_bisect(torch.tensor(row), alpha).double() - exact).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "cpu", "numba"])
 def test_beside_special_alphas_they_agree_with_forty_digits(backend):
     """Where a kernel decides by alpha in one precision and computes in another; the kit gates all others on the reference."""

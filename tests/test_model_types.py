@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: 
 
 from tests.model_types import PAGE, UnbuiltError, answer, tasks_of  # noqa: E402
 
-pytestmark = pytest.mark.sampled(19)
+pytestmark = pytest.mark.sampled(38)
 
 TEXT = PAGE.read_text()
 SAME_VERSION = f"in transformers {transformers.__version__}," in TEXT

@@ -138,6 +138,7 @@ def test_a_window_is_a_mask(backend, weights, window, causal):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_transforms():
     q, k, v = (heads(3, 1, 2, 5, 4) for _ in range(3))
     theta = torch.rand(3, 2, 5).double() * 0.1

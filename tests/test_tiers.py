@@ -29,7 +29,8 @@ def test_every_file_has_a_test_in_the_fast_tier(files_with_fast_tests):
     assert not [file for file, fast in files_with_fast_tests.items() if not fast]
 
 
-@pytest.mark.parametrize("processes", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=["one process", "two"])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["one process", "two"])
 def test_the_first_case_and_every_nth_are_fast_and_what_is_left_out_is_counted(processes, tmp_path):
     if processes:
         pytest.importorskip("xdist", reason="needs pytest-xdist: pip install pytest-xdist")

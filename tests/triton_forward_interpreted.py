@@ -69,6 +69,7 @@ def test_forward_in_pieces(name, dtype):
     checks.forward_passes_the_gate(PIECES, "cpu", CASES[name], dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["sparse", "alpha 0.5", "causal, more queries", "sink", "dense"])
 def test_forward_and_backward_together(name, dtype):
@@ -193,6 +194,7 @@ def test_a_larger_sample_saves_an_evaluation(keep, monkeypatch):
     assert counted.calls == 64 + 32 + 32 + 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_special_alphas(dtype):
     """Every ninth of the kit's."""
@@ -279,6 +281,7 @@ def test_a_key_that_the_sample_misses_overflows_no_step():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_sink_far_above_all_scores_near_softmax(dtype):
     """The sample leaves the sink out, and its sums underflow."""
