@@ -49,7 +49,7 @@ def on_ranks(*world_sizes, marks=()):
     return decorate
 
 
-def launch_here(path, world_size, tier="all"):
+def launch_here(path, world_size, tier):
     """What each rank reported on the tests of a tier, and what it last wrote to its stderr."""
     with tempfile.TemporaryDirectory() as folder:
         reports = [Path(folder, f"report{rank}") for rank in range(world_size)]
