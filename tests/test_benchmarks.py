@@ -1,5 +1,6 @@
 """The benchmarks run, write what they document, and print no number for a kernel that is wrong. No times are asserted."""
 
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from benchmarks import (
     bench_first_call,
     bench_import,
     bench_loss,
+    bench_revisions,
     contestants,
     count_products,
     harness,
@@ -214,6 +216,29 @@ def test_first_calls_are_measured_and_some_of_their_compilation_is_spared(tmp_pa
     assert [row["contestant"] for row in rows] == ["diffmax", "numba alone"] * 2
     assert rows[0]["of_numba_alone"] < 1
     assert "first forward of rows" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_revisions_take_turns_and_one_that_computes_something_else_has_no_time(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "revisions.json"
+    bench_revisions.main([".", "--quick", "--output", str(path)])
+    result = json.loads(path.read_text())
+    assert [(row["operator"], row["direction"]) for row in result["ratios"]] == list(
+        itertools.product(("rows", "loss"), ("forward", "both"))
+    )
+    assert all(row["correct"] and row["median_s"] > 0 for row in result["rows"])
+    assert "worse by more than 10%" in capsys.readouterr().out
+
+    monkeypatch.setattr(bench_revisions, "WORKER", bench_revisions.WORKER.replace("manual_seed(0)", "manual_seed(time.time_ns() % 10**9)"))
+    (case, *_) = bench_revisions.cells(quick=True)
+    revisions = {name: bench_revisions.Revision(".") for name in ("before", "after")}
+    before, after = bench_revisions.run_case(case, revisions, 1)
+    for revision in revisions.values():
+        revision.stop()
+    assert before["median_s"] > 0
+    assert after["reason"] == "another result than before"
+    with pytest.raises(SystemExit, match="'no-such-thing' is not a revision"):
+        bench_revisions.main(["no-such-thing", "--quick", "--output", str(path)])
 
 
 @pytest.mark.slow

@@ -197,3 +197,36 @@ def test_the_plugin_interface_lists_what_documents_name_and_vendors_import():
     given = {}
     exec("from diffmax.plugin import *", given)
     assert set(plugin.__all__) <= set(given)
+
+
+def overloaded():
+    """The functions with overloads: the file, the name, the implementation and its overloads."""
+    for path in sorted((ROOT / "diffmax-core" / "src").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for body in (tree.body, *(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef))):
+            functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+            marked = [node for node in functions if any(ast.unparse(mark) == "overload" for mark in node.decorator_list)]
+            for name in dict.fromkeys(node.name for node in marked):
+                (written,) = (node for node in functions if node.name == name and node not in marked)
+                yield pytest.param(written, [node for node in marked if node.name == name], id=f"{path.stem}.{name}")
+
+
+def parameters(function):
+    """What each parameter of a function is annotated with, and its default, in order."""
+    listed = function.args
+    positional = [*listed.posonlyargs, *listed.args]
+    defaults = [None] * (len(positional) - len(listed.defaults)) + listed.defaults
+    pairs = [*zip(positional, defaults, strict=True), *zip(listed.kwonlyargs, listed.kw_defaults, strict=True)]
+    return {a.arg: tuple(ast.unparse(node) if node else None for node in (a.annotation, default)) for a, default in pairs}
+
+
+@pytest.mark.parametrize(("written", "overloads"), list(overloaded()))
+def test_overloads_have_the_parameters_of_what_they_describe(written, overloads):
+    """A new option is missed by none. They differ in what chooses the type of the result, which takes some of its types."""
+    expected = parameters(written)
+    for described in map(parameters, overloads):
+        assert list(described) == list(expected)
+        changed = [name for name in expected if described[name] != expected[name]]
+        for name in changed:
+            annotation, (whole, _) = described[name][0], expected[name]
+            assert annotation in whole.split(" | ") or annotation.startswith("Literal[")

@@ -167,7 +167,7 @@ def attention_bwd_dq_kernel(
         heard = total != 0.0
         mean, acc_e = tl.where(heard, mean, 0.0), tl.where(heard, acc_e, 0.0)
         acc = tl.where(heard[:, None], acc, 0.0)
-        base, _ = base_of(tl.load(sink_ptr + head), 1.0, of_rows, e, K, HARDWARE)
+        base = base_of(tl.load(sink_ptr + head), 1.0, of_rows, e, K, HARDWARE)
         _, s, w = slopes_of(base, e, k, NEEDS_E, K, HARDWARE, PTX)
         if NEEDS_SINK:
             tl.store(grad_sink_ptr + row_at + rows, -s * mean, mask=rows < rows_here)

@@ -124,13 +124,11 @@ def as_row(values):
 
 @triton.jit
 def base_of(x, factor, values, e, K: tl.constexpr, HARDWARE: tl.constexpr):
-    """b = [e (factor x - m) + 1 - delta]_+, or b - 1, and its value where b is 0: see `values_of`."""
-    least = least_of(e, K, HARDWARE)
+    """e (factor x - m) + 1 - delta, whose positive part is b, or that less 1: see `values_of`."""
     if HARDWARE == NEVER:
-        base = e * (x * factor - values.shift) + values.offset
+        return e * (x * factor - values.shift) + values.offset
     else:
-        base = x * (factor * e) - values.shift
-    return tl.maximum(base, least, propagate_nan=tl.PropagateNan.ALL), least
+        return x * (factor * e) - values.shift
 
 
 @triton.jit
@@ -145,29 +143,38 @@ def least_of(e, K: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def at_least(base, least: tl.constexpr):
+    """The base, clamped where b is 0. NaN stays."""
+    return tl.maximum(base, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def slopes_of(base, e, k, NEEDS_E: tl.constexpr, K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr):
     """b, s and, if NEEDS_E, the weight of Eq. 6 in units of s k^2, from `base_of`. If the base is NaN, all three are."""
     if K > 0:
-        b, u = base, base - 1.0
-        return b, integer_power(b, K - 1), curve(b, u, log2_of(b), NEEDS_E)
+        b = at_least(base, 0.0)
+        return b, integer_power(b, K - 1), curve(b, b - 1.0, log2_of(b), NEEDS_E)
     elif HARDWARE == ALWAYS:
-        s, log_b = slope_by_hardware(base, k, PTX)
-        return base, s, rough_curve(base, log_b, NEEDS_E)
+        b = at_least(base, 0.0)
+        s, log_b = slope_by_hardware(b, k, PTX)
+        return b, s, rough_curve(b, log_b, NEEDS_E)
     elif HARDWARE == BY_E:
         if e >= _SMALLEST_E:
-            b = base
+            b = at_least(base, 0.0)
             s, log_b = slope_by_hardware(b, k, PTX)
             w = rough_curve(b, log_b, NEEDS_E)
         else:
-            b = base + 1.0
-            s = slope_near_softmax(b, base, k, PTX)
-            w = near_curve(b, base, NEEDS_E)
+            u = at_least(base, -1.0)
+            b = u + 1.0
+            s = slope_near_softmax(b, u, k, PTX)
+            w = near_curve(b, u, NEEDS_E)
         return b, s, w
     else:
-        b = base + 1.0
-        log_b = log2_1p(base, False, PTX)  # a number where b is 0
+        u = at_least(base, -1.0)
+        b = u + 1.0
+        log_b = log2_1p(u, False, PTX)  # a number where b is 0
         s = tl.where(b == 0.0, 0.0, exp2_of((k - 1.0) * log_b, PTX))
-        return b, s, curve(b, base, log_b, NEEDS_E)
+        return b, s, curve(b, u, log_b, NEEDS_E)
 
 
 @triton.jit
@@ -260,7 +267,7 @@ def recompute(
     if OPTIONS.SOFTCAP or OPTIONS.ALIBI or OPTIONS.BIAS != ABSENT:
         x, capped = score(x, rows, keys, rules, OPTIONS)
         factor = 1.0
-    base, least = base_of(x, factor, values, e, K, HARDWARE)
+    base = base_of(x, factor, values, e, K, HARDWARE)
     mean = values.mean
     cut = (first_other < seen.from_all) | (first_other + SIZE > seen.to_all)
     if OPTIONS.MASK != ABSENT:
@@ -270,7 +277,7 @@ def recompute(
         visible = (others >= seen.low) & (others < seen.high)
         if OPTIONS.MASK != ABSENT:
             visible = visible & (load_per_pair(rules.mask, rows, keys, rules, OPTIONS.MASK, 0) != 0)  # one byte per entry
-        base = tl.where(visible, base, least)
+        base = tl.where(visible, base, -float("inf"))
         if OTHER == QUERIES:  # there are no means after the last query
             mean = tl.where(rows < rules.n_rows, mean, 0.0)
     b, s, w = slopes_of(base, e, k, NEEDS_E, K, HARDWARE, PTX)
