@@ -5,6 +5,7 @@ from __future__ import annotations
 # Kernel and target to Triton's versions and bytes
 SPILLS: dict[tuple[str, str], dict[str, int]] = {
     # Up to eight registers: the assembler's own choice of a round number, which lets one program more run at a time
+    ("attention_bwd_dbias_kernel", "sm90"): {"3.9": 8},
     ("attention_bwd_dkv_kernel", "sm100"): {"3.6": 16, "3.9": 48},
     ("attention_bwd_dkv_kernel", "sm90"): {"3.6": 24},
     ("attention_out_kernel", "gfx1100"): {"3.6": 28},
@@ -22,9 +23,9 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("attention_out_kernel", "sm100"): {"3.6": 96},
     ("attention_solve_kernel", "sm100"): {"3.6": 600, "3.9": 216},
     # Options besides causality: biases, ALiBi, softcap and dropout hold tiles of their own. Smaller tiles wait for a clock
-    ("attention_bwd_dkv_kernel", "sm80"): {"3.6": 56, "3.9": 80},
+    ("attention_bwd_dkv_kernel", "sm80"): {"3.6": 72, "3.9": 80},
     ("attention_bwd_dq_kernel", "sm80"): {"3.6": 312, "3.9": 216},
-    ("attention_bwd_dkv_kernel", "gfx90a"): {"3.6": 40, "3.9": 28},
+    ("attention_bwd_dkv_kernel", "gfx90a"): {"3.6": 52, "3.9": 32},
     ("attention_solve_kernel", "gfx942"): {"3.6": 56},
     # gfx11 has 256 registers for a thread and holds whole rows of an operand in them: long heads, or options
     ("attention_bwd_dq_kernel", "gfx1100"): {"3.6": 88, "3.9": 112},
