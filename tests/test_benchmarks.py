@@ -229,7 +229,9 @@ def test_revisions_take_turns_and_one_that_computes_something_else_has_no_time(t
     assert all(row["correct"] and row["median_s"] > 0 for row in result["rows"])
     assert "worse by more than 10%" in capsys.readouterr().out
 
-    monkeypatch.setattr(bench_revisions, "WORKER", bench_revisions.WORKER.replace("manual_seed(0)", "manual_seed(time.time_ns() % 10**9)"))
+    monkeypatch.setattr(
+        bench_revisions, "WORKER", bench_revisions.WORKER.replace("manual_seed(0)", "manual_seed(time.time_ns() % 10**9)")
+    )
     (case, *_) = bench_revisions.cells(quick=True)
     revisions = {name: bench_revisions.Revision(".") for name in ("before", "after")}
     before, after = bench_revisions.run_case(case, revisions, 1)

@@ -1,6 +1,7 @@
 """Attention over a sequence that is sharded over ranks: `attention_context_parallel` against the sequence on one process."""
 
 import importlib.util
+import itertools
 import json
 import re
 import warnings
@@ -295,6 +296,43 @@ def test_second_derivatives_are_those_of_the_whole_sequence():
             assert float((ours - truth).abs().max()) <= 1e-11 * max(1.0, float(truth.abs().max()))
 
 
+@on_ranks(2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_its_other_narrow_dtype_as_torch_does(dtype):
+    """torch joins no tensors of it under autocast, and messages are joined tensors."""
+    q, k, v = sequence(dtype=dtype)
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    expected = diffmax.attention(q, k, v)
+    with torch.autocast("cpu", other):
+        assert diffmax.attention(q, k, v).dtype == dtype
+        for method in EVERY:
+            out = attention_context_parallel(*(part(t, "contiguous") for t in (q, k, v)), method=method)
+            torch.testing.assert_close(out, part(expected, "contiguous"))
+
+
+@on_ranks(2)
+def test_second_derivatives_take_part_on_a_rank_without_tokens():
+    """Packed sequences gave gradients without a graph there: that rank left, and the others waited for it."""
+    q, k, v = (t[0].transpose(0, 1) for t in sequence(4, 2))
+    starts = torch.tensor([0, 20, 20, len(q)], dtype=torch.int32)
+    for mine, method, causal in itertools.product((0, len(q)), ("ulysses", "all_gather"), (False, True)):
+        ends = (0, mine) if dist.get_rank() == 0 else (mine, len(q))
+        results = []
+        for own in (slice(*ends), None):
+            leaves = [(t if own is None else t[own]).detach().clone().requires_grad_() for t in (q, k, v)]
+            alpha = torch.full((4,), 0.7, dtype=torch.float64, requires_grad=True)
+            options = {"is_causal": causal, "alpha": alpha, "enable_gqa": True}
+            if own is None:
+                out = diffmax.attention_varlen(*leaves, starts, starts, len(q), len(q), **options)
+            else:
+                out = attention_varlen_context_parallel(*leaves, starts, method=method, **options)
+            first = torch.autograd.grad(out.square().sum(), (*leaves, alpha), create_graph=True)
+            second = torch.autograd.grad(sum(t.square().sum() for t in first[:3]), (*leaves, alpha))
+            results.append([t if own is not None or t.ndim == 1 else t[slice(*ends)] for t in (*first, *second)])
+        for ours, truth in zip(*results, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+
+
 @on_ranks(2, 4)
 def test_what_is_sent_is_what_the_documentation_says():
     """Eq. 41 and 42, in bytes that a rank sends, and the number of messages."""
@@ -464,9 +502,30 @@ def test_calls_that_differ_raise_on_every_rank_and_name_rank_and_fact():
         attention_context_parallel(*((q, k, v) if rank else (t.float() for t in (q, k, v))))
     with pytest.raises(ValueError, match="what requires a gradient must be the same"):
         attention_context_parallel(q.clone().requires_grad_(rank == 0), k, v)
+    learned = torch.full((4,), 0.5, dtype=(torch.float32, torch.float64)[rank]).requires_grad_()
+    for what in ("alpha", "sink"):  # their gradients are summed over the ranks: these ended a process
+        with pytest.raises(
+            ValueError, match=rf"a gradient: \['{what} \(torch.float32\)'\] on rank 0; \['{what} \(torch.float64"
+        ):
+            attention_context_parallel(q, k, v, **{what: learned})
     invalid = "" if rank == 1 else r"got invalid ones on rank 1\n  rank 1: diffmax.*"
     with pytest.raises(ValueError, match=invalid + "alpha must lie"):
         attention_context_parallel(q, k, v, alpha=torch.tensor(1.5 if rank == 1 else 0.5))
+    with pytest.raises(ValueError, match=invalid + "query must have values to send, got a tensor on the meta device"):
+        attention_context_parallel(*(t.to("meta") if rank == 1 else t for t in (q, k, v)))
+    if rank == 1:  # whatever it is that a rank's argument raises, the others hear of it
+        k = Unreadable()
+    with pytest.raises(ValueError if rank == 0 else ZeroDivisionError, match="this has no shape"):
+        attention_context_parallel(q, k, v)
+
+
+class Unreadable(torch.Tensor):
+    """What raises something that no check expects."""
+
+    @property
+    def shape(self):
+        """None."""
+        raise ZeroDivisionError("this has no shape")
 
 
 @on_ranks(2)

@@ -353,6 +353,9 @@ def test_ranks_that_disagree_all_raise_and_none_waits():
         r"alpha: '\[0.5\] of shape .*' on rank 0; '\[0.6\d*\] of shape .*' on rank 1": lambda: diffmax_bisect_sharded(
             torch.randn(3, 4), torch.tensor(0.5 + 0.1 * rank)
         ),
+        "whether alpha requires a gradient: True on rank 0; False on rank 1": lambda: diffmax_bisect_sharded(
+            torch.randn(3, 4), torch.tensor(0.5).requires_grad_(rank == 0)
+        ),
         r"n_iter: 20 on rank 0; 21 on rank 1\n  ensure_sum_one: False on rank 0; True on rank 1": lambda: (
             diffmax_bisect_sharded(torch.randn(3, 4), 0.5, -1, 20 + rank, bool(rank))
         ),

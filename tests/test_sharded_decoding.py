@@ -243,6 +243,13 @@ def test_arguments_that_do_not_fit_or_differ_raise_on_every_rank():
         (ValueError, "softcap must be the same", (q, k_cache, v_cache), {"softcap": float(rank)}),
         (ValueError, "rank 1: .*multiple of|must be a multiple of", (q if rank == 0 else q[:, :, :3], k_cache, v_cache), {}),
         (ValueError, "pass owner=1", (wide, k_cache, v_cache, *new), {"owner": 0, "cache_seqlens": 20, "causal": True}),
+        (ValueError, "new tokens must be the same", (q, k_cache, v_cache, new[0], new[1][:, : 1 + rank]), {"owner": 1}),
+        (
+            TypeError if rank == 0 else ValueError,
+            "k must be a tensor",
+            (q, k_cache, v_cache, new[0] if rank else [1], new[1]),
+            {},
+        ),
     ):
         with pytest.raises(error, match=words):
             attention_with_kvcache_sharded(*arguments, **options)
@@ -252,6 +259,8 @@ def test_arguments_that_do_not_fit_or_differ_raise_on_every_rank():
     assert torch.equal(room, before)  # a call that is refused writes nothing
     with pytest.raises(NotImplementedError, match="gradient"):
         attention_with_kvcache_sharded(q.clone().requires_grad_(), k_cache, v_cache)
+    with pytest.raises((NotImplementedError, ValueError)[rank], match="it has no gradient"):  # the other rank hears of it
+        attention_with_kvcache_sharded(q.clone().requires_grad_(rank == 0), k_cache, v_cache)
 
 
 @on_ranks(2)

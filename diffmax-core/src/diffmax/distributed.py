@@ -163,10 +163,7 @@ def diffmax_loss_sharded(
 
 
 def _check_part(name: str, X: Tensor, otherwise: str) -> None:
-    if type(X).__name__ == "DTensor":  # compared by name, because the import takes half a second
-        raise TypeError(
-            f"{name}: X must be this rank's part, got a DTensor\npass X.to_local() and group=X.device_mesh, or {otherwise}"
-        )
+    messages.check_here(name, "X", X, f" and group=X.device_mesh, or {otherwise}")
     if X.ndim == 0:
         raise ValueError(f"{name}: X must have a dimension to be sharded along, got a scalar")
 
@@ -376,10 +373,12 @@ def attention_with_kvcache_sharded(
         if owner is not None and (isinstance(owner, bool) or not isinstance(owner, int) or not 0 <= owner < found.size()):
             raise ValueError(f"{name}: owner must be a rank of the group, 0 to {found.size() - 1}, or None, got {owner!r}")
         for what, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-            if type(t).__name__ == "DTensor":
-                raise TypeError(f"{name}: {what} must be this rank's part, got a DTensor\npass {what}.to_local()")
+            messages.check_here(name, what, t)
         if (k is None) != (v is None):
             raise ValueError(f"{name}: k and v go together, got {'v' if k is None else 'k'} alone")
+        for what, given in (("k", k), ("v", v)):  # on every rank, though one appends them
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name}: {what} must be a tensor, got {type(given).__name__}")
         last = found.size() - 1 if owner is None else owner
         new = (k, v) if last == found.rank() else (None, None)
         options = Options(
@@ -387,19 +386,19 @@ def attention_with_kvcache_sharded(
             *(softcap, alibi_slopes, alpha, sink, page_bounds, None),
         )
         query, k_cache, v_cache, call = build_call(q, k_cache, v_cache, *new, options, name=name)
-    shared = {"alpha": alpha, "sink": sink, "alibi_slopes": alibi_slopes}
-    facts = {
-        "q's shape": tuple(query.shape),
-        "q's dtype": query.dtype,
-        "heads and sizes of the cache": (*k_cache.shape[2:], v_cache.shape[3]),
-        **{what: t.detach().tolist() if isinstance(t, Tensor) else t for what, t in shared.items()},
-        "softmax_scale": call.scale,
-        "causal": causal,
-        "window_size": window_size,
-        "softcap": softcap,
-        "owner": last,
-        "new tokens": None if k is None else tuple(k.shape),
-    }
+        shared = {"alpha": alpha, "sink": sink, "alibi_slopes": alibi_slopes}
+        facts = {
+            "q's shape": tuple(query.shape),
+            "q's dtype": query.dtype,
+            "heads and sizes of the cache": (*k_cache.shape[2:], v_cache.shape[3]),
+            **{what: t.detach().tolist() if isinstance(t, Tensor) else t for what, t in shared.items()},
+            "softmax_scale": call.scale,
+            "causal": causal,
+            "window_size": window_size,
+            "softcap": softcap,
+            "owner": last,
+            "new tokens": None if k is None or v is None else (tuple(k.shape), tuple(v.shape)),
+        }
     messages.agree(name, facts, 0, None, found, query.device)
     out, tau = sharded_cache.attend(query, k_cache, v_cache, call, -1 if k is None or k.shape[1] == 0 else last, found)
     return (out, tau) if return_softmax_lse else out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.common.checks import _shape
+from diffmax.operators.common.numerics import without_autocast
 from diffmax.operators.rows.api import normalize
 from diffmax.plugin import AttentionCall
 from diffmax.reference import attention as reference
@@ -121,7 +121,7 @@ def _combine(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def with_weights(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, backend: str | None) -> tuple[Tensor, Tensor]:
     """The output of attention, and its weights after dropout (B, H, L, S), with a sink (B, H, L, S + 1), unfused."""
-    with _without_autocast(query):
+    with without_autocast(query):
         weights = _weights(query, key, call, backend)
         out = reference.weighted(weights[..., : key.shape[2]], value).to(query.dtype)
         return out, weights.to(query.dtype)
@@ -129,7 +129,7 @@ def with_weights(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall,
 
 def only_weights(query: Tensor, key: Tensor, call: AttentionCall, backend: str | None) -> Tensor:
     """The weights of `with_weights`, in the dtype in which they are computed."""
-    with _without_autocast(query):
+    with without_autocast(query):
         return _weights(query, key, call, backend)
 
 
@@ -140,13 +140,6 @@ def _weights(query: Tensor, key: Tensor, call: AttentionCall, backend: str | Non
     weights = normalize(scores, e, e_tensor, 3, 200, True, backend)
     kept = reference.times(weights[..., :keys], reference.keep_factors(scores[..., :keys], call))
     return torch.cat([kept, weights[..., keys:]], 3)
-
-
-def _without_autocast(query: Tensor) -> AbstractContextManager[Any]:
-    """Autocast was already applied to the inputs; it must not change the dtypes again."""
-    kind = query.device.type
-    enabled = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def _check_kind(name: str, mask: Tensor, meaning: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from diffmax.operators.attention.api import attention
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_tensor, is_whole, one_minus_alpha
+from diffmax.operators.common.numerics import without_autocast
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.checks import check_chunk, check_degree
 from diffmax.operators.power.state import PowerState
@@ -227,10 +227,8 @@ class PowerAttention(nn.Module):
         """(B, H_kv, L), in float32 or float64, whatever autocast says: 1 - 0.999 has few digits in 16 bits."""
         if self.gate_proj is None:
             return None
-        kind = x.device.type
         wide = torch.promote_types(torch.promote_types(x.dtype, self.gate_proj.weight.dtype), torch.float32)
-        lowered = kind != "meta" and torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if lowered else nullcontext():
+        with without_autocast(x):
             weight, bias = self.gate_proj.weight.to(wide), self.gate_proj.bias.to(wide)
             gates: Tensor = nn.functional.logsigmoid(nn.functional.linear(x.to(wide), weight, bias))
         return gates.transpose(1, 2)

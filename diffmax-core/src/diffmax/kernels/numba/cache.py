@@ -4,7 +4,8 @@ Containers run as a user without a home, on images that cannot be written to. Th
 start of a process.
 
 Numba takes what it has kept for a function if the function's own file has not changed. Here a function is made of what stands
-in all files of this folder, so their content is part of its name, and of the names of its files in the cache.
+in all files of this folder, and of what they import from others, whose numbers are part of the machine code. All that is part
+of its name, and of the names of its files in the cache.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import importlib
+import inspect
 import logging
 import os
+import pickle
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,29 +27,50 @@ from importlib import resources
 from typing import Any
 
 PATIENCE = 2.0  # seconds after which a compilation says that it is one
+_IMPORT = re.compile(r"^ *from (diffmax\.[\w.]+) import (\([^)]*\)|.*)", re.MULTILINE)
+_NAME = re.compile(r"\w+")
 _told: set[str] = set()
+_lock = threading.Lock()
+_compiling: list[bool] = []  # an entry for each compilation under way: whether the collector runs without it
 
 
 def compile_cached(decorator: Callable[..., Callable[[Any], Any]], *arguments: Any, function: Any, **options: Any) -> Any:
     """`decorator(*arguments, cache=True, **options)(function)`, where Numba finds no place for a cache with cache=False."""
     function.__qualname__ += f"_{sources()}"
     with _telling(), _without_collecting():
-        try:
-            return decorator(*arguments, cache=True, **options)(function)
-        except (RuntimeError, OSError) as error:  # no locator for the file; a disk that is full or cannot be written to
-            if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
-                raise
-            _tell_once(error)
-            return decorator(*arguments, cache=False, **options)(function)
+        for other_name in ("", "_again"):  # where a disk or a copy that failed left half a file under the first
+            function.__qualname__ += other_name
+            try:
+                return decorator(*arguments, cache=True, **options)(function)
+            except (pickle.UnpicklingError, EOFError) as error:
+                _tell_of_damage(function, error)
+            except (RuntimeError, OSError) as error:  # no locator for the file; a disk that is full or cannot be written to
+                if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
+                    raise
+                _tell_once(error)
+                break
+        return decorator(*arguments, cache=False, **options)(function)
 
 
 @functools.cache
 def sources() -> str:
-    """A hash of all Python files of this folder."""
+    """A hash of all Python files of this folder, and of the numbers and functions that they import."""
     files = sorted(
-        (file.name, file.read_bytes()) for file in resources.files(__package__).iterdir() if file.name.endswith(".py")
+        (file.name, file.read_text(encoding="utf-8"))
+        for file in resources.files(__package__).iterdir()
+        if file.name.endswith(".py")
     )
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    imported = {(module, name) for _, text in files for module, names in _IMPORT.findall(text) for name in _NAME.findall(names)}
+    said = [_said(module, name) for module, name in sorted(imported) if not module.startswith(str(__package__))]
+    return hashlib.sha256(repr((files, said)).encode()).hexdigest()[:16]
+
+
+def _said(module: str, name: str) -> str | None:
+    """What a name of a module stands for, if it is a number or a function."""
+    value = getattr(importlib.import_module(module), name, None)
+    if isinstance(value, (bool, int, float, str, tuple)):
+        return repr(value)
+    return inspect.getsource(value) if inspect.isfunction(value) else None
 
 
 def _tell_once(error: Exception) -> None:
@@ -57,6 +83,15 @@ def _tell_once(error: Exception) -> None:
         f"diffmax: kernels are compiled anew in each process: {fact} ({error})\n"
         "set NUMBA_CACHE_DIR to a folder that this user can write to; diffmax.warmup() fills it\n"
         "of a read-only image: docs/containers.md",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _tell_of_damage(function: Any, error: Exception) -> None:
+    warnings.warn(
+        f"diffmax: what was kept of a compiled kernel cannot be read, and is compiled anew: {error}\n"
+        f"to be rid of this: delete the files *{function.__qualname__}* in NUMBA_CACHE_DIR or __pycache__",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -77,13 +112,29 @@ def _telling() -> Iterator[None]:
 @contextmanager
 def _without_collecting() -> Iterator[None]:
     """Leave cyclic garbage: Numba makes millions of objects that stay; going through them again and again is a third of it."""
-    enabled = gc.isenabled()
-    gc.disable()
+    with _lock:
+        _compiling.append(gc.isenabled() or any(_compiling))
+        gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _lock:
+            enabled = _compiling.pop()
+            if enabled and not _compiling:
+                gc.enable()
+
+
+def _collect_in_child() -> None:
+    """A process that is forked meanwhile has none of the threads that would turn the collector on again."""
+    global _lock
+    _lock = threading.Lock()
+    if any(_compiling):
+        gc.enable()
+    _compiling.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_collect_in_child)
 
 
 def _say_that_it_compiles() -> None:

@@ -17,10 +17,12 @@ def numba_missing() -> str | None:
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return "this Python runs without the global interpreter lock, where the compiled kernels were never run"
     try:
-        import numba  # noqa: F401
+        import numba
+
+        config: Any = numba.config
     except Exception as error:  # noqa: BLE001  (whatever a broken installation raises, the plain kernels are there)
         return f"numba cannot be imported: {error}"
-    return None
+    return "NUMBA_DISABLE_JIT is set, so Numba compiles nothing" if config.DISABLE_JIT else None
 
 
 def numba_cannot(spec: CallSpec) -> list[str]:

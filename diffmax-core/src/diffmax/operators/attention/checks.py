@@ -23,6 +23,7 @@ from diffmax.operators.common.checks import (
     has_shape,
     is_whole,
     one_minus_alpha,
+    to_float,
 )
 from diffmax.operators.common.numerics import accumulation_dtype
 
@@ -129,7 +130,7 @@ def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> 
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
             raise TypeError(f"{name}: alpha must be a float or a tensor, got {alpha!r} of type {type(alpha).__name__}")
-        return one_minus_alpha(name, query, float(alpha), query.ndim - 1)
+        return one_minus_alpha(name, query, to_float(alpha), query.ndim - 1)
     check_strided(name, "alpha", alpha)
     if not alpha.is_floating_point():
         raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
@@ -223,9 +224,10 @@ def check_softcap(name: str, softcap: float) -> float:
     """The bound of the scores, 0 for none."""
     if isinstance(softcap, (bool, Tensor)) or not isinstance(softcap, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: softcap must be a float, got {softcap!r} of type {type(softcap).__name__}")
+    softcap = to_float(softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap must be positive and finite, or 0 for none, got {softcap}")
-    return softcap if isinstance(softcap, torch.SymFloat) else float(softcap)
+    return softcap
 
 
 def check_scale(name: str, query: Tensor, scale: float | None) -> float:
@@ -241,9 +243,10 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
         )
     if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}")
+    scale = to_float(scale)
     if not torch.compiler.is_compiling() and not math.isfinite(scale):  # there it may be known at run time alone
         raise ValueError(f"{name}: scale must be finite, got {scale}")
-    return scale if isinstance(scale, torch.SymFloat) else float(scale)
+    return scale
 
 
 def check_dropout(name: str, dropout_p: float) -> float:
@@ -252,7 +255,7 @@ def check_dropout(name: str, dropout_p: float) -> float:
         raise TypeError(f"{name}: dropout_p must be a float, got {dropout_p!r} of type {type(dropout_p).__name__}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{name}: dropout_p must lie between 0 and 1, got {dropout_p}")
-    return dropout_p if isinstance(dropout_p, torch.SymFloat) else float(dropout_p)
+    return to_float(dropout_p)
 
 
 def served(

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffmax.operators.attention import checks, live_blocks
 from diffmax.operators.attention.api import attention, attention_varlen
 from diffmax.operators.common import messages
+from diffmax.operators.common.numerics import without_autocast
 from diffmax.operators.common.parts import whole_keys
 
 NAME = "diffmax.distributed.attention_context_parallel"
@@ -67,7 +68,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: R
         learning = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         options = options._replace(method=_cheapest(query, key, value, options, lengths, learning))
     run = {"ulysses": _by_heads, "all_gather": _by_tokens, "live_blocks": _by_live_blocks}[options.method]
-    out = run(query, key, value, options, ranks, lengths)
+    with without_autocast(query):
+        out = run(query, key, value, options, ranks, lengths)
     return out[0].transpose(0, 1).contiguous() if packed else out
 
 
@@ -238,27 +240,11 @@ def _runs(layout: str, lengths: list[int], rank: int) -> list[tuple[int, int, in
 def _agree(query: Any, key: Any, value: Any, options: Options, ranks: Ranks) -> list[int]:
     """Check the arguments, and see that all ranks make the same call; else raise on every rank. The ranks' lengths."""
     name, cu_seqlens = options.name, options.cu_seqlens
-    try:
+    axis = 2 if cu_seqlens is None else 0
+    with messages.refusals(name, ranks.group, query):
         _check(query, key, value, options, ranks)
-        problem = None
-    except (TypeError, ValueError) as error:
-        problem = error
-    parts = {"query": query, "key": key, "value": value}
-    shared = {what: getattr(options, what) for what in ("alpha", "sink", "alibi_slopes", "cu_seqlens")}
-    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    if problem is not None:
-        return messages.agree(name, {}, 0, problem, ranks.group, device)
-    learning, axis = torch.is_grad_enabled(), 2 if cu_seqlens is None else 0
-    facts: dict[str, Any] = {
-        **{f"{what}'s shape": (*t.shape[:axis], "tokens", *t.shape[axis + 1 :]) for what, t in parts.items()},
-        **{what: t.detach().tolist() if isinstance(t, Tensor) else t for what, t in shared.items()},
-        "query's dtype": query.dtype,
-        "what requires a gradient": [
-            what for what, t in {**parts, **shared}.items() if learning and isinstance(t, Tensor) and t.requires_grad
-        ],
-        **{what: given for what, given in options._asdict().items() if what not in shared},
-    }
-    lengths = messages.agree(name, facts, query.shape[axis], None, ranks.group, device)
+        facts = _facts({"query": query, "key": key, "value": value}, options, axis)
+    lengths = messages.agree(name, facts, query.shape[axis], None, ranks.group, query.device)
     if options.layout == "zigzag" and len(set(lengths)) > 1:
         raise ValueError(
             f"{name}: every rank must have as many tokens in the zigzag layout, got "
@@ -273,6 +259,23 @@ def _agree(query: Any, key: Any, value: Any, options: Options, ranks: Ranks) -> 
     return lengths
 
 
+def _facts(parts: dict[str, Tensor], options: Options, axis: int) -> dict[str, Any]:
+    """What is the same on every rank. axis: that of the tokens, whose number may differ."""
+    shared = {what: getattr(options, what) for what in ("alpha", "sink", "alibi_slopes", "cu_seqlens")}
+    learned = [
+        f"{what} ({t.dtype})"  # gradients are summed over the ranks in it
+        for what, t in {**parts, **shared}.items()
+        if torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad
+    ]
+    return {
+        **{f"{what}'s shape": (*t.shape[:axis], "tokens", *t.shape[axis + 1 :]) for what, t in parts.items()},
+        **{what: t.detach().tolist() if isinstance(t, Tensor) else t for what, t in shared.items()},
+        "query's dtype": parts["query"].dtype,
+        "what requires a gradient": learned,
+        **{what: given for what, given in options._asdict().items() if what not in shared},
+    }
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: Ranks) -> None:
     """The errors of `attention`, and those of the way that the ranks share the work."""
     name, method, layout, size = options.name, options.method, options.layout, ranks.size
@@ -280,10 +283,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: R
         if given not in known:
             raise ValueError(f"{name}: {what} must be one of {', '.join(known)}, got {given!r}")
     for what, t in (("query", query), ("key", key), ("value", value)):
-        if type(t).__name__ == "DTensor":
-            raise TypeError(
-                f"{name}: {what} must be this rank's part, got a DTensor\npass {what}.to_local() and group={what}.device_mesh"
-            )
+        messages.check_here(name, what, t, f" and group={what}.device_mesh")
     packed = options.cu_seqlens is not None
     checks.check_tensors(name, query, key, value, "THD" if packed else "BHLD")
     heads, kv_heads, length, of_key = query.shape[1], key.shape[1], *(t.shape[0 if packed else 2] for t in (query, key))

@@ -43,7 +43,11 @@ def backward(
     length, many = query.shape[2], key.shape[2]
     if not (length and many):
         m = reference.products(query, key, call.scale).new_zeros(query.shape[:3])
-        return reference.nothing_learned(query, key, value, m, wanted)
+        given = (grad, query, key, value, *(t for t in (call.e, call.bias, call.sink) if isinstance(t, Tensor)))
+        # depends on all: a rank without tokens takes part in their backward
+        zero = sum((t.flatten()[:0].sum() for t in given), m.new_zeros(()))
+        found = reference.nothing_learned(query, key, value, m, wanted)
+        return AttentionGradients(*(t + zero.to(t.dtype) for t in found))
     padded = (queries.pad(grad), queries.pad(query), keys.pad(key), keys.pad(value))
     region = reference.Whole.of(*padded[1:3], call, (queries.lengths, keys.lengths))
     found = _backward(*padded, reference.padded_call(call), wanted, backend, region)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any, cast
 
@@ -9,6 +10,17 @@ import torch
 from torch import Tensor
 
 from diffmax.operators.common.numerics import FLOAT_DTYPES, accumulation_dtype
+
+_NO_FLOAT = 2**1024  # the least integer that is too large
+
+
+def to_float(value: Any) -> float:
+    """float(value), infinite for an integer that no float holds. Symbolic numbers stay."""
+    if isinstance(value, (torch.SymFloat, float)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, int) and abs(value) >= _NO_FLOAT:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def check_tensor(name: str, what: str, t: Tensor) -> None:

@@ -223,14 +223,22 @@ def agree(
     )
 
 
+def check_here(name: str, what: str, t: Any, hint: str = "") -> None:
+    """Check that what a rank gives is its own part, with values. hint: what else to do with a DTensor."""
+    if type(t).__name__ == "DTensor":  # compared by name, because the import takes half a second
+        raise TypeError(f"{name}: {what} must be this rank's part, got a DTensor\npass {what}.to_local(){hint}")
+    if isinstance(t, Tensor) and t.device.type == "meta":
+        raise ValueError(f"{name}: {what} must have values to send, got a tensor on the meta device")
+
+
 @contextlib.contextmanager
 def refusals(name: str, group: Any, x: Any) -> Iterator[None]:
     """Where a rank checks its arguments before an operator that agrees: what it raises, the others hear of, and raise too."""
     try:
         yield
-    except (TypeError, ValueError) as problem:
-        device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-        agree(name, {}, 0, problem, group, device)
+    except Exception as problem:
+        of_messages = isinstance(x, Tensor) and x.device.type != "meta"
+        agree(name, {}, 0, problem, group, x.device if of_messages else torch.device("cpu"))
         raise
 
 

@@ -230,6 +230,7 @@ def _agree(given: Arguments) -> list[int]:
         "the checksum of target": code,
         "whether there are weights": given.weight is not None,
         "alpha": (1 - given.e) if given.e_tensor is None else alpha_of(given.e_tensor),
+        "whether alpha requires a gradient": given.e_tensor is not None and given.e_tensor.requires_grad,
         "ignore_index": given.ignore_index,
         "n_iter": given.n_iter,
     }

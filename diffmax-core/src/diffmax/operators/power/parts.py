@@ -5,8 +5,6 @@ Plain PyTorch on any device, differentiable any number of times. Tensors are (B,
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from diffmax.operators.attention.checks import check_heads, check_scale, check_tensors
 from diffmax.operators.common.checks import _dtype, _shape, as_int, check_flag, check_strided, check_tensor, has_shape, is_whole
-from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.numerics import accumulation_dtype, without_autocast
 from diffmax.operators.power import symmetric
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.checks import check_degree, check_gates, check_state
@@ -180,7 +178,7 @@ def attention(
             f"{name}: there must be at least as many keys as queries, got {many} keys and {length} queries\n"
             "the last query has the position of the last key"
         )
-    with _as_is(query):
+    with without_autocast(query):
         q, k, v = _grouped(query, key), *(t.to(accumulation_dtype(query.dtype)).unsqueeze(2) for t in (key, value))
         weights = symmetric.even_power(q @ k.mT * scale, degree)
         if gates is not None:
@@ -231,7 +229,7 @@ def update_state(
         none = key[:, :, :0]
         return power_attention(none, key, value, log_gates, initial_state, degree=degree, return_final_state=True)[1]
     acc = accumulation_dtype(key.dtype)
-    with _as_is(key):
+    with without_autocast(key):
         m, whole = symmetric.monomials(key.to(acc), degree), None
         if gates is not None and key.shape[2]:
             g = cumulated(gates)
@@ -309,7 +307,7 @@ def query_state(
     check_heads(name, query.shape[1], heads, True)
     like = query[:, :1, :0].expand(-1, heads, -1, -1)
     sums, norm = PowerState(*check_state(name, query, like, state[0][:, :, :0], state, degree))  # type: ignore[arg-type]  # given
-    with _as_is(query):
+    with without_autocast(query):
         phi = symmetric.monomials(_grouped(query, like) * scale, degree)
         phi = phi * symmetric.coefficients(query.shape[3], degree, phi)
         totals = (phi @ norm[:, :, None, :, None]).squeeze(-1)
@@ -514,13 +512,3 @@ def _result(query: Tensor, sums: Tensor, totals: Tensor, normalize: bool) -> Ten
     empty = (totals == 0).unsqueeze(-1)
     divided = sums / totals.unsqueeze(-1).masked_fill(empty, 1.0)
     return divided.masked_fill(empty, 0.0).reshape(*rows, size).to(query.dtype)
-
-
-@contextlib.contextmanager
-def _as_is(t: Tensor) -> Iterator[None]:
-    """Without autocast, which would round what is summed."""
-    if t.device.type == "meta" or not torch.is_autocast_enabled(t.device.type):
-        yield
-    else:
-        with torch.autocast(t.device.type, enabled=False):
-            yield

@@ -265,6 +265,7 @@ def _agree(given: Arguments) -> int:
         "the shape of X outside dim": [*x.shape[:dim], "dim", *x.shape[dim + 1 :]],
         "the dtype of X": x.dtype,
         "alpha": (1 - given.e) if e_tensor is None else alpha_of(e_tensor),
+        "whether alpha requires a gradient": e_tensor is not None and e_tensor.requires_grad,
         "n_iter": given.n_iter,
         "ensure_sum_one": given.ensure_sum_one,
     }

@@ -20,7 +20,7 @@ from diffmax.operators.attention.checks import (
     check_tensors,
     check_window,
 )
-from diffmax.operators.common.checks import _shape, broadcasts
+from diffmax.operators.common.checks import _shape, broadcasts, to_float
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import ThresholdCall
 
@@ -90,7 +90,7 @@ def check_threshold(name: str, query: Tensor, threshold: Any, what: str = "thres
         if not isinstance(threshold, numbers.Real) or isinstance(threshold, bool):
             kind = type(threshold).__name__
             raise TypeError(f"{name}: {what} must be a float or a floating tensor, got {threshold!r} of type {kind}")
-        return query.new_full((1, 1, 1), float(threshold), dtype=acc).expand(1, heads, length)
+        return query.new_full((1, 1, 1), to_float(threshold), dtype=acc).expand(1, heads, length)
     _check_floating(name, what, threshold, query)
     given = threshold.to(acc)
     if given.ndim == 1:
@@ -111,9 +111,10 @@ def check_power(name: str, power: Any) -> float:
     """A positive number."""
     if isinstance(power, bool) or not isinstance(power, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: power must be a float, got {power!r} of type {type(power).__name__}")
-    if not 0 < float(power) < math.inf:
+    number = to_float(power)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: power must be positive and finite, got {power}")
-    return float(power)
+    return number
 
 
 def check_bias(name: str, query: Tensor, bias: Any) -> Tensor | None:
