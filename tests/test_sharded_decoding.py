@@ -243,7 +243,12 @@ def test_arguments_that_do_not_fit_or_differ_raise_on_every_rank():
         (ValueError, "softcap must be the same", (q, k_cache, v_cache), {"softcap": float(rank)}),
         (ValueError, "rank 1: .*multiple of|must be a multiple of", (q if rank == 0 else q[:, :, :3], k_cache, v_cache), {}),
         (ValueError, "pass owner=1", (wide, k_cache, v_cache, *new), {"owner": 0, "cache_seqlens": 20, "causal": True}),
-        (ValueError, "new tokens must be the same", (q, k_cache, v_cache, new[0], new[1][:, : 1 + rank]), {"owner": 1}),
+        (
+            ValueError,
+            "new tokens must be the same",
+            (q, k_cache, v_cache, new[0], new[1][:, : 1 + rank]),
+            {"owner": 1, "cache_seqlens": 20},
+        ),
         (
             TypeError if rank == 0 else ValueError,
             "k must be a tensor",

@@ -15,7 +15,7 @@ from diffmax.compat.power_attention import _states
 from diffmax.compat.power_attention._states import Layout
 from diffmax.operators.attention.checks import check_heads, check_scale, check_tensors
 from diffmax.operators.common.checks import _shape, as_int, check_flag, check_tensor, is_whole
-from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.numerics import accumulation_dtype, without_autocast
 from diffmax.operators.power import parts
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.checks import check_chunk, check_degree
@@ -133,7 +133,7 @@ def attention(
         raise ValueError(f"{name}: there must be at least as many keys as queries, got {many} keys and {length} queries")
     axes, given = ("(b, h, tk)", k) if head_first else ("(b, tk, h)", K)
     acc = accumulation_dtype(q.dtype)
-    with parts._as_is(q):
+    with without_autocast(q):
         scores = parts._grouped(q, k) @ k.to(acc).unsqueeze(2).mT * scale
         away = scores.new_zeros(())
         if log_G is not None:
@@ -279,7 +279,7 @@ def _query_state(
     heads = S.shape[-3]
     check_heads(name, Q.shape[-2], heads, True)
     scale, size, acc = _check_scale(name, Q, scale), Q.shape[-1], accumulation_dtype(Q.dtype)
-    with parts._as_is(Q):
+    with without_autocast(Q):
         state = _states.to_exact(S, s, layout, size, degree, acc)
         q = (Q.to(acc) * scale).movedim(-2, -3)
         q = q.reshape(*q.shape[:-3], heads, q.shape[-3] // max(heads, 1), *q.shape[-2:])

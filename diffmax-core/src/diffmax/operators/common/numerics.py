@@ -20,7 +20,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """Where what t is computed with has its dtype: autocast would round it, and refuses to join 16-bit dtypes that are not its own."""
+    """For what was converted before: autocast would round it, and joins no tensors of the 16-bit dtype that is not its own."""
     kind = t.device.type
     enabled = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if enabled else nullcontext()
