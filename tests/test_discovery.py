@@ -226,7 +226,11 @@ def test_discovery_can_be_switched_off(tmp_path):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("DIFFMAX_BAKEND", "cpu", "unknown environment variable DIFFMAX_BAKEND\n  known: DIFFMAX_BACKEND, DIFFMAX_BLOCK"),
+        (
+            "DIFFMAX_BAKEND",
+            "cpu",
+            "variable DIFFMAX_BAKEND, did you mean DIFFMAX_BACKEND?\n  known: DIFFMAX_BACKEND, DIFFMAX_BLOCK",
+        ),
         ("DIFFMAX_PLUGINS", "no", "DIFFMAX_PLUGINS must be 0 or 1, got 'no'"),
         ("DIFFMAX_STRICT", "true", "DIFFMAX_STRICT must be 0 or 1, got 'true'"),
     ],

@@ -482,3 +482,10 @@ def test_a_module_whose_name_ends_like_the_package_keeps_it():
     report = inspect_attention(Block(), torch.randn(1, 4, 8))
     assert [layer.name for layer in report.layers] == ["attn_diffmax"]
     assert {read.head for read in report.reads("attn_diffmax", -1)} == {1}
+    report = diffmax.inspect_attention(diffmax.nn.DiffmaxAttention(16, 2, alpha=0.5), torch.randn(1, 6, 16).mul(4))
+    first, *lines = repr(report).splitlines()
+    assert first.startswith("AttentionReport of 1 layers")
+    (zeros,) = report.zeros().values()
+    assert lines == [f"  0 attention (1, 2, 6, 6): {' '.join(f'{share:.0%}' for share in zeros.tolist())}"]
+    weights = report.layers[0].weights
+    assert repr(weights) == f"SparseWeights of shape (1, 2, 6, 6), {len(weights.values)} of them nonzero, torch.float32"

@@ -75,6 +75,15 @@ class AttentionReport:
     tokens: tuple[tuple[str, ...], ...] | None = None
     real: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """A line for each layer, not its numbers."""
+        lines = [f"AttentionReport of {len(self.layers)} layers: zeros by head; more by .table(token), .zeros(), .to_html()"]
+        shares = self.zeros()
+        for number, layer in enumerate(self.layers):
+            zeros = " ".join(f"{share:.0%}" for share in shares[layer.name].tolist())
+            lines.append(f"  {number} {layer.name or 'attention'} {tuple(layer.weights.shape)}: {zeros}")
+        return "\n".join(lines)
+
     def reads(self, layer: int | str, head: int, batch: int = 0) -> Reads:
         """Every nonzero weight of a head, query by query, the largest first."""
         found, head = self._layer("reads", layer), int(head)

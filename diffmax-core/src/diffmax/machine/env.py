@@ -31,7 +31,11 @@ def read() -> Settings:
     """
     unknown = sorted(name for name in os.environ if name.startswith("DIFFMAX_") and name not in MEANINGS)
     if unknown:
-        raise ValueError(f"diffmax: unknown environment variable {unknown[0]}\n  known: {', '.join(MEANINGS)}")
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], MEANINGS, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"diffmax: unknown environment variable {unknown[0]}{hint}\n  known: {', '.join(MEANINGS)}")
     return Settings(
         backend=_names("DIFFMAX_BACKEND"),
         block=_names("DIFFMAX_BLOCK"),

@@ -149,17 +149,17 @@ def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
     status, reason = dispatch.registry.probe(backend)
     if reason:
         return status, reason
-    if device == "*":
-        return "active", "on devices that no other backend serves"
     dtypes = backend.provided[operator].dtypes
     dtype = torch.float32 if torch.float32 in dtypes else dtypes[0]
-    spec = dispatch.describe(operator, device, dtype)
+    spec = dispatch.describe(operator, "cpu" if device == "*" else device, dtype)
     if backend.runtime is not None and backend.runtime != spec.runtime:
         return "available", f"for the {backend.runtime} runtime, this is {spec.runtime}"
     try:
         names = dispatch.names_for(spec, "")
     except NoBackendError:  # the list must work in this case too
         return "available", "but DIFFMAX_BACKEND names a backend that is not loaded"
+    if device == "*":
+        return "active", "on devices that no other backend serves"
     verdicts = dispatch.judge(spec, names)
     first = next((candidate for candidate, reasons in verdicts if not reasons), None)
     if first is backend:

@@ -57,6 +57,11 @@ class SparseWeights(NamedTuple):
     sink: Tensor | None
     shape: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        """Its size, not its numbers."""
+        sink = "" if self.sink is None else ", with a sink"
+        return f"SparseWeights of shape {tuple(self.shape)}, {len(self.values)} of them nonzero, {self.values.dtype}{sink}"
+
     def query(self, *place: int) -> tuple[Tensor, Tensor]:
         """The keys of one query and their weights; `place` is its index in the dimensions before the keys'."""
         row = self._row(place, len(self.shape) - 1)
