@@ -253,7 +253,7 @@ def test_arguments_that_do_not_fit_or_differ_raise_on_every_rank():
             TypeError if rank == 0 else ValueError,
             "k must be a tensor",
             (q, k_cache, v_cache, new[0] if rank else [1], new[1]),
-            {},
+            {"cache_seqlens": 20},
         ),
     ):
         with pytest.raises(error, match=words):
