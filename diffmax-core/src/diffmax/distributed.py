@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmax.operators.attention import context_parallel
-from diffmax.operators.attention.call import autocast
 from diffmax.operators.common import messages
+from diffmax.operators.common.autocast import autocast
 from diffmax.operators.common.checks import OR_FUNCTION, check_flag, check_scores, one_minus_alpha
 from diffmax.operators.decoding import sharded as sharded_cache
 from diffmax.operators.decoding.api import Options, PageBounds, build_call

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffmax.operators.attention.api import attention
-from diffmax.operators.attention.call import autocast
 from diffmax.operators.attention.checks import check_alpha, check_heads, check_scale
+from diffmax.operators.common.autocast import autocast
 from diffmax.operators.common.checks import _shape, as_int, check_tensor, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.api import power_attention

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffmax.operators.attention import scores as rules
+from diffmax.operators.common.autocast import without_autocast
 from diffmax.operators.common.checks import _shape
-from diffmax.operators.common.numerics import without_autocast
 from diffmax.operators.rows.api import normalize
 from diffmax.plugin import AttentionCall
 from diffmax.reference import attention as reference

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.operators.attention.api import attention
+from diffmax.operators.common.autocast import without_autocast
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_tensor, is_whole, one_minus_alpha
-from diffmax.operators.common.numerics import without_autocast
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.checks import check_chunk, check_degree
 from diffmax.operators.power.state import PowerState

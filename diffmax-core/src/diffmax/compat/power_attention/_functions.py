@@ -14,8 +14,9 @@ from torch import Tensor
 from diffmax.compat.power_attention import _states
 from diffmax.compat.power_attention._states import Layout
 from diffmax.operators.attention.checks import check_heads, check_scale, check_tensors
+from diffmax.operators.common.autocast import without_autocast
 from diffmax.operators.common.checks import _shape, as_int, check_flag, check_tensor, is_whole
-from diffmax.operators.common.numerics import accumulation_dtype, without_autocast
+from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power import parts
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.checks import check_chunk, check_degree

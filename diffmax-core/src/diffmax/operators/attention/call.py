@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffmax.operators.attention import checks
 from diffmax.operators.common import nested
+from diffmax.operators.common.autocast import autocast
 from diffmax.operators.decoding.paged import from_pages
 from diffmax.plugin import AttentionCall
 
@@ -148,12 +149,3 @@ def build_packed_call(
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """What decides which weights are dropped, from torch's generator of the device."""
     return torch.randint(2**32, (2,), dtype=torch.int64, device=device) if dropout_p > 0 else None
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What torch's own attention computes with under autocast."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)

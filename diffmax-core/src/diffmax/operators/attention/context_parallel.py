@@ -18,7 +18,7 @@ from torch import Tensor
 from diffmax.operators.attention import checks, live_blocks
 from diffmax.operators.attention.api import attention, attention_varlen
 from diffmax.operators.common import messages
-from diffmax.operators.common.numerics import without_autocast
+from diffmax.operators.common.autocast import without_autocast
 from diffmax.operators.common.parts import whole_keys
 
 NAME = "diffmax.distributed.attention_context_parallel"

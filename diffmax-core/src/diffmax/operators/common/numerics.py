@@ -1,8 +1,6 @@
 """Constants and formulas shared by all plain-PyTorch kernels (docs/theory.md, Eq. 2 to 6)."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +15,6 @@ MIN_E = 2.0**-60
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for narrower dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """For what was converted before: autocast would round it, and joins no tensors of the 16-bit dtype that is not its own."""
-    kind = t.device.type
-    enabled = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def newton_steps(n_iter: int, n: int, e: float, dtype: torch.dtype) -> int:

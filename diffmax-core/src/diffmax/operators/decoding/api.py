@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffmax.machine.dispatch import selected
 from diffmax.operators.attention import checks as attention_checks
-from diffmax.operators.attention.call import autocast
+from diffmax.operators.common.autocast import autocast
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_flag
 from diffmax.operators.common.numerics import clamp_e

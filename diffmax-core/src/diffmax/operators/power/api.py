@@ -7,7 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from diffmax.machine.dispatch import selected
-from diffmax.operators.attention.call import autocast
+from diffmax.operators.common.autocast import autocast
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.parts import warn_of_part
 from diffmax.operators.power import checks, operator

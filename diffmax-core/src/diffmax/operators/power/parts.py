@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from diffmax.operators.attention.checks import check_heads, check_scale, check_tensors
+from diffmax.operators.common.autocast import without_autocast
 from diffmax.operators.common.checks import _dtype, _shape, as_int, check_flag, check_strided, check_tensor, has_shape, is_whole
-from diffmax.operators.common.numerics import accumulation_dtype, without_autocast
+from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power import symmetric
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.checks import check_degree, check_gates, check_state

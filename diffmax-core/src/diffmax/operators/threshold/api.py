@@ -8,8 +8,8 @@ from typing import Literal, overload
 from torch import Tensor
 
 from diffmax.machine.dispatch import selected
-from diffmax.operators.attention.call import autocast
 from diffmax.operators.attention.checks import check_tensors
+from diffmax.operators.common.autocast import autocast
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_flag
 from diffmax.operators.common.numerics import accumulation_dtype
