@@ -45,8 +45,7 @@ def function(case):
     if case["operator"] == "loss":
         x, y = scores(8, n, dtype=dtype), torch.arange(8)
         return lambda: diffmax.diffmax_loss(x, y, alpha), (x,)
-    q, k, v = (scores(1, 8, n, 64, dtype=dtype) * s for s in (1.0, 2.0, 1.0))
-    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    q, k, v = (t.detach().requires_grad_() for t in scores(3, 1, 8, n, 64, dtype=dtype))
     if case["operator"] == "decoding":
         q, k, v = (t.detach().transpose(1, 2) for t in (q[:, :, :1], k, v))
         lengths = torch.tensor([n], dtype=torch.int32)
