@@ -748,3 +748,15 @@ def test_metadata_that_no_log_takes(extra, message):
     for step in (None, 1):
         with pytest.raises(TypeError, match=message):
             diffmax.diffmax_bisect_monitored(torch.randn(3), 0.5, step=step, extra_metadata=extra, log=print)
+
+
+@pytest.mark.parametrize("what", ["alpha", "scale", "softcap", "dropout_p", "window_size"])
+def test_an_integer_that_no_float_holds_is_refused_by_name(what):
+    """It was an OverflowError that named nothing."""
+    query, huge = torch.randn(1, 2, 8, 16), 10**400
+    for value in (huge, -huge):
+        with pytest.raises(ValueError, match=rf"diffmax\.attention: {what} must"):
+            diffmax.attention(query, query, query, **{what: (value, 0) if what == "window_size" else value})
+    if what == "scale":
+        with pytest.raises(ValueError, match=r"diffmax\.power_attention: degree must"):
+            diffmax.power_attention(query, query, query, degree=huge)

@@ -18,7 +18,7 @@ def to_float(value: Any) -> float:
     """float(value), infinite for an integer that no float holds. Symbolic numbers stay."""
     if isinstance(value, (torch.SymFloat, float)):
         return value  # type: ignore[return-value]
-    if isinstance(value, int) and abs(value) >= _NO_FLOAT:
+    if isinstance(value, int) and not torch.compiler.is_compiling() and abs(value) >= _NO_FLOAT:  # there it may be a symbol
         return math.inf if value > 0 else -math.inf
     return float(value)
 

@@ -61,6 +61,8 @@ def check_degree(name: str, degree: Any) -> int:
         raise TypeError(f"{name}: degree must be an int, got {degree!r} of type {type(degree).__name__}")
     if degree < 2 or degree % 2:
         raise ValueError(f"{name}: degree must be even and at least 2, so that weights are not negative, got {degree}")
+    if degree >= 2**31:
+        raise ValueError(f"{name}: degree must be below 2**31, got {degree}")
     return as_int(degree)
 
 
