@@ -368,6 +368,7 @@ def test_selftest_needs_no_test_packages():
 # bench
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table_of_ratios(capsys, monkeypatch):
     monkeypatch.setattr(rows_bench, "LENGTHS", (16, 64))
     tables = [table.splitlines() for table in bench.run(elements=1024, seconds=1e-3)]

@@ -66,6 +66,7 @@ def test_numbers_from_other_folders_are_part_of_what_is_kept(tmp_path):
         file.write_text(text)
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_off_is_compiled_anew_once(tmp_path):
     kept = tmp_path / "cache"
 

@@ -94,6 +94,7 @@ def test_alpha_gets_its_gradient_to_second_order(backend):
         assert torch.autograd.gradgradcheck(run, (q, k, v, alpha))
 
 
+@pytest.mark.slow
 def test_a_learned_alpha_goes_where_its_gradient_is_computed():
     """A kernel without it is left out by what it claims."""
     from diffmax.kernels.capability import THRESHOLD
