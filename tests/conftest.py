@@ -1,7 +1,7 @@
 """Seeds every test, so that a failure repeats; deals the tests out in tiers; counts at the end what was left out, and why.
 
 `make test` runs the fast tier: all that is not `slow`. Of a test marked `sampled(n)` the first case and every n-th after it are
-fast, and the others slow; `--sample 5` samples every other test too. `make test-all`, and pytest called by hand, run both
+fast, and the others slow; `--sample 8` samples every other test too. `make test-all`, and pytest called by hand, run both
 tiers.
 """
 
