@@ -143,7 +143,9 @@ def cells(quick: bool) -> list[Row]:
             operator=("rows",), direction=every, n=(16, 336, 1024, 4096, 32768), alpha=(0.1, 0.5, 0.85), dtype=dtypes, causal=no
         ),
         *grid(operator=("loss",), direction=("both",), n=(32768, 131072), alpha=(0.5, 0.85), dtype=dtypes, causal=no),
-        *grid(operator=("attention",), direction=every, n=(16, 512, 2048), alpha=(0.5, 0.9), dtype=dtypes, causal=(False, True)),
+        *grid(
+            operator=("attention",), direction=every, n=(16, 512, 2048), alpha=(0.5, 0.9), dtype=dtypes, causal=(False, True)
+        ),
         *grid(operator=("decoding",), direction=("forward",), n=(16, 1024, 8192), alpha=(0.5, 0.9), dtype=dtypes, causal=no),
     ]
 

@@ -14,6 +14,7 @@ def qkv(length=10, many=None, heads=4, kv_heads=2):
     return q, *(torch.randn(2, kv_heads, many, 8).double() for _ in range(2))
 
 
+@pytest.mark.slow
 def test_gradients_for_bias_and_tau():
     q, k, v = (t[:1, :, :4, :4].clone().requires_grad_() for t in qkv())
     bias, tau = torch.randn(4, 3).double().requires_grad_(), torch.tensor([-0.9, -0.5, -0.2, 0.3]).double().requires_grad_()

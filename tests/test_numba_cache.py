@@ -22,6 +22,7 @@ print(float(grad[0, 0]), compiled("backward", torch.float32).cache_hits)
 """
 
 
+@pytest.mark.slow
 def test_an_edited_module_never_meets_the_code_of_before(tmp_path):
     """Numba looks at the file of the cached function alone: after a change of simd.py the old machine code ran on."""
     package = tmp_path / "diffmax"
