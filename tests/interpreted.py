@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 in_tiers = pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["fast", "slow"])
 
 
-def passes(file, tier, *options, sample=15):
+def passes(file, tier, *options, sample=9):
     """Fail with what pytest printed, unless every test of the tier ran and passed."""
     command = [sys.executable, "-m", "pytest", "-q", "--sample", str(sample), "-m", tier, *options, str(HERE / file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -119,7 +119,7 @@ def _without_collecting() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            enabled = _compiling.pop()
+            enabled = bool(_compiling) and _compiling.pop()  # none in a child that was forked from here
             if enabled and not _compiling:
                 gc.enable()
 
