@@ -25,7 +25,7 @@ else:
     sys.exit()
 request = json.loads(line)
 os.close(replies)
-signal.alarm(300)  # it must not wait for ever
+signal.alarm(request["seconds"])  # it must not wait for ever
 for name, number in (("/dev/null", 0), (request["out"], 1), (request["err"], 2)):
     os.dup2(os.open(name, os.O_RDWR), number)
 os.environ.clear()
@@ -35,27 +35,28 @@ exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
 """
 
 
-def python(code, *folders, check=True, **environment):
+def python(code, *folders, check=True, seconds=300, **environment):
     """Run code with the folders in front of the path; returns what `subprocess.run` does. With `check`, it must succeed."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     environment = {**os.environ, **environment}
     if hasattr(os, "fork"):
-        done = _forked(command, folders, environment)
+        done = _forked(command, folders, environment, seconds)
     else:
         environment["PYTHONPATH"] = os.pathsep.join([*map(str, folders), environment.get("PYTHONPATH", "")])
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=seconds)
     if check and done.returncode:
         raise AssertionError(done.stderr)
     return done
 
 
-def _forked(command, folders, environment):
+def _forked(command, folders, environment, seconds):
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         out.touch(), err.touch()
         path = [str(folder) for folder in folders]
-        request = {"code": command[-1], "folders": path, "environment": environment, "out": str(out), "err": str(err)}
+        request = {"code": command[-1], "folders": path, "environment": environment, "seconds": seconds}
+        request.update(out=str(out), err=str(err))
         server.stdin.write(json.dumps(request).encode() + b"\n")
         server.stdin.flush()
         return subprocess.CompletedProcess(command, int(server.stdout.readline()), out.read_text(), err.read_text())

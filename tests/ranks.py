@@ -7,13 +7,11 @@ the others do not wait for messages that never come; the tests after it are then
 what all need, and the others are its forks. They meet in a file: no port is chosen.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -23,9 +21,18 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests import fresh
+
 # A rank that waits for a message gives up after the first, the whole launch after the second.
 COLLECTIVE_SECONDS = 30
 LAUNCH_SECONDS = 300
+ROOT = Path(__file__).parents[1]
+CODE = """
+import torch
+torch.set_num_threads(1)
+from tests import ranks
+ranks.run_ranks(*{arguments})
+"""
 
 
 def on_ranks(*world_sizes, marks=()):
@@ -49,28 +56,31 @@ def on_ranks(*world_sizes, marks=()):
     return decorate
 
 
+def loopback():
+    """The variable by which gloo takes the machine's own network, whatever the host's name resolves to."""
+    return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")} if sys.platform == "linux" else {}
+
+
 def launch_here(path, world_size, tier):
     """What each rank reported on the tests of a tier, and what it last wrote to its stderr."""
     with tempfile.TemporaryDirectory() as folder:
-        reports = [Path(folder, f"report{rank}") for rank in range(world_size)]
-        errors = [Path(folder, f"stderr{rank}") for rank in range(world_size)]
-        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+        environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         if sys.platform == "linux":
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
-        command = [sys.executable, __file__, path, str(world_size), folder, tier]
-        with errors[0].open("w") as error:
-            first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error, start_new_session=True)
-        try:
-            first.wait(timeout=LAUNCH_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass  # the tests that were not reached say so
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(first.pid, signal.SIGKILL)
-            first.wait()
+            environment["GLOO_SOCKET_IFNAME"] = os.environ.get(
+                "GLOO_SOCKET_IFNAME", "lo"
+            )  # whatever the host's name resolves to
+        first = fresh.python(
+            CODE.format(arguments=(path, world_size, folder, tier)),
+            ROOT,
+            check=False,
+            seconds=LAUNCH_SECONDS + 60,
+            **environment,
+        )
+        reports = [Path(folder, f"report{rank}") for rank in range(world_size)]
         found = [json.loads(report.read_text()) if report.exists() else {} for report in reports]
-        ends = [error.read_text()[-3000:] if error.exists() else "was not started" for error in errors]
-    return found, ends
+        errors = [Path(folder, f"stderr{rank}") for rank in range(1, world_size)]
+        ends = [first.stderr, *(error.read_text() if error.exists() else "was not started" for error in errors)]
+    return found, [end[-3000:] for end in ends]
 
 
 @functools.cache
@@ -94,6 +104,9 @@ def launch(path, world_size, shared, tier):
 
 def run_ranks(path, world_size, folder, tier):
     """What the first rank's process does: import the file, fork the other ranks, be the first, and wait for the others."""
+    os.setsid()
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
+    signal.alarm(LAUNCH_SECONDS)  # the tests that were not reached then say so
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -135,8 +148,3 @@ def run_bodies(module, world_size, rank, folder, tier, others=()):
     for other in others:
         os.waitpid(other, 0)
     os._exit(0)  # torch 2.4 can hang while it destroys a gloo group
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it: a file of tests may import another
-    run_ranks(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])

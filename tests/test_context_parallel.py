@@ -17,10 +17,7 @@ import diffmax
 from diffmax.distributed import attention_context_parallel, attention_varlen_context_parallel
 from diffmax.operators.common import messages
 from diffmax.testing import gates
-
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
+from tests import ranks
 
 METHODS, LAYOUTS = ("ulysses", "all_gather"), ("contiguous", "zigzag")
 EVERY = (*METHODS, "live_blocks")
@@ -631,5 +628,5 @@ def test_the_table_beside_torchs_ring_is_the_benchmarks():
         figure = f"{ratio:.2f}" if ratio != 1 else "1"
         line = found.setdefault((row["ranks"], row["causal"], row["operation"]), [])
         line.append(f"{figure} ({row['sent_bytes'] / 1e6:.1f}; {row['peak_bytes'] / 1e6:.0f})")
-    for (ranks, causal, operation), figures in found.items():
-        assert f"| {ranks} | {'yes' if causal else 'no'} | {operation} | {' | '.join(figures)} |" in page
+    for (size, causal, operation), figures in found.items():
+        assert f"| {size} | {'yes' if causal else 'no'} | {operation} | {' | '.join(figures)} |" in page

@@ -1,6 +1,5 @@
 """Rows that are spread over ranks: diffmax.distributed against the same rows on one process."""
 
-import importlib.util
 import math
 import re
 from pathlib import Path
@@ -19,10 +18,8 @@ from diffmax.testing import gates
 from diffmax.testing.oracle import solve_exactly
 from diffmax.testing.pairs import every_pair
 from diffmax.testing.rows.nasty import NASTY_ROWS
+from tests import ranks
 
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
 on_ranks = ranks.on_ranks
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -1,8 +1,6 @@
 """The loss of classes that are sharded over ranks, and of DTensors, against the same loss on one process."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +11,8 @@ import diffmax
 from diffmax.distributed import diffmax_loss_sharded
 from diffmax.operators.common import messages
 from diffmax.operators.loss import sharded
+from tests import ranks
 
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
 CLASSES = 23
 
 

@@ -1,8 +1,5 @@
 """DTensor and FSDP2 over two ranks: where results are sharded, what is sent, and that nothing changes."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from packaging.version import Version
@@ -11,11 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
 from diffmax.operators.common.spec import SPECS
-from tests import fresh
-
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
+from tests import fresh, ranks
 
 TORCH = Version(torch.__version__)
 TWO_ULP = 2 * torch.finfo(torch.float32).eps

@@ -1,8 +1,6 @@
 """DTensors in the operators with heads and in the loss: what is sharded stays so, nothing is sent, and nothing changes."""
 
-import importlib.util
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import diffmax
 from diffmax.operators.common.spec import SPECS
 from diffmax.power import expanded_dim
-
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
+from tests import ranks
 
 NEEDS_RULES = [pytest.mark.skipif(Version("2.5") > Version(torch.__version__), reason="DTensor takes rules since torch 2.5")]
 BATCH, HEADS, LENGTH = 4, 6, 70

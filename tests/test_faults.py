@@ -2,24 +2,26 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+from tests import fresh, ranks
+
 SIZE, LOST, TIMEOUT, ROLL_CALL = 3, 1, 2.0, 1.0
+ROOT = Path(__file__).parents[1]
+CODE = """
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests import test_faults
+test_faults.all_ranks(Path("{folder}"))
+"""
 WAYS = ("backward", "exchange", "gather", "late")
 
 
 def test_a_rank_that_ends_or_stays_away_is_named_on_every_other_rank(tmp_path):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    fresh.python(CODE.format(folder=tmp_path), ROOT, seconds=200, **ranks.loopback())
     for way in WAYS:
         for rank in {0, 1, 2} - {LOST}:
             found = json.loads((tmp_path / f"{way}{rank}").read_text())
@@ -74,7 +76,7 @@ def _rank(way, rank, folder):
     (folder / f"{way}{rank}").write_text(json.dumps({**found, "seconds": time.monotonic() - start}))
 
 
-def _all_ranks(folder):
+def all_ranks(folder):
     import torch._dynamo  # noqa: F401 - what the first message imports, once for all ranks, which are forks of this process
 
     import diffmax.distributed  # noqa: F401
@@ -91,7 +93,3 @@ def _all_ranks(folder):
             ways[child] = way
     for child in ways:
         os.waitpid(child, 0)
-
-
-if __name__ == "__main__":
-    _all_ranks(Path(sys.argv[1]))

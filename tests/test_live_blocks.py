@@ -1,6 +1,5 @@
 """What context parallel attention leaves out: bounds that hold, results that stay, and bytes that are saved."""
 
-import importlib.util
 import json
 import math
 import re
@@ -16,10 +15,7 @@ from diffmax.distributed import attention_context_parallel
 from diffmax.operators.attention import context_parallel, live_blocks
 from diffmax.operators.common import messages
 from diffmax.testing.pairs import every_pair
-
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
+from tests import ranks
 
 LENGTH, DIM = 512, 16
 
@@ -207,11 +203,11 @@ def test_the_simulation_of_many_ranks_is_what_is_kept_and_documented():
     assert not set(shown) - set(lines)
     least, most = simulate_ranks.shares([0.5, 0.5], 16, 16 * 64)
     assert least == most == 0.5 * 47 / 64  # one tile of queries a rank
-    for ranks in simulate_ranks.RANKS:  # Eq. 43
-        ratio = simulate_ranks.bytes_sent("all_gather", ranks, 1 << 20) / simulate_ranks.bytes_sent("ulysses", ranks, 1 << 20)
-        assert ratio == pytest.approx(ranks * 8 / 40)
-        overhead = simulate_ranks.bytes_sent("live_blocks", ranks, 1 << 20) / simulate_ranks.bytes_sent(
-            "all_gather", ranks, 1 << 20
+    for size in simulate_ranks.RANKS:  # Eq. 43
+        ratio = simulate_ranks.bytes_sent("all_gather", size, 1 << 20) / simulate_ranks.bytes_sent("ulysses", size, 1 << 20)
+        assert ratio == pytest.approx(size * 8 / 40)
+        overhead = simulate_ranks.bytes_sent("live_blocks", size, 1 << 20) / simulate_ranks.bytes_sent(
+            "all_gather", size, 1 << 20
         )
         assert overhead == pytest.approx(1 + 517 / 32 / 512)  # the bounds and the requests
 

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch.distributed.device_mesh import init_device_mesh
 
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
+from tests import ranks
 
 TORCH = Version(torch.__version__)
 NEEDS_TRANSFORMERS = pytest.mark.skipif(

@@ -1,8 +1,6 @@
 """Decoding over a cache that is spread over ranks: `attention_with_kvcache_sharded` against the cache on one process."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +11,8 @@ from diffmax import reference
 from diffmax.distributed import attention_with_kvcache_sharded
 from diffmax.operators.common import messages
 from diffmax.operators.decoding import sharded
+from tests import ranks
 
-_spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranks)
 on_ranks = ranks.on_ranks
 
 HEADS, KV_HEADS, SIZE, VALUE_SIZE = 4, 2, 16, 12
