@@ -12,7 +12,9 @@ from typing import Any
 import numba
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.compiler_machinery import FunctionPass, register_pass
 from numba.core.extending import overload, register_jitable
+from numba.core.typed_passes import NopythonTypeInference
 
 # Numba's versions whose libraries of code are known to be made of what `_Library` builds on; others compile as Numba does.
 KNOWN = (0, 60), (0, 68)
@@ -44,15 +46,33 @@ class _Library(JITCodeLibrary):
         """Leave it: the kernel's copy of the part has its own."""
 
 
+@register_pass(mutates_CFG=False, analysis_only=True)  # type: ignore[no-untyped-call]
+class _NoCounts(FunctionPass):
+    """Code without counts of references to arrays: no part makes one, they all lie in memory that the caller holds."""
+
+    _name = "diffmax_no_counts"
+
+    def __init__(self) -> None:
+        FunctionPass.__init__(self)  # type: ignore[no-untyped-call]
+
+    def run_pass(self, state: Any) -> bool:
+        """Set it for what follows, which is the translation; before it, Numba would refuse functions that return arrays."""
+        state.targetctx = state.targetctx.subtarget(enable_nrt=False)
+        return False
+
+
 class _Part(Compiler):
-    """Numba's compiler, with a library of the kind above."""
+    """Numba's compiler, with a library and a pass of the kinds above."""
 
     def define_pipelines(self) -> Any:
-        """Numba's own passes."""
+        """Numba's own passes, and the one above."""
         state = self.state
         if state.library is None:
             state.library = _Library(state.targetctx.codegen(), state.func_id.func_qualname)  # type: ignore[no-untyped-call]
-        return super().define_pipelines()  # type: ignore[no-untyped-call]
+        (pipeline,) = super().define_pipelines()  # type: ignore[no-untyped-call]
+        pipeline.add_pass_after(_NoCounts, NopythonTypeInference)
+        pipeline.finalize()
+        return [pipeline]
 
 
 def _options() -> dict[str, Any]:
