@@ -141,6 +141,6 @@ def _say_that_it_compiles() -> None:
     if "time" not in _told:
         _told.add("time")
         logging.getLogger("diffmax").warning(
-            "diffmax compiles its kernels for this processor: some seconds for rows, up to 15 for attention and for "
+            "diffmax compiles its kernels for this processor: some seconds for rows, up to 11 for attention and for "
             "its backward; once where they can be kept (NUMBA_CACHE_DIR); diffmax.warmup() does it ahead of time"
         )
