@@ -91,6 +91,7 @@ def test_the_measured_attention_is_the_registered_one_and_its_zeros_those_of_the
         torch.testing.assert_close(torch.tensor(found["empty_tiles_by_head"]).double(), empty, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped_and_writes_what_it_draws(monkeypatch, tmp_path):
     model, tokens = tiny_model(), torch.randint(3, 50, (1, 4000))
 

@@ -39,6 +39,7 @@ def fresh(tmp_path_factory):
     return outputs(path)
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(fresh):
     text = "\n".join(fresh[0])
     assert "tensor([0.8307, 0.1693, 0.0000, 0.0000])" in text
@@ -48,6 +49,7 @@ def test_the_quickstart_runs(fresh):
     assert any("image/png" in kinds for cell in fresh[1] for kinds in cell)
 
 
+@pytest.mark.slow
 def test_the_quickstart_is_committed_with_the_outputs_that_it_has(fresh):
     """`make notebook` renews them. Last digits, and what was drawn, may differ between processors."""
     texts, shown = outputs(NOTEBOOK)

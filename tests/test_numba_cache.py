@@ -43,6 +43,7 @@ def test_an_edited_module_never_meets_the_code_of_before(tmp_path):
     assert run() == (0.0, 1)  # kept, and found again: two versions that share a folder do not overwrite each other
 
 
+@pytest.mark.slow
 def test_numbers_from_other_folders_are_part_of_what_is_kept(tmp_path):
     """After a change of diffmax.plugin.TILE alone the machine code of the old one ran on the new tiles, and did not end."""
     package = tmp_path / "diffmax"

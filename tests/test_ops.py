@@ -168,6 +168,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (64 << 10)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 @pytest.mark.parametrize("alpha", [0.5, 0.95])
 def test_memory_does_not_grow_with_the_iterations(alpha):

@@ -117,6 +117,7 @@ def test_a_cache_filled_in_chunks_and_packed_rows(family):
     same(family, lambda model: model(IDS[:1], position_ids=places, use_cache=False).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["window"])
 def test_compiled_whole_with_and_without_padding(family):
     model = model_of(family, "diffmax-one", num_hidden_layers=1)
