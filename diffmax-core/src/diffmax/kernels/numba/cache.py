@@ -77,10 +77,13 @@ def _tell_once(error: Exception) -> None:
     if "cache" in _told:
         return
     _told.add("cache")
-    chosen = os.environ.get("NUMBA_CACHE_DIR") if isinstance(error, RuntimeError) else None
-    fact = f"cannot write to NUMBA_CACHE_DIR, {chosen}" if chosen else "Numba has no folder to keep them in"
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if isinstance(error, OSError):
+        fact = f"writing what is compiled failed: {error}"
+    else:  # Numba's words name the function by a name of ours that tells nobody anything
+        fact = f"cannot write to NUMBA_CACHE_DIR, {chosen}" if chosen else "Numba has no folder to keep them in"
     warnings.warn(
-        f"diffmax: kernels are compiled anew in each process: {fact} ({error})\n"
+        f"diffmax: kernels are compiled anew in each process: {fact}\n"
         "set NUMBA_CACHE_DIR to a folder that this user can write to; diffmax.warmup() fills it\n"
         "of a read-only image: docs/containers.md",
         RuntimeWarning,
