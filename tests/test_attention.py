@@ -223,7 +223,7 @@ def test_second_derivatives_of_packed_sequences():
     assert torch.autograd.gradgradcheck(lambda *qkv: attention_varlen(*qkv, ends, ends, 3, 3, is_causal=True, alpha=0.8), x)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numba"])
+@pytest.mark.parametrize("backend", ["numba", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_no_score_matrix_is_held(backend):
     leaves = tensors(16384, 16384, batch=1, heads=1, size=16, dtype=torch.float32, grad=True)
 

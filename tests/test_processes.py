@@ -76,7 +76,7 @@ def run(code, tmp_path, timeout=600, arguments=(), **environment):
     ],
     ids=lambda environment: " ".join(f"{name}={value}" for name, value in environment.items()),
 )
-@pytest.mark.sampled(6)
+@pytest.mark.slow
 def test_any_number_of_threads_of_openmp(environment, tmp_path):
     code = "assert right(results('reference')); print(torch.get_num_threads())"
     assert int(run(code, tmp_path, **environment)) >= 1

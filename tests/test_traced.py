@@ -337,6 +337,7 @@ def dynamic(given, others):
     )
 
 
+@pytest.mark.slow
 @newer_exporter
 @pytest.mark.usefixtures("few_steps")
 def test_onnx_by_the_newer_exporter():

@@ -24,6 +24,7 @@ KERNELS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @interpreted.in_tiers
 def test_the_kernels_pass_under_the_interpreter(tier):

@@ -14,6 +14,7 @@ from diffmax.testing.ahead_of_time import recording
 from tests import interpreted
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @interpreted.in_tiers
 def test_the_kernels_pass_under_the_interpreter(tier):
