@@ -8,8 +8,6 @@ STAMP := $(VENV)/.installed
 test test-all nightly demo lm length many-devices train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them. The kits' small operators gain nothing from more.
 test test-all nightly example-backend: export OMP_NUM_THREADS = 1
-# They start a hundred processes: without bytecode each would compile all sources again, which is a quarter of the time.
-test test-all nightly example-backend: export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs notebook demo lm length many-devices train-alpha adapt \
 	packages pins example-backend floor changelog release container clean
