@@ -34,6 +34,7 @@ def launches(target, dtype, size, e, keep):
     return launched
 
 
+@pytest.mark.slow
 def test_an_architecture_that_is_not_in_the_table_compiles_too():
     """gfx950, whose settings are those of gfx942."""
     for compiled in launches("gfx950", torch.bfloat16, 128, 0.15, True):
@@ -52,6 +53,7 @@ def test_matrix_cores_are_used(target, instruction):
         assert instruction in compiled.text
 
 
+@pytest.mark.slow
 def test_the_output_kernel_has_settings_of_its_own_for_training():
     """U takes as many registers as the output: on sm90, heads of 128 entries are written by four warps, with U by eight."""
     warps = [launches("sm90", torch.bfloat16, 128, 0.15, keep)[1].resources["warps"] for keep in (False, True)]
@@ -71,6 +73,7 @@ def test_scratch_holds_whole_turns_and_other_turns_are_refused():
         ForwardPlan.of(query, key, key, AttentionCall(scale=0.1, e=0.15), True, False, wrong, **arguments)
 
 
+@pytest.mark.slow
 def test_lengths_heads_and_alphas_share_their_binaries():
     """However many blocks of queries there are, the grid is the device's: scratch belongs to the programs that run."""
     operator = AttentionOperator(lambda device: "sm90", lambda device: 132, ptx=True)

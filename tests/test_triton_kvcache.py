@@ -40,6 +40,7 @@ def launched_for(e=0.15, **options):
     return dict(zip(("start", "read", "list", "solve", "values", "finish"), launched, strict=True))
 
 
+@pytest.mark.slow
 def test_launches_over_the_cache_fill_a_device():
     """With bounds and a new token. Registers and spills of all cases: `make check-triton`."""
     launched = launched_for(bounds=True)

@@ -97,6 +97,7 @@ def test_a_table_goes_before_the_rules_and_force_before_the_table():
         pass
 
 
+@pytest.mark.slow
 def test_rows_and_decoding_are_launched_as_forced():
     table = diffmax_cuda.configs.tables()["9.0"]
     rows, decoder = RowOperator(lambda _: table, lambda _: 2, ptx=True), Decoder(lambda _: 132, ptx=True)
@@ -115,6 +116,7 @@ def test_rows_and_decoding_are_launched_as_forced():
     assert [one.resources["warps"] for one in launched if one.name.startswith("kvcache")] == [2, 4, 8, 4, 8, 4]
 
 
+@pytest.mark.slow
 def test_after_warmup_attention_compiles_nothing():
     """Forward and backward with a run-time exponent, causal, grouped, a learned sink: other lengths, heads and alphas."""
     operator = attention_operator()

@@ -292,6 +292,7 @@ def test_warmup_checks_its_arguments_and_passes_over_who_compiles_nothing():
         diffmax.warmup(head_dims=[64], features=["causel"])
 
 
+@pytest.mark.slow
 def test_warmup_prepares_attention_and_decoding_too():
     """Without arguments it prepares what an image is built with; afterwards nothing is compiled."""
     code = (
