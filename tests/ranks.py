@@ -64,18 +64,8 @@ def loopback():
 def launch_here(path, world_size, tier):
     """What each rank reported on the tests of a tier, and what it last wrote to its stderr."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        if sys.platform == "linux":
-            environment["GLOO_SOCKET_IFNAME"] = os.environ.get(
-                "GLOO_SOCKET_IFNAME", "lo"
-            )  # whatever the host's name resolves to
-        first = fresh.python(
-            CODE.format(arguments=(path, world_size, folder, tier)),
-            ROOT,
-            check=False,
-            seconds=LAUNCH_SECONDS + 60,
-            **environment,
-        )
+        code = CODE.format(arguments=(path, world_size, folder, tier))
+        first = fresh.python(code, ROOT, check=False, seconds=LAUNCH_SECONDS + 60, **loopback())
         reports = [Path(folder, f"report{rank}") for rank in range(world_size)]
         found = [json.loads(report.read_text()) if report.exists() else {} for report in reports]
         errors = [Path(folder, f"stderr{rank}") for rank in range(1, world_size)]

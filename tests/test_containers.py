@@ -62,7 +62,7 @@ def test_a_user_without_a_home_and_without_a_folder_to_write_to_gets_the_compile
 def test_a_disk_that_is_full_is_no_reason_to_fail(tmp_path):
     done = run(FULL + CALLS, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-    assert "writing what is compiled failed: [Errno 28]" in done.stdout + done.stderr
+    assert "writing what is compiled failed: [Errno 28]" in done.stdout
 
 
 def test_another_error_of_the_compiler_is_not_taken_for_a_missing_folder():

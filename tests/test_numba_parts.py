@@ -6,10 +6,13 @@ import pytest
 
 numba = pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
 
+import numpy as np  # noqa: E402
 from numba import cfunc, types  # noqa: E402
+from numba.core.runtime.context import NRTContext  # noqa: E402
 
 from diffmax.kernels.numba import parts  # noqa: E402
 from diffmax.kernels.numba.cache import compile_cached  # noqa: E402
+from diffmax.kernels.numba.simd import array_at  # noqa: E402
 
 KERNEL = types.int64(types.int64)
 
@@ -55,6 +58,31 @@ def test_a_version_of_numba_that_is_not_known_compiles_as_numba_does(monkeypatch
     names = compiled_libraries(monkeypatch)
     assert cfunc(KERNEL)(kernel()).ctypes(5) == 21
     assert sum("twice" in name for name in names) >= 2
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_parts_of_versions_that_are_known_count_no_references(monkeypatch, known):
+    if not known:
+        monkeypatch.setattr(numba, "__version__", "99.1.0")
+    names, count_one = [], NRTContext._call_incref_decref
+
+    def counted(context, builder, *given):
+        names.append(builder.function.name)
+        count_one(context, builder, *given)
+
+    monkeypatch.setattr(NRTContext, "_call_incref_decref", counted)
+
+    @parts.jitable
+    def numbers(address, count):
+        return array_at(address, count, np.int64)
+
+    @parts.jitable
+    def length(address, count):
+        pair = numbers(address, count), numbers(address, 1)
+        return len(pair[0] if count > 9 else pair[1])
+
+    assert cfunc(KERNEL)(lambda address: length(address, 20)).ctypes(0) == 20
+    assert any("length" in name for name in names) != known  # the kernel itself counts, where it holds an array
 
 
 def test_the_installed_version_of_numba_is_known():
