@@ -17,15 +17,21 @@ SERVER = """
 import json, os, signal, sys, torch
 requests, replies = sys.stdin.buffer, os.dup(1)
 for line in iter(requests.readline, b""):
+    request = json.loads(line)
     child = os.fork()
     if not child:
         break
-    os.write(replies, b"%d\\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    # it must not wait for ever, nor what it forked; from here, because one that waits in C runs no handler of Python's
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
+    signal.alarm(request["seconds"])
+    status = os.waitpid(child, 0)[1]
+    signal.alarm(0)
+    os.write(replies, b"%d\\n" % os.waitstatus_to_exitcode(status))
 else:
     sys.exit()
-request = json.loads(line)
+os.setsid()
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
 os.close(replies)
-signal.alarm(request["seconds"])  # it must not wait for ever
 for name, number in (("/dev/null", 0), (request["out"], 1), (request["err"], 2)):
     os.dup2(os.open(name, os.O_RDWR), number)
 os.environ.clear()
