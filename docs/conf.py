@@ -37,7 +37,8 @@ html_theme = "furo"
 html_title = f"diffmax {release}"
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
-html_css_files = ["formulas.css"]
+html_css_files = ["pages.css"]
+html_favicon = "_static/icon.svg"
 
 
 def _mathml(latex: str, display: str) -> str:
