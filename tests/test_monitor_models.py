@@ -13,6 +13,7 @@ import diffmax
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
 from diffmax.monitor import Monitor
 from diffmax.nn import DiffmaxAttention, Elastic, Sink
+from tests.ranks import on_ranks
 
 
 class Kept(list):
@@ -309,21 +310,15 @@ def test_watches_a_model_of_transformers():
     assert kept[1][1]["model.layers.1.self_attn/rows_masked"] == 2 * 4  # two heads, four places of padding
 
 
+@on_ranks(1)
 def test_in_a_run_on_several_processes_one_rank_may_watch():
     """DistributedDataParallel of one process: names are those of the model that was watched."""
-    import torch.distributed as dist
-
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        made, kept = model(), Kept()
-        wrapped = nn.parallel.DistributedDataParallel(made)
-        with Monitor(made, kept) as watch:
-            wrapped(torch.randn(2, 4, 8)).sum().backward()
-            watch.step()
-        assert {name.partition("/")[0] for name in kept[0][1]} == {"0.weights", "0", "1"}
-    finally:
-        dist.destroy_process_group()
+    made, kept = model(), Kept()
+    wrapped = nn.parallel.DistributedDataParallel(made)
+    with Monitor(made, kept) as watch:
+        wrapped(torch.randn(2, 4, 8)).sum().backward()
+        watch.step()
+    assert {name.partition("/")[0] for name in kept[0][1]} == {"0.weights", "0", "1"}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from diffmax.nn import (
     Sink,
     param_groups,
 )
+from tests.ranks import on_ranks
 
 
 class Own(nn.Module):
@@ -168,35 +169,42 @@ def test_groups_survive_wrappers():
         ]
 
 
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of one rank, and of torch's own names
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "fully_shard"])
-def test_groups_survive_what_shards_a_model(one_rank, wrap):
+def survives(wrap):
+    """The groups of a model that `wrap` sharded are those of the model, and train it."""
     model = nn.Sequential(DiffmaxAttention(16, 4, alpha_map=HillMap(c=0.5), sink="learned"), nn.LayerNorm(16))
     expected = [(group["name"], len(group["params"])) for group in param_groups(model, 1e-3)]
-    if wrap == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
-    elif wrap == "fsdp":
-        flat = fsdp.FullyShardedDataParallel(copy.deepcopy(model), device_id=torch.device("cpu"))
-        with pytest.raises(ValueError, match=r"param_groups: parameters must be the module's own(.|\n)*use_orig_params=True"):
-            param_groups(flat, 1e-3)
-        model = fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    else:
-        if not hasattr(fsdp, "fully_shard"):
-            pytest.skip("torch.distributed.fsdp.fully_shard came with torch 2.6")
-        for part in (model[0], model):
-            fsdp.fully_shard(part, mesh=dist.init_device_mesh("cpu", (1,)))
+    model = wrap(model)
     groups = param_groups(model, 1e-3)
     assert [(group["name"], len(group["params"])) for group in groups] == expected
     optimizer = torch.optim.AdamW(groups)
     model(torch.randn(2, 5, 16)).square().sum().backward()
     optimizer.step()
+
+
+@on_ranks(1)
+def test_groups_survive_ddp():
+    survives(nn.parallel.DistributedDataParallel)
+
+
+@on_ranks(1)
+def test_groups_survive_fsdp_with_the_original_parameters_alone():
+    def wrap(model):
+        flat = fsdp.FullyShardedDataParallel(copy.deepcopy(model), device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"param_groups: parameters must be the module's own(.|\n)*use_orig_params=True"):
+            param_groups(flat, 1e-3)
+        return fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    survives(wrap)
+
+
+@on_ranks(1, marks=[pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with torch 2.6")])
+def test_groups_survive_fully_shard():
+    def wrap(model):
+        for part in (model[0], model):
+            fsdp.fully_shard(part, mesh=dist.init_device_mesh("cpu", (1,)))
+        return model
+
+    survives(wrap)
 
 
 def test_weight_decay_does_not_move_alpha_and_its_own_rate_does():

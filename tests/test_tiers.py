@@ -1,5 +1,6 @@
 """The tiers of the tests: what `make test` leaves to `make test-all`, and that it says so."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,17 @@ def test_that_takes_minutes():
 def test_skipped(n):
     pytest.skip("needs a device")
 """
+
+
+def test_groups_of_processes_are_made_where_a_process_can_be_ended():
+    """Never in the tests' own: torch's gloo can wait for ever as it destroys one after a backward, and holds the interpreter."""
+    calls = {
+        path.name
+        for path in TESTS.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "init_process_group"
+    }
+    assert calls == {"ranks.py", "test_faults.py"}
 
 
 def test_every_file_has_a_test_in_the_fast_tier(files_with_fast_tests):
