@@ -27,7 +27,7 @@ def test_skipped(n):
 
 
 def test_groups_of_processes_are_made_where_a_process_can_be_ended():
-    """Never in the tests' own: torch's gloo can wait for ever as it destroys one after a backward, and holds the interpreter."""
+    """Never in the tests' own: torch's gloo can wait for ever as it destroys one after a backward pass."""
     calls = {
         path.name
         for path in TESTS.glob("*.py")
