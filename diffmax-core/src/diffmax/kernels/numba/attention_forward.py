@@ -32,12 +32,13 @@ from diffmax.kernels.numba.one_row import (
     DEAD,
     LISTED,
     candidates,
-    compacted,
     fill,
+    join,
     listed,
     one_by_one,
     scaled,
     side_by_side,
+    tallied,
     top_of,
     write,
     write_nudged,
@@ -212,8 +213,11 @@ def finish_some(words, numbers, memory, weights, slopes, index, found, step, nor
 
 
 @jitable
-def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, computing):
-    """Solve a row of too many candidates for a group, and add up its values; True if that is left to the product with all."""
+def solve_row(words, numbers, memory, x, found, r, top, e, here, values, value_step, computing):
+    """Solve a row of too many candidates for a group, `found` as `listed` left them or -1, and add up its values.
+
+    True if that is left to the product with all.
+    """
     n, stride, keeps = here.n, words[Word.stride], words[Word.u] != 0
     z = floats(words, memory, Word.z, 0, stride, computing)
     weights = floats(words, memory, Word.weights, 0, stride, computing)
@@ -221,10 +225,9 @@ def solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, co
     row_slopes = floats(words, memory, Word.row_slopes, 0, stride, computing)
     index = whole_numbers(words, memory, Word.index, 0, stride)
     width = places(z)
-    tallies = scaled(x, n, top, e, z)
-    whole = tallies[0] > n * GATHERED_SHARE
-    found = n if whole else compacted(z, n, index)
-    length = (found + width - 1) // width * width
+    whole = found < 0
+    length = ((n if whole else found) + width - 1) // width * width
+    tallies = scaled(x, n, top, e, z) if whole else tallied(z, length)
     delta, s, d = solve_alone(z, weights, reciprocals, length, tallies, e, words[Word.integer], words[Word.steps])
     if d != 0.0:
         write_nudged(weights, length, weights, reciprocals, d, 1.0 / e)
@@ -430,6 +433,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
     dense = row_places(words, memory, Word.dense, words[Word.rows])
     nothing = floats(words, memory, Word.z, 0, 0, computing)
     more = floats(words, memory, Word.z, 0, stride, computing)
+    z, index = floats(words, memory, Word.z, 0, stride, computing), whole_numbers(words, memory, Word.index, 0, stride)
     list_z = floats(words, memory, Word.list_z, 0, LISTED * width, computing)
     list_index = whole_numbers(words, memory, Word.list_index, 0, LISTED * width)
     n_dense = 0
@@ -465,10 +469,14 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
             if lanes[lane] > 0:
                 r, top = first + lane, lanes[5 * width + lane]
                 x = floats(words, memory, Word.scores, r * stride, stride, computing)
-                found = listed(x, n, top, e, list_z, list_index, lane)
-                lanes[lane] = max(found, 0)
-                longest = max(longest, found)
-                if found < 0 and solve_row(words, numbers, memory, x, r, top, e, here, values, value_step, computing):
+                found = listed(x, n, top, e, z, index, GATHERED_SHARE)
+                if 0 <= found <= LISTED:
+                    join(found, z, index, list_z, list_index, lane)
+                    lanes[lane] = found
+                    longest = max(longest, found)
+                    continue
+                lanes[lane] = 0.0
+                if solve_row(words, numbers, memory, x, found, r, top, e, here, values, value_step, computing):
                     dense[n_dense] = r
                     n_dense += 1
         if longest > 0:

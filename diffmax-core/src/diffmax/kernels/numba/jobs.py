@@ -29,7 +29,7 @@ from diffmax.kernels.numba.gradient import (
     slope_sums,
     slope_sums_by_tables,
 )
-from diffmax.kernels.numba.one_row import DEAD, LISTED, fill, listed, row_alone, top_of
+from diffmax.kernels.numba.one_row import DEAD, LISTED, fill, join, listed, row_alone, sparse_share, top_of
 from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, load, put, splat, store, total
 from diffmax.kernels.numba.solver import SUMMED, solve_group
@@ -121,7 +121,7 @@ def _forward(dtype, computing):
             *(words[8], words[9], words[10], words[11]),
         )
         integer, steps, normalise, e_value = words[12], words[13], words[14] != 0, numbers[15]
-        long = apart(n + width, width) if n > LISTED else 0
+        long = apart(n + width, width)
         lists = min(n, LISTED) * width
         memory = np.empty(2 * lists + 3 * long + 4 * width + PAGE // itemsize, computing)
         scratch = memory[first_aligned(memory, x_at) :]
@@ -130,7 +130,7 @@ def _forward(dtype, computing):
         z, weights = scratch[4 * width :], scratch[4 * width + lists :]
         long_z = scratch[4 * width + 2 * lists :]
         long_weights, long_reciprocals = long_z[long:], long_z[2 * long :]
-        indices = np.empty(LISTED * width + long // 2, np.int32)
+        indices = np.empty(LISTED * width + long, np.int32)
         index, long_index = indices[: LISTED * width], indices[LISTED * width :]
         done, start, end = take(words, 0, 0, 0)
         while start < end:
@@ -158,13 +158,15 @@ def _forward(dtype, computing):
                         continue
                     e = max(e, least_e)
                     lane_e[lane] = e
-                    count = listed(x, n, top, e, z, index, lane)
-                    if count < 0:
+                    count = listed(x, n, top, e, long_z, long_index, sparse_share(integer))
+                    if not 0 <= count <= LISTED:
                         delta = row_alone(
-                            x, p, n, top, e, integer, steps, normalise, long_z, long_weights, long_reciprocals, long_index
+                            *(x, p, n, count, top, e, integer, steps, normalise),
+                            *(long_z, long_weights, long_reciprocals, long_index),
                         )
                         keep(delta_at, row, delta, computing)
                     else:
+                        join(count, long_z, long_index, z, index, lane)
                         lane_count[lane] = count
                         longest = max(longest, count)
                 if longest == 0:

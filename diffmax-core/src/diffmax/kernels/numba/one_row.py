@@ -2,6 +2,7 @@
 
 from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.simd import (
+    append,
     bits,
     count_bits,
     get,
@@ -23,8 +24,11 @@ DEAD = -2.0  # z of an entry that weighs nothing
 
 # Entries of the longest list that joins a group. A group's lists then take half of a cache of 32 KiB.
 LISTED = 128
-# A longer row is solved on its candidates alone where they are this share of it or less.
-SPARSE_SHARE = 0.5
+# So many candidates of four vectors are listed one by one.
+FEW = 2
+# A longer row is solved on its candidates alone where they are this share of it or less; the second of exponents that are no
+# integers, whose powers take longer.
+SPARSE_SHARES = 0.5, 0.7
 
 
 @jitable
@@ -61,36 +65,77 @@ def candidates(x, n, top, e):
 
 
 @jitable
-def listed(x, n, top, e, z, index, lane):
-    """Append the row's candidates to the lane of z, and their positions to index; returns their number, -1 if too many."""
-    width = places(z)
+def sparse_share(integer):
+    """The share of a row that its candidates may be, so that it is solved on them alone."""
+    return SPARSE_SHARES[1] if integer == 0 else SPARSE_SHARES[0]
+
+
+@jitable
+def listed(x, n, top, e, z, index, share):
+    """Write z of a row's candidates side by side, filled up to whole vectors, and their positions to index; returns how many.
+
+    -1 if they are more than a list holds and than this share of the row, which often shows at its begin.
+    """
+    width = places(x)
     count = 0
     at = 0
     while at < n:
-        word = 0
         covered = 4 * width
         if at + covered <= n:
-            for part in range(4):
-                word |= bits((load(x, at + part * width) - top) * e > -1.0) << (part * width)
-            if (count + count_bits(word)) * n > 4 * LISTED * (at + covered) and n > LISTED:
-                return -1  # at this rate there will be far too many
+            a, b = (load(x, at) - top) * e, (load(x, at + width) - top) * e
+            c, d = (load(x, at + 2 * width) - top) * e, (load(x, at + 3 * width) - top) * e
+            word = bits(a > -1.0) | bits(b > -1.0) << width | bits(c > -1.0) << 2 * width | bits(d > -1.0) << 3 * width
+            if count_bits(word) <= FEW:
+                while word != 0:
+                    position = at + lowest_bit(word)
+                    z[count] = (get(x, position) - top) * e
+                    index[count] = position
+                    count += 1
+                    word &= word - 1
+            else:
+                count = append(z, index, count, a, a > -1.0, at)
+                count = append(z, index, count, b, b > -1.0, at + width)
+                count = append(z, index, count, c, c > -1.0, at + 2 * width)
+                count = append(z, index, count, d, d > -1.0, at + 3 * width)
+                if count > share * (at + covered) + 0.25 * LISTED and n > LISTED:
+                    return -1  # at this rate there will be far too many
         elif at + width <= n:
             covered = width
-            word = bits((load(x, at) - top) * e > -1.0)
+            a = (load(x, at) - top) * e
+            count = append(z, index, count, a, a > -1.0, at)
         else:
             covered = n - at
             for place in range(covered):
-                word |= int((get(x, at + place) - top) * e > -1.0) << place
-        if count + count_bits(word) > LISTED:
-            return -1
-        while word != 0:
-            position = at + lowest_bit(word)
-            z[count * width + lane] = (get(x, position) - top) * e
-            index[lane * LISTED + count] = position
-            count += 1
-            word &= word - 1
+                value = (get(x, at + place) - top) * e
+                if value > -1.0:
+                    z[count] = value
+                    index[count] = at + place
+                    count += 1
         at += covered
+    if count > LISTED and count > share * n:
+        return -1
+    store(z, count, splat(z, DEAD))
     return count
+
+
+@jitable
+def join(count, z, index, lists, positions, lane):
+    """Copy a row's candidates into the lane of the lists of a group, and their positions into those of the lane."""
+    width = places(lists)
+    for i in range(count):
+        lists[i * width + lane] = z[i]
+        positions[lane * LISTED + i] = index[i]
+
+
+@jitable
+def tallied(z, length):
+    """The tallies of candidates that stand side by side."""
+    zero = splat(z, 0.0)
+    tallies = (zero, zero, zero, zero, zero)
+    for i in range(0, length, places(z)):
+        tallies = tally(load(z, i), tallies, STARTS_OF_ROWS)
+    c, c1, s1, c2, s2 = tallies
+    return total(c), total(c1), total(s1), total(c2), total(s2)
 
 
 @jitable
@@ -136,24 +181,6 @@ def scaled(x, n, top, e, z):
 
 
 @jitable
-def compacted(z, n, index):
-    """Move the candidates of z to its front, padded to whole vectors, and their positions to index; returns their number."""
-    width = places(z)
-    count = 0
-    for at in range(0, n, width):
-        word = bits(load(z, at) > -1.0)
-        while word != 0:
-            position = at + lowest_bit(word)
-            z[count] = z[position]
-            index[count] = position
-            count += 1
-            word &= word - 1
-    for i in range(count, (count + width - 1) // width * width):
-        z[i] = DEAD
-    return count
-
-
-@jitable
 def fill(row, n, value, z):
     """row[:n] = value."""
     width = places(z)
@@ -193,13 +220,12 @@ def write_nudged(row, n, p, r, d, k):
 
 
 @jitable
-def row_alone(x, p, n, top, e, integer, steps, normalise, z, weights, reciprocals, index):
-    """Solve and write a row that has too many candidates for a group; returns delta."""
-    tallies = scaled(x, n, top, e, z)
+def row_alone(x, p, n, count, top, e, integer, steps, normalise, z, weights, reciprocals, index):
+    """Solve and write a row with more candidates than a group takes: `count` as `listed` left them, or -1; returns delta."""
     width = places(z)
-    dense = tallies[0] > n * SPARSE_SHARE
-    kept = n if dense else compacted(z, n, index)
-    length = (kept + width - 1) // width * width
+    dense = count < 0
+    length = ((n if dense else count) + width - 1) // width * width
+    tallies = scaled(x, n, top, e, z) if dense else tallied(z, length)
     delta, s, d = solve_alone(z, weights, reciprocals, length, tallies, e, integer, steps)
     factor = 1.0 / s if normalise else 1.0
     if dense and d != 0.0:
@@ -210,6 +236,6 @@ def row_alone(x, p, n, top, e, integer, steps, normalise, z, weights, reciprocal
         if d != 0.0:
             write_nudged(weights, length, weights, reciprocals, d, 1.0 / e)
         fill(p, n, 0.0, z)
-        for i in range(kept):
+        for i in range(count):
             put(p, index[i], weights[i] * factor)
     return delta

@@ -503,6 +503,68 @@ def splat(typing_context, array, value):
     return vector(array, value), generate
 
 
+def _compressed(builder, vector, mask, letter):
+    """The places of a vector at which the mask is set, side by side, and then zeros: of AVX-512."""
+    kind = ir.FunctionType(vector.type, [vector.type, vector.type, mask.type])
+    name = f"llvm.x86.avx512.mask.compress.v{vector.type.count}{letter}{512 // vector.type.count}"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [vector, ir.Constant(vector.type, None), mask])
+
+
+@intrinsic
+def _store_some(typing_context, array, numbers, at, vector, mask, position):
+    """Write the places at which the mask is set side by side to array[at], and position + place of each to numbers[at]."""
+    integers = Vector(types.int32 if vector.element == types.float32 else types.int64, vector.width)
+
+    def generate(context, builder, signature, arguments):
+        values, marks = arguments[3], arguments[4]
+        values = _compressed(builder, values, marks, "f")
+        builder.store(values, _pointer(context, builder, array, arguments[0], arguments[2], values.type), align=1)
+        first = _splat(builder, context.cast(builder, arguments[5], types.int64, integers.element), integers)
+        found = builder.add(first, ir.Constant(_llvm(integers), list(range(vector.width))))
+        narrow = ir.VectorType(_llvm(numbers.dtype), vector.width)
+        found = _compressed(builder, found, marks, "i")
+        found = found if found.type == narrow else builder.trunc(found, narrow)
+        builder.store(found, _pointer(context, builder, numbers, arguments[1], arguments[2], narrow), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, numbers, types.int64, vector, mask, types.int64), generate
+
+
+def append(array, numbers, count, vector, mask, position):
+    """Write a vector's places at which the mask is set to array[count] and what follows, position + place to `numbers`.
+
+    Up to a whole vector may be written behind them. Returns the new count.
+    """
+
+
+@part(append)
+def _append(array, numbers, count, vector, mask, position):
+    if has_avx512():
+
+        def at_once(array, numbers, count, vector, mask, position):
+            _store_some(array, numbers, count, vector, mask, position)
+            return count + count_bits(bits(mask))
+
+        return at_once
+
+    def one_by_one(array, numbers, count, vector, mask, position):
+        word = bits(mask)
+        if word == 0:
+            return count
+        store(array, count, vector)
+        base = count
+        while word != 0:
+            place = lowest_bit(word)
+            array[count] = array[base + place]
+            numbers[count] = position + place
+            count += 1
+            word &= word - 1
+        return count
+
+    return one_by_one
+
+
 @intrinsic
 def fetch_add(typing_context, array, index, value):
     """array[index] += value, so that no thread comes between; returns what was there before. Integers of 64 bits."""

@@ -4,7 +4,7 @@ import math
 
 from diffmax.kernels.numba.attention_words import Word, floats, hide, whole_numbers
 from diffmax.kernels.numba.functions import LOG2_E, exp2, lowest_exponent
-from diffmax.kernels.numba.one_row import fill, row_alone, top_of
+from diffmax.kernels.numba.one_row import fill, listed, row_alone, sparse_share, top_of
 from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.products import DEPTH
 from diffmax.kernels.numba.simd import (
@@ -98,8 +98,9 @@ def weigh(words, memory, x, here, padded, r, e, computing):
         weights = floats(words, memory, Word.some_weights, 0, stride, computing)
         reciprocals = floats(words, memory, Word.reciprocals, 0, stride, computing)
         index = whole_numbers(words, memory, Word.some, 0, stride)
-        settings = words[Word.integer], words[Word.steps]
-        delta = row_alone(x, x, padded, top, e, settings[0], settings[1], True, z, weights, reciprocals, index)
+        integer, steps = words[Word.integer], words[Word.steps]
+        count = listed(x, padded, top, e, z, index, sparse_share(integer))
+        delta = row_alone(x, x, padded, count, top, e, integer, steps, True, z, weights, reciprocals, index)
         statistic = top - (1.0 - delta) / e
     hide(words, x, here, here.base, padded, row, -math.inf)
     return factor, statistic
