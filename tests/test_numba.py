@@ -131,7 +131,7 @@ with torch.no_grad():
 print(has_avx512())
 """
     assert run(code, **environment).strip() == "False"
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "few_ulp", __file__]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "few_ulp or candidates", __file__]
     subprocess.run(tests, check=True, timeout=300, env={**os.environ, **environment})
 
 
@@ -179,6 +179,22 @@ def test_long_rows_whose_sample_misleads_pass_the_gate(kind, alpha):
         assert (result.double() - exact).abs().max() <= allowed
     p, exact = results[0], wanted[0].exact
     assert torch.equal(p == 0, p.double() * exact == 0) or ((p == 0) != (exact == 0)).sum() <= 2  # at the edge
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.8])  # 1 / (1 - alpha) an integer or not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [100, 129, 191, 1000, 1003])
+def test_candidates_are_found_wherever_they_lie_and_however_many_they_are(n, dtype, alpha):
+    """Lists of a group, rows on their candidates alone, whole rows: each row has another share of candidates, at another end."""
+    torch.manual_seed(0)
+    shares = torch.tensor([1 / n, 3 / n, 0.02, 0.1, 127 / n, 128 / n, 129 / n, 0.3, 0.49, 0.51, 0.69, 0.71, 0.9, 1.0]).clamp(max=1)
+    near = torch.arange(n) < (shares * n).round()[:, None]
+    near = torch.cat([near, near.flip(1), torch.stack([row[torch.randperm(n)] for row in near])])
+    x = torch.where(near, torch.rand(len(near), n), torch.tensor(-20.0)).to(dtype)
+    exact = reference.bisect(x.double(), 1 - alpha, 1, 200, True)[0]
+    found = diffmax.diffmax_bisect(x, alpha, backend="numba")
+    assert (found.double() - exact).abs().max() <= (2e-6 if dtype == torch.float32 else 1e-13)
+    assert torch.equal(found > 0, exact.to(dtype) > 0)
 
 
 def test_where_halley_and_newton_would_go_back_and_forth():
