@@ -187,7 +187,9 @@ def test_long_rows_whose_sample_misleads_pass_the_gate(kind, alpha):
 def test_candidates_are_found_wherever_they_lie_and_however_many_they_are(n, dtype, alpha):
     """Lists of a group, rows on their candidates alone, whole rows: each row has another share of candidates, at another end."""
     torch.manual_seed(0)
-    shares = torch.tensor([1 / n, 3 / n, 0.02, 0.1, 127 / n, 128 / n, 129 / n, 0.3, 0.49, 0.51, 0.69, 0.71, 0.9, 1.0]).clamp(max=1)
+    shares = torch.tensor([1 / n, 3 / n, 0.02, 0.1, 127 / n, 128 / n, 129 / n, 0.3, 0.49, 0.51, 0.69, 0.71, 0.9, 1.0]).clamp(
+        max=1
+    )
     near = torch.arange(n) < (shares * n).round()[:, None]
     near = torch.cat([near, near.flip(1), torch.stack([row[torch.randperm(n)] for row in near])])
     x = torch.where(near, torch.rand(len(near), n), torch.tensor(-20.0)).to(dtype)

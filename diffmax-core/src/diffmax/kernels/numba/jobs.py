@@ -29,7 +29,18 @@ from diffmax.kernels.numba.gradient import (
     slope_sums,
     slope_sums_by_tables,
 )
-from diffmax.kernels.numba.one_row import DEAD, LISTED, fill, join, listed, row_alone, sparse_share, top_of
+from diffmax.kernels.numba.one_row import (
+    DEAD,
+    LISTED,
+    fill,
+    is_short,
+    join,
+    listed,
+    row_alone,
+    solve_short,
+    sparse_share,
+    top_of,
+)
 from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, load, put, splat, store, total
 from diffmax.kernels.numba.solver import SUMMED, solve_group
@@ -136,6 +147,16 @@ def _forward(dtype, computing):
         while start < end:
             for base in range(start, end, width):
                 rows = min(width, end - base)
+                first = array_at(x_at + base * x_stride * itemsize, n, dtype)
+                if rows == width and is_short(first, n, exponent(e_at, e_stride, e_value, base, computing), integer):
+                    for lane in range(rows):
+                        lane_count[lane] = exponent(e_at, e_stride, e_value, base + lane, computing)
+                    p = array_at(p_at + base * n * itemsize, n, dtype)
+                    if solve_short(first, x_stride, p, n, lane_count, z, weights, least_e, integer, steps, normalise):
+                        for lane in range(rows):
+                            keep(m_at, base + lane, lane_e[lane], computing)
+                            keep(delta_at, base + lane, lane_delta[lane], computing)
+                        continue
                 longest = 0
                 fill(z, lists, DEAD, acc)
                 fill(lane_count, width, 0.0, acc)

@@ -1,4 +1,6 @@
-"""One row: its maximum, its candidates, its output, and its solution where it has too many candidates for a group."""
+"""One row: its maximum, its candidates, its output, and its solution where it has too many for a group. Groups of short rows."""
+
+import math
 
 from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.simd import (
@@ -13,17 +15,21 @@ from diffmax.kernels.numba.simd import (
     maximum,
     places,
     put,
+    select,
     splat,
     store,
     total,
     transpose_square,
 )
-from diffmax.kernels.numba.solver import STARTS_OF_ROWS, nudge, solve_alone, tally
+from diffmax.kernels.numba.solver import STARTS_OF_ROWS, nudge, solve_alone, solve_group, tally
 
 DEAD = -2.0  # z of an entry that weighs nothing
 
 # Entries of the longest list that joins a group. A group's lists then take half of a cache of 32 KiB.
 LISTED = 128
+# A group's rows are solved whole if they have so many entries more than its longest list is expected to hold, which is so many
+# times one row's; the second where 1 / (1 - alpha) is an integer, whose powers are products.
+EMPTY, LONGEST = (12, 44), 1.5
 # So many candidates of four vectors are listed one by one.
 FEW = 2
 # A longer row is solved on its candidates alone where they are this share of it or less; the second of exponents that are no
@@ -239,3 +245,51 @@ def row_alone(x, p, n, count, top, e, integer, steps, normalise, z, weights, rec
         for i in range(count):
             put(p, index[i], weights[i] * factor)
     return delta
+
+
+@jitable
+def is_short(x, n, e, integer):
+    """Whether a group is solved on whole rows, to judge by one: what it saves is the lists, what it costs is empty entries."""
+    if n < places(x) or n > LISTED:
+        return False
+    top, bad = top_of(x, n)
+    empty = EMPTY[0] if integer == 0 else EMPTY[1]
+    return not bad and candidates(x, n, top, e) * LONGEST + empty >= n
+
+
+@jitable
+def solve_short(x, x_step, p, n, lanes, z, weights, least_e, integer, steps, normalise):
+    """Solve and write as many rows as a vector has places, side by side; nothing is done, and False, if one is spoilt.
+
+    `lanes` holds a vector with e of each row, and gets two: the largest entries and delta.
+    """
+    width = places(z)
+    for i in range(0, n, width):
+        first = min(i, n - width)  # the last square may repeat some of the one before
+        transpose_square(x, first, x_step, z, first * width, width)
+    top, e = load(z, 0), load(lanes, 0)
+    spoilt = is_nan(top)
+    for i in range(width, n * width, width):
+        v = load(z, i)
+        top, spoilt = larger(v, top), spoilt | is_nan(v)
+    fine = (top > -math.inf) & (top < math.inf) & (0.0 - e <= 0.0) & (e <= 1.0)
+    if bits(spoilt) != 0 or bits(fine) != (1 << width) - 1:
+        return False
+    e = larger(e, least_e)
+    count = splat(z, 0.0)
+    one = splat(z, 1.0)
+    for i in range(0, n * width, width):
+        v = larger((load(z, i) - top) * e, DEAD)
+        count = count + select(v > -1.0, one, 0.0)
+        store(z, i, v)
+    delta, s = solve_group(z, weights, n, count, e, integer, steps)
+    if normalise:
+        factor = 1.0 / s
+        for i in range(0, n * width, width):
+            store(weights, i, load(weights, i) * factor)
+    for i in range(0, n, width):
+        first = min(i, n - width)
+        transpose_square(weights, first * width, width, p, first, n)
+    store(lanes, width, top)
+    store(lanes, 2 * width, delta)
+    return True

@@ -663,8 +663,12 @@ def transpose_square(typing_context, source, at, step, target, target_at, target
                     rows[i], rows[i + half] = (builder.shuffle_vector(*pair, mask) for mask in masks)
             half //= 2
         for j in range(width):
-            at = builder.add(target_start, builder.mul(target_step, target_step.type(j)))
-            builder.store(rows[j], _pointer(context, builder, target, target_array, at, llvm), align=target.dtype.bitwidth // 8)
+            at, value = (
+                builder.add(target_start, builder.mul(target_step, target_step.type(j))),
+                _narrow(builder, rows[j], target.dtype),
+            )
+            pointer = _pointer(context, builder, target, target_array, at, value.type)
+            builder.store(value, pointer, align=target.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(source, types.int64, types.int64, target, types.int64, types.int64), generate
