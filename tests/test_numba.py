@@ -185,7 +185,7 @@ def test_long_rows_whose_sample_misleads_pass_the_gate(kind, alpha):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [100, 129, 191, 1000, 1003])
 def test_candidates_are_found_wherever_they_lie_and_however_many_they_are(n, dtype, alpha):
-    """Lists of a group, rows on their candidates alone, whole rows: each row has another share of candidates, at another end."""
+    """Lists of a group, rows on their candidates alone, whole rows: each row has another share of candidates, elsewhere."""
     torch.manual_seed(0)
     shares = torch.tensor([1 / n, 3 / n, 0.02, 0.1, 127 / n, 128 / n, 129 / n, 0.3, 0.49, 0.51, 0.69, 0.71, 0.9, 1.0]).clamp(
         max=1

@@ -1,4 +1,4 @@
-"""One row: its maximum, its candidates, its output, and its solution where it has too many for a group. Groups of short rows."""
+"""One row: its maximum, candidates, output, and its solution where it has too many for a group. And groups of short rows."""
 
 import math
 
