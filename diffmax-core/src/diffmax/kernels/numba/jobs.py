@@ -31,15 +31,17 @@ from diffmax.kernels.numba.gradient import (
 )
 from diffmax.kernels.numba.one_row import (
     DEAD,
+    EMPTY,
     LISTED,
+    LONGEST,
     fill,
-    is_short,
     join,
     listed,
     row_alone,
-    solve_short,
     sparse_share,
+    stand,
     top_of,
+    write_each,
 )
 from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.simd import BYTES, array_at, fetch_add, get, load, put, splat, store, total
@@ -148,20 +150,25 @@ def _forward(dtype, computing):
             for base in range(start, end, width):
                 rows = min(width, end - base)
                 first = array_at(x_at + base * x_stride * itemsize, n, dtype)
-                if rows == width and is_short(first, n, exponent(e_at, e_stride, e_value, base, computing), integer):
+                short = rows == width and width <= n <= LISTED
+                if short:  # to judge by one row
+                    e = exponent(e_at, e_stride, e_value, base, computing)
+                    top, bad = top_of(first, n)
+                    most = n if bad else LONGEST * listed(first, n, top, e, long_z, long_index, 1.0)
+                    short = most + (EMPTY[0] if integer == 0 else EMPTY[1]) >= n
+                if short:
                     for lane in range(rows):
-                        lane_count[lane] = exponent(e_at, e_stride, e_value, base + lane, computing)
-                    p = array_at(p_at + base * n * itemsize, n, dtype)
-                    if solve_short(first, x_stride, p, n, lane_count, z, weights, least_e, integer, steps, normalise):
-                        for lane in range(rows):
-                            keep(m_at, base + lane, lane_e[lane], computing)
-                            keep(delta_at, base + lane, lane_delta[lane], computing)
-                        continue
-                longest = 0
-                fill(z, lists, DEAD, acc)
-                fill(lane_count, width, 0.0, acc)
-                fill(lane_e, width, 0.5, acc)
-                for lane in range(rows):
+                        lane_e[lane] = exponent(e_at, e_stride, e_value, base + lane, computing)
+                    short = stand(first, x_stride, n, z, lane_count, lane_e, lane_factor, least_e)
+                longest = n if short else 0
+                if short:
+                    for lane in range(rows):
+                        keep(m_at, base + lane, lane_factor[lane], computing)
+                else:
+                    fill(z, lists, DEAD, acc)
+                    fill(lane_count, width, 0.0, acc)
+                    fill(lane_e, width, 0.5, acc)
+                for lane in range(0 if short else rows):
                     row = base + lane
                     x = array_at(x_at + row * x_stride * itemsize, n, dtype)
                     p = array_at(p_at + row * n * itemsize, n, dtype)
@@ -195,12 +202,17 @@ def _forward(dtype, computing):
                 deltas, sums = solve_group(z, weights, longest, load(lane_count, 0), load(lane_e, 0), integer, steps)
                 store(lane_delta, 0, deltas)
                 store(lane_factor, 0, 1.0 / sums if normalise else sums * 0.0 + 1.0)
+                if short:
+                    p = array_at(p_at + base * n * itemsize, n, dtype)
+                    write_each(weights, load(lane_factor, 0), p, n)
                 for lane in range(rows):
                     count = int(lane_count[lane])
                     if count == 0:
                         continue
                     row = base + lane
                     keep(delta_at, row, lane_delta[lane], computing)
+                    if short:
+                        continue
                     p = array_at(p_at + row * n * itemsize, n, dtype)
                     fill(p, n, 0.0, acc)
                     for i in range(count):

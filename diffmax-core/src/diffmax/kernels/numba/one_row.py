@@ -21,7 +21,7 @@ from diffmax.kernels.numba.simd import (
     total,
     transpose_square,
 )
-from diffmax.kernels.numba.solver import STARTS_OF_ROWS, nudge, solve_alone, solve_group, tally
+from diffmax.kernels.numba.solver import STARTS_OF_ROWS, nudge, solve_alone, tally
 
 DEAD = -2.0  # z of an entry that weighs nothing
 
@@ -86,37 +86,33 @@ def listed(x, n, top, e, z, index, share):
     count = 0
     at = 0
     while at < n:
-        covered = 4 * width
+        covered, word, few = 4 * width, 0, False
         if at + covered <= n:
-            a, b = (load(x, at) - top) * e, (load(x, at + width) - top) * e
-            c, d = (load(x, at + 2 * width) - top) * e, (load(x, at + 3 * width) - top) * e
-            word = bits(a > -1.0) | bits(b > -1.0) << width | bits(c > -1.0) << 2 * width | bits(d > -1.0) << 3 * width
-            if count_bits(word) <= FEW:
-                while word != 0:
-                    position = at + lowest_bit(word)
-                    z[count] = (get(x, position) - top) * e
-                    index[count] = position
-                    count += 1
-                    word &= word - 1
-            else:
-                count = append(z, index, count, a, a > -1.0, at)
-                count = append(z, index, count, b, b > -1.0, at + width)
-                count = append(z, index, count, c, c > -1.0, at + 2 * width)
-                count = append(z, index, count, d, d > -1.0, at + 3 * width)
-                if count > share * (at + covered) + 0.25 * LISTED and n > LISTED:
-                    return -1  # at this rate there will be far too many
-        elif at + width <= n:
-            covered = width
-            a = (load(x, at) - top) * e
-            count = append(z, index, count, a, a > -1.0, at)
+            for part in range(4):
+                word |= bits((load(x, at + part * width) - top) * e > -1.0) << (part * width)
+            few = count_bits(word) <= FEW
         else:
-            covered = n - at
-            for place in range(covered):
-                value = (get(x, at + place) - top) * e
+            covered = min(width, n - at)
+        if few:
+            while word != 0:
+                position = at + lowest_bit(word)
+                z[count] = (get(x, position) - top) * e
+                index[count] = position
+                count += 1
+                word &= word - 1
+        elif covered < width:
+            for position in range(at, n):
+                value = (get(x, position) - top) * e
                 if value > -1.0:
                     z[count] = value
-                    index[count] = at + place
+                    index[count] = position
                     count += 1
+        else:
+            for i in range(at, at + covered, width):
+                v = (load(x, i) - top) * e
+                count = append(z, index, count, v, v > -1.0, i)
+            if count > share * (at + covered) + 0.25 * LISTED and n > LISTED:
+                return -1  # at this rate there will be far too many
         at += covered
     if count > LISTED and count > share * n:
         return -1
@@ -248,48 +244,41 @@ def row_alone(x, p, n, count, top, e, integer, steps, normalise, z, weights, rec
 
 
 @jitable
-def is_short(x, n, e, integer):
-    """Whether a group is solved on whole rows, to judge by one: what it saves is the lists, what it costs is empty entries."""
-    if n < places(x) or n > LISTED:
-        return False
-    top, bad = top_of(x, n)
-    empty = EMPTY[0] if integer == 0 else EMPTY[1]
-    return not bad and candidates(x, n, top, e) * LONGEST + empty >= n
+def stand(x, x_step, n, z, count, e, top, least_e):
+    """Write z of as many rows as a vector has places side by side; False if one of them is spoilt.
 
-
-@jitable
-def solve_short(x, x_step, p, n, lanes, z, weights, least_e, integer, steps, normalise):
-    """Solve and write as many rows as a vector has places, side by side; nothing is done, and False, if one is spoilt.
-
-    `lanes` holds a vector with e of each row, and gets two: the largest entries and delta.
+    `e` holds that of each row, and gets the one to compute with; `count` gets the numbers of candidates, `top` the maxima.
     """
     width = places(z)
     for i in range(0, n, width):
         first = min(i, n - width)  # the last square may repeat some of the one before
         transpose_square(x, first, x_step, z, first * width, width)
-    top, e = load(z, 0), load(lanes, 0)
-    spoilt = is_nan(top)
+    highest, exponents = load(z, 0), load(e, 0)
+    spoilt = is_nan(highest)
     for i in range(width, n * width, width):
         v = load(z, i)
-        top, spoilt = larger(v, top), spoilt | is_nan(v)
-    fine = (top > -math.inf) & (top < math.inf) & (0.0 - e <= 0.0) & (e <= 1.0)
+        highest, spoilt = larger(v, highest), spoilt | is_nan(v)
+    fine = (highest > -math.inf) & (highest < math.inf) & (0.0 - exponents <= 0.0) & (exponents <= 1.0)
     if bits(spoilt) != 0 or bits(fine) != (1 << width) - 1:
         return False
-    e = larger(e, least_e)
-    count = splat(z, 0.0)
-    one = splat(z, 1.0)
+    exponents = larger(exponents, least_e)
+    counts, one = splat(z, 0.0), splat(z, 1.0)
     for i in range(0, n * width, width):
-        v = larger((load(z, i) - top) * e, DEAD)
-        count = count + select(v > -1.0, one, 0.0)
+        v = larger((load(z, i) - highest) * exponents, DEAD)
+        counts = counts + select(v > -1.0, one, 0.0)
         store(z, i, v)
-    delta, s = solve_group(z, weights, n, count, e, integer, steps)
-    if normalise:
-        factor = 1.0 / s
-        for i in range(0, n * width, width):
-            store(weights, i, load(weights, i) * factor)
+    store(count, 0, counts)
+    store(e, 0, exponents)
+    store(top, 0, highest)
+    return True
+
+
+@jitable
+def write_each(weights, factor, p, n):
+    """Write the rows whose weights stand side by side; the weights are multiplied by a factor for each row and given up."""
+    width = places(weights)
+    for i in range(0, n * width, width):
+        store(weights, i, load(weights, i) * factor)
     for i in range(0, n, width):
         first = min(i, n - width)
         transpose_square(weights, first * width, width, p, first, n)
-    store(lanes, width, top)
-    store(lanes, 2 * width, delta)
-    return True
