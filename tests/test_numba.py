@@ -319,6 +319,24 @@ def test_the_step_on_the_logarithm_and_the_shift(alpha):
     assert (weights >= 0).all()
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.8])
+@pytest.mark.parametrize("keys", [1, 8, 100])
+def test_queries_that_see_a_sink_alone_beside_those_that_see_keys(keys, alpha):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (200, keys, keys))
+    sink, grad = torch.randn(2, requires_grad=True), torch.randn(1, 2, 200, 16)
+    options = {"alpha": alpha, "is_causal": True, "causal_alignment": "lower_right", "sink": sink}
+    results = []
+    for backend in ("numba", "reference"):
+        with torch.no_grad():  # nothing is kept for a backward pass
+            alone = diffmax.attention(query, key, value, backend=backend, **options)
+        out = diffmax.attention(query, key, value, backend=backend, **options)
+        results.append([alone, out, *torch.autograd.grad(out, (query, key, value, sink), grad)])
+    for found, exact in zip(*results, strict=True):
+        assert torch.allclose(found, exact, atol=1e-5, rtol=1e-4)
+    assert (results[0][0][:, :, : 200 - keys] == 0).all()
+
+
 # --- independence ---------------------------------------------------------------------------------------------------------
 
 

@@ -371,6 +371,12 @@ def multiply_dense(words, memory, n_dense, here, values, value_step, computing):
         left[i] = r * stride + here.low - here.base
         right[i] = r * size if i < n_dense else 2 * rows * size
     slopes = floats(words, memory, Word.slopes, 0, rows * stride if words[Word.u] != 0 else 0, computing)
+    if here.low == here.high:  # they see a sink alone
+        for i in range(n_dense):
+            fill(sums[right[i] :], size, 0.0, sums)
+            if words[Word.u] != 0:
+                fill(sums[rows * size + right[i] :], size, 0.0, sums)
+        return
     at_once = DEPTH if converts_some(words) else here.high - here.low
     for first in range(here.low, here.high, at_once):
         count, at, more, column = min(at_once, here.high - first), first * value_step, first > here.low, first - here.low
