@@ -74,8 +74,6 @@ from diffmax.plugin import TILE
 
 # A row with candidates among more than this share of its scores is multiplied with all values.
 GATHERED_SHARE = 0.4
-# Rows of so many keys are always solved whole: lists of them would cost more than they save.
-WHOLE = 32
 WORD_BITS = 32
 
 
@@ -465,7 +463,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
                 n_solved += 1
                 if n <= LISTED:
                     n_candidates += candidates(x, n, top, e)
-        if n_solved > 0 and (n <= WHOLE or n_candidates > n_solved * n * GATHERED_SHARE):
+        if n_candidates > n_solved * n * GATHERED_SHARE:
             attend_short(words, numbers, memory, lanes, first, some_rows, here, computing)
             for lane in range(some_rows):
                 if lanes[lane] > 0:
