@@ -45,7 +45,7 @@ test-processors: setup
 # What takes longer than a change should wait for: 10 000 calls of the public functions, drawn anew each time; every count of
 # instructions and every kernel compiled, though the sources are those of the tables.
 nightly: setup
-	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile nightly
+	$(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-profile nightly -o faulthandler_timeout=0
 	DIFFMAX_RECOUNT=1 $(BIN)/python -m pytest -n 2 tests/test_triton_instructions.py
 	$(BIN)/python .ci/check_triton.py --again
 

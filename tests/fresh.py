@@ -14,22 +14,27 @@ import tempfile
 from pathlib import Path
 
 SERVER = """
-import json, os, signal, sys, torch
+import contextlib, json, os, signal, sys, torch
 requests, replies = sys.stdin.buffer, os.dup(1)
 for line in iter(requests.readline, b""):
     request = json.loads(line)
     child = os.fork()
     if not child:
         break
-    # it must not wait for ever, nor what it forked; from here, because one that waits in C runs no handler of Python's
-    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
-    signal.alarm(request["seconds"])
+    def end(*_):  # with what it forked, unless that made a session of its own
+        with contextlib.suppress(OSError):  # no such group, or none that still runs
+            os.killpg(child, signal.SIGKILL)
+    with contextlib.suppress(OSError):  # the child has done it
+        os.setpgid(child, child)
+    signal.signal(signal.SIGALRM, end)  # here, because a process that waits in C runs no handler of Python's
+    signal.setitimer(signal.ITIMER_REAL, request["seconds"])
     status = os.waitpid(child, 0)[1]
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    end()
     os.write(replies, b"%d\\n" % os.waitstatus_to_exitcode(status))
 else:
     sys.exit()
-os.setsid()
+os.setpgid(0, 0)
 signal.signal(signal.SIGALRM, signal.SIG_DFL)
 os.close(replies)
 for name, number in (("/dev/null", 0), (request["out"], 1), (request["err"], 2)):

@@ -22,6 +22,6 @@ def passes(file, tier, *options, sample=9):
     """Fail with what pytest printed, unless every test of the tier ran and passed."""
     arguments = ["-q", "--sample", str(sample), "-m", tier, *options, str(HERE / file)]
     code = CODE.format(folder=str(HERE.parent), arguments=arguments)
-    done = fresh.python(code, check=False, seconds=3600, TRITON_INTERPRET="1")
+    done = fresh.python(code, check=False, seconds=1100, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]  # 5 if no test was chosen
     assert "skipped" not in done.stdout

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
 from diffmax import diffmax_bisect, reference
-from diffmax.kernels.numba import functions, gradient, simd, solver, threads
+from diffmax.kernels.numba import functions, gradient, one_row, simd, solver, threads
 from diffmax.kernels.numba import rows as numba_rows
 from diffmax.kernels.numba.probe import numba_cannot, numba_converts_float16, numba_missing
 from diffmax.machine.dispatch import registry
@@ -197,6 +197,40 @@ def test_candidates_are_found_wherever_they_lie_and_however_many_they_are(n, dty
     found = diffmax.diffmax_bisect(x, alpha, backend="numba")
     assert (found.double() - exact).abs().max() <= (2e-6 if dtype == torch.float32 else 1e-13)
     assert torch.equal(found > 0, exact.to(dtype) > 0)
+
+
+@pytest.mark.parametrize("n", [127, 129, 200, 1000, 4099])
+def test_a_list_is_given_up_by_the_number_of_candidates_alone(n):
+    """Not by where they lie: sorted scores, or a vocabulary ordered by frequency, have them all in front."""
+
+    @njit
+    def listed(x, z, index, share):
+        return one_row.listed(x, len(x), np.float32(0), np.float32(0.5), z, index, share)
+
+    z, index = np.empty(n + 16, np.float32), np.empty(n + 16, np.int32)
+    rng = np.random.default_rng(0)
+    for share in (0.4, 0.5, 0.7):
+        most = max(one_row.LISTED, share * n)
+        for count in {1, 58, 97, min(128, n), min(129, n), int(most), min(int(most) + 1, n), n}:
+            if count > n:
+                continue
+            front = np.arange(n) < count
+            for near in (front, front[::-1], rng.permutation(front)):
+                x = np.where(near, -rng.random(n), -9).astype(np.float32)
+                assert listed(x, z, index, share) == (count if count <= most else -1)
+                if count <= most:
+                    assert (index[:count] == near.nonzero()[0]).all()
+                    assert (z[:count] == x[near] * np.float32(0.5)).all()
+
+
+@pytest.mark.parametrize("keys", [300, 2048])
+def test_a_nan_among_values_does_not_reach_queries_that_read_the_first_keys_alone(keys):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 1, 70, 16), torch.randn(1, 1, keys, 16), torch.randn(1, 1, keys, 16)
+    seen = torch.where(torch.arange(keys) < 80, 0.0, -50.0).expand(70, keys)
+    value[0, 0, keys // 2] = math.nan
+    out = diffmax.attention(0.1 * query, key, value, attn_mask=seen, alpha=0.85, backend="numba")
+    assert out.isfinite().all()
 
 
 def test_where_halley_and_newton_would_go_back_and_forth():

@@ -4,8 +4,9 @@
 `simd`.
 
 A row whose list of candidates (entries with z > -1, Eq. 2) is short joins a group: the lists of as many rows as a vector has
-places are solved together, one row per place. A longer one is solved alone, its entries side by side. Equations are those of
-docs/theory.md; what each step costs stands in docs/performance.md.
+places are solved together, one row per place. A longer one is solved alone, its entries side by side. Where lists would leave
+out little of short rows, a group is solved on all their entries. Equations are those of docs/theory.md; what each step costs
+stands in docs/performance.md.
 """
 
 import functools

@@ -27,14 +27,14 @@ DEAD = -2.0  # z of an entry that weighs nothing
 
 # Entries of the longest list that joins a group. A group's lists then take half of a cache of 32 KiB.
 LISTED = 128
-# A group's rows are solved whole if they have so many entries more than its longest list is expected to hold, which is so many
-# times one row's; the second where 1 / (1 - alpha) is an integer, whose powers are products.
-EMPTY, LONGEST = (12, 44), 1.5
+# A group of short rows is solved whole unless its longest list, expected to hold LONGEST times what one row has, leaves out
+# more entries than EMPTY: the second where 1 / (1 - alpha) is an integer, whose powers are products.
+LONGEST, EMPTY = 1.5, (12, 44)
 # So many candidates of four vectors are listed one by one.
 FEW = 2
-# A longer row is solved on its candidates alone where they are this share of it or less; the second of exponents that are no
-# integers, whose powers take longer.
-SPARSE_SHARES = 0.5, 0.7
+# A longer row is solved on its candidates alone where they are this share of it or less; the second where 1 / (1 - alpha) is an
+# integer.
+SPARSE_SHARES = 0.7, 0.5
 
 
 @jitable
@@ -73,18 +73,20 @@ def candidates(x, n, top, e):
 @jitable
 def sparse_share(integer):
     """The share of a row that its candidates may be, so that it is solved on them alone."""
-    return SPARSE_SHARES[1] if integer == 0 else SPARSE_SHARES[0]
+    return SPARSE_SHARES[0] if integer == 0 else SPARSE_SHARES[1]
 
 
 @jitable
 def listed(x, n, top, e, z, index, share):
     """Write z of a row's candidates side by side, filled up to whole vectors, and their positions to index; returns how many.
 
-    -1 if they are more than a list holds and than this share of the row, which often shows at its begin.
+    -1 if they are more than a list holds and than this share of the row: where its begin suggests that, the rest is counted.
     """
     width = places(x)
+    most = max(LISTED, share * n)
     count = 0
     at = 0
+    counted = False
     while at < n:
         covered, word, few = 4 * width, 0, False
         if at + covered <= n:
@@ -111,10 +113,14 @@ def listed(x, n, top, e, z, index, share):
             for i in range(at, at + covered, width):
                 v = (load(x, i) - top) * e
                 count = append(z, index, count, v, v > -1.0, i)
-            if count > share * (at + covered) + 0.25 * LISTED and n > LISTED:
-                return -1  # at this rate there will be far too many
+            if n > LISTED and not counted and count > share * (at + covered) + 0.25 * LISTED:
+                counted, all_of_them = True, count
+                for i in range(at + covered, n - width + 1, width):
+                    all_of_them += count_bits(bits((load(x, i) - top) * e > -1.0))
+                    if all_of_them > most:
+                        return -1
         at += covered
-    if count > LISTED and count > share * n:
+    if count > most:
         return -1
     store(z, count, splat(z, DEAD))
     return count
@@ -223,7 +229,7 @@ def write_nudged(row, n, p, r, d, k):
 
 @jitable
 def row_alone(x, p, n, count, top, e, integer, steps, normalise, z, weights, reciprocals, index):
-    """Solve and write a row with more candidates than a group takes: `count` as `listed` left them, or -1; returns delta."""
+    """Solve and write a row by itself, on the `count` candidates that `listed` left, or whole if that is -1; returns delta."""
     width = places(z)
     dense = count < 0
     length = ((n if dense else count) + width - 1) // width * width
