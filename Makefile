@@ -31,12 +31,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Every kind of test, and of a test of many cases every eighth, in minutes; `make test-all` runs what is marked slow too. tests/conftest.py
+# Every kind of test, and of a test of many cases every eighth, in minutes; `make test-all` runs what is marked slow too, or a share of it by
+# SHARE=1/3. tests/conftest.py
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow" --sample 8
 
 test-all: setup
-	PYTHONPATH=.ci/record $(BIN)/python -m pytest -p ran --ran build/ran/all.json -n 2 --dist worksteal --durations 15
+	PYTHONPATH=.ci/record $(BIN)/python -m pytest -p ran --ran build/ran/all.json -n 2 --dist worksteal --durations 15 $(SHARE:%=--share %)
 
 # The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds.
 test-processors: setup

@@ -9,7 +9,7 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("attention_bwd_dkv_kernel", "sm100"): {"3.6": 16, "3.9": 48},
     ("attention_bwd_dkv_kernel", "sm90"): {"3.6": 24},
     ("attention_out_kernel", "gfx1100"): {"3.6": 28},
-    ("attention_out_kernel", "sm90"): {"3.6": 24, "3.9": 24},  # with U, outside of the loops
+    ("attention_out_kernel", "sm90"): {"3.6": 80, "3.9": 24},  # with U, outside of the loops; most in packed sequences
     ("attention_solve_kernel", "sm120"): {"3.9": 24},
     ("attention_solve_kernel", "sm80"): {"3.6": 8, "3.9": 24},
     ("kvcache_finish_kernel", "sm86"): {"3.9": 8},

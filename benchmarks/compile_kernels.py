@@ -251,16 +251,17 @@ def call_rows(of: Mapping[str, str]) -> None:
 
 
 def call_attention(of: Mapping[str, str]) -> None:
-    from diffmax.kernels.triton.attention.launch import AttentionOperator, example_calls
-    from diffmax.plugin import TILE, Wanted
+    from diffmax.kernels.triton.attention.launch import AttentionOperator, example_calls, example_shapes
+    from diffmax.plugin import Wanted
 
     target, dtype, size = of["target"], getattr(torch, of["dtype"]), int(of["size"])
     operator = AttentionOperator(
         lambda device: target, lambda device: 132, ptx=target.startswith("sm"), table=lambda device: own_table(target)
     )
     training, features = of["for"] == "training", frozenset(OPTIONS[of["options"]])
-    call = example_calls(torch.device("cpu"), dtype, TILE, MORE_ALPHAS[of["alpha"]], features)[-1]
-    query, key = (torch.zeros(1, heads, TILE, size, dtype=dtype) for heads in (2, 1 if "gqa" in features else 2))
+    batch, length = example_shapes(132, features)[-1]
+    call = example_calls(torch.device("cpu"), dtype, length, MORE_ALPHAS[of["alpha"]], features)[-1]
+    query, key = (torch.zeros(batch, heads, length, size, dtype=dtype) for heads in (2, 1 if "gqa" in features else 2))
     found = operator.attention(query, key, key, call, training, not training)
     if training:
         wanted = Wanted(MORE_ALPHAS[of["alpha"]] is None, call.bias is not None, call.sink is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,29 +56,57 @@ def scores(name: str, keys: int) -> Tensor:
     return x - 1e3 * empty.repeat_interleave(TILE)
 
 
+class Followed(NamedTuple):
+    """What the kernels do for a block of queries.
+
+    Attributes:
+        start: Products of the sample, and of the dense pass.
+        further: Share of the tiles that each further evaluation visits.
+        live: Share of the tiles that the output visits.
+        passes: How often it does.
+        delta, low: Where the first further evaluation is, or the output if there is none, relative to the largest score; and
+            what is certain not to exceed the root, (64,).
+    """
+
+    start: float
+    further: list[float]
+    live: float
+    passes: int
+    delta: Tensor
+    low: Tensor
+
+
 def counts(x: Tensor, e: float, dtype: str, linear: bool) -> tuple[float, float, float]:
     """Of a block of queries: the solver's products, the share of live tiles, and that times the passes that write the output.
 
     linear: whether U is computed too.
     """
+    found = follow(x, e, dtype, linear)
+    return found.start + sum(found.further), found.live, found.passes * found.live
+
+
+def follow(x: Tensor, e: float, dtype: str, linear: bool) -> Followed:
+    """The kernels' decisions for the scores of a block of queries, (64, keys) in float64, -inf where masked."""
     n, k = x.shape[1], 1 / e
     m, tops = x.amax(1), x.view(TILE, -1, TILE).amax(2)
     delta, reference, high, sampled = _estimate(x, e)
     sums = _sums(e * (x - reference[:, None]), delta, k)
     delta = delta - e * (m - reference)
-    products, steps, low = 1.0 + sampled * TILE / n, 0, torch.zeros_like(delta)
+    further: list[float] = []
+    low = torch.zeros_like(delta)
     while True:
         known = sums[0] > 0
         ready = known & _promises(*sums, delta.clamp_min(0), k, dtype, linear)
         moved, low = _next(delta, low, high, *sums, e)
         delta = torch.where(known, moved, 0.0)
+        if not further:
+            first = delta, torch.where(known, low, 0.0)
         alive = (e * (tops - m[:, None]) > delta[:, None] - 1).any(0).double().mean().item()
         sums = _sums(e * (x - m[:, None]), delta, k)
-        if bool(ready.all()) or steps > 30:
+        if bool(ready.all()) or len(further) > 30:
             passes = 1 if bool(_good_enough(*sums, delta, k, dtype, linear).all()) else 2
-            return products, alive, passes * alive
-        products += alive
-        steps += 1
+            return Followed(1.0 + sampled * TILE / n, further, alive, passes, *first)
+        further.append(alive)
 
 
 def _estimate(x: Tensor, e: float) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -1,11 +1,12 @@
 """Predicted times on an H100 from the instructions in the table of budgets: attention relative to FlashAttention-2, and rows.
 
-    python -m benchmarks.model_of_time [--queries 64]
+    python -m benchmarks.model_of_time
 
 Assumptions, for bfloat16 heads of 64 under causality at 1.7 GHz. The unit is clocks of a multiprocessor per tile of 64 by 64:
 
 - An instruction per score takes 32 clocks (4096 scores, 128 lanes), at 80 % of the issue rate 40. A product takes 128.
-- A multiprocessor gets 27 bytes of the L2 cache per clock. A tile of keys or values is read once by the queries of a program.
+- A multiprocessor gets 27 bytes of the L2 cache per clock. A tile of keys or values is read once by the queries of a program,
+  as many as `attention.settings` says; a tile of queries and gradients by the keys of one.
 - A pass takes the largest of the three; nothing else does, and all multiprocessors are busy.
 - FlashAttention-2 runs at 300 TFLOP/s forward, 280 backward: 787 clocks per tile forward, and 2350 backward.
 - How many passes there are, of which share of the tiles: `Passes`. That follows `benchmarks.count_products`, with its estimate
@@ -27,6 +28,7 @@ import torch
 
 from benchmarks import count_evaluations
 from benchmarks.count_instructions import Line, read
+from diffmax.kernels.triton.attention.settings import backward_blocks, forward_settings
 
 TILE, SIZE = 64, 64
 CLOCKS_PER_INSTRUCTION = TILE * TILE / 128 / 0.8
@@ -71,35 +73,35 @@ def passes_of(case: str) -> Passes:
     return CASES[case]
 
 
-def tile_times(instructions: Mapping[str, float], passes: Passes, queries: int = TILE) -> dict[str, float]:
-    """Clocks per tile of a causal call, forward and both directions, from instructions per score by part.
+def clocks(part: str, instructions: float) -> float:
+    """Clocks of a tile of 64 by 64 in a part of the table, from its instructions per score."""
+    forward, backward = (of("sm90", torch.bfloat16, SIZE, False) for of in (forward_settings, backward_blocks))
+    products, operands, shared_by = {
+        "output, inference": (2, 2, forward.output_of(False).rows),
+        "output, training": (3, 2, forward.output_of(True).rows),
+        "dQ": (3, 2, backward.dq.rows),
+        "dK, dV": (4, 2, backward.dkv.keys),
+    }.get(part, (1, 1, TILE))
+    loaded = operands * TILE * SIZE * 2 * TILE / shared_by
+    return max(instructions * CLOCKS_PER_INSTRUCTION, products * CLOCKS_PER_PRODUCT, loaded / BYTES_PER_CLOCK)
 
-    Args:
-        instructions: By `Line.part`.
-        passes: What the call does.
-        queries: Queries of a forward program, which share a tile of keys.
-    """
 
-    def clocks(part: str, products: int, operands: int, shared_by: int) -> float:
-        l2 = operands * TILE * SIZE * 2 * TILE / shared_by / BYTES_PER_CLOCK
-        return max(instructions[part] * CLOCKS_PER_INSTRUCTION, products * CLOCKS_PER_PRODUCT, l2)
-
-    output = "output, training" if passes.training else "output, inference"
-    dead = "dense pass, dead" if "dense pass, dead" in instructions else "dense pass"
+def tile_times(instructions: Mapping[str, float], passes: Passes) -> dict[str, float]:
+    """Clocks per tile of a causal call, forward and both directions, from instructions per score by `Line.part`."""
+    each = {part: clocks(part, count) for part, count in instructions.items()}
     forward = (
-        passes.live * clocks("dense pass", 1, 1, queries)
-        + (1 - passes.live) * clocks(dead, 1, 1, queries)
-        + passes.further * clocks("further pass", 1, 1, queries)
-        + passes.live * clocks(output, 3 if passes.training else 2, 2, queries)
+        passes.live * each["dense pass"]
+        + (1 - passes.live) * each.get("dense pass, dead", each["dense pass"])
+        + passes.further * each["further pass"]
+        + passes.live * each["output, training" if passes.training else "output, inference"]
     )
-    backward = passes.live * (clocks("dQ", 3, 2, TILE) + clocks("dK, dV", 4, 2, TILE))
-    return {"forward": forward, "both": forward + backward}
+    return {"forward": forward, "both": forward + passes.live * (each["dQ"] + each["dK, dV"])}
 
 
-def times_flash(lines: Sequence[Line], case: str, queries: int = TILE) -> tuple[float, float]:
+def times_flash(lines: Sequence[Line], case: str) -> tuple[float, float]:
     """Forward, and both directions, each times FlashAttention-2's."""
     passes = passes_of(case)
-    found = tile_times({line.part: line.instructions for line in lines if line.alpha == passes.alpha}, passes, queries)
+    found = tile_times({line.part: line.instructions for line in lines if line.alpha == passes.alpha}, passes)
     return found["forward"] / FLASH_FORWARD, found["both"] / (FLASH_FORWARD + FLASH_BACKWARD)
 
 
@@ -121,13 +123,12 @@ def share_of_copy(lines: Sequence[Line], dtype: str, alpha: str, size: int) -> t
 def main(arguments: Sequence[str]) -> int:
     """Print a line per version of Triton and case."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model_of_time", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--queries", type=int, default=TILE, help="queries of a forward program")
-    options = parser.parse_args(arguments)
+    parser.parse_args(arguments)
     own = [line for line in read().values() if (line.target, line.dtype, line.size) == ("sm90", "bfloat16", SIZE)]
     print("| Triton | case | forward, times FlashAttention-2's | forward and backward |\n|---|---|---|---|")
     for version in sorted({line.triton for line in own}):
         for case in [case for case in CASES if any((line.triton, line.alpha) == (version, CASES[case].alpha) for line in own)]:
-            forward, both = times_flash([line for line in own if line.triton == version], case, options.queries)
+            forward, both = times_flash([line for line in own if line.triton == version], case)
             print(f"| {version} | {case} | {forward:.2f} | {both:.2f} |")
     print("\n| Triton | n | dtype | alpha | instructions per score | share of copy bandwidth |\n|---|---|---|---|---|---|")
     rows = [line for line in read().values() if line.target == "sm90" and line.part.startswith("rows, ")]

@@ -2,11 +2,13 @@
 
 `make test` runs the fast tier: all that is not `slow`. Of a test marked `sampled(n)` the first case and every n-th after it are
 fast, and the others slow; `--sample 8` samples every other test too. `make test-all`, and pytest called by hand, run both
-tiers.
+tiers. With `--share 2/3` the slow ones are dealt into three shares by their names, and the second is run.
 """
 
+import argparse
 import contextlib
 import os
+import zlib
 from collections import Counter
 
 import pytest
@@ -38,6 +40,15 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_addoption(parser):
     parser.addoption("--sample", type=int, default=1, metavar="N", help="what is not marked sampled is sampled(N)")
+    parser.addoption("--share", type=_share, default=(1, 1), metavar="K/N", help="of the slow tests the K-th of N shares")
+
+
+def _share(text):
+    """The two numbers of K/N."""
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"expected K/N with 1 <= K <= N, got {text!r}")
+    return int(k), int(n)
 
 
 def pytest_configure(config):
@@ -59,6 +70,12 @@ def pytest_collection_modifyitems(config, items):
         file = item.nodeid.partition("::")[0]
         fast[file] = fast.get(file, False) or item.get_closest_marker("slow") is None
     config.stash[FILES_WITH_FAST_TESTS] = fast
+    k, n = config.getoption("--share")
+    others = [item for item in items if item.get_closest_marker("slow") and zlib.crc32(item.nodeid.encode()) % n != k - 1]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        left = set(others)
+        items[:] = [item for item in items if item not in left]
     if any("timm.py" in item.nodeid or "timm.md" in item.nodeid for item in items):  # examples that import timm
         from tests.timm_standin import import_timm
 

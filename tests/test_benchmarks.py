@@ -23,6 +23,7 @@ from benchmarks import (
     bench_loss,
     bench_revisions,
     contestants,
+    count_lists,
     count_products,
     harness,
     memory,
@@ -377,3 +378,40 @@ def test_products_are_counted_as_the_kernels_visit_tiles():
     assert 1 <= solver <= 4
     assert inference < training <= solver + 3 * live + 1e-9
     assert count_products.mean_counts("randn 1", 0.9, "bfloat16", 1024, 1)[0] == 1.0
+
+
+def test_lists_hold_the_keys_with_a_weight():
+    """Planted: three keys of 320, in two tiles, and one of them for one query alone."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 320, dtype=torch.float64) - 100
+    x[:, 70] = x[5, 71] = x[:, 200] = 1.0
+    kind = count_lists.kind_of_block(x, 0.5)
+    assert (kind["tiles"], kind["tiles with a weight"], kind["keys with a weight"]) == (5, 2 / 5, 3 / 320)
+    assert kind["weights per query"] == pytest.approx((2 * 64 + 1) / 64)
+    assert kind["zeros"] == pytest.approx(1 - (2 * 64 + 1) / (64 * 320))
+    dense = count_lists.kind_of_block(torch.randn(64, 320, dtype=torch.float64) / 8, 0.5)
+    for each in (kind, dense):
+        assert each["keys that may have one"] >= each["keys with a weight"]
+
+
+def test_a_list_is_used_where_it_is_faster_and_costs_what_was_counted():
+    costs = {"nothing": 10.0, "bits": 13.0, "keys": 14.0, "gather": 8.0}
+    heads = torch.randn(1, 2, 256, 64), torch.randn(1, 1, 256, 64)
+    rows = list(count_lists.of_layers({"one": heads}, costs, 2, lengths=(256,)))
+    assert [(row["alpha"], row["blocks"]) for row in rows] == [(0.75, 4), (0.5, 4)]
+    dear = list(count_lists.of_layers({"one": heads}, costs | {"keys": 1e6, "gather": 1e6}, 2, lengths=(256,)))
+    for row, other in zip(rows, dear, strict=True):
+        assert 0 < row["keys"] <= row["now"]
+        assert row["now"] == other["now"] == other["keys"] == other["gather"]
+    each = {what: 1.0 for note in count_lists.NOTES for what in (note, f"{note}, dead")}
+    shown = count_lists.table({"instructions": each | costs, "layers": rows})
+    assert "| 256 | 0.5 | 0.35 |" in shown
+
+
+@pytest.mark.slow
+def test_notes_cost_instructions_where_a_tile_is_live():
+    found = count_lists.counted()
+    assert found["nothing"] < found["bits"] < found["keys"] < found["scan"]
+    for note in count_lists.NOTES:
+        assert found[f"{note}, dead"] < 0.6 * found["nothing"] <= found[note]
+    assert 4 < found["gather"] < 20

@@ -64,3 +64,31 @@ def test_the_first_case_and_every_nth_are_fast_and_what_is_left_out_is_counted(p
     assert done.returncode == 0, done.stdout
     assert "3 passed, 2 skipped" in done.stdout
     assert "2 skipped: needs a device\n5 left to `make test-all`\n" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_shares_of_the_slow_tests_are_all_of_them(tmp_path):
+    """Each with the fast ones, and what it leaves is counted. A share that is none is refused."""
+    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+    (tmp_path / "test_examples.py").write_text(EXAMPLES)
+    options = ["-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-v"]
+
+    def run(share):
+        command = [sys.executable, "-m", "pytest", *options, "--share", share, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    chosen = []
+    for share in ("1/3", "2/3", "3/3"):
+        done = run(share)
+        names = {
+            line.partition(" ")[0].partition("::")[2]
+            for line in done.stdout.splitlines()
+            if " PASSED " in line or " FAILED " in line or " SKIPPED " in line
+        }
+        chosen.append(names)
+        assert f"{10 - len(names)} left to `make test-all`" in done.stdout
+    assert len(set.union(*chosen)) == 10
+    assert sum(map(len, chosen)) == 10 + 2 * 5  # the five fast ones each time
+    refused = run("4/3")
+    assert refused.returncode != 0
+    assert "expected K/N with 1 <= K <= N, got '4/3'" in refused.stderr

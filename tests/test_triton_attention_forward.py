@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
 from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.attention.launch_forward import ForwardPlan
 from diffmax.kernels.triton.attention.output import attention_out_kernel
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
-from diffmax.plugin import AttentionCall
+from diffmax.plugin import AttentionCall, Wanted
 from diffmax.testing.ahead_of_time import TARGETS, recording
 from tests import interpreted
 
@@ -55,9 +56,37 @@ def test_matrix_cores_are_used(target, instruction):
 
 @pytest.mark.slow
 def test_the_output_kernel_has_settings_of_its_own_for_training():
-    """U takes as many registers as the output: on sm90, heads of 128 entries are written by four warps, with U by eight."""
-    warps = [launches("sm90", torch.bfloat16, 128, 0.15, keep)[1].resources["warps"] for keep in (False, True)]
-    assert warps == [4, 8]
+    """U takes as many registers as the output: on sm80, of heads of 64 entries, it takes 32 keys at a time, without 64."""
+    keys = [launches("sm80", torch.bfloat16, 64, 0.15, keep)[1].kernel.src.constants for keep in (False, True)]
+    names = attention_out_kernel.arg_names
+    assert [found[(names.index("KEYS"),)] for found in keys] == [64, 32]
+
+
+def test_128_queries_share_the_tiles_where_they_fill_the_device():
+    """On sm90, both of the output and of dQ; else 64, so that no multiprocessor is idle: short calls, packed sequences."""
+    operator = AttentionOperator(lambda device: "sm90", lambda device: 132, ptx=True)
+    call = AttentionCall(scale=0.1, e=0.5, right=0)
+    lengths = torch.tensor([0, 8448], dtype=torch.int32)
+    packed = AttentionCall(
+        scale=0.1,
+        e=0.5,
+        right=0,
+        lower_right=True,
+        cu_seqlens_q=lengths,
+        cu_seqlens_k=lengths,
+        max_seqlen_q=8448,
+        max_seqlen_k=8448,
+    )
+    for length, given, rows in ((8448, call, 128), (8447, call, 64), (8448, packed, 64)):
+        query = torch.zeros(1, 2, length, 64, dtype=torch.bfloat16)
+        with recording("sm90", attention_out_kernel, attention_bwd_dq_kernel) as launched:
+            found = operator.attention(query, query, query, given, True, False)
+            operator.attention_backward(found.out, query, query, query, found.saved, given, Wanted())
+        by_name = {compiled.name: compiled for compiled in launched}
+        for kernel, name in ((attention_out_kernel, "ROWS"), (attention_bwd_dq_kernel, "BLOCK_M")):
+            compiled = by_name[kernel.__name__]
+            assert compiled.kernel.src.constants[(kernel.arg_names.index(name),)] == rows
+            assert compiled.resources["warps"] == rows // 16
 
 
 def test_scratch_holds_whole_turns_and_other_turns_are_refused():

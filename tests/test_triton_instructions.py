@@ -34,6 +34,7 @@ KNOWN_SPILLS = {
     ("dense pass, dead", 128): 24,
     ("further pass", 128): 24,
     ("output, training", 64): 24,
+    ("output, training", 128): 16,
     ("power output, inference", 64): 24,
     ("power update, inference", 32): 40,
     ("power update, of queries", 32): 96,

@@ -1,7 +1,8 @@
 """The shared Triton attention as backends for CPU tensors: what the kit's checks are run on where Triton interprets.
 
-`triton-attention` works in whole tiles, two at once in the pass over all. `triton-attention-pieces` cuts heads into chunks,
-values into shares, and tiles of keys in two, and one program goes through all blocks.
+`triton-attention` works in whole tiles, two at once in the pass over all, and writes the output of 128 queries at once where
+that leaves no program idle. `triton-attention-pieces` cuts heads into chunks, values into shares, and tiles of keys in two, and
+one program goes through all blocks.
 """
 
 import torch
@@ -22,7 +23,7 @@ class Operator(AttentionOperator):
 
 
 OPERATORS = {
-    "triton-attention": Operator(3, Settings(4, 2, 1, keys=128), Settings(4, 2, 1)),
+    "triton-attention": Operator(3, Settings(4, 2, 1, keys=128), Settings(8, 2, 1, rows=128)),
     "triton-attention-pieces": Operator(1, Settings(4, 2, 1, chunk=16), Settings(4, 2, 1, keys=32, chunk=16, values=16)),
 }
 for _name, _operator in OPERATORS.items():

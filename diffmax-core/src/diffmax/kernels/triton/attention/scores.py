@@ -1,4 +1,4 @@
-"""Scores of attention's tiles: the arguments of the rules, products, and the forward's blocks of 64 queries.
+"""Scores of attention's tiles: the arguments of the rules, products, and the forward's blocks of queries.
 
 The rules of the scores are in `common.scores`.
 """
@@ -21,7 +21,7 @@ from diffmax.kernels.triton.common.scores import ABSENT, PerPair, Rules, score, 
 
 
 class Block(NamedTuple):
-    """A block of 64 queries, processed by a forward program.
+    """A block of 64 or 128 queries, processed by a forward program.
 
     Attributes:
         index: Index of the block.
@@ -51,16 +51,19 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def block_of(item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS: tl.constexpr):
-    """The block of a work item. The last blocks run first: under causality they see the most keys."""
+def block_of(
+    item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The block of ROWS queries of a work item. The last blocks run first: under causality they see the most keys."""
     index = n_blocks - 1 - item % n_blocks
     batch, head = (item // n_blocks // heads).to(tl.int64), (item // n_blocks % heads).to(tl.int64)
-    sequence, q_start, n_rows, first = locate_block(index, cu_q_ptr, n_sequences, length, TILE, OPTIONS.PACKED)
+    sequence, q_start, n_rows, first = locate_block(index, cu_q_ptr, n_sequences, length, ROWS, OPTIONS.PACKED)
     k_start, keys_in_all = locate_other(sequence, cu_k_ptr, n_sequences, n_keys, OPTIONS.PACKED)
     shift = position_shift(n_rows, keys_in_all, OPTIONS.LOWER_RIGHT)
-    low_key, high_key = keys_of_rows(first, n_rows, keys_in_all, shift, left, right, TILE, OPTIONS.WINDOW)
+    low_key, high_key = keys_of_rows(first, n_rows, keys_in_all, shift, left, right, ROWS, OPTIONS.WINDOW)
     high_key = tl.where(first < n_rows, high_key, low_key)
-    last = tl.minimum(first + TILE, n_rows) - 1
+    last = tl.minimum(first + ROWS, n_rows) - 1
     return Block(
         index,
         batch,
@@ -113,11 +116,11 @@ def products(
 
 
 @triton.jit
-def queries_of(q_ptr, q_row, block, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
+def queries_of(q_ptr, q_row, block, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr):
     """The queries of the block; if heads are split into chunks, which are loaded on demand, the address of the queries."""
     if CHUNK == BLOCK_D:
-        valid = rows_inside(block.first, block.n_rows, TILE)
-        return load_rows(q_ptr, block.first, valid, q_row, SIZE, TILE, BLOCK_D, SIZE == BLOCK_D)
+        valid = rows_inside(block.first, block.n_rows, ROWS)
+        return load_rows(q_ptr, block.first, valid, q_row, SIZE, ROWS, BLOCK_D, SIZE == BLOCK_D)
     else:
         return q_ptr
 
@@ -159,9 +162,9 @@ def sampled_scores(
 @triton.jit
 def tile_scores(
     q, q_row, k_ptr, k_row, begin, block, rules, level, OPTIONS: tl.constexpr, LINEAR: tl.constexpr, EXACT: tl.constexpr,
-    SHIFT: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
+    SHIFT: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """(TILE, KEYS) scores with the keys from position `begin` on, or if LINEAR the products, -inf where masked.
+    """(ROWS, KEYS) scores with the keys from position `begin` on, or if LINEAR the products, -inf where masked.
 
     If SHIFT, they are `evaluation.shifted` to the level.
     """
@@ -179,16 +182,16 @@ def tile_scores(
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     else:
         x = products(
-            q, block.first, rows_inside(block.first, block.n_rows, TILE), q_row, k_ptr, begin, valid, k_row,
-            PRECISION, TILE, KEYS, SIZE, BLOCK_D, CHUNK,
+            q, block.first, rows_inside(block.first, block.n_rows, ROWS), q_row, k_ptr, begin, valid, k_row,
+            PRECISION, ROWS, KEYS, SIZE, BLOCK_D, CHUNK,
         )  # fmt: skip
-    rows, keys = (block.first + tl.arange(0, TILE))[:, None], (begin + tl.arange(0, KEYS))[None, :]
+    rows, keys = (block.first + tl.arange(0, ROWS))[:, None], (begin + tl.arange(0, KEYS))[None, :]
     if not LINEAR:
         x, _ = score(x, rows, keys, rules, OPTIONS)
     if SHIFT and not EXACT:
         partly = partly | level.far  # in the same branch, so that most tiles take none
     if partly:
-        x = tl.where(visible_in_tile(begin, block, rules, OPTIONS, KEYS), x, -float("inf"))
+        x = tl.where(visible_in_tile(begin, block, rules, OPTIONS, ROWS, KEYS), x, -float("inf"))
         if OPTIONS.MASK != ABSENT:
             x = tl.where(unmasked(rows, keys, rules, OPTIONS), x, -float("inf"))
         if SHIFT and not EXACT:
@@ -199,7 +202,7 @@ def tile_scores(
 
 
 @triton.jit
-def visible_in_tile(begin, block, rules, OPTIONS: tl.constexpr, KEYS: tl.constexpr):
+def visible_in_tile(begin, block, rules, OPTIONS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """The entries of a tile that are visible by the number of keys and the window: a range of each row.
 
     A key is 8 j + c. Where a thread of a matrix unit holds all j, comparisons are with constants, which take no registers.
@@ -207,9 +210,9 @@ def visible_in_tile(begin, block, rules, OPTIONS: tl.constexpr, KEYS: tl.constex
     eights, c = 8 * tl.arange(0, KEYS // 8)[None, :, None], tl.arange(0, 8)[None, None, :]
     end = block.n_keys - begin
     if OPTIONS.WINDOW:
-        position = block.first + tl.arange(0, TILE) + rules.shift - begin
+        position = block.first + tl.arange(0, ROWS) + rules.shift - begin
         end = tl.minimum(position + rules.right + 1, end)[:, None, None]
         seen = (eights < end - c) & (eights >= (position - rules.left)[:, None, None] - c)
     else:
-        seen = (eights < end - c) & (tl.zeros((TILE, 1, 1), tl.int32) == 0)
-    return tl.reshape(seen, (TILE, KEYS))
+        seen = (eights < end - c) & (tl.zeros((ROWS, 1, 1), tl.int32) == 0)
+    return tl.reshape(seen, (ROWS, KEYS))

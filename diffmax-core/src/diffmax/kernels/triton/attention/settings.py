@@ -16,7 +16,7 @@ from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, power_of_two
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a forward kernel. Tiles are 64 by 64; the settings say how one is processed.
+    """Settings of a forward kernel. Tiles have 64 keys, and 64 queries unless `rows` says 128.
 
     Attributes:
         warps: Warps per program.
@@ -25,6 +25,7 @@ class Settings:
         keys: Keys processed at a time; of the first kernel, in its pass over all: 64 or 128.
         chunk: Entries of the head dimension multiplied at a time.
         values: Entries of the value dimension accumulated at a time.
+        rows: Queries of a program of the second kernel, 64 or 128, which share the tiles that it loads.
     """
 
     warps: int
@@ -33,6 +34,12 @@ class Settings:
     keys: int = 64
     chunk: int = 256
     values: int = 256
+    rows: int = 64
+
+    def with_few_rows(self) -> Settings:
+        """Those of programs of 64 queries, with as many warps for each."""
+        times = self.rows // 64
+        return replace(self, rows=64, warps=self.warps // times, programs=self.programs * times)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class Block:
     warps: int
     stages: int
     chunk: int = 256
+
+    def with_few_rows(self) -> Block:
+        """That of programs of 64 queries, with as many warps for each."""
+        return replace(self, rows=64, warps=self.warps * 64 // self.rows)
 
     def arguments(self) -> dict[str, int]:
         """The settings as launch arguments."""
@@ -123,8 +134,8 @@ FORWARD = (
     Rule("nvidia", WIDE, 256, Forward(Settings(8, 1, 1, chunk=32), Settings(8, 1, 1, keys=16, chunk=32, values=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, 16, 64, values=128)), extras=True),
     # four warps are one group, whose tile has 64 rows; of eight, half do the work of the others again
-    Rule("sm90", NARROW, 64, Forward(Settings(4, 2, 2, keys=128), Settings(4, 2, 2)), origin=_COUNTED),
-    Rule("sm90", NARROW, 128, Forward(Settings(4, 2, 2), Settings(4, 2, 1, keys=32), Settings(8, 2, 1)), origin=_COUNTED),
+    Rule("sm90", NARROW, 64, Forward(Settings(4, 2, 2, keys=128), Settings(8, 2, 1, rows=128)), origin=_COUNTED),
+    Rule("sm90", NARROW, 128, Forward(Settings(4, 2, 2), Settings(8, 2, 1, keys=32, rows=128)), origin=_COUNTED),
     # float16 scales weights up, which takes registers
     Rule("nvidia", FLOAT16, 64, Forward(Settings(4, 2, 2), Settings(8, 2, 1, keys=32))),
     Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2), Settings(4, 2, 2, keys=32)), origin=_COUNTED),
@@ -158,8 +169,8 @@ BACKWARD = tuple(
         ("mma", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
         ("mma", NARROW, 128, Block(64, 32, 4, 2), Block(32, 64, 8, 2)),
         ("mma", NARROW, 256, Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
-        ("sm90", NARROW, 64, Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
-        ("sm90", NARROW, 128, Block(64, 64, 4, 2), Block(32, 64, 4, 1)),
+        ("sm90", NARROW, 64, Block(128, 64, 8, 2), Block(64, 64, 4, 2)),
+        ("sm90", NARROW, 128, Block(128, 64, 8, 2), Block(32, 64, 4, 1)),
         ("sm90", NARROW, 256, Block(32, 32, 8, 2), Block(32, 32, 8, 1)),
         ("sm100", NARROW, 64, Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
         ("sm100", NARROW, 128, Block(64, 32, 8, 2), Block(32, 64, 4, 1)),

@@ -68,14 +68,16 @@ def attention_solve_kernel(
     list_ptr += tl.program_id(0).to(tl.int64) * most_tiles
 
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        block = block_of(item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS)
+        block = block_of(
+            item, heads, group, n_blocks, length, n_keys, n_sequences, left, right, cu_q_ptr, cu_k_ptr, OPTIONS, TILE
+        )
         b, h, first, low_key, high_key = block.batch, block.head, block.first, block.low_key, block.high_key
         in_rows = first + lanes < block.n_rows
         first_tile = low_key // TILE
         tiles = tl.where(high_key > low_key, tl.cdiv(high_key, TILE) - first_tile, 0)
         k_at = row_ptr(k_ptr, b, block.kv_head, block.k_start, k_b, k_h, k_row, ALIGNED)
         q_at = row_ptr(q_ptr, b, h, block.q_start, q_b, q_h, q_row, ALIGNED)
-        q = queries_of(q_at, q_row, block, HEAD_DIM, BLOCK_D, CHUNK)
+        q = queries_of(q_at, q_row, block, HEAD_DIM, BLOCK_D, CHUNK, TILE)
         head_e, head_k = head_exponent(e_ptr, e, k, h, E_TENSOR, True)
         row_e, row_k = zero + head_e, zero + head_k
         rules = rules_of(
@@ -121,14 +123,14 @@ def attention_solve_kernel(
         for i in range(0, tiles, AT_ONCE):
             x = tile_scores(
                 q, q_row, k_at, k_row, (first_tile + i) * TILE, block, rules, estimate, OPTIONS, FOLDED, EXACT, False,
-                HEAD_DIM, BLOCK_D, CHUNK, TILE,
+                HEAD_DIM, BLOCK_D, CHUNK, TILE, TILE,
             )  # fmt: skip
             top = tops_of(x, in_rows)
             alive = rows_alive(top, estimate, EXACT)
             if AT_ONCE == 2:  # the second one, which may lie behind the last: one store and one sum for both
                 x_2 = tile_scores(
                     q, q_row, k_at, k_row, (first_tile + i + 1) * TILE, block, rules, estimate, OPTIONS, FOLDED, EXACT, False,
-                    HEAD_DIM, BLOCK_D, CHUNK, TILE,
+                    HEAD_DIM, BLOCK_D, CHUNK, TILE, TILE,
                 )  # fmt: skip
                 top_2 = tops_of(x_2, in_rows)
                 alive += rows_alive(top_2, estimate, EXACT) * SECOND
@@ -179,7 +181,7 @@ def attention_solve_kernel(
                 tile = first_tile + tl.load(list_ptr + i)
                 y = tile_scores(
                     q, q_row, k_at, k_row, tile * TILE, block, rules, level, OPTIONS, FOLDED, EXACT,
-                    True, HEAD_DIM, BLOCK_D, CHUNK, TILE,
+                    True, HEAD_DIM, BLOCK_D, CHUNK, TILE, TILE,
                 )  # fmt: skip
                 own, own_slope, own_curve = sums_of(y, level, head_k, K, POWER, PTX)
                 all_total, all_slope, all_curve = all_total + own, all_slope + own_slope, all_curve + own_curve

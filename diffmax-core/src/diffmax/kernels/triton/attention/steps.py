@@ -92,12 +92,14 @@ def rows_alive(top, level, EXACT: tl.constexpr):
 
 
 @triton.jit
-def list_set_bits(live_ptr, list_ptr, words, wanted):
-    """Write the list of the bits that are set in a block's words of `live`; return its length."""
+def list_set_bits(live_ptr, list_ptr, words, rows, ROWS: tl.constexpr):
+    """Write the list of the bits that are set in one of the first `rows` rows of `live`, at most ROWS; return its length."""
     count = words * 0
     for first in range(0, words * WORD, _BITS_AT_ONCE):
         bit = first + tl.arange(0, _BITS_AT_ONCE)
-        word = tl.load(live_ptr + bit // WORD, mask=(bit < words * WORD) & wanted, other=0)
+        word = tl.load(live_ptr + bit // WORD, mask=(bit < words * WORD) & (rows > 0), other=0)
+        for row in tl.static_range(1, ROWS):
+            word |= tl.load(live_ptr + row * words + bit // WORD, mask=(bit < words * WORD) & (row < rows), other=0)
         is_set = (word >> (bit % WORD)) & 1
         tl.store(list_ptr + count + tl.cumsum(is_set, 0) - 1, bit, mask=is_set > 0)
         count += tl.sum(is_set)

@@ -335,13 +335,13 @@ def _streams(dtype: torch.dtype, lanes: int, splits: bool) -> Iterator[Stream]:
 def _forward(rule: Settings, size: int, writes: bool) -> Iterator[Settings]:
     yield rule
     chunks = (rule.chunk, *(chunk for chunk in (64, 32) if chunk < size and rule.chunk != chunk))
-    for warps, stages, programs, keys, chunk in itertools.product(
-        (4, 8), (1, 2, 3), (1, 2, 3), (16, 32, 64) if writes else (64, 128), chunks
+    for warps, stages, programs, keys, chunk, rows in itertools.product(
+        (4, 8), (1, 2, 3), (1, 2, 3), (16, 32, 64) if writes else (64, 128), chunks, (64, 128) if writes else (64,)
     ):
-        # one number is changed, or the warps and another number
+        # one number is changed, or the warps, with them the rows, and another number
         changed = (stages != rule.stages) + (programs != rule.programs) + (keys != rule.keys) + (chunk != rule.chunk)
-        if changed <= 1 and warps * programs <= 16:
-            yield replace(rule, warps=warps, stages=stages, programs=programs, keys=keys, chunk=chunk)
+        if changed <= 1 and warps * programs <= 16 and 16 * warps >= rows:
+            yield replace(rule, warps=warps, stages=stages, programs=programs, keys=keys, chunk=chunk, rows=rows)
 
 
 def _backward(rule: Block, size: int, tall: bool) -> Iterator[Block]:
