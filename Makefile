@@ -37,7 +37,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow" --sample 8
 
 test-all: setup
-	PYTHONPATH=.ci/record $(BIN)/python -m pytest -p ran --ran build/ran/all.json -n 2 --dist worksteal --durations 15 $(SHARE:%=--share %)
+	PYTHONPATH=.ci/record $(BIN)/python -m pytest -p ran --ran build/ran/all.json -n 2 --dist worksteal --durations 15 $(SHARE:%=--sample 8 --share %)
 
 # The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds.
 test-processors: setup

@@ -10,10 +10,12 @@ later passes take that alone:
 - "gather": a bit for each entry; then each query gathers the keys and values of its own weights for the output.
 - "keys": a bit for each key that may have a weight for any of the 64 queries; then tiles are made of such keys alone.
 
-A block takes the way that is faster. Where the dense pass suffices, there is nothing to note.
+Where the dense pass suffices, there is nothing to note. What lists cost besides is left out: to turn bits into positions, to
+load those, and to mask single entries. So both are bounds of what could be gained.
 
 Counted of each layer, at the score scales that keep the model's quality: the zeros, the tiles and keys with a weight for some
-query of a block, weights per query, and the solver's evaluations (`benchmarks.count_products`). What noting and gathering
+query of a block, weights per query, and the solver's evaluations (`benchmarks.count_products`). The output visits what either
+half of 128 queries needs, in tiles and in keys. What noting and gathering
 execute is counted from compiled code (`benchmarks.list_kernels`), what the passes do from the table of budgets. From them the
 clocks of a block of queries for inference, by the model of `benchmarks.model_of_time`; a gathered row of keys or values comes
 from the L2 cache. No device has run any of it.
@@ -34,7 +36,7 @@ from benchmarks.machine_code import Program, Tally, idle
 from benchmarks.model_of_time import BYTES_PER_CLOCK, SIZE, clocks
 from diffmax.testing.ahead_of_time import recording
 
-TILE = 64
+TILE, WIDE = 64, 128
 # alpha, and the scale of all scores at which the model loses little
 CASES = ((0.75, 0.5), (0.5, 0.35))
 LENGTHS = (2048, 8192)
@@ -109,14 +111,13 @@ def of_layers(
     for length in lengths:
         for alpha, scale in CASES:
             for name, (query, key, *_) in layers.items():
-                kinds = [kind_of_block(x, alpha) for x in scores(query[0, :, :length], key[0, :, :length], scale, blocks)]
-                mean = {what: sum(kind[what] for kind in kinds) / len(kinds) for what in kinds[0]}
-                clocks = {
-                    way: sum(clocks_of(kind, table, costs)[way] for kind in kinds) / len(kinds)
-                    for way in ("now", "gather", "keys")
-                }
+                drawn = scores(query[0, :, :length], key[0, :, :length], scale, blocks)
+                kinds = [kind_of_block(x, alpha) for x in drawn]
+                means = {what: sum(kind[what] for kind in kinds) / len(kinds) for what in kinds[0]}
+                times = [clocks_of(kind, table, costs) for kind in kinds]
+                means |= {way: sum(time[way] for time in times) / len(times) for way in times[0]}
                 row: Row = {"tokens": length, "alpha": alpha, "scale": scale, "layer": name, "blocks": len(kinds)}
-                row |= {what: round(value, 4) for what, value in (mean | clocks).items()}
+                row |= {what: round(value, 4) for what, value in means.items()}
                 print(row, flush=True)
                 yield row
 
@@ -133,65 +134,78 @@ def _budgets() -> list[count_instructions.Line]:
 
 
 def scores(query: Tensor, key: Tensor, scale: float, blocks: int) -> Iterator[Tensor]:
-    """(64, keys up to the last query) of blocks spread evenly over each head's queries, float64; -inf behind the query."""
+    """(128, keys up to the last query) of blocks spread evenly over each head's queries, float64; -inf behind the query."""
     heads, length = query.shape[0], query.shape[1]
-    group, n_blocks = heads // key.shape[0], length // TILE
-    behind = torch.ones(TILE, TILE, dtype=torch.bool).triu(1)
+    group, n_blocks = heads // key.shape[0], length // WIDE
+    behind = torch.ones(WIDE, WIDE, dtype=torch.bool).triu(1)
     for head in range(heads):
         for i in range(blocks):
-            first = (2 * i + 1) * n_blocks // (2 * blocks) * TILE
-            rows = query[head, first : first + TILE].double()
-            x = rows @ key[head // group, : first + TILE].double().T * (scale / query.shape[2] ** 0.5)
+            first = (2 * i + 1) * n_blocks // (2 * blocks) * WIDE
+            rows = query[head, first : first + WIDE].double()
+            x = rows @ key[head // group, : first + WIDE].double().T * (scale / query.shape[2] ** 0.5)
             x[:, first:].masked_fill_(behind, -torch.inf)
             yield x
 
 
 def kind_of_block(x: Tensor, alpha: float) -> dict[str, float]:
-    """Of a block of 64 queries: tiles seen; shares of tiles and keys; evaluations and passes in units of all tiles."""
-    weights = diffmax.diffmax_bisect(x, alpha=alpha)
+    """Of 128 queries, which the first kernel takes in halves: tiles seen; shares of tiles and keys; evaluations by share."""
+    weighed = diffmax.diffmax_bisect(x, alpha=alpha) > 0
     tiles, e = x.shape[1] // TILE, 1 - alpha
-    way = count_products.follow(x, e, "bfloat16", False)
+    ways = [count_products.follow(half, e, "bfloat16", False) for half in x.split(TILE)]
     # before the first further evaluation: what may have a weight, by the threshold's certain bound
-    possible = e * (x - x.amax(1, keepdim=True)) - way.low[:, None] + 1 > 0
+    low = torch.cat([way.low for way in ways])
+    possible = e * (x - x.amax(1, keepdim=True)) - low[:, None] + 1 > 0
+
+    def of_halves(found: Sequence[float]) -> float:
+        return sum(found) / len(found)
+
+    def of_keys(entries: Tensor, rows: int) -> float:
+        """The keys with such an entry for one of `rows` queries, in whole tiles."""
+        counts = [int(part.any(0).sum()) for part in entries.split(rows)]
+        return of_halves([-(-count // TILE) / tiles for count in counts])
+
+    def of_tiles(rows: int) -> float:
+        return of_halves(
+            [part.unflatten(1, (tiles, TILE)).any(2).any(0).double().mean().item() for part in weighed.split(rows)]
+        )
+
     return {
         "tiles": tiles,
-        "zeros": 1 - ((weights > 0).sum() / (x > -torch.inf).sum()).item(),
-        "tiles with a weight": way.live,
-        "keys with a weight": (weights > 0).any(0).double().mean().item(),
-        "keys that may have one": possible.any(0).double().mean().item(),
-        "weights per query": (weights > 0).sum(1).double().mean().item(),
-        "first further evaluation": sum(way.further[:1]),
-        "later evaluations": sum(way.further[1:]),
-        "output passes": way.passes * way.live,
+        "zeros": 1 - (weighed.sum() / (x > -torch.inf).sum()).item(),
+        "tiles with a weight": of_tiles(TILE),
+        "for 128 queries": of_tiles(WIDE),
+        "keys with a weight": of_halves([part.any(0).double().mean().item() for part in weighed.split(TILE)]),
+        "keys that may have one": of_halves([part.any(0).double().mean().item() for part in possible.split(TILE)]),
+        "in whole tiles": of_keys(possible, TILE),
+        "in whole tiles, for 128 queries": of_keys(possible, WIDE),
+        "weights per query": weighed.sum(1).double().mean().item(),
+        "first further evaluation": of_halves([sum(way.further[:1]) for way in ways]),
+        "later evaluations": of_halves([sum(way.further[1:]) for way in ways]),
+        "number of them": of_halves([len(way.further[1:]) for way in ways]),
+        "passes of the output": max(way.passes for way in ways),
     }
 
 
 def clocks_of(kind: Mapping[str, float], table: Mapping[str, float], costs: Mapping[str, float]) -> dict[str, float]:
-    """Clocks of a multiprocessor for a block of queries: as it is, and with either kind of note."""
-    live, first, later, output = (
-        kind[of] for of in ("tiles with a weight", "first further evaluation", "later evaluations", "output passes")
-    )
+    """Clocks of a multiprocessor for 64 queries: as it is, and with either kind of note if an evaluation can note."""
+    live, first, passes = (kind[of] for of in ("tiles with a weight", "first further evaluation", "passes of the output"))
     further_pass, output_pass = (clocks(part, table[part]) for part in ("further pass", "output, inference"))
-    dense = live * clocks("dense pass", table["dense pass"]) + (1 - live) * clocks(
+    before = live * clocks("dense pass", table["dense pass"]) + (1 - live) * clocks(
         "dense pass, dead", table["dense pass, dead"]
     )
+    later = kind["later evaluations"] * further_pass
+    now = before + first * further_pass + later + passes * kind["for 128 queries"] * output_pass
 
     def noted(what: str) -> float:
-        return clocks("further pass", table["further pass"] + costs[what] - costs["nothing"])
+        return before + first * clocks("further pass", table["further pass"] + costs[what] - costs["nothing"])
 
     # scores again, and values: a row of each from the L2 cache for each weight, each with the instructions of a gather
     of_weight = max(2 * costs["gather"] / WARPS_ISSUED, 2 * SIZE * 2 / BYTES_PER_CLOCK)
-    gathered = output / max(live, 1e-9) * TILE * kind["weights per query"] * of_weight / kind["tiles"]
-    now = dense + (first + later) * further_pass + output * output_pass
-    by_entry = dense + first * noted("bits") + later * further_pass + gathered
+    by_entry = noted("bits") + later + passes * TILE * kind["weights per query"] * of_weight / kind["tiles"]
     # the later passes take tiles made of the noted keys
-    keys = kind["keys that may have one"]
-    by_key = (
-        dense
-        + first * noted("keys")
-        + keys * (later / max(first, 1e-9) * further_pass + output / max(live, 1e-9) * output_pass)
-    )
-    ways = {"now": now, "gather": min(now, by_entry), "keys": min(now, by_key) if first else now}
+    by_key = noted("keys") + kind["number of them"] * kind["in whole tiles"] * further_pass
+    by_key += passes * kind["in whole tiles, for 128 queries"] * output_pass
+    ways = {"now": now, "gather": by_entry if first else now, "keys": by_key if first else now}
     return {way: kind["tiles"] * time for way, time in ways.items()}
 
 
@@ -200,7 +214,14 @@ def table(result: Row) -> str:
     costs, rows = result["instructions"], result["layers"]
     lines = ["| the dense pass notes | instructions per score, live | dead |", "|---|---|---|"]
     lines += [f"| {note} | {costs[note]:.1f} | {costs[f'{note}, dead']:.1f} |" for note in NOTES]
-    shown = ("zeros", "tiles with a weight", "keys with a weight", "keys that may have one", "weights per query")
+    shown = (
+        "zeros",
+        "tiles with a weight",
+        "for 128 queries",
+        "keys with a weight",
+        "keys that may have one",
+        "weights per query",
+    )
     lines += [f"gather: {costs['gather']:.1f} instructions of a warp per weight", ""]
     lines += [
         f"| tokens | alpha | scale | {' | '.join(shown)} | gather, times now | keys, times now |",

@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
     for target in options.targets:
         runtime = TARGETS[target].backend
         tables = read_tables(FILES[runtime]) if FILES[runtime].exists() else {}
-        tables[COMPILED[target]] = compiled_table(target)
+        before = tables.get(COMPILED[target])
+        tables[COMPILED[target]] = replace(compiled_table(target), entries=before.entries if before else {})
         write_tables(FILES[runtime], tables)
     return 0
 

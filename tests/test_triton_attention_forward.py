@@ -13,7 +13,9 @@ from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
 from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.attention.launch_forward import ForwardPlan
 from diffmax.kernels.triton.attention.output import attention_out_kernel
+from diffmax.kernels.triton.attention.settings import Block, Settings
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
+from diffmax.kernels.triton.common.tuning import with_settings
 from diffmax.plugin import AttentionCall, Wanted
 from diffmax.testing.ahead_of_time import TARGETS, recording
 from tests import interpreted
@@ -60,6 +62,23 @@ def test_the_output_kernel_has_settings_of_its_own_for_training():
     keys = [launches("sm80", torch.bfloat16, 64, 0.15, keep)[1].kernel.src.constants for keep in (False, True)]
     names = attention_out_kernel.arg_names
     assert [found[(names.index("KEYS"),)] for found in keys] == [64, 32]
+
+
+def test_forced_settings_are_launched_as_they_are():
+    """Also where 128 queries leave processors idle; of packed sequences the output's programs have 64 in any case."""
+    operator = AttentionOperator(lambda device: "sm90", lambda device: 132, ptx=True)
+    query = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
+    call = AttentionCall(scale=0.1, e=0.5)
+    with (
+        with_settings(operator, attention_out=Settings(8, 2, 1, rows=128), attention_dq=Block(128, 64, 8, 2)),
+        recording("sm90", attention_out_kernel, attention_bwd_dq_kernel) as launched,
+    ):
+        found = operator.attention(query, query, query, call, True, False)
+        operator.attention_backward(found.out, query, query, query, found.saved, call, Wanted())
+    by_name = {compiled.name: compiled for compiled in launched}
+    for kernel, name in ((attention_out_kernel, "ROWS"), (attention_bwd_dq_kernel, "BLOCK_M")):
+        assert by_name[kernel.__name__].kernel.src.constants[(kernel.arg_names.index(name),)] == 128
+    assert Block(128, 64, 4, 2).with_few_rows().warps == Settings(4, 2, 1, rows=128).with_few_rows().warps == 4
 
 
 def test_128_queries_share_the_tiles_where_they_fill_the_device():

@@ -1,12 +1,14 @@
 """Launch settings from tables, candidates for them, and what `warmup` leaves to compile. Nothing runs: no device is needed."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import diffmax_cuda.configs
+from benchmarks import tune_triton
 from benchmarks.compile_kernels import TARGETS, kernels
 from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.attention.settings import backward_blocks, forward_settings
@@ -46,9 +48,23 @@ def test_entries_survive_writing_and_reading(tmp_path):
     assert read_tables(tmp_path / "tables.json") == tables
     text = (tmp_path / "tables.json").read_text()
     assert '"bfloat16 128 extras": {"warps"' in text
-    assert "entries" not in (ROOT / "diffmax-cuda" / "src" / "diffmax_cuda" / "tables.json").read_text()
+    assert H100 not in (ROOT / "diffmax-cuda" / "src" / "diffmax_cuda" / "tables.json").read_text()
     with pytest.raises(TypeError, match="decode is launched by a Decode, got Tile"):
         tables["9.0"].with_entry("decode", torch.float32, 64, Tile(1, 1), H100)
+
+
+def test_a_table_compiled_anew_keeps_its_entries(tmp_path, monkeypatch):
+    """What was measured, or chosen for one dtype."""
+    tables = dict(diffmax_cuda.configs.tables())
+    entries = tables["9.0"].entries
+    assert entries
+    write_tables(tmp_path / "tables.json", tables)
+    monkeypatch.setattr(tune_triton, "FILES", {"cuda": tmp_path / "tables.json"})
+    monkeypatch.setattr(tune_triton, "compiled_table", lambda target: replace(tables["8.0"], origin="compiled"))
+    assert tune_triton.main(["--compile", "--targets", "sm90"]) == 0
+    anew = read_tables(tmp_path / "tables.json")
+    assert anew["9.0"] == replace(tables["8.0"], origin="compiled", entries=entries)
+    assert anew["8.0"] == tables["8.0"]
 
 
 def test_a_case_is_that_of_all_sizes_with_one_padded_length():

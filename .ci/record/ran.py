@@ -36,6 +36,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: Any)
         found["failed"] += len(terminalreporter.stats.get("error", []))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         asked = {"tests": [name.removeprefix(f"{ROOT}/") for name in config.args], "marks": config.option.markexpr}
+        asked |= {"sample": config.getoption("--sample", 1), "share": "/".join(map(str, config.getoption("--share", (1, 1))))}
         Path(path).write_text(json.dumps(record(asked, found), indent=1) + "\n", encoding="utf-8")
 
 

@@ -109,6 +109,8 @@ CASES: dict[str, Case] = {
     "63 by 127": Case(length=63, keys=127),
     "129 by 64": Case(length=129, keys=64),
     "long": Case(batch=1, heads=1, kv_heads=1, length=200, keys=3000, sigma=2.0),
+    # more than a GPU has multiprocessors, each with 128 queries: kernels may take more of them at a time then
+    "many queries": Case(batch=9, heads=16, kv_heads=16, length=128, keys=17),
     "dense": Case(sigma=0.3, alpha=0.95),
     "sparse": Case(sigma=4.0, alpha=0.3),
     "alpha 0.5": Case(alpha=0.5),

@@ -69,10 +69,6 @@ class Arguments:
         """The number of blocks of `size` rows; with packed sequences including those for rows after the last sequence."""
         return length // size + self.n_sequences + 1 if self.packed else -(-length // size)
 
-    def fill(self, query: Tensor, rows: int, processors: int) -> bool:
-        """Whether programs of `rows` queries are enough for all processors. Packed sequences never fill them."""
-        return not self.packed and query.shape[0] * query.shape[1] * (query.shape[2] // rows) >= processors
-
 
 def tensors_of(call: AttentionCall, query: Tensor) -> dict[str, Tensor]:
     """The call's tensors by the names of kernel pointers. The queries stand for a missing one, which no kernel reads."""

@@ -73,6 +73,21 @@ class AttentionOperator(Tunable):
             return blocks.without_overlap()
         return blocks
 
+    def _forward_settings(self, query: Tensor, value: Tensor, call: AttentionCall, keep: bool) -> Forward:
+        found = self.forward_settings(query.device, query.dtype, _size(query, value), call)
+        stays = "attention_out" in self.forced or self._fills(found.output_of(keep).rows, query, call)
+        return found if stays else found.with_few_rows()
+
+    def _backward_blocks(self, query: Tensor, value: Tensor, call: AttentionCall) -> Backward:
+        found = self.backward_blocks(query.device, query.dtype, _size(query, value), call)
+        stays = "attention_dq" in self.forced or self._fills(found.dq.rows, query, call)
+        return found if stays else found.with_few_rows()
+
+    def _fills(self, rows: int, query: Tensor, call: AttentionCall) -> bool:
+        """Whether programs of `rows` whole queries leave no multiprocessor idle. Packed sequences, of any lengths, do not."""
+        blocks = query.shape[0] * query.shape[1] * (query.shape[2] // rows)
+        return rows <= TILE or (call.cu_seqlens_q is None and blocks >= self.processors(query.device))
+
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool
     ) -> AttentionResults:
@@ -85,7 +100,7 @@ class AttentionOperator(Tunable):
             return self.plans.get(
                 signature(query, key, value, *vars(call).values(), *own),
                 lambda: ForwardPlan.of(
-                    query, key, value, call, keep, stats, self.forward_settings(device, dtype, _size(query, value), call),
+                    query, key, value, call, keep, stats, self._forward_settings(query, value, call, keep),
                     processors=self.processors(device), ptx=self.ptx, precision=precision,
                 ),
             )  # fmt: skip
@@ -102,9 +117,7 @@ class AttentionOperator(Tunable):
             return self.plans.get(
                 signature(*tensors, *saved, *vars(call).values(), wanted, query.device, *self.forced.items()),
                 lambda: BackwardPlan.of(
-                    tensors, saved, call, wanted,
-                    self.backward_blocks(query.device, query.dtype, _size(query, value), call),
-                    processors=self.processors(query.device), ptx=self.ptx,
+                    tensors, saved, call, wanted, self._backward_blocks(query, value, call), ptx=self.ptx
                 ),
             )  # fmt: skip
 

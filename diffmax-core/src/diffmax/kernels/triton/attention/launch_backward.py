@@ -39,7 +39,6 @@ class BackwardPlan(NamedTuple):
         wanted: Wanted,
         blocks: Backward,
         *,
-        processors: int,
         ptx: bool,
     ) -> BackwardPlan:
         """Depends on the signature of the call only.
@@ -48,7 +47,6 @@ class BackwardPlan(NamedTuple):
             tensors: The gradient, query, key and value, as returned by `rows_of_entries`.
             saved, call, wanted: The call; the tensors of `saved` are contiguous.
             blocks: Settings of the three kernels.
-            processors: Number of multiprocessors (compute units) of the device.
             ptx: Whether the compiler accepts NVIDIA's assembly.
         """
         grad, query, key, value = tensors
@@ -63,13 +61,10 @@ class BackwardPlan(NamedTuple):
             "ALIGNED": all(aligned(t) for t in tensors), "LIVE": saved.live.numel() > 0,
         }  # fmt: skip
         packed = {"n_sequences": arguments.n_sequences, "max_keys": call.max_seqlen_k}
-        of_rows = blocks.dq
-        if of_rows.rows > TILE and not arguments.fill(query, of_rows.rows, processors):
-            of_rows = of_rows.with_few_rows()
-        row_blocks = arguments.blocks(query.shape[2], of_rows.rows)
+        row_blocks = arguments.blocks(query.shape[2], blocks.dq.rows)
         dq = {
             **shared, **packed, "n_blocks": row_blocks, "SINK": call.sink is not None,
-            "NEEDS_E": wanted.e, "NEEDS_SINK": wanted.sink, **of_rows.arguments(),
+            "NEEDS_E": wanted.e, "NEEDS_SINK": wanted.sink, **blocks.dq.arguments(),
         }  # fmt: skip
         silent = any(t is not None for t in (call.mask, call.bias, call.sink))
         key_blocks = arguments.blocks(key.shape[2], blocks.dkv.keys)

@@ -87,8 +87,8 @@ class ForwardPlan(NamedTuple):
             return min(items, processors * of.programs)
 
         solve, output = settings.solve, settings.output_of(keep)
-        if output.rows > TILE and not arguments.fill(query, output.rows, processors):
-            output = output.with_few_rows()
+        if arguments.packed:
+            output = output.with_few_rows()  # blocks of sequences are numbered as rows of `live`
         n_wide = arguments.blocks(query.shape[2], output.rows)
         items, wide_items = heads * n_blocks, heads * n_wide
         wide_tiles = _most_tiles(key.shape[2], call, output.rows, TILE)

@@ -25,7 +25,8 @@ class Settings:
         keys: Keys processed at a time; of the first kernel, in its pass over all: 64 or 128.
         chunk: Entries of the head dimension multiplied at a time.
         values: Entries of the value dimension accumulated at a time.
-        rows: Queries of a program of the second kernel, 64 or 128, which share the tiles that it loads.
+        rows: Queries of a program of the second kernel, 64 or 128, which share the tiles that it loads; 64 of packed
+            sequences.
     """
 
     warps: int
@@ -37,9 +38,9 @@ class Settings:
     rows: int = 64
 
     def with_few_rows(self) -> Settings:
-        """Those of programs of 64 queries, with as many warps for each."""
+        """Those of programs of 64 queries, with as many warps for each, at least four."""
         times = self.rows // 64
-        return replace(self, rows=64, warps=self.warps // times, programs=self.programs * times)
+        return replace(self, rows=64, warps=max(4, self.warps // times), programs=self.programs * times) if times > 1 else self
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Block:
     chunk: int = 256
 
     def with_few_rows(self) -> Block:
-        """That of programs of 64 queries, with as many warps for each."""
-        return replace(self, rows=64, warps=self.warps * 64 // self.rows)
+        """That of programs of 64 queries, with as many warps for each, at least four."""
+        return replace(self, rows=64, warps=max(4, self.warps * 64 // self.rows)) if self.rows > 64 else self
 
     def arguments(self) -> dict[str, int]:
         """The settings as launch arguments."""
@@ -80,6 +81,12 @@ class Forward(NamedTuple):
         """The settings of the second kernel. keep: whether it computes U."""
         return self.training if keep and self.training is not None else self.output
 
+    def with_few_rows(self) -> Forward:
+        """Those whose programs have 64 queries."""
+        return Forward(
+            self.solve, self.output.with_few_rows(), None if self.training is None else self.training.with_few_rows()
+        )
+
 
 class Backward(NamedTuple):
     """The settings of the three backward kernels."""
@@ -87,6 +94,10 @@ class Backward(NamedTuple):
     dq: Block
     dkv: Block
     dbias: Block
+
+    def with_few_rows(self) -> Backward:
+        """Those whose programs for dQ have 64 queries at most."""
+        return self._replace(dq=self.dq.with_few_rows())
 
     def without_overlap(self) -> Backward:
         """The same settings with one stage.
