@@ -64,6 +64,7 @@ def test_the_output_kernel_has_settings_of_its_own_for_training():
     assert [found[(names.index("KEYS"),)] for found in keys] == [64, 32]
 
 
+@pytest.mark.slow
 def test_forced_settings_are_launched_as_they_are():
     """Also where 128 queries leave processors idle; of packed sequences the output's programs have 64 in any case."""
     operator = AttentionOperator(lambda device: "sm90", lambda device: 132, ptx=True)
@@ -81,6 +82,7 @@ def test_forced_settings_are_launched_as_they_are():
     assert Block(128, 64, 4, 2).with_few_rows().warps == Settings(4, 2, 1, rows=128).with_few_rows().warps == 4
 
 
+@pytest.mark.slow
 def test_128_queries_share_the_tiles_where_they_fill_the_device():
     """On sm90, both of the output and of dQ; else 64, so that no multiprocessor is idle: short calls, packed sequences."""
     operator = AttentionOperator(lambda device: "sm90", lambda device: 132, ptx=True)
