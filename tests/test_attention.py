@@ -439,6 +439,11 @@ ENDS = torch.tensor([0, 2, 6], dtype=torch.int32)
         (ValueError, r"pass sink.view\(4\)", {"sink": torch.ones(1, 4)}),
         (ValueError, "sink and query must be on one device", {"sink": torch.ones(4, device="meta")}),
         (TypeError, "scale must be a float, got '2'", {"scale": "2"}),
+        (
+            TypeError,
+            r"got 'match' of type str\nfor the matched scale, pass scale=diffmax.matched_scale\(alpha\)",
+            {"scale": "match"},
+        ),
         (ValueError, "scale must be finite, got nan", {"scale": float("nan")}),
         (ValueError, "from 0 to 2.*, got .9223372036854775808, 0.", {"window_size": (2**63, 0)}),
         (TypeError, "alpha must be a float or a tensor, got <function", {"alpha": lambda: 0.5}),

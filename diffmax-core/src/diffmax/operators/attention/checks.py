@@ -242,7 +242,10 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
             "for a scale that learns, multiply the query by it and pass scale=1.0"
         )
     if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
-        raise TypeError(f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}")
+        message = f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}"
+        if scale == "match":  # as where a model's softmax is replaced
+            message += "\nfor the matched scale, pass scale=diffmax.matched_scale(alpha) / math.sqrt(query.shape[-1])"
+        raise TypeError(message)
     scale = to_float(scale)
     if not torch.compiler.is_compiling() and not math.isfinite(scale):  # there it may be known at run time alone
         raise ValueError(f"{name}: scale must be finite, got {scale}")
