@@ -242,8 +242,9 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
             "for a scale that learns, multiply the query by it and pass scale=1.0"
         )
     if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymFloat)):
-        message = f"{name}: scale must be a float, got {scale!r} of type {type(scale).__name__}"
-        if scale == "match":  # as where a model's softmax is replaced
+        got: object = scale
+        message = f"{name}: scale must be a float, got {got!r} of type {type(got).__name__}"
+        if got == "match":  # as where a model's softmax is replaced
             message += "\nfor the matched scale, pass scale=diffmax.matched_scale(alpha) / math.sqrt(query.shape[-1])"
         raise TypeError(message)
     scale = to_float(scale)
