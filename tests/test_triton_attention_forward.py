@@ -131,5 +131,5 @@ def test_lengths_heads_and_alphas_share_their_binaries():
         for length, heads, e in ((64, 1, 0.15), (1000, 4, 0.31), (16384, 4, 0.7), (16, 2, 0.99)):
             tensor = torch.zeros(1, heads, length, 64, dtype=torch.bfloat16)
             operator.attention(tensor, tensor, tensor, AttentionCall(scale=0.1, e=e, right=0), True, False)
-    assert len({id(compiled.kernel) for compiled in launched}) == 2
+    assert len({id(compiled.kernel) for compiled in launched}) == 3  # the output's for 64 queries a program and for 128
     assert max(compiled.grid[0] for compiled in launched) <= 2 * 132
