@@ -134,18 +134,19 @@ def test_rows_and_decoding_are_launched_as_forced():
 
 @pytest.mark.slow
 def test_after_warmup_attention_compiles_nothing():
-    """Forward and backward with a run-time exponent, causal, grouped, a learned sink: other lengths, heads and alphas."""
+    """Forward and backward with a run-time exponent, causal, grouped, a learned sink: other sizes and alphas."""
     operator = attention_operator()
     with recording("sm90", *kernels()) as launched:
         operator.warmup(CPU, torch.bfloat16, 64, 64, 0.15, True, frozenset({"causal", "gqa", "sink"}))
         prepared = len(launched)
-        for batch, heads, length, keys, e, lower_right in ((2, 6, 200, 200, 0.3, True), (1, 4, 65, 1000, 0.7, False)):
+        calls = ((2, 6, 200, 200, 0.3, True), (1, 4, 65, 1000, 0.7, False), (40, 4, 130, 70, 0.4, False))
+        for batch, heads, length, keys, e, lower_right in calls:
             query = torch.zeros(batch, length, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
             key = torch.zeros(batch, keys, heads // 2, 64, dtype=torch.bfloat16).transpose(1, 2)
             call = AttentionCall(scale=0.1, e=e, right=0, lower_right=lower_right, sink=torch.zeros(heads))
             found = operator.attention(query, key, key, call, True, False)
             operator.attention_backward(found.out, query, key, key, found.saved, call, Wanted(sink=True))
-    assert prepared == 4
+    assert prepared == 8  # two calls: the last of `calls` gives each multiprocessor 128 queries
     binaries = [id(one.kernel) for one in launched]
     assert set(binaries[prepared:]) == set(binaries[:prepared])
 
