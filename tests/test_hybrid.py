@@ -327,3 +327,8 @@ def test_other_sequences_than_those_stored_are_refused():
     cache.attend(q, k, v)
     with pytest.raises(ValueError, match=r"new tokens must be as those stored, .*\(2, 2, 6, 5\).*got \(1, 2, 6, 5\)"):
         cache.attend(q[:1], k[:1], v[:1])
+
+
+def test_shapes_come_from_the_meta_device():
+    q, k, v = torch.empty(3, 1, 3, 2, 8, device="meta").unbind()
+    assert diffmax.HybridCache(4, block=2).attend(q, k, v).shape == (1, 3, 2, 8)

@@ -489,3 +489,11 @@ def test_a_module_whose_name_ends_like_the_package_keeps_it():
     assert lines == [f"  0 attention (1, 2, 6, 6): {' '.join(f'{share:.0%}' for share in zeros.tolist())}"]
     weights = report.layers[0].weights
     assert repr(weights) == f"SparseWeights of shape (1, 2, 6, 6), {len(weights.values)} of them nonzero, torch.float32"
+
+
+def test_a_table_of_nothing_is_refused():
+    report = inspect_attention(DiffmaxAttention(16, 2, alpha=0.5), torch.randn(1, 6, 16))
+    with pytest.raises(ValueError, match=r"AttentionReport.table: top must be at least 1, got -1"):
+        report.table(3, top=-1)
+    with pytest.raises(TypeError, match=r"AttentionReport.table: token must be an int, got 'it' of type str"):
+        report.table("it")

@@ -109,7 +109,7 @@ def test_masks_of_every_shape():
     torch.testing.assert_close(attend(x, seen), wanted)
     torch.testing.assert_close(attend(x, seen[:, 0]), wanted)
     torch.testing.assert_close(attend(x, seen[:1]), attend(x))
-    assert not attend(x, torch.zeros(2, 5, 5)).any()
+    assert not attend(x, torch.zeros(2, 5, 5, dtype=torch.int64)).any()
     square, padding = torch.randn(5, 5, 32), torch.ones(5, 5)  # as many sequences as tokens: still one row for each sequence
     padding[2, 3:] = 0
     torch.testing.assert_close(attend(square, padding)[2, :3], attend(square[2:3, :3])[0])
@@ -246,3 +246,41 @@ def test_published_names():
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 5, 32)
     assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "says"),
+    [
+        (torch.zeros(6, 6), TypeError, r"lazy_attention: attn_mask must be a boolean tensor.*\n.*attn_mask == 0"),
+        (torch.ones(6, 6, dtype=torch.int32), TypeError, "pass attn_mask.bool()"),
+        ([[True]], TypeError, "attn_mask must be a boolean tensor, True where a key is seen, got list"),
+    ],
+    ids=("added", "of ints", "a list"),
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_mask_that_is_not_boolean_is_refused(mask, kind, says, causal):
+    q, k, v = torch.randn(3, 1, 2, 6, 4).unbind()
+    with pytest.raises(kind, match=says):
+        diffmax.lazy_attention(q, k, v, None, -0.5, attn_mask=mask, is_causal=causal)
+
+
+@pytest.mark.parametrize(
+    ("window", "kind", "says"), [("x", TypeError, "must be an int or None"), (-7, ValueError, "must not be negative, got -7")]
+)
+def test_a_window_is_checked_without_a_bias_too(window, kind, says):
+    q, k, v = torch.randn(3, 1, 2, 6, 4).unbind()
+    with pytest.raises(kind, match=says):
+        diffmax.lazy_attention(q, k, v, None, -0.5, window)
+
+
+def test_the_module_refuses_a_mask_that_is_added_and_a_past_of_others():
+    module, x = LazyAttention(32, 4, window_size=8), torch.randn(2, 6, 32)
+    added = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    with pytest.raises(TypeError, match=r"mask must be boolean, or of ints, .* got torch.float32\nof one that is added"):
+        module(x, added)
+    with pytest.raises(ValueError, match="1 or True where a key is seen and 0 or False elsewhere"):
+        module(x, torch.full((2, 6), -1e9))
+    torch.testing.assert_close(module(x, torch.ones(2, 6)), module(x))
+    for past in (torch.randn(2, 4, 3, 8), (torch.randn(2, 4, 3, 8),), (torch.randn(1, 4, 3, 8),) * 2, 3):
+        with pytest.raises(ValueError, match=r"past must be keys and values of shape \(B, H_kv, P, D\) = \(2, 4, P, 8\), got"):
+            module(x, past=past)

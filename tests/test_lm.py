@@ -74,13 +74,13 @@ def test_the_measured_attention_is_the_registered_one_and_its_zeros_those_of_the
     model, ids, swap = tiny_model(), torch.randint(3, 50, (1, 96)), lm.Swap()
     register("diffmax-lm-test", 0.75, scale="match")
     model.set_attn_implementation("diffmax-lm-test")
-    wanted = lm.nats(model, ids, 96)
+    wanted, _ = lm.nats(model, ids, 96)
     weights = torch.stack(model(ids, output_attentions=True).attentions)[:, 0]  # (layers, heads, L, L)
     per_head = diffmax.matched_scale(torch.full((2, 4), 0.75))
     for setting in (lm.Setting(0.75, 0.5), lm.Setting(torch.full((2, 4), 0.75), per_head)):
         model.set_attn_implementation(lm.NAME)
         swap.setting = setting
-        assert lm.nats(model, ids, 96) == pytest.approx(wanted, rel=1e-5)
+        assert lm.nats(model, ids, 96)[0] == pytest.approx(wanted, rel=1e-5)
         found = swap.statistics()
         zeros = 1 - (weights > 0).double().sum((2, 3)) / (96 * 97 / 2)
         torch.testing.assert_close(torch.tensor(found["zeros_by_head"]).double(), zeros, rtol=0, atol=2e-3)
@@ -91,23 +91,32 @@ def test_the_measured_attention_is_the_registered_one_and_its_zeros_those_of_the
         torch.testing.assert_close(torch.tensor(found["empty_tiles_by_head"]).double(), empty, rtol=0, atol=1e-3)
 
 
+class Tokenizer:
+    """One of 50 words for each word of a text."""
+
+    def __call__(self, text, return_tensors):
+        return {"input_ids": torch.tensor([[3 + len(word) % 47 for word in text.split()]])}
+
+    def convert_ids_to_tokens(self, ids):
+        return [f"\u0120{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in ids]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped_and_writes_what_it_draws(monkeypatch, tmp_path):
-    model, tokens = tiny_model(), torch.randint(3, 50, (1, 4000))
-
-    def tokenizer(text, return_tensors):
-        return {"input_ids": tokens[:, 1000 * text.startswith(lm.topics[lm.FITTED[0]]) :]}
-
-    monkeypatch.setattr(lm, "load", lambda: (model, tokenizer))
+    model = tiny_model()
+    monkeypatch.setattr(lm, "load", lambda: (model, Tokenizer()))
     monkeypatch.setattr(lm, "FITTING", 1024)
+    monkeypatch.setattr(lm, "DISTILLED", 64)
+    monkeypatch.setattr(lm, "other_text", lambda: "a text of a few words of its own " * 16)
     sizes = ["--length", "64", "128", "--tokens", "128"]
     options = [*sizes, "--alphas", "0.75", "--zeros", "0.5", "--minutes", "0.02", "--output", str(tmp_path / "lm")]
     monkeypatch.setattr(sys, "argv", ["lm", *options])
     lm.main()
     first = json.loads((tmp_path / "lm.json").read_text())
     expected = {key for key, _, _ in lm.jobs(lm.parser().parse_args(options))}
-    assert set(first["points"]) == expected | {"128/distilled 0.5"}
+    assert set(first["points"]) == expected | {"128/distilled 0.5", f"{lm.OTHER}/distilled 0.5"}
     assert first["points"]["64/distilled 0.5"]["steps"] >= 1
+    assert first["points"]["64/softmax"]["words"] == 2 * 63
     assert 0.4 < first["points"]["64/calibrated 0.5"]["zeros"] < 0.65
     assert (tmp_path / "lm.svg").stat().st_size > 5_000
     first["points"]["64/0.75/1"]["nats"] = 123.0  # is not measured again
@@ -122,11 +131,31 @@ def test_a_run_goes_on_where_it_was_stopped_and_writes_what_it_draws(monkeypatch
         lm.main()
 
 
-def test_no_paragraph_that_is_measured_is_fitted_on():
+def test_no_paragraph_that_is_measured_is_fitted_or_trained_on():
     measured, fitted = ("\n\n".join(lm.topics[name] for name in names) for names in (lm.MEASURED, lm.FITTED))
     paragraphs = [text for text in measured.split("\n\n") if len(text) > 100]
     assert len(paragraphs) > 50
-    assert not [text for text in paragraphs if text in fitted]
+    trained = "\n\n".join(lm.training_text())
+    assert len(trained) > 1_000_000
+    assert not [text for text in paragraphs if text in fitted or text in trained]
+
+
+def test_passages_hold_the_text_once():
+    texts = ["one " * 1500, "three " * 1500]
+    found = torch.cat([batch["input_ids"][0] for batch in lm.passages(texts, Tokenizer())])
+    assert len(found) == 2 * lm.DISTILLED
+    assert sorted(found.tolist()) == [6] * 1500 + [8] * (2 * lm.DISTILLED - 1500)
+
+
+def test_a_word_is_right_if_all_of_its_tokens_are():
+    class Pieces:
+        def convert_ids_to_tokens(self, ids):
+            return [("\u0120the", "\u0120sp", "arse", ",", "\u01201", "\u0120map", "s", "(")[i] for i in ids]
+
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 5]])  # two passages, whose first words have nothing before them
+    hits = torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 0]]).flatten().bool()
+    assert lm.words(hits, ids, 6, Pieces()) == [False, True, True, True, False]  # sparse, map; the, sparse, map
+    assert lm.words(~hits, ids, 6, Pieces()) == [False, False, False, False, True]
 
 
 def test_a_text_that_is_too_short_is_said():
@@ -137,11 +166,13 @@ def test_a_text_that_is_too_short_is_said():
 @pytest.mark.slow
 def test_distilling_moves_the_predictions_to_those_of_the_model():
     model = tiny_model()
-    ids = torch.randint(3, 50, (1, 2 * lm.DISTILLED))
+    batches = [{"input_ids": part, "use_cache": False} for part in torch.randint(3, 50, (2, 512)).split(1)]
+    ids = torch.cat([batch["input_ids"] for batch in batches])
     heads = {f"model.layers.{i}.self_attn": {"alpha": [0.3] * 4, "scale": [1.0] * 4} for i in range(2)}
     before = copy.deepcopy(model.state_dict())
-    student, steps = lm.distilled(model, heads, ids, 0.05)
-    assert steps > 1
+    student, spent = lm.distilled(model, heads, batches, 0.1)
+    assert spent["steps"] > 10
+    assert spent["divergence"][-1] < 0.9 * spent["divergence"][0]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     bare = lm.replace(copy.deepcopy(model), heads)
     with torch.no_grad():

@@ -657,3 +657,8 @@ def test_a_negative_index_that_nobody_looks_at_is_still_an_error():
     compiled = torch.compile(lambda x, y: diffmax_loss(x, y, 0.5), backend="eager")
     with pytest.raises(RuntimeError, match="out of bounds"):
         compiled(torch.randn(3, 4), torch.tensor([0, -1, 2]))
+
+
+def test_a_weight_of_the_module_is_a_tensor():
+    with pytest.raises(TypeError, match="DiffmaxLoss: weight must be a tensor"):
+        diffmax.DiffmaxLoss(weight=[1.0] * 6)

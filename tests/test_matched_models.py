@@ -173,7 +173,7 @@ def test_scales_that_do_not_fit_the_layer_are_named():
     with pytest.raises(ValueError, match=r"a tensor scale must have shape \(\) or \(4,\), got \(3,\)"):
         output(llama(), "wrong-test")
     register("wrong-test", torch.full((4,), 0.75), scale="match")
-    with pytest.raises(ValueError, match=r"with softcap the scale must be a number, got a tensor of shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"\(softcap\), so the scale must be one number, got a tensor of shape \(4,\)"):
         output(gemma2(), "wrong-test")
 
 

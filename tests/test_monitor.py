@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmax import diffmax_bisect, diffmax_bisect_monitored, use_backend
+from diffmax.monitor import Monitor
 from diffmax.testing.oracle import solve_exactly
 from tests import fresh
 
@@ -277,3 +278,10 @@ def test_swanlab_itself_says_when_no_run_was_started():
     pytest.importorskip("swanlab", reason="needs swanlab: pip install 'diffmax-core[monitoring]'")
     with pytest.raises(RuntimeError, match=r"swanlab\.init"):
         diffmax_bisect_monitored(torch.randn(3, 4), step=0)
+
+
+def test_a_log_that_is_no_function_is_refused_before_the_work():
+    with pytest.raises(TypeError, match=r"Monitor: log must be a function of \(metrics, step=...\), got 'tb' of type str"):
+        Monitor(torch.nn.Linear(2, 2), "tb")
+    with pytest.raises(TypeError, match="diffmax_bisect_monitored: log must be a function"):
+        diffmax_bisect_monitored(torch.randn(2, 3), 0.5, step=0, log="x")

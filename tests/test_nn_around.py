@@ -416,3 +416,15 @@ def test_half_precision_stays_half(dtype):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_key_that_a_mask_hides_by_the_least_number_does_not_count(dtype):
+    from diffmax.nn import LengthScale
+
+    scale, query, seen = LengthScale(4, start=0.3), torch.randn(2, 4, 6, 8), torch.rand(2, 1, 6, 8) < 0.6
+    wanted = scale(query, 8, attn_mask=seen)
+    for hidden in (-torch.inf, torch.finfo(dtype).min):
+        added = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, hidden)
+        torch.testing.assert_close(scale(query, 8, attn_mask=added), wanted)
+        torch.testing.assert_close(scale(query, 8, attn_mask=added.float() if dtype == torch.bfloat16 else added), wanted)

@@ -273,3 +273,8 @@ def test_bad_input(call, error, words):
     with pytest.raises(error, match=re.escape(words)) as raised:
         call()
     assert str(raised.value).startswith("param_groups: ")
+
+
+def test_alphas_that_hold_nothing_are_refused():
+    with pytest.raises(TypeError, match="param_groups: alphas must hold parameters or modules, got None"):
+        param_groups(torch.nn.Linear(2, 2), 1e-3, alphas=None)

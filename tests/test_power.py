@@ -345,3 +345,14 @@ def test_the_signature_is_documented_and_annotated():
     signature = inspect.signature(power_attention)
     for name in signature.parameters:
         assert f"{name}" in power_attention.__doc__, name
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 8}, {"degree": 4}], ids=str)
+def test_gradients_of_a_compiled_call_are_those_of_the_call(options):
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 2, 20, 4, dtype=torch.float64).unbind())
+    wanted = torch.autograd.grad(diffmax.power_attention(q, k, v, **options).square().sum(), (q, k, v))
+    compiled = torch.compile(lambda *given: diffmax.power_attention(*given, **options), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v)), wanted)
+    plain = torch.ops.diffmax.power_attention(q, k, v, True, 2, 0.5)[0]  # all that has a default is left out
+    wanted = torch.autograd.grad(diffmax.power_attention(q, k, v, scale=0.5).square().sum(), (q, k, v))
+    torch.testing.assert_close(torch.autograd.grad(plain.square().sum(), (q, k, v)), wanted)

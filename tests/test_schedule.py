@@ -9,7 +9,16 @@ from torch import nn
 
 import diffmax
 from diffmax import DiffmaxBisectModule, HillMap, diffmax_bisect
-from diffmax.nn import AlphaSchedule, DiffmaxAttention, Elastic, Sink, param_groups
+from diffmax.nn import (
+    AlphaSchedule,
+    DiffAttention,
+    DiffAttentionV2,
+    DiffmaxAttention,
+    Elastic,
+    LazyAttention,
+    Sink,
+    param_groups,
+)
 
 SHARES = {
     "linear": [0, 0, 0, 0.25, 0.5, 0.75, 1, 1],
@@ -268,7 +277,7 @@ def test_bad_input(call, error, words):
 
 
 def test_a_tensor_out_of_range_is_refused():
-    with pytest.raises(ValueError, match=r"AlphaSchedule: alpha must lie between 0 and 1, got values from 1.5 to 1.5"):
+    with pytest.raises(ValueError, match=r"AlphaSchedule: alpha must lie between 0 and 1, got 1.5"):
         AlphaSchedule(torch.tensor(1.5), 4)
 
 
@@ -276,3 +285,29 @@ def test_attention_takes_what_a_schedule_gives():
     q, schedule = torch.randn(1, 2, 5, 4), AlphaSchedule(torch.tensor([0.5, 0.8]), 4)
     out = diffmax.attention(q, q, q, alpha=schedule())
     torch.testing.assert_close(out, nn.functional.scaled_dot_product_attention(q, q, q))
+
+
+@pytest.mark.parametrize("kind", [DiffAttention, DiffAttentionV2, LazyAttention, DiffmaxAttention])
+def test_attention_of_every_kind_with_diffmax_weights_moves(kind):
+    options = {} if kind is DiffmaxAttention else {"weights": "diffmax"}
+    module, x = kind(16, 2, alpha=0.5, **options), torch.randn(1, 6, 16)
+    arrived = module(x)
+    schedule = AlphaSchedule(torch.nn.ModuleDict({"a": module}), steps=2)
+    assert float(module.alpha) == 1
+    assert (module(x) - arrived).abs().max() > 1e-4  # softmax
+    schedule.step(2)
+    assert module.alpha == 0.5
+    torch.testing.assert_close(module(x), arrived)
+
+
+@pytest.mark.parametrize(
+    "module", [LazyAttention(16, 2), DiffAttention(16, 2), torch.nn.Linear(2, 2)], ids=lambda m: type(m).__name__
+)
+def test_softmax_weights_have_no_alpha_to_move(module):
+    with pytest.raises(ValueError, match="must have attention or rows with an alpha that is not learned, got"):
+        AlphaSchedule(module, steps=2)
+
+
+def test_a_state_of_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"state must hold step and ends, got \['last_epoch'\]"):
+        AlphaSchedule(0.5, steps=2).load_state_dict({"last_epoch": 3})

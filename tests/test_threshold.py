@@ -318,7 +318,7 @@ def test_compiles():
         ({"power": 0}, "power must be positive and finite, got 0"),
         ({"threshold": torch.zeros(6)}, r"threshold must be a float, or have shape .*got \(6,\)\nfor one per query"),
         ({"bias": torch.zeros(3, 4)}, r"bias must have a number per head and distance, .* H = 2, got \(3, 4\)"),
-        ({"attn_mask": torch.zeros(6, 6)}, "attn_mask must be boolean"),
+        ({"attn_mask": torch.zeros(6, 6)}, "attn_mask must be a boolean tensor"),
         ({"window_size": 4}, r"window_size must be a pair of ints \(left, right\), got 4"),
         ({"is_causal": 1}, "is_causal must be True or False, got 1"),
         ({"backend": "nope"}, "no backend is named 'nope'"),
@@ -363,3 +363,68 @@ def test_a_query_whose_visible_scores_are_all_minus_infinity_has_no_weights(weig
     for grad in torch.autograd.grad(out.sum() + mass.sum(), (query, key, value)):
         assert (grad[:, 0] == 0).all()
         assert grad[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (1e4, torch.float16),
+        (1e-7, torch.float16),
+        (1e-9, torch.float32),
+        (1e19, torch.float32),
+        (1e-40, torch.float32),
+        (1e200, torch.float64),
+    ],
+    ids=str,
+)
+def test_cosines_are_of_directions_whatever_the_norm(size, dtype):
+    t = torch.full((1, 1, 1, 64), size, dtype=dtype)
+    _, mass = diffmax.threshold_rectified_attention(t, t, t, 0.0, return_mass=True)
+    assert mass.item() == pytest.approx(1, abs=1e-6)
+    assert diffmax.threshold_rectified_attention(0 * t, 0 * t, t, 0.0).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cosines_of_16_bits_are_rounded_once(dtype):
+    q, k, v = (t.to(dtype) for t in torch.randn(3, 1, 2, 100, 64).unbind())
+    exact = diffmax.threshold_rectified_attention(q.double(), k.double(), v.double(), 0.5)
+    out = diffmax.threshold_rectified_attention(q, k, v, 0.5)
+    assert out.dtype == dtype
+    assert (out.double() - exact).norm() < 1.1 * (exact.to(dtype).double() - exact).norm()
+
+
+def test_the_members_are_converted_under_autocast_as_threshold_attention_is():
+    q, k, v = torch.randn(3, 1, 2, 6, 4).unbind()
+    ends = torch.tensor([0, 6], dtype=torch.int32)
+    packed = [t[0].transpose(0, 1) for t in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = (
+            diffmax.lazy_attention(q.bfloat16(), k, v, None, -0.5),
+            diffmax.lazy_attention_varlen(packed[0].bfloat16(), *packed[1:], None, -0.5, ends, ends, 6, 6),
+            diffmax.threshold_rectified_attention(q.bfloat16(), k, v, 0.5),
+            diffmax.threshold_differential_attention(q.bfloat16(), q, k, k, v, 0.5, 0.2),
+        )
+    assert [out.dtype for out in outs] == [torch.bfloat16] * 4
+
+
+def _maps(change):
+    q, k, v = torch.randn(3, 1, 2, 6, 4).unbind()
+    given = {"q1": q, "q2": q, "k1": k, "k2": k, "v": v, "beta": 0.1, "lambda_": 0.5} | change
+    return lambda: diffmax.threshold_differential_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        ({"q2": torch.randn(1, 2, 1, 4)}, ValueError, r"attention: q1 and q2 must have the same shape, got \(1, 2, 6, 4\) and"),
+        ({"q2": torch.randn(1, 1, 6, 4)}, ValueError, "q1 and q2 must have the same shape"),
+        ({"k2": torch.randn(1, 2, 5, 4)}, ValueError, "k1 and k2 must have the same shape"),
+        ({"q1": None}, TypeError, "q1 must be a torch.Tensor, got NoneType"),
+        ({"normalize": "no"}, TypeError, "normalize must be True or False, got 'no'"),
+        ({"relu_power": 0}, ValueError, "relu_power must be positive"),
+    ],
+    ids=str,
+)
+def test_two_maps_say_what_is_wrong(change, kind, says):
+    with pytest.raises(kind, match=says):
+        _maps(change)()

@@ -409,7 +409,7 @@ def test_wrong_alphas_change_nothing():
         (1.0, ValueError, "replace: blocks.0.attn: .*strictly between 0 and 1"),
         ("0.5", TypeError, "blocks.0.attn: .*must be a float or a tensor"),
         (torch.full((3,), 0.5), ValueError, r"shape \(\) or \(2,\), got \(3,\)\nthe module has 2 query heads"),
-        (torch.tensor(1.5), ValueError, "blocks.0.attn: .*alpha must lie between 0 and 1, got values from 1.5 to 1.5"),
+        (torch.tensor(1.5), ValueError, "blocks.0.attn: .*alpha must lie between 0 and 1, got 1.5"),
         (torch.tensor([0.5, torch.nan]), ValueError, "blocks.0.attn: .*alpha must lie between 0 and 1"),
         (torch.tensor(1), TypeError, "blocks.0.attn: .*alpha must be of a floating dtype, got int64"),
         (lambda name, module: 0.5 if "0" in name else 2.0, ValueError, "blocks.1.attn: .*got 2.0"),
@@ -418,6 +418,12 @@ def test_wrong_alphas_change_nothing():
             replace(model, wrong)
     with pytest.raises(TypeError, match="alpha_map must be"):
         replace(model, 0.5, alpha_map=0.5)
+    with pytest.raises(ValueError, match="must be a number or a tensor for one layer at least, got None for all"):
+        replace(model, None)
+    with pytest.raises(TypeError, match=r"alpha must be a float, a tensor or a function, got HillMap.*\npass it as alpha_map"):
+        replace(model, HillMap(c=0.5))
+    with pytest.raises(TypeError, match=r"replace: model must be a torch.nn.Module, got 'vit' of type str"):
+        replace("vit")
     assert not any(isinstance(module, inplace.InPlace | inplace.AttentionWeights) for module in model.modules())
     halo = timm.layers.halo_attn.HaloAttn(16, block_size=2, halo_size=1, num_heads=2)
     with pytest.raises(ValueError, match=r"shape \(\) or \(1,\), got \(2,\)"):

@@ -273,6 +273,19 @@ def test_warmup_says_what_to_pass():
         diffmax.warmup([64], torch.float32)
     with pytest.raises(TypeError, match=r"dtypes must be torch dtypes, such as torch.float32, got 'float32'"):
         diffmax.warmup([64], ("float32",))
+    for options, kind, says in (
+        ({"lengths": []}, ValueError, "lengths or head_dims must have an entry"),
+        ({"lengths": [8], "alphas": ()}, ValueError, "alphas must have an entry"),
+        ({"lengths": [8], "alphas": 0.5}, TypeError, r"alphas must be a sequence, got 0.5\npass \[0.5\]"),
+        ({"lengths": [8], "alphas": ["a"]}, TypeError, "alphas must be floats"),
+        ({"lengths": [8.5]}, TypeError, "lengths must be ints, got 8.5"),
+        ({"head_dims": 64}, TypeError, "head_dims must be a sequence, got 64"),
+        ({"head_dims": ["64"]}, TypeError, "head_dims must be ints, or pairs of them, got '64'"),
+        ({"head_dims": [(8, 8, 8)]}, TypeError, r"head_dims must be ints, or pairs of them, got \(8, 8, 8\)"),
+        ({"head_dims": [8], "features": "causal"}, TypeError, r"features must be a collection of names, got 'causal'"),
+    ):
+        with pytest.raises(kind, match=f"warmup: {says}"):
+            diffmax.warmup(**options)
     if not torch.cuda.is_available():
         with pytest.raises(diffmax.NoBackendError, match="torch sees no device 'cuda' here"):
             diffmax.warmup([64], device="cuda")

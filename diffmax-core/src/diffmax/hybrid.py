@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from diffmax.operators.attention.api import attention
 from diffmax.operators.attention.checks import check_alpha, check_heads, check_scale
-from diffmax.operators.common.autocast import autocast
+from diffmax.operators.common.autocast import autocast, without_autocast
 from diffmax.operators.common.checks import _shape, as_int, check_tensor, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.api import power_attention
@@ -219,7 +219,7 @@ class HybridCache:
         q, k, v = autocast(q, k, v)
         before = self._length, self._tail, self._room, self._state
         try:
-            with torch.autocast(q.device.type, enabled=False):  # the past's sums are products in float32
+            with without_autocast(q):  # the past's sums are products in float32
                 return self._attend(q, k, v, log_gates, alpha, softmax_scale, offset, slope, padding, backend)
         except BaseException:  # a call that fails changes nothing: its tokens lie behind those of the tail
             self._length, self._tail, self._room, self._state = before

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from diffmax.operators.common.checks import check_alpha, one_minus_alpha
+from diffmax.operators.common.checks import _readable, check_alpha, one_minus_alpha
 
 __all__ = ["matched_scale"]
 
@@ -67,6 +67,8 @@ def check_scale(name: str, scale: Any, or_else: str = "") -> None:
     if or_else and isinstance(scale, Tensor):
         if not scale.is_floating_point():
             raise TypeError(f"{name}: scale must be of a floating dtype, got {scale.dtype}")
+        if _readable(scale) and not ((scale > 0) & (scale < math.inf)).all():
+            raise ValueError(f"{name}: scale must be positive and finite, got {scale.tolist()}")
         return
     if or_else and callable(scale):
         return

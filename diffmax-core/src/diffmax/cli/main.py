@@ -47,6 +47,9 @@ def _explain(options: argparse.Namespace) -> int:
     unknown = sorted(set(options.features) - has)
     if unknown:
         raise ValueError(f"explain: {options.operator} has no feature {unknown[0]!r}, it has: {', '.join(sorted(has))}")
+    for flag, number in (("--head-dim", options.head_dim), ("--value-dim", options.value_dim)):
+        if number is not None and number < 1:
+            raise ValueError(f"explain: {flag} must be at least 1, got {number}")
     size = options.head_dim if spec.has_heads else 0
     asked = Question(
         operator,

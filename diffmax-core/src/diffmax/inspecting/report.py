@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffmax.inspecting.page import framed, page
 from diffmax.operators.attention.weights import SparseWeights
+from diffmax.operators.common.checks import is_whole
 
 
 class Layer(NamedTuple):
@@ -92,6 +93,11 @@ class AttentionReport:
 
     def table(self, token: int, batch: int = 0, layer: int | str | None = None, top: int = 10) -> Reads:
         """What one token reads: of each layer, or of one, and each head, the `top` largest weights."""
+        for what, number in (("token", token), ("batch", batch), ("top", top)):
+            if not is_whole(number):
+                raise TypeError(f"AttentionReport.table: {what} must be an int, got {number!r} of type {type(number).__name__}")
+        if top < 1:
+            raise ValueError(f"AttentionReport.table: top must be at least 1, got {top}")
         given = self.layers if layer is None else (self._layer("table", layer),)
         rows = Reads()
         for found in given:

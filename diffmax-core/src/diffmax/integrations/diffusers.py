@@ -24,6 +24,7 @@ from diffmax.integrations.inplace import (
     Replaced,
     Scale,
     attention_maps,
+    check_model,
     hidden_makers,
     in_place,
     keeps_softmax,
@@ -157,6 +158,7 @@ def replace(
         {'AttnProcessor2_0'}
     """
     _import_diffusers()
+    check_model(model)
     modules, kept = _scan(model)
     reasons = {name: why_not_rewritten(_fused(library_class(type(module.processor)))) for name, module in modules.items()}
     kept |= {name: reason for name, reason in reasons.items() if reason is not None}

@@ -44,6 +44,12 @@ LayerAlpha: TypeAlias = "float | Tensor | Callable[[str, nn.Module], float | Ten
 _LIBRARIES = ("F", "torch", "functional")
 
 
+def check_model(model: Any) -> None:
+    """Check that `replace` got a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace: model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+
+
 class AttentionWeights(HeadAlpha):
     """The alpha of one attention module of another library, and the weights that it makes there.
 
@@ -206,6 +212,8 @@ def replace_all(
 
     `holder` makes a module's `AttentionWeights`; `rewrite` changes a module's code and returns the name of the class.
     """
+    if isinstance(alpha, AlphaMap):
+        raise TypeError(f"replace: alpha must be a float, a tensor or a function, got {alpha!r}\npass it as alpha_map")
     holders, kept = {}, dict(kept)
     for name, module in modules.items():
         given = alpha(name, module) if callable(alpha) and not isinstance(alpha, Tensor) else alpha
@@ -216,6 +224,8 @@ def replace_all(
             holders[name] = holder(module, given)
         except (TypeError, ValueError) as error:
             raise type(error)(f"replace: {name}: {error}") from None
+    if modules and not holders:
+        raise ValueError(f"replace: alpha must be a number or a tensor for one layer at least, got None for all {len(modules)}")
     if not holders:
         raise ValueError(f"replace: {type(model).__name__} must have attention that can be replaced, got none")
     changed = {}

@@ -20,6 +20,7 @@ from diffmax.integrations.inplace import (
     Replaced,
     Scale,
     attention_maps,
+    check_model,
     hidden_makers,
     in_place,
     keeps_softmax,
@@ -169,6 +170,7 @@ def replace(
         (torch.Size([1, 2, 101, 101]), True)
     """
     _import_timm()
+    check_model(model)
     modules, kept = {}, {}
     for name, module in _without_holders(model):
         reason = _reason_against(module)

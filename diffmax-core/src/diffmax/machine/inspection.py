@@ -221,7 +221,13 @@ def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Ex
     known = public_functions()
     if name not in known:
         raise ValueError(f"explain: no operator {name!r}, known: {', '.join(known)}")
-    return explain_question(known[name].asks(*arguments, **options))
+    try:
+        asked = known[name].asks(*arguments, **options)
+    except TypeError as error:  # Python's own, of arguments that do not fit the signature, name another function or none
+        if str(error).startswith(("explain:", "diffmax")):
+            raise
+        raise TypeError(f"explain: {name}: {str(error).removeprefix('_asks() ')}") from None
+    return explain_question(asked)
 
 
 def explain_question(asked: Question) -> Explanation:

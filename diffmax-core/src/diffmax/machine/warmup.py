@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+import numbers
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from diffmax.errors import NoBackendError
 from diffmax.machine.dispatch import choose, describe, import_function, selected
+from diffmax.operators.common.checks import is_whole
 from diffmax.operators.common.spec import SPECS, Needed
 
 ROW_LENGTH, HEAD_DIM = 1024, 64  # prepared by a call without lengths and head_dims
@@ -48,20 +51,25 @@ def warmup(
     Returns:
         For each backend that runs one of the dtypes, the number of prepared cases: 0 if it compiles nothing at run time.
     Raises:
-        ValueError: A length or a head dimension is below 1, an alpha is outside (0, 1), or attention has no such feature.
-        TypeError: `lengths` is no sequence, or a dtype is no torch.dtype.
+        ValueError: A sequence is empty, a length or a head dimension is below 1, an alpha is outside (0, 1), or attention has
+            no such feature.
+        TypeError: What is a sequence above is none, or has an entry of another type.
         NoBackendError: No backend, or not the named one, can run such calls; or torch sees no such device.
     Example:
         >>> import diffmax
         >>> diffmax.warmup([1024, 4096], backend="reference")
         {'reference': 0}
     """
-    _check_types(lengths, dtypes)
+    _check_types({"lengths": lengths, "dtypes": dtypes, "alphas": alphas, "head_dims": head_dims})
+    if isinstance(features, str):
+        raise TypeError(f"warmup: features must be a collection of names, got {features!r}\npass [{features!r}]")
     combinations: tuple[Collection[str], ...] = (features,)
     if lengths is None and head_dims is None:
         lengths, head_dims, decoding = (ROW_LENGTH,), (HEAD_DIM,), True
         combinations = (features, {*features, "causal"})
-    sizes = [(size, size) if isinstance(size, int) else size for size in head_dims or ()]
+    sizes = [(size[0], size[-1]) if isinstance(size, (tuple, list)) else (size, size) for size in head_dims or ()]
+    if not lengths and not sizes:
+        raise ValueError("warmup: lengths or head_dims must have an entry, got none\nleave both out for what is usual")
     _check(lengths or (), sizes, alphas, features)
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -94,14 +102,26 @@ def _count(prepared: dict[str, int], backend: str, target: str | None, *argument
         prepared[backend] += 1
 
 
-def _check_types(lengths: object, dtypes: object) -> None:
-    if lengths is not None and not isinstance(lengths, Sequence):
-        raise TypeError(f"warmup: lengths must be a sequence, got {lengths!r}\npass [{lengths!r}]")
-    if not isinstance(dtypes, Sequence):
-        raise TypeError(f"warmup: dtypes must be a sequence, got {dtypes!r}\npass [{dtypes!r}]")
-    wrong = [dtype for dtype in dtypes if not isinstance(dtype, torch.dtype)]
+def _check_types(given: Mapping[str, Any]) -> None:
+    for what, sequence in given.items():
+        if sequence is None and what in ("lengths", "head_dims"):
+            continue
+        if not isinstance(sequence, Sequence) or isinstance(sequence, str):
+            raise TypeError(f"warmup: {what} must be a sequence, got {sequence!r}\npass [{sequence!r}]")
+        if not sequence and what in ("dtypes", "alphas"):
+            raise ValueError(f"warmup: {what} must have an entry, got none\nleave it out for what it is by default")
+    wrong = [dtype for dtype in given["dtypes"] if not isinstance(dtype, torch.dtype)]
     if wrong:
         raise TypeError(f"warmup: dtypes must be torch dtypes, such as torch.float32, got {wrong[0]!r}")
+    for what in ("lengths", "head_dims"):
+        for size in given[what] or ():
+            pair = tuple(size) if isinstance(size, (tuple, list)) and what == "head_dims" else (size,)
+            if len(pair) > 2 or not pair or not all(is_whole(number) for number in pair):
+                kind = "ints, or pairs of them" if what == "head_dims" else "ints"
+                raise TypeError(f"warmup: {what} must be {kind}, got {size!r}")
+    for alpha in given["alphas"]:
+        if alpha is not None and (not isinstance(alpha, numbers.Real) or isinstance(alpha, bool)):
+            raise TypeError(f"warmup: alphas must be floats, or None for alpha as a tensor, got {alpha!r}")
 
 
 def _check(

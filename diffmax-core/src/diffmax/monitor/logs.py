@@ -24,6 +24,15 @@ def check_step(function: str, step: int | None, every: int) -> None:
         raise ValueError(f"{function}: every must be at least 1, got {every}")
 
 
+def log_of(function: str, log: Log | None) -> Log:
+    """The log that is given, or else swanlab's."""
+    if log is None:
+        return swanlab_log(function)
+    if not callable(log):
+        raise TypeError(f"{function}: log must be a function of (metrics, step=...), got {log!r} of type {type(log).__name__}")
+    return log
+
+
 def swanlab_log(function: str) -> Log:
     """`swanlab.log`, the default of a function that got no log."""
     try:

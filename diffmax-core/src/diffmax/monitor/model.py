@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
 from diffmax.monitor.calls import Sums, metrics_of, of_attention, of_rows, together
-from diffmax.monitor.logs import Log, check_step, read, swanlab_log
+from diffmax.monitor.logs import Log, check_step, log_of, read
 from diffmax.operators.common.watch import watchers
 from diffmax.plugin import AttentionCall
 
@@ -66,7 +66,7 @@ class Monitor:
                 "watch the module that was compiled (its _orig_mod), in a forward pass of its own"
             )
         self.every, self.prefix, self.current_step = every, f"{name_prefix}/" if name_prefix else "", 0
-        self._log = swanlab_log("Monitor") if log is None else log
+        self._log = log_of("Monitor", log)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._modules = list(model.modules())  # keeps the modules alive, so that no id is reused
         self._running: dict[int, list[str]] = {}  # per thread, the running modules, outermost first

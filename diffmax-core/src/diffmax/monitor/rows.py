@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 from diffmax.machine.dispatch import selected
-from diffmax.monitor.logs import Log, check_step, read, swanlab_log
+from diffmax.monitor.logs import Log, check_step, log_of, read
 from diffmax.monitor.metrics import alpha_metrics, convergence_metrics, forward_metrics
 from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
 from diffmax.operators.common.numerics import accumulation_dtype
@@ -82,7 +82,7 @@ def diffmax_bisect_monitored(
     extra = _checked_metadata(extra_metadata)
     if step is None or step % every != 0:
         return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
-    log = swanlab_log("diffmax_bisect_monitored") if log is None else log  # not `or`: a log may be an empty list that grows
+    log = log_of("diffmax_bisect_monitored", log)
     run = torch.compiler.disable(_logged) if torch.compiler.is_compiling() else _logged
     return run(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend, name_prefix, step, log, extra)
 

@@ -111,6 +111,8 @@ def _check_number(name: str, number: Any) -> None:
 
 
 def _given(alphas: nn.Module | nn.Parameter | Iterable[nn.Module | nn.Parameter]) -> Iterator[nn.Parameter]:
+    if not isinstance(alphas, (Tensor, nn.Module, Iterable)):
+        raise TypeError(f"param_groups: alphas must hold parameters or modules, got {alphas!r}")
     for given in (alphas,) if isinstance(alphas, (Tensor, nn.Module)) else alphas:
         if isinstance(given, nn.Module):
             yield from given.parameters()

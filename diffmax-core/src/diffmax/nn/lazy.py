@@ -11,7 +11,7 @@ from diffmax.maps import AlphaMap
 from diffmax.nn._alpha import HeadAlpha
 from diffmax.nn.power import _check_rope, _check_sizes, _rotated
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_flag, check_tensor, is_whole
+from diffmax.operators.common.checks import _readable, check_flag, check_tensor, is_whole
 from diffmax.operators.threshold.members import lazy_attention
 
 _NAME = "LazyAttention"
@@ -141,7 +141,7 @@ class LazyAttention(HeadAlpha):
         check_tensor(_NAME, "x", x)
         if x.ndim != 3 or x.shape[2] != self.dim:
             raise ValueError(f"{_NAME}: x must have shape (B, L, {self.dim}), got {tuple(x.shape)}")
-        start = 0 if past is None else past[0].shape[2]
+        start = 0 if past is None else self._check_past(past, x)
         query, key, value = (self._heads(projection, x) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope_base is not None:
             query, key = _rotated(query, start, self.rope_base), _rotated(key, start, self.rope_base)
@@ -159,6 +159,19 @@ class LazyAttention(HeadAlpha):
         projected: Tensor = projection(x)
         return projected.view(*x.shape[:2], projection.out_features // self.head_dim, self.head_dim).transpose(1, 2)
 
+    def _check_past(self, past: Any, x: Tensor) -> int:
+        """How many tokens the past holds."""
+        sizes = (x.shape[0], self.num_kv_heads, "P", self.head_dim)
+        pair: list[Any] = list(past) if isinstance(past, (tuple, list)) and len(past) == 2 else []
+        fine = [isinstance(t, Tensor) and t.ndim == 4 and (*t.shape[:2], "P", t.shape[3]) == sizes for t in pair]
+        if fine != [True, True] or pair[0].shape != pair[1].shape:
+            got = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in pair] or type(past).__name__
+            raise ValueError(
+                f"{_NAME}: past must be keys and values of shape (B, H_kv, P, D) = ({', '.join(map(str, sizes))}), got {got}\n"
+                "pass what an earlier call with return_past=True returned"
+            )
+        return int(pair[0].shape[2])
+
     def _seen(self, mask: Tensor, x: Tensor, many: int) -> Tensor:
         """The mask as boolean (B or 1, H or 1, L or 1, S)."""
         if not isinstance(mask, Tensor):
@@ -168,6 +181,13 @@ class LazyAttention(HeadAlpha):
                 f"{_NAME}: a mask of two dimensions must be (B, S) = {(x.shape[0], many)}, got {tuple(mask.shape)}\n"
                 "for one of queries and keys, pass mask.unsqueeze(0)"
             )
+        if mask.is_floating_point() and mask.ndim > 2:
+            raise TypeError(
+                f"{_NAME}: mask must be boolean, or of ints, where it says what each query sees, got {mask.dtype}\n"
+                "of one that is added to scores pass mask == 0, of one that is 1 where a key is seen pass mask.bool()"
+            )
+        if mask.dtype != torch.bool and _readable(mask) and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"{_NAME}: mask must be 1 or True where a key is seen and 0 or False elsewhere, got other values")
         seen = mask.bool()
         return seen[:, None, None] if seen.ndim == 2 else seen.unsqueeze(1) if seen.ndim == 3 else seen
 

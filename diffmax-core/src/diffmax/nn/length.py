@@ -26,7 +26,8 @@ def visible_keys(
     first, end = (torch.as_tensor(at).clamp(0, keys) for at in visible_span(place, place, left, right, keys))
     if attn_mask is None:
         return (end - first).clamp_min(1).float()
-    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+    # what others' masks hide has the least number of its dtype, or of another that it was converted from
+    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
     # from a cumulative sum over keys instead of a sum per query: a padding mask has one row for all queries
     so_far = seen.expand(*seen.shape[:-1], keys).cumsum(-1, dtype=torch.int32)
     before = nn.functional.pad(so_far, (1, 0)).expand(*seen.shape[:-2], queries, -1)
@@ -54,7 +55,8 @@ class LengthScale(nn.Module):
 
     The maximum of n random scores grows like sqrt(2 ln n), and so does the support of a row: at a fixed temperature attention
     spreads as sequences become longer. Scaling a query scales all of its scores, so this module works before any attention,
-    fused or not. Keys that causality, a window or a mask hides do not count.
+    fused or not. Keys that causality, a window or a mask hides do not count; a floating mask hides by -inf or the least number
+    of its dtype.
 
     Args:
         heads: H. The parameter `log_decay` (b, of shape (H,)) has one entry per head.

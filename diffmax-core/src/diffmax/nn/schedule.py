@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffmax.nn.attention import DiffmaxAttention
+from diffmax.nn._alpha import HeadAlpha
 from diffmax.nn.bisect import DiffmaxBisectModule
 from diffmax.operators.common.checks import one_minus_alpha
 
@@ -39,8 +39,9 @@ class AlphaSchedule:
         alpha: The target. A float or a tensor: pass the schedule as an alpha function, such as
             `DiffmaxBisectModule(schedule)`, `diffmax_bisect(X, schedule)`, or
             `diffmax.integrations.transformers.register(alpha=schedule)`. A module: every alpha of a `DiffmaxBisectModule` and
-            a `DiffmaxAttention` in it that is a float or a buffer moves from `start` to its current value; so do alphas and
-            scales of a model that `diffmax.integrations.transformers.replace` changed, the scales from 1.
+            of attention with diffmax weights in it (of diffmax.nn, and of timm and diffusers after `replace`) that is a float
+            or a buffer moves from `start` to its current value; so do alphas and scales of a model that
+            `diffmax.integrations.transformers.replace` changed, the scales from 1.
         steps: Number of steps in which s rises from 0 to 1. With "constant" it rises in one step.
         start: Initial alpha, 0 < start <= 1.
         shape: "constant", "linear" or "cosine": how s rises.
@@ -98,8 +99,8 @@ class AlphaSchedule:
             self._scheduled = _scheduled_in(alpha, self.start)
             if not self._scheduled:
                 raise ValueError(
-                    f"{_NAME}: the module must have an alpha that is not learned, got {type(alpha).__name__} with none\n"
-                    "pass a float, and give the schedule where alpha may be a function"
+                    f"{_NAME}: the module must have attention or rows with an alpha that is not learned, got "
+                    f"{type(alpha).__name__} with none\npass a float, and give the schedule where alpha may be a function"
                 )
         else:
             like = alpha if isinstance(alpha, Tensor) else torch.empty(1)  # its shape is checked by the call
@@ -144,6 +145,10 @@ class AlphaSchedule:
         Raises:
             ValueError: The state belongs to a schedule of another module.
         """
+        if not {"step", "ends"} <= set(state_dict):
+            raise ValueError(
+                f"{_NAME}: the state must hold step and ends, got {sorted(state_dict)}\nis it of another schedule?"
+            )
         ends = state_dict["ends"]
         if [end.shape for end in ends] != [value.end.shape for value in self._scheduled]:
             got, wanted = ([tuple(end.shape) for end in shapes] for shapes in (ends, [p.end for p in self._scheduled]))
@@ -163,8 +168,9 @@ def _check_count(name: str, number: Any) -> None:
 def _scheduled_in(model: nn.Module, start: float) -> list[_ScheduledValue]:
     values: list[_ScheduledValue] = []
     for module in model.modules():
-        is_ours = isinstance(module, (DiffmaxAttention, DiffmaxBisectModule)) and module.alpha_map is None
-        if is_ours and ("alpha" in module._buffers or isinstance(module.alpha, numbers.Real)):
+        is_ours = isinstance(module, (HeadAlpha, DiffmaxBisectModule)) and module.alpha_map is None
+        is_used = getattr(module, "weights", "diffmax") != "softmax"
+        if is_ours and is_used and ("alpha" in module._buffers or isinstance(module.alpha, numbers.Real)):
             values.append(_scheduled_value(module, start))
         heads = module._modules.get("diffmax_heads")  # of integrations.transformers.replace
         if heads is not None:

@@ -157,15 +157,9 @@ def _attention_forward(
         position_bias = None if position_bias is None else position_bias[..., :length]
     window = _window(sliding_window, attention_mask, key.shape[2], is_causal)
     alpha = _per_head("alpha", alpha(module) if callable(alpha) else alpha, heads)
-    if isinstance(scale, str):
-        factor = matched_scale(alpha)
-    else:
-        factor = _per_head("scale", scale(module) if callable(scale) else scale, heads)
+    factor = _factor(scale(module) if callable(scale) else scale, alpha, heads)
     if softcap and isinstance(factor, Tensor):
-        raise ValueError(
-            f"diffmax attention: with softcap the scale must be a number, got a tensor of shape {tuple(factor.shape)}\n"
-            "register one alpha, as a float, for all heads"
-        )
+        factor = _one_number(factor)
     query, scaling, _ = rescaled(factor, query, scaling)
     settings: dict[str, Any] = {
         "dropout_p": dropout if module.training else 0.0,
@@ -274,6 +268,23 @@ def _mask_other_sequences(mask: Tensor | None, packing: tuple[Tensor, Tensor], q
     if mask is None:
         return same
     return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
+
+
+def _factor(scale: Any, alpha: float | Tensor, heads: int) -> float | Tensor:
+    """Factor of the scores."""
+    check_scale("diffmax attention", scale, ", or a tensor")
+    return matched_scale(alpha) if isinstance(scale, str) else _per_head("scale", scale, heads)
+
+
+def _one_number(factor: Tensor) -> float:
+    """The factor of softcapped scores, which is that of the cap too, and no tensor there."""
+    if factor.ndim == 0 and not factor.requires_grad:  # such as that of an AlphaSchedule
+        return float(factor)
+    got = "one that is learned" if factor.requires_grad else f"a tensor of shape {tuple(factor.shape)}"
+    raise ValueError(
+        f"diffmax attention: this model caps its scores (softcap), so the scale must be one number, got {got}\n"
+        "register one alpha for all heads that is not learned, or a scale that does not depend on it"
+    )
 
 
 def _per_head(what: str, value: float | Tensor, heads: int) -> float | Tensor:

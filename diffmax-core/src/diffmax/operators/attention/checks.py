@@ -318,7 +318,8 @@ def check_packing(name: str, what: str, cu_seqlens: Tensor, longest: int, total:
     check_strided(name, f"cu_seqlens_{what}", cu_seqlens)
     if cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"{name}: cu_seqlens_{what} must have an entry more than there are sequences, got {_shape(cu_seqlens)}"
+            f"{name}: cu_seqlens_{what} must have an entry more than there are sequences, of which one is needed, "
+            f"got {_shape(cu_seqlens)}"
         )
     if cu_seqlens.device != device:
         raise ValueError(f"{name}: cu_seqlens_{what} and query must be on one device, got {cu_seqlens.device} and {device}")

@@ -184,10 +184,11 @@ def _check_alpha_values(name: str, alpha: Tensor) -> None:
         return
     low, high = (end.item() for end in alpha.detach().aminmax())
     if not (low >= 0 and high <= 1):  # NaN is neither
-        raise ValueError(
-            f"{name}: alpha must lie between 0 and 1, got values from {low:g} to {high:g}\n"
-            "a learned alpha stays inside with alpha_map, see diffmax.HillMap"
-        )
+        got = f"{low:g}" if low == high else f"values from {low:g} to {high:g}"
+        hint = "a learned alpha stays inside with alpha_map, see diffmax.HillMap"
+        if low >= 1 and high <= 2:
+            hint = "if that is entmax's alpha, pass 2 - alpha here; " + hint
+        raise ValueError(f"{name}: alpha must lie between 0 and 1, got {got}\n{hint}")
 
 
 def _shape_hint(X: Tensor, alpha: Tensor, wanted: tuple[int, ...], what: str) -> str:

@@ -167,6 +167,8 @@ class DiffmaxLoss(Resettable):
     ) -> None:
         super().__init__()
         check_reduction("DiffmaxLoss", reduction)
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"DiffmaxLoss: weight must be a tensor (C,) or None, got {type(weight).__name__}")
         check_settings("DiffmaxLoss", alpha, -1, n_iter)
         self.ignore_index, self.reduction, self.n_iter = ignore_index, reduction, n_iter
         self._store("weight", weight)

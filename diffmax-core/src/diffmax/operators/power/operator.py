@@ -105,12 +105,11 @@ class _Power(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any, grad_sums: Tensor | None, grad_norm: Tensor | None, *__: Any) -> Any:
-        if not ctx.flat[FORWARD.place["final"]]:
+        (query, key, value, _keep, call, backend), (out, total) = power_attention.saved(ctx)
+        if not call.final:
             grad_sums = grad_norm = None
         if grad is None and grad_sums is None and grad_norm is None:
             return (None,) * len(ctx.flat)
-        (query, key, value, _keep, call, backend), saved = power_attention.saved(ctx)
-        out, total = saved
         grad = torch.zeros_like(out, dtype=value.dtype) if grad is None else grad
         if grad_sums is not None or grad_norm is not None:
             sums, norm = reference.state_shapes(key, value, call.degree)

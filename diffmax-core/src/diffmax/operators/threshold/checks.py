@@ -51,12 +51,7 @@ def build_call(
         raise ValueError(f'{name}: alpha must be a float for {weights} weights, got a tensor\nit is of weights="diffmax"')
     e, e_tensor = check_alpha(name, query, alpha, query.shape[1])
     left, right = check_window(name, window_size, is_causal)
-    mask = None if attn_mask is None else check_mask(name, query, key, attn_mask)
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name}: attn_mask must be boolean, True where a key is seen, got {attn_mask.dtype}\n"  # type: ignore[union-attr]
-            "a bias that depends on the distance alone is passed as bias"
-        )
+    mask = None if attn_mask is None else check_seen(name, query, key, attn_mask)
     return ThresholdCall(
         scale=check_scale(name, query, scale),
         theta=check_threshold(name, query, threshold),
@@ -68,6 +63,18 @@ def build_call(
         left=left,
         right=right,
     )
+
+
+def check_seen(name: str, query: Tensor, key: Tensor, mask: Any) -> Tensor:
+    """A boolean mask, with four dimensions."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{name}: attn_mask must be a boolean tensor, True where a key is seen, got {got}\n"
+            "of one that is 1 where seen and 0 elsewhere pass attn_mask.bool(), of one that is added pass attn_mask == 0; "
+            "a bias that depends on the distance alone is passed as bias"
+        )
+    return check_mask(name, query, key, mask)
 
 
 def packed(
@@ -107,13 +114,13 @@ def check_threshold(name: str, query: Tensor, threshold: Any, what: str = "thres
     return given.expand(given.shape[0], heads, length)
 
 
-def check_power(name: str, power: Any) -> float:
+def check_power(name: str, power: Any, what: str = "power") -> float:
     """A positive number."""
     if isinstance(power, bool) or not isinstance(power, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: power must be a float, got {power!r} of type {type(power).__name__}")
+        raise TypeError(f"{name}: {what} must be a float, got {power!r} of type {type(power).__name__}")
     number = to_float(power)
     if not 0 < number < math.inf:
-        raise ValueError(f"{name}: power must be positive and finite, got {power}")
+        raise ValueError(f"{name}: {what} must be positive and finite, got {power}")
     return number
 
 

@@ -7,14 +7,14 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as normalized
 
-from diffmax.operators.attention.checks import _check_floating, check_heads, check_mask, check_tensors
+from diffmax.operators.attention.checks import _check_floating, check_heads, check_tensors
+from diffmax.operators.common.autocast import autocast, without_autocast
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import _shape, has_shape, is_whole
+from diffmax.operators.common.checks import _shape, check_flag, check_tensor, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.threshold.api import threshold_attention, threshold_attention_varlen
-from diffmax.operators.threshold.checks import packed
+from diffmax.operators.threshold.checks import check_power, check_seen, packed
 
 FIRST_ROWS = ("kept", "published")
 
@@ -112,6 +112,7 @@ def lazy_attention(
             is_causal=is_causal, attn_mask=attn_mask, first_row=first_row, return_mass=return_mass, backend=backend,
         )  # fmt: skip
     _check_lazy(name, weights, first_row)
+    query, key, value = autocast(query, key, value)
     check_tensors(name, query, key, value, "BHLD")
     check_heads(name, query.shape[1], key.shape[1], True)
     _check_window(name, window_size, bias)
@@ -221,6 +222,7 @@ def lazy_attention_varlen(
             return_mass=return_mass, backend=backend,
         )  # fmt: skip
     _check_lazy(name, weights, first_row)
+    query, key, value = autocast(query, key, value)
     check_tensors(name, query, key, value, "THD")
     check_heads(name, query.shape[1], key.shape[1], True)
     _check_window(name, window_size, bias)
@@ -242,11 +244,13 @@ def _check_lazy(name: str, weights: Any, first_row: Any) -> None:
 
 
 def _check_window(name: str, window_size: Any, bias: Tensor | None) -> None:
-    if window_size is None or not isinstance(bias, Tensor) or bias.ndim != 2:
+    if window_size is None:
         return
     if not is_whole(window_size):
         raise TypeError(f"{name}: window_size must be an int or None, got {window_size!r} of type {type(window_size).__name__}")
-    if bias.shape[1] - window_size not in (0, 1):
+    if window_size < 0:
+        raise ValueError(f"{name}: window_size must not be negative, got {window_size}")
+    if isinstance(bias, Tensor) and bias.ndim == 2 and bias.shape[1] - window_size not in (0, 1):
         raise ValueError(f"{name}: bias must have window_size or window_size + 1 columns, {window_size}, got {_shape(bias)}")
 
 
@@ -279,7 +283,7 @@ def _visible(name: str, query: Tensor, key: Tensor, causal: bool, mask: Tensor |
     position = torch.arange(length, device=query.device) + (many - length)
     if mask is None:
         return (position + 1 if causal else torch.full_like(position, many)).clamp(0, many).view(1, 1, length)
-    seen = check_mask(name, query, key, mask)
+    seen = check_seen(name, query, key, mask)
     seen = seen.expand(*seen.shape[:3], many)
     if causal and seen.shape[2] == 1:  # of padding: counted without a matrix
         sums = torch.cat([torch.zeros_like(seen[..., :1], dtype=torch.long), seen.long().cumsum(3)], 3).squeeze(2)
@@ -338,17 +342,50 @@ def threshold_rectified_attention(
         >>> diffmax.threshold_rectified_attention(q, k, v, 0.5).shape
         torch.Size([2, 4, 50, 16])
     """
-    name = "diffmax.threshold_rectified_attention"
+    return _rectified(
+        "diffmax.threshold_rectified_attention", q, k, v, beta, relu_power, normalize, is_causal, return_mass, backend
+    )
+
+
+def _rectified(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: float | Tensor,
+    relu_power: float,
+    normalize: bool,
+    is_causal: bool,
+    return_mass: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    check_flag(name, "normalize", normalize)
+    check_power(name, relu_power, "relu_power")
+    q, k, v = autocast(q, k, v)
     check_tensors(name, q, k, v, "BHLD")
     check_heads(name, q.shape[1], k.shape[1], True)
     given = _per_head(name, "beta", q, beta)
     count = _visible(name, q, k, is_causal, None).to(given.dtype)
     theta = given * (2 * torch.log1p(count) / max(q.shape[3], 1)).sqrt()
+    dtype = q.dtype
     if normalize:
-        q, k = (normalized(t, dim=-1, eps=1e-6) for t in (q, k))
-    return threshold_attention(  # type: ignore[call-overload, no-any-return]
-        q, k, v, theta, power=relu_power, scale=1.0, is_causal=is_causal, return_mass=return_mass, backend=backend
-    )
+        q, k, v = _unit(q), _unit(k), v.to(accumulation_dtype(dtype))
+    with without_autocast(q):
+        found = threshold_attention(  # type: ignore[call-overload]
+            q, k, v, theta, power=relu_power, scale=1.0, is_causal=is_causal, return_mass=return_mass, backend=backend
+        )
+    return (found[0].to(dtype), found[1]) if return_mass else found.to(dtype)
+
+
+def _unit(t: Tensor) -> Tensor:
+    """Vectors divided by their norm, in the accumulation dtype; 0 stays 0. Norms that no float holds do not matter."""
+    t = t.to(accumulation_dtype(t.dtype))
+    if t.shape[-1] == 0:
+        return t
+    largest = t.detach().abs().amax(-1, keepdim=True)
+    t = t / largest.masked_fill(largest == 0, 1.0)
+    norm = t.square().sum(-1, keepdim=True)  # from 1 to D, or 0
+    return t * norm.masked_fill(norm == 0, 1.0).rsqrt()
 
 
 def threshold_differential_attention(
@@ -385,9 +422,16 @@ def threshold_differential_attention(
         >>> diffmax.threshold_differential_attention(q1, q2, k1, k2, v, 0.5, 0.3).shape
         torch.Size([2, 4, 50, 16])
     """
-    share = _per_head("diffmax.threshold_differential_attention", "lambda_", q1, lambda_).unsqueeze(3)
-    settings: dict[str, Any] = {"normalize": normalize, "is_causal": is_causal, "backend": backend}
-    first = threshold_rectified_attention(q1, k1, v, beta, relu_power, **settings)
-    second = threshold_rectified_attention(q2, k2, v, beta, relu_power, **settings)
-    assert isinstance(first, Tensor) and isinstance(second, Tensor)  # noqa: PT018, S101  # no mass was asked for
-    return (first - share * second).to(first.dtype)
+    name = "diffmax.threshold_differential_attention"
+    for what, first, second in (("q", q1, q2), ("k", k1, k2)):
+        check_tensor(name, f"{what}1", first)
+        check_tensor(name, f"{what}2", second)
+        if first.shape != second.shape:
+            raise ValueError(
+                f"{name}: {what}1 and {what}2 must have the same shape, got {_shape(first)} and {_shape(second)}\n"
+                "the second map is subtracted from the first, weight by weight"
+            )
+    share = _per_head(name, "lambda_", q1, lambda_).unsqueeze(3)
+    maps = [_rectified(name, q, k, v, beta, relu_power, normalize, is_causal, False, backend) for q, k in ((q1, k1), (q2, k2))]
+    positive, negative = (out for out in maps if isinstance(out, Tensor))  # no mass was asked for
+    return (positive - share * negative).to(positive.dtype)

@@ -153,6 +153,8 @@ def measure(
     """The movement and the zeros of each head at each grid point, for the public function `name`."""
     if queries is not None and (not isinstance(queries, int) or isinstance(queries, bool) or queries < 1):
         raise ValueError(f"{name}: queries must be a positive int or None, got {queries!r}")
+    if not isinstance(probes, int) or isinstance(probes, bool) or probes < 1:
+        raise ValueError(f"{name}: probes must be a positive int, got {probes!r}")
     names = {module: name for name, module in model.named_modules()}
     layers: list[tuple[str, int]] = []
     movement, zeros, entries = torch.zeros(()), torch.zeros(()), torch.zeros(())

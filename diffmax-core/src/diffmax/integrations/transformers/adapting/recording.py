@@ -50,6 +50,8 @@ class Call:
 
 def record(function: str, model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], Tensor]:
     """The calls of the model's attention layers, and the model's output. Errors name `function`."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{function}: gradients are needed, which torch.inference_mode() forbids\ncall it outside")
     calls: list[Call] = []
 
     def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -30,22 +32,32 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     Returns:
         The model.
     Raises:
-        ValueError: `heads` names a layer that the model lacks, or does not hold an alpha in (0, 1) and a positive scale for
-            each head; or it is None and the configuration has no heads; or share is out of range. The model is then unchanged.
+        TypeError: The model is not one of transformers, or heads is no dictionary of numbers.
+        ValueError: `heads` names a layer that the model lacks, or leaves out one like those that it names; or it does not hold
+            an alpha in (0, 1) and a positive scale for each head; or it is None and the configuration has no heads; or the
+            model caps its scores, which takes one scale for all heads; or share is out of range. The model is then unchanged.
     Numerics: alphas and scales stay float32 if the model is converted to float16 or bfloat16, before or after.
     """
     if not 0 < share <= 1:
         raise ValueError(f"replace: share must satisfy 0 < share <= 1, got {share}")
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(f"replace: the model must be one of transformers, got {type(model).__name__}")
     config: Any = model.config
     heads = heads if heads is not None else getattr(config, "diffmax", None)
+    if heads is not None and not isinstance(heads, Mapping):
+        raise TypeError(
+            f"replace: heads must be a dictionary of alphas and scales per layer, got {heads!r}\n"
+            'for one alpha in the whole model, register(alpha=..., scale="match") and model.set_attn_implementation("diffmax")'
+        )
     if not heads:
         raise ValueError(
             "replace: heads must be given for a model that was not adapted before, got none\n"
             "diffmax.integrations.transformers.calibrate finds them"
         )
     modules = {name: _module(model, name) for name in heads}
-    for name, of_layer in heads.items():
-        _check_heads(name, modules[name], of_layer)
+    heads = {name: _checked(name, modules[name], of_layer) for name, of_layer in heads.items()}
+    kept = _kept(config, model, modules)
+    _check_all_are_there(model, [*modules.values(), *kept.values()], next(iter(modules)))
     register_functions(NAME, _attend_adapted, "replace")
     for name, of_layer in heads.items():
         module: Any = modules[name]
@@ -55,26 +67,61 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             # a buffer moves with the model to its device; the configuration is what is saved
             tensor = 1 - share * (1 - torch.tensor(values, dtype=torch.float32, device="cpu"))
             module.diffmax_heads.register_buffer(what, tensor.to(_device(module, model)), persistent=False)
-    config.diffmax = heads
+    config.diffmax = {name: config.diffmax[name] for name in kept} | heads
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     return model
 
 
-def _check_heads(name: str, module: nn.Module, of_layer: Mapping[str, Sequence[float]]) -> None:
-    """Check that the layer has an alpha and a scale per head."""
+def _checked(name: str, module: nn.Module, of_layer: Any) -> dict[str, list[float]]:
+    """A layer's alpha and scale per head, as numbers of its own that JSON can hold."""
     if not isinstance(of_layer, Mapping) or set(of_layer) != {"alpha", "scale"}:
         got = sorted(map(str, of_layer)) if isinstance(of_layer, Mapping) else type(of_layer).__name__
         raise ValueError(f"replace: the heads of {name} must be a dictionary of alpha and scale, got {got}")
+    found = {}
     for what, rule, largest in (("alpha", "lie strictly between 0 and 1", 1.0), ("scale", "be positive", math.inf)):
-        wrong = [number for number in of_layer[what] if not 0 < number < largest]
+        given = of_layer[what].tolist() if isinstance(of_layer[what], Tensor) else of_layer[what]
+        if not isinstance(given, Sequence) or not all(isinstance(number, numbers.Real) for number in given):
+            raise TypeError(f"replace: {what} of {name} must be a list with a number per head, got {of_layer[what]!r}")
+        wrong = [number for number in given if not 0 < number < largest]
         if wrong:
             raise ValueError(f"replace: each {what} of {name} must {rule}, got {wrong[0]}")
-    given = len(of_layer["alpha"]), len(of_layer["scale"])
-    heads = _head_count(module)
+        found[what] = [float(number) for number in given]
+    given, heads = (len(found["alpha"]), len(found["scale"])), _head_count(module)
     if given != (given[0] if heads is None else heads,) * 2:
         raise ValueError(
             f"replace: {name} must have an alpha and a scale per head, got {given[0]} and {given[1]}"
             f"{'' if heads is None else f' for {heads} heads'}"
+        )
+    if getattr(module, "attn_logit_softcapping", None):
+        raise ValueError(
+            f"replace: {type(module).__name__} caps its scores, which takes one scale for all heads, got one per head\n"
+            'use register(alpha=..., scale="match") with one alpha for all heads'
+        )
+    return found
+
+
+def _kept(config: Any, model: nn.Module, given: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Layers that have heads already and get no others, by their names in the configuration."""
+    before = {name: _found(model, name) for name in getattr(config, "diffmax", None) or () if name not in given}
+    new = set(given.values())
+    return {
+        name: found[0]
+        for name, found in before.items()
+        if len(found) == 1 and found[0] not in new and hasattr(found[0], "diffmax_heads")
+    }
+
+
+def _check_all_are_there(model: nn.Module, given: Sequence[nn.Module], example: str) -> None:
+    """Refuse heads that leave out a layer like those that have some: of the same class, and the same name but for numbers."""
+    names = {module: name for name, module in model.named_modules()}
+    alike = {(type(module), re.sub(r"\d+", "#", names[module])) for module in given}
+    every = ((name, module) for name, module in model.named_modules() if module not in set(given))
+    missing = [name for name, module in every if (type(module), re.sub(r"\d+", "#", name)) in alike]
+    if missing:
+        raise ValueError(
+            f"replace: every layer like {example} must have heads, got none for {missing[0]}"
+            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}\n"
+            "calibrate and suggest_alpha give them for all layers; for one alpha in some, see register"
         )
 
 
@@ -85,13 +132,17 @@ def _head_count(module: nn.Module) -> int | None:
     return next((n for n in (*said, getattr(config, "num_attention_heads", None)) if isinstance(n, int)), None)
 
 
+def _found(model: nn.Module, name: str) -> list[nn.Module]:
+    """The layers of that name, even if the model was saved with or without a head or a wrapper around it."""
+    return [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}") or (n and name.endswith(f".{n}"))]
+
+
 def _module(model: nn.Module, name: str) -> nn.Module:
-    """The attention layer of that name, even if the model was saved with or without a head or a wrapper around it."""
-    found = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}") or (n and name.endswith(f".{n}"))]
+    """The attention layer of that name."""
+    found = _found(model, name)
     if len(found) != 1:
         raise ValueError(f"replace: {type(model).__name__} must have one layer {name}, got {len(found)}\nis it another model?")
-    module: nn.Module = found[0]
-    return module
+    return found[0]
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:
