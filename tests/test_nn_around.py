@@ -428,3 +428,28 @@ def test_a_key_that_a_mask_hides_by_the_least_number_does_not_count(dtype):
         added = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, hidden)
         torch.testing.assert_close(scale(query, 8, attn_mask=added), wanted)
         torch.testing.assert_close(scale(query, 8, attn_mask=added.float() if dtype == torch.bfloat16 else added), wanted)
+
+
+@pytest.mark.parametrize("kind", ["Elastic", "ASEntmax"])
+def test_scores_that_the_least_number_hides_are_hidden(kind):
+    from diffmax import nn as layers
+
+    torch.manual_seed(0)
+    module = layers.Elastic(torch.nn.Softmax(-1), 4) if kind == "Elastic" else layers.ASEntmax(16, 4)
+    more = () if kind == "Elastic" else (torch.randn(2, 6, 16),)
+    seen, scores = torch.rand(2, 1, 6, 8) < 0.6, torch.randn(2, 4, 6, 8)
+    wanted = module(scores.masked_fill(~seen, -torch.inf), *more)
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(module(scores + added, *more), wanted)
+
+
+def test_a_monitor_counts_no_key_that_the_least_number_hides():
+    from diffmax.monitor import Monitor
+    from diffmax.nn import DiffmaxAttention
+
+    module, x, seen, found = DiffmaxAttention(16, 2, alpha=0.5), torch.randn(1, 6, 16), torch.ones(6, 6).tril().bool(), []
+    with Monitor(module, lambda metrics, step: found.append(metrics["zeros_share"])) as monitor:
+        for hidden in (-torch.inf, torch.finfo(torch.float32).min):
+            module(x, attn_mask=torch.zeros(6, 6).masked_fill(~seen, hidden))
+            monitor.step()
+    assert found[0] == found[1]

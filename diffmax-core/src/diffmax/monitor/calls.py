@@ -11,6 +11,7 @@ from diffmax.errors import NoBackendError
 from diffmax.machine.dispatch import selected
 from diffmax.operators.attention import operator as attention_operator
 from diffmax.operators.attention.stats import tile_sparsity
+from diffmax.operators.common.numerics import hides
 from diffmax.plugin import AttentionCall
 
 # How two values of a name are combined, if not by addition.
@@ -24,7 +25,7 @@ _BY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def of_rows(X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> Sums:
     """The sums for rows along `dim`."""
-    visible, live = ~X.isneginf(), weights > 0
+    visible, live = ~hides(X), weights > 0
     broken = weights.isnan().any(dim)
     return _counted(live.sum(dim), visible.sum(dim), broken) | _alphas(e, X)
 
@@ -99,7 +100,7 @@ def visible_keys(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
     zero = torch.zeros_like(place)
     first = zero if call.left < 0 else torch.minimum((place - call.left).clamp_min(0), keys)
     end = zero + keys if call.right < 0 else torch.minimum((place + call.right + 1).clamp_min(0), keys)
-    mask = call.mask if call.bias is None else call.bias != -torch.inf
+    mask = call.mask if call.bias is None else ~hides(call.bias)
     if mask is None:
         return (end - first).clamp_min(0)
     so_far = mask.expand(*mask.shape[:-1], key.shape[2]).cumsum(-1, dtype=torch.int32)

@@ -12,6 +12,7 @@ from diffmax.nn._shapes import check_heads
 from diffmax.nn.bisect import DiffmaxBisectModule
 from diffmax.nn.length import seen_by
 from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.numerics import hides
 
 
 class AdaptiveLengthScale(nn.Module):
@@ -123,12 +124,15 @@ class ASEntmax(nn.Module):
         self.normalize = DiffmaxBisectModule(alpha, alpha_map=alpha_map)
 
     def forward(self, scores: Tensor, x: Tensor) -> Tensor:
-        """Weights of scores (B, H, L, S), in which -inf masks, whose queries come from tokens x (B, L, embed_dim)."""
+        """Weights of scores (B, H, L, S), whose queries come from tokens x (B, L, embed_dim).
+
+        -inf, or the least number of the dtype, masks.
+        """
         if is_captured(scores, x):
             return captured(self, scores, x)  # type: ignore[no-any-return]
         check_heads("ASEntmax", scores, self.scale.heads, "scores")
         _check_tokens("ASEntmax", scores, x, "scores")
-        masked = scores == -torch.inf
+        masked = hides(scores)
         factor = self.scale.factor(x, (~masked).sum(-1).clamp_min(1))
         # the factor's gradient would be NaN: -inf times 0; and in float16 the product may be infinite
         scaled = scores.masked_fill(masked, 0.0) * factor.unsqueeze(-1)

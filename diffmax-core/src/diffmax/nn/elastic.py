@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffmax.nn._shapes import check_heads
 from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.numerics import hides
 
 
 class Elastic(nn.Module):
@@ -50,11 +51,11 @@ class Elastic(nn.Module):
         nn.init.constant_(self.logit, math.log(self.start / (1 - self.start)))
 
     def forward(self, scores: Tensor) -> Tensor:
-        """Weights of scores (B, H, L, S), in which -inf masks; a fully masked row is 0."""
+        """Weights of scores (B, H, L, S), in which -inf, or the least number of the dtype, masks; a fully masked row is 0."""
         if is_captured(scores):
             return captured(self, scores)  # type: ignore[no-any-return]
         check_heads("Elastic", scores, len(self.logit), "scores")
-        visible = scores != -torch.inf
+        visible = ~hides(scores)
         empty = ~visible.any(-1, keepdim=True)
         threshold = self.logit.sigmoid().view(-1, 1, 1) / visible.sum(-1, keepdim=True).clamp_min(1)
         # softmax of a fully masked row would be NaN, and so would its gradient

@@ -9,6 +9,7 @@ from diffmax.nn._shapes import check_heads
 from diffmax.operators.attention.checks import check_window
 from diffmax.operators.attention.scores import visible_span
 from diffmax.operators.common.capture import captured, is_captured
+from diffmax.operators.common.numerics import hides
 
 
 def visible_keys(
@@ -26,8 +27,7 @@ def visible_keys(
     first, end = (torch.as_tensor(at).clamp(0, keys) for at in visible_span(place, place, left, right, keys))
     if attn_mask is None:
         return (end - first).clamp_min(1).float()
-    # what others' masks hide has the least number of its dtype, or of another that it was converted from
-    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    seen = attn_mask if attn_mask.dtype == torch.bool else ~hides(attn_mask)
     # from a cumulative sum over keys instead of a sum per query: a padding mask has one row for all queries
     so_far = seen.expand(*seen.shape[:-1], keys).cumsum(-1, dtype=torch.int32)
     before = nn.functional.pad(so_far, (1, 0)).expand(*seen.shape[:-2], queries, -1)

@@ -66,3 +66,11 @@ def alpha_weight(p: Tensor, log_p: Tensor, e: float | Tensor) -> Tensor:
         series = series * v_small + coefficient
     far_e = torch.where(small, torch.ones_like(v), e)  # if the series is used, e^2 may be too small to divide by
     return p * torch.where(small, log_p.square() * series, (v.expm1() - v) / far_e**2)
+
+
+def hides(added: Tensor) -> Tensor:
+    """Where scores, or what is added to them, hide a key: -inf, or what others have in its place, the least number of a dtype.
+
+    That of bfloat16 is not quite that of float32, and a score may have been added to it: half of it counts.
+    """
+    return added <= torch.finfo(added.dtype).min / 2

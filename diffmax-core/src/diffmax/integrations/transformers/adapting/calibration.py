@@ -14,6 +14,7 @@ from diffmax.integrations.transformers.adapting.outputs import Batch, Output, ea
 from diffmax.integrations.transformers.adapting.recording import Call, record
 from diffmax.integrations.transformers.adapting.replacement import Heads
 from diffmax.operators.common.checks import one_minus_alpha
+from diffmax.operators.common.numerics import hides
 from diffmax.operators.rows.api import diffmax_bisect
 
 # The grid of calibrate. A low alpha with a small scale usually gives the most zeros for the least change.
@@ -207,7 +208,7 @@ def _of_layer(
 
 def _visible(call: Call, mask: Tensor | None) -> Tensor:
     """Boolean, True where a query that is not padding sees a key."""
-    visible = call.scores != -torch.inf
+    visible = ~hides(call.scores)
     if mask is None or mask.shape != (visible.shape[0], visible.shape[2]):
         return visible
     return visible & mask.bool()[:, None, :, None]
