@@ -391,6 +391,10 @@ def test_cosines_of_16_bits_are_rounded_once(dtype):
     out = diffmax.threshold_rectified_attention(q, k, v, 0.5)
     assert out.dtype == dtype
     assert (out.double() - exact).norm() < 1.1 * (exact.to(dtype).double() - exact).norm()
+    exact = diffmax.threshold_differential_attention(q.double(), k.double(), k.double(), q.double(), v.double(), 0.5, 0.9)
+    out = diffmax.threshold_differential_attention(q, k, k, q, v, 0.5, 0.9)
+    assert out.dtype == dtype
+    assert (out.double() - exact).norm() < 1.1 * (exact.to(dtype).double() - exact).norm()
 
 
 def test_the_members_are_converted_under_autocast_as_threshold_attention_is():

@@ -342,9 +342,10 @@ def threshold_rectified_attention(
         >>> diffmax.threshold_rectified_attention(q, k, v, 0.5).shape
         torch.Size([2, 4, 50, 16])
     """
-    return _rectified(
-        "diffmax.threshold_rectified_attention", q, k, v, beta, relu_power, normalize, is_causal, return_mass, backend
-    )
+    name = "diffmax.threshold_rectified_attention"
+    check_flag(name, "return_mass", return_mass)
+    dtype, out, mass = _rectified(name, q, k, v, beta, relu_power, normalize, is_causal, backend)
+    return (out.to(dtype), mass) if return_mass else out.to(dtype)
 
 
 def _rectified(
@@ -356,9 +357,9 @@ def _rectified(
     relu_power: float,
     normalize: bool,
     is_causal: bool,
-    return_mass: bool,
     backend: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[torch.dtype, Tensor, Tensor]:
+    """The dtype of the result; the result, which is not rounded yet where cosines were taken; and mass."""
     check_flag(name, "normalize", normalize)
     check_power(name, relu_power, "relu_power")
     q, k, v = autocast(q, k, v)
@@ -371,10 +372,10 @@ def _rectified(
     if normalize:
         q, k, v = _unit(q), _unit(k), v.to(accumulation_dtype(dtype))
     with without_autocast(q):
-        found = threshold_attention(  # type: ignore[call-overload]
-            q, k, v, theta, power=relu_power, scale=1.0, is_causal=is_causal, return_mass=return_mass, backend=backend
+        out, mass = threshold_attention(
+            q, k, v, theta, power=relu_power, scale=1.0, is_causal=is_causal, return_mass=True, backend=backend
         )
-    return (found[0].to(dtype), found[1]) if return_mass else found.to(dtype)
+    return dtype, out, mass
 
 
 def _unit(t: Tensor) -> Tensor:
@@ -432,6 +433,7 @@ def threshold_differential_attention(
                 "the second map is subtracted from the first, weight by weight"
             )
     share = _per_head(name, "lambda_", q1, lambda_).unsqueeze(3)
-    maps = [_rectified(name, q, k, v, beta, relu_power, normalize, is_causal, False, backend) for q, k in ((q1, k1), (q2, k2))]
-    positive, negative = (out for out in maps if isinstance(out, Tensor))  # no mass was asked for
-    return (positive - share * negative).to(positive.dtype)
+    (dtype, positive, _), (_, negative, _) = (
+        _rectified(name, q, k, v, beta, relu_power, normalize, is_causal, backend) for q, k in ((q1, k1), (q2, k2))
+    )
+    return (positive - share * negative).to(dtype)
