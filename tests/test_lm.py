@@ -48,6 +48,21 @@ def test_the_page_about_choosing_quotes_what_was_measured_at_8192_tokens():
         assert f"| {' | '.join(cells)} |" in page
 
 
+def test_the_page_about_choosing_quotes_what_distilling_gave():
+    points = json.loads((ROOT / "examples" / "results" / "lm_adapted.json").read_text())["points"]
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    for asked in ("0.95", "0.98"):
+        for place in ("1024", "2048", "6144", lm.OTHER):
+            names = ("softmax", f"calibrated {asked}", f"distilled {asked}")
+            before, calibrated, distilled = (points[f"{place}/{name}"] for name in names)
+            costs = [f"{point['nats'] - before['nats']:+.3f}" for point in (calibrated, distilled)]
+            words = [f"{100 * point['words_right']:.1f}" for point in (before, calibrated, distilled)]
+            shares = [f"{100 * distilled[name]:.1f}" for name in ("zeros", "empty_tiles")]
+            row = " | ".join([asked, place, *costs, *words, *shares, f"{distilled['support']:.0f}"])
+            assert f"| {row} |" in page
+        assert f"{distilled['steps']} steps" in page
+
+
 def test_the_jobs_are_those_of_the_scales_that_are_asked_for():
     arguments = lm.parser().parse_args(["--length", "64", "--alphas", "0.75", "0.5", "--scales", "matched", "--zeros", "0.8"])
     keys = [key for key, _, _ in lm.jobs(arguments)]
