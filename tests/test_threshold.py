@@ -427,7 +427,7 @@ def _maps(change):
         ({"normalize": "no"}, TypeError, "normalize must be True or False, got 'no'"),
         ({"relu_power": 0}, ValueError, "relu_power must be positive"),
     ],
-    ids=str,
+    ids=("queries", "heads", "keys", "none", "a flag", "a power"),
 )
 def test_two_maps_say_what_is_wrong(change, kind, says):
     with pytest.raises(kind, match=says):
