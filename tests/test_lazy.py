@@ -284,3 +284,27 @@ def test_the_module_refuses_a_mask_that_is_added_and_a_past_of_others():
     for past in (torch.randn(2, 4, 3, 8), (torch.randn(2, 4, 3, 8),), (torch.randn(1, 4, 3, 8),) * 2, 3):
         with pytest.raises(ValueError, match=r"past must be keys and values of shape \(B, H_kv, P, D\) = \(2, 4, P, 8\), got"):
             module(x, past=past)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_past_of_any_length_is_traced_exported_and_compiled():
+    module, x = LazyAttention(16, 4, window_size=8).eval(), torch.randn(2, 5, 16)
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = module
+
+        def forward(self, x, keys, values):
+            return self.attend(x, past=(keys, values))
+
+    with torch.no_grad():
+        _, short = module(x[:, :2], return_past=True)
+        _, past = module(x[:, :3], return_past=True)
+        wanted = module(x[:, 2:4], past=short)
+        length = torch.export.Dim("P", min=1, max=100)
+        exported = torch.export.export(Step(), (x[:, 3:], *past), dynamic_shapes=({}, {2: length}, {2: length})).module()
+        traced = torch.jit.trace(Step(), (x[:, 3:], *past), check_trace=False)
+        compiled = torch.compile(Step(), dynamic=True, fullgraph=True, backend="eager")
+        for run in (exported, traced, compiled):
+            torch.testing.assert_close(run(x[:, 2:4], *short), wanted)

@@ -161,16 +161,23 @@ class LazyAttention(HeadAlpha):
 
     def _check_past(self, past: Any, x: Tensor) -> int:
         """How many tokens the past holds."""
-        sizes = (x.shape[0], self.num_kv_heads, "P", self.head_dim)
         pair: list[Any] = list(past) if isinstance(past, (tuple, list)) and len(past) == 2 else []
-        fine = [isinstance(t, Tensor) and t.ndim == 4 and (*t.shape[:2], "P", t.shape[3]) == sizes for t in pair]
-        if fine != [True, True] or pair[0].shape != pair[1].shape:
+        if not pair or not all(isinstance(t, Tensor) and t.ndim == 4 for t in pair) or not self._continues(*pair, x):
             got = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in pair] or type(past).__name__
             raise ValueError(
-                f"{_NAME}: past must be keys and values of shape (B, H_kv, P, D) = ({', '.join(map(str, sizes))}), got {got}\n"
+                f"{_NAME}: past must be keys and values of shape (B, H_kv, P, D) = "
+                f"({x.shape[0]}, {self.num_kv_heads}, P, {self.head_dim}), got {got}\n"
                 "pass what an earlier call with return_past=True returned"
             )
-        return int(pair[0].shape[2])
+        length: int = pair[0].shape[2]  # not converted: a traced or exported call has another past
+        return length
+
+    def _continues(self, keys: Tensor, values: Tensor, x: Tensor) -> bool:
+        """Whether keys and values have the sizes of this module's, compared one by one: torch.compile cannot compare tuples."""
+        for t in (keys, values):
+            if t.shape[0] != x.shape[0] or t.shape[1] != self.num_kv_heads or t.shape[3] != self.head_dim:
+                return False
+        return keys.shape[2] == values.shape[2]
 
     def _seen(self, mask: Tensor, x: Tensor, many: int) -> Tensor:
         """The mask as boolean (B or 1, H or 1, L or 1, S)."""
