@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -538,19 +539,27 @@ def test_what_the_configuration_keeps_is_its_own_and_can_be_saved(tmp_path):
     torch.testing.assert_close(replace(LlamaModel.from_pretrained(tmp_path))(ids)[0], model(ids)[0])
 
 
-def test_heads_of_some_layers_are_refused_unless_the_others_have_some(tmp_path):
-    model, some = llama(), {"layers.0.self_attn": of_llama(0.9)["layers.0.self_attn"]}
-    with pytest.raises(
-        ValueError, match=r"every layer like layers.0.self_attn must have heads, got none for layers.1.self_attn"
-    ):
-        replace(model, some)
-    assert model.config._attn_implementation == "sdpa"
-    replace(model, of_llama())
-    replace(model, some)
-    assert model.config.diffmax == of_llama() | some
+def test_heads_may_be_given_layer_by_layer(tmp_path):
+    model, heads, ids = llama(), of_llama(0.9), torch.tensor([[3, 4, 5, 6]])
+    heads["layers.1.self_attn"]["alpha"] = [0.5] * 4
+    replace(model, {"layers.0.self_attn": heads["layers.0.self_attn"]})
+    with pytest.raises(ValueError, match=r"this LlamaAttention has no heads yet\n.*must name every layer that runs"):
+        model(ids)
+    replace(model, {"layers.1.self_attn": heads["layers.1.self_attn"]})
+    assert model.config.diffmax == heads
+    torch.testing.assert_close(replace(llama(), heads)(ids)[0], model(ids)[0])
     model.save_pretrained(tmp_path)
-    ids = torch.tensor([[3, 4, 5, 6]])
     torch.testing.assert_close(replace(LlamaModel.from_pretrained(tmp_path))(ids)[0], model(ids)[0])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [np.array, torch.tensor, tuple, lambda values: [torch.tensor(v) for v in values]],
+    ids=("numpy", "torch", "tuple", "0-d"),
+)
+def test_heads_of_every_kind_of_list(kind):
+    given = {name: {what: kind(values) for what, values in of_layer.items()} for name, of_layer in of_llama().items()}
+    assert replace(llama(), given).config.diffmax == of_llama()
 
 
 @pytest.mark.parametrize(

@@ -453,3 +453,10 @@ def test_a_monitor_counts_no_key_that_the_least_number_hides():
             module(x, attn_mask=torch.zeros(6, 6).masked_fill(~seen, hidden))
             monitor.step()
     assert found[0] == found[1]
+
+
+def test_a_mask_of_ints_is_refused_by_name():
+    from diffmax.nn import LengthScale
+
+    with pytest.raises(TypeError, match=r"LengthScale: attn_mask must be boolean or floating, got torch.int64"):
+        LengthScale(4)(torch.randn(2, 4, 6, 8), 6, attn_mask=torch.ones(2, 1, 6, 6, dtype=torch.int64))

@@ -372,7 +372,7 @@ def test_a_query_whose_visible_scores_are_all_minus_infinity_has_no_weights(weig
         (1e-7, torch.float16),
         (1e-9, torch.float32),
         (1e19, torch.float32),
-        (1e-40, torch.float32),
+        (2e-38, torch.float32),
         (1e200, torch.float64),
     ],
     ids=str,
@@ -420,7 +420,11 @@ def _maps(change):
 @pytest.mark.parametrize(
     ("change", "kind", "says"),
     [
-        ({"q2": torch.randn(1, 2, 1, 4)}, ValueError, r"attention: q1 and q2 must have the same shape, got \(1, 2, 6, 4\) and"),
+        (
+            {"q2": torch.randn(1, 2, 1, 4)},
+            ValueError,
+            r"attention: q1 and q2 must have the same shape but for the last size, got \(1",
+        ),
         ({"q2": torch.randn(1, 1, 6, 4)}, ValueError, "q1 and q2 must have the same shape"),
         ({"k2": torch.randn(1, 2, 5, 4)}, ValueError, "k1 and k2 must have the same shape"),
         ({"q1": None}, TypeError, "q1 must be a torch.Tensor, got NoneType"),
@@ -432,3 +436,17 @@ def _maps(change):
 def test_two_maps_say_what_is_wrong(change, kind, says):
     with pytest.raises(kind, match=says):
         _maps(change)()
+
+
+def test_vectors_without_digits_count_as_zero_and_spoil_no_gradient():
+    q = (torch.randn(1, 1, 4, 8) * 1e-39).requires_grad_()
+    out = diffmax.threshold_rectified_attention(q, q.detach(), torch.randn(1, 1, 4, 3), 0.0)
+    out.sum().backward()
+    assert q.grad.abs().max() == 0
+
+
+def test_two_maps_may_have_heads_of_different_sizes():
+    q1, k1, v = torch.randn(3, 1, 2, 6, 16, dtype=torch.float64).unbind()
+    q2, k2 = torch.randn(2, 1, 2, 6, 8, dtype=torch.float64).unbind()
+    first, second = (diffmax.threshold_rectified_attention(q, k, v, 0.1) for q, k in ((q1, k1), (q2, k2)))
+    torch.testing.assert_close(diffmax.threshold_differential_attention(q1, q2, k1, k2, v, 0.1, 0.5), first - 0.5 * second)

@@ -282,7 +282,7 @@ def test_warmup_says_what_to_pass():
         ({"head_dims": 64}, TypeError, "head_dims must be a sequence, got 64"),
         ({"head_dims": ["64"]}, TypeError, "head_dims must be ints, or pairs of them, got '64'"),
         ({"head_dims": [(8, 8, 8)]}, TypeError, r"head_dims must be ints, or pairs of them, got \(8, 8, 8\)"),
-        ({"head_dims": [8], "features": "causal"}, TypeError, r"features must be a collection of names, got 'causal'"),
+        ({"head_dims": [8], "features": "causal"}, TypeError, r"features must be a sequence, got 'causal'"),
     ):
         with pytest.raises(kind, match=f"warmup: {says}"):
             diffmax.warmup(**options)
@@ -293,6 +293,10 @@ def test_warmup_says_what_to_pass():
 
 def test_warmup_checks_its_arguments_and_passes_over_who_compiles_nothing():
     assert diffmax.warmup([1024], (torch.float32, torch.float64)) == {"numba": 2}
+    for few in ({0.5}, torch.tensor([0.5]), [torch.tensor(0.5)], {0.5: 1}.keys(), (a for a in [0.5])):
+        assert diffmax.warmup([8], alphas=few, backend="reference") == {"reference": 0}
+    for few in ({64}, map(int, [64]), [torch.tensor([64, 32])], ((64, 32),)):
+        assert diffmax.warmup(head_dims=few, backend="reference") == {"reference": 0}
     with pytest.raises(ValueError, match=r"warmup: lengths must be at least 1, got 0"):
         diffmax.warmup([0])
     with pytest.raises(ValueError, match=r"warmup: alphas must lie between 0 and 1, or be None for a tensor, got 1.0"):

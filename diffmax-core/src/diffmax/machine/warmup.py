@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import numbers
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,14 +59,22 @@ def warmup(
         >>> diffmax.warmup([1024, 4096], backend="reference")
         {'reference': 0}
     """
-    _check_types({"lengths": lengths, "dtypes": dtypes, "alphas": alphas, "head_dims": head_dims})
-    if isinstance(features, str):
-        raise TypeError(f"warmup: features must be a collection of names, got {features!r}\npass [{features!r}]")
+    lengths, dtypes, alphas, head_dims, features = (
+        _listed(what, given)
+        for what, given in (
+            ("lengths", lengths),
+            ("dtypes", dtypes),
+            ("alphas", alphas),
+            ("head_dims", head_dims),
+            ("features", features),
+        )
+    )
+    _check_types(lengths, dtypes, alphas)
     combinations: tuple[Collection[str], ...] = (features,)
     if lengths is None and head_dims is None:
         lengths, head_dims, decoding = (ROW_LENGTH,), (HEAD_DIM,), True
         combinations = (features, {*features, "causal"})
-    sizes = [(size[0], size[-1]) if isinstance(size, (tuple, list)) else (size, size) for size in head_dims or ()]
+    sizes = [_pair(size) for size in head_dims or ()]
     if not lengths and not sizes:
         raise ValueError("warmup: lengths or head_dims must have an entry, got none\nleave both out for what is usual")
     _check(lengths or (), sizes, alphas, features)
@@ -81,7 +88,7 @@ def warmup(
     needed = Needed(lengths or (), sizes, [frozenset(some) for some in combinations], decoding)
     prepared: dict[str, int] = {}
     for dtype, alpha in itertools.product(dtypes, alphas):
-        e, name = None if alpha is None else 1 - alpha, selected(backend)
+        e, name = None if alpha is None else 1 - float(alpha), selected(backend)
         of_alpha = frozenset({"tensor_alpha"} if alpha is None else ())
         for spec in SPECS.values():
             for operator, asked, head_dims, its_sizes in spec.prepares(needed):
@@ -102,26 +109,36 @@ def _count(prepared: dict[str, int], backend: str, target: str | None, *argument
         prepared[backend] += 1
 
 
-def _check_types(given: Mapping[str, Any]) -> None:
-    for what, sequence in given.items():
-        if sequence is None and what in ("lengths", "head_dims"):
-            continue
-        if not isinstance(sequence, Sequence) or isinstance(sequence, str):
-            raise TypeError(f"warmup: {what} must be a sequence, got {sequence!r}\npass [{sequence!r}]")
-        if not sequence and what in ("dtypes", "alphas"):
-            raise ValueError(f"warmup: {what} must have an entry, got none\nleave it out for what it is by default")
-    wrong = [dtype for dtype in given["dtypes"] if not isinstance(dtype, torch.dtype)]
+def _listed(what: str, given: Any) -> Any:
+    """What is given as a tuple; None stays None."""
+    if given is None and what in ("lengths", "head_dims"):
+        return None
+    if isinstance(given, str) or not isinstance(given, Iterable) or (isinstance(given, torch.Tensor) and given.ndim == 0):
+        raise TypeError(f"warmup: {what} must be a sequence, got {given!r}\npass [{given!r}]")
+    found = tuple(given)
+    if not found and what in ("dtypes", "alphas"):
+        raise ValueError(f"warmup: {what} must have an entry, got none\nleave it out for what it is by default")
+    return found
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """The head dimensions of queries and values."""
+    pair = (size, size) if is_whole(size) else tuple(size) if isinstance(size, Iterable) else ()
+    if len(pair) != 2 or not all(is_whole(number) for number in pair):
+        raise TypeError(f"warmup: head_dims must be ints, or pairs of them, got {size!r}")
+    return int(pair[0]), int(pair[1])
+
+
+def _check_types(lengths: Any, dtypes: Any, alphas: Any) -> None:
+    wrong = [dtype for dtype in dtypes if not isinstance(dtype, torch.dtype)]
     if wrong:
         raise TypeError(f"warmup: dtypes must be torch dtypes, such as torch.float32, got {wrong[0]!r}")
-    for what in ("lengths", "head_dims"):
-        for size in given[what] or ():
-            pair = tuple(size) if isinstance(size, (tuple, list)) and what == "head_dims" else (size,)
-            if len(pair) > 2 or not pair or not all(is_whole(number) for number in pair):
-                kind = "ints, or pairs of them" if what == "head_dims" else "ints"
-                raise TypeError(f"warmup: {what} must be {kind}, got {size!r}")
-    for alpha in given["alphas"]:
-        if alpha is not None and (not isinstance(alpha, numbers.Real) or isinstance(alpha, bool)):
-            raise TypeError(f"warmup: alphas must be floats, or None for alpha as a tensor, got {alpha!r}")
+    wrong = [length for length in lengths or () if not is_whole(length)]
+    if wrong:
+        raise TypeError(f"warmup: lengths must be ints, got {wrong[0]!r}")
+    wrong = [alpha for alpha in alphas if alpha is not None and (isinstance(alpha, bool) or not hasattr(alpha, "__float__"))]
+    if wrong:
+        raise TypeError(f"warmup: alphas must be floats, or None for alpha as a tensor, got {wrong[0]!r}")
 
 
 def _check(

@@ -162,7 +162,7 @@ class LazyAttention(HeadAlpha):
     def _check_past(self, past: Any, x: Tensor) -> int:
         """How many tokens the past holds."""
         pair: list[Any] = list(past) if isinstance(past, (tuple, list)) and len(past) == 2 else []
-        if not pair or not all(isinstance(t, Tensor) and t.ndim == 4 for t in pair) or not self._continues(*pair, x):
+        if not pair or not all(isinstance(t, Tensor) and t.ndim == 4 for t in pair) or not self._continues(pair[0], pair[1], x):
             got = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in pair] or type(past).__name__
             raise ValueError(
                 f"{_NAME}: past must be keys and values of shape (B, H_kv, P, D) = "

@@ -27,6 +27,8 @@ def visible_keys(
     first, end = (torch.as_tensor(at).clamp(0, keys) for at in visible_span(place, place, left, right, keys))
     if attn_mask is None:
         return (end - first).clamp_min(1).float()
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"LengthScale: attn_mask must be boolean or floating, got {attn_mask.dtype}\npass attn_mask.bool()")
     seen = attn_mask if attn_mask.dtype == torch.bool else ~hides(attn_mask)
     # from a cumulative sum over keys instead of a sum per query: a padding mask has one row for all queries
     so_far = seen.expand(*seen.shape[:-1], keys).cumsum(-1, dtype=torch.int32)

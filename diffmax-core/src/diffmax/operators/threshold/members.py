@@ -379,12 +379,16 @@ def _rectified(
 
 
 def _unit(t: Tensor) -> Tensor:
-    """Vectors divided by their norm, in the accumulation dtype; 0 stays 0. Norms that no float holds do not matter."""
+    """Vectors divided by their norm, in the accumulation dtype, where squares may be no floats; 0 stays 0.
+
+    So do subnormal numbers, whose digits are lost, and whose gradient no float holds.
+    """
     t = t.to(accumulation_dtype(t.dtype))
     if t.shape[-1] == 0:
         return t
     largest = t.detach().abs().amax(-1, keepdim=True)
-    t = t / largest.masked_fill(largest == 0, 1.0)
+    none = largest < torch.finfo(t.dtype).tiny
+    t = (t / largest.masked_fill(none, 1.0)).masked_fill(none, 0.0)
     norm = t.square().sum(-1, keepdim=True)  # from 1 to D, or 0
     return t * norm.masked_fill(norm == 0, 1.0).rsqrt()
 
@@ -427,9 +431,10 @@ def threshold_differential_attention(
     for what, first, second in (("q", q1, q2), ("k", k1, k2)):
         check_tensor(name, f"{what}1", first)
         check_tensor(name, f"{what}2", second)
-        if first.shape != second.shape:
+        if first.shape[:-1] != second.shape[:-1]:
             raise ValueError(
-                f"{name}: {what}1 and {what}2 must have the same shape, got {_shape(first)} and {_shape(second)}\n"
+                f"{name}: {what}1 and {what}2 must have the same shape but for the last size, got {_shape(first)} and "
+                f"{_shape(second)}\n"
                 "the second map is subtracted from the first, weight by weight"
             )
     share = _per_head(name, "lambda_", q1, lambda_).unsqueeze(3)

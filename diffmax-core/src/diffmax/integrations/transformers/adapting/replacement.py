@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import numbers
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -33,9 +31,9 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
         The model.
     Raises:
         TypeError: The model is not one of transformers, or heads is no dictionary of numbers.
-        ValueError: `heads` names a layer that the model lacks, or leaves out one like those that it names; or it does not hold
-            an alpha in (0, 1) and a positive scale for each head; or it is None and the configuration has no heads; or the
-            model caps its scores, which takes one scale for all heads; or share is out of range. The model is then unchanged.
+        ValueError: `heads` names a layer that the model lacks, or does not hold an alpha in (0, 1) and a positive scale for
+            each head; or it is None and the configuration has no heads; or the model caps its scores, which takes one scale for
+            all heads; or share is out of range. The model is then unchanged. A layer that got no heads raises when it runs.
     Numerics: alphas and scales stay float32 if the model is converted to float16 or bfloat16, before or after.
     """
     if not 0 < share <= 1:
@@ -57,7 +55,6 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     modules = {name: _module(model, name) for name in heads}
     heads = {name: _checked(name, modules[name], of_layer) for name, of_layer in heads.items()}
     kept = _kept(config, model, modules)
-    _check_all_are_there(model, [*modules.values(), *kept.values()], next(iter(modules)))
     register_functions(NAME, _attend_adapted, "replace")
     for name, of_layer in heads.items():
         module: Any = modules[name]
@@ -77,15 +74,17 @@ def _checked(name: str, module: nn.Module, of_layer: Any) -> dict[str, list[floa
     if not isinstance(of_layer, Mapping) or set(of_layer) != {"alpha", "scale"}:
         got = sorted(map(str, of_layer)) if isinstance(of_layer, Mapping) else type(of_layer).__name__
         raise ValueError(f"replace: the heads of {name} must be a dictionary of alpha and scale, got {got}")
-    found = {}
+    found: dict[str, Any] = {}
     for what, rule, largest in (("alpha", "lie strictly between 0 and 1", 1.0), ("scale", "be positive", math.inf)):
-        given = of_layer[what].tolist() if isinstance(of_layer[what], Tensor) else of_layer[what]
-        if not isinstance(given, Sequence) or not all(isinstance(number, numbers.Real) for number in given):
+        try:
+            found[what] = torch.as_tensor(of_layer[what], dtype=torch.float64, device="cpu").tolist()
+        except (TypeError, ValueError, RuntimeError):
+            found[what] = None
+        if not isinstance(found[what], list) or not all(isinstance(number, float) for number in found[what]):
             raise TypeError(f"replace: {what} of {name} must be a list with a number per head, got {of_layer[what]!r}")
-        wrong = [number for number in given if not 0 < number < largest]
+        wrong = [number for number in found[what] if not 0 < number < largest]
         if wrong:
             raise ValueError(f"replace: each {what} of {name} must {rule}, got {wrong[0]}")
-        found[what] = [float(number) for number in given]
     given, heads = (len(found["alpha"]), len(found["scale"])), _head_count(module)
     if given != (given[0] if heads is None else heads,) * 2:
         raise ValueError(
@@ -109,20 +108,6 @@ def _kept(config: Any, model: nn.Module, given: Mapping[str, nn.Module]) -> dict
         for name, found in before.items()
         if len(found) == 1 and found[0] not in new and hasattr(found[0], "diffmax_heads")
     }
-
-
-def _check_all_are_there(model: nn.Module, given: Sequence[nn.Module], example: str) -> None:
-    """Refuse heads that leave out a layer like those that have some: of the same class, and the same name but for numbers."""
-    names = {module: name for name, module in model.named_modules()}
-    alike = {(type(module), re.sub(r"\d+", "#", names[module])) for module in given}
-    every = ((name, module) for name, module in model.named_modules() if module not in set(given))
-    missing = [name for name, module in every if (type(module), re.sub(r"\d+", "#", name)) in alike]
-    if missing:
-        raise ValueError(
-            f"replace: every layer like {example} must have heads, got none for {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if missing[1:] else ''}\n"
-            "calibrate and suggest_alpha give them for all layers; for one alpha in some, see register"
-        )
 
 
 def _head_count(module: nn.Module) -> int | None:
@@ -158,8 +143,9 @@ def _attend_adapted(
     heads = getattr(module, "diffmax_heads", None)
     if heads is None:
         raise ValueError(
-            f"diffmax attention: {type(module).__name__} has no heads yet\n"
-            "call diffmax.integrations.transformers.replace(model) after from_pretrained"
+            f"diffmax attention: this {type(module).__name__} has no heads yet\n"
+            "call diffmax.integrations.transformers.replace(model) after from_pretrained; heads that are given must name every "
+            "layer that runs"
         )
     # on another device only if the layer's parameters are moved for the call, as accelerate does
     alpha, scale = (t.to(query.device) for t in (heads.alpha, heads.scale))
