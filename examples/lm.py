@@ -246,12 +246,13 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
         yield f"fit/{alpha}", "fit", (first, alpha)
         for length in arguments.length:
             yield f"{length}/{alpha}/fitted", "fitted", (length, alpha)
+    if arguments.minutes:
+        yield f"{OTHER}/softmax", "softmax", OTHER
     for zeros in arguments.zeros:
         yield f"calibration/{zeros}", "calibrate", (first, zeros)
         for length in arguments.length:
             yield f"{length}/calibrated {zeros}", "calibrated", (length, zeros)
         if arguments.minutes:
-            yield f"{OTHER}/softmax", "softmax", OTHER
             yield f"{OTHER}/calibrated {zeros}", "calibrated", (OTHER, zeros)
             yield f"{first}/distilled {zeros}", "distilled", zeros
 
@@ -284,7 +285,7 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             found |= {name: value for name, value in statistics.items() if by_head or not name.endswith("_by_head")}
         return found | {"seconds": round(time.perf_counter() - began, 1)}
 
-    chosen = {job[0]: job for job in jobs(arguments)}.values()
+    chosen = list(jobs(arguments))
     bar = tqdm(chosen, desc="language model", unit="job")
     for key, kind, argument in bar:
         bar.set_postfix_str(key)

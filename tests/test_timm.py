@@ -15,6 +15,7 @@ from diffmax import HillMap, diffmax_bisect
 from diffmax.integrations import inplace
 from diffmax.integrations import timm as integration
 from diffmax.integrations.timm import attention_maps, layer, register, replace
+from diffmax.nn import AlphaSchedule
 from tests.timm_standin import import_timm
 
 try:
@@ -533,3 +534,14 @@ def test_says_which_timm_it_needs(monkeypatch, found):
     monkeypatch.setattr(integration, "version", version)
     with pytest.raises(ImportError, match=f"timm 1.0.23 or newer is needed, got {found or 'none'}\n.*diffmax-core.timm"):
         replace(nn.Linear(2, 2))
+
+
+def test_an_alpha_that_descends_takes_a_replaced_model_from_softmax():
+    model, image = build("vit"), images("vit")
+    softmax = model(image)
+    replace(model, 0.5)
+    arrived = model(image)
+    schedule = AlphaSchedule(model, steps=2)
+    torch.testing.assert_close(model(image), softmax)
+    schedule.step(2)
+    torch.testing.assert_close(model(image), arrived)
