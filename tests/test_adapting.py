@@ -644,3 +644,17 @@ def test_calibration_says_that_it_needs_gradients_and_projections():
     for probes in (0, 1.5, True):
         with pytest.raises(ValueError, match="calibrate: probes must be a positive int, got"):
             calibrate(llama(), batches(1), alpha=0.5, probes=probes)
+
+
+def test_distil_wants_another_model_as_teacher_and_something_to_train():
+    model = replace(llama(), of_llama())
+    with pytest.raises(ValueError, match=r"the teacher must be another model than the student, got the same\nreplace changes"):
+        distil(model, model, batches(1), steps=1)
+    with pytest.raises(ValueError, match=r"must have a parameter to train, got none\ncall requires_grad_"):
+        distil(model.requires_grad_(False), llama(), batches(1), steps=1)
+
+
+def test_a_layer_that_holds_the_attention_is_not_taken_for_it():
+    heads = {"layers.0": of_llama()["layers.0.self_attn"]}
+    with pytest.raises(ValueError, match=r"layers.0 is no attention layer, but holds one\nis layers.0.self_attn meant\?"):
+        replace(llama(), heads)

@@ -308,3 +308,9 @@ def test_a_past_of_any_length_is_traced_exported_and_compiled():
         compiled = torch.compile(Step(), dynamic=True, fullgraph=True, backend="eager")
         for run in (exported, traced, compiled):
             torch.testing.assert_close(run(x[:, 2:4], *short), wanted)
+
+
+def test_a_window_without_a_bias_is_refused_since_it_would_hide_nothing():
+    q, k, v = torch.randn(3, 1, 2, 6, 4).unbind()
+    with pytest.raises(ValueError, match=r"how many distances bias has, got 16 and no bias\nto hide keys, pass attn_mask"):
+        diffmax.lazy_attention(q, k, v, None, -0.5, 16)

@@ -311,3 +311,20 @@ def test_softmax_weights_have_no_alpha_to_move(module):
 def test_a_state_of_something_else_is_refused():
     with pytest.raises(ValueError, match=r"state must hold step and ends, got \['last_epoch'\]"):
         AlphaSchedule(0.5, steps=2).load_state_dict({"last_epoch": 3})
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_second_schedule_has_the_target_of_one_that_has_not_arrived(steps):
+    module = DiffmaxAttention(16, 2, alpha=0.5)
+    first = AlphaSchedule(module, steps=5)
+    first.step(steps)
+    second = AlphaSchedule(copy.deepcopy(module), steps=5)
+    assert float(second._scheduled[0].owner.alpha) == 1
+    second.step(5)
+    assert second._scheduled[0].owner.alpha == 0.5
+    first.step(5)
+    assert module.alpha == 0.5
+    module.alpha = 0.7  # after it has arrived, what is there is the target
+    third = AlphaSchedule(module, steps=1)
+    third.step(1)
+    assert module.alpha == 0.7

@@ -52,7 +52,8 @@ class AlphaSchedule:
             changed.
 
     A float alpha of a module becomes a non-persistent buffer while it moves, and a float again at the end: so a compiled model
-    is not recompiled at each step, but once at the end. Buffers are written in place.
+    is not recompiled at each step, but once at the end. Buffers are written in place. A second schedule of a module whose alpha
+    still moves has the target of the first: step one of them.
 
     Example:
         >>> import torch
@@ -179,6 +180,9 @@ def _scheduled_in(model: nn.Module, start: float) -> list[_ScheduledValue]:
 
 
 def _scheduled_value(owner: nn.Module, start: float, name: str = "alpha") -> _ScheduledValue:
+    moving = owner.__dict__.get("_diffmax_moving", {})
+    if name in moving:  # of another schedule, which has not arrived: what it is here is no target
+        return _ScheduledValue(owner, name, start, *moving[name])
     given = getattr(owner, name)
     if not isinstance(given, Tensor):
         return _ScheduledValue(owner, name, start, torch.tensor(float(given), dtype=torch.float64, device="cpu"), is_float=True)
@@ -190,6 +194,10 @@ def _scheduled_value(owner: nn.Module, start: float, name: str = "alpha") -> _Sc
 @torch.no_grad()
 def _write(value: _ScheduledValue, share: float) -> None:
     owner, name = value.owner, value.name
+    moving = owner.__dict__.setdefault("_diffmax_moving", {})
+    moving.pop(name, None)
+    if share < 1:
+        moving[name] = value.end, value.is_float
     if value.is_float:
         if share == 1:
             _put(owner, name, value.end.item())

@@ -87,7 +87,7 @@ def lazy_attention(
         key, value: (B, H_kv, S, D) and (B, H_kv, S, D_v), where H_kv divides H.
         bias: (H, W): a number per head and distance 0 to W - 1; beyond there is none. None: no bias.
         tau: A float, or (H,); below 0 it drops weights, above 0 it adds to those of visible keys. With a gradient, like bias.
-        window_size: W or W - 1, which bias is checked against; None: as bias has it.
+        window_size: W or W - 1, which bias is checked against; None: as bias has it. It hides no key.
         weights: "softmax", or "diffmax" in its place.
         alpha: Of "diffmax": a float, or a tensor () or (H,), with a gradient.
         scale, is_causal, attn_mask, return_mass, backend: As for `threshold_attention`.
@@ -250,6 +250,11 @@ def _check_window(name: str, window_size: Any, bias: Tensor | None) -> None:
         raise TypeError(f"{name}: window_size must be an int or None, got {window_size!r} of type {type(window_size).__name__}")
     if window_size < 0:
         raise ValueError(f"{name}: window_size must not be negative, got {window_size}")
+    if bias is None:
+        raise ValueError(
+            f"{name}: window_size says how many distances bias has, got {window_size} and no bias\n"
+            "to hide keys, pass attn_mask, or call threshold_attention, whose window_size does"
+        )
     if isinstance(bias, Tensor) and bias.ndim == 2 and bias.shape[1] - window_size not in (0, 1):
         raise ValueError(f"{name}: bias must have window_size or window_size + 1 columns, {window_size}, got {_shape(bias)}")
 

@@ -48,7 +48,7 @@ def calibrate(
         alpha: Instead of `zeros`: one alpha for all heads; then only the scales are chosen.
         output: A function of the model's output and inputs that returns the tensor that must not move. Default: logits, or
             the last hidden state.
-        probes: Random projections per batch. More give a better estimate.
+        probes: Random projections per batch. More give a better estimate. torch.manual_seed repeats them.
         grid: The pairs (alpha, scale) to choose from. Default: `ALPHAS` and `SCALES` of `adapting`. On long inputs, where each
             pair takes seconds, pass fewer, near the matched scale: `[(a, diffmax.matched_scale(a, w)) for a ... for w ...]`.
         queries: At most so many queries of a sequence, evenly spaced, stand for all, and each moves the output by itself: less

@@ -37,17 +37,22 @@ def distil(
         loss: The loss to minimize: a function of the student's output, the teacher's output, and the inputs.
         progress: Called with the number of finished steps and the loss, which waits for the device.
     Raises:
-        ValueError: There are fewer batches than steps, the model was not replaced, or no parameter is trainable. The heads
-            then have their final values; the parameters keep the result of the finished steps.
+        ValueError: The teacher is the model, there are fewer batches than steps, the model was not replaced, or no parameter is
+            trainable. The heads then have their final values; the parameters keep the result of the finished steps.
     """
+    if teacher is model:
+        raise ValueError(
+            "distil: the teacher must be another model than the student, got the same\n"
+            "replace changes a model in place: keep the teacher by copy.deepcopy(model) before"
+        )
     if isinstance(batches, Sized) and len(batches) < steps:
         raise ValueError(_TOO_FEW.format(len(batches), steps))
     heads = getattr(model.config, "diffmax", None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not heads or not trained:
-        raise ValueError(
-            "distil: the model must have diffmax heads and a parameter to train, got none\ncall replace(model, heads)"
-        )
+    if not heads:
+        raise ValueError("distil: the model must have diffmax heads, got none\ncall replace(model, heads)")
+    if not trained:
+        raise ValueError("distil: the model must have a parameter to train, got none\ncall requires_grad_() on some")
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
     source = iter(each("distil", batches))

@@ -127,6 +127,9 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     found = _found(model, name)
     if len(found) != 1:
         raise ValueError(f"replace: {type(model).__name__} must have one layer {name}, got {len(found)}\nis it another model?")
+    inner = [n for n, part in found[0].named_modules() if n and "Attention" in type(part).__name__]
+    if inner:
+        raise ValueError(f"replace: {name} is no attention layer, but holds one\nis {name}.{inner[-1]} meant?")
     return found[0]
 
 

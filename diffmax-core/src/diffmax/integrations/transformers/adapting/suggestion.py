@@ -39,7 +39,7 @@ def suggest_alpha(
         per_head: Whether each head gets its own alpha and scale. False: one pair for the whole model.
         output: A function of the model's output and inputs that returns the tensor that must not move. Default: what the
             KL divergence of its predictions depends on, or the last hidden state of a model without logits.
-        probes, queries: As for `calibrate`.
+        probes, queries: As for `calibrate`. The projections are random: torch.manual_seed repeats them.
     Returns:
         Per layer, the alphas and scales of its heads: for `diffmax.integrations.transformers.replace(model, heads)`.
     Raises:
