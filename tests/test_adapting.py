@@ -462,7 +462,7 @@ def test_an_adapted_model_that_was_loaded_but_not_replaced_says_so():
         (lambda m, _: replace(m), r"heads must be given .* got none\n.*calibrate finds them"),
         (lambda m, _: replace(m, {"x": {}}, share=0.0), "share must satisfy 0 < share <= 1, got 0"),
         (lambda m, _: replace(m, {"x": {"alpha": [0.5]}}), r"BertModel must have one layer x, got 0\nis it another model"),
-        (lambda m, b: distil(m, m, b, steps=1), r"diffmax heads and a parameter to train, got none\ncall replace"),
+        (lambda m, b: distil(m, m, b, steps=1), r"must have diffmax heads, got none\ncall replace"),
         (
             lambda m, b: (m.add_module("unused", nn.Linear(2, 2)), refit(m, m, b, ["unused"])),
             "that the models run, got 'unused'",

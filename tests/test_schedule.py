@@ -264,7 +264,7 @@ def test_the_trainers_callbacks_move_it():
         (
             lambda: AlphaSchedule(nn.Linear(2, 2), 4),
             ValueError,
-            "the module must have an alpha that is not learned, got Linear",
+            "the module must have attention or rows with an alpha that is not learned, got Linear",
         ),
         (lambda: AlphaSchedule(0.5, 4).step(-1), ValueError, "step must not be negative, got -1"),
         (lambda: AlphaSchedule(DiffmaxBisectModule(0.5), 4)(), TypeError, "a schedule of a module writes into it"),

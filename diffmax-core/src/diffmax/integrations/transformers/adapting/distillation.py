@@ -40,17 +40,17 @@ def distil(
         ValueError: The teacher is the model, there are fewer batches than steps, the model was not replaced, or no parameter is
             trainable. The heads then have their final values; the parameters keep the result of the finished steps.
     """
-    if teacher is model:
-        raise ValueError(
-            "distil: the teacher must be another model than the student, got the same\n"
-            "replace changes a model in place: keep the teacher by copy.deepcopy(model) before"
-        )
     if isinstance(batches, Sized) and len(batches) < steps:
         raise ValueError(_TOO_FEW.format(len(batches), steps))
     heads = getattr(model.config, "diffmax", None)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not heads:
         raise ValueError("distil: the model must have diffmax heads, got none\ncall replace(model, heads)")
+    if teacher is model:
+        raise ValueError(
+            "distil: the teacher must be another model than the student, got the same\n"
+            "replace changes a model in place: keep the teacher by copy.deepcopy(model) before"
+        )
     if not trained:
         raise ValueError("distil: the model must have a parameter to train, got none\ncall requires_grad_() on some")
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
