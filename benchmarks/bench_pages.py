@@ -2,12 +2,13 @@
 
     python -m benchmarks.bench_pages                  # 4096 tokens, alpha 0.75; minutes
     python -m benchmarks.bench_pages --length 8192
+    python -m benchmarks.bench_pages --model build/lm_adapted/distilled-0.98  # as `make lm-adapted` saved it
     python -m benchmarks.bench_pages --quick
 
-The cache is that of SmolLM2-135M on Python's reference, under diffmax with the matched scale. For the tokens that follow,
-and the query heads of a key head together, a page must be read unless a bound shows that all of its scores lie at or below tau.
-tau is the true one here: decoding knows a lower bound of it, so it reads as many pages or more. "weights" is no bound, but the
-pages that have a weight: what no bound can beat.
+The cache is that of SmolLM2-135M on Python's reference, under diffmax with the matched scale, or of a model that was adapted to
+diffmax, with its alpha and scale for each head. For the tokens that follow, and the query heads of a key head together, a page
+must be read unless a bound shows that all of its scores lie at or below tau. tau is the true one here: decoding knows a lower
+bound of it, so it reads as many pages or more. "weights" is no bound, but the pages that have a weight: what no bound can beat.
 
 Orders of the keys: "in order", and "grouped", where pages are the leaves of a tree that halves the keys at the median of their
 first principal component. "score basis" means coordinates in which earlier queries have unit covariance, so that lengths of
@@ -21,8 +22,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,27 +58,55 @@ TIMED = {
 TARGET = 0.4  # of the pages
 
 
-def progress(layers: list[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+class Layer(NamedTuple):
+    """What a layer attends with.
+
+    Attributes:
+        q: (H, length + DECODED, D), with the scale of the scores in it.
+        k, v: (H_kv, length, D), the cache.
+        alpha: Of all heads, or (H,).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: float | Tensor
+
+    def groups(self) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
+        """Queries, keys and alpha of the heads that share keys; alpha is a number, or has a row for each head."""
+        group = len(self.q) // len(self.k)
+        for head, keys in enumerate(self.k):
+            part = slice(head * group, (head + 1) * group)
+            yield self.q[part], keys, self.alpha[part].view(-1, 1, 1) if isinstance(self.alpha, Tensor) else self.alpha
+
+
+def progress(layers: list[Layer]) -> Iterator[Layer]:
     from tqdm import tqdm
 
     yield from tqdm(layers, unit="layer")
 
 
-def captured(length: int, alpha: float) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per layer q (H, length + DECODED, D), and k and v (H_kv, length, D) of the cache; q has the scale of the scores in it."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+def captured(length: int, alpha: float, folder: Path | None = None) -> list[Layer]:
+    """The layers of the model, or of the adapted one in a folder, which has alphas of its own."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    from diffmax.integrations.transformers import replace
+
+    kept: list[Layer] = []
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _: None, **options: Any) -> tuple[Tensor, None]:
-        scale = options["scaling"] * diffmax.matched_scale(alpha)
-        out = diffmax.attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True, alpha=alpha)
-        kept.append((scale * query[0], key[0, :, :length].clone(), value[0, :, :length].clone()))
+        heads = getattr(module, "diffmax_heads", None)
+        used, factor = (alpha, diffmax.matched_scale(alpha)) if heads is None else (heads.alpha, heads.scale.view(-1, 1, 1))
+        query = query * (options["scaling"] * factor)
+        out = diffmax.attention(query, key, value, is_causal=True, scale=1.0, enable_gqa=True, alpha=used)
+        kept.append(Layer(query[0], key[0, :, :length].clone(), value[0, :, :length].clone(), used))
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, lambda *_, **__: None)
     model, tokenizer = load()
+    if folder is not None:
+        model = replace(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     model.set_attn_implementation(NAME)
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = tokenizer(text[: 16 * (length + DECODED)], return_tensors="pt")["input_ids"][:, : length + DECODED]
@@ -138,13 +168,14 @@ def reading(bound: str, page_size: int, size: int, read: float) -> float:
 
 
 def shares(
-    q: Tensor, k: Tensor, earlier: Tensor, alpha: float, sizes: tuple[int, ...]
+    q: Tensor, k: Tensor, earlier: Tensor, alpha: float | Tensor, sizes: tuple[int, ...]
 ) -> Iterator[tuple[str, int, str, float]]:
     """(order, page size, bound, share of the pages read) of queries (G, T, D) that share keys (n, D); `earlier` are (m, D)."""
     q, k, earlier = q.double(), k.double(), earlier.double()
     heads, tokens, _ = q.shape
     rows = q.flatten(0, 1)
     scores = rows @ k.T
+    alpha = alpha.double().expand(heads, tokens, 1).flatten(0, 1) if isinstance(alpha, Tensor) else alpha
     p = diffmax.diffmax_bisect(scores, alpha)
     tau = scores.amax(1, keepdim=True) - p.amax(1, keepdim=True) ** (1 - alpha) / (1 - alpha)
     of_queries, of_keys = score_basis(earlier)
@@ -167,21 +198,18 @@ def shares(
                 yield order, page_size, bound, read.unflatten(0, (heads, tokens)).any(0).double().mean().item()
 
 
-def pages_of(cache: list[tuple[Tensor, Tensor, Tensor]], alpha: float, length: int, sizes: tuple[int, ...]) -> dict[str, Any]:
+def pages_of(cache: list[Layer], length: int, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Shares of pages by setting: mean, by layer, and with bounds in bytes."""
     found: dict[tuple[str, int, str], list[float]] = {}
     zeros = []
-    for q, k, _ in progress(cache):
-        group = len(q) // len(k)
-        for head, keys in enumerate(k):
-            queries = q[head * group : (head + 1) * group]
+    for layer in progress(cache):
+        for queries, keys, alpha in layer.groups():
             earlier = queries[:, length // 2 : length].flatten(0, 1)
             for order, size, bound, share in shares(queries[:, length:], keys, earlier, alpha, sizes):
                 found.setdefault((order, size, bound), []).append(share)
             weights = diffmax.diffmax_bisect(queries[:, length:] @ keys.T, alpha)
             zeros.append((weights == 0).double().mean().item())
-    heads = len(cache[0][1])
-    size_of_head = cache[0][1].shape[-1]
+    heads, _, size_of_head = cache[0].k.shape
     settings = []
     for (order, size, bound), values in found.items():
         by_layer = [round(sum(values[i : i + heads]) / heads, 3) for i in range(0, len(values), heads)]
@@ -206,9 +234,9 @@ def pages_of(cache: list[tuple[Tensor, Tensor, Tensor]], alpha: float, length: i
     return {"zeros": sum(zeros) / len(zeros), "settings": settings, "target": target}
 
 
-def timed(cache: list[tuple[Tensor, Tensor, Tensor]], layer: int, alpha: float, length: int, rounds: int) -> list[Row]:
+def timed(cache: list[Layer], layer: int, length: int, rounds: int) -> list[Row]:
     """One token of a layer, by torch's softmax, all keys, and with bounds; each checked against the float64 reference."""
-    q, k, v = cache[layer]
+    q, k, v, alpha = cache[layer]
     group = len(q) // len(k)
     query = q[None, :, length].unsqueeze(1)  # (1, 1, H, D)
     ordered = tuple(t.transpose(0, 1).unsqueeze(0).contiguous() for t in (k, v))  # (1, n, H_kv, D)
@@ -247,7 +275,7 @@ def timed(cache: list[tuple[Tensor, Tensor, Tensor]], layer: int, alpha: float, 
         reason = None if error <= allowed else f"the output errs by {error:.3g}, allowed {allowed:.3g}"
         return {"reason": reason, "error": error, "pages_read": share}, torch.inference_mode()(call)
 
-    case = {"layer": layer, "length": length, "alpha": alpha}
+    case = {"layer": layer, "length": length}
     names = ("sdpa", "all keys", *TIMED)
     return harness.measure({name: {"contestant": name, **case} for name in names}, prepare, rounds, ("sdpa",))
 
@@ -277,6 +305,7 @@ def main(arguments: list[str]) -> None:
         "--length", type=int, default=4096, help="tokens of the cache, a multiple of 128 (default: %(default)s)"
     )
     options.add_argument("--alpha", type=float, default=ALPHA, help="of all heads (default: %(default)s)")
+    options.add_argument("--model", type=Path, help="a folder with a model that was adapted; it has its own alphas")
     given: argparse.Namespace = options.parse_args(arguments)
     if given.length < 128 or given.length % 128:
         options.error(f"--length must be a multiple of 128, got {given.length}")
@@ -284,13 +313,15 @@ def main(arguments: list[str]) -> None:
     def found() -> Row:
         with harness.threads(1):
             length = 256 if given.quick else given.length
-            cache = captured(length, given.alpha)
+            cache = captured(length, given.alpha, given.model)
             if given.quick:
                 cache = cache[:2]
-            result = pages_of(cache, given.alpha, length, PAGE_SIZES[:2] if given.quick else PAGE_SIZES)
+            result = pages_of(cache, length, PAGE_SIZES[:2] if given.quick else PAGE_SIZES)
             layers = sorted({len(cache) // 6, len(cache) // 2, len(cache) - 1})
-            rows = [row for layer in layers for row in timed(cache, layer, given.alpha, length, 3 if given.quick else 15)]
-            return {"length": length, "alpha": given.alpha, "tokens": DECODED, **result, "rows": rows}
+            rows = [row for layer in layers for row in timed(cache, layer, length, 3 if given.quick else 15)]
+            alphas = torch.cat([torch.as_tensor(layer.alpha).flatten() for layer in cache])
+            of = {"alpha": alphas.median().item(), "adapted": given.model is not None}
+            return {"length": length, **of, "tokens": DECODED, **result, "rows": rows}
 
     harness.publish("bench_pages", arguments, given.output, found, show)
 

@@ -27,4 +27,6 @@ def load() -> tuple[Any, Any]:
     folder = str(Path(next(iter(spec.submodule_search_locations))))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
+    model.hf_quantizer = None  # its weights are plain numbers now; save_pretrained refuses it as long as it says otherwise
+    del model.config.quantization_config
     return model, tokenizer

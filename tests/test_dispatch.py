@@ -1,6 +1,5 @@
 """Which backend runs a call: the order of choice, reasons, partial backends, threads, compilation, accelerators."""
 
-import dataclasses
 import sys
 import threading
 import types
@@ -56,7 +55,7 @@ def register(calls):
 @pytest.fixture
 def settings(monkeypatch):
     def change(**fields):
-        monkeypatch.setattr(registry, "settings", dataclasses.replace(registry.settings, **fields))
+        monkeypatch.setattr(registry, "settings", registry.settings._replace(**fields))
         registry.kernels.clear()
 
     yield change

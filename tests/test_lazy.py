@@ -43,9 +43,10 @@ def test_tau_above_zero_does_not_leak():
 def test_decoding_is_right_aligned(weights):
     q, k, v = qkv()
     bias = torch.randn(4, 5).double()
-    whole = diffmax.lazy_attention(q, k, v, bias, -0.5, weights=weights, alpha=0.5)
+    whole = diffmax.lazy_attention(q, k, v, bias, -0.5, weights=weights, alpha=0.5 if weights == "diffmax" else None)
     torch.testing.assert_close(
-        diffmax.lazy_attention(q[:, :, 7:], k, v, bias, -0.5, weights=weights, alpha=0.5), whole[:, :, 7:]
+        diffmax.lazy_attention(q[:, :, 7:], k, v, bias, -0.5, weights=weights, alpha=0.5 if weights == "diffmax" else None),
+        whole[:, :, 7:],
     )
 
 
@@ -125,8 +126,9 @@ def test_masks_of_every_shape():
         ({"dim": 30}, ValueError, "dim must be a multiple of num_heads, got 30 and 4\ntake another number of heads$"),
         ({"weights": "hard"}, ValueError, "weights must be one of softmax, diffmax, got 'hard'"),
         ({"first_row": "no"}, ValueError, "first_row must be one of kept, published, got 'no'"),
-        ({"alpha": 2.0}, ValueError, "alpha must lie strictly between 0 and 1, got 2.0"),
-        ({"alpha": torch.full((4,), 0.5)}, ValueError, "weights must be \"diffmax\" with a tensor alpha, got 'softmax'"),
+        ({"alpha": 2.0, "weights": "diffmax"}, ValueError, "alpha must lie strictly between 0 and 1, got 2.0"),
+        ({"alpha": torch.full((4,), 0.5)}, ValueError, "weights must be \"diffmax\" with an alpha, got 'softmax' and a tensor"),
+        ({"alpha": 0.9}, ValueError, "weights must be \"diffmax\" with an alpha, got 'softmax' and 0.9"),
         ({"alpha_map": diffmax.HillMap(c=0.6)}, ValueError, "weights must be \"diffmax\" with alpha_map, got 'softmax'"),
         ({"window_size": -1}, ValueError, "window_size must be an int that is not negative, got -1"),
     ],
@@ -177,7 +179,7 @@ def test_packed_sequences_are_sequences(weights, causal, first_row, backend):
     starts_q, starts_k = [0, 4, 4, 5, 11], [0, 6, 7, 8, 14]
     tensors = [torch.randn(11, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 5), torch.randn(4, 3), torch.rand(4) - 0.8]
     ours, theirs = ([t.double().requires_grad_() for t in tensors] for _ in range(2))
-    alpha = torch.tensor([0.5, 0.6, 0.7, 0.8]).double() if weights == "diffmax" else 0.9
+    alpha = torch.tensor([0.5, 0.6, 0.7, 0.8]).double() if weights == "diffmax" else None
     options = {"weights": weights, "alpha": alpha, "is_causal": causal, "first_row": first_row, "return_mass": True}
     ends = (torch.tensor(starts).int() for starts in (starts_q, starts_k))
     packed = diffmax.lazy_attention_varlen(*ours, *ends, 6, 6, 3, backend=backend, **options)

@@ -70,6 +70,18 @@ def test_shares_count_a_page_once_for_all_heads_of_a_group():
         assert both <= min(found[order, "box, score basis"], found[order, "ball, score basis"])
 
 
+def test_heads_with_alphas_of_their_own_read_what_either_needs():
+    q, k = queries_and_keys()
+    queries, alphas = q[: 2 * T].unflatten(0, (2, T)) / 4, torch.tensor([0.25, 0.75])
+    layer = bench_pages.Layer(torch.cat([queries, queries]), torch.stack([k, k]), torch.stack([k, k]), alphas.repeat(2))
+    (_, _, of_first), (of_second_group, keys, alpha) = layer.groups()
+    assert torch.equal(of_first, alphas.view(2, 1, 1))
+    assert torch.equal(of_second_group, queries)
+    found = {(order, bound): share for order, _, bound, share in bench_pages.shares(queries, keys, q, alpha, (16,))}
+    live = torch.stack([diffmax_bisect(h @ k.T, a.item()) > 0 for h, a in zip(queries, alphas, strict=True)]).any(0)
+    assert found["in order", "weights"] == live.unflatten(1, (-1, 16)).any(2).double().mean()
+
+
 def test_bytes_of_keys_are_those_of_the_pages_read_and_of_all_bounds():
     assert bench_pages.reading("weights", 16, 64, 0.25) == 0.25
     assert bench_pages.reading("box", 16, 64, 0.25) == 0.25 + 2 / 16
@@ -80,9 +92,9 @@ def test_bytes_of_keys_are_those_of_the_pages_read_and_of_all_bounds():
 
 def test_a_token_by_a_grouped_cache_is_checked_against_the_cache_in_order():
     torch.manual_seed(0)
-    cache = [(torch.randn(H, N + 2, D), torch.randn(H_KV, N, D), torch.randn(H_KV, N, D))]
+    cache = [bench_pages.Layer(torch.randn(H, N + 2, D), torch.randn(H_KV, N, D), torch.randn(H_KV, N, D), 0.5)]
     with harness.threads(1):
-        rows = {row["contestant"]: row for row in bench_pages.timed(cache, 0, 0.5, N, rounds=1)}
+        rows = {row["contestant"]: row for row in bench_pages.timed(cache, 0, N, rounds=1)}
     assert all(row["correct"] for row in rows.values()), [row["reason"] for row in rows.values()]
     assert rows["all keys"]["pages_read"] is None
     assert 0 < rows["bounds, grouped, 16"]["pages_read"] <= 1
@@ -90,9 +102,9 @@ def test_a_token_by_a_grouped_cache_is_checked_against_the_cache_in_order():
 
 def test_a_wrong_order_of_the_values_is_not_timed(monkeypatch):
     torch.manual_seed(0)
-    cache = [(torch.randn(H, N + 2, D), torch.randn(H_KV, N, D), torch.randn(H_KV, N, D))]
+    cache = [bench_pages.Layer(torch.randn(H, N + 2, D), torch.randn(H_KV, N, D), torch.randn(H_KV, N, D), 0.5)]
     monkeypatch.setattr(bench_pages, "grouped", lambda keys, page_size: torch.zeros(N, dtype=torch.long))
     with harness.threads(1):
-        rows = {row["contestant"]: row for row in bench_pages.timed(cache, 0, 0.5, N, rounds=1)}
+        rows = {row["contestant"]: row for row in bench_pages.timed(cache, 0, N, rounds=1)}
     assert "the output errs by" in rows["bounds, grouped, 16"]["reason"]
     assert rows["bounds, in order, 16"]["correct"]

@@ -41,7 +41,13 @@ def test_follows_its_definition(backend, causal, weights, power):
     for length, many in ((6, 6), (2, 7), (5, 3)):
         q, k, v = heads(2, 4, length, 4), heads(2, 2, many, 4), heads(2, 2, many, 3)
         theta, bias = torch.rand(2, 4, length).double() * 0.3 - 0.1, heads(4, 4)
-        options = {"weights": weights, "power": power, "is_causal": causal, "bias": bias, "alpha": 0.5}
+        options = {
+            "weights": weights,
+            "power": power,
+            "is_causal": causal,
+            "bias": bias,
+            "alpha": 0.5 if weights == "diffmax" else None,
+        }
         out = diffmax.threshold_attention(q, k, v, theta, backend=backend, **options)
         torch.testing.assert_close(out, naive(q, k, v, theta, bias, weights, power, causal))
 
@@ -52,7 +58,14 @@ def test_gradients_are_right_to_second_order(weights):
     given += [(torch.rand(1, 2, 3) * 0.1).double().requires_grad_(), heads(2, 3, grad=True)]
 
     def run(q, k, v, theta, bias):
-        options = {"weights": weights, "power": 3.0, "bias": bias, "alpha": 0.5, "return_mass": True, "backend": "cpu"}
+        options = {
+            "weights": weights,
+            "power": 3.0,
+            "bias": bias,
+            "alpha": 0.5 if weights == "diffmax" else None,
+            "return_mass": True,
+            "backend": "cpu",
+        }
         return diffmax.threshold_attention(q, k, v, theta, **options)
 
     assert torch.autograd.gradcheck(run, given)
@@ -132,7 +145,12 @@ def test_a_window_is_a_mask(backend, weights, window, causal):
         found = []
         for options in ({"window_size": window, "is_causal": causal}, {"attn_mask": seen, "is_causal": False}):
             leaves = [t.clone().requires_grad_() for t in given]
-            options |= {"weights": weights, "alpha": 0.5, "backend": backend, "return_mass": True}
+            options |= {
+                "weights": weights,
+                "alpha": 0.5 if weights == "diffmax" else None,
+                "backend": backend,
+                "return_mass": True,
+            }
             results = diffmax.threshold_attention(*leaves[:4], bias=leaves[4], **options)
             found.append((*results, *torch.autograd.grad([t.square().sum() for t in results], leaves)))
         for ours, theirs in zip(*found, strict=True):
@@ -309,12 +327,13 @@ def test_compiles():
         ({"weights": "sigmoid"}, "weights must be one of scores, softmax, diffmax, got 'sigmoid'"),
         (
             {"alpha": torch.full((2,), 0.5)},
-            'alpha must be a float for scores weights, got a tensor\nit is of weights="diffmax"',
+            r"""weights must be "diffmax" with an alpha, got 'scores' and a tensor of shape \(2,\)""",
         ),
         (
             {"alpha": torch.full((3,), 0.5), "weights": "diffmax"},
             r"alpha must be a float or of shape \(\) or \(2,\), got shape",
         ),
+        ({"alpha": 0.9, "weights": "softmax"}, "weights must be \"diffmax\" with an alpha, got 'softmax' and 0.9"),
         ({"power": 0}, "power must be positive and finite, got 0"),
         ({"threshold": torch.zeros(6)}, r"threshold must be a float, or have shape .*got \(6,\)\nfor one per query"),
         ({"bias": torch.zeros(3, 4)}, r"bias must have a number per head and distance, .* H = 2, got \(3, 4\)"),

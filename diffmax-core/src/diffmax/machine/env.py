@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MEANINGS = {
     "DIFFMAX_BACKEND": "names, separated by commas: only these backends may be used, the first that can is",
@@ -13,8 +13,7 @@ MEANINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The parsed environment variables."""
 
     backend: tuple[str, ...] = ()

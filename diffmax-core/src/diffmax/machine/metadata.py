@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from email.parser import HeaderParser
 from typing import Any, NamedTuple
 
@@ -49,8 +50,13 @@ def facts(found: Any) -> Facts:
     text = found.read_text("METADATA")
     if text is None:  # another layout, for example egg-info
         return Facts(found.name, found.version, tuple(found.requires or ()))
-    headers = HeaderParser().parsestr(text)
-    return Facts(headers["Name"], headers["Version"], tuple(headers.get_all("Requires-Dist", ())))
+    return _read(text.partition("\n\n")[0])
+
+
+@functools.cache
+def _read(headers: str) -> Facts:
+    read = HeaderParser().parsestr(headers)
+    return Facts(read["Name"], read["Version"], tuple(read.get_all("Requires-Dist", ())))
 
 
 def entry_points_of(group: str) -> list[EntryPoint]:

@@ -12,6 +12,7 @@ from diffmax.nn._alpha import HeadAlpha
 from diffmax.nn.power import _check_rope, _check_sizes, _rotated
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import _readable, check_flag, check_tensor, is_whole
+from diffmax.operators.threshold.checks import check_alpha_of
 from diffmax.operators.threshold.members import lazy_attention
 
 _NAME = "LazyAttention"
@@ -57,7 +58,7 @@ class LazyAttention(HeadAlpha):
         *,
         num_kv_heads: int | None = None,
         weights: Literal["softmax", "diffmax"] = "softmax",
-        alpha: float | Tensor = 0.9,
+        alpha: float | Tensor | None = None,
         alpha_map: AlphaMap | None = None,
         first_row: Literal["kept", "published"] = "kept",
         is_causal: bool = True,
@@ -74,10 +75,10 @@ class LazyAttention(HeadAlpha):
         ):
             if given not in known:
                 raise ValueError(f"{_NAME}: {what} must be one of {', '.join(known)}, got {given!r}")
-        learns = "alpha_map" if alpha_map is not None else "a tensor alpha" if isinstance(alpha, Tensor) else None
-        if learns and weights != "diffmax":
-            raise ValueError(f'{_NAME}: weights must be "diffmax" with {learns}, got {weights!r}')
-        self._set_alpha(alpha, alpha_map, num_heads, device, dtype)
+        if alpha_map is not None and weights != "diffmax":
+            raise ValueError(f'{_NAME}: weights must be "diffmax" with alpha_map, got {weights!r}')
+        check_alpha_of(_NAME, weights, alpha)
+        self._set_alpha(0.9 if alpha is None else alpha, alpha_map, num_heads, device, dtype)
         if not is_whole(window_size) or window_size < 0:
             raise ValueError(f"{_NAME}: window_size must be an int that is not negative, got {window_size!r}")
         self.rope_base = _check_rope(rope_base, self.head_dim, name=_NAME)
@@ -148,9 +149,9 @@ class LazyAttention(HeadAlpha):
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         out = lazy_attention(
-            query, key, value, self.attention_biases, self.tau, weights=self.weights, alpha=self._alpha_for(query),
-            is_causal=self.is_causal, attn_mask=None if mask is None else self._seen(mask, x, key.shape[2]),
-            first_row=self.first_row, backend=self.backend,
+            query, key, value, self.attention_biases, self.tau, weights=self.weights, is_causal=self.is_causal,
+            alpha=self._alpha_for(query) if self.weights == "diffmax" else None, first_row=self.first_row,
+            attn_mask=None if mask is None else self._seen(mask, x, key.shape[2]), backend=self.backend,
         )  # fmt: skip
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return (result, (key, value)) if return_past else result

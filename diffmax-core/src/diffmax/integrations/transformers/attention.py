@@ -63,8 +63,9 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScal
         ImportError: transformers is missing or too old.
         TypeError: name, alpha or scale has the wrong type.
         ValueError: alpha lies outside (0, 1), scale is not positive, or `name` has a special meaning in transformers. Later,
-            from a model: it computes attention itself, and would keep softmax. This is detected when the model is loaded, or at
-            its first forward pass, by a check that this function adds to `PreTrainedModel`; docs/models.md lists the types.
+            from a model: it computes attention itself, and would keep softmax; or its configuration has heads from `replace`,
+            which this name would not use. This is detected when the model is loaded, or at its first forward pass, by a check
+            that this function adds to `PreTrainedModel`; docs/models.md lists the types.
 
     A model then uses `diffmax.attention`, which does not hold the score matrix in memory, unless `output_attentions=True`
     requests the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
@@ -97,12 +98,14 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScal
     register_functions(name, functools.partial(_attention_forward, alpha=alpha, scale=scale), partial=partial)
 
 
-def register_functions(name: str, attend: Callable[..., Any], label: str | None = None, partial: bool = False) -> None:
+def register_functions(
+    name: str, attend: Callable[..., Any], label: str | None = None, partial: bool = False, takes_heads: bool = False
+) -> None:
     """Register an attention function and its mask function under one name, and check the models that use it."""
     attention_interface, mask_interface, sdpa_mask = _import_transformers()
     attention_interface.register(name, attend)
     mask_interface.register(name, functools.partial(mask_of, sdpa_mask))
-    refusals.watch(name, label, partial)
+    refusals.watch(name, label, partial, takes_heads)
 
 
 def _import_transformers() -> tuple[Any, Any, Any]:

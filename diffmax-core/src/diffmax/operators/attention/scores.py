@@ -13,9 +13,8 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -78,8 +77,7 @@ class Region(ABC):
         return scores
 
 
-@dataclass(frozen=True)
-class Pages:
+class Pages(NamedTuple):
     """Pages of keys, of which only bounds are known: the scores of a page have an upper bound, (queries, pages).
 
     Attributes:

@@ -199,7 +199,7 @@ def _lists(query: Tensor, key: Tensor, call: AttentionCall, delta: Tensor) -> Sp
     return SparseWeights(torch.cat(counts).cumsum(0), torch.cat(keys), torch.cat(values), sink, (*rows, key.shape[2]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Block(rules.Region):
     """The scores (heads, queries, keys) of some heads of one batch entry: the queries and the keys are of one sequence.
 

@@ -31,8 +31,7 @@ class Question(NamedTuple):
     value_dim: int = 0
 
 
-@dataclass(frozen=True)
-class Function:
+class Function(NamedTuple):
     """A public function.
 
     Attributes:
@@ -48,8 +47,7 @@ class Function:
     bench: str | None = None
 
 
-@dataclass(frozen=True)
-class Needed:
+class Needed(NamedTuple):
     """What `diffmax.warmup` is asked to prepare.
 
     Attributes:
@@ -74,8 +72,7 @@ class Case(NamedTuple):
     sizes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class KernelSpec:
+class KernelSpec(NamedTuple):
     """A kernel that backends may provide.
 
     Attributes:
@@ -87,7 +84,7 @@ class KernelSpec:
     adapt: Callable[[Callable[..., Any], tuple[int, int]], Callable[..., Any]] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class OperatorSpec:
     """An operator, as the rest of diffmax knows it.
 

@@ -28,7 +28,7 @@ def build(
     threshold: float | Tensor,
     *,
     weights: str,
-    alpha: float | Tensor,
+    alpha: float | Tensor | None,
     power: float,
     bias: Tensor | None,
     scale: float | None,
@@ -53,7 +53,7 @@ def build_packed(
     max_seqlen_k: int,
     *,
     weights: str,
-    alpha: float | Tensor,
+    alpha: float | Tensor | None,
     power: float,
     bias: Tensor | None,
     scale: float | None,
@@ -80,7 +80,7 @@ def threshold_attention(
     threshold: float | Tensor,
     *,
     weights: Weights = "scores",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -101,7 +101,7 @@ def threshold_attention(
     threshold: float | Tensor,
     *,
     weights: Weights = "scores",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -121,7 +121,7 @@ def threshold_attention(
     threshold: float | Tensor,
     *,
     weights: Weights = "scores",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -146,7 +146,7 @@ def threshold_attention(
             h // (H / H_kv). The last query has the position of the last key.
         threshold: theta: a float, or a tensor (), (H,), (H, L) or (B, H, L) with sizes of 1 for any, with a gradient.
         weights: "scores", "softmax" or "diffmax": what u is.
-        alpha: Of "diffmax": a float in (0, 1), or a tensor () or (H,), with a gradient.
+        alpha: Of "diffmax" alone: a float in (0, 1), or a tensor () or (H,), with a gradient. None: 0.9.
         power: p, positive. The derivative of a weight at u = theta is 0.
         bias: (H, W), a number per head and distance, with a gradient.
         scale: Factor of the products; None: 1 / sqrt(D).
@@ -202,7 +202,7 @@ def threshold_attention_varlen(
     max_seqlen_k: int,
     *,
     weights: Weights = "scores",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -226,7 +226,7 @@ def threshold_attention_varlen(
     max_seqlen_k: int,
     *,
     weights: Weights = "scores",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -249,7 +249,7 @@ def threshold_attention_varlen(
     max_seqlen_k: int,
     *,
     weights: Weights = "scores",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     power: float = 1.0,
     bias: Tensor | None = None,
     scale: float | None = None,

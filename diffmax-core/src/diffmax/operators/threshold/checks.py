@@ -34,7 +34,7 @@ def build_call(
     value: Tensor,
     threshold: float | Tensor,
     weights: str,
-    alpha: float | Tensor,
+    alpha: float | Tensor | None,
     power: float,
     bias: Tensor | None,
     scale: float | None,
@@ -47,9 +47,8 @@ def build_call(
     check_heads(name, query.shape[1], key.shape[1], True)
     if weights not in WEIGHTS:
         raise ValueError(f"{name}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    if isinstance(alpha, Tensor) and weights != "diffmax":
-        raise ValueError(f'{name}: alpha must be a float for {weights} weights, got a tensor\nit is of weights="diffmax"')
-    e, e_tensor = check_alpha(name, query, alpha, query.shape[1])
+    check_alpha_of(name, weights, alpha)
+    e, e_tensor = check_alpha(name, query, 0.9 if alpha is None else alpha, query.shape[1])
     left, right = check_window(name, window_size, is_causal)
     mask = None if attn_mask is None else check_seen(name, query, key, attn_mask)
     return ThresholdCall(
@@ -63,6 +62,13 @@ def build_call(
         left=left,
         right=right,
     )
+
+
+def check_alpha_of(name: str, weights: str, alpha: Any) -> None:
+    """Refuse an alpha that nothing would use."""
+    if alpha is not None and weights != "diffmax":
+        got = f"a tensor of shape {tuple(alpha.shape)}" if isinstance(alpha, Tensor) else repr(alpha)
+        raise ValueError(f'{name}: weights must be "diffmax" with an alpha, got {weights!r} and {got}')
 
 
 def check_seen(name: str, query: Tensor, key: Tensor, mask: Any) -> Tensor:

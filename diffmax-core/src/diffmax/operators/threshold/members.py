@@ -14,7 +14,7 @@ from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import _shape, check_flag, check_tensor, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.threshold.api import threshold_attention, threshold_attention_varlen
-from diffmax.operators.threshold.checks import check_power, check_seen, packed
+from diffmax.operators.threshold.checks import check_alpha_of, check_power, check_seen, packed
 
 FIRST_ROWS = ("kept", "published")
 
@@ -29,7 +29,7 @@ def lazy_attention(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     attn_mask: Tensor | None = None,
@@ -49,7 +49,7 @@ def lazy_attention(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     attn_mask: Tensor | None = None,
@@ -68,7 +68,7 @@ def lazy_attention(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     attn_mask: Tensor | None = None,
@@ -89,7 +89,7 @@ def lazy_attention(
         tau: A float, or (H,); below 0 it drops weights, above 0 it adds to those of visible keys. With a gradient, like bias.
         window_size: W or W - 1, which bias is checked against; None: as bias has it. It hides no key.
         weights: "softmax", or "diffmax" in its place.
-        alpha: Of "diffmax": a float, or a tensor () or (H,), with a gradient.
+        alpha: Of "diffmax" alone: a float, or a tensor () or (H,), with a gradient. None: 0.9.
         scale, is_causal, attn_mask, return_mass, backend: As for `threshold_attention`.
         first_row: Of a query that sees one key alone: "kept" gives it the weight 1 + max(tau, 0), "published" 1 + tau, which
             is 0, without a gradient, where tau starts at -1.
@@ -111,7 +111,7 @@ def lazy_attention(
             lazy_attention, query, key, value, bias, tau, window_size, weights=weights, alpha=alpha, scale=scale,
             is_causal=is_causal, attn_mask=attn_mask, first_row=first_row, return_mass=return_mass, backend=backend,
         )  # fmt: skip
-    _check_lazy(name, weights, first_row)
+    _check_lazy(name, weights, alpha, first_row)
     query, key, value = autocast(query, key, value)
     check_tensors(name, query, key, value, "BHLD")
     check_heads(name, query.shape[1], key.shape[1], True)
@@ -137,7 +137,7 @@ def lazy_attention_varlen(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     first_row: Literal["kept", "published"] = "kept",
@@ -160,7 +160,7 @@ def lazy_attention_varlen(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     first_row: Literal["kept", "published"] = "kept",
@@ -182,7 +182,7 @@ def lazy_attention_varlen(
     window_size: int | None = None,
     *,
     weights: Literal["softmax", "diffmax"] = "softmax",
-    alpha: float | Tensor = 0.9,
+    alpha: float | Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = True,
     first_row: Literal["kept", "published"] = "kept",
@@ -221,7 +221,7 @@ def lazy_attention_varlen(
             window_size, weights=weights, alpha=alpha, scale=scale, is_causal=is_causal, first_row=first_row,
             return_mass=return_mass, backend=backend,
         )  # fmt: skip
-    _check_lazy(name, weights, first_row)
+    _check_lazy(name, weights, alpha, first_row)
     query, key, value = autocast(query, key, value)
     check_tensors(name, query, key, value, "THD")
     check_heads(name, query.shape[1], key.shape[1], True)
@@ -236,11 +236,12 @@ def lazy_attention_varlen(
     )  # fmt: skip
 
 
-def _check_lazy(name: str, weights: Any, first_row: Any) -> None:
+def _check_lazy(name: str, weights: Any, alpha: Any, first_row: Any) -> None:
     if first_row not in FIRST_ROWS:
         raise ValueError(f"{name}: first_row must be one of {', '.join(FIRST_ROWS)}, got {first_row!r}")
     if weights not in ("softmax", "diffmax"):
         raise ValueError(f"{name}: weights must be one of softmax, diffmax, got {weights!r}")
+    check_alpha_of(name, weights, alpha)
 
 
 def _check_window(name: str, window_size: Any, bias: Tensor | None) -> None:

@@ -105,7 +105,7 @@ def attend(given: tuple[Tensor | None, ...], case: Case, backend: str | None) ->
     query, key, value, theta, bias, alpha, mask = given
     options: dict[str, Any] = {"weights": case.weights, "power": case.power, "bias": bias, "backend": backend}
     options |= {
-        "alpha": case.alpha if alpha is None else alpha,
+        "alpha": (case.alpha if alpha is None else alpha) if case.weights == "diffmax" else None,
         "is_causal": case.causal,
         "return_mass": True,
         "window_size": case.window,

@@ -55,7 +55,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     modules = {name: _module(model, name) for name in heads}
     heads = {name: _checked(name, modules[name], of_layer) for name, of_layer in heads.items()}
     kept = _kept(config, model, modules)
-    register_functions(NAME, _attend_adapted, "replace")
+    register_functions(NAME, _attend_adapted, "replace", takes_heads=True)
     for name, of_layer in heads.items():
         module: Any = modules[name]
         if not hasattr(module, "diffmax_heads"):
