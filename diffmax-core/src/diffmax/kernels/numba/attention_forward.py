@@ -74,6 +74,8 @@ from diffmax.plugin import TILE
 
 # A row with candidates among more than this share of its scores is multiplied with all values.
 GATHERED_SHARE = 0.4
+# Keys of the longest rows that are solved side by side, where 1 / (1 - alpha) is an integer; LISTED otherwise.
+GROUPED = 512
 WORD_BITS = 32
 
 
@@ -442,7 +444,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
     z, index = floats(words, memory, Word.z, 0, stride, computing), whole_numbers(words, memory, Word.index, 0, stride)
     list_z = floats(words, memory, Word.list_z, 0, LISTED * width, computing)
     list_index = whole_numbers(words, memory, Word.list_index, 0, LISTED * width)
-    n_dense = 0
+    n_dense, groups = 0, n <= (GROUPED if words[Word.integer] != 0 else LISTED)
     for first in range(0, here.count, width):
         some_rows = min(width, here.count - first)
         n_candidates, n_solved, longest = 0, 0, 0
@@ -461,7 +463,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
             if is_to_be_solved(words, memory, r, top, bad, e, here, computing):
                 lanes[lane], lanes[width + lane], lanes[5 * width + lane] = 1.0, e, top
                 n_solved += 1
-                if n <= LISTED:
+                if groups:
                     n_candidates += candidates(x, n, top, e)
         if n_candidates > n_solved * n * GATHERED_SHARE:
             attend_short(words, numbers, memory, lanes, first, some_rows, here, computing)

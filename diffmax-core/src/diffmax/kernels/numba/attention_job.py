@@ -14,7 +14,7 @@ from numba import cfunc
 from torch import Tensor
 
 from diffmax.kernels.numba.attention_backward import STRETCH, make_backward
-from diffmax.kernels.numba.attention_forward import WORD_BITS, make_forward
+from diffmax.kernels.numba.attention_forward import GROUPED, WORD_BITS, make_forward
 from diffmax.kernels.numba.attention_words import N_COLUMNS, N_WORDS, Sequence, Word
 from diffmax.kernels.numba.cache import compile_cached
 from diffmax.kernels.numba.jobs import KERNEL
@@ -239,7 +239,7 @@ def _forward_layout(sizes: _Sizes, seen: int, most_rows: int, tiles: int, copies
         "slopes": rows * stride if keeps else 0,
         "sums": (2 * rows + 1) * sizes.value_step,
         **dict.fromkeys(("z", "weights", "reciprocals", "row_slopes", "some_weights", "some_slopes"), stride),
-        **dict.fromkeys(("list_z", "list_weights", "list_slopes"), listed),
+        **dict.fromkeys(("list_z", "list_weights", "list_slopes"), max(listed, min(stride, GROUPED) * lanes)),
         "lanes": 8 * lanes,
         "norms": rows,
     }

@@ -33,8 +33,12 @@ from diffmax.kernels.numba.gradient import (
 from diffmax.kernels.numba.one_row import (
     DEAD,
     EMPTY,
+    GROUPED,
+    GROUPED_SHARE,
     LISTED,
     LONGEST,
+    candidate_share,
+    copy,
     fill,
     join,
     listed,
@@ -136,7 +140,8 @@ def _forward(dtype, computing):
         )
         integer, steps, normalise, e_value = words[12], words[13], words[14] != 0, numbers[15]
         long = apart(n + width, width)
-        lists = min(n, LISTED) * width
+        collects = integer != 0 and LISTED < n <= GROUPED
+        lists = min(n, GROUPED if collects else LISTED) * width
         memory = np.empty(2 * lists + 3 * long + 4 * width + PAGE // itemsize, computing)
         scratch = memory[first_aligned(memory, x_at) :]
         acc = scratch[:width]
@@ -146,27 +151,37 @@ def _forward(dtype, computing):
         long_weights, long_reciprocals = long_z[long:], long_z[2 * long :]
         indices = np.empty(LISTED * width + long, np.int32)
         index, long_index = indices[: LISTED * width], indices[LISTED * width :]
+        # rows that are solved together later, up to 2 * width, one behind the other
+        kept = np.empty(2 * lists if collects else 1, dtype)
+        collected, whose, many = array_at(kept.ctypes.data, kept.size, dtype), np.empty(2 * width, np.int64), 0
         done, start, end = take(words, 0, 0, 0)
-        while start < end:
-            for base in range(start, end, width):
-                rows = min(width, end - base)
-                first = array_at(x_at + base * x_stride * itemsize, n, dtype)
+        while start < end or many > 0:
+            base = start
+            while base < end or many >= width or (many > 0 and start >= end):
+                collected_now = many >= width or base >= end
+                rows = min(width, many if collected_now else end - base)
+                first = collected if collected_now else array_at(x_at + base * x_stride * itemsize, n, dtype)
+                step = n if collected_now else x_stride
                 short = rows == width and width <= n <= LISTED
                 if short:  # to judge by one row
                     e = exponent(e_at, e_stride, e_value, base, computing)
                     top, bad = top_of(first, n)
-                    most = n if bad else LONGEST * listed(first, n, top, e, long_z, long_index, 1.0)
-                    short = most + (EMPTY[0] if integer == 0 else EMPTY[1]) >= n
-                if short:
-                    for lane in range(rows):
-                        lane_e[lane] = exponent(e_at, e_stride, e_value, base + lane, computing)
-                    short = stand(first, x_stride, n, z, lane_count, lane_e, lane_factor, least_e)
+                    most = 1.0 if bad else LONGEST * candidate_share(first, n, top, e)
+                    short = most * n + (EMPTY[0] if integer == 0 else EMPTY[1]) >= n
+                if short or collected_now:
+                    for lane in range(width):
+                        if collected_now and lane >= rows:  # with a copy in every place that is left
+                            whose[lane] = whose[0]
+                            copy(collected[lane * n :], collected, n)
+                        row = whose[lane] if collected_now else base + lane
+                        lane_e[lane] = exponent(e_at, e_stride, e_value, row, computing)
+                    short = stand(first, step, n, z, lane_count, lane_e, lane_factor, least_e)
                 longest = n if short else 0
                 if short:
                     for lane in range(rows):
-                        keep(m_at, base + lane, lane_factor[lane], computing)
+                        keep(m_at, whose[lane] if collected_now else base + lane, lane_factor[lane], computing)
                 else:
-                    fill(z, lists, DEAD, acc)
+                    fill(z, min(n, LISTED) * width, DEAD, acc)
                     fill(lane_count, width, 0.0, acc)
                     fill(lane_e, width, 0.5, acc)
                 for lane in range(0 if short else rows):
@@ -186,6 +201,11 @@ def _forward(dtype, computing):
                         fill(p, n, 0.0, acc)
                         continue
                     e = max(e, least_e)
+                    if collects and candidate_share(x, n, top, e) > GROUPED_SHARE:
+                        copy(collected[many * n :], x, n)
+                        whose[many] = row
+                        many += 1
+                        continue
                     lane_e[lane] = e
                     count = listed(x, n, top, e, long_z, long_index, sparse_share(integer))
                     if not 0 <= count <= LISTED:
@@ -198,26 +218,33 @@ def _forward(dtype, computing):
                         join(count, long_z, long_index, z, index, lane)
                         lane_count[lane] = count
                         longest = max(longest, count)
-                if longest == 0:
-                    continue
-                deltas, sums = solve_group(z, weights, longest, load(lane_count, 0), load(lane_e, 0), integer, steps)
-                store(lane_delta, 0, deltas)
-                store(lane_factor, 0, 1.0 / sums if normalise else sums * 0.0 + 1.0)
-                if short:
-                    p = array_at(p_at + base * n * itemsize, n, dtype)
-                    write_each(weights, load(lane_factor, 0), p, n)
-                for lane in range(rows):
-                    count = int(lane_count[lane])
-                    if count == 0:
-                        continue
-                    row = base + lane
-                    keep(delta_at, row, lane_delta[lane], computing)
+                if longest > 0:
+                    deltas, sums = solve_group(z, weights, longest, load(lane_count, 0), load(lane_e, 0), integer, steps)
+                    store(lane_delta, 0, deltas)
+                    store(lane_factor, 0, 1.0 / sums if normalise else sums * 0.0 + 1.0)
                     if short:
-                        continue
-                    p = array_at(p_at + row * n * itemsize, n, dtype)
-                    fill(p, n, 0.0, acc)
-                    for i in range(count):
-                        put(p, index[lane * LISTED + i], weights[i * width + lane] * lane_factor[lane])
+                        p = collected if collected_now else array_at(p_at + base * n * itemsize, n, dtype)
+                        write_each(weights, load(lane_factor, 0), p, n)
+                    for lane in range(rows):
+                        count = int(lane_count[lane])
+                        if count == 0:
+                            continue
+                        row = whose[lane] if collected_now else base + lane
+                        keep(delta_at, row, lane_delta[lane], computing)
+                        p = array_at(p_at + row * n * itemsize, n, dtype)
+                        if collected_now:
+                            copy(p, collected[lane * n :], n)
+                        if short:
+                            continue
+                        fill(p, n, 0.0, acc)
+                        for i in range(count):
+                            put(p, index[lane * LISTED + i], weights[i * width + lane] * lane_factor[lane])
+                if collected_now:
+                    many -= rows
+                    copy(collected, collected[width * n :], many * n)
+                    copy(whose, whose[width:], many)
+                else:
+                    base += width
             done, start, end = take(words, done, start, end)
         return finish(words, done)
 

@@ -27,6 +27,10 @@ DEAD = -2.0  # z of an entry that weighs nothing
 
 # Entries of the longest list that joins a group. A group's lists then take half of a cache of 32 KiB.
 LISTED = 128
+# Longer rows, up to this, are collected and solved whole in groups if more than this share of their entries are candidates and
+# 1 / (1 - alpha) is an integer, whose powers are products. That is found out of each row alone, so that its bits do not depend
+# on its neighbours.
+GROUPED, GROUPED_SHARE = 256, 0.4
 # A group of short rows is solved whole unless its longest list, expected to hold LONGEST times what one row has, leaves out
 # more entries than EMPTY: the second where 1 / (1 - alpha) is an integer, whose powers are products.
 LONGEST, EMPTY = 1.5, (12, 44)
@@ -68,6 +72,13 @@ def candidates(x, n, top, e):
     for i in range(0, n, places(x)):
         count += count_bits(bits((load(x, i) - top) * e > -1.0))
     return count
+
+
+@jitable
+def candidate_share(x, n, top, e):
+    """The share of candidates in a row of a vector or more, about: the end that fills no vector is left out."""
+    whole = n // places(x) * places(x)
+    return candidates(x, whole, top, e) / whole
 
 
 @jitable
@@ -288,3 +299,10 @@ def write_each(weights, factor, p, n):
     for i in range(0, n, width):
         first = min(i, n - width)
         transpose_square(weights, first * width, width, p, first, n)
+
+
+@jitable
+def copy(to, source, n):
+    """to[:n] = source[:n], of the same dtype."""
+    for i in range(n):
+        to[i] = source[i]
