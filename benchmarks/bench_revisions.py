@@ -140,11 +140,21 @@ def cells(quick: bool) -> list[Row]:
         )
     return [
         *grid(
-            operator=("rows",), direction=every, n=(16, 336, 1024, 4096, 32768), alpha=(0.1, 0.5, 0.85), dtype=dtypes, causal=no
+            operator=("rows",),
+            direction=every,
+            n=(16, 197, 336, 1024, 4096, 32768),
+            alpha=(0.1, 0.5, 0.85, 0.9),
+            dtype=dtypes,
+            causal=no,
         ),
         *grid(operator=("loss",), direction=("both",), n=(32768, 131072), alpha=(0.5, 0.85), dtype=dtypes, causal=no),
         *grid(
-            operator=("attention",), direction=every, n=(16, 512, 2048), alpha=(0.5, 0.9), dtype=dtypes, causal=(False, True)
+            operator=("attention",),
+            direction=every,
+            n=(16, 197, 512, 2048),
+            alpha=(0.5, 0.9),
+            dtype=dtypes,
+            causal=(False, True),
         ),
         *grid(operator=("decoding",), direction=("forward",), n=(16, 1024, 8192), alpha=(0.5, 0.9), dtype=dtypes, causal=no),
     ]

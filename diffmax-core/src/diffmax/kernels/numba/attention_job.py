@@ -88,7 +88,8 @@ class Job:
         """Address and strides of (B, H, L, n), whose last dimension the kernels want side by side."""
         t = t.resolve_neg()
         t = self._kept(t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous())
-        self.words[word : word + 4] = t.data_ptr(), *t.stride()[:3]
+        words = self.words  # one by one: numpy makes an array of a tuple first
+        words[word], (words[word + 1], words[word + 2], words[word + 3], _) = t.data_ptr(), t.stride()
 
     def add_whole(self, word: int, t: Tensor) -> None:
         """Address of a contiguous tensor, 0 if it is empty."""
@@ -182,7 +183,8 @@ class Job:
         words = self.words
         if isinstance(tasks_of, int):
             total = tasks_of * len(self.table)
-            self.table[:, Sequence.first_task] = np.arange(len(self.table)) * tasks_of
+            if len(self.table) > 1:  # the first of one sequence is 0
+                self.table[:, Sequence.first_task] = np.arange(len(self.table)) * tasks_of
         else:
             total = int(tasks_of.sum())
             self.table[:, Sequence.first_task] = np.cumsum(tasks_of) - tasks_of
@@ -193,10 +195,11 @@ class Job:
         threads = min(self.threads(), -(-total // chunk), max(1, self.most_bytes // slot_bytes))
         memory = torch.empty(threads * slot_bytes + BYTES, dtype=torch.uint8)
         words[Word.stop], words[Word.chunk], words[Word.memory] = total, chunk, _multiple(memory.data_ptr(), BYTES)
+        job = words.ctypes.data
         if threads == 1:
-            done = kernel(words.ctypes.data)
+            done = kernel(job)
         else:
-            run_on_threads(kernel, address, words.ctypes.data, threads)
+            run_on_threads(kernel, address, job, threads)
             done = int(words[Word.done])
         if done != total:
             raise RuntimeError(f"diffmax: the {name} kernel did {done} of {total} tasks")
@@ -322,11 +325,11 @@ def _whole_batch(batch: int, length: int, keys: int) -> Sequences:
 
 def sequences_of(keys: list[int], key_at: list[int], key_batch: list[int], length: int) -> Sequences:
     """Sequences of `length` queries each: how many keys each has, where they begin, and in which row of the batch."""
-    table = np.zeros((len(keys), N_COLUMNS), np.int64)
-    table[:, Sequence.length], table[:, Sequence.batch] = length, np.arange(len(keys))
-    columns = ((Sequence.keys, keys), (Sequence.key_at, key_at), (Sequence.key_batch, key_batch))
-    for column, numbers in columns:
-        table[:, column] = numbers
+    nothing = [0] * len(keys)
+    columns = [nothing] * N_COLUMNS
+    columns[Sequence.length], columns[Sequence.batch] = [length] * len(keys), list(range(len(keys)))
+    columns[Sequence.keys], columns[Sequence.key_at], columns[Sequence.key_batch] = keys, key_at, key_batch
+    table = np.array(columns, np.int64).T.copy()  # in one go: a call of one sequence is short
     return Sequences(table, max(keys, default=0), length, length * sum(keys))
 
 
