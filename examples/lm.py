@@ -290,7 +290,8 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
     bar = tqdm(chosen, desc="language model", unit="job")
     for key, kind, argument in bar:
         bar.set_postfix_str(key)
-        if key in points:
+        folder = arguments.save and arguments.save / f"distilled-{argument}"
+        if key in points and not (kind == "distilled" and folder and not folder.exists()):
             continue
         if kind == "softmax":
             points[key] = under(None, argument)
@@ -322,8 +323,8 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             heads = points[f"calibration/{argument}"]["heads"]
             torch.manual_seed(0)
             student, spent = distilled(model, heads, passages(training_text(), tokenizer), arguments.minutes)
-            if arguments.save:
-                student.save_pretrained(arguments.save / f"distilled-{argument}")  # its heads are in its configuration
+            if folder:
+                student.save_pretrained(folder)  # its heads are in its configuration
             for place in (*arguments.length, OTHER):
                 points[f"{place}/distilled {argument}"] = spent | under(per_layer(heads), place, model=student)
                 note(f"{place}/distilled {argument}", points)

@@ -29,7 +29,7 @@ from transformers import (
 
 import diffmax
 from diffmax import diffmax_bisect
-from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, register_power, replace
+from diffmax.integrations.transformers import adapt, calibrate, distil, refit, register, register_power, replace, suggest_alpha
 from diffmax.integrations.transformers.adapting import final_output, relative_error
 from diffmax.integrations.transformers.adapting.calibration import _grid, _of_layer, measure
 from diffmax.integrations.transformers.adapting.outputs import mask_for
@@ -352,24 +352,69 @@ def test_saved_and_loaded_it_is_the_same_model(tmp_path):
         assert torch.equal(without_head(**data[0]).last_hidden_state, model.bert(**data[0]).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", ["diffmax", "power"])
-def test_heads_in_the_configuration_are_not_ignored_in_silence(tmp_path, name):
+def test_heads_in_the_configuration_are_not_ignored_in_silence(tmp_path):
     """Saved with an alpha per head and loaded with attn_implementation="diffmax", it ran with the registered alpha."""
     data = batches(7)
     model = adapt(bert(BertForMaskedLM), data, zeros=0.4, steps=2, calibration=2, refitting=3, linears=["bert." + LINEARS[0]])
     model.save_pretrained(tmp_path)
     register()
-    register_power()
-    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation=name).eval()
-    with pytest.raises(ValueError, match=f'="{name}": the configuration of this BertForMaskedLM has an alpha'):
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="diffmax").eval()
+    with pytest.raises(ValueError, match="the configuration of this BertSelfAttention has an alpha and a scale"):
         loaded(**data[0])
     with torch.no_grad():
         assert torch.equal(replace(loaded)(**data[0]).logits, model(**data[0]).logits)
     loaded.set_attn_implementation("diffmax")
-    with pytest.raises(ValueError, match=r"transformers.replace\(model\), or del model.config.diffmax"):
+    with pytest.raises(
+        ValueError, match=r"transformers.replace\(model\), or to give them up set diffmax to None in that BertConfig"
+    ):
         loaded(**data[0])
-    del loaded.config.diffmax
+    suggest_alpha(loaded, data[:1], 0.5)  # runs the model under a name of its own
+    with pytest.raises(ValueError, match="would not use"):
+        loaded(**data[0])
+    loaded.config.diffmax = None
     loaded(**data[0])
+
+
+def test_power_attention_does_not_ignore_heads_in_silence():
+    sizes = {**SIZES, "num_key_value_heads": 4}
+    model = LlamaModel(LlamaConfig(**sizes)).eval()
+    replace(model, {f"layers.{i}.self_attn": {"alpha": [0.5] * 4, "scale": [1.0] * 4} for i in range(2)})
+    register_power()
+    model.set_attn_implementation("power")
+    with pytest.raises(ValueError, match=r'^attn_implementation="power": the configuration of this LlamaAttention has an alpha'):
+        model(torch.tensor([[1, 2, 3]]))
+
+
+def test_heads_of_a_part_of_a_model_are_not_ignored_in_silence(tmp_path):
+    """A composite model keeps its heads in its own configuration, and its layers look into that of their part."""
+    sizes = {**SIZES, "intermediate_size": 32}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    config = CLIPConfig(text_config={**sizes, "eos_token_id": 2}, vision_config=vision, projection_dim=16)
+    model = CLIPModel(config).eval()
+    of_layer = {"alpha": [0.5, 0.6, 0.7, 0.8], "scale": [1.0] * 4}
+    heads = {f"text_model.encoder.layers.{i}.self_attn": of_layer for i in range(2)}
+    replace(model, heads).save_pretrained(tmp_path)
+    register()
+    ids, pixels = torch.tensor([[1, 5, 6, 2]]), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        wanted = model.get_text_features(input_ids=ids)
+    for chosen in ("diffmax", {"text_config": "diffmax", "vision_config": "sdpa"}):
+        loaded = CLIPModel.from_pretrained(tmp_path, attn_implementation=chosen).eval()
+        for call in (loaded.get_text_features, lambda input_ids, m=loaded: m(input_ids=input_ids, pixel_values=pixels)):
+            with pytest.raises(ValueError, match="configuration of this CLIPAttention has an alpha"):
+                call(input_ids=ids)
+    loaded = CLIPModel.from_pretrained(tmp_path, attn_implementation="diffmax").eval()
+    with torch.no_grad():
+        loaded.get_image_features(pixel_values=pixels)  # has no heads
+        replace(loaded)
+        loaded.set_attn_implementation({"vision_config": "diffmax"})
+        found = loaded.get_text_features(input_ids=ids)
+        torch.testing.assert_close(_pooled(found), _pooled(wanted))
+        loaded(input_ids=ids, pixel_values=pixels)
+
+
+def _pooled(features):
+    return features if isinstance(features, torch.Tensor) else features.pooler_output  # transformers before 5.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -375,14 +375,26 @@ def test_queries_that_see_a_sink_alone_beside_those_that_see_keys(keys, alpha):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [5, 16, 40, 300, 1500])
+@pytest.mark.parametrize("n", [5, 16, 40, 129, 200, 256, 300, 1500])
 def test_a_row_does_not_depend_on_its_neighbours(n, dtype):
     """Short rows are solved sixteen at a time: bit for bit what each gives alone."""
     x = (torch.randn(37, n) * torch.linspace(0.1, 8, 37)[:, None]).to(dtype)
-    for alpha in (0.15, 0.5, 0.85):
+    for alpha in (0.15, 0.5, 0.75, 0.85):
         together = diffmax_bisect(x, alpha, backend="numba")
         alone = torch.cat([diffmax_bisect(row[None], alpha, backend="numba") for row in x])
         assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("n", [129, 192, 256, 257])
+def test_rows_that_are_collected_are_added_up_as_exactly_as_others(n):
+    """A vector's place that adds up 256 weights one by one rounds each sum the same way where they are equal."""
+    for alpha in (0.5, 0.75, 0.9):
+        for nearness in (0.9, 0.95, 0.98, 0.999):
+            x = torch.full((16, n), -nearness / (1 - alpha))
+            x[:, 0] = 0
+            found = diffmax_bisect(x, alpha, ensure_sum_one=False, backend="numba").double()
+            exact = diffmax_bisect(x.double(), alpha, ensure_sum_one=False, backend="reference")
+            assert (found - exact).abs().max() < 3e-6
 
 
 @pytest.mark.parametrize("on_torchs", [True, False])
@@ -411,6 +423,25 @@ def test_threads_change_no_bit_and_are_as_many_as_torchs(rows, n, on_torchs, mon
     assert counts == [2, 2, 3, 3]  # forward and backward
     for count in (2, 3):
         assert all(torch.equal(a, b) for a, b in zip(results[1], results[count], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [129, 200, 256])
+def test_threads_change_no_bit_of_rows_that_are_collected(n, dtype):
+    """A thread may end with a few that it has not solved yet."""
+    before = torch.get_num_threads()
+    try:
+        for rows in (255, 300, 1000, 1024, 2001):
+            x = (torch.randn(rows, n) * torch.rand(rows, 1) * 4).to(dtype)
+            for alpha in (0.5, 0.75, 0.9):
+                found = []
+                for count in (1, 2, 3):
+                    torch.set_num_threads(count)
+                    found.append(diffmax_bisect(x, alpha, backend="numba"))
+                assert torch.equal(found[0], found[1])
+                assert torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(before)
 
 
 @cfunc(types.int64(types.intp))

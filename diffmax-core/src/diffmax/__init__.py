@@ -28,6 +28,7 @@ from diffmax.operators.threshold.members import (
 
 if TYPE_CHECKING:
     from diffmax import functional as functional
+    from diffmax import hybrid as hybrid
     from diffmax import losses as losses
     from diffmax import monitor as monitor
     from diffmax import nn as nn
@@ -94,9 +95,19 @@ __all__ = [
 ]
 
 
-# Imported when they are first used, which halves the time of the import: modules, and names with the module that has them.
+# Imported when they are first used: modules, and names with the module that has them.
 _LATER_MODULES = frozenset(
-    {"functional", "losses", "monitor", "nn", "power", "reference_attention", "reference_dropout", "reference_kvcache"}
+    {
+        "functional",
+        "hybrid",
+        "losses",
+        "monitor",
+        "nn",
+        "power",
+        "reference_attention",
+        "reference_dropout",
+        "reference_kvcache",
+    }
 )
 _LATER = {
     "AttentionReport": "inspecting",

@@ -63,9 +63,9 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScal
         ImportError: transformers is missing or too old.
         TypeError: name, alpha or scale has the wrong type.
         ValueError: alpha lies outside (0, 1), scale is not positive, or `name` has a special meaning in transformers. Later,
-            from a model: it computes attention itself, and would keep softmax; or its configuration has heads from `replace`,
-            which this name would not use. This is detected when the model is loaded, or at its first forward pass, by a check
-            that this function adds to `PreTrainedModel`; docs/models.md lists the types.
+            from a model: its configuration has heads from `replace`, which this name would not use; or it computes attention
+            itself, and would keep softmax. The latter is detected when the model is loaded, or at its first forward pass, by a
+            check that this function adds to `PreTrainedModel`; docs/models.md lists the types.
 
     A model then uses `diffmax.attention`, which does not hold the score matrix in memory, unless `output_attentions=True`
     requests the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
@@ -95,17 +95,15 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScal
     check_scale("register", scale, ", a tensor, or a function of the attention module that returns one")
     if isinstance(scale, str) and isinstance(alpha, float):
         scale = matched_scale(alpha)
-    register_functions(name, functools.partial(_attention_forward, alpha=alpha, scale=scale), partial=partial)
+    register_functions(name, functools.partial(_attend_registered, alpha=alpha, scale=scale), partial=partial)
 
 
-def register_functions(
-    name: str, attend: Callable[..., Any], label: str | None = None, partial: bool = False, takes_heads: bool = False
-) -> None:
+def register_functions(name: str, attend: Callable[..., Any], label: str | None = None, partial: bool = False) -> None:
     """Register an attention function and its mask function under one name, and check the models that use it."""
     attention_interface, mask_interface, sdpa_mask = _import_transformers()
     attention_interface.register(name, attend)
     mask_interface.register(name, functools.partial(mask_of, sdpa_mask))
-    refusals.watch(name, label, partial, takes_heads)
+    refusals.watch(name, label, partial)
 
 
 def _import_transformers() -> tuple[Any, Any, Any]:
@@ -122,6 +120,11 @@ def _import_transformers() -> tuple[Any, Any, Any]:
     from transformers.masking_utils import sdpa_mask
 
     return AttentionInterface, AttentionMaskInterface, sdpa_mask
+
+
+def _attend_registered(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    refusals.refuse_heads("diffmax attention", module)
+    return _attention_forward(module, *args, **kwargs)
 
 
 def _attention_forward(

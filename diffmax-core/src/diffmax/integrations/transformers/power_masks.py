@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmax.integrations.transformers import refusals
 from diffmax.integrations.transformers.attention import _BOOKKEEPING, _wants_weights
 from diffmax.integrations.transformers.masks import is_traced
 
@@ -89,6 +90,7 @@ def check_call(
     Raises:
         ValueError: The call is not causal, or has an argument that changes the weights.
     """
+    refusals.refuse_heads(label, module)
     if module.training and dropout > 0:
         kwargs = {**kwargs, "dropout": dropout}
     if _wants_weights(module, kwargs):

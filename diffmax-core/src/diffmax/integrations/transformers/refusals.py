@@ -28,11 +28,10 @@ from diffmax.integrations.transformers.masks import is_traced
 
 @dataclass(frozen=True)
 class _Registration:
-    """A registered name: its label in errors, whether a model may keep softmax in a part, and whether it may be adapted."""
+    """A registered name: its label in errors, and whether a model may keep softmax in a part of its attention."""
 
     label: str
     partial: bool
-    takes_heads: bool
 
 
 _registered: dict[str, _Registration] = {}
@@ -58,9 +57,9 @@ _SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)  # the 
 _PRODUCTS = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "linear", "tensordot", "__matmul__", "__rmatmul__")
 
 
-def watch(name: str, label: str | None = None, partial: bool = False, takes_heads: bool = False) -> None:
+def watch(name: str, label: str | None = None, partial: bool = False) -> None:
     """From now on check models with this attention implementation; errors start with `label`."""
-    _registered[name] = _Registration(label or f'attn_implementation="{name}"', partial, takes_heads)
+    _registered[name] = _Registration(label or f'attn_implementation="{name}"', partial)
     import transformers
 
     kind: Any = transformers.PreTrainedModel
@@ -101,6 +100,17 @@ def called() -> None:
     run = getattr(_current, "run", None)
     if run is not None:
         run.calls += 1
+
+
+def refuse_heads(label: str, module: nn.Module) -> None:
+    """Refuse a layer of a model that `replace` has adapted, in an attention that would not use its alpha and scale per head."""
+    config = getattr(module, "config", None)
+    if getattr(config, "diffmax", None):
+        raise ValueError(
+            f"{label}: the configuration of this {type(module).__name__} has an alpha and a scale per head, which the chosen "
+            "attn_implementation would not use\ncall diffmax.integrations.transformers.replace(model), or to give them up "
+            f"set diffmax to None in that {type(config).__name__}"
+        )
 
 
 @functools.cache
@@ -251,18 +261,7 @@ def _watch_first_forward(model: nn.Module) -> None:
         ]
 
 
-def _refuse_heads(model: Any) -> None:
-    """Refuse a model that was adapted, with an alpha and a scale per head, under a name that brings others."""
-    registration = _registered.get(model.config._attn_implementation)
-    if registration is not None and not registration.takes_heads and getattr(model.config, "diffmax", None):
-        raise ValueError(
-            f"{registration.label}: the configuration of this {type(model).__name__} has an alpha and a scale per head, which "
-            "this name does not use\ncall diffmax.integrations.transformers.replace(model), or del model.config.diffmax"
-        )
-
-
 def _begin(model: Any, _: Any) -> None:
-    _refuse_heads(model)
     if is_traced():
         return
     run = getattr(_current, "run", None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from diffmax.integrations.transformers.attention import ModelAlpha, _attention_forward
+from diffmax.integrations.transformers.attention import ModelAlpha, _attend_registered
 
 
 def alphas_of(model: nn.Module) -> Iterator[ModelAlpha]:
@@ -19,5 +19,5 @@ def alphas_of(model: nn.Module) -> Iterator[ModelAlpha]:
     names = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in model.modules()}
     for name in sorted(name for name in names if isinstance(name, str)):
         function: Any = functions.get(name)
-        if isinstance(function, partial) and function.func is _attention_forward:
+        if isinstance(function, partial) and function.func is _attend_registered:
             yield function.keywords["alpha"]

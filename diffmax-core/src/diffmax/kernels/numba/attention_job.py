@@ -18,10 +18,10 @@ from diffmax.kernels.numba.attention_forward import GROUPED, WORD_BITS, make_for
 from diffmax.kernels.numba.attention_words import N_COLUMNS, N_WORDS, Sequence, Word
 from diffmax.kernels.numba.cache import compile_cached
 from diffmax.kernels.numba.jobs import KERNEL
-from diffmax.kernels.numba.one_row import LISTED
 from diffmax.kernels.numba.products import DEPTH, PANEL_BYTES, ROWS
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
+from diffmax.kernels.numba.solver import LISTED
 from diffmax.kernels.numba.threads import Kernel, run_on_threads
 from diffmax.operators.attention.tiles import live_shape
 from diffmax.operators.common.numerics import accumulation_dtype

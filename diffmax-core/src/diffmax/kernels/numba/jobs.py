@@ -245,7 +245,8 @@ def _forward(dtype, computing):
                     copy(whose, whose[width:], many)
                 else:
                     base += width
-            done, start, end = take(words, done, start, end)
+            if start < end:
+                done, start, end = take(words, done, start, end)
         return finish(words, done)
 
     return forward

@@ -21,12 +21,10 @@ from diffmax.kernels.numba.simd import (
     total,
     transpose_square,
 )
-from diffmax.kernels.numba.solver import STARTS_OF_ROWS, nudge, solve_alone, tally
+from diffmax.kernels.numba.solver import LISTED, STARTS_OF_ROWS, nudge, solve_alone, tally
 
 DEAD = -2.0  # z of an entry that weighs nothing
 
-# Entries of the longest list that joins a group. A group's lists then take half of a cache of 32 KiB.
-LISTED = 128
 # Longer rows, up to this, are collected and solved whole in groups if more than this share of their entries are candidates and
 # 1 / (1 - alpha) is an integer, whose powers are products. That is found out of each row alone, so that its bits do not depend
 # on its neighbours.

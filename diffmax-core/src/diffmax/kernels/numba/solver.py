@@ -11,6 +11,10 @@ from diffmax.kernels.numba.simd import bits, larger, load, maximum, places, sele
 
 # Entries whose sum is taken in the computing dtype, before it is added to the others in double precision.
 SUMMED = 1024
+# Entries of the longest list that joins a group. A group's lists then take half of a cache of 32 KiB.
+LISTED = 128
+# Entries of a longer row in a group that are added up before they are added to the others: roundings do not pile up.
+ADDED = 16
 # The first iterate comes from the entries with z above one of these (Eq. 26), whichever is better: about where rows that are
 # normally distributed have the entries that matter; in short lists alpha is small, in long ones large.
 STARTS_OF_LISTS = (-0.55, -0.35)
@@ -143,11 +147,18 @@ def solve_group(z, p, longest, count, e, integer, steps):
     low, high = first_bounds(tallies, e)
     delta = low
     solved = count < 0.5
+    # Lists are added up entry by entry, so that those that weigh nothing change no bit; what is longer than a list, in blocks.
+    stop = longest * width
+    size = stop if longest <= LISTED else ADDED * width
     plain = near = delta < -1.0
     enough = larger(smaller(exp2(e * math.log2(tolerance(z) / 2.0)), 400.0 * tolerance(z)), tolerance(z))
     step = 0
     while True:
-        s0, s1, s2 = sweep(z, p, 0, longest * width, width, delta, k, k_log2, integer, (zero, zero, zero))
+        s0, s1, s2 = zero, zero, zero
+        for block in range(0, stop, size):
+            end = min(block + size, stop)
+            part = sweep(z, p, block, end, width, delta, k, k_log2, integer, (zero, zero, zero))
+            s0, s1, s2 = s0 + part[0], s1 + part[1], s2 + part[2]
         distance = larger(s0 - 1.0, 1.0 - s0)
         solved = solved | near | (distance <= enough)
         if step == steps or bits(solved) == (1 << width) - 1:
@@ -160,10 +171,13 @@ def solve_group(z, p, longest, count, e, integer, steps):
     # The last small step needs no powers. Of an entry with less than d left it gets wrong at most d^k: hence `enough`.
     d = select((distance <= enough) & (s1 > 0.0), (s0 - 1.0) / (s1 * k), 0.0)
     s0 = zero
-    for i in range(0, longest * width, width):
-        weight = nudge(load(p, i), 1.0 / larger(load(z, i) - delta + 1.0, TINY), d, k)
-        store(p, i, weight)
-        s0 = s0 + weight
+    for block in range(0, stop, size):
+        part = zero
+        for i in range(block, min(block + size, stop), width):
+            weight = nudge(load(p, i), 1.0 / larger(load(z, i) - delta + 1.0, TINY), d, k)
+            store(p, i, weight)
+            part = part + weight
+        s0 = s0 + part
     return delta + d, s0
 
 

@@ -59,7 +59,7 @@ def record(function: str, model: nn.Module, batch: Batch, output: Output) -> tup
         return calls[-1].output.transpose(1, 2).contiguous(), None
 
     with _as_it_was(model):
-        register_functions(_RECORDING, attend, function, takes_heads=True)
+        register_functions(_RECORDING, attend, function)
         model.eval()
         model.set_attn_implementation(_RECORDING)  # type: ignore[operator]
         with torch.enable_grad():

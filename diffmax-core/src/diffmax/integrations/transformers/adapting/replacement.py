@@ -55,7 +55,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     modules = {name: _module(model, name) for name in heads}
     heads = {name: _checked(name, modules[name], of_layer) for name, of_layer in heads.items()}
     kept = _kept(config, model, modules)
-    register_functions(NAME, _attend_adapted, "replace", takes_heads=True)
+    register_functions(NAME, _attend_adapted, "replace")
     for name, of_layer in heads.items():
         module: Any = modules[name]
         if not hasattr(module, "diffmax_heads"):
@@ -65,6 +65,13 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             tensor = 1 - share * (1 - torch.tensor(values, dtype=torch.float32, device="cpu"))
             module.diffmax_heads.register_buffer(what, tensor.to(_device(module, model)), persistent=False)
     config.diffmax = {name: config.diffmax[name] for name in kept} | heads
+    parts: dict[int, tuple[Any, Heads]] = {}  # of a composite model, whose layers look into configurations of their own
+    for name, layer in (kept | modules).items():
+        part = getattr(layer, "config", config)
+        parts.setdefault(id(part), (part, {}))[1][name] = config.diffmax[name]
+    for part, of_part in parts.values():
+        if part is not config:
+            part.diffmax = of_part
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     return model
 
