@@ -630,7 +630,12 @@ def test_heads_of_every_kind_of_list(kind):
 @pytest.mark.parametrize(
     ("model", "heads", "kind", "says"),
     [
-        (llama, 0.85, TypeError, r"heads must be a dictionary .* got 0.85\nfor one alpha in the whole model, register"),
+        (
+            llama,
+            0.85,
+            TypeError,
+            r"heads must be a dictionary .* got 0.85\nfor one alpha in the whole model, or a tensor with one per head",
+        ),
         (
             llama,
             {"layers.0.self_attn": {"alpha": 0.5, "scale": [1.0] * 4}},

@@ -5,7 +5,7 @@ import torch
 
 import diffmax
 from diffmax.compat import adasplash
-from diffmax.nn import LazyAttention
+from diffmax.nn import LazyAttention, param_groups
 
 
 def qkv(length=10, many=None, heads=4, kv_heads=2):
@@ -316,3 +316,25 @@ def test_a_window_without_a_bias_is_refused_since_it_would_hide_nothing():
     q, k, v = torch.randn(3, 1, 2, 6, 4).unbind()
     with pytest.raises(ValueError, match=r"how many distances bias has, got 16 and no bias\nto hide keys, pass attn_mask"):
         diffmax.lazy_attention(q, k, v, None, -0.5, 16)
+
+
+def test_decay_leaves_the_biases_and_the_baseline_alone():
+    attend = LazyAttention(32, 4, 6, weights="diffmax", alpha_map=diffmax.HillMap(c=0.6))
+    names = {id(parameter): name for name, parameter in attend.named_parameters()}
+    groups = {
+        group["name"]: {names[id(p)] for p in group["params"]} for group in param_groups(attend, lr=1e-3, weight_decay=0.1)
+    }
+    assert groups["not decayed"] == {"attention_biases", "tau"}
+    assert groups["weights"] == {f"{letter}_proj.weight" for letter in "qkvo"}
+    assert groups["alpha"] == {"log_beta"}
+
+
+def test_what_is_printed_tells_the_weights():
+    assert "weights='softmax'" in repr(LazyAttention(32, 4, 6))
+    assert "weights='diffmax', alpha=0.5" in repr(LazyAttention(32, 4, 6, weights="diffmax", alpha=0.5))
+
+
+def test_explain_says_what_to_ask_of_members_of_threshold_attention():
+    x = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"it calls threshold_attention: ask for that$"):
+        diffmax.explain(diffmax.lazy_attention, x, x, x, None, -0.5)

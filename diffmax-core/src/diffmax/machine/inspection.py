@@ -220,7 +220,8 @@ def explain(op: str | Callable[..., Any], *arguments: Any, **options: Any) -> Ex
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     known = public_functions()
     if name not in known:
-        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(known)}")
+        hint = "\nit calls threshold_attention: ask for that" if name.startswith(("lazy_attention", "threshold_")) else ""
+        raise ValueError(f"explain: no operator {name!r}, known: {', '.join(known)}{hint}")
     try:
         asked = known[name].asks(*arguments, **options)
     except TypeError as error:  # Python's own, of arguments that do not fit the signature, name another function or none

@@ -37,7 +37,8 @@ class Monitor:
     `alpha/min`, `alpha/max`, and for attention `tile_sparsity`, as in `AttentionStats`, if the backend computes it.
 
     A call that gradient checkpointing repeats in backward counts once. Calls in other threads, under torch.func, on the device
-    "meta", inside compiled code, and calls of `attention_with_kvcache` are not watched. With DistributedDataParallel each
+    "meta", inside compiled code, calls of `attention_with_kvcache`, and threshold attention (`nn.LazyAttention`) are not
+    watched. With DistributedDataParallel each
     rank sees its part of the batch: one monitor, on rank 0, is enough. `remove()` removes the hooks.
 
     Numerics: A logged step waits for the device once, in `step()`, and runs the forward of each attention a second time.
@@ -91,7 +92,8 @@ class Monitor:
             self._warned = True
             warnings.warn(
                 f"Monitor: step {self.current_step} saw no call of diffmax in the model\n"
-                "compiled code is not watched: watch the model before torch.compile, in a forward pass of its own",
+                "compiled code is not watched: watch the model before torch.compile, in a forward pass of its own; nor is "
+                "threshold attention, such as nn.LazyAttention",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -68,3 +68,11 @@ class HeadAlpha(AlphaFromSoftmax):
         # never in half precision, because the digits of 1 - alpha matter
         dtype = torch.promote_types(self.log_beta.dtype, accumulation_dtype(q.dtype))
         return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta.to(dtype))
+
+
+def shown_weights(module: HeadAlpha) -> str:
+    """For repr: whether a module's weights are those of softmax or of diffmax, and which alpha these have."""
+    how = f"weights={module.weights!r}"
+    if module.weights == "softmax":
+        return how
+    return f"{how}, alpha={module.alpha}" if module.alpha_map is None else f"{how}, alpha_map={module.alpha_map}"

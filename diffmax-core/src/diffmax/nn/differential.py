@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
 from diffmax.maps import AlphaMap
-from diffmax.nn._alpha import HeadAlpha
+from diffmax.nn._alpha import HeadAlpha, shown_weights
 from diffmax.nn._multihead import only_weights
 from diffmax.operators.attention.api import attention
 from diffmax.operators.attention.call import Options, build_call
@@ -257,7 +257,7 @@ class DiffAttention(_Differential):
 
     def extra_repr(self) -> str:
         """The settings that repr shows."""
-        return f"{self.qkv.in_features}, {self.num_heads}, lambda_init={self.lambda_init:.4g}, {_shown(self)}"
+        return f"{self.qkv.in_features}, {self.num_heads}, lambda_init={self.lambda_init:.4g}, {shown_weights(self)}"
 
 
 class DiffAttentionV2(_Differential):
@@ -363,7 +363,7 @@ class DiffAttentionV2(_Differential):
 
     def extra_repr(self) -> str:
         """The settings that repr shows."""
-        return f"{self.q_proj.in_features}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, {_shown(self)}"
+        return f"{self.q_proj.in_features}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, {shown_weights(self)}"
 
 
 def _softmax_attention(
@@ -424,13 +424,6 @@ def _per_head(t: Tensor, heads: int) -> Tensor:
 def _heads(t: Tensor, heads: int, size: int) -> Tensor:
     # not unflatten: the older ONNX exporter makes its shape a constant
     return t.reshape(*t.shape[:2], heads, size).transpose(1, 2)
-
-
-def _shown(module: _Differential) -> str:
-    how = f"weights={module.weights!r}"
-    if module.weights == "softmax":
-        return how
-    return f"{how}, alpha={module.alpha}" if module.alpha_map is None else f"{how}, alpha_map={module.alpha_map}"
 
 
 def _check_tokens(name: str, x: Any, size: int) -> None:

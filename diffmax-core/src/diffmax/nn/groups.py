@@ -17,12 +17,13 @@ from diffmax.nn.attention import DiffmaxAttention
 from diffmax.nn.differential import DiffAttention
 from diffmax.nn.elastic import Elastic
 from diffmax.nn.gate import HeadGate
+from diffmax.nn.lazy import LazyAttention
 from diffmax.nn.length import LengthScale
 from diffmax.nn.position import RelativePositionBias
 from diffmax.nn.sink import Sink
 
-# Parameters of our modules that decay would pull to a meaningful value: an open gate, a sink at 0, no position bias, the first
-# lambda.
+# Parameters of our modules that decay would pull to a meaningful value: an open gate, a sink at 0, no position bias, no
+# baseline, the first lambda.
 _NOT_DECAYED: tuple[tuple[type[nn.Module], str], ...] = (
     (AdaptiveLengthScale, "project."),
     (AffineScale, "project."),
@@ -30,6 +31,8 @@ _NOT_DECAYED: tuple[tuple[type[nn.Module], str], ...] = (
     (DiffmaxAttention, "sink"),
     (Elastic, "logit"),
     (HeadGate, "project."),
+    (LazyAttention, "attention_biases"),
+    (LazyAttention, "tau"),
     (LengthScale, "log_decay"),
     (RelativePositionBias, "weight"),
     (Sink, "sink"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.maps import AlphaMap
-from diffmax.nn._alpha import HeadAlpha
+from diffmax.nn._alpha import HeadAlpha, shown_weights
 from diffmax.nn.power import _check_rope, _check_sizes, _rotated
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import _readable, check_flag, check_tensor, is_whole
@@ -201,4 +201,5 @@ class LazyAttention(HeadAlpha):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"{self.dim}, {self.num_heads}, window_size={self.window_size}, rope_base={self.rope_base}"
+        sizes = f"{self.dim}, {self.num_heads}, window_size={self.window_size}, rope_base={self.rope_base}"
+        return f"{sizes}, {shown_weights(self)}"

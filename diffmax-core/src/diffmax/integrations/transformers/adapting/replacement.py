@@ -23,8 +23,9 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
 
     Args:
         model: The model.
-        heads: The result of `calibrate`. None: the value in `model.config.diffmax`, which `save_pretrained` and
-            `from_pretrained` preserve.
+        heads: The result of `calibrate` or `suggest_alpha`, or made by hand: of each attention layer, by its name in the model,
+            a number for each query head, {"model.layers.0.self_attn": {"alpha": [0.5, 0.9], "scale": [1.0, 1.0]}}. None: the
+            value in `model.config.diffmax`, which `save_pretrained` and `from_pretrained` preserve.
         share: How far to move from softmax, 0 < share <= 1: (1 - alpha) and (1 - scale) are multiplied by it. 1 is the full
             change.
     Returns:
@@ -45,12 +46,14 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     if heads is not None and not isinstance(heads, Mapping):
         raise TypeError(
             f"replace: heads must be a dictionary of alphas and scales per layer, got {heads!r}\n"
-            'for one alpha in the whole model, register(alpha=..., scale="match") and model.set_attn_implementation("diffmax")'
+            'for one alpha in the whole model, or a tensor with one per head, register(alpha=..., scale="match") and '
+            'model.set_attn_implementation("diffmax")'
         )
     if not heads:
         raise ValueError(
             "replace: heads must be given for a model that was not adapted before, got none\n"
-            "diffmax.integrations.transformers.calibrate finds them"
+            "diffmax.integrations.transformers.calibrate finds them; an alpha that was given to register is in no "
+            "configuration: register it again"
         )
     modules = {name: _module(model, name) for name in heads}
     heads = {name: _checked(name, modules[name], of_layer) for name, of_layer in heads.items()}
@@ -67,7 +70,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     config.diffmax = {name: config.diffmax[name] for name in kept} | heads
     parts: dict[int, tuple[Any, Heads]] = {}  # of a composite model, whose layers look into configurations of their own
     for name, layer in (kept | modules).items():
-        part = getattr(layer, "config", config)
+        part = config if getattr(layer, "config", None) is None else layer.config
         parts.setdefault(id(part), (part, {}))[1][name] = config.diffmax[name]
     for part, of_part in parts.values():
         if part is not config:
