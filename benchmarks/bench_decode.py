@@ -5,7 +5,7 @@
 
 Kinds: "needles" has a few keys that the query looks for, in a cache of small ones: bounds leave nearly all pages unread.
 "flat" has scores of unit variance and alpha 0.9: nearly every key has a weight. "spread" has them with alpha 0.5: few weights,
-and bounds that cannot tell where. Outputs are checked against the float64 reference first.
+and bounds that cannot tell where, but keys in 4 bits can. Outputs are checked against the float64 reference first.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ KINDS = {"needles": 0.5, "flat": 0.9, "spread": 0.5}  # and their alpha
 GROUPS = (1, 8)
 LENGTHS = (4096, 131072, 1048576)
 CHECKED = 4096
+READ = ("pages_read", "pages_read_by_4_bits")
 
 
 def main(arguments: list[str]) -> None:
@@ -59,27 +60,36 @@ def contestants(kind: str) -> dict[str, Callable[..., Tensor]]:
         rows = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
         return scaled_dot_product_attention(*rows, enable_gqa=True).transpose(1, 2)
 
-    def ours(backend: str, bounded: bool) -> Callable[..., Tensor]:
-        return lambda q, k_cache, v_cache, bounds: diffmax.attention_with_kvcache(
-            q, k_cache, v_cache, alpha=KINDS[kind], page_bounds=bounds if bounded else None, backend=backend
-        )
+    def ours(backend: str, bounded: bool, rounded: bool = False) -> Callable[..., Tensor]:
+        def call(q: Tensor, k_cache: Tensor, v_cache: Tensor, bounds: diffmax.PageBounds) -> Tensor:
+            given = bounds if rounded else bounds._replace(codes=None) if bounded else None
+            out: Tensor = diffmax.attention_with_kvcache(
+                q, k_cache, v_cache, alpha=KINDS[kind], page_bounds=given, backend=backend
+            )
+            return out
+
+        return call
 
     installed = {record.backend for record in diffmax.backends()}
     field = {"sdpa": dense}
     for backend in (name for name in ("cpu", "numba") if name in installed):
         field |= {backend: ours(backend, False), f"{backend}, bounds": ours(backend, True)}
+        field[f"{backend}, 4 bits"] = ours(backend, True, True)
     return field
 
 
 def run_case(case: Row, field: dict[str, Callable[..., Tensor]], rounds: int) -> list[Row]:
     """One row per contestant; who fails its check, or raises, is not timed and keeps the reason."""
     tensors = inputs(case["kind"], case["length"], case["group"])
-    bounds = diffmax.page_bounds(tensors[1], case["length"])
-    _, stats = diffmax.attention_with_kvcache(*tensors, alpha=KINDS[case["kind"]], page_bounds=bounds, return_stats=True)
+    bounds = diffmax.page_bounds(tensors[1], case["length"], bits=4)
+    read = {}
+    for what, given in zip(READ, (bounds._replace(codes=None), bounds), strict=True):
+        _, stats = diffmax.attention_with_kvcache(*tensors, alpha=KINDS[case["kind"]], page_bounds=given, return_stats=True)
+        read[what] = int(stats.pages_read.max())
     found = {
         "alpha": KINDS[case["kind"]],
         "pages": bounds.low.shape[1],
-        "pages_read": int(stats.pages_read.max()),
+        **read,
         "support": int(stats.support_size.max()),
     }
 
@@ -92,7 +102,7 @@ def run_case(case: Row, field: dict[str, Callable[..., Tensor]], rounds: int) ->
 def fault(name: str, function: Callable[..., Tensor], case: Row) -> str | None:
     """What is wrong with a contestant's output at a shorter length, None if nothing is."""
     tensors = inputs(case["kind"], min(case["length"], CHECKED), case["group"], seed=1)
-    bounds = diffmax.page_bounds(tensors[1], tensors[1].shape[1])
+    bounds = diffmax.page_bounds(tensors[1], tensors[1].shape[1], bits=4)
 
     def reference(*given: Tensor) -> Tensor:
         if name == "sdpa":
@@ -106,7 +116,7 @@ def fault(name: str, function: Callable[..., Tensor], case: Row) -> str | None:
 
 def table(rows: list[Row]) -> str:
     title = "one key head of size 64, float32, one thread; times sdpa's time"
-    return harness.table(title, rows, "sdpa", lines=("length", "kind", "group", "pages", "pages_read", "support"))
+    return harness.table(title, rows, "sdpa", lines=("length", "kind", "group", "pages", *READ, "support"))
 
 
 if __name__ == "__main__":

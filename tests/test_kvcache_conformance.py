@@ -24,7 +24,7 @@ class TestReference(KVCacheConformance):
 
     backend = "reference"
     test_special_alphas = test_decoding = test_statistics = None
-    test_dead_pages_are_not_read = None  # it reads them all
+    test_dead_pages_are_not_read = test_dead_keys_are_not_read = None  # it reads them all
 
 
 @pytest.fixture

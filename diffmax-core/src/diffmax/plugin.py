@@ -182,6 +182,9 @@ class KVCacheCall:
         low, high: The elementwise minimum and maximum of the keys of each page: (num_blocks, H_kv, D) for a cache in pages,
             else (B_cache, ceil(S / page_size), H_kv, D), of the cache's dtype; None: unknown. The kernel keeps them up to date
             as it appends. The bounds of a page whose first token is new are reset. Pages in use have valid bounds.
+        codes: uint8 (num_blocks, H_kv, ceil(D / 2), page_size), or (B_cache, pages, ...) as low: the keys of each page in 4
+            bits, as `diffmax.reference.decoding.rounded` makes them; or None. They come with low and high, and the kernel keeps
+            them up to date too: where a page's bounds move, all of its keys are rounded again.
         page_size: Tokens of a page; where the cache is not in pages, of a page of the bounds.
         left, right: Number of keys visible before and after the position of the query; -1: unlimited. The last
             query has the position of the last key.
@@ -206,6 +209,7 @@ class KVCacheCall:
     alibi: Tensor | None = None
     sink: Tensor | None = None
     leftpad: Tensor | None = None
+    codes: Tensor | None = None
 
 
 class Saved(NamedTuple):

@@ -25,7 +25,7 @@ _CPU = {
     "bisect_backward": _ALPHA | {"alpha_gradient"},
     "attention": _ALPHA | _SCORES | {"mask", "bias", "varlen", "dropout", "attention_stats"},
     "attention_backward": _ALPHA | _SCORES | {"mask", "bias", "varlen", "dropout", "alpha_gradient"},
-    "attention_kvcache": _ALPHA | _SCORES | {"kv_cache", "paged", "leftpad", "attention_stats"},
+    "attention_kvcache": _ALPHA | _SCORES | {"kv_cache", "paged", "leftpad", "rounded_keys", "attention_stats"},
     "power_attention": _POWER,
     "power_attention_backward": _POWER,
     "threshold_attention": _THRESHOLD,

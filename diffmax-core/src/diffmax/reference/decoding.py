@@ -14,6 +14,11 @@ from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
 from diffmax.plugin import KVCacheCall, KVCacheResults
 from diffmax.reference.attention import Solve
 
+# The largest code of a key in 4 bits.
+LEVELS = 15
+# Entries of keys that are rounded at once.
+ROUNDED = 1 << 20
+
 
 def attention_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = reference.bisect
@@ -126,6 +131,8 @@ def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
         cache[row, inside] = torch.where(fits, chosen, cache[row, inside])
     if call.low is not None and call.high is not None:
         _widen_bounds(call.k, call, call.low, call.high, start, last)
+        if call.codes is not None:
+            _round_again(k_cache, call, call.low, call.high, call.codes, start, last)
 
 
 def _row_of(call: KVCacheCall, place: Tensor) -> Tensor:
@@ -137,18 +144,12 @@ def _row_of(call: KVCacheCall, place: Tensor) -> Tensor:
 
 
 def _widen_bounds(k: Tensor, call: KVCacheCall, low: Tensor, high: Tensor, start: Tensor, last: Tensor) -> None:
-    size = call.page_size
-    first = torch.minimum(start, last.clamp_min(0)) // size
-    for step in range((k.shape[1] + size - 2) // size + 1):
-        begin = (first + step) * size  # the first position of the page
-        token = begin.unsqueeze(1) + torch.arange(size, device=k.device) - start.unsqueeze(1)
+    for begin in _pages_of_new(k.shape[1], call, start, last):
+        token = begin.unsqueeze(1) + torch.arange(call.page_size, device=k.device) - start.unsqueeze(1)
         inside = (token >= 0) & (token <= (last - start).unsqueeze(1))
         new = k.gather(1, token.clamp(0, k.shape[1] - 1)[..., None, None].expand(-1, -1, *k.shape[2:]))
         touched = inside.any(1)
-        place = torch.where(touched, begin, first * size).unsqueeze(1)
-        where = (
-            (_row_of(call, place)[:, 0],) if call.block_table is not None else (_row_of(call, place)[:, 0], place[:, 0] // size)
-        )
+        where = _page_at(call, begin, start, last)
         for bound, outside, reduce, join in (
             (low, torch.inf, torch.amin, torch.minimum),
             (high, -torch.inf, torch.amax, torch.maximum),
@@ -157,6 +158,73 @@ def _widen_bounds(k: Tensor, call: KVCacheCall, low: Tensor, high: Tensor, start
             old = bound[where]
             fresh = (begin >= start).view(-1, 1, 1)
             bound[where] = torch.where(touched.view(-1, 1, 1), torch.where(fresh, of_new, join(old, of_new)), old)
+
+
+def _round_again(
+    k_cache: Tensor, call: KVCacheCall, low: Tensor, high: Tensor, codes: Tensor, start: Tensor, last: Tensor
+) -> None:
+    """Round the keys of the pages that new tokens were written to: their bounds may have moved."""
+    new = 0 if call.k is None else call.k.shape[1]
+    for begin in _pages_of_new(new, call, start, last):
+        place = begin.unsqueeze(1) + torch.arange(call.page_size, device=start.device)
+        inside = place <= last.unsqueeze(1)
+        place = torch.minimum(place, last.clamp_min(0).unsqueeze(1))
+        row = _row_of(call, place)
+        at = place % call.page_size if call.block_table is not None else place
+        where = _page_at(call, begin, start, last)
+        keys = torch.where(inside[..., None, None], k_cache[row, at], low[where].unsqueeze(1))
+        touched = (begin <= last) & (last >= start)
+        found = rounded(keys, low[where], high[where])
+        codes[where] = torch.where(touched.view(-1, 1, 1, 1), found, codes[where])
+
+
+def _pages_of_new(new: int, call: KVCacheCall, start: Tensor, last: Tensor) -> list[Tensor]:
+    """The first positions (B,) of the pages that `new` tokens may lie in, one page of each sequence after the other."""
+    first = torch.minimum(start, last.clamp_min(0)) // call.page_size
+    return [(first + step) * call.page_size for step in range((new + call.page_size - 2) // call.page_size + 1)]
+
+
+def _page_at(call: KVCacheCall, begin: Tensor, start: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+    """Where what is kept of each page lies, by its first position (B,); of a page without new tokens, that of the first."""
+    first = torch.minimum(start, last.clamp_min(0)) // call.page_size * call.page_size
+    place = torch.where((begin <= last) & (last >= start), begin, first).unsqueeze(1)
+    row = _row_of(call, place)[:, 0]
+    return (row,) if call.block_table is not None else (row, place[:, 0] // call.page_size)
+
+
+def rounded(keys: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Keys in 4 bits: the nearest of 16 values from their page's smallest entry to its largest, in each dimension.
+
+    Args:
+        keys: (..., n, H_kv, D), a page each.
+        low, high: (..., H_kv, D), the page's bounds.
+    Returns:
+        uint8 (..., H_kv, ceil(D / 2), n): code c stands for low + c (high - low) / 15. Dimension d < ceil(D / 2) has the lower
+        half of byte d, the others follow in the upper halves. What is not finite, or lies between
+        such bounds, has any code.
+    """
+    acc = accumulation_dtype(keys.dtype)
+    low, high = low.to(acc).unsqueeze(-3), high.to(acc).unsqueeze(-3)
+    steps = (high - low) / LEVELS
+    codes = ((keys.to(acc) - low) / steps).nan_to_num(0.0, 0.0, 0.0).round_().clamp_(0, LEVELS).to(torch.uint8)
+    half = -(-keys.shape[-1] // 2)
+    codes = torch.nn.functional.pad(codes, (0, 2 * half - keys.shape[-1]))
+    return (codes[..., :half] | codes[..., half:] << 4).movedim(-3, -1).contiguous()
+
+
+def codes_of(k_cache: Tensor, call: KVCacheCall, low: Tensor, high: Tensor) -> Tensor:
+    """The keys of all pages in 4 bits, between the bounds that `bounds_of` gives; those after the end have any code."""
+    size = call.page_size
+    if call.block_table is None:
+        k_cache = torch.nn.functional.pad(k_cache, (0, 0, 0, 0, 0, low.shape[1] * size - k_cache.shape[1]))
+    codes = low.new_empty(*low.shape[:-1], -(-low.shape[-1] // 2), size, dtype=torch.uint8)
+    if not codes.numel():
+        return codes
+    pages = k_cache.reshape(-1, size, *k_cache.shape[2:]), low.flatten(0, -3), high.flatten(0, -3)
+    at_once = max(1, ROUNDED // max(1, pages[0][:1].numel()))
+    for out, *part in zip(codes.flatten(0, -4).split(at_once), *(t.split(at_once) for t in pages), strict=True):
+        out.copy_(rounded(*part))
+    return codes
 
 
 def bounds_of(k_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, Tensor]:

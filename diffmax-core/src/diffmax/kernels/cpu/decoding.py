@@ -1,8 +1,10 @@
 """Decoding for CPUs: one sequence and one key head at a time, with the pages that can matter.
 
 With bounds: an upper bound of every page's scores, the keys of the best pages, the threshold of those alone, which is a lower
-bound of tau (docs/decoding.md); then the pages whose bound lies above it, the best first, until none is left. Values are read
-where a weight differs from 0. `diffmax.kernels.numba.decoding` is the same with the compiled row operator.
+bound of tau (docs/decoding.md); then the pages whose bound lies above it, the best first, until none is left. With keys in 4
+bits: their scores, the keys that would have a weight by them, and the threshold of those; then every key whose score can lie
+above it. Values are read where a weight differs from 0. `diffmax.kernels.numba.decoding` is the same with the compiled row
+operator.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention import scores as rules
 from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
 from diffmax.plugin import KVCacheCall, KVCacheResults
-from diffmax.reference.decoding import append, capacity
+from diffmax.reference.decoding import LEVELS, capacity
+from diffmax.reference.decoding import append as reference_append
 
 Solve = Callable[[Tensor, "float | Tensor", int, int, bool], tuple[Tensor, Tensor, Tensor]]
 
@@ -30,6 +33,8 @@ GATHERED_SHARE = 0.5
 FIRST_PAGES = 4
 # Tokens whose keys or values are converted to the accumulation dtype, or gathered, at once: they stay in a cache.
 CHUNK = 2048
+# New tokens are copied one slice after the other if these are as many or fewer.
+MOST_SLICES = 32
 
 
 @alone_in_child
@@ -57,6 +62,28 @@ def attention_kvcache(
         return KVCacheResults(out, m, delta, *(torch.empty(0, dtype=torch.int32) for _ in range(2)))
     pages = torch.tensor([head.pages_read for head in of_heads], dtype=torch.int32).view(batch, kv_heads)
     return KVCacheResults(out, m, delta, _joined(supports).view(m.shape), pages)
+
+
+def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
+    """As `diffmax.reference.decoding.append`, which spends more on where a few tokens go than it takes to copy them."""
+    if call.k is None or call.v is None:
+        return
+    new, table, size = call.k.shape[1], call.block_table, call.page_size
+    pages = 1 if table is None else new // size + 2
+    if call.low is not None or len(call.k) * pages > MOST_SLICES:
+        reference_append(k_cache, v_cache, call)
+        return
+    rows = range(len(call.k)) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
+    for b, (row, start, end) in enumerate(zip(rows, call.cache_seqlens.tolist(), ends(k_cache, call), strict=True)):
+        at = start = max(start, 0)
+        while at < end:
+            first, stop = 0, end
+            if table is not None:
+                first = at // size * size
+                row, stop = int(table[b, at // size]), min(end, first + size)
+            for cache, tokens in ((k_cache, call.k), (v_cache, call.v)):
+                cache[row, at - first : stop - first] = tokens[b, at - start : stop - start]
+            at = stop
 
 
 def _joined(of_heads: tuple[Tensor, ...]) -> Tensor:
@@ -120,7 +147,9 @@ class _Head:
 
     def attend(self, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Outputs (R, D_v), m and delta (R, 1), and support sizes (R,), if asked for."""
-        chosen = self._pages_that_matter() if self.call.low is not None and self.end > self.first else None
+        chosen = None
+        if self.call.low is not None and self.end > self.first:
+            chosen = self._pages_that_matter() if self.call.codes is None else self._keys_that_matter()
         if chosen is None:
             tokens = None
             scores = self._after_rules(self._all_scores(), None)
@@ -213,6 +242,67 @@ class _Head:
         places, by_place = torch.cat(tokens).sort()
         return places, torch.cat(scores, 1)[:, by_place]
 
+    def _keys_that_matter(self) -> tuple[Tensor, Tensor]:
+        """The tokens of a superset of the keys that have a weight, and their scores (R, n)."""
+        rated, error = self._rated()
+        known = error < torch.inf
+        held = rated > self._threshold(rated.masked_fill(~known, -torch.inf))
+        columns = (held & known).any(0).nonzero().squeeze(1)
+        scores = self._scores_at(columns)
+        # NaN is not below
+        needed = (~(rated + error <= self._threshold(scores)) & (rated != -torch.inf)).any(0)
+        needed[columns] = False
+        more = needed.nonzero().squeeze(1)
+        if len(more):
+            columns, by_place = torch.cat([columns, more]).sort()
+            scores = torch.cat([scores, self._scores_at(more)], 1)[:, by_place]
+        tokens = columns + self.first
+        self.pages_read = len((tokens // self.call.page_size).unique())
+        return tokens, scores
+
+    def _scores_at(self, columns: Tensor) -> Tensor:
+        """Scores (R, n) of the keys that stand `columns` behind the first."""
+        tokens = columns + self.first
+        return self._after_rules(self._products(self._at(self.k_cache, tokens)), tokens)
+
+    def _rated(self) -> tuple[Tensor, Tensor]:
+        """Scores (R, end - first) of the keys in 4 bits, after the rules, and how far they may lie from those of the keys.
+
+        -inf where a query does not see the key. Where the error is infinite, others mean nothing.
+        """
+        call, size = self.call, self.call.page_size
+        first, last = self.first // size, -(-self.end // size)
+        low, high, codes = (self._of_pages(t, first, last) for t in (call.low, call.high, call.codes))
+        low, high = low.to(self.q.dtype), high.to(self.q.dtype)
+        eps, steps = torch.finfo(self.q.dtype).eps, (high - low) / LEVELS
+        reach = self.q.abs() @ torch.maximum(low.abs(), high.abs()).mT
+        error = self.q.abs() @ steps.mT / 2 + (6 * self.q.shape[1] + 64) * eps * reach
+        if self.slopes is not None:  # the subtraction is rounded too
+            error += 4 * eps * self.slopes.abs() * (self.end + self.length)
+        rated = (self.q @ low.mT).unsqueeze(2).repeat(1, 1, size)  # as if all codes were 0
+        at_once = max(1, CHUNK // size)
+        for page in range(0, last - first, at_once):
+            some = slice(page, page + at_once)
+            halves = torch.cat([codes[some] & LEVELS, codes[some] >> 4], 1)[:, : self.q.shape[1]].to(self.q.dtype)
+            rated[:, some] += ((self.q * steps[some].unsqueeze(1)) @ halves).transpose(0, 1)
+        error = (
+            error.masked_fill_(~(4 * reach < torch.inf), torch.inf)
+            .nan_to_num_(nan=torch.inf)
+            .unsqueeze(2)
+            .expand_as(rated)
+            .flatten(1)
+        )
+        span = slice(self.first - first * size, self.end - first * size)
+        # what means nothing must not pass for what is hidden
+        rated = rated.flatten(1)[:, span].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return self._after_rules(rated, None), error[:, span]
+
+    def _of_pages(self, t: Tensor | None, first: int, last: int) -> Tensor:
+        """What is kept of this head's pages."""
+        if t is None:
+            raise ValueError("attention_kvcache: low, high and codes need each other, got one of them without the others")
+        return t[self.row, first:last, self.g] if self.blocks is None else t[self.blocks[first:last], self.g]
+
     def _threshold(self, scores: Tensor) -> Tensor:
         """(R, 1): a lower bound of tau, the root of these scores alone, with room for rounding."""
         _, m, delta = self._weights(scores)
@@ -223,13 +313,8 @@ class _Head:
     def _page_bounds(self) -> tuple[Tensor, int]:
         """An upper bound (R, pages) of the scores of each page, as they are computed; and the first page's number."""
         call, size = self.call, self.call.page_size
-        if call.low is None or call.high is None:
-            raise ValueError("attention_kvcache: low and high are given together or not at all, got one of them")
         first, last = self.first // size, -(-self.end // size)
-        if self.blocks is None:
-            low, high = (t[self.row, first:last, self.g].to(self.q.dtype) for t in (call.low, call.high))
-        else:
-            low, high = (t[self.blocks[first:last], self.g].to(self.q.dtype) for t in (call.low, call.high))
+        low, high = (self._of_pages(t, first, last).to(self.q.dtype) for t in (call.low, call.high))
         # the largest of q * low and q * high, summed; and how large the terms can be, for the error of such sums
         bound = self.q.clamp_min(0) @ high.mT + self.q.clamp_max(0) @ low.mT
         reach = self.q.abs() @ torch.maximum(low.abs(), high.abs()).mT

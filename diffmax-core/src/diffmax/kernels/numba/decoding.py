@@ -1,7 +1,7 @@
 """Decoding for CPUs, compiled: attention's forward kernel, whose sequences are those of the cache.
 
-Pages, in the cache or in its bounds, and few long sequences, whose keys several threads share, go the way of
-`diffmax.kernels.cpu.decoding`, with the compiled row operator.
+Keys in 4 bits have a kernel of their own (`rounded`). Other pages, in the cache or in its bounds, and few long sequences, whose
+keys several threads share, go the way of `diffmax.kernels.cpu.decoding`, with the compiled row operator.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from diffmax.kernels.cpu import decoding
+from diffmax.kernels.numba import rounded_job
 from diffmax.kernels.numba.attention_job import Job, sequences_of
 from diffmax.kernels.numba.attention_words import Word
 from diffmax.kernels.numba.rows import bisect
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import TILE, AttentionCall, KVCacheCall, KVCacheResults
-from diffmax.reference.decoding import append
+from diffmax.reference.decoding import bounds_of, codes_of
 
 # So many keys of a head are read faster by torch's products, where a thread would have no head or there is one query.
 KEYS_TO_SHARE = 1 << 16
@@ -32,9 +33,12 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     ends = decoding.ends(k_cache, call)
     starts = _starts(call, ends, length)
     keys = [end - start for start, end in zip(starts, ends, strict=True)]
+    if call.codes is not None and 0 not in (*query.shape[:3], v_cache.shape[3]) and k_cache.stride(3) == v_cache.stride(3) == 1:
+        pads = [0] * batch if call.leftpad is None else call.leftpad.tolist()
+        return rounded_job.attend(query, k_cache, v_cache, call, pads, ends, stats)
     if not _is_served(query, k_cache, v_cache, call, keys):
         return decoding.attention_kvcache(query, k_cache, v_cache, call, stats, bisect)
-    append(k_cache, v_cache, call)
+    decoding.append(k_cache, v_cache, call)
     # heads that share keys are rows of one head, where nothing tells them apart
     folds = length == 1 and not isinstance(call.e, Tensor) and call.alibi is None and call.sink is None
     rows = query.reshape(batch, kv_heads, heads // kv_heads, -1) if folds else query.transpose(1, 2)
@@ -64,11 +68,18 @@ def warmup(
     backward: bool,
     features: frozenset[str],
 ) -> None:
-    """Have the kernels of a dtype compiled, or read from the cache: they serve every call. There is no backward."""
+    """Have the kernels of a dtype compiled, or read from the cache: they serve every call. There is no backward.
+
+    The one for rounded keys if they are among the features.
+    """
     query, v_cache = (torch.zeros(1, 2, 1, size, dtype=dtype) for size in (head_dim, value_dim))
     lengths = torch.full((1,), 2, dtype=torch.int32)
     call = KVCacheCall(scale=1.0, e=0.5 if e is None else e, cache_seqlens=lengths)
     attention_kvcache(query, query, v_cache, call, False)
+    if "rounded_keys" in features:
+        low, high = bounds_of(query, call)
+        kept = {"low": low, "high": high, "codes": codes_of(query, call, low, high)}
+        attention_kvcache(query, query, v_cache, dataclasses.replace(call, **kept), False)
     decoding.attention_kvcache(query, query, v_cache, call, False, bisect)
 
 

@@ -638,6 +638,30 @@ def nonzero(typing_context, array, index, like):
     return mask(array, types.int64, like), generate
 
 
+def _half_bytes(shift):
+    """An intrinsic that gives half of each byte from array[index] on as numbers, as many as `like`, a vector, has places."""
+
+    @intrinsic
+    def halves(typing_context, array, index, like):
+        def generate(context, builder, signature, arguments):
+            stored = ir.VectorType(ir.IntType(8), like.width)
+            pointer = _pointer(context, builder, array, arguments[0], arguments[1], stored)
+            packed = builder.load(pointer, align=1)
+            if shift:
+                half = builder.lshr(packed, ir.Constant(stored, [shift] * like.width))
+            else:
+                half = builder.and_(packed, ir.Constant(stored, [15] * like.width))
+            integers = ir.VectorType(ir.IntType(like.element.bitwidth), like.width)
+            return builder.sitofp(builder.zext(half, integers), _llvm(like))
+
+        return like(array, types.int64, like), generate
+
+    return halves
+
+
+low_halves, high_halves = _half_bytes(0), _half_bytes(4)
+
+
 @intrinsic
 def transpose_square(typing_context, source, at, step, target, target_at, target_step):
     """target[target_at + j target_step + i] = source[at + i step + j] for i and j below the places of a vector."""

@@ -19,7 +19,7 @@ from diffmax.reference import decoding as reference_decoding
 
 
 class PageBounds(NamedTuple):
-    """Elementwise smallest and largest key of each page of a cache, with which decoding skips pages.
+    """Elementwise smallest and largest key of each page of a cache, with which decoding skips pages; and keys in 4 bits.
 
     `attention_with_kvcache` updates them when it appends. After any other write to the cache, compute them again with
     `page_bounds`. A truncated sequence needs no update: bounds that are too wide stay correct.
@@ -27,11 +27,14 @@ class PageBounds(NamedTuple):
     Attributes:
         low, high: In the cache's dtype: (num_blocks, H_kv, D) for a paged cache, else (B_cache, pages, H_kv, D).
         page_size: Tokens per page.
+        codes: None, or uint8 (..., H_kv, ceil(D / 2), page_size): the keys of each page in 4 bits, with which decoding skips
+            single keys.
     """
 
     low: Tensor
     high: Tensor
     page_size: int
+    codes: Tensor | None = None
 
 
 class KVCacheStats(NamedTuple):
@@ -40,8 +43,8 @@ class KVCacheStats(NamedTuple):
     Attributes:
         tau: (B, H, L), the threshold of each query (Eq. 1), in the accumulation dtype; -inf for a fully masked query.
         support_size: int32 (B, H, L), the number of keys with a score above tau.
-        pages_read: int32 (B, H_kv), the number of key pages read. If a kernel processes a chunk in several blocks of queries,
-            this is the largest count of a block.
+        pages_read: int32 (B, H_kv), the number of pages of which keys were read. If a kernel processes a chunk in several
+            blocks of queries, this is the largest count of a block.
     """
 
     tau: Tensor
@@ -71,7 +74,11 @@ for _kind in (PageBounds, KVCacheStats):
 
 
 def page_bounds(
-    k_cache: Tensor, cache_seqlens: int | Tensor, block_table: Tensor | None = None, page_size: int = TILE
+    k_cache: Tensor,
+    cache_seqlens: int | Tensor,
+    block_table: Tensor | None = None,
+    page_size: int = TILE,
+    bits: int | None = None,
 ) -> PageBounds:
     """Compute the page bounds of a filled cache, for `attention_with_kvcache(..., page_bounds=...)`.
 
@@ -79,6 +86,9 @@ def page_bounds(
         k_cache, cache_seqlens, block_table: As in `attention_with_kvcache`; without `block_table`, sequence b is row b.
         page_size: Tokens per page, for a cache that is not paged; with `block_table` the size of its pages is used. Smaller
             pages have tighter bounds, but there are more of them.
+        bits: 4: keep the keys in 4 bits too, rounded between the bounds of their page. Then decoding reads these, and of the
+            keys themselves only those that may have a weight. They take 1/8 of the bytes of float32 keys, 1/4 of bfloat16's.
+            None: bounds alone.
     Returns:
         A `PageBounds`, on the cache's device. Empty pages have bounds of 0.
     Raises:
@@ -93,6 +103,7 @@ def page_bounds(
     """
     name = "diffmax.page_bounds"
     checks.check_cache(name, "k_cache", k_cache)
+    checks.check_bits(name, bits)
     block_table = checks.check_block_table(name, block_table, k_cache, None)
     page_size = k_cache.shape[1] if block_table is not None else checks.check_page_size(name, page_size)
     batch = k_cache.shape[0] if block_table is None else block_table.shape[0]
@@ -106,7 +117,9 @@ def page_bounds(
         block_table=block_table,
         page_size=page_size,
     )
-    return PageBounds(*reference_decoding.bounds_of(k_cache.detach(), call), page_size)
+    k_cache = k_cache.detach()
+    low, high = reference_decoding.bounds_of(k_cache, call)
+    return PageBounds(low, high, page_size, None if bits is None else reference_decoding.codes_of(k_cache, call, low, high))
 
 
 def attention_with_kvcache(
@@ -141,7 +154,7 @@ def attention_with_kvcache(
     out_i = sum_j P_ij v_j,  P_i = diffmax(scale * (q_i . k_j) over the keys j that query i sees)   (Eq. 1)
 
     With `k` and `v` the caches are modified in place: the new tokens are appended to each sequence before attention.
-    With `page_bounds`, pages of keys that cannot have a weight are skipped; the result is the same.
+    With `page_bounds`, pages or single keys that cannot have a weight are skipped; the result is the same.
 
     Args:
         q: (B, L, H, D), one new token or a chunk. float16, bfloat16, float32 or float64.
@@ -163,7 +176,8 @@ def attention_with_kvcache(
         alibi_slopes: float32 (H,) or (B, H): slope * abs(distance) is subtracted from the scores (ALiBi).
         alpha: Shape parameter, 0 < alpha < 1; smaller is sparser. A float, or a tensor () or (H,), which may hold 0 and 1.
         sink: (H,), an extra score per head, whose weight is discarded (attention sink); or None.
-        page_bounds: The result of `diffmax.page_bounds` for this cache, or None: then all keys are read.
+        page_bounds: The result of `diffmax.page_bounds` for this cache, or None: then all keys are read. With `bits=4` single
+            keys are skipped, not pages.
         return_stats: Whether to return a `KVCacheStats` too.
         backend: A name from `diffmax.backends()`; it never falls back to another. None: the best one that can run the call.
         cache_leftpad: int32 (B,), the left padding of each sequence, counted in `cache_seqlens`. It is not visible, and may
@@ -243,7 +257,7 @@ def build_call(
     new = None if k is None else k.shape[1]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     slopes = attention_checks.check_alibi(name, q, options.alibi_slopes, (batch, heads))
-    low, high, page_size = checks.check_bounds(name, options.page_bounds, k_cache, block_table)
+    low, high, page_size, codes = checks.check_bounds(name, options.page_bounds, k_cache, block_table)
     lengths = checks.check_lengths(name, options.cache_seqlens, batch, room, new, q.device)
     checks.check_pages(name, block_table, lengths, new or 0, k_cache)
     rows = checks.check_rows(name, options.cache_batch_idx, batch, k_cache, block_table)
@@ -264,6 +278,7 @@ def build_call(
         alibi=slopes if slopes is None or slopes.ndim == 2 else slopes.unsqueeze(0),
         sink=attention_checks.check_sink(name, q, sink, heads),
         leftpad=checks.check_leftpad(name, options.cache_leftpad, lengths, q.device),
+        codes=codes,
     )
     return q, k_cache, v_cache, call
 

@@ -223,29 +223,44 @@ def check_page_size(name: str, page_size: int) -> int:
     return as_int(page_size)
 
 
+def check_bits(name: str, bits: int | None) -> None:
+    """Check the bits of rounded keys."""
+    if bits is None:
+        return
+    if not is_whole(bits):
+        raise TypeError(f"{name}: bits must be 4 or None, got {bits!r} of type {type(bits).__name__}")
+    if bits != 4:
+        raise ValueError(f"{name}: bits must be 4 or None, got {bits}")
+
+
 def check_bounds(
     name: str, bounds: PageBounds | None, k_cache: Tensor, block_table: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """Check page_bounds; return them and the page size."""
+) -> tuple[Tensor | None, Tensor | None, int, Tensor | None]:
+    """Check page_bounds; return low, high, the page size and the codes."""
     paged = block_table is not None
     if bounds is None:
-        return None, None, k_cache.shape[1] if paged else TILE
-    if not isinstance(bounds, tuple) or len(bounds) != 3:
+        return None, None, k_cache.shape[1] if paged else TILE, None
+    if not isinstance(bounds, tuple) or len(bounds) not in (3, 4):
         raise TypeError(f"{name}: page_bounds must be what diffmax.page_bounds returns, got {type(bounds).__name__}")
-    low, high, page_size = bounds
+    low, high, page_size, codes = (*bounds, None)[:4]
     check_page_size(name, page_size)
     rows, tokens, *rest = k_cache.shape
     wanted = (rows, *rest) if paged else (rows, -(-tokens // page_size), *rest)
     if paged and page_size != tokens:
         raise ValueError(f"{name}: page_bounds must have the pages' size, got {page_size} for pages of {tokens}")
-    for what, t in (("low", low), ("high", high)):
-        if isinstance(t, Tensor) and not t.is_contiguous():
+    given = {"low": (low, wanted, k_cache.dtype), "high": (high, wanted, k_cache.dtype)}
+    if codes is not None:
+        given["codes"] = (codes, (*wanted[:-1], -(-wanted[-1] // 2), page_size), torch.uint8)
+    for what, (t, shape, dtype) in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: page_bounds.{what} must be a tensor, got {type(t).__name__}")
+        if not t.is_contiguous():
             raise ValueError(
                 f"{name}: page_bounds.{what} must be contiguous, as diffmax.page_bounds makes it, got {t.stride()}"
             )
-        if t.shape != wanted or t.dtype != k_cache.dtype or t.device != k_cache.device:
+        if t.shape != shape or t.dtype != dtype or t.device != k_cache.device:
             raise ValueError(
-                f"{name}: page_bounds.{what} must be {tuple(wanted)} {_dtype(k_cache)} {k_cache.device}, "
+                f"{name}: page_bounds.{what} must be {tuple(shape)} {str(dtype).removeprefix('torch.')} {k_cache.device}, "
                 f"got {_shape(t)} {_dtype(t)} {t.device}\nmake the bounds of this cache with diffmax.page_bounds"
             )
-    return low, high, page_size
+    return low, high, page_size, codes

@@ -33,7 +33,9 @@ class Arguments(NamedTuple):
     backend: str = ""
 
 
-SCHEMA = Schema("attention_kvcache", Arguments, KVCacheResults, mutated=("k_cache", "v_cache", "low", "high"), sizes=True)
+SCHEMA = Schema(
+    "attention_kvcache", Arguments, KVCacheResults, mutated=("k_cache", "v_cache", "low", "high", "codes"), sizes=True
+)
 NO_GRADIENT = (
     "diffmax.attention_with_kvcache: it has no gradient, and an argument requires one\n"
     "call it under torch.no_grad() or torch.inference_mode(), or train with diffmax.attention"
@@ -46,6 +48,7 @@ def features(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall,
         call,
         kv_cache=True,
         paged=call.block_table is not None,
+        rounded_keys=call.codes is not None,
         gqa=query.shape[2] != k_cache.shape[2],
         value_dim=v_cache.shape[3] != k_cache.shape[3],
         attention_stats=stats,
@@ -109,7 +112,7 @@ def _attention_kvcache_autograd(*flat: Any) -> Any:
 def _caches_change(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
     """What a backward saved of a cache, it must not use after tokens are appended."""
     if call.k is not None:
-        for changed in (k_cache, v_cache, call.low, call.high):
+        for changed in (k_cache, v_cache, call.low, call.high, call.codes):
             if changed is not None and not changed.is_inference():
                 torch.autograd.graph.increment_version(changed)
 

@@ -23,6 +23,7 @@ _AXES = {
     "alibi": "BH",
     "sink": "H",
     "leftpad": "B",
+    "codes": "BPHDT",  # as low
 }
 
 
@@ -34,12 +35,13 @@ def _allowed(given: Mapping[str, Any]) -> str:
     shared = "cache_batch_idx" in given or "block_table" in given
     if "k" in given:
         query = given["query"]
-        for name in ("k_cache", "v_cache", "low", "high"):
+        for name in ("k_cache", "v_cache", "low", "high", "codes"):
             cache = given.get(name)
             if cache is None:
                 continue
+            heads = cache.ndim - 1 - _AXES[name][::-1].index("H")
             for wanted, own in zip(query.placements, cache.placements, strict=True):
-                if not _together(wanted, own, cache, shared):
+                if not _together(wanted, own, heads, cache.shape[heads], shared):
                     raise ValueError(
                         f"diffmax.attention_with_kvcache: new tokens need q and {name} sharded alike, along the batch or the "
                         f"heads{', not along rows or pages that sequences share' if shared else ''}, got {query.placements} "
@@ -48,11 +50,13 @@ def _allowed(given: Mapping[str, Any]) -> str:
     return "H" if shared else INDEPENDENT
 
 
-def _together(wanted: Any, own: Any, cache: Any, shared: bool) -> bool:
-    """Whether the part of the cache on a rank is that of the part of the queries there, along one dimension of the mesh."""
-    heads = cache.ndim - 2
+def _together(wanted: Any, own: Any, heads: int, count: int, shared: bool) -> bool:
+    """Whether the part of the cache on a rank is that of the part of the queries there, along one dimension of the mesh.
+
+    The cache has so many heads along that dimension of its own.
+    """
     if own.is_replicate():
-        return bool(wanted.is_replicate() or (wanted.is_shard(2) and cache.shape[heads] == 1))
+        return bool(wanted.is_replicate() or (wanted.is_shard(2) and count == 1))
     if own.is_shard(heads):
         return bool(wanted.is_shard(2))
     return bool(not shared and own.is_shard(0) and wanted.is_shard(0))

@@ -18,6 +18,7 @@ DESCRIBED = {
     **rules.described(KVCacheCall),
     "kv_cache": "attention over a cache, to which new keys and values are appended",
     "paged": "attention over a paged cache",
+    "rounded_keys": "attention over a cache with its keys in 4 bits too, which say what to read",
 }
 FEATURES = frozenset(DESCRIBED) | {"tensor_alpha", "deterministic", "gqa", "value_dim", "attention_stats"}
 ALWAYS = frozenset({"kv_cache"})

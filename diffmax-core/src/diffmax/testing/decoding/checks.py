@@ -36,6 +36,7 @@ class Case:
         room: Tokens that a sequence can have.
         page_size: Of a cache in pages; 0: not in pages.
         bounds: Page size of the bounds that are passed for a cache not in pages; for one in pages any number but 0. 0: none.
+        bits: 4: the bounds hold the keys in 4 bits too.
         rows: Whether the sequences lie in other rows of a larger cache.
         leftpad: Where each sequence starts; empty: at 0.
         sigma: Spread of queries and keys.
@@ -46,6 +47,7 @@ class Case:
     room: int = 150
     page_size: int = 0
     bounds: int = 0
+    bits: int | None = None
     rows: bool = False
     leftpad: tuple[int, ...] = ()
     length: int = 1
@@ -74,6 +76,7 @@ class Case:
             "alibi": self.slopes,
             "sink": self.sink,
             "leftpad": bool(self.leftpad),
+            "rounded_keys": self.bits is not None,
         }
         return {name for name, needed in needs.items() if needed}
 
@@ -108,7 +111,8 @@ class Inputs:
         bounds = self.bounds
         if bounds is not None:
             ends = (t.to(device=device, dtype=dtype, copy=True) for t in (bounds.low, bounds.high))
-            bounds = PageBounds(next(ends), next(ends), bounds.page_size)
+            codes = None if bounds.codes is None else bounds.codes.to(device=device, copy=True)
+            bounds = PageBounds(next(ends), next(ends), bounds.page_size, codes)
         return Inputs(q, k_cache, v_cache, k, v, bounds, {name: moved(t) for name, t in self.keywords.items()})
 
     def run(self, backend: str, **more: Any) -> Any:
@@ -158,6 +162,48 @@ CASES: dict[str, Case] = {
     "late start, pages, bounds, window, new token": Case(
         lengths=(129, 65, 40), leftpad=(100, 3, 39), new=1, page_size=16, bounds=1, options={"window_size": (60, 0)}
     ),
+    "rounded keys": Case(lengths=(400, 222, 0), room=400, bounds=64, bits=4, sigma=2.0, alpha=0.5),
+    "rounded keys, dense": Case(lengths=(700,), room=700, bounds=64, bits=4, sigma=0.3, alpha=0.95),
+    "rounded keys, new token, pages": Case(
+        lengths=(129, 65, 1, 16, 17), new=1, page_size=16, bounds=1, bits=4, sigma=2.0, options={"causal": True}
+    ),
+    "rounded keys, chunk, pages of 5, head size 7": Case(
+        lengths=(129, 65, 14), new=7, length=7, page_size=5, bounds=1, bits=4, head_dim=7, options={"causal": True}
+    ),
+    "rounded keys, grouped heads, window, late start": Case(
+        *((300, 229, 135), 70, 310),
+        bounds=32,
+        bits=4,
+        leftpad=(40, 0, 3),
+        length=3,
+        heads=6,
+        kv_heads=2,
+        value_dim=24,
+        sigma=2.0,
+        options={"window_size": (200, 0)},
+    ),
+    "rounded keys, softcap, slopes, sink, rows": Case(
+        lengths=(300, 222),
+        room=310,
+        bounds=16,
+        bits=4,
+        rows=True,
+        sigma=2.0,
+        alpha=0.5,
+        slopes=True,
+        sink=True,
+        options={"softcap": 9.0},
+    ),
+    "rounded keys, alpha per head, negative scale": Case(
+        lengths=(300, 222),
+        room=300,
+        bounds=128,
+        bits=4,
+        heads=4,
+        kv_heads=1,
+        alpha=(0.0, 0.3, 0.9, 1.0),
+        options={"softmax_scale": -0.3},
+    ),
 }
 
 
@@ -186,7 +232,7 @@ def inputs(case: Case, dtype: torch.dtype) -> Inputs:
     if case.page_size:
         held, values, table = _in_pages(case, before, held, values)
         keywords["block_table"] = table
-        bounds = diffmax.page_bounds(held, before, table) if case.bounds else None
+        bounds = diffmax.page_bounds(held, before, table, bits=case.bits) if case.bounds else None
         return Inputs(q, held, values, k, v, bounds, keywords)
     if case.rows:
         rows = torch.tensor([3, 1, 6, 2, 0][:batch], dtype=torch.int32)
@@ -195,7 +241,7 @@ def inputs(case: Case, dtype: torch.dtype) -> Inputs:
         held, values = (torch.full((7, *t.shape[1:]), nan, dtype=dtype).index_put((rows.long(),), t) for t in (held, values))
     else:
         lengths = before
-    bounds = diffmax.page_bounds(held, lengths, page_size=case.bounds) if case.bounds else None
+    bounds = diffmax.page_bounds(held, lengths, page_size=case.bounds, bits=case.bits) if case.bounds else None
     return Inputs(q, held, values, k, v, bounds, keywords)
 
 
@@ -229,6 +275,31 @@ def decoding_passes_the_gate(backend: str, device: str, case: Case, dtype: torch
     if ours.bounds is not None and yardstick.bounds is not None:
         for what, got, wanted in zip(("low", "high"), ours.bounds[:2], yardstick.bounds[:2], strict=True):
             _expect(_same(got, wanted), f"the bounds' {what} differs after the call")
+        if ours.bounds.codes is not None:
+            _rounds_its_keys(ours.to("cpu", torch.float64))
+
+
+def _rounds_its_keys(ours: Inputs) -> None:
+    """Every key that the cache holds after a call is nearest to what its code stands for. Where bounds are NaN none need be."""
+    assert ours.bounds is not None
+    assert ours.bounds.codes is not None
+    size, table = ours.bounds.page_size, ours.keywords.get("block_table")
+    ends = (ours.keywords["cache_seqlens"] + (0 if ours.k is None else ours.k.shape[1])).tolist()
+    starts = ours.keywords.get("cache_leftpad", torch.zeros(len(ends), dtype=torch.int32)).tolist()
+    rows = ours.keywords.get("cache_batch_idx", torch.arange(len(ends))).tolist()
+    for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for page in range(start // size, -(-end // size)):
+            where = (int(table[b, page]),) if table is not None else (rows[b], page)
+            first = max(start - page * size, 0)
+            last = min(end - page * size, size)
+            span = slice(first, last) if table is not None else slice(page * size + first, page * size + last)
+            keys, codes = ours.k_cache[where[0], span], ours.bounds.codes[where]
+            low, high = ours.bounds.low[where], ours.bounds.high[where]
+            steps = (high - low) / 15
+            halves = torch.cat([codes & 15, codes >> 4], 1)[:, : keys.shape[2], first:last].movedim(2, 0)
+            off = (low + steps * halves - keys).abs()
+            allowed = steps / 2 + 1e-4 * steps + 1e-15 * (low.abs() + high.abs())
+            _expect(not bool((off > allowed).any()), f"keys of page {page} of sequence {b} are not near their codes")
 
 
 def special_alphas_pass_the_gate(
@@ -253,13 +324,13 @@ def _gate(given: Inputs) -> Gate:
     return gates(run, given.q, given.k_cache, given.v_cache, given.k, given.v)[0]
 
 
-def decoding_goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
+def decoding_goes_on(backend: str, device: str, dtype: torch.dtype, rounded: bool = False) -> None:
     """Token after token, over the ends of pages, equals attention over all of them at once."""
     total, size = 40, 8
     q, k, v = torch.randn(3, 1, total, 2, 16).mul(1.5).to(dtype).to(device).unbind()
     k_cache, v_cache = torch.full((2, 6, size, 2, 16), nan, dtype=dtype, device=device).unbind()
     table = torch.tensor([[4, 0, 5, 1, 3]], dtype=torch.int32, device=device)
-    bounds = diffmax.page_bounds(k_cache, 0, table)
+    bounds = diffmax.page_bounds(k_cache, 0, table, bits=4 if rounded else None)
     pieces, done = [], 0
     for chunk in (7, 1, 1, 1, 13, 1, 16):
         part = slice(done, done + chunk)
@@ -295,8 +366,33 @@ def pages_that_cannot_matter_are_not_read(backend: str, device: str, dtype: torc
     _expect(bool((blind.run(backend, return_stats=True)[1].pages_read == 16).all()), "without bounds all is read")
 
 
+def keys_that_cannot_matter_are_not_read(backend: str, device: str, dtype: torch.dtype) -> None:
+    """With keys in 4 bits single keys are left out: NaN in them, and in their values, does not reach the output."""
+    case = Case(lengths=(1024,), room=1024, heads=4, kv_heads=2, head_dim=32, alpha=0.5, bounds=64, bits=4, sigma=2.0)
+    given = inputs(case, dtype)
+    wanted = _gate(given)
+    assert given.bounds is not None
+    queries = given.q[0, 0].double().view(2, 2, 32) / 32**0.5
+    scores = torch.einsum("hgd,nhd->hgn", queries, given.k_cache[0].double())
+    extent = (given.bounds.high - given.bounds.low)[0].double()
+    error = torch.einsum("hgd,phd->hgp", queries.abs(), extent).amax(2, keepdim=True) / 30
+    # a weight takes a score less than 2 below the largest, and both may be taken for others that are an error away
+    below = (scores < scores.amax(2, keepdim=True) - 2 - 2.1 * error).all(1).mT
+    _expect(int(below.sum()) > 1024, f"{int(below.sum())} of 2048 keys can be left out, which are too few for the test")
+    ours = given.to(device, dtype)
+    for cache in (ours.k_cache, ours.v_cache):
+        cache[0].masked_fill_(below.unsqueeze(2).to(device), nan)
+    out, stats = ours.run(backend, return_stats=True)
+    _within(out, *wanted, "output")
+    read = stats.pages_read.cpu()
+    _expect(bool((read >= 1).all() and (read <= 16).all()), f"of 16 pages were read {read.tolist()}")
+
+
 # The cases that `statistics_are_right` is asked of
-STATISTICS_OF = ("plain", "bounds", "bounds, softcap, slopes, sink", "pages of 5, chunk")
+STATISTICS_OF = (
+    *("plain", "bounds", "bounds, softcap, slopes, sink", "pages of 5, chunk"),
+    *("rounded keys", "rounded keys, softcap, slopes, sink, rows"),
+)
 
 
 def statistics_are_right(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
@@ -312,9 +408,9 @@ def statistics_are_right(backend: str, device: str, case: Case, dtype: torch.dty
     _expect(differing <= 2, f"{differing} support sizes differ")
 
 
-def bad_keys_and_queries(backend: str, device: str, dtype: torch.dtype) -> None:
+def bad_keys_and_queries(backend: str, device: str, dtype: torch.dtype, rounded: bool = False) -> None:
     """NaN and inf in a query spoil that query alone; NaN in a key that is seen spoils the head's queries, with bounds too."""
-    given = inputs(Case(lengths=(129, 129), length=3, bounds=16), dtype)
+    given = inputs(Case(lengths=(129, 129), length=3, bounds=16, bits=4 if rounded else None), dtype)
     for bounds in (None, given.bounds):
         ours = replace(given, bounds=bounds).to(device, dtype)
         ours.q[0, 1, 0, 2], ours.q[1, 2, 1, 3] = nan, inf
@@ -324,23 +420,24 @@ def bad_keys_and_queries(backend: str, device: str, dtype: torch.dtype) -> None:
         _expect(torch.equal(out, wanted), f"NaN at {out.any(3).nonzero().tolist()}")
     ours = given.to(device, dtype)
     ours.k_cache[1, 70, 0, 5] = nan
-    ours.bounds = diffmax.page_bounds(ours.k_cache, 129, page_size=16)
+    ours.bounds = diffmax.page_bounds(ours.k_cache, 129, page_size=16, bits=4 if rounded else None)
     out = ours.run(backend).isnan().all(3).cpu()
     _expect(bool(out[1, :, 0].all()) and int(out.sum()) == 3, f"NaN in a key gave NaN at {out.nonzero().tolist()}")
 
 
-def is_repeatable(backend: str, device: str, dtype: torch.dtype) -> None:
+def is_repeatable(backend: str, device: str, dtype: torch.dtype, rounded: bool = False) -> None:
     """The same input gives the same bits, in fresh memory full of NaN too."""
-    given = inputs(Case(lengths=(700, 400), room=700, new=1, bounds=64, sigma=2.0, alpha=0.5), dtype)
+    bits = 4 if rounded else None
+    given = inputs(Case(lengths=(700, 400), room=700, new=1, bounds=64, bits=bits, sigma=2.0, alpha=0.5), dtype)
     results = [given.to(device, dtype).run(backend) for _ in range(2)]
     with _poisoned_memory():
         results.append(given.to(device, dtype).run(backend))
     _expect(all(torch.equal(results[0], result) for result in results[1:]), "results differ in their bits")
 
 
-def strided_caches(backend: str, device: str, dtype: torch.dtype) -> None:
+def strided_caches(backend: str, device: str, dtype: torch.dtype, rounded: bool = False) -> None:
     """Caches that are slices of one tensor, heads before tokens, as models hold them."""
-    case = Case(lengths=(129, 90), new=1, bounds=16)
+    case = Case(lengths=(129, 90), new=1, bounds=16, bits=4 if rounded else None)
     given = inputs(case, dtype)
     ours, theirs = given.to(device, dtype), given.to("cpu", dtype)
     both = torch.stack([ours.k_cache, ours.v_cache]).permute(1, 3, 2, 0, 4).contiguous()
@@ -354,14 +451,14 @@ def strided_caches(backend: str, device: str, dtype: torch.dtype) -> None:
     _expect(_same(ours.k_cache, theirs.k_cache) and _same(ours.v_cache, theirs.v_cache), "the caches differ after the call")
 
 
-def passes_opcheck(backend: str, device: str, dtype: torch.dtype) -> None:
+def passes_opcheck(backend: str, device: str, dtype: torch.dtype, rounded: bool = False) -> None:
     """torch.library.opcheck: schema with what is changed in place, shapes for tracing."""
-    for case in (Case(new=1, bounds=16), Case()):
+    for case in (Case(new=1, bounds=16, bits=4),) if rounded else (Case(new=1, bounds=16), Case()):
         t = inputs(case, dtype).to(device, dtype)
         for cache in (t.k_cache, t.v_cache):
             cache.nan_to_num_()  # opcheck compares with ==
-        low, high = t.bounds[:2] if t.bounds else (None, None)
-        options = {"cache_seqlens": t.keywords["cache_seqlens"], "low": low, "high": high, "page_size": 16}
+        low, high, _, codes = t.bounds or (None,) * 4
+        options = {"cache_seqlens": t.keywords["cache_seqlens"], "low": low, "high": high, "page_size": 16, "codes": codes}
         call = KVCacheCall(scale=0.25, e=0.5, k=t.k, v=t.v, **options)
         arguments = SCHEMA.flatten(t.q, t.k_cache, t.v_cache, False, call, backend)
         _opcheck("attention_kvcache", device, arguments)

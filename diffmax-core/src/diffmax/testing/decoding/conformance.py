@@ -65,6 +65,24 @@ class KVCacheConformance(Kit):
         if self.claims(dtype, "kv_cache", "gqa", "attention_stats"):
             checks.pages_that_cannot_matter_are_not_read(self.backend, self.device, dtype)
 
+    @every_dtype
+    def test_dead_keys_are_not_read(self, dtype: torch.dtype) -> None:
+        """Poisoned, where keys in 4 bits tell."""
+        if self.claims(dtype, "kv_cache", "rounded_keys", "gqa", "attention_stats"):
+            checks.keys_that_cannot_matter_are_not_read(self.backend, self.device, dtype)
+
+    @every_dtype
+    def test_rounded_keys(self, dtype: torch.dtype) -> None:
+        """Keys in 4 bits: token after token, NaN, the same bits, strides, torch's opcheck."""
+        if self.claims(dtype, "kv_cache", "rounded_keys"):
+            checks.bad_keys_and_queries(self.backend, self.device, dtype, rounded=True)
+            checks.strided_caches(self.backend, self.device, dtype, rounded=True)
+            checks.passes_opcheck(self.backend, self.device, dtype, rounded=True)
+        if self.claims(dtype, "kv_cache", "rounded_keys", "causal", "paged"):
+            checks.decoding_goes_on(self.backend, self.device, dtype, rounded=True)
+        if self.claims(dtype, "kv_cache", "rounded_keys", "deterministic"):
+            checks.is_repeatable(self.backend, self.device, dtype, rounded=True)
+
     @pytest.mark.parametrize("name", checks.STATISTICS_OF)
     def test_statistics(self, name: str) -> None:
         """tau and support sizes."""

@@ -1,0 +1,254 @@
+"""Keys in 4 bits: what `page_bounds(..., bits=4)` makes of a cache, and decoding that reads single keys by them."""
+
+import pytest
+import torch
+
+import diffmax
+from diffmax import attention_with_kvcache, page_bounds
+from diffmax.kernels.cpu import decoding
+from diffmax.testing import gates
+from diffmax.testing.decoding import checks
+
+inf, nan = torch.inf, torch.nan
+backends = pytest.mark.parametrize("backend", ["numba", "cpu"])
+
+
+def stands_for(bounds):
+    """The keys that the codes stand for, (rows, pages, page_size, H_kv, D), in float64."""
+    low, high = (t.double().unsqueeze(-1) for t in (bounds.low, bounds.high))
+    halves = torch.cat([bounds.codes & 15, bounds.codes >> 4], -2)[..., : low.shape[-2], :]
+    return (low + (high - low) / 15 * halves).movedim(-1, -3)
+
+
+def agrees(backend, q, k_cache, v_cache, bounds, **options):
+    """Whether the call passes the gate with the bounds; its statistics."""
+    ((exact, allowed),) = gates(
+        lambda q, k, v: attention_with_kvcache(q, k, v, backend="reference", **options), q, k_cache, v_cache
+    )
+    out, stats = attention_with_kvcache(q, k_cache, v_cache, page_bounds=bounds, return_stats=True, backend=backend, **options)
+    assert ((out.double() - exact).abs() <= allowed).all()
+    return stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "page_size"), [(64, 64), (7, 5), (1, 16), (40, 128)])
+def test_a_key_is_rounded_to_the_nearest_of_16_values_of_its_page(dtype, size, page_size):
+    k_cache = torch.randn(2, 150, 3, size).to(dtype)
+    bounds = page_bounds(k_cache, 150, page_size=page_size, bits=4)
+    assert bounds.codes.dtype == torch.uint8
+    assert bounds.codes.shape == (2, -(-150 // page_size), 3, -(-size // 2), page_size)
+    keys = stands_for(bounds).flatten(1, 2)[:, :150]
+    step = ((bounds.high.double() - bounds.low.double()) / 15).repeat_interleave(page_size, 1)[:, :150]
+    assert ((keys - k_cache.double()).abs() <= step / 2 * (1 + 1e-5) + 1e-12).all()
+    ends = keys.unflatten(1, (-1, 5))[:, : 150 // 5] if page_size == 5 else None
+    if ends is not None:  # the ends of a page are among the values
+        assert torch.allclose(ends.amax(2), bounds.high[:, : 150 // 5].double(), rtol=1e-12)
+        assert torch.allclose(ends.amin(2), bounds.low[:, : 150 // 5].double(), rtol=1e-12)
+    plain = page_bounds(k_cache, 150, page_size=page_size)
+    assert plain.codes is None
+    assert torch.equal(plain.low, bounds.low)
+
+
+def test_codes_take_an_eighth_of_float32_keys():
+    k_cache = torch.randn(1, 4096, 2, 64)
+    assert page_bounds(k_cache, 4096, bits=4).codes.nbytes * 8 == k_cache.nbytes
+
+
+def test_a_cache_in_pages_and_a_large_one_are_rounded_as_others(monkeypatch):
+    k_cache = torch.randn(2, 64, 2, 8)
+    one = page_bounds(k_cache, 64, page_size=16, bits=4)
+    pages = page_bounds(k_cache.view(8, 16, 2, 8), 64, torch.arange(8).view(2, 4).int(), bits=4)
+    assert torch.equal(one.codes.flatten(0, 1), pages.codes)
+    monkeypatch.setattr("diffmax.reference.decoding.ROUNDED", 16 * 16 * 3)
+    assert torch.equal(page_bounds(k_cache, 64, page_size=16, bits=4).codes, one.codes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "error", "message"),
+    [
+        (8, ValueError, "bits must be 4 or None, got 8"),
+        (0, ValueError, "bits must be 4 or None, got 0"),
+        ("4", TypeError, "bits must be 4 or None, got '4' of type str"),
+        (True, TypeError, "bits must be 4 or None, got True"),
+        (4.0, TypeError, "bits must be 4 or None, got 4.0"),
+    ],
+)
+def test_other_bits_are_refused(bits, error, message):
+    with pytest.raises(error, match=message):
+        page_bounds(torch.randn(1, 8, 1, 4), 8, bits=bits)
+
+
+def test_codes_that_are_not_of_the_cache_are_refused():
+    q, cache = torch.randn(1, 1, 2, 8), torch.randn(1, 40, 2, 8)
+    bounds = page_bounds(cache, 40, page_size=16, bits=4)
+
+    def call(**changed):
+        return attention_with_kvcache(q, cache, cache, page_bounds=bounds._replace(**changed))
+
+    with pytest.raises(ValueError, match=r"page_bounds.codes must be \(1, 3, 2, 4, 16\) uint8 cpu, got .*float32"):
+        call(codes=bounds.codes.float())
+    with pytest.raises(ValueError, match=r"page_bounds.codes must be .*got \(1, 3, 2, 4, 8\)"):
+        call(codes=bounds.codes[..., :8].contiguous())
+    with pytest.raises(ValueError, match=r"page_bounds.codes must be contiguous"):
+        call(codes=bounds.codes.mT.contiguous().mT)
+    with pytest.raises(TypeError, match=r"page_bounds.codes must be a tensor, got str"):
+        call(codes="4")
+    with pytest.raises(TypeError, match=r"page_bounds.low must be a tensor, got NoneType"):
+        call(low=None)
+    with pytest.raises(TypeError, match=r"page_bounds must be what diffmax.page_bounds returns, got tuple"):
+        attention_with_kvcache(q, cache, cache, page_bounds=tuple(bounds)[:2])
+    three = attention_with_kvcache(q, cache, cache, page_bounds=tuple(bounds)[:3])  # as it was before there were codes
+    torch.testing.assert_close(three, call())
+
+
+def test_a_backend_without_the_feature_is_not_asked():
+    q, cache = torch.randn(1, 1, 1, 8), torch.randn(1, 40, 1, 8)
+    kernels = {"attention_kvcache": "diffmax.kernels.cpu.decoding:attention_kvcache"}
+    given = {"device_types": ("cpu",), "kernels": kernels, "dtypes": (torch.float32,), "features": frozenset({"kv_cache"})}
+    diffmax.register_backend(diffmax.plugin.Backend(name="plain", automatic=False, **given))
+    try:
+        attention_with_kvcache(q, cache, cache, page_bounds=page_bounds(cache, 40), backend="plain")
+        with pytest.raises(diffmax.NoBackendError, match="lacks rounded_keys"):
+            attention_with_kvcache(q, cache, cache, page_bounds=page_bounds(cache, 40, bits=4), backend="plain")
+    finally:
+        diffmax.unregister_backend("plain")
+
+
+@backends
+@pytest.mark.parametrize("paged", [False, True])
+def test_codes_stay_right_while_a_sequence_grows_and_is_cut(backend, paged):
+    """Chunks and single tokens, over the ends of pages, with drafts that are rejected: as if the bounds were new each time."""
+    torch.manual_seed(3)
+    size, room = 8, 64
+    k_cache, v_cache = torch.full((2, 1, room, 2, 6), nan).unbind()
+    table = None
+    if paged:
+        k_cache, v_cache = (t.view(8, size, 2, 6) for t in (k_cache, v_cache))
+        table = torch.tensor([[3, 0, 7, 5, 1, 2, 6, 4]], dtype=torch.int32)
+    bounds = page_bounds(k_cache, 0, table, bits=4, **({} if paged else {"page_size": size}))
+    done = 0
+    for chunk, rejected in ((7, 0), (1, 0), (1, 1), (9, 3), (1, 0), (1, 0), (20, 11), (1, 0), (16, 0)):
+        q, k, v = torch.randn(3, 1, chunk, 2, 6).unbind()
+        k = k * (1 + done % 5)  # bounds move
+        options = {"cache_seqlens": done, "causal": True, "alpha": 0.4, "block_table": table, "backend": backend}
+        copies = k_cache.clone(), v_cache.clone()
+        out = attention_with_kvcache(q, k_cache, v_cache, k, v, page_bounds=bounds, **options)
+        torch.testing.assert_close(out, attention_with_kvcache(q, *copies, k, v, **options))
+        assert torch.equal(copies[0].nan_to_num(), k_cache.nan_to_num())
+        done += chunk
+        of_pages = table[0].long() if paged else torch.arange(8)
+        low, high, codes = (
+            t.view(8, *t.shape[-t.ndim + 1 + (not paged) :])[of_pages] for t in (bounds.low, bounds.high, bounds.codes)
+        )
+        keys = stands_for(diffmax.PageBounds(low, high, size, codes)).flatten(0, 1)[:done]
+        held = k_cache.view(8, size, 2, 6)[of_pages].flatten(0, 1)[:done].double()
+        step = ((high - low).double() / 15).repeat_interleave(size, 0)[:done]
+        assert ((keys - held).abs() <= step / 2 * (1 + 1e-5) + 1e-12).all()
+        done -= rejected
+
+
+@backends
+def test_dense_and_sparse_queries_of_a_key_head_stand_side_by_side(backend):
+    """Of four that are taken together some need all keys, and some hardly any."""
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.randn(2, 1, 1000, 1, 16).unbind()
+    for factors in ([4.0, 0.01, 4.0, 4.0, 4.0, 0.01], [0.01] * 6, [4.0] * 6):
+        q = torch.randn(1, 1, 6, 16) * torch.tensor(factors).view(1, 1, 6, 1)
+        stats = agrees(backend, q, k_cache, v_cache, page_bounds(k_cache, 1000, bits=4), alpha=0.5)
+        assert int(stats.pages_read) == 16
+
+
+@backends
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda k: k.mul_(0),
+        lambda k: k.copy_(k[:, :1].expand_as(k)),
+        lambda k: k[..., 3].fill_(1e6),
+        lambda k: k.mul_(1e-40),
+        lambda k: k.mul_(1e15),
+        lambda k: k[:, 70].mul_(1e8),
+    ],
+    ids=["zeros", "equal keys", "a large constant dimension", "subnormal", "large", "an outlier"],
+)
+def test_odd_caches(backend, spoil):
+    torch.manual_seed(1)
+    k_cache, v_cache = torch.randn(2, 1, 300, 2, 16).unbind()
+    spoil(k_cache)
+    q = torch.randn(1, 2, 4, 16)
+    agrees(backend, q, k_cache, v_cache, page_bounds(k_cache, 300, bits=4), alpha=0.6)
+
+
+@backends
+@pytest.mark.parametrize("value", [nan, inf, -inf, 3e38, -3e38])
+def test_keys_that_are_not_finite_or_nearly_so_spoil_what_they_spoil_without_codes(backend, value):
+    torch.manual_seed(2)
+    k_cache, v_cache = torch.randn(2, 1, 300, 2, 16).unbind()
+    k_cache[0, 133, 1, 5] = value
+    q = torch.randn(1, 2, 4, 16)
+    out = attention_with_kvcache(q, k_cache, v_cache, page_bounds=page_bounds(k_cache, 300, bits=4), alpha=0.6, backend=backend)
+    plain = attention_with_kvcache(q, k_cache, v_cache, alpha=0.6, backend=backend)
+    torch.testing.assert_close(out, plain, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kit_notices_an_error_that_is_too_small(monkeypatch):
+    """A key that is left out although it has a weight fails the gate."""
+    right = decoding._Head._rated
+    monkeypatch.setattr(decoding._Head, "_rated", lambda self: (right(self)[0] - 40.0, right(self)[1]))
+    with pytest.raises(AssertionError, match="output: error"):
+        checks.decoding_passes_the_gate("cpu", "cpu", checks.CASES["rounded keys"], torch.float32)
+
+
+def test_the_kit_notices_codes_that_are_not_kept(monkeypatch):
+    monkeypatch.setattr("diffmax.reference.decoding._round_again", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"are not near their codes|output: error"):
+        checks.decoding_passes_the_gate("cpu", "cpu", checks.CASES["rounded keys, new token, pages"], torch.float32)
+
+
+def test_bits_do_not_depend_on_threads_or_neighbours():
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.randn(2, 4, 2000, 2, 64).unbind()
+    q = torch.randn(4, 1, 8, 64) * 2
+    bounds = page_bounds(k_cache, 2000, bits=4)
+    threads, outs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outs.append(attention_with_kvcache(q, k_cache, v_cache, page_bounds=bounds, alpha=0.5, backend="numba"))
+    finally:
+        torch.set_num_threads(threads)
+    own = diffmax.PageBounds(*(t[2:3] for t in (bounds.low, bounds.high)), 64, bounds.codes[2:3])
+    alone = attention_with_kvcache(q[2:3], k_cache[2:3], v_cache[2:3], page_bounds=own, alpha=0.5, backend="numba")
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[0][2:3], alone)
+
+
+def test_a_compiled_step_keeps_codes():
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.randn(2, 1, 80, 2, 16).unbind()
+    caches = k_cache.clone(), v_cache.clone()
+    q, k, v = torch.randn(1, 1, 4, 16), *torch.randn(2, 1, 1, 2, 16).unbind()
+    ours, theirs = (page_bounds(k_cache, 70, bits=4) for _ in range(2))
+
+    def step(q, k_cache, v_cache, k, v, bounds, lengths):
+        return attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, page_bounds=bounds, alpha=0.5)
+
+    lengths = torch.tensor([70], dtype=torch.int32)
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(q, k_cache, v_cache, k, v, ours, lengths)
+        plain = step(q, *caches, k, v, theirs, lengths)
+    torch.testing.assert_close(compiled, plain)
+    assert torch.equal(ours.codes, theirs.codes)
+    assert torch.equal(k_cache, caches[0])
+
+
+@pytest.mark.parametrize(("batch", "length", "heads", "room"), [(0, 1, 2, 9), (2, 0, 2, 9), (2, 1, 0, 9), (2, 1, 2, 0)])
+@pytest.mark.parametrize("backend", ["cpu", "numba", "reference"])
+def test_empty_tensors(backend, batch, length, heads, room):
+    cache = torch.zeros(batch, room, heads, 4)
+    bounds = page_bounds(cache, min(room, 3), bits=4)
+    q = torch.randn(batch, length, heads, 4)
+    out = attention_with_kvcache(q, cache, cache, cache_seqlens=min(room, 3), page_bounds=bounds, backend=backend)
+    assert out.shape == q.shape
+    assert not out.any()
