@@ -33,7 +33,7 @@ from diffmax.integrations.transformers import adapt, calibrate, distil, refit, r
 from diffmax.integrations.transformers.adapting import final_output, relative_error
 from diffmax.integrations.transformers.adapting.calibration import _grid, _of_layer, measure
 from diffmax.integrations.transformers.adapting.outputs import mask_for
-from diffmax.integrations.transformers.adapting.recording import Call
+from diffmax.integrations.transformers.adapting.recording import Call, record
 from diffmax.integrations.transformers.adapting.replacement import _device
 from diffmax.nn import AlphaSchedule
 
@@ -300,8 +300,8 @@ def test_a_layer_that_runs_several_times_is_one_layer():
 
 def test_the_movement_of_a_layer_that_runs_several_times_is_that_of_the_sum_of_its_runs():
     """Runs add up before the square: here each doubles the other, and the output moves four times as much, not twice."""
-    scores, values, output = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 3)
-    run = Call(nn.Module(), scores, values, output), torch.randn(7, 2, 4, 5, 3)
+    query, key, value, output = torch.randn(4, 2, 4, 5, 3).unbind()
+    run = Call(nn.Module(), query, key, value, None, False, 0.6, output), torch.randn(7, 2, 4, 5, 3)
     once, twice = (_of_layer([run] * n, [(0.5, 0.7)], None) for n in (1, 2))
     torch.testing.assert_close(twice[0], 4 * once[0])
     assert torch.equal(twice[1], 2 * once[1])
@@ -728,3 +728,20 @@ def test_a_layer_that_holds_the_attention_is_not_taken_for_it():
     heads = {"layers.0": of_llama()["layers.0.self_attn"]}
     with pytest.raises(ValueError, match=r"layers.0 is no attention layer, but holds one\nis layers.0.self_attn meant\?"):
         replace(llama(), heads)
+
+
+def test_recording_keeps_no_scores():
+    """Of one layer at a time, not of all: those would take most of the memory of a calibration."""
+    model = BertModel(BertConfig(**SIZES)).eval()
+    batch = {"input_ids": torch.randint(30, (2, 128))}
+    held: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: held.append(t.shape[-1] * t.shape[-2]) or t if t.ndim == 4 else t, lambda t: t
+    ):
+        calls, final = record("calibrate", model, batch, final_output)
+    assert max(held, default=0) < 128 * 128
+    assert calls[0].scored().scores.shape == (2, 4, 128, 128)
+    torch.testing.assert_close(final, model(**batch).last_hidden_state, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(final, [calls[0].output], torch.ones_like(final), retain_graph=True)
+    (again,) = torch.autograd.grad(final, [calls[0].output], torch.ones_like(final))
+    assert torch.equal(gradient, again)

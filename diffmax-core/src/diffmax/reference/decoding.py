@@ -220,10 +220,12 @@ def codes_of(k_cache: Tensor, call: KVCacheCall, low: Tensor, high: Tensor) -> T
     codes = low.new_empty(*low.shape[:-1], -(-low.shape[-1] // 2), size, dtype=torch.uint8)
     if not codes.numel():
         return codes
-    pages = k_cache.reshape(-1, size, *k_cache.shape[2:]), low.flatten(0, -3), high.flatten(0, -3)
-    at_once = max(1, ROUNDED // max(1, pages[0][:1].numel()))
-    for out, *part in zip(codes.flatten(0, -4).split(at_once), *(t.split(at_once) for t in pages), strict=True):
-        out.copy_(rounded(*part))
+    pages = k_cache.reshape(-1, size, *k_cache.shape[2:])
+    of_pages, low, high = (t.flatten(0, -n) for t, n in ((codes, 4), (low, 3), (high, 3)))
+    at_once = max(1, ROUNDED // pages[0].numel())
+    for first in range(0, len(pages), at_once):
+        some = slice(first, first + at_once)
+        of_pages[some] = rounded(pages[some], low[some], high[some])
     return codes
 
 

@@ -257,7 +257,7 @@ class _Head:
             columns, by_place = torch.cat([columns, more]).sort()
             scores = torch.cat([scores, self._scores_at(more)], 1)[:, by_place]
         tokens = columns + self.first
-        self.pages_read = len((tokens // self.call.page_size).unique())
+        self.pages_read = len(torch.unique_consecutive(tokens // self.call.page_size))
         return tokens, scores
 
     def _scores_at(self, columns: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def warmup(
     attention_kvcache(query, query, v_cache, call, False)
     if "rounded_keys" in features:
         low, high = bounds_of(query, call)
-        kept = {"low": low, "high": high, "codes": codes_of(query, call, low, high)}
-        attention_kvcache(query, query, v_cache, dataclasses.replace(call, **kept), False)
+        rounded = dataclasses.replace(call, low=low, high=high, codes=codes_of(query, call, low, high))
+        attention_kvcache(query, query, v_cache, rounded, False)
     decoding.attention_kvcache(query, query, v_cache, call, False, bisect)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.integrations.transformers.adapting.outputs import Batch, Output, each, final_output, mask_for
-from diffmax.integrations.transformers.adapting.recording import Call, record
+from diffmax.integrations.transformers.adapting.recording import Call, Scored, record
 from diffmax.integrations.transformers.adapting.replacement import Heads
 from diffmax.operators.common.checks import one_minus_alpha
 from diffmax.operators.common.numerics import hides
@@ -166,7 +166,7 @@ def measure(
         of_module: dict[nn.Module, list[tuple[Call, Tensor]]] = {}
         for call, of_call in zip(calls, zip(*projections, strict=True), strict=True):
             of_module.setdefault(call.module, []).append((call, torch.stack(of_call)))
-        layers = [(names[module], module_calls[0][0].scores.shape[1]) for module, module_calls in of_module.items()]
+        layers = [(names[module], module_calls[0][0].query.shape[1]) for module, module_calls in of_module.items()]
         with torch.no_grad():
             per_layer = [
                 _of_layer(module_calls, grid, mask_for(model, module, batch), queries)
@@ -187,14 +187,13 @@ def _of_layer(
     Projections are (probes, B, H, L, D). A layer that is called several times, such as ALBERT's, moves the output by the sum.
     """
     moved, zeros = [], []
-    visible = [_visible(call, mask) for call, _ in calls]
-    if queries is not None:
-        steps = [-(-call.scores.shape[2] // queries) for call, _ in calls]
-        visible = [seen[:, :, ::step] for seen, step in zip(visible, steps, strict=True)]
-        calls = [(call.every(step), part[..., ::step, :]) for (call, part), step in zip(calls, steps, strict=True)]
+    steps = [1 if queries is None else -(-call.query.shape[2] // queries) for call, _ in calls]
+    scored = [call.scored(step) for (call, _), step in zip(calls, steps, strict=True)]
+    visible = [_visible(some, mask, call, step) for some, (call, _), step in zip(scored, calls, steps, strict=True)]
+    of_queries = [projections[..., ::step, :] for (_, projections), step in zip(calls, steps, strict=True)]
     for alpha, scale in grid:
         by, apart, zero = torch.zeros(()), torch.zeros(()), torch.zeros(())
-        for (call, projections), seen in zip(calls, visible, strict=True):
+        for call, projections, seen in zip(scored, of_queries, visible, strict=True):
             weights = diffmax_bisect(call.scores * scale, alpha)
             of_query = (projections * (weights @ call.values - call.output)).sum(-1)
             by = by + of_query.sum(-1)
@@ -206,9 +205,9 @@ def _of_layer(
     return torch.stack(moved, 1), torch.stack(zeros, 1), entries
 
 
-def _visible(call: Call, mask: Tensor | None) -> Tensor:
-    """Boolean, True where a query that is not padding sees a key."""
-    visible = ~hides(call.scores)
-    if mask is None or mask.shape != (visible.shape[0], visible.shape[2]):
+def _visible(scored: Scored, mask: Tensor | None, call: Call, step: int) -> Tensor:
+    """Boolean, True where a query, each step-th, that is not padding sees a key."""
+    visible = ~hides(scored.scores)
+    if mask is None or mask.shape != (call.query.shape[0], call.query.shape[2]):
         return visible
-    return visible & mask.bool()[:, None, :, None]
+    return visible & mask[:, ::step].bool()[:, None, :, None]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffmax.integrations.transformers import refusals
 from diffmax.integrations.transformers.adapting.outputs import Batch, Output
@@ -34,18 +35,35 @@ _MEASURED = {
 }
 
 
-@dataclass
-class Call:
-    """A call of an attention layer: masked scores (B, H, L, S), values (B, H, S, D), the output of softmax (B, H, L, D)."""
+class Scored(NamedTuple):
+    """What a call computes: masked scores (B, H, L, S), values (B, H, S, D), the output of softmax (B, H, L, D)."""
 
-    module: nn.Module
     scores: Tensor
     values: Tensor
     output: Tensor
 
-    def every(self, step: int) -> Call:
-        """The call of each step-th query alone."""
-        return Call(self.module, self.scores[:, :, ::step], self.values, self.output[:, :, ::step])
+
+@dataclass
+class Call:
+    """A call of an attention layer: queries (B, H, L, D), keys and values (B, H_kv, S, D), the output of softmax (B, H, L, D).
+
+    Scores are not kept: of all layers together they would take most of the memory.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+    output: Tensor
+
+    def scored(self, step: int = 1) -> Scored:
+        """The scores, those of each step-th query alone, and what belongs to them."""
+        key, value = (_for_heads(t, self.query.shape[1]) for t in (self.key, self.value))
+        scores = masked(self.query @ key.mT * self.scale, self.mask, self.is_causal)
+        return Scored(scores[:, :, ::step], value, self.output[:, :, ::step])
 
 
 def record(function: str, model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], Tensor]:
@@ -83,16 +101,27 @@ def _attend_with_softmax(
         if kwargs.get(name) is not None:
             raise ValueError(f"{function}: {name} is not implemented, got {type(module).__name__} with one")
     scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     attention_mask, causal = read(module, attention_mask, kwargs.get("is_causal"), query.shape[2], key.shape[2])
-    scores = masked(query @ key.mT * scale, merged_mask(attention_mask, kwargs.get("position_bias")), causal)
-    # a fully masked row would be NaN; it is 0, as with diffmax
-    weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores).softmax(-1)
-    weights = weights.masked_fill(scores == -torch.inf, 0.0)
-    result = weights @ value
+    mask = merged_mask(attention_mask, kwargs.get("position_bias"))
+    # the backward computes scores and weights again, a layer at a time
+    result = checkpoint(_softmax, query, key, value, mask, causal, scale, use_reentrant=False, preserve_rng_state=False)
     if not result.requires_grad:
         result.requires_grad_()
-    return Call(module, scores.detach(), value.detach(), result)
+    mask = mask if mask is None else mask.detach()
+    return Call(module, query.detach(), key.detach(), value.detach(), mask, causal, scale, result)
+
+
+def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    """Softmax attention. A fully masked query gives 0, as with diffmax."""
+    key, value = (_for_heads(t, query.shape[1]) for t in (key, value))
+    scores = masked(query @ key.mT * scale, mask, is_causal)
+    weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores).softmax(-1)
+    return weights.masked_fill(scores == -torch.inf, 0.0) @ value
+
+
+def _for_heads(t: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, H_kv, S, D) as those of each query head."""
+    return t.repeat_interleave(heads // t.shape[1], dim=1)
 
 
 @contextmanager
