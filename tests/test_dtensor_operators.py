@@ -197,6 +197,31 @@ def test_decoding_appends_to_the_shards_of_the_cache():
 
 
 @on_ranks(2)
+def test_bounds_and_codes_of_a_cache_are_sharded_with_it():
+    for letter in "BH":
+        cache = torch.randn(2, BATCH, 80, 2, 16)
+        lengths = torch.tensor([5, 64, 17, 70], dtype=torch.int32)
+        bounds = diffmax.page_bounds(cache[0], lengths, page_size=16, bits=4)
+        given = {
+            "q": (3 * torch.randn(BATCH, 1, HEADS, 16), "BLHD"),
+            "k_cache": (cache[0], "BSHD"),
+            "v_cache": (cache[1], "BSHD"),
+            "k": (torch.randn(BATCH, 1, 2, 16), "BLHD"),
+            "v": (torch.randn(BATCH, 1, 2, 16), "BLHD"),
+            "low": (bounds.low, "BPHD"),
+            "high": (bounds.high, "BPHD"),
+            "codes": (bounds.codes, "BPHDT"),
+            "cache_seqlens": (lengths, "B"),
+        }
+
+        def decode(low, high, codes, **tensors):
+            kept = diffmax.PageBounds(low, high, 16, codes)
+            return diffmax.attention_with_kvcache(page_bounds=kept, alpha=0.5, **tensors), low, high, codes
+
+        check(decode, given, letter)
+
+
+@on_ranks(2)
 def test_a_cache_in_pages_is_sharded_along_its_heads():
     table = (torch.tensor([[3, 1], [0, 5], [2, 4], [6, 7]], dtype=torch.int32), "BP")
     given = {

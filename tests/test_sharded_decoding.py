@@ -88,7 +88,8 @@ def check(name, dtype, how, lengths=(100, 1, 77), paged=False, bounds=False, sig
     expected, tau = diffmax.attention_with_kvcache(q.double(), k_cache.double(), v_cache.double(), backend=backend(), **told)
     caches, given = own_cache((k_cache, v_cache), lengths, how, paged)
     if bounds:
-        given["page_bounds"] = diffmax.page_bounds(caches[0], given["cache_seqlens"], given.get("block_table"), PAGE)
+        bits = 4 if paged else None
+        given["page_bounds"] = diffmax.page_bounds(caches[0], given["cache_seqlens"], given.get("block_table"), PAGE, bits)
     out, found = attention_with_kvcache_sharded(q, *caches, return_softmax_lse=True, **given, **options)
     assert out.dtype == dtype
     allowed = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
