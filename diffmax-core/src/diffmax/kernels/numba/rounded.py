@@ -447,51 +447,79 @@ def choose(words, numbers, memory, b, g, r, low, n, shift, position, head, slope
 
 
 @jitable
-def add_values(words, memory, b, g, low, index, listed_index, count, all_of_them, of_keys, computing):
-    """The sum of the values of the keys in a list, with their weights; the sink, behind those of keys, has none.
-
-    The list says which of the scores weighs; `index` which key has that score, unless those of all keys stand in their order.
-    """
+def add_values(words, memory, b, g, r, low, count, of_keys, computing):
+    """The sum of a query's values with the weights of a list, of whose entries those of keys come before the sink's."""
     size, step, kind = words[Word.value_dim], words[Word.value_step], words[Word.kind]
-    sums = numbers_at(words, memory, Word.sums, step, computing)
+    sums = numbers_at(words, memory, Word.sums, TOGETHER * step, computing)
     weights = numbers_at(words, memory, Word.weights, count, computing)
+    index = array_at(memory + words[Word.index], words[Word.stride], np.int32)
+    found = array_at(memory + words[Word.found], words[Word.stride], np.int32)
     rows = numbers_at(words, memory, Word.some_rows, SOME * step, computing)
     some_weights = numbers_at(words, memory, Word.some_weights, SOME, computing)
     some = array_at(memory + words[Word.some], SOME, np.int32)
-    for i in range(SOME):
-        some[i] = i
-    fill(sums, step, 0.0, sums)
-    at, taken = 0, 0
+    at = 0
     while at < count:
         taken = 0
         while at < count and taken < SOME:
-            which = listed_index[at]
-            if weights[at] != 0.0 and which < of_keys:
-                position = low + (which if all_of_them else index[which])
-                address = address_of(words, Word.value, b, g, position, bytes_of(kind, sums))
+            if weights[at] != 0.0 and found[at] < of_keys:
+                address = address_of(words, Word.value, b, g, low + index[found[at]], bytes_of(kind, sums))
                 copy_rows(address, kind, size, 1, size, 1.0, rows[taken * step :], step)
-                some_weights[taken] = weights[at]
+                some[taken], some_weights[taken] = taken, weights[at]
                 taken += 1
             at += 1
-        gather_rows(some_weights, some, taken, rows, step, sums, 0, step, True)
+        gather_rows(some_weights, some, taken, rows, step, sums, r * step, step, True)
 
 
 @jitable
-def attend(words, numbers, memory, b, g, r, low, exact, count, all_of_them, head, row, e, computing):
-    """The result of a query from the own scores of `count` keys, listed or all that it sees. `row` counts statistics."""
+def add_whole(words, memory, b, g, first, start, stop, r, count, computing):
+    """Add the values of the keys from start to stop for the queries from r to count; weights stand in place of the scores."""
+    size, step, dim, kind = words[Word.page_size], words[Word.value_step], words[Word.value_dim], words[Word.kind]
+    stride = words[Word.stride]
+    sums = numbers_at(words, memory, Word.sums, TOGETHER * step, computing)
+    scores = numbers_at(words, memory, Word.scores, TOGETHER * stride, computing)
+    rows = numbers_at(words, memory, Word.some_rows, SOME * step, computing)
+    some_weights = numbers_at(words, memory, Word.some_weights, SOME, computing)
+    some = array_at(memory + words[Word.some], SOME, np.int32)
+    position = start
+    while position < stop:
+        many = min(SOME, min(stop, (position // size + 1) * size) - position)
+        copied = False
+        for i in range(r, count):
+            weights = scores[i * stride + position - first * size :]
+            taken = 0
+            for j in range(many):
+                if weights[j] != 0.0:
+                    some[taken], some_weights[taken] = j, weights[j]
+                    taken += 1
+            if taken > 0:
+                if not copied:
+                    at = address_of(words, Word.value, b, g, position, bytes_of(kind, sums))
+                    copy_rows(at, kind, words[Word.value_row], many, dim, 1.0, rows, step)
+                    copied = True
+                gather_rows(some_weights, some, taken, rows, step, sums, i * step, step, True)
+        position += many
+
+
+@jitable
+def attend(words, memory, b, g, r, low, exact, count, all_of_them, head, row, e, computing):
+    """The result of a query from the own scores of `count` keys; `row` counts statistics.
+
+    Of listed keys the values are added up. If they are all that it sees, their weights take the place of the scores.
+    """
     stride, step = words[Word.stride], words[Word.value_step]
-    index = array_at(memory + words[Word.index], stride, np.int32)
-    sums = numbers_at(words, memory, Word.sums, step, computing)
+    sums = numbers_at(words, memory, Word.sums, TOGETHER * step, computing)
     n = with_sink(words, exact, count, head, computing)
     top, bad = top_of(exact, n) if n > 0 else (computing(-math.inf), False)
     spoilt = bad or top == math.inf or not 0.0 <= e <= 1.0
     keep(words[Word.m], row, math.nan if bad else top, computing)
+    missing = computing(math.nan) if spoilt else computing(0.0)
+    fill(sums[r * step :], step, missing, sums)
     if spoilt or top == -math.inf:
-        missing = computing(math.nan) if spoilt else computing(0.0)
-        fill(sums, step, missing, sums)
         keep(words[Word.delta], row, missing, computing)
         if words[Word.support] != 0:
             array_at(words[Word.support], row + 1, np.int32)[row] = 0
+        if all_of_them:
+            fill(exact, count, 0.0, sums)
         return
     candidates, length, delta, s, d = solved(words, memory, exact, n, top, e, words[Word.steps], computing)
     weights = numbers_at(words, memory, Word.weights, stride, computing)
@@ -504,8 +532,14 @@ def attend(words, numbers, memory, b, g, r, low, exact, count, all_of_them, head
         in_sink = 1 if n > count and (exact[count] - top) * e - delta > -1.0 else 0
         z = numbers_at(words, memory, Word.z, stride, computing)
         array_at(words[Word.support], row + 1, np.int32)[row] = supported(z, length, delta) - in_sink
+    if not all_of_them:
+        add_values(words, memory, b, g, r, low, candidates, count, computing)
+        return
+    fill(exact, count, 0.0, sums)
     found = array_at(memory + words[Word.found], stride, np.int32)
-    add_values(words, memory, b, g, low, index, found, candidates, all_of_them, count, computing)
+    for i in range(candidates):
+        if found[i] < count:
+            exact[found[i]] = weights[i]
 
 
 @jitable
@@ -551,35 +585,43 @@ def attend_together(words, numbers, memory, b, g, begin, count, least_e, computi
     first = start // size
     if start < stop:
         rate(words, memory, b, g, first, (stop + size - 1) // size, count, computing)
-    all_of_them = False
+    sums = numbers_at(words, memory, Word.sums, TOGETHER * words[Word.value_step], computing)
+    scores = numbers_at(words, memory, Word.scores, TOGETHER * stride, computing)
+    read = array_at(memory + words[Word.read], words[Word.pages], np.uint8)
+    whole = count  # from this query on all keys are read
     for r in range(count):
         head, i = g * group + (begin + r) // length, (begin + r) % length
         position, low, high = seen(words, b, i)
         e, slope = exponent_of(words, numbers, head, least_e, computing), slope_of(words, b, head, computing)
-        exact, n = numbers_at(words, memory, Word.exact, stride, computing), 0
-        if low < high:
-            n, shift = high - low, low - first * size
-            scores = numbers_at(words, memory, Word.scores, TOGETHER * stride, computing)[r * stride + shift :]
-            if not all_of_them:
-                rule_row(words, numbers, scores, n, low - position, slope, computing)
-                found = -1
-                if 0.0 <= e <= 1.0:
-                    found = choose(words, numbers, memory, b, g, r, low, n, shift, position, head, slope, e, computing)
-                if found < 0:
-                    all_of_them = True
-                    score_whole(words, memory, b, g, first, start, stop, r, count, computing)
-                else:
-                    n = found
-            if all_of_them:
-                rule_row(words, numbers, scores, n, low - position, slope, computing)
-                exact = scores
-                read = array_at(memory + words[Word.read], words[Word.pages], np.uint8)
+        exact, n, shift = numbers_at(words, memory, Word.exact, stride, computing), high - low, low - first * size
+        if n > 0 and r < whole:
+            rule_row(words, numbers, scores[r * stride + shift :], n, low - position, slope, computing)
+            found = -1
+            if 0.0 <= e <= 1.0:
+                found = choose(words, numbers, memory, b, g, r, low, n, shift, position, head, slope, e, computing)
+            if found < 0:
+                whole = r
+                score_whole(words, memory, b, g, first, start, stop, r, count, computing)
+            else:
+                n = found
+        if r >= whole:
+            exact = scores[r * stride + shift :] if n > 0 else scores[r * stride :]
+            if n > 0:
+                rule_row(words, numbers, exact, n, low - position, slope, computing)
                 read[low // size : (high + size - 1) // size] = 1
         row = (b * heads + head) * length + i
-        attend(words, numbers, memory, b, g, r, low, exact, n, all_of_them, head, row, e, computing)
+        attend(words, memory, b, g, r, low, exact, n, r >= whole, head, row, e, computing)
+        if r >= whole:  # nothing beside what it sees has a weight
+            before = low - start if n > 0 else stop - start
+            fill(scores[r * stride + start - first * size :], before, 0.0, sums)
+            if n > 0:
+                fill(scores[r * stride + high - first * size :], stop - high, 0.0, sums)
+    if whole < count:
+        add_whole(words, memory, b, g, first, start, stop, whole, count, computing)
+    for r in range(count):
+        head, i = g * group + (begin + r) // length, (begin + r) % length
         at = ((b * length + i) * heads + head) * words[Word.value_dim] * bytes_of(kind, queries)
-        sums = numbers_at(words, memory, Word.sums, words[Word.value_step], computing)
-        write_row(words[Word.out] + at, kind, words[Word.value_dim], sums, computing(1.0))
+        write_row(words[Word.out] + at, kind, words[Word.value_dim], sums[r * words[Word.value_step] :], computing(1.0))
 
 
 def make_rounded(computing):

@@ -114,7 +114,7 @@ def _layout(itemsize: int, pages: int, page_size: int, head_step: int, value_ste
         **dict.fromkeys(("lows", "highs"), head_step),
         "some_rows": SOME * max(head_step, value_step),
         "some_weights": SOME,
-        "sums": value_step,
+        "sums": TOGETHER * value_step,
     }
     bytes_of = {name: count * itemsize for name, count in floats.items()}
     bytes_of |= {"index": 4 * stride, "found": 4 * stride, "some": 4 * SOME, "read": pages}
