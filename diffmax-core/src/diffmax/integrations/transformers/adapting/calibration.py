@@ -41,6 +41,8 @@ def calibrate(
     zero: each head takes the grid point that minimizes its movement minus the price of its zeros. The price is the lowest that
     reaches the requested share of zeros. So heads that can be sparsified cheaply become very sparse; others stay dense.
 
+    It needs the memory of a training step of the model on one batch, and that of the scores of one layer a few times.
+
     Args:
         model: A transformers model, as loaded. Its state is restored.
         batches: A few dictionaries of the model's inputs, such as three of 24 sentences.
