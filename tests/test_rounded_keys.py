@@ -191,7 +191,7 @@ def test_keys_that_are_not_finite_or_nearly_so_spoil_what_they_spoil_without_cod
     torch.testing.assert_close(out, plain, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
-def test_the_kit_notices_an_error_that_is_too_small(monkeypatch):
+def test_the_kit_notices_rounded_scores_that_are_too_low(monkeypatch):
     """A key that is left out although it has a weight fails the gate."""
     right = decoding._Head._rated
     monkeypatch.setattr(decoding._Head, "_rated", lambda self: (right(self)[0] - 40.0, right(self)[1]))
@@ -252,3 +252,83 @@ def test_empty_tensors(backend, batch, length, heads, room):
     out = attention_with_kvcache(q, cache, cache, cache_seqlens=min(room, 3), page_bounds=bounds, backend=backend)
     assert out.shape == q.shape
     assert not out.any()
+
+
+def large_constant_keys(seed):
+    """Scores that are small beside the products that they are sums of: their rounding is as large as they are."""
+    torch.manual_seed(seed)
+    q = torch.randn(1, 1, 1, 16) * 100
+    q[..., 0] = 3.0
+    k_cache = torch.randn(16).expand(1, 2000, 1, 16).clone() * 1e4
+    k_cache[0, :, 0, 0] = torch.randn(2000)
+    return q, k_cache, torch.randn(1, 2000, 1, 4)
+
+
+def test_room_is_left_for_the_rounding_of_scores():
+    for seed in range(6):
+        q, k_cache, v_cache = large_constant_keys(seed)
+        options = {"alpha": 0.5, "softmax_scale": 1.0, "backend": "numba"}
+        out = attention_with_kvcache(q, k_cache, v_cache, page_bounds=page_bounds(k_cache, 2000, bits=4), **options)
+        torch.testing.assert_close(out, attention_with_kvcache(q, k_cache, v_cache, **options))
+
+
+def test_rounded_scores_lie_within_their_error_of_the_keys_own(monkeypatch):
+    seen = []
+
+    def compared(head):
+        rated, error = head._rated()
+        own = head._scores_at(torch.arange(head.end - head.first))
+        seen.append(float(((rated - own).abs() / error).max()))
+        return right(head)
+
+    right = decoding._Head._keys_that_matter
+    monkeypatch.setattr(decoding._Head, "_keys_that_matter", compared)
+    for seed in range(6):
+        q, k_cache, v_cache = large_constant_keys(seed)
+        for keys in (k_cache, torch.randn_like(k_cache)):
+            bounds = page_bounds(keys, 2000, bits=4)
+            attention_with_kvcache(q, keys, v_cache, page_bounds=bounds, alpha=0.5, softcap=40.0, backend="cpu")
+            attention_with_kvcache(q, keys, v_cache, page_bounds=bounds, alpha=0.5, alibi_slopes=torch.ones(1), backend="cpu")
+    assert 0.3 < max(seen) <= 1
+
+
+@backends
+@pytest.mark.parametrize("slope", [nan, inf, -inf])
+@pytest.mark.parametrize("tokens", [1, 7, 200])
+def test_slopes_that_are_not_finite(backend, slope, tokens):
+    torch.manual_seed(0)
+    q, k_cache, v_cache = torch.randn(1, 1, 4, 16) * 3, *torch.randn(2, 1, tokens, 2, 16).unbind()
+    options = {"alibi_slopes": torch.tensor([0.1, slope, 0.1, 0.2]), "return_softmax_lse": True}
+    bounds = page_bounds(k_cache, tokens, page_size=16, bits=4)
+    ours = attention_with_kvcache(q, k_cache, v_cache, page_bounds=bounds, backend=backend, **options)
+    for got, wanted in zip(ours, attention_with_kvcache(q, k_cache, v_cache, backend="reference", **options), strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
+@backends
+@pytest.mark.parametrize("bits", [None, 4, "no bounds"])
+@pytest.mark.parametrize(("source", "target"), [(5, 3), (3, 5)])
+def test_new_tokens_may_be_views_of_the_cache(backend, bits, source, target):
+    torch.manual_seed(0)
+    caches = torch.randn(2, 1, 16, 1, 4).unbind()
+    results = []
+    for name in (backend, "reference"):
+        k_cache, v_cache = (t.clone() for t in caches)
+        new = [t[:, source : source + 4] for t in (k_cache, v_cache)]
+        bounds = None if bits == "no bounds" else page_bounds(k_cache, target, bits=bits)
+        q = torch.ones(1, 1, 1, 4)
+        out = attention_with_kvcache(q, k_cache, v_cache, *new, cache_seqlens=target, page_bounds=bounds, backend=name)
+        results.append((out, k_cache, v_cache))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_bounds_that_are_negated_views_and_pages_without_room_are_refused():
+    q, cache = torch.randn(1, 1, 1, 8), torch.randn(1, 40, 1, 8)
+    bounds = page_bounds(cache, 40, bits=4)
+    with pytest.raises(ValueError, match=r"page_bounds.low must hold its own numbers, got a negated view"):
+        attention_with_kvcache(q, cache, cache, page_bounds=bounds._replace(low=torch._neg_view(-bounds.low)))
+    empty, table = torch.zeros(3, 0, 1, 8), torch.zeros(1, 2, dtype=torch.int32)
+    for call in (lambda: page_bounds(empty, 0, table), lambda: attention_with_kvcache(q, empty, empty, block_table=table)):
+        with pytest.raises(ValueError, match=r"the pages of a cache must have room for a token, got shape \(3, 0, 1, 8\)"):
+            call()

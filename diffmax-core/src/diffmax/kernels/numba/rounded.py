@@ -24,6 +24,7 @@ from diffmax.kernels.numba.simd import (
     fetch_add,
     get,
     high_halves,
+    is_nan,
     larger,
     load,
     low_halves,
@@ -433,10 +434,12 @@ def choose(words, numbers, memory, b, g, r, low, n, shift, position, head, slope
         whole = start + (stop - start) // width * width
         for i in range(start, whole, width):
             v = load(scores, i)
-            needed = ((v > least) | (v <= -math.inf)) & (v <= first)  # what lies above `first` is read already
+            # what lies above `first` is read already; ALiBi may have made NaN
+            needed = ((v > least) & (v <= first)) | (v <= -math.inf) | is_nan(v)
             count = append(exact, index, count, v, needed, i)
         for i in range(whole, stop):
-            if (scores[i] > least or scores[i] == -math.inf) and scores[i] <= first:
+            score = scores[i]
+            if least < score <= first or score == -math.inf or score != score:
                 index[count] = i
                 count += 1
     if count > most:

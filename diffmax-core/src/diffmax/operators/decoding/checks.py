@@ -197,6 +197,8 @@ def check_block_table(name: str, table: Tensor | None, k_cache: Tensor, batch: i
     if table.ndim != 2 or (batch is not None and table.shape[0] != batch):
         rows = "B" if batch is None else batch
         raise ValueError(f"{name}: block_table must have shape ({rows}, pages), got {_shape(table)}")
+    if k_cache.shape[1] == 0:
+        raise ValueError(f"{name}: the pages of a cache must have room for a token, got shape {_shape(k_cache)}")
     _check_index(name, "block_table", table, tuple(table.shape), k_cache.device)
     return table.to(torch.int32)
 
@@ -254,6 +256,8 @@ def check_bounds(
     for what, (t, shape, dtype) in given.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: page_bounds.{what} must be a tensor, got {type(t).__name__}")
+        if not torch.compiler.is_compiling() and t.is_neg():
+            raise ValueError(f"{name}: page_bounds.{what} must hold its own numbers, got a negated view of others")
         if not t.is_contiguous():
             raise ValueError(
                 f"{name}: page_bounds.{what} must be contiguous, as diffmax.page_bounds makes it, got {t.stride()}"
