@@ -147,13 +147,14 @@ def test_skipped_tiles_change_nothing(keep, monkeypatch):
     operator = backend.OPERATORS[WHOLE]
     exact = reference.attention(query.double(), key.double(), value.double(), call, True, True)
     live = unpacked_bits(exact[4]).view(3, 2, -1).any(1).sum().item()  # for one of the 128 queries of a program
-    assert live <= 12  # of 18
+    assert live == 6  # of 18, two for each of three programs
 
-    counted = Counted(attention_fwd_out.tile_scores)
+    counted, rounds = Counted(attention_fwd_out.tile_scores), Counted(attention_fwd_out.good_enough)
     monkeypatch.setattr(attention_fwd_out, "tile_scores", counted)
     monkeypatch.setattr(attention_solve, "tile_scores", counted)
+    monkeypatch.setattr(attention_fwd_out, "good_enough", rounds)
     sparse = operator.attention(query, key, value, call, keep, False)
-    visited = counted.calls
+    visited, of_sparse = counted.calls, rounds.calls
     everything = Counted(attention_fwd_out.list_set_bits)
 
     def all_of_them(live_ptr, list_ptr, words, rows, most_rows):
@@ -168,8 +169,12 @@ def test_skipped_tiles_change_nothing(keep, monkeypatch):
     counted.calls = 0
     dense = operator.attention(query, key, value, call, keep, False)
     assert everything.calls == 3
-    assert counted.calls - visited == 18 - live
-    assert visited < 36 + 36 + live
+    assert (
+        3 <= of_sparse <= 6
+    )  # a program may take a second round, which torch's random numbers decide: they depend on the processor
+    assert rounds.calls == 2 * of_sparse
+    assert counted.calls - visited == of_sparse * (18 - live) // 3
+    assert visited < 36 + 36 + of_sparse * live // 3
     for ours, whole in zip(sparse[:4], dense[:4], strict=True):
         assert torch.equal(ours, whole)
     (wanted,) = gates(lambda *given: reference.attention(*given, call, True, True)[0], query, key, value)
