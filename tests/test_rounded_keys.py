@@ -332,3 +332,36 @@ def test_bounds_that_are_negated_views_and_pages_without_room_are_refused():
     for call in (lambda: page_bounds(empty, 0, table), lambda: attention_with_kvcache(q, empty, empty, block_table=table)):
         with pytest.raises(ValueError, match=r"the pages of a cache must have room for a token, got shape \(3, 0, 1, 8\)"):
             call()
+
+
+@backends
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("paged", [False, True])
+def test_bounds_that_do_not_know_the_last_key_are_refused(backend, bits, paged):
+    """A call that appends without them leaves them behind: what they skip then would be wrong."""
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.randn(2, 2, 128, 2, 16).unbind()
+    table, lengths = None, torch.tensor([60, 32], dtype=torch.int32)
+    if paged:
+        k_cache, v_cache = (t.view(8, 32, 2, 16) for t in (k_cache, v_cache))
+        table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    bounds = page_bounds(k_cache, lengths, table, bits=bits, **({} if paged else {"page_size": 32}))
+    q, k, v = torch.randn(3, 2, 1, 2, 16).unbind()
+    options = {"block_table": table, "alpha": 0.5, "backend": backend}
+    attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, **options)
+    before = k_cache.clone()
+    with pytest.raises(ValueError, match=r"do not know the last key of sequence [01]\npass them to every call that appends"):
+        attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths + 1, page_bounds=bounds, **options)
+    assert torch.equal(k_cache, before)
+    attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, page_bounds=bounds, **options)  # as they were
+
+
+def test_codes_that_were_left_behind_are_refused_though_the_bounds_were_not():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 1, 16).unbind()
+    k_cache, v_cache = torch.randn(2, 1, 64, 1, 16).unbind()
+    bounds = page_bounds(k_cache, 20, bits=4)
+    attention_with_kvcache(q, k_cache, v_cache, 9 * k, v, cache_seqlens=20, page_bounds=tuple(bounds)[:3])
+    for backend in ("numba", "cpu"):
+        with pytest.raises(ValueError, match="do not know the last key of sequence 0"):
+            attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=21, page_bounds=bounds, backend=backend)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def attention_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = rows.bisect
 ) -> KVCacheResults:
     """Kernel; arguments and results as `diffmax.reference.decoding.attention_kvcache`. `solve` is a row operator's kernel."""
+    check_bounds(k_cache, call)
     append(k_cache, v_cache, call)
     acc = accumulation_dtype(query.dtype)
     batch, length, heads, size = query.shape
@@ -84,6 +86,40 @@ def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
             for cache, tokens in ((k_cache, call.k), (v_cache, call.v)):
                 cache[row, at - first : stop - first] = tokens[b, at - start : stop - start]
             at = stop
+
+
+def refuse_old_bounds(sequence: int) -> NoReturn:
+    """Raise since the bounds are not those of the cache."""
+    raise ValueError(
+        f"diffmax.attention_with_kvcache: page_bounds must be of the cache as it is, but do not know the last key of sequence "
+        f"{sequence}\npass them to every call that appends, or make them again with diffmax.page_bounds"
+    )
+
+
+def check_bounds(k_cache: Tensor, call: KVCacheCall) -> None:
+    """Refuse bounds that do not hold the last key of a sequence, as after a call that appended it without them."""
+    if call.low is None or call.high is None:
+        return
+    size, paged, acc = call.page_size, call.block_table is not None, accumulation_dtype(k_cache.dtype)
+    held = call.cache_seqlens.long()
+    known = (held > (0 if call.leftpad is None else call.leftpad)).nonzero().squeeze(1)
+    last = held[known] - 1
+    if call.block_table is not None:
+        row = call.block_table[known, last // size].long()
+    else:
+        row = known if call.cache_batch_idx is None else call.cache_batch_idx[known].long()
+    keys = k_cache[row, last % size if paged else last].to(acc)
+    where = (row,) if paged else (row, last // size)
+    low, high = call.low[where].to(acc), call.high[where].to(acc)
+    wrong = (keys < low) | (keys > high)
+    if call.codes is not None:
+        codes = call.codes[(*where, slice(None), slice(None), last % size)]
+        steps = (high - low) / LEVELS
+        stand_for = low + steps * torch.cat([codes & LEVELS, codes >> 4], 2)[..., : keys.shape[2]]
+        room = 0.51 * steps + 8 * torch.finfo(acc).eps * torch.maximum(low.abs(), high.abs())
+        wrong |= (keys - stand_for).abs() > room
+    if wrong.any():
+        refuse_old_bounds(int(known[wrong.any(2).any(1)][0]))
 
 
 def shares_memory(read: Iterable[Tensor], written: Iterable[Tensor]) -> bool:

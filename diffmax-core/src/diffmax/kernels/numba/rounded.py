@@ -51,7 +51,7 @@ _Words = namedtuple(
     "_Words",
     """
     next done stop chunk
-    slots slot_bytes memory
+    slots slot_bytes memory checks old
     kv_heads group length head_dim value_dim head_step value_step kind page_size pages row_pages stride
     query query_batch query_row query_head
     key key_block key_row key_head
@@ -147,6 +147,30 @@ def round_key(codes, half, size, at, key, depth, low, high):
                     code = LEVELS if share > LEVELS - 0.5 else int(share + 0.5)
                 byte |= code << (4 * part)
         codes[i * size + at] = byte
+
+
+@jitable
+def is_old(words, memory, b, g, computing):
+    """Whether the last key of a sequence, before the new ones, is not in the bounds of its page, or not near its code."""
+    size, step, depth, kind = words[Word.page_size], words[Word.head_step], words[Word.head_dim], words[Word.kind]
+    position = array_at(words[Word.held], b + 1, np.int64)[b] - 1
+    if position < array_at(words[Word.starts], b + 1, np.int64)[b]:
+        return False
+    low, high = numbers_at(words, memory, Word.lows, step, computing), numbers_at(words, memory, Word.highs, step, computing)
+    key = numbers_at(words, memory, Word.some_rows, step, computing)
+    page = position // size
+    at = bounds_at(words, b, g, page, kind, low)
+    copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
+    copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
+    copy_rows(address_of(words, Word.key, b, g, position, bytes_of(kind, key)), kind, depth, 1, depth, 1.0, key, step)
+    codes, half = codes_at(words, b, g, page)
+    for d in range(depth):
+        code = codes[d % half * size + position - page * size] >> (d // half * 4) & 15
+        extent = (high[d] - low[d]) * computing(1.0 / LEVELS)
+        room = 0.51 * extent + 8.0 * np.finfo(computing).eps * max(abs(low[d]), abs(high[d]))
+        if key[d] < low[d] or key[d] > high[d] or abs(key[d] - (low[d] + computing(code) * extent)) > room:
+            return True
+    return False
 
 
 @jitable
@@ -640,6 +664,10 @@ def make_rounded(computing):
         while start < end:
             for task in range(start, end):
                 b, g = task // words[Word.kv_heads], task % words[Word.kv_heads]
+                if words[Word.checks] != 0:
+                    if is_old(words, memory, b, g, computing):
+                        words[Word.old] = b + 1
+                    continue
                 read[:] = 0
                 append_new(words, memory, b, g, computing)
                 for begin in range(0, rows, TOGETHER):

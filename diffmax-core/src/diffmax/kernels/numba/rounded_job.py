@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmax.kernels.cpu import decoding
 from diffmax.kernels.numba.attention_job import COMPUTING, KINDS, THREAD_PRODUCTS, Table, _kernel, _multiple
 from diffmax.kernels.numba.rounded import N_WORDS, SOME, TOGETHER, Word, make_rounded
 from diffmax.kernels.numba.rows import plan
@@ -85,12 +86,17 @@ def _in_rows(t: Tensor) -> Tensor:
 
 
 def _run(words: Table, acc: torch.dtype, tasks: int, slot_bytes: int, products: int) -> None:
-    """Run the kernel, with a task for each key head of a sequence."""
+    """Run the kernel, with a task for each key head of a sequence; first to see whether the bounds are those of the cache."""
     kernel, address = _kernel(make_rounded, acc)
     threads = min(tasks, torch.get_num_threads() if products >= 2 * THREAD_PRODUCTS else 1)
     memory = torch.empty(threads * slot_bytes + BYTES, dtype=torch.uint8)
-    words[Word.stop], words[Word.chunk] = tasks, tasks if threads == 1 else 1
     words[Word.slot_bytes], words[Word.memory] = slot_bytes, _multiple(memory.data_ptr(), BYTES)
+    words[Word.stop], words[Word.chunk], words[Word.checks] = tasks, tasks, 1
+    kernel(words.ctypes.data)
+    if words[Word.old]:
+        decoding.refuse_old_bounds(int(words[Word.old]) - 1)
+    words[Word.slots], words[Word.checks] = 0, 0
+    words[Word.chunk] = tasks if threads == 1 else 1
     if threads == 1:
         done = kernel(words.ctypes.data)
     else:

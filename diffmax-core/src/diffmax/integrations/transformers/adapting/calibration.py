@@ -114,8 +114,9 @@ class Table:
     def with_zeros(self, name: str, wanted: float) -> Tensor:
         """The choice at the lowest price that reaches the share of zeros, by bisection on the logarithm of the price."""
         largest = float(self.movement.max())
-        if self.share(self.cheapest(math.inf if largest == 0 else 1e12 * largest)) < wanted:
-            raise _cannot_reach(name, wanted)
+        most = self.share(self.cheapest(math.inf if largest == 0 else 1e12 * largest))
+        if most < wanted:
+            raise _cannot_reach(name, wanted, most)
         low, high = math.log(1e-12 * largest), math.log(1e12 * largest)
         for _ in range(100):
             middle = (low + high) / 2
@@ -126,7 +127,7 @@ class Table:
         """The grid point that moves the output least of those with the share of zeros, the same for every head."""
         reached = self.zeros.mean(0) >= wanted
         if not reached.any():
-            raise _cannot_reach(name, wanted)
+            raise _cannot_reach(name, wanted, float(self.zeros.mean(0).max()))
         best = self.movement.sum(0).masked_fill(~reached, math.inf).argmin()
         return best.expand(len(self.movement))
 
@@ -140,8 +141,11 @@ class Table:
         return result
 
 
-def _cannot_reach(name: str, wanted: float) -> ValueError:
-    return ValueError(f"{name}: no choice has a share of zeros of {wanted}\nask for less, or calibrate on longer inputs")
+def _cannot_reach(name: str, wanted: float, most: float) -> ValueError:
+    return ValueError(
+        f"{name}: no choice has a share of zeros of {wanted}, the most is {most:.3f}\n"
+        "ask for less, or calibrate on longer inputs; scores of a model that is not trained may be too flat for any"
+    )
 
 
 def measure(

@@ -45,7 +45,10 @@ def adapt(
     """
     needed = calibration + (refitting if linears else 0) + steps
     if isinstance(batches, Sized) and len(batches) < needed:
-        raise ValueError(f"adapt: {needed} batches are needed, got {len(batches)}\npass more, or fewer steps")
+        raise ValueError(
+            f"adapt: {needed} batches are needed, got {len(batches)}\npass more, or less of calibration={calibration}, "
+            f"refitting={refitting}{'' if linears else ' (not used without linears)'} and steps={steps}"
+        )
     source = iter(batches)
     heads = calibrate(model, list(islice(source, calibration)), zeros=zeros, alpha=alpha, output=output)
     teacher = copy.deepcopy(model).eval()
