@@ -200,8 +200,8 @@ def rounded(keys: Tensor, low: Tensor, high: Tensor) -> Tensor:
         low, high: (..., H_kv, D), the page's bounds.
     Returns:
         uint8 (..., H_kv, ceil(D / 2), n): code c stands for low + c (high - low) / 15. Dimension d < ceil(D / 2) has the lower
-        half of byte d, the others follow in the upper halves. What is not finite, or lies between
-        such bounds, has any code.
+        half of byte d, the others follow in the upper halves. What is not finite, or lies between bounds that are not, has any
+        code.
     """
     acc = accumulation_dtype(keys.dtype)
     low, high = low.to(acc).unsqueeze(-3), high.to(acc).unsqueeze(-3)
