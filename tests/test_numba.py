@@ -715,16 +715,14 @@ def test_is_chosen_when_it_is_there():
 
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_attention_opens_one_parallel_region(operation, monkeypatch):
-    from diffmax.kernels.numba import attention_job
-
     opened = []
 
     def counted(*arguments):
         opened.append(arguments)
         return run_on_threads(*arguments)
 
-    run_on_threads = attention_job.run_on_threads
-    monkeypatch.setattr(attention_job, "run_on_threads", counted)
+    run_on_threads = threads.run_on_threads
+    monkeypatch.setattr(threads, "run_on_threads", counted)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -739,9 +737,7 @@ def test_attention_opens_one_parallel_region(operation, monkeypatch):
 
 
 def test_attention_of_the_size_of_one_tile_wakes_no_thread(monkeypatch):
-    from diffmax.kernels.numba import attention_job
-
-    monkeypatch.delattr(attention_job, "run_on_threads")
+    monkeypatch.delattr(threads, "run_on_threads")
     query = torch.randn(1, 1, 16, 64)
     diffmax.attention(query, query, query, backend="numba")
 
@@ -912,7 +908,7 @@ def test_a_bias_of_no_keys_has_a_gradient_of_its_shape():
 def test_scratch_memory_has_a_limit(monkeypatch):
     from diffmax.kernels.numba import attention_job
 
-    monkeypatch.setattr(attention_job, "run_on_threads", lambda *_: pytest.fail("two threads"))
+    monkeypatch.setattr(threads, "run_on_threads", lambda *_: pytest.fail("two threads"))
     monkeypatch.setattr(attention_job, "LEAST_BYTES", 0)
     query, key = torch.randn(1, 1, 4096, 64), torch.randn(1, 1, 64, 64)
     wanted = diffmax.attention(query, key, key, backend="reference")

@@ -16,6 +16,7 @@ from tests import fresh
 pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
 
 power_job = pytest.importorskip("diffmax.kernels.numba.power_job")
+numba_threads = pytest.importorskip("diffmax.kernels.numba.threads")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -125,13 +126,13 @@ def test_chunks_of_any_size_agree(size, degree):
 
 def spied(monkeypatch):
     """The calls that open parallel regions."""
-    opened, run_on_threads = [], power_job.run_on_threads
+    opened, run_on_threads = [], numba_threads.run_on_threads
 
     def counted(*arguments):
         opened.append(arguments)
         return run_on_threads(*arguments)
 
-    monkeypatch.setattr(power_job, "run_on_threads", counted)
+    monkeypatch.setattr(numba_threads, "run_on_threads", counted)
     return opened
 
 
@@ -149,7 +150,7 @@ def test_a_call_opens_one_parallel_region_and_two_where_threads_share_a_head(ope
 
 
 def test_a_small_call_wakes_no_thread(monkeypatch):
-    monkeypatch.delattr(power_job, "run_on_threads")
+    monkeypatch.delattr(numba_threads, "run_on_threads")
     query = torch.randn(1, 2, 16, 16)
     diffmax.power_attention(query, query, query, backend="numba")
 

@@ -12,7 +12,7 @@ from diffmax.testing.threshold.checks import Case
 
 pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
 
-attention_job = pytest.importorskip("diffmax.kernels.numba.attention_job")
+numba_threads = pytest.importorskip("diffmax.kernels.numba.threads")
 WIDE = Case(batch=1, heads=4, kv_heads=2, length=300, many=300, head_dim=20, value_dim=24)
 CASES = {
     "dense": replace(WIDE, level=0.0),
@@ -91,13 +91,13 @@ def test_equal_scores_at_their_threshold_have_neither_weight_nor_gradient(weight
 
 def spied(monkeypatch):
     """The calls that open parallel regions."""
-    opened, run_on_threads = [], attention_job.run_on_threads
+    opened, run_on_threads = [], numba_threads.run_on_threads
 
     def counted(*arguments):
         opened.append(arguments)
         return run_on_threads(*arguments)
 
-    monkeypatch.setattr(attention_job, "run_on_threads", counted)
+    monkeypatch.setattr(numba_threads, "run_on_threads", counted)
     return opened
 
 
@@ -129,7 +129,7 @@ def test_a_call_opens_one_parallel_region_and_any_number_of_threads_gives_the_sa
 
 
 def test_a_small_call_wakes_no_thread(monkeypatch):
-    monkeypatch.delattr(attention_job, "run_on_threads")
+    monkeypatch.delattr(numba_threads, "run_on_threads")
     all_of(leaves_of(2, 16), 0.1, backend="numba")
 
 

@@ -22,7 +22,7 @@ from diffmax.kernels.numba.products import DEPTH, PANEL_BYTES, ROWS
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
 from diffmax.kernels.numba.solver import LISTED
-from diffmax.kernels.numba.threads import Kernel, run_on_threads
+from diffmax.kernels.numba.threads import Kernel, run_job
 from diffmax.operators.attention.tiles import live_shape
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import TILE, AttentionCall
@@ -195,14 +195,7 @@ class Job:
         threads = min(self.threads(), -(-total // chunk), max(1, self.most_bytes // slot_bytes))
         memory = torch.empty(threads * slot_bytes + BYTES, dtype=torch.uint8)
         words[Word.stop], words[Word.chunk], words[Word.memory] = total, chunk, _multiple(memory.data_ptr(), BYTES)
-        job = words.ctypes.data
-        if threads == 1:
-            done = kernel(job)
-        else:
-            run_on_threads(kernel, address, job, threads)
-            done = int(words[Word.done])
-        if done != total:
-            raise RuntimeError(f"diffmax: the {name} kernel did {done} of {total} tasks")
+        run_job(name, kernel, address, words, threads, total)
 
 
 class _Sizes(NamedTuple):

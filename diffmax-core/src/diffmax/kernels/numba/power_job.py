@@ -17,7 +17,7 @@ from diffmax.kernels.numba.power_backward import make_backward
 from diffmax.kernels.numba.power_forward import make_forward
 from diffmax.kernels.numba.power_words import COLUMNS, N_NUMBERS, N_WORDS, ROWS_AT_ONCE, SLICE, Word
 from diffmax.kernels.numba.simd import BYTES
-from diffmax.kernels.numba.threads import Kernel, run_on_threads
+from diffmax.kernels.numba.threads import Kernel, run_job
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.cost import chosen_chunk
 from diffmax.operators.power.symmetric import coefficients, expanded_dim, first_of
@@ -135,13 +135,7 @@ class Job:
         words[Word.memory] = _multiple(memory.data_ptr(), BYTES)
         words[Word.next] = words[Word.done] = words[Word.slots] = 0
         kernel, address = _kernel(name, self.acc)
-        if threads == 1:
-            done = kernel(words.ctypes.data)
-        else:
-            run_on_threads(kernel, address, words.ctypes.data, threads)
-            done = int(words[Word.done])
-        if done != tasks:
-            raise RuntimeError(f"diffmax: power attention's {name} kernel did {done} of {tasks} tasks")
+        run_job(f"power attention's {name}", kernel, address, words, threads, tasks)
 
 
 class _Shape(NamedTuple):

@@ -13,7 +13,7 @@ from diffmax.kernels.numba.attention_job import COMPUTING, KINDS, THREAD_PRODUCT
 from diffmax.kernels.numba.rounded import N_WORDS, SOME, TOGETHER, Word, make_rounded
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
-from diffmax.kernels.numba.threads import run_on_threads
+from diffmax.kernels.numba.threads import run_job
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import KVCacheCall, KVCacheResults
 
@@ -97,13 +97,7 @@ def _run(words: Table, acc: torch.dtype, tasks: int, slot_bytes: int, products: 
         decoding.refuse_old_bounds(int(words[Word.old]) - 1)
     words[Word.slots], words[Word.checks] = 0, 0
     words[Word.chunk] = tasks if threads == 1 else 1
-    if threads == 1:
-        done = kernel(words.ctypes.data)
-    else:
-        run_on_threads(kernel, address, words.ctypes.data, threads)
-        done = int(words[Word.done])
-    if done != tasks:
-        raise RuntimeError(f"diffmax: the rounded kernel did {done} of {tasks} tasks")
+    run_job("rounded", kernel, address, words, threads, tasks)
 
 
 @functools.lru_cache(maxsize=256)

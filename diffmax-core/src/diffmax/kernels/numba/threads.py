@@ -14,9 +14,14 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from diffmax.kernels.numba.jobs import DONE
+
+Words = np.ndarray[Any, np.dtype[np.int64]]
 Kernel = Callable[[bytes | int], int]
 _Team = Callable[[int, int, int, int], None]
 
@@ -40,6 +45,18 @@ def run_on_threads(kernel: Kernel, address: int, job: int, count: int) -> None:
     kernel(job)
     for other in others:
         other.result()
+
+
+def run_job(name: str, kernel: Kernel, address: int, words: Words, threads: int, tasks: int) -> None:
+    """Run a job, whose words begin as `jobs` says, on some threads, of which one is enough. It must do all of its tasks."""
+    job = words.ctypes.data
+    if threads == 1:
+        done = kernel(job)
+    else:
+        run_on_threads(kernel, address, job, threads)
+        done = int(words[DONE])
+    if done != tasks:
+        raise RuntimeError(f"diffmax: the {name} kernel did {done} of {tasks} tasks")
 
 
 def torchs_threads() -> _Team | None:
