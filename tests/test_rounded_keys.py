@@ -365,3 +365,35 @@ def test_codes_that_were_left_behind_are_refused_though_the_bounds_were_not():
     for backend in ("numba", "cpu"):
         with pytest.raises(ValueError, match="do not know the last key of sequence 0"):
             attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=21, page_bounds=bounds, backend=backend)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page_size", [1, 8, 15, 64])
+@pytest.mark.parametrize("size", [1e6, 1e9, 1e15])
+def test_scores_that_are_far_larger_than_their_differences_allow(backend, dtype, page_size, size):
+    """There the threshold is the largest score, up to rounding: that key must be read in any case."""
+    for _ in range(8):
+        q, v_cache = torch.randn(1, 1, 1, 7).to(dtype), torch.randn(1, 40, 1, 3).to(dtype)
+        k_cache = (torch.randn(1, 40, 1, 7) * size).to(dtype)
+        bounds = page_bounds(k_cache, 40, page_size=page_size, bits=4)
+        agrees(backend, q, k_cache, v_cache, bounds, alpha=0.3)
+
+
+@backends
+@pytest.mark.parametrize("tokens", [40, 700])
+def test_products_that_overflow_are_capped(backend, tokens):
+    q, k_cache, v_cache = torch.full((1, 1, 1, 8), 1e25), 0.1 * torch.randn(1, tokens, 1, 8), torch.randn(1, tokens, 1, 5)
+    k_cache[:, :10] = -1e25
+    k_cache[:, 10:20] = 1e25
+    bounds = page_bounds(k_cache, tokens, page_size=16, bits=4)
+    agrees(backend, q, k_cache, v_cache, bounds, alpha=0.99, softcap=1.0)
+
+
+@backends
+@pytest.mark.parametrize("size", [1e-45, 1e-44, 1e-42, 1e-39])
+def test_bounds_of_the_smallest_keys_are_known(backend, size):
+    for _ in range(10):
+        q, k_cache, v_cache = torch.randn(1, 1, 2, 9), torch.randn(1, 33, 1, 9) * size, torch.randn(1, 33, 1, 4)
+        bounds = page_bounds(k_cache, 33, page_size=8, bits=4)
+        agrees(backend, q, k_cache, v_cache, bounds, alpha=0.5)

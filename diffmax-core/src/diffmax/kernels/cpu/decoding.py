@@ -116,7 +116,8 @@ def check_bounds(k_cache: Tensor, call: KVCacheCall) -> None:
         codes = call.codes[(*where, slice(None), slice(None), last % size)]
         steps = (high - low) / LEVELS
         stand_for = low + steps * torch.cat([codes & LEVELS, codes >> 4], 2)[..., : keys.shape[2]]
-        room = 0.51 * steps + 8 * torch.finfo(acc).eps * torch.maximum(low.abs(), high.abs())
+        about = torch.finfo(acc)
+        room = 0.51 * steps + 8 * about.eps * (torch.maximum(low.abs(), high.abs()) + about.tiny)
         wrong |= (keys - stand_for).abs() > room
     if wrong.any():
         refuse_old_bounds(int(known[wrong.any(2).any(1)][0]))

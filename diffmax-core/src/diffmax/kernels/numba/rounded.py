@@ -22,17 +22,17 @@ from diffmax.kernels.numba.simd import (
     append,
     array_at,
     fetch_add,
-    get,
-    high_halves,
+    has_avx512,
     is_nan,
     larger,
     load,
-    low_halves,
     places,
+    prefetch,
     select,
     splat,
     store,
     total,
+    unpacked_product_of,
 )
 from diffmax.kernels.numba.solver import solve_alone
 from diffmax.operators.common.numerics import MIN_E
@@ -46,6 +46,14 @@ FIRST_STEPS = 2
 SHARE, LEAST = 0.25, 64
 # Keys or values that are converted at once.
 SOME = 64
+# Bytes of a line of the cache, and of the codes of a page that are asked for ahead of time.
+LINE, BEGUN = 64, 512
+
+# Vectors of codes that are multiplied together, with one query and with several: sums and unpacked codes stay in registers.
+WITH_ONE, WITH_MORE = (4, 2) if has_avx512() else (2, 1)
+_one_by_many, _one_by_one = unpacked_product_of(1, WITH_ONE), unpacked_product_of(1, 1)
+_three_by_many, _three_by_one = unpacked_product_of(3, WITH_MORE), unpacked_product_of(3, 1)
+_four_by_many, _four_by_one = unpacked_product_of(TOGETHER, WITH_MORE), unpacked_product_of(TOGETHER, 1)
 
 _Words = namedtuple(
     "_Words",
@@ -124,6 +132,14 @@ def codes_at(words, b, g, page):
 
 
 @jitable
+def fetch(address, size):
+    """Have some bytes read that will be needed soon: they lie where no processor would look by itself."""
+    for at in range(0, size, LINE):
+        prefetch(address + at)
+    prefetch(address + size - 1)
+
+
+@jitable
 def copy_new(words, tensor, new, b, g, token, position, size, row, step):
     """Write a new token's key or value into the cache; it stands in `row` too."""
     kind = words[Word.kind]
@@ -164,10 +180,11 @@ def is_old(words, memory, b, g, computing):
     copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
     copy_rows(address_of(words, Word.key, b, g, position, bytes_of(kind, key)), kind, depth, 1, depth, 1.0, key, step)
     codes, half = codes_at(words, b, g, page)
+    least = np.finfo(computing).tiny * np.finfo(computing).eps  # what is smaller is 0
     for d in range(depth):
         code = codes[d % half * size + position - page * size] >> (d // half * 4) & 15
         extent = (high[d] - low[d]) * computing(1.0 / LEVELS)
-        room = 0.51 * extent + 8.0 * np.finfo(computing).eps * max(abs(low[d]), abs(high[d]))
+        room = 0.51 * extent + 8.0 * (np.finfo(computing).eps * max(abs(low[d]), abs(high[d])) + least)
         if key[d] < low[d] or key[d] > high[d] or abs(key[d] - (low[d] + computing(code) * extent)) > room:
             return True
     return False
@@ -221,65 +238,64 @@ def weigh(words, memory, b, g, page, count, computing):
     at = bounds_at(words, b, g, page, kind, queries)
     copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
     copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
-    zero = splat(queries, 0.0)
-    margin = (6 * depth + 64) * np.finfo(computing).eps
+    margin = computing((6 * depth + 64) * np.finfo(computing).eps)
+    zero, width = splat(queries, 0.0), places(queries)
+    base_0, base_1, base_2, base_3 = zero, zero, zero, zero
+    off_0, off_1, off_2, off_3 = zero, zero, zero, zero
+    for d in range(0, step, width):
+        least, most = load(low, d), load(high, d)
+        extent = (most - least) * (1.0 / LEVELS)
+        # the error of a code is half a step; that of sums is a share of how large their terms can be
+        room = extent * 0.5 + larger(larger(least, 0.0 - least), larger(most, 0.0 - most)) * margin
+        base_0, off_0 = weigh_one(queries, factors, d, extent, least, room, base_0, off_0)
+        if count > 1:
+            base_1, off_1 = weigh_one(queries, factors, step + d, extent, least, room, base_1, off_1)
+            base_2, off_2 = weigh_one(queries, factors, 2 * step + d, extent, least, room, base_2, off_2)
+            base_3, off_3 = weigh_one(queries, factors, 3 * step + d, extent, least, room, base_3, off_3)
+    begun, errors = factors[TOGETHER * step :], factors[TOGETHER * (step + 1) :]
+    begun[0], errors[0] = total(base_0), total(off_0)
+    if count > 1:
+        begun[1], begun[2], begun[3] = total(base_1), total(base_2), total(base_3)
+        errors[1], errors[2], errors[3] = total(off_1), total(off_2), total(off_3)
     for r in range(count):
-        base, error, reach = zero, zero, zero
-        for d in range(0, step, places(queries)):
-            query, least, most = load(queries, r * step + d), load(low, d), load(high, d)
-            size = larger(query, 0.0 - query)
-            extent = (most - least) * (1.0 / LEVELS)
-            store(factors, r * step + d, query * extent)
-            base, error = base + query * least, error + size * extent
-            reach = reach + size * larger(larger(least, 0.0 - least), larger(most, 0.0 - most))
-        # `larger` gives the second where the first is NaN, but what is NaN in a bound is so in base; and sums may overflow
-        off = total(error) * 0.5 + total(reach) * margin + 0.0 * (total(base) + 4.0 * total(reach))
-        factors[TOGETHER * step + r] = total(base)
-        factors[TOGETHER * (step + 1) + r] = off if off < math.inf else math.inf
+        # `larger` gives the second where the first is NaN, but what is NaN in a bound is so in what is begun; sums may overflow
+        off = errors[r] + computing(0.0) * (begun[r] + errors[r] * (computing(4.0) / margin))
+        errors[r] = off if off < math.inf else computing(math.inf)
 
 
 @jitable
-def rate_four(codes, size, half, factors, step, scores, stride, at):
-    """Scores of the rounded keys of a page, for TOGETHER queries."""
-    base, width = TOGETHER * step, places(scores)
-    for t in range(0, size // width * width, width):
-        a, b = splat(scores, get(factors, base)), splat(scores, get(factors, base + 1))
-        c, d = splat(scores, get(factors, base + 2)), splat(scores, get(factors, base + 3))
-        for i in range(half):
-            low, high = low_halves(codes, i * size + t, a), high_halves(codes, i * size + t, a)
-            a = a + low * get(factors, i) + high * get(factors, half + i)
-            b = b + low * get(factors, step + i) + high * get(factors, step + half + i)
-            c = c + low * get(factors, 2 * step + i) + high * get(factors, 2 * step + half + i)
-            d = d + low * get(factors, 3 * step + i) + high * get(factors, 3 * step + half + i)
-        store(scores, at + t, a)
-        store(scores, at + stride + t, b)
-        store(scores, at + 2 * stride + t, c)
-        store(scores, at + 3 * stride + t, d)
+def weigh_one(queries, factors, at, extent, least, room, base, off):
+    """Some dimensions of a query: their factors are written, the sums returned."""
+    query = load(queries, at)
+    store(factors, at, query * extent)
+    return base + query * least, off + larger(query, 0.0 - query) * room
 
 
 @jitable
-def rate_one(codes, size, half, factors, step, scores, at):
-    """Scores of the rounded keys of a page, for one query."""
-    base, width = splat(scores, get(factors, TOGETHER * step)), places(scores)
-    across = 4 * width
-    for t in range(0, size // across * across, across):
-        a, b, c, d = base, base, base, base
-        for i in range(half):
-            low, high, place = get(factors, i), get(factors, half + i), i * size + t
-            a = a + low_halves(codes, place, a) * low + high_halves(codes, place, a) * high
-            b = b + low_halves(codes, place + width, a) * low + high_halves(codes, place + width, a) * high
-            c = c + low_halves(codes, place + 2 * width, a) * low + high_halves(codes, place + 2 * width, a) * high
-            d = d + low_halves(codes, place + 3 * width, a) * low + high_halves(codes, place + 3 * width, a) * high
-        store(scores, at + t, a)
-        store(scores, at + t + width, b)
-        store(scores, at + t + 2 * width, c)
-        store(scores, at + t + 3 * width, d)
-    for t in range(size // across * across, size // width * width, width):
-        a = base
-        for i in range(half):
-            place = i * size + t
-            a = a + low_halves(codes, place, a) * get(factors, i) + high_halves(codes, place, a) * get(factors, half + i)
-        store(scores, at + t, a)
+def rate_page(codes, size, half, factors, step, count, scores, stride, at):
+    """Scores of the rounded keys of a page, for `count` queries: written for one, or for three, or for TOGETHER."""
+    begun, width = factors[TOGETHER * step :], places(scores)
+    whole, t = size // width * width, 0
+    if count == 1:
+        while t + WITH_ONE * width <= whole:
+            _one_by_many(factors, step, begun, codes, t, size, half, scores, at + t, stride)
+            t += WITH_ONE * width
+    elif count <= 3:
+        while t + WITH_MORE * width <= whole:
+            _three_by_many(factors, step, begun, codes, t, size, half, scores, at + t, stride)
+            t += WITH_MORE * width
+    else:
+        while t + WITH_MORE * width <= whole:
+            _four_by_many(factors, step, begun, codes, t, size, half, scores, at + t, stride)
+            t += WITH_MORE * width
+    while t < whole:
+        if count == 1:
+            _one_by_one(factors, step, begun, codes, t, size, half, scores, at + t, stride)
+        elif count <= 3:
+            _three_by_one(factors, step, begun, codes, t, size, half, scores, at + t, stride)
+        else:
+            _four_by_one(factors, step, begun, codes, t, size, half, scores, at + t, stride)
+        t += width
 
 
 @jitable
@@ -289,14 +305,18 @@ def rate(words, memory, b, g, first, last, count, computing):
     factors = numbers_at(words, memory, Word.factors, TOGETHER * (step + 2), computing)
     scores = numbers_at(words, memory, Word.scores, TOGETHER * stride, computing)
     errors = numbers_at(words, memory, Word.errors, TOGETHER * words[Word.pages], computing)
+    of_bounds = words[Word.head_dim] * bytes_of(words[Word.kind], scores)
     for page in range(first, last):
+        if page + 1 < last:
+            at = bounds_at(words, b, g, page + 1, words[Word.kind], scores)
+            fetch(words[Word.low] + at, of_bounds)
+            fetch(words[Word.high] + at, of_bounds)
+            codes, half = codes_at(words, b, g, page + 1)
+            fetch(codes.ctypes.data, min(half * size, BEGUN))  # the processor goes on by itself
         weigh(words, memory, b, g, page, count, computing)
         codes, half = codes_at(words, b, g, page)
         at = (page - first) * size
-        if count == 1:
-            rate_one(codes, size, half, factors, step, scores, at)
-        else:
-            rate_four(codes, size, half, factors, step, scores, stride, at)
+        rate_page(codes, size, half, factors, step, count, scores, stride, at)
         for r in range(count):
             for t in range(size // places(scores) * places(scores), size):
                 score = factors[TOGETHER * step + r]
@@ -323,6 +343,8 @@ def dots(words, memory, b, g, r, low, index, count, exact, computing):
     for first in range(0, count, SOME):
         some = min(SOME, count - first)
         for i in range(some):
+            fetch(address_of(words, Word.key, b, g, low + index[first + i], bytes_of(kind, rows)), depth * bytes_of(kind, rows))
+        for i in range(some):
             position = low + index[first + i]
             read[position // words[Word.page_size]] = 1
             at = address_of(words, Word.key, b, g, position, bytes_of(kind, rows))
@@ -343,15 +365,16 @@ def rule(words, numbers, exact, count, index, low, position, slope, computing):
 
 
 @jitable
-def rule_row(words, numbers, scores, n, first, slope, computing):
-    """The same for neighbouring keys, of which the first stands `first` behind the query; -inf, of no meaning, stays."""
+def rule_row(words, numbers, scores, n, first, slope, rounded, computing):
+    """The same for neighbouring keys, of which the first stands `first` behind the query; of rounded ones -inf stays."""
     softcap, nothing, width = computing(numbers[Word.softcap]), scores[:0], places(scores)
     padded = (n + width - 1) // width * width
     if softcap > 0:
         for i in range(0, padded, width):
             v = load(scores, i)
             rules.cap(scores[i:], nothing, width, softcap)
-            store(scores, i, select(v > -math.inf, load(scores, i), v))
+            if rounded:  # it has no meaning
+                store(scores, i, select(v > -math.inf, load(scores, i), v))
     if words[Word.alibi] != 0:
         rules.subtract_distance(scores, padded, first, slope)
 
@@ -431,7 +454,8 @@ def choose(words, numbers, memory, b, g, r, low, n, shift, position, head, slope
     index = array_at(memory + words[Word.index], stride, np.int32)
     eps, most = np.finfo(computing).eps, max(LEAST, int(SHARE * n))
     first = root(words, memory, scores, n, e, FIRST_STEPS, computing)
-    first = first if first == first else computing(math.inf)
+    # in the scores' own precision, so that a score is above it in vectors and alone, or in neither
+    first = computing(first) if first == first else computing(math.inf)
     count = 0
     for i in range(0, n // width * width, width):
         v = load(scores, i)
@@ -451,6 +475,7 @@ def choose(words, numbers, memory, b, g, r, low, n, shift, position, head, slope
             bound -= 4.0 * eps * abs(slope) * computing(n + words[Word.length])
     else:  # there is none, or it is NaN
         bound = -math.inf
+    bound = computing(bound)
     begun = count
     for at in range(-(shift % size), n, size):
         start, stop = max(at, 0), min(at + size, n)
@@ -486,6 +511,10 @@ def add_values(words, memory, b, g, r, low, count, of_keys, computing):
     some = array_at(memory + words[Word.some], SOME, np.int32)
     at = 0
     while at < count:
+        for i in range(at, min(at + SOME, count)):
+            if weights[i] != 0.0 and found[i] < of_keys:
+                address = address_of(words, Word.value, b, g, low + index[found[i]], bytes_of(kind, sums))
+                fetch(address, size * bytes_of(kind, sums))
         taken = 0
         while at < count and taken < SOME:
             if weights[at] != 0.0 and found[at] < of_keys:
@@ -622,7 +651,7 @@ def attend_together(words, numbers, memory, b, g, begin, count, least_e, computi
         e, slope = exponent_of(words, numbers, head, least_e, computing), slope_of(words, b, head, computing)
         exact, n, shift = numbers_at(words, memory, Word.exact, stride, computing), high - low, low - first * size
         if n > 0 and r < whole:
-            rule_row(words, numbers, scores[r * stride + shift :], n, low - position, slope, computing)
+            rule_row(words, numbers, scores[r * stride + shift :], n, low - position, slope, True, computing)
             found = -1
             if 0.0 <= e <= 1.0:
                 found = choose(words, numbers, memory, b, g, r, low, n, shift, position, head, slope, e, computing)
@@ -634,7 +663,7 @@ def attend_together(words, numbers, memory, b, g, begin, count, least_e, computi
         if r >= whole:
             exact = scores[r * stride + shift :] if n > 0 else scores[r * stride :]
             if n > 0:
-                rule_row(words, numbers, exact, n, low - position, slope, computing)
+                rule_row(words, numbers, exact, n, low - position, slope, False, computing)
                 read[low // size : (high + size - 1) // size] = 1
         row = (b * heads + head) * length + i
         attend(words, memory, b, g, r, low, exact, n, r >= whole, head, row, e, computing)

@@ -7,6 +7,7 @@ An array's dtype says how its elements are stored, and vectors of it hold the ty
 as they are, uint16 for bfloat16 and int16 for float16 (torch's bits), both as float32.
 """
 
+import functools
 import operator
 
 from llvmlite import ir
@@ -599,6 +600,21 @@ def array_at(typing_context, address, length, dtype):
 
 
 @intrinsic
+def prefetch(typing_context, address):
+    """Have the line of the cache read that holds the address; what comes next does not wait for it."""
+
+    def generate(context, builder, signature, arguments):
+        pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        to_read, to_keep, data = flag(0), flag(3), flag(1)
+        builder.call(fetch, [builder.inttoptr(arguments[0], pointer), to_read, to_keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def lowest_bit(typing_context, word):
     """Position of the lowest bit that is set; the word is not 0."""
 
@@ -636,30 +652,6 @@ def nonzero(typing_context, array, index, like):
         return builder.icmp_unsigned("!=", builder.load(pointer, align=1), ir.Constant(stored, [0] * like.width))
 
     return mask(array, types.int64, like), generate
-
-
-def _half_bytes(shift):
-    """An intrinsic that gives half of each byte from array[index] on as numbers, as many as `like`, a vector, has places."""
-
-    @intrinsic
-    def halves(typing_context, array, index, like):
-        def generate(context, builder, signature, arguments):
-            stored = ir.VectorType(ir.IntType(8), like.width)
-            pointer = _pointer(context, builder, array, arguments[0], arguments[1], stored)
-            packed = builder.load(pointer, align=1)
-            if shift:
-                half = builder.lshr(packed, ir.Constant(stored, [shift] * like.width))
-            else:
-                half = builder.and_(packed, ir.Constant(stored, [15] * like.width))
-            integers = ir.VectorType(ir.IntType(like.element.bitwidth), like.width)
-            return builder.sitofp(builder.zext(half, integers), _llvm(like))
-
-        return like(array, types.int64, like), generate
-
-    return halves
-
-
-low_halves, high_halves = _half_bytes(0), _half_bytes(4)
 
 
 @intrinsic
@@ -765,6 +757,70 @@ def product_of(rows, vectors, added_last=False):
 
         n = types.int64
         return types.void(a, a_rows, n, b, n, n, n, c, c_rows, n, n, more), generate
+
+    return product
+
+
+def unpacked_product_of(rows, vectors):
+    """An intrinsic that multiplies `rows` rows with `vectors` vectors of columns that are stored in 4 bits.
+
+    product(a, a_step, starts, b, b_at, b_step, half, c, c_at, c_step):
+        c[c_at + r c_step + j] = starts[r] + sum over k < half of a[r a_step + k] (b[b_at + k b_step + j] & 15)
+        + a[r a_step + half + k] (b[b_at + k b_step + j] >> 4), where b holds bytes, the others what one computes in.
+    """
+
+    @intrinsic
+    def product(typing_context, a, a_step, starts, b, b_at, b_step, half, c, c_at, c_step):
+        vector = _vector_of(c)
+        width, llvm, element = vector.width, _llvm(vector), _llvm(vector.element)
+        align = vector.element.bitwidth // 8
+        stored, integers = (ir.VectorType(ir.IntType(size), width) for size in (8, vector.element.bitwidth))
+        chains = 2 if vectors == 1 and has_avx512() else 1  # sums that do not wait for each other, where registers are left
+
+        def generate(context, builder, signature, arguments):
+            a_array, a_step, starts_array, b_array, b_at, b_step, half, c_array, c_at, c_step = arguments
+            size = c_at.type
+
+            def number(array_type, array, at):
+                return _splat(builder, builder.load(_pointer(context, builder, array_type, array, at, element)), vector)
+
+            def as_numbers(codes):
+                return builder.sitofp(builder.zext(codes, integers), llvm)
+
+            def add(place, factor, codes):
+                term = builder.fmul(factor, codes, flags=CONTRACT)
+                builder.store(builder.fadd(builder.load(place), term, flags=CONTRACT), place)
+
+            sums = [[[cgutils.alloca_once(builder, llvm) for _ in range(chains)] for _ in range(vectors)] for _ in range(rows)]
+            for r in range(rows):
+                begun = number(starts, starts_array, size(r))
+                for places in sums[r]:
+                    builder.store(begun, places[0])
+                    if chains > 1:
+                        builder.store(ir.Constant(llvm, [0.0] * width), places[1])
+            with cgutils.for_range(builder, half) as loop:
+                here = builder.add(b_at, builder.mul(loop.index, b_step))
+                halves = []
+                for v in range(vectors):
+                    pointer = _pointer(context, builder, b, b_array, builder.add(here, size(v * width)), stored)
+                    packed = builder.load(pointer, align=1)
+                    low = as_numbers(builder.and_(packed, ir.Constant(stored, [15] * width)))
+                    halves.append((low, as_numbers(builder.lshr(packed, ir.Constant(stored, [4] * width)))))
+                for r in range(rows):
+                    at = builder.add(builder.mul(size(r), a_step), loop.index)
+                    factors = number(a, a_array, at), number(a, a_array, builder.add(at, half))
+                    for v in range(vectors):
+                        for i in range(2):
+                            add(sums[r][v][i % chains], factors[i], halves[v][i])
+            for r in range(rows):
+                for v in range(vectors):
+                    found = functools.reduce(builder.fadd, [builder.load(place) for place in sums[r][v]])
+                    at = builder.add(c_at, builder.add(builder.mul(size(r), c_step), size(v * width)))
+                    builder.store(found, _pointer(context, builder, c, c_array, at, llvm), align=align)
+            return context.get_dummy_value()
+
+        n = types.int64
+        return types.void(a, n, starts, b, n, n, n, c, n, n), generate
 
     return product
 
