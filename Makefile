@@ -39,9 +39,10 @@ test: setup
 test-all: setup
 	PYTHONPATH=.ci/record $(BIN)/python -m pytest -p ran --ran build/ran/all.json -n 2 --dist worksteal --durations 15 $(SHARE:%=--sample 8 --share %)
 
-# The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds.
+# The gates again as other processors would run them: torch's and Numba's code for less than this one, and other seeds. TURN=n: one of them.
+TURN :=
 test-processors: setup
-	$(BIN)/python .ci/processors.py
+	$(BIN)/python .ci/processors.py $(TURN)
 
 # What takes longer than a change should wait for: 10 000 calls of the public functions, drawn anew each time; every count of
 # instructions and every kernel compiled, though the sources are those of the tables.

@@ -6,6 +6,9 @@ has a cache of its own and another seed, so that the inputs differ too.
 
 Of the kits it runs what is compared with the gate, on the backends that compute on a CPU: rows at four alphas, some cases of
 attention and decoding. What this processor cannot execute is skipped, with the reason.
+
+    python .ci/processors.py      # all settings
+    python .ci/processors.py 7    # one of them, by turns: as the numbers of days go on, each has its day
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -56,9 +60,14 @@ PROBE = "import torch; print(torch.backends.cpu.get_cpu_capability())"
 CODE = "from diffmax.kernels.numba.probe import numba_converts_float16 as f; print(f())"
 
 
-def main() -> int:
-    """Run every setting that this processor can execute; 1 if a test failed."""
+def main(arguments: Sequence[str]) -> int:
+    """Run every setting that this processor can execute, or the one whose turn it is; 1 if a test failed."""
     able = {setting.seed: setting for setting in reversed(SETTINGS) if not skipped(setting)}  # one of the two with avx2
+    if arguments:
+        seed = sorted(able)[int(arguments[0]) % len(able)]
+        for other in sorted(able.keys() - {seed}):
+            print(f"torch {able[other].torch}, Numba {able[other].numba}: left to another turn", flush=True)
+        able = {seed: able[seed]}
     jobs = [(setting, name) for setting in able.values() for name in JOBS]
     with ThreadPoolExecutor(2) as pool:  # as many processes of tests as `make test` has
         return max(pool.map(lambda job: run(*job), jobs), default=0)
@@ -122,4 +131,4 @@ def environment(setting: Setting) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
