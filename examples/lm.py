@@ -221,6 +221,25 @@ def distilled(model: Any, heads: Heads, batches: list[dict[str, Any]], minutes: 
     return student.eval(), {"minutes": spent, "steps": steps, "divergence": [round(sum(p) / len(p), 4) for p in parts]}
 
 
+def tuned(model: Any, batches: list[dict[str, Any]], zeros: float, steps: int) -> dict[str, Any]:
+    """Alphas and scales for a share of zeros, chosen from the first batch, then moved on the others; no weight is trained."""
+    model.set_attn_implementation("sdpa")
+    losses: list[float] = []
+    began = time.process_time()
+    with tqdm(total=steps, desc="tuning", unit="step", leave=False) as bar:
+
+        def progress(_: int, value: float) -> None:
+            losses.append(value)
+            bar.set_postfix(nats=f"{value:.4f}")
+            bar.update()
+
+        heads = suggest_alpha(model, batches, zeros, steps=steps, calibration=1, progress=progress)
+    tenth = -(-steps // 10)
+    parts = [losses[i : i + tenth] for i in range(0, steps, tenth)]
+    spent = round((time.process_time() - began) / 60, 1)
+    return {"heads": heads, "minutes": spent, "steps": steps, "divergence": [round(sum(p) / len(p), 4) for p in parts]}
+
+
 def per_layer(heads: Heads) -> Setting:
     """The result of `suggest_alpha`, in the order of the layers."""
     layers = sorted(heads, key=lambda name: int(re.findall(r"\d+", name)[0]))
@@ -253,6 +272,10 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
         yield f"calibration/{zeros}", "calibrate", (first, zeros)
         for length in arguments.length:
             yield f"{length}/calibrated {zeros}", "calibrated", (length, zeros)
+        if arguments.steps:
+            yield f"tuning/{zeros}", "tune", (first, zeros)
+            for length in arguments.length:
+                yield f"{length}/tuned {zeros}", "tuned", (length, zeros)
         if arguments.minutes:
             yield f"{OTHER}/calibrated {zeros}", "calibrated", (OTHER, zeros)
             yield f"{first}/distilled {zeros}", "distilled", zeros
@@ -316,9 +339,15 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             batch = {"input_ids": fitting[:, :length], "use_cache": False}
             heads = suggest_alpha(model, [batch], zeros)
             points[key] = {"heads": heads, "seconds": round(time.perf_counter() - began, 1)}
-        elif kind == "calibrated":
+        elif kind == "tune":
             length, zeros = argument
-            points[key] = under(per_layer(points[f"calibration/{zeros}"]["heads"]), length, by_head=length != OTHER)
+            torch.manual_seed(0)
+            batches = [{"input_ids": fitting[:, :length], "use_cache": False}, *passages(training_text(), tokenizer)]
+            points[key] = tuned(model, batches, zeros, arguments.steps)
+        elif kind in ("calibrated", "tuned"):
+            length, zeros = argument
+            heads = points[f"{'calibration' if kind == 'calibrated' else 'tuning'}/{zeros}"]["heads"]
+            points[key] = under(per_layer(heads), length, by_head=length != OTHER)
         else:
             heads = points[f"calibration/{argument}"]["heads"]
             torch.manual_seed(0)
@@ -353,6 +382,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             ("matched scale", r"[\d.]+/matched", "s"),
             ("fitted scale", r"[\d.]+/fitted", "^"),
             ("calibrated per head", r"calibrated [\d.]+", "*"),
+            ("then tuned", r"tuned [\d.]+", "X"),
             ("distilled after that", r"distilled [\d.]+", "P"),
         ):
             found = sorted((p["zeros"], p["nats"] - base) for k, p in points.items() if re.fullmatch(f"{length}/{pattern}", k))
@@ -378,6 +408,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="of processor time to distil for, after each calibration (default: none)"
     )
+    parser.add_argument("--steps", type=int, default=0, help="to tune the heads for, after each calibration (default: none)")
     parser.add_argument("--save", type=Path, help="a folder for the distilled models, 0.5 GB each (default: they are not kept)")
     parser.add_argument("--output", type=Path, default=Path("lm"), help="name of the .json and .svg (default: %(default)s)")
     return parser

@@ -124,7 +124,8 @@ def test_a_run_goes_on_where_it_was_stopped_and_writes_what_it_draws(monkeypatch
     monkeypatch.setattr(lm, "DISTILLED", 64)
     monkeypatch.setattr(lm, "other_text", lambda: "a text of a few words of its own " * 16)
     sizes = ["--length", "64", "128", "--tokens", "128"]
-    options = [*sizes, "--alphas", "0.75", "--zeros", "0.5", "--minutes", "0.02", "--output", str(tmp_path / "lm")]
+    trained = ["--zeros", "0.5", "--steps", "3", "--minutes", "0.02"]
+    options = [*sizes, "--alphas", "0.75", *trained, "--output", str(tmp_path / "lm")]
     monkeypatch.setattr(sys, "argv", ["lm", *options])
     lm.main()
     first = json.loads((tmp_path / "lm.json").read_text())

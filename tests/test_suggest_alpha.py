@@ -6,13 +6,22 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
-from transformers import BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from diffmax import matched_scale, suggest_alpha
 from diffmax.integrations.transformers import calibrate, register, replace
 from diffmax.integrations.transformers.adapting import likelihood
 from diffmax.integrations.transformers.adapting.calibration import measure
 from diffmax.integrations.transformers.adapting.suggestion import ALPHAS, WEIGHTS
+from diffmax.integrations.transformers.adapting.tuning import Plane
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
@@ -60,6 +69,66 @@ def test_the_share_of_zeros_is_met_and_costs_less_than_a_bare_swap_and_one_pair_
     cost = divergence(per_head, model, data)
     assert cost < 0.7 * divergence(bare, model, data)
     assert cost < divergence(uniform, model, data)
+
+
+def test_steps_cost_less_at_the_same_share_of_zeros_and_leave_the_model_as_it_was():
+    model = llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    data = [{**batches()[0], "attention_mask": torch.ones(4, 48, dtype=torch.long)} for _ in range(3)]
+    data[2]["attention_mask"][0, :9] = 0
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    divergences = []
+    torch.manual_seed(1)
+    chosen = suggest_alpha(model, data[:1], 0.6)
+    torch.manual_seed(1)
+    tuned = suggest_alpha(
+        model, data, 0.6, steps=24, calibration=1, progress=lambda step, value: divergences.append((step, value))
+    )
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0])
+        assert p.requires_grad == before[name][1]
+        assert p.grad is None
+    assert model.config._attn_implementation == llama().config._attn_implementation
+    assert not model.training
+    assert [step for step, _ in divergences] == list(range(1, 25))
+    first, last = (sum(value for _, value in divergences[part]) for part in (slice(3), slice(-3, None)))
+    assert last < 0.8 * first
+    models = [replace(copy.deepcopy(model), heads) for heads in (chosen, tuned)]
+    assert abs(zeros_of(models[1], data[:1]) - zeros_of(models[0], data[:1])) < 0.03
+    other = batches()
+    assert divergence(models[1], model, other) < 0.9 * divergence(models[0], model, other)
+
+
+def test_the_plane_between_the_points_of_the_grid():
+    zeros = torch.rand(5, len(ALPHAS) * len(WEIGHTS))
+    plane = Plane(ALPHAS, WEIGHTS, zeros)
+    alphas, weights = torch.tensor(ALPHAS), torch.tensor(WEIGHTS)
+    for row, column in ((1, 1), (3, 2), (len(ALPHAS) - 2, len(WEIGHTS) - 2)):
+        chosen = torch.full((5,), row * len(WEIGHTS) + column)
+        places = plane.places_of(chosen)
+        alpha, scale = plane.pairs(places)
+        torch.testing.assert_close(alpha.float(), alphas[row].expand(5))
+        torch.testing.assert_close(scale.float(), (weights[column] ** (1 - alphas[row])).expand(5))
+        torch.testing.assert_close(plane.share(places), zeros[:, chosen[0]].double().mean())
+    places = torch.stack([torch.rand(5).double() * (len(ALPHAS) - 1), torch.rand(5).double() * (len(WEIGHTS) - 1)])
+    torch.autograd.gradcheck(plane.share, places.clone().requires_grad_())
+    torch.testing.assert_close(plane.gradient(places), torch.autograd.functional.jacobian(plane.share, places))
+    wanted = float(plane.share(places)) + 0.01
+    moved = plane.with_share(places, wanted)
+    assert float(plane.share(moved)) == pytest.approx(wanted, abs=1e-5)
+    last = torch.tensor([[len(ALPHAS) - 1.0], [len(WEIGHTS) - 1.0]])
+    assert ((moved > 0) & (moved < last)).all()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+def test_steps_for_models_whose_output_is_not_a_row_of_words(kind):
+    config = BertConfig(**SIZES, initializer_range=0.3, attn_implementation="eager", num_labels=3)
+    torch.manual_seed(0)
+    model = (BertModel if kind == "encoder" else BertForSequenceClassification)(config).eval()
+    values = []
+    heads = suggest_alpha(model, batches(), 0.5, steps=16, progress=lambda _, value: values.append(value))
+    assert values[-1] < values[0]
+    replace(model, heads)
 
 
 def test_one_pair_for_all_is_of_the_grid_and_every_head_has_it():
@@ -133,6 +202,13 @@ def test_what_it_cannot_do_is_said():
         suggest_alpha(llama(), batches(), 90)
     with pytest.raises(ValueError, match="suggest_alpha: a batch is needed, got none"):
         suggest_alpha(llama(), [])
+    with pytest.raises(TypeError, match=r"suggest_alpha: steps must be an int, got 0\.5 of type float"):
+        suggest_alpha(llama(), batches(), steps=0.5)
+    for wrong in ({"steps": -1}, {"steps": 2, "per_head": False}):
+        with pytest.raises(ValueError, match="suggest_alpha: steps must be at least 0, and 0 with per_head=False, got "):
+            suggest_alpha(llama(), batches(), **wrong)
+    with pytest.raises(ValueError, match="suggest_alpha: calibration must be None or an int of at least 1, got 0"):
+        suggest_alpha(llama(), batches(), calibration=0)
     for per_head in (True, False):
         with pytest.raises(
             ValueError, match=r"suggest_alpha: no choice has a share of zeros of 0\.999, the most is 0\.\d+\nask for less"

@@ -133,7 +133,11 @@ class Table:
 
     def heads(self, chosen: Tensor) -> Heads:
         """The chosen alphas and scales by layer."""
-        points = iter([self.grid[i] for i in chosen.tolist()])
+        return self.by_layer([self.grid[i] for i in chosen.tolist()])
+
+    def by_layer(self, pairs: Sequence[tuple[float, float]]) -> Heads:
+        """Alpha and scale of each head, by layer."""
+        points = iter(pairs)
         result: Heads = {}
         for name, count in self.layers:
             of_layer = [next(points) for _ in range(count)]

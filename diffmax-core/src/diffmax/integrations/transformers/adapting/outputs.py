@@ -55,3 +55,13 @@ def mask_for(model: nn.Module, part: nn.Module, batch: Batch) -> Tensor | None:
     of_pair: Any = model if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
     in_decoder = of_pair is not None and all(part is not module for module in of_pair.get_encoder().modules())
     return batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
+
+
+def divergence(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """Mean KL divergence of a student's predictions from its teacher's, without padding; without logits, `relative_error`."""
+    if getattr(teacher, "logits", None) is None:
+        return relative_error(student, teacher, batch)
+    ours, theirs = (output.logits.float().log_softmax(-1) for output in (student, teacher))
+    of_each = nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    real = (final_output(teacher, batch) != 0).any(-1)
+    return of_each[real].mean()

@@ -76,7 +76,7 @@ def record(function: str, model: nn.Module, batch: Batch, output: Output) -> tup
         calls.append(_attend_with_softmax(function, *args, **kwargs))
         return calls[-1].output.transpose(1, 2).contiguous(), None
 
-    with _as_it_was(model):
+    with as_it_was(model):
         register_functions(_RECORDING, attend, function)
         model.eval()
         model.set_attn_implementation(_RECORDING)  # type: ignore[operator]
@@ -125,7 +125,7 @@ def _for_heads(t: Tensor, heads: int) -> Tensor:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Restore the modes and attention implementations of the model and its parts on exit."""
     modes = [(module, module.training) for module in model.modules()]
     configs = [config for module in model.modules() for config in _configs(getattr(module, "config", None))]

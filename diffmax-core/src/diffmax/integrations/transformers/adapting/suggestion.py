@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from diffmax.integrations.transformers.adapting.calibration import measure
-from diffmax.integrations.transformers.adapting.outputs import Batch, Output, likelihood
+from diffmax.integrations.transformers.adapting.outputs import Batch, Output, each, likelihood
 from diffmax.integrations.transformers.adapting.replacement import Heads
+from diffmax.integrations.transformers.adapting.tuning import Plane, tuned
 from diffmax.matched import matched_scale
+from diffmax.operators.common.checks import is_whole
 
 ALPHAS = (0.97, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3)
 WEIGHTS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)  # where the slopes of softmax and diffmax may agree
@@ -25,8 +27,11 @@ def suggest_alpha(
     output: Output = likelihood,
     probes: int = 4,
     queries: int = 256,
+    steps: int = 0,
+    calibration: int | None = None,
+    progress: Callable[[int, float], object] | None = None,
 ) -> Heads:
-    """Choose the alpha of a softmax model for a share of zeros, at matched scales, and without training.
+    """Choose the alpha of a softmax model for a share of zeros, at matched scales, and without training its weights.
 
     As `calibrate`, with fewer pairs of alpha and scale to choose from, all at or near the matched scale (Eq. 35), and from a
     sample of the queries: it takes inputs of thousands of tokens. The share of zeros grows with length, so give inputs as long
@@ -40,13 +45,18 @@ def suggest_alpha(
         output: A function of the model's output and inputs that returns the tensor that must not move. Default: what the
             KL divergence of its predictions depends on, or the last hidden state of a model without logits.
         probes, queries: As for `calibrate`. The projections are random: torch.manual_seed repeats them.
+        steps: Then so many steps of gradient descent on alpha and scale of each head, on a batch each, over and over: down the
+            KL divergence from the predictions with softmax, at the same share of zeros. The choice looks at each head alone;
+            the steps see what all of them do together. Each takes the time of a training step.
+        calibration: The choice is made from so many of the batches, the first ones; None: all. The steps go over all of them.
+        progress: Called with the number of finished steps and the divergence.
     Returns:
         Per layer, the alphas and scales of its heads: for `diffmax.integrations.transformers.replace(model, heads)`.
     Raises:
         ImportError: transformers is missing or too old.
-        TypeError: The model is not one of transformers.
-        ValueError: zeros or queries is out of range; there is no batch; the model computes attention by itself, or uses an
-            option that cannot be measured; or the share of zeros cannot be reached.
+        TypeError: The model is not one of transformers, or steps is no int.
+        ValueError: zeros, queries, steps or calibration is out of range; there is no batch; the model computes attention by
+            itself, or uses an option that cannot be measured; the share of zeros cannot be reached; per_head=False with steps.
     Source: docs/choosing.md. Written for diffmax.
     Example:
         >>> import torch
@@ -65,6 +75,16 @@ def suggest_alpha(
         )
     if not 0 < zeros < 1:
         raise ValueError(f"{_NAME}: zeros must lie strictly between 0 and 1, got {zeros}")
+    if not is_whole(steps):
+        raise TypeError(f"{_NAME}: steps must be an int, got {steps!r} of type {type(steps).__name__}")
+    if steps < 0 or (steps and not per_head):
+        raise ValueError(f"{_NAME}: steps must be at least 0, and 0 with per_head=False, got {steps} and per_head={per_head}")
+    if calibration is not None and (not is_whole(calibration) or calibration < 1):
+        raise ValueError(f"{_NAME}: calibration must be None or an int of at least 1, got {calibration!r}")
+    batches = list(each(_NAME, batches))
     grid = [(alpha, matched_scale(alpha, weight)) for alpha in ALPHAS for weight in WEIGHTS]
-    table = measure(_NAME, model, batches, grid, output, probes, queries)
-    return table.heads(table.with_zeros(_NAME, zeros) if per_head else table.one_for_all(_NAME, zeros))
+    table = measure(_NAME, model, batches[:calibration], grid, output, probes, queries)
+    chosen = table.with_zeros(_NAME, zeros) if per_head else table.one_for_all(_NAME, zeros)
+    if not steps:
+        return table.heads(chosen)
+    return tuned(_NAME, model, batches, table, Plane(ALPHAS, WEIGHTS, table.zeros), chosen, int(steps), progress)
