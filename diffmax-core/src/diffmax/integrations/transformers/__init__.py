@@ -11,12 +11,14 @@ from diffmax.integrations.transformers.schedule import alpha_callback
 
 if TYPE_CHECKING:
     from diffmax.integrations.transformers.power_cache import HybridModelCache, PowerModelCache
+    from diffmax.integrations.transformers.rounded_cache import RoundedModelCache
 
 __all__ = [
     "Heads",
     "HybridModelCache",
     "ModelAlpha",
     "PowerModelCache",
+    "RoundedModelCache",
     "adapt",
     "alpha_callback",
     "calibrate",
@@ -30,8 +32,15 @@ __all__ = [
 ]
 
 
+_CACHES = {
+    "HybridModelCache": "power_cache",
+    "PowerModelCache": "power_cache",
+    "RoundedModelCache": "rounded_cache",
+}
+
+
 def __getattr__(name: str) -> Any:
     """The caches are subclasses of transformers', which is imported when they are first used."""
-    if name not in ("HybridModelCache", "PowerModelCache"):
+    if name not in _CACHES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("diffmax.integrations.transformers.power_cache"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_CACHES[name]}"), name)

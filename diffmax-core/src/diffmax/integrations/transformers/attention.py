@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -11,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from diffmax.integrations.transformers import refusals
-from diffmax.integrations.transformers.masks import mask_of, merged_mask, read
+from diffmax.integrations.transformers.masks import left_padding, mask_of, merged_mask, read
 from diffmax.integrations.transformers.unfused import attend_with_weights
 from diffmax.machine.metadata import PackageNotFoundError, version
 from diffmax.matched import check_scale, matched_scale, rescaled
@@ -189,20 +190,30 @@ def _attention_forward(
     if wants_weights:
         output, weights = attend_with_weights(query, key, value, mask, **settings)
         return output.transpose(1, 2).contiguous(), weights
-    if mask is None and length == 1 and settings["dropout_p"] == 0 and not torch.is_grad_enabled():
-        return _decode(query, key, value, settings), None
+    alike = query.dtype == key.dtype == value.dtype  # not so under autocast, where rotary keys are float32
+    if length == 1 and alike and settings["dropout_p"] == 0 and not torch.is_grad_enabled():
+        leftpad = None if mask is None else left_padding(mask, query.shape[0], key.shape[2])
+        if mask is None or leftpad is not None:
+            return _decode(query, key, value, leftpad, settings), None
     return attention(query, key, value, mask, enable_gqa=True, **settings).transpose(1, 2).contiguous(), None
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> Tensor:
+def _decode(query: Tensor, key: Tensor, value: Tensor, leftpad: Tensor | None, settings: dict[str, Any]) -> Tensor:
     """One new token that sees the whole cache: the decoding operator splits the work over the cache instead of the queries."""
-    out: Any = attention_with_kvcache(
-        *(t.transpose(1, 2) for t in (query, key, value)),
-        softmax_scale=settings["scale"],
-        alpha=settings["alpha"],
-        softcap=settings["softcap"],
-        sink=settings["sink"],
-    )
+    options = {
+        "softmax_scale": settings["scale"],
+        "alpha": settings["alpha"],
+        "softcap": settings["softcap"],
+        "sink": settings["sink"],
+        "cache_leftpad": leftpad,
+    }
+    caches = sys.modules.get("diffmax.integrations.transformers.rounded_cache")  # where none is, no key is of its layers
+    layer = None if caches is None else caches.layer_of(query, key, value)
+    out: Any
+    if layer is None:
+        out = attention_with_kvcache(*(t.transpose(1, 2) for t in (query, key, value)), **options)
+    else:
+        out = layer.decode(query, **options)
     result: Tensor = out
     return result
 

@@ -148,3 +148,13 @@ def merged_mask(attention_mask: Tensor | None, position_bias: Tensor | None) -> 
     hidden = attention_mask <= torch.finfo(attention_mask.dtype).min
     bias = attention_mask if position_bias is None else attention_mask + position_bias
     return bias.masked_fill(hidden, -torch.inf)
+
+
+def left_padding(mask: Tensor, batch: int, keys: int) -> Tensor | None:
+    """int32 (B,): the keys before all that one query sees, if a mask (B, 1, 1, S) on the CPU hides nothing else."""
+    if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, keys) or mask.device.type != "cpu" or is_traced():
+        return None
+    visible = mask[:, 0, 0]
+    hidden = (~visible).sum(1, dtype=torch.int32)
+    # the first that is visible comes behind all that are hidden
+    return hidden if bool((visible.int().argmax(1) == hidden).all()) else None
