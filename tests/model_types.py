@@ -384,8 +384,9 @@ rows of their own, and a tower that is refused is refused in the larger model to
 
 Models that are served also generate the same words and train to the same losses as with eager attention: static, sliding and
 chunked caches, left padding, packed rows, speculative decoding, `torch.compile`, the `Trainer` with gradient checkpointing,
-PEFT and pipelines are in `tests/test_transformers_world.py`. On the CPU, long texts are generated faster with
-`past_key_values=RoundedModelCache()` ([Decoding](decoding.md#in-transformers-generate)).
+PEFT and pipelines are in `tests/test_transformers_world.py`. On the CPU, words that follow
+thousands of others come faster with `past_key_values=RoundedModelCache(model.config)`:
+[Decoding](decoding.md#in-transformers-generate).
 
 A model that was trained with softmax wants the matched scale: `register(alpha=0.85, scale="match")`. On a language model it
 costs a fifth of what the same alpha costs at the model's own scale ([Choosing alpha](choosing.md)).

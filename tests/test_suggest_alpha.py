@@ -204,11 +204,13 @@ def test_what_it_cannot_do_is_said():
         suggest_alpha(llama(), [])
     with pytest.raises(TypeError, match=r"suggest_alpha: steps must be an int, got 0\.5 of type float"):
         suggest_alpha(llama(), batches(), steps=0.5)
-    for wrong in ({"steps": -1}, {"steps": 2, "per_head": False}):
-        with pytest.raises(ValueError, match="suggest_alpha: steps must be at least 0, and 0 with per_head=False, got "):
-            suggest_alpha(llama(), batches(), **wrong)
-    with pytest.raises(ValueError, match="suggest_alpha: calibration must be None or an int of at least 1, got 0"):
-        suggest_alpha(llama(), batches(), calibration=0)
+    with pytest.raises(ValueError, match="suggest_alpha: steps must be at least 0, got -1"):
+        suggest_alpha(llama(), batches(), steps=-1)
+    with pytest.raises(ValueError, match="suggest_alpha: steps tune each head, so there are none with per_head=False, got 2"):
+        suggest_alpha(llama(), batches(), steps=2, per_head=False)
+    for calibration, message in ((0, "None or an int of at least 1, got 0"), (2, "at most the number of batches, 1, got 2")):
+        with pytest.raises(ValueError, match=f"suggest_alpha: calibration must be {message}"):
+            suggest_alpha(llama(), batches(), calibration=calibration)
     for per_head in (True, False):
         with pytest.raises(
             ValueError, match=r"suggest_alpha: no choice has a share of zeros of 0\.999, the most is 0\.\d+\nask for less"

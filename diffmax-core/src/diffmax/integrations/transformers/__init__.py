@@ -39,6 +39,10 @@ _CACHES = {
 }
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """The caches are subclasses of transformers', which is imported when they are first used."""
     if name not in _CACHES:

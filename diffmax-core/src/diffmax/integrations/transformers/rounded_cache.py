@@ -226,15 +226,15 @@ def _is_view(t: Tensor | None, memory: Tensor, tokens: int) -> bool:
 class RoundedModelCache(DynamicCache):
     """A cache for `attn_implementation="diffmax"` on the CPU that keeps the keys in 4 bits too: a new token reads few keys.
 
-    `model.generate(..., past_key_values=RoundedModelCache())`. The words are those of all keys: which are read follows from
-    bounds (docs/decoding.md). A token is written where there is room, where `DynamicCache` copies all tokens for each new one;
-    so `copy.deepcopy` keeps a state, and a reference to its tensors does not. It takes the memory of `DynamicCache`, room for a
-    quarter more tokens, and 5/32 of the bytes of float32 keys, 9/32 of bfloat16's.
+    `model.generate(..., past_key_values=RoundedModelCache(model.config))`. Scores are those of all keys up to rounding: which
+    keys are read follows from bounds (docs/decoding.md). A token is written where there is room; `DynamicCache` copies all
+    tokens for each new one; so `copy.deepcopy` keeps a state, and a reference to its tensors does not. It takes the memory of
+    `DynamicCache`, room for a quarter more tokens, and 5/32 of the bytes of float32 keys or 9/32 of bfloat16's.
 
     From 2048 tokens on the keys in 4 bits are read first, in each layer where at most a tenth of the keys have a weight. Other
     layers, and shorter texts, read all keys. So do prompts, other attention functions, models that make keys anew from what is
     cached (DeepSeek), autocast, and other devices. Padding, beam search, assisted generation, sliding windows and copies work
-    as with `DynamicCache`; while gradients are on it does as that does, so generate under `torch.no_grad()`.
+    as with `DynamicCache`. While gradients are on it joins tensors as that does: fill a prefix under `torch.no_grad()`.
 
     Args:
         config: The model's configuration. With it, layers with a sliding window hold no more than that.

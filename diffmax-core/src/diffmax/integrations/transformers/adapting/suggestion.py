@@ -77,11 +77,15 @@ def suggest_alpha(
         raise ValueError(f"{_NAME}: zeros must lie strictly between 0 and 1, got {zeros}")
     if not is_whole(steps):
         raise TypeError(f"{_NAME}: steps must be an int, got {steps!r} of type {type(steps).__name__}")
-    if steps < 0 or (steps and not per_head):
-        raise ValueError(f"{_NAME}: steps must be at least 0, and 0 with per_head=False, got {steps} and per_head={per_head}")
+    if steps < 0:
+        raise ValueError(f"{_NAME}: steps must be at least 0, got {steps}")
+    if steps and not per_head:
+        raise ValueError(f"{_NAME}: steps tune each head, so there are none with per_head=False, got {steps}")
     if calibration is not None and (not is_whole(calibration) or calibration < 1):
         raise ValueError(f"{_NAME}: calibration must be None or an int of at least 1, got {calibration!r}")
     batches = list(each(_NAME, batches))
+    if calibration is not None and calibration > len(batches):
+        raise ValueError(f"{_NAME}: calibration must be at most the number of batches, {len(batches)}, got {calibration}")
     grid = [(alpha, matched_scale(alpha, weight)) for alpha in ALPHAS for weight in WEIGHTS]
     table = measure(_NAME, model, batches[:calibration], grid, output, probes, queries)
     chosen = table.with_zeros(_NAME, zeros) if per_head else table.one_for_all(_NAME, zeros)
