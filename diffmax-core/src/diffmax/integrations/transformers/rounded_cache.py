@@ -190,7 +190,8 @@ class RoundedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         self._forget()
-        super().reset()
+        self.keys = self.values = None  # transformers 5.0 kept them, as zeros
+        self.is_initialized = False
 
     @property
     def memory(self) -> int:
