@@ -16,7 +16,7 @@ from tests import fresh
 pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
 
 power_job = pytest.importorskip("diffmax.kernels.numba.power_job")
-numba_threads = pytest.importorskip("diffmax.kernels.numba.threads")
+numba_threads = pytest.importorskip("diffmax.kernels.numba.threads", reason="needs Numba: pip install 'diffmax-core[numba]'")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

@@ -12,7 +12,7 @@ from diffmax.testing.threshold.checks import Case
 
 pytest.importorskip("numba", reason="needs Numba: pip install 'diffmax-core[numba]'")
 
-numba_threads = pytest.importorskip("diffmax.kernels.numba.threads")
+numba_threads = pytest.importorskip("diffmax.kernels.numba.threads", reason="needs Numba: pip install 'diffmax-core[numba]'")
 WIDE = Case(batch=1, heads=4, kv_heads=2, length=300, many=300, head_dim=20, value_dim=24)
 CASES = {
     "dense": replace(WIDE, level=0.0),
