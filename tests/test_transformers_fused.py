@@ -183,7 +183,7 @@ def test_a_position_bias_is_added_and_learns(mask, causal):
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])
 @torch.no_grad()
 def test_generate_gives_the_tokens_of_the_unfused_path(family, padding, cache, monkeypatch):
-    """A step without a mask goes to the operator for caches; padding, windows and a static cache's empty part come as one."""
+    """A step goes to the operator for caches unless its mask hides more than the first keys, as the empty end of a static cache."""
     name = FAMILIES[family][0]
     model = model_of(family, use_cache=True)
     causal = getattr(transformers, name.replace("Model", "ForCausalLM"))(model.config).eval()
@@ -207,7 +207,9 @@ def test_generate_gives_the_tokens_of_the_unfused_path(family, padding, cache, m
     )
     assert torch.equal(fused.sequences, unfused.sequences)
     nearly(torch.stack(fused.logits), torch.stack(unfused.logits))
-    assert bool(steps) == (cache == "dynamic" and not padding and family != "Mistral")  # in which each layer has a window
+    most = 5 * model.config.num_hidden_layers  # the first of the six words comes from the prompt
+    # a static cache is full in its last step, and earlier in layers whose window is shorter, which are all of Mistral's
+    assert 0 < len(steps) < most if cache == "static" and family != "Mistral" else len(steps) == most
 
 
 @torch.no_grad()
