@@ -40,7 +40,7 @@ class Texts:
     def __init__(self, alpha: float, folder: Path | None = None) -> None:
         from transformers import AutoModelForCausalLM
 
-        from diffmax.integrations.transformers import register, replace
+        from diffmax.integrations.transformers import register
 
         self.softmax, self.tokenizer = load()
         self.softmax.set_attn_implementation("sdpa")
@@ -49,7 +49,7 @@ class Texts:
             self.diffmax = copy.deepcopy(self.softmax)
             self.diffmax.set_attn_implementation("diffmax-generate")
         else:
-            self.diffmax = replace(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+            self.diffmax = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def read(self, length: int, batch: int) -> None:

@@ -93,7 +93,7 @@ def captured(length: int, alpha: float, folder: Path | None = None) -> list[Laye
     """The layers of the model, or of the adapted one in a folder, which has alphas of its own."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-    from diffmax.integrations.transformers import replace
+    import diffmax.integrations.transformers
 
     kept: list[Layer] = []
 
@@ -109,7 +109,7 @@ def captured(length: int, alpha: float, folder: Path | None = None) -> list[Laye
     AttentionMaskInterface.register(NAME, lambda *_, **__: None)
     model, tokenizer = load()
     if folder is not None:
-        model = replace(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_attn_implementation(NAME)
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = tokenizer(text[: 16 * (length + DECODED)], return_tensors="pt")["input_ids"][:, : length + DECODED]

@@ -267,7 +267,7 @@ def run(arguments) -> dict:
     note("distilled", model, spent)
     if arguments.model:
         model.save_pretrained(arguments.model)
-        again = replace(AutoModel.from_pretrained(arguments.model).eval())
+        again = AutoModel.from_pretrained(arguments.model).eval()
         batch = search.queries[0]
         with torch.no_grad():
             assert torch.equal(again(**batch).last_hidden_state, model(**batch).last_hidden_state)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.language_model import load
 from diffmax import attention, matched_scale, suggest_alpha
-from diffmax.integrations.transformers import Heads, distil, replace
+from diffmax.integrations.transformers import Heads, distil, divergence, replace
 
 MEASURED = ("execmodel", "debugger", "import", "typesmapping", "comparisons")
 FITTED = ("types", "specialnames", "string-methods", "formatstrings")
@@ -183,12 +183,6 @@ def fitted_scale(alpha: float, of_scale: Callable[[float], float]) -> float:
     return math.exp(min(max(y - slope * (z - x) / (2 * bend), x), z))
 
 
-def divergence(student: Any, teacher: Any, _: Any) -> Tensor:
-    """KL divergence of the predictions per token."""
-    ours, theirs = (output.logits.log_softmax(-1) for output in (student, teacher))
-    return nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
-
-
 def distilled(model: Any, heads: Heads, batches: list[dict[str, Any]], minutes: float) -> tuple[Any, dict[str, Any]]:
     """A copy of the model with these heads, trained to predict as the model does, and what that took.
 
@@ -202,7 +196,7 @@ def distilled(model: Any, heads: Heads, batches: list[dict[str, Any]], minutes: 
         took = time.process_time()
         with torch.no_grad():
             wanted = model(**batch)
-        divergence(student(**batch), wanted, None).backward()
+        divergence(student(**batch), wanted, batch).backward()
         student.zero_grad()
     steps = max(1, int(60 * minutes / (time.process_time() - took)))
     losses: list[float] = []

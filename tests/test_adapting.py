@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'diffmax-core[transformers]'")
@@ -36,6 +37,7 @@ from diffmax.integrations.transformers.adapting.outputs import mask_for
 from diffmax.integrations.transformers.adapting.recording import Call, record
 from diffmax.integrations.transformers.adapting.replacement import _device
 from diffmax.nn import AlphaSchedule
+from tests import fresh
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 LINEARS = [f"encoder.layer.{i}.{name}.dense" for i in range(2) for name in ("attention.output", "output")]
@@ -341,15 +343,41 @@ def test_annealing_starts_near_softmax_and_ends_at_the_heads():
 
 
 def test_saved_and_loaded_it_is_the_same_model(tmp_path):
+    """It ran with softmax, in silence, unless `replace` was called."""
     data = batches(7)
     model = adapt(bert(BertForMaskedLM), data, zeros=0.4, steps=2, calibration=2, refitting=3, linears=["bert." + LINEARS[0]])
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["diffmax"] == model.config.diffmax
-    loaded = replace(AutoModelForMaskedLM.from_pretrained(tmp_path).eval())
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(**data[0]).logits, model(**data[0]).logits)
-        without_head = replace(AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval())
-        assert torch.equal(without_head(**data[0]).last_hidden_state, model.bert(**data[0]).last_hidden_state)
+        without_head, report = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False, output_loading_info=True)
+        assert not report["missing_keys"]
+        assert torch.equal(without_head.eval()(**data[0]).last_hidden_state, model.bert(**data[0]).last_hidden_state)
+        loaded.save_pretrained(tmp_path / "again")
+        again = replace(AutoModelForMaskedLM.from_pretrained(tmp_path / "again").eval())  # changes nothing
+        assert torch.equal(again(**data[0]).logits, model(**data[0]).logits)
+        softmax = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        assert softmax.config._attn_implementation == "eager"
+        assert not torch.equal(softmax(**data[0]).logits, model(**data[0]).logits)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="needs a transformers that reads attn_implementation from a configuration: pip install 'transformers>=5.23'",
+)
+def test_an_adapted_model_does_not_run_softmax_where_diffmax_is_not_imported(tmp_path):
+    replace(llama(), of_llama()).save_pretrained(tmp_path)
+    done = fresh.python(f"import transformers; transformers.AutoModel.from_pretrained({str(tmp_path)!r})", check=False)
+    assert 'attn_implementation="diffmax-adapted"` is not supported' in done.stderr
+
+
+def test_a_model_of_an_adapted_configuration_says_that_its_heads_are_missing(tmp_path):
+    replace(llama(), of_llama()).save_pretrained(tmp_path)
+    model = LlamaModel(transformers.AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match=r"this LlamaAttention has no heads yet\ncall .*replace\(model\)"):
+        model(torch.tensor([[3, 4, 5]]))
+    assert replace(model)(torch.tensor([[3, 4, 5]]))[0].isfinite().all()
 
 
 def test_heads_in_the_configuration_are_not_ignored_in_silence(tmp_path):
@@ -368,10 +396,11 @@ def test_heads_in_the_configuration_are_not_ignored_in_silence(tmp_path):
         ValueError, match=r"transformers.replace\(model\), or to give them up set diffmax to None in that BertConfig"
     ):
         loaded(**data[0])
-    suggest_alpha(loaded, data[:1], 0.5)  # runs the model under a name of its own
-    with pytest.raises(ValueError, match="would not use"):
-        loaded(**data[0])
+    for measure_it in (suggest_alpha, calibrate):  # they measured it with softmax, in silence
+        with pytest.raises(ValueError, match=rf"^{measure_it.__name__}: .* got a BertForMaskedLM that was adapted"):
+            measure_it(loaded, data[:1], zeros=0.5)
     loaded.config.diffmax = None
+    suggest_alpha(loaded, data[:1], 0.5)  # runs the model under a name of its own
     loaded(**data[0])
 
 

@@ -183,7 +183,7 @@ def test_a_position_bias_is_added_and_learns(mask, causal):
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])
 @torch.no_grad()
 def test_generate_gives_the_tokens_of_the_unfused_path(family, padding, cache, monkeypatch):
-    """A step goes to the operator for caches unless its mask hides more than the first keys, as the empty end of a static cache."""
+    """A step goes to the operator for caches unless its mask hides more than the first keys: a static cache's empty end."""
     name = FAMILIES[family][0]
     model = model_of(family, use_cache=True)
     causal = getattr(transformers, name.replace("Model", "ForCausalLM"))(model.config).eval()

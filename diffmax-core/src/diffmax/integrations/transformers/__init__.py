@@ -1,9 +1,20 @@
 """Hugging Face transformers: diffmax as an attention implementation, and a recipe that adapts a pretrained model to it."""
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from diffmax.integrations.transformers.adapting import Heads, adapt, calibrate, distil, refit, replace, suggest_alpha
+from diffmax.integrations.transformers.adapting import (
+    Heads,
+    adapt,
+    adapted_when_loaded,
+    calibrate,
+    distil,
+    divergence,
+    refit,
+    replace,
+    suggest_alpha,
+)
 from diffmax.integrations.transformers.attention import ModelAlpha, register
 from diffmax.integrations.transformers.hybrid import register_hybrid
 from diffmax.integrations.transformers.power import register_power
@@ -23,6 +34,7 @@ __all__ = [
     "alpha_callback",
     "calibrate",
     "distil",
+    "divergence",
     "refit",
     "register",
     "register_hybrid",
@@ -31,6 +43,8 @@ __all__ = [
     "suggest_alpha",
 ]
 
+with contextlib.suppress(ImportError):  # transformers is missing or too old: each function says so
+    adapted_when_loaded()
 
 _CACHES = {
     "HybridModelCache": "power_cache",

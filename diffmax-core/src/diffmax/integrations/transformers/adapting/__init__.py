@@ -3,15 +3,23 @@
 docs/adapting.md explains when this is worthwhile.
 
 Each head of each layer gets an alpha and a scale for its scores. Both are stored in `model.config.diffmax`: `save_pretrained`
-writes them, and `replace(model)` restores them after `from_pretrained`.
+writes them, and `from_pretrained` restores them where this package is imported.
 """
 
 from diffmax.integrations.transformers.adapting.calibration import ALPHAS, SCALES, calibrate
 from diffmax.integrations.transformers.adapting.distillation import distil
-from diffmax.integrations.transformers.adapting.outputs import Batch, Loss, Output, final_output, likelihood, relative_error
+from diffmax.integrations.transformers.adapting.outputs import (
+    Batch,
+    Loss,
+    Output,
+    divergence,
+    final_output,
+    likelihood,
+    relative_error,
+)
 from diffmax.integrations.transformers.adapting.recipe import adapt
 from diffmax.integrations.transformers.adapting.refitting import refit
-from diffmax.integrations.transformers.adapting.replacement import NAME, Heads, replace
+from diffmax.integrations.transformers.adapting.replacement import NAME, Heads, adapted_when_loaded, replace
 from diffmax.integrations.transformers.adapting.suggestion import suggest_alpha
 
 __all__ = [
@@ -23,8 +31,10 @@ __all__ = [
     "Loss",
     "Output",
     "adapt",
+    "adapted_when_loaded",
     "calibrate",
     "distil",
+    "divergence",
     "final_output",
     "likelihood",
     "refit",

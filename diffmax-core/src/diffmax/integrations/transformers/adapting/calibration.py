@@ -59,8 +59,8 @@ def calibrate(
         The alphas and scales, for `replace`.
     Raises:
         ValueError: `zeros` and `alpha` are both given or both missing, or out of range; there is no batch; no layer calls
-            the attention interface of transformers, or a layer uses an option that diffmax does not support; or the share of
-            zeros cannot be reached.
+            the attention interface of transformers, or a layer uses an option that diffmax does not support; the model was
+            adapted before; or the share of zeros cannot be reached.
     Source: written for diffmax.
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -166,6 +166,11 @@ def measure(
         raise ValueError(f"{name}: queries must be a positive int or None, got {queries!r}")
     if not isinstance(probes, int) or isinstance(probes, bool) or probes < 1:
         raise ValueError(f"{name}: probes must be a positive int, got {probes!r}")
+    if getattr(getattr(model, "config", None), "diffmax", None):
+        raise ValueError(
+            f"{name}: the model must be one with softmax, got a {type(model).__name__} that was adapted: its configuration has "
+            "heads\ntake the model from before `replace`; or, if no weight was trained since, set model.config.diffmax to None"
+        )
     names = {module: name for name, module in model.named_modules()}
     layers: list[tuple[str, int]] = []
     movement, zeros, entries = torch.zeros(()), torch.zeros(()), torch.zeros(())

@@ -58,7 +58,16 @@ def mask_for(model: nn.Module, part: nn.Module, batch: Batch) -> Tensor | None:
 
 
 def divergence(student: Any, teacher: Any, batch: Batch) -> Tensor:
-    """Mean KL divergence of a student's predictions from its teacher's, without padding; without logits, `relative_error`."""
+    """KL divergence of a student's predictions from its teacher's, in nats per token: a loss for `distil`.
+
+    Args:
+        student, teacher: Outputs of the two models for the same inputs, with logits (..., L, V); without logits the result is
+            the squared distance of the last hidden states, relative to the teacher's norm.
+        batch: The inputs. Tokens where its attention_mask is 0 do not count.
+    Returns:
+        A scalar, in float32 or better.
+    Source: Hinton et al., 2015, Distilling the Knowledge in a Neural Network, at temperature 1.
+    """
     if getattr(teacher, "logits", None) is None:
         return relative_error(student, teacher, batch)
     ours, theirs = (output.logits.float().log_softmax(-1) for output in (student, teacher))

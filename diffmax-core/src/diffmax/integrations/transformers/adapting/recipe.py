@@ -41,7 +41,7 @@ def adapt(
         steps, loss, lr, progress: As for `distil`.
         calibration, refitting: Number of batches for `calibrate` and for `refit`.
     Returns:
-        The model. `save_pretrained` writes it, and `replace(AutoModel.from_pretrained(path))` loads it.
+        The model. `save_pretrained` writes it, and `AutoModel.from_pretrained(path)` loads it as it is.
     """
     needed = calibration + (refitting if linears else 0) + steps
     if isinstance(batches, Sized) and len(batches) < needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -25,7 +26,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
         model: The model.
         heads: The result of `calibrate` or `suggest_alpha`, or made by hand: of each attention layer, by its name in the model,
             a number for each query head, {"model.layers.0.self_attn": {"alpha": [0.5, 0.9], "scale": [1.0, 1.0]}}. None: the
-            value in `model.config.diffmax`, which `save_pretrained` and `from_pretrained` preserve.
+            value in `model.config.diffmax`, which `save_pretrained` writes. `from_pretrained` calls `replace` by itself.
         share: How far to move from softmax, 0 < share <= 1: (1 - alpha) and (1 - scale) are multiplied by it. 1 is the full
             change.
     Returns:
@@ -76,7 +77,36 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
         if part is not config:
             part.diffmax = of_part
     model.set_attn_implementation(NAME)  # type: ignore[operator]
+    config.attn_implementation = NAME  # saved, so that it does not run softmax in silence where diffmax is not imported
     return model
+
+
+def adapted_when_loaded() -> None:
+    """Let `from_pretrained` give a model the heads in its configuration, unless another attn_implementation is asked for.
+
+    Raises:
+        ImportError: transformers is missing or too old.
+    """
+    register_functions(NAME, _attend_adapted, "replace")
+    import transformers
+
+    kind: Any = transformers.PreTrainedModel
+    load = kind.from_pretrained.__func__
+    if hasattr(load, "_diffmax_adapts"):
+        return
+
+    @functools.wraps(load)
+    def load_adapted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # the Auto classes put it into the configuration
+        asked = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
+        loaded = load(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if asked in (None, NAME) and getattr(model.config, "diffmax", None):
+            replace(model)
+        return loaded
+
+    load_adapted._diffmax_adapts = True  # type: ignore[attr-defined]
+    kind.from_pretrained = classmethod(load_adapted)
 
 
 def _checked(name: str, module: nn.Module, of_layer: Any) -> dict[str, list[float]]:
@@ -157,8 +187,7 @@ def _attend_adapted(
     if heads is None:
         raise ValueError(
             f"diffmax attention: this {type(module).__name__} has no heads yet\n"
-            "call diffmax.integrations.transformers.replace(model) after from_pretrained; heads that are given must name every "
-            "layer that runs"
+            "call diffmax.integrations.transformers.replace(model); heads that are given must name every layer that runs"
         )
     # on another device only if the layer's parameters are moved for the call, as accelerate does
     alpha, scale = (t.to(query.device) for t in (heads.alpha, heads.scale))

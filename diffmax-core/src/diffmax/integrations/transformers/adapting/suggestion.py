@@ -38,7 +38,8 @@ def suggest_alpha(
     as those that the model is for.
 
     Args:
-        model: A transformers model with softmax attention, as loaded. Its state is restored.
+        model: A transformers model that was trained with softmax. It is measured with softmax, whatever attn_implementation it
+            has, which is restored.
         batches: A few dictionaries of the model's inputs; one of a thousand tokens is enough to begin with.
         zeros: The share of exact zeros to reach, in (0, 1), among the keys that queries without padding see.
         per_head: Whether each head gets its own alpha and scale. False: one pair for the whole model.
@@ -56,7 +57,8 @@ def suggest_alpha(
         ImportError: transformers is missing or too old.
         TypeError: The model is not one of transformers, or steps is no int.
         ValueError: zeros, queries, steps or calibration is out of range; there is no batch; the model computes attention by
-            itself, or uses an option that cannot be measured; the share of zeros cannot be reached; per_head=False with steps.
+            itself, uses an option that cannot be measured, or was adapted before; the share of zeros cannot be reached;
+            per_head=False with steps.
     Source: docs/choosing.md. Written for diffmax.
     Example:
         >>> import torch
