@@ -446,7 +446,9 @@ ENDS = torch.tensor([0, 2, 6], dtype=torch.int32)
         ),
         (ValueError, "scale must be finite, got nan", {"scale": float("nan")}),
         (ValueError, "from 0 to 2.*, got .9223372036854775808, 0.", {"window_size": (2**63, 0)}),
-        (TypeError, "alpha must be a float or a tensor, got <function", {"alpha": lambda: 0.5}),
+        (TypeError, r"alpha must be a float or a tensor, got <function(.|\n)*\npass what it returns", {"alpha": lambda: 0.5}),
+        (TypeError, r"alpha must be a float or a tensor, got \[0.5, 0.5\] .*\npass torch.tensor", {"alpha": [0.5, 0.5]}),
+        (ValueError, r"got shape \(3,\)\na tensor holds one alpha, or one per query head", {"alpha": torch.full((3,), 0.5)}),
         (ValueError, "got 0.0\nthe limit alpha -> 0 is sparsemax", {"alpha": 0}),
         (TypeError, "backend must be a name from .*got 3 of type int", {"backend": 3}),
         (

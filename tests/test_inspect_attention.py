@@ -344,6 +344,12 @@ def test_weights_of_nan_and_no_weights_make_a_page():
     assert parsed(AttentionReport(())).data["layers"] == []
 
 
+def test_a_small_weight_is_not_shown_as_0():
+    maps = torch.tensor([[[[0.999, 1e-7, 0.0]]]])
+    rows = str(report_of(maps).table(0)).splitlines()[1:]
+    assert [row.split()[-1] for row in rows] == ["0.9990", "1e-07"]
+
+
 def test_pictures():
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     maps = torch.rand(1, 2, 4, 4).sub(0.5).clamp_min(0)
@@ -363,6 +369,7 @@ def test_what_is_refused():
         (lambda: inspect_attention(nn.Linear(16, 16), x), ValueError, "Linear called no attention of diffmax\nreplace its"),
         (lambda: inspect_attention(attend, "a text"), TypeError, "a text needs a tokenizer, got None\npass tokenizer="),
         (lambda: inspect_attention(torch.compile(attend), x), ValueError, "must not be compiled"),
+        (lambda: inspect_attention(attend, [{"x": x}]), TypeError, "must be those of one call, got a list of 1 with a mapping"),
     ):
         with pytest.raises(error, match=words):
             call()

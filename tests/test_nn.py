@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from diffmax import DiffmaxBisectModule, DiffmaxLoss, ExpMap, HillMap, TanhMap, diffmax_bisect
+from diffmax.nn import DiffmaxAttention, param_groups
 
 
 def test_a_fixed_alpha_is_the_function():
@@ -122,6 +123,18 @@ def test_repr_names_what_matters():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("module", [DiffmaxBisectModule, DiffmaxLoss, lambda alpha: DiffmaxAttention(8, 2, alpha=alpha)])
+def test_a_tensor_that_no_optimizer_would_learn_is_told(module):
+    """It stayed as it was, and its gradient grew."""
+    alpha = torch.tensor(0.85, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"alpha is a tensor that requires a gradient .* does not learn it\npass nn.Parameter"):
+        model = nn.Sequential(nn.Linear(2, 2), module(alpha))
+    (group,) = [group for group in param_groups(model, 1e-3) if group["name"] == "alpha"]
+    assert group["params"][0] is alpha
+    fixed = nn.Sequential(nn.Linear(2, 2), module(alpha.detach()))
+    assert "alpha" not in {group["name"] for group in param_groups(fixed, 1e-3)}
 
 
 @pytest.mark.parametrize("tensor", [False, True])

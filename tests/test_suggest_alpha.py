@@ -196,7 +196,9 @@ def test_wrong_options_of_calibrate_are_named(options, message):
 
 
 def test_what_it_cannot_do_is_said():
-    with pytest.raises(TypeError, match=r"suggest_alpha: the model must be one of transformers, got Linear\nfor timm and diff"):
+    with pytest.raises(
+        TypeError, match=r"suggest_alpha: the model must be one of transformers, got .* of type Linear\nfor timm and"
+    ):
         suggest_alpha(torch.nn.Linear(2, 2), batches())
     with pytest.raises(ValueError, match="suggest_alpha: zeros must lie strictly between 0 and 1, got 90"):
         suggest_alpha(llama(), batches(), 90)

@@ -21,6 +21,14 @@ DECODING = (
     "plain", "new token", "pages, new token", "pages of 5, chunk", "bounds", "bounds, softcap, slopes, sink", "grouped heads",
     "alpha per head", "dense", "sparse", "rows of a larger cache", "window", "head size 128, value size 24",
 )  # fmt: skip
+POWER = (
+    "plain", "head size 64", "chunks that do not divide", "gates near 1", "grouped heads", "state in, state out",
+    "tail and state", "tail, state out, in chunks", "degree 4",
+)  # fmt: skip
+THRESHOLD = (
+    "rectified scores", "square above a threshold", "softmax", "bias", "grouped heads, value size", "padding", "window",
+    "packed",
+)  # fmt: skip
 WHOLE = ("packed_sequences_are_each_on_their_own", "masked_and_bad_queries", "dropout_keeps_what_the_contract_says")
 
 
@@ -29,7 +37,7 @@ def cells(kind: str) -> Iterator[Cell]:
     if rehearsed(kind):
         yield from _tiny(kind)
         return
-    yield from itertools.chain(_rows(kind), _attention(kind), _decoding(kind))
+    yield from itertools.chain(_rows(kind), _attention(kind), _decoding(kind), _of_kits())
 
 
 def _rows(kind: str) -> Iterator[Cell]:
@@ -77,6 +85,14 @@ def _decoding(kind: str) -> Iterator[Cell]:
         yield decoding(dtype, name)
 
 
+def _of_kits() -> Iterator[Cell]:
+    both = ("forward", "backward")
+    for dtype in ("bfloat16", "float32"):
+        for kit, names in (("power", POWER), ("threshold", THRESHOLD)):
+            for name, direction in itertools.product(names, both):
+                yield of_kit(kit, direction, dtype, name)
+
+
 def _tiny(kind: str) -> Iterator[Cell]:
     yield rows("forward", "float32", 0.5, [[3, 33]])
     yield rows("forward", "bfloat16", 0.85, [[3, 33]])
@@ -88,6 +104,8 @@ def _tiny(kind: str) -> Iterator[Cell]:
         yield attention(direction, "float32", small, "small")
     if kind == "interpret":
         yield decoding("float32", "plain")
+    yield of_kit("power", "forward", "float32", "one token")
+    yield of_kit("threshold", "backward", "float32", "fewer queries")
 
 
 def rows(direction: str, dtype: str, alpha: float, shapes: list[list[int]], what: str = "") -> Cell:
@@ -102,3 +120,8 @@ def attention(direction: str, dtype: str, case: dict[str, Any], name: str) -> Ce
 
 def decoding(dtype: str, name: str) -> Cell:
     return Cell(f"smoke decode {dtype} {name}", "smoke:decoding", {"dtype": dtype, "case": name}, 120)
+
+
+def of_kit(kit: str, direction: str, dtype: str, name: str) -> Cell:
+    given = {"kit": kit, "direction": direction, "dtype": dtype, "case": name}
+    return Cell(f"smoke {kit} {direction} {dtype} {name}", "smoke:of_kit", given, 120)

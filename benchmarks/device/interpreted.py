@@ -9,15 +9,16 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 import diffmax
 from benchmarks.device import faults
+from diffmax.kernels.capability import FLOATS, shared_kernels
 from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.common.tuning import predicted_table
 from diffmax.kernels.triton.decoding.launch import Decoder
+from diffmax.kernels.triton.power.launch import PowerOperator
 from diffmax.kernels.triton.rows.launch import RowOperator
-from diffmax.plugin import FEATURES, OPERATORS, Backend
+from diffmax.kernels.triton.threshold.launch import ThresholdOperator
+from diffmax.plugin import Backend, Kernel
 from diffmax.testing.interpreter import harden, quicken
 
 NAME = "triton"
@@ -33,6 +34,8 @@ TABLE = replace(_WHOLE, forward=_short(_WHOLE.forward), backward=_short(_WHOLE.b
 ROWS = RowOperator(lambda device: TABLE, lambda device: PROCESSORS, ptx=False)
 ATTENTION = AttentionOperator(lambda device: "sm90", lambda device: PROCESSORS, ptx=False)
 DECODER = Decoder(lambda device: PROCESSORS, ptx=False)
+POWER = PowerOperator(lambda device: "sm90", ptx=False)
+THRESHOLD = ThresholdOperator(lambda device: "sm90", ptx=False)
 
 
 def bisect(*arguments: Any) -> Any:
@@ -55,6 +58,28 @@ def attention_kvcache(*arguments: Any) -> Any:
     return faults.bend(DECODER.attention_kvcache(*arguments))
 
 
+def power_attention(*arguments: Any) -> Any:
+    return faults.bend(POWER.power_attention(*arguments))
+
+
+def power_attention_backward(*arguments: Any) -> Any:
+    return faults.bend(POWER.power_attention_backward(*arguments))
+
+
+def threshold_attention(*arguments: Any) -> Any:
+    return faults.bend(THRESHOLD.threshold_attention(*arguments))
+
+
+def threshold_attention_backward(*arguments: Any) -> Any:
+    return faults.bend(THRESHOLD.threshold_attention_backward(*arguments))
+
+
+def _kernel(operator: str, vendors: Kernel) -> Kernel:
+    """A vendor's kernel, from this module, where no type has 64 bits."""
+    dtypes = tuple(dtype for dtype in FLOATS if dtype in vendors.dtypes)
+    return replace(vendors, function=f"{__name__}:{operator}", dtypes=dtypes, warmup=None)
+
+
 def register() -> None:
     """Make the backend known, and Triton's interpreter right."""
     harden()
@@ -65,9 +90,7 @@ def register() -> None:
         Backend(
             name=NAME,
             device_types=("cpu",),
-            kernels={operator: f"{__name__}:{operator}" for operator in OPERATORS},
-            dtypes=(torch.float16, torch.bfloat16, torch.float32),
-            features=frozenset(FEATURES),
+            kernels={operator: _kernel(operator, vendors) for operator, vendors in shared_kernels(NAME).items()},
             automatic=False,
         )
     )

@@ -1,4 +1,4 @@
-"""The three conformance kits, side by side in pytest's processes; each test's outcome is a line as soon as it is known.
+"""The conformance kits of all operators, side by side in pytest's processes; each outcome is a line as soon as it is known.
 
 Imports no torch: pytest runs in processes of its own, and `kit_lines`, a plugin of theirs, writes the lines.
 """
@@ -27,6 +27,8 @@ assert not isinstance(place, str), place
 from diffmax.testing.attention.conformance import AttentionConformance
 from diffmax.testing.rows.conformance import BackendConformance
 from diffmax.testing.decoding.conformance import KVCacheConformance
+from diffmax.testing.power.conformance import PowerConformance
+from diffmax.testing.threshold.conformance import ThresholdConformance
 
 
 class TestRows(BackendConformance):
@@ -38,6 +40,14 @@ class TestAttention(AttentionConformance):
 
 
 class TestDecoding(KVCacheConformance):
+    backend, device = place.backend, place.device
+
+
+class TestPower(PowerConformance):
+    backend, device = place.backend, place.device
+
+
+class TestThreshold(ThresholdConformance):
     backend, device = place.backend, place.device
 """
 TIMEOUT = 120  # seconds of one test, where pytest-timeout is there

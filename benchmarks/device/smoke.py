@@ -10,10 +10,12 @@ import torch
 from benchmarks.device.context import Context
 from diffmax.testing.attention import checks as attention_checks
 from diffmax.testing.decoding import checks as decoding_checks
+from diffmax.testing.power import checks as power_checks
 from diffmax.testing.rows import checks
+from diffmax.testing.threshold import checks as threshold_checks
 
 SIGMAS = (1.0, 10.0)
-BACKWARD = {"attention": attention_checks.gradients_are_right_on_average}
+KITS = {"power": power_checks, "threshold": threshold_checks}
 
 
 def rows(context: Context, direction: str, dtype: str, alpha: float, shapes: list[list[int]]) -> None:
@@ -39,7 +41,9 @@ def attention(context: Context, direction: str, dtype: str, case: dict[str, Any]
     torch.manual_seed(context.seed)
     place = context.place
     given = replace(attention_checks.CASES[case["of"]], **{key: value for key, value in case.items() if key != "of"})
-    check = attention_checks.forward_passes_the_gate if direction == "forward" else BACKWARD["attention"]
+    check = (
+        attention_checks.forward_passes_the_gate if direction == "forward" else attention_checks.gradients_are_right_on_average
+    )
     check(place.backend, place.device, given, getattr(torch, dtype))
 
 
@@ -54,3 +58,11 @@ def decoding(context: Context, dtype: str, case: str) -> None:
     torch.manual_seed(context.seed)
     place = context.place
     decoding_checks.decoding_passes_the_gate(place.backend, place.device, decoding_checks.CASES[case], getattr(torch, dtype))
+
+
+def of_kit(context: Context, kit: str, direction: str, dtype: str, case: str) -> None:
+    """One case of the power or the threshold kit."""
+    torch.manual_seed(context.seed)
+    place, checks = context.place, KITS[kit]
+    check = checks.results_pass_the_gate if direction == "forward" else checks.gradients_are_right_on_average
+    check(place.backend, place.device, checks.CASES[case], getattr(torch, dtype))

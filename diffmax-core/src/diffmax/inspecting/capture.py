@@ -96,6 +96,11 @@ def _arguments(model: nn.Module, inputs: Any, tokenizer: Any) -> tuple[tuple[Any
         inputs = {name: t.to(device) for name, t in inputs.items()}
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)) and any(isinstance(each, Mapping) for each in inputs):
+        raise TypeError(
+            f"inspect_attention: inputs must be those of one call, got a {type(inputs).__name__} of {len(inputs)} with a "
+            "mapping\npass the mapping itself; for several batches, call inspect_attention for each"
+        )
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 

@@ -45,9 +45,14 @@ class Reads(list[Read]):
 
     def __str__(self) -> str:
         """One line each, below a line of names."""
-        rows = [Read._fields, *((*map(str, read[:5]), f"{read.weight:.4f}") for read in self)]
+        rows = [Read._fields, *((*map(str, read[:5]), _shown(read.weight)) for read in self)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(Read._fields))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _shown(weight: float) -> str:
+    """Four digits after the point, but never 0 for a weight that is not."""
+    return f"{weight:.4f}" if weight == 0 or weight >= 5e-5 else f"{weight:.0e}"
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ class DiffmaxAttention(HeadAlpha):
         """Convert a torch.nn.MultiheadAttention, with its weights and settings; `options` are the constructor's, such as alpha.
 
         Raises:
+            TypeError: The module is another one.
             ValueError: The module has add_bias_kv=True, which is not supported.
         Example:
             >>> layer = torch.nn.TransformerEncoderLayer(32, 4)
@@ -141,6 +142,8 @@ class DiffmaxAttention(HeadAlpha):
             >>> layer(torch.randn(10, 2, 32)).shape
             torch.Size([10, 2, 32])
         """
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(f"{cls.__name__}.from_torch: module must be a nn.MultiheadAttention, got {type(module).__name__}")
         weight = module.out_proj.weight
         settings: dict[str, Any] = {name: getattr(module, name) for name in ("kdim", "vdim", "dropout", "batch_first")}
         settings |= {"bias": module.in_proj_bias is not None, "device": weight.device, "dtype": weight.dtype}

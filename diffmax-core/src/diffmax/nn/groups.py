@@ -145,6 +145,9 @@ def _alphas_of(model: nn.Module) -> Iterator[nn.Parameter]:
         if name in ALPHAS:
             yield parameter
     for module in model.modules():
+        tensor = module._buffers.get("alpha")
+        if tensor is not None and tensor.is_leaf:  # one that requires a gradient is as good as a Parameter
+            yield tensor  # type: ignore[misc]
         function = module._modules.get("alpha")
         if function is not None:  # a module that is used as an alpha function
             yield from function.parameters()

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffmax.operators.attention.api import attention
 from diffmax.operators.attention.checks import check_alibi, check_tensors
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import _dtype, _readable, _shape, check_scores
+from diffmax.operators.common.checks import _dtype, _readable, _shape, check_scores, not_an_alpha
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.rows.api import diffmax_bisect, normalize
 
@@ -211,7 +211,7 @@ def _our_alpha(name: str, alpha: float | Tensor, device: torch.device | None) ->
             raise ValueError(f"{name}: alpha must lie in [1, 2], got values from {low.item():g} to {high.item():g}")
         return 2 - alpha
     if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
-        raise TypeError(f"{name}: alpha must be a float or a tensor, got {alpha!r} of type {type(alpha).__name__}")
+        raise not_an_alpha(name, alpha)
     if not 1 < alpha <= 2:
         raise ValueError(
             f"{name}: alpha must lie in (1, 2], got {alpha}\nit is entmax's: 2 is sparsemax, and the limit 1 is torch.softmax"

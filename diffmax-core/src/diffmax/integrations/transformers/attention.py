@@ -85,7 +85,8 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScal
         torch.Size([1, 4, 8])
     """
     if not isinstance(name, str):
-        raise TypeError(f"register: name must be a string, got {name!r}\nfor an alpha, write register(alpha={name!r})")
+        hint = f"\nfor an alpha, write register(alpha={name!r})" if isinstance(name, (float, Tensor)) or callable(name) else ""
+        raise TypeError(f"register: name must be a string, got {name!r}{hint}")
     if any(word in name for word in _RESERVED):
         raise ValueError(
             f"register: name must not contain {', '.join(_RESERVED)}, got {name!r}\n"

@@ -22,6 +22,7 @@ from diffmax.operators.common.checks import (
     check_tensor,
     has_shape,
     is_whole,
+    not_an_alpha,
     one_minus_alpha,
     to_float,
 )
@@ -129,13 +130,14 @@ def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> 
     """Check alpha and turn it into e = 1 - alpha: as a float, or as a tensor (H,) with a gradient."""
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
-            raise TypeError(f"{name}: alpha must be a float or a tensor, got {alpha!r} of type {type(alpha).__name__}")
+            raise not_an_alpha(name, alpha)
         return one_minus_alpha(name, query, to_float(alpha), query.ndim - 1)
     check_strided(name, "alpha", alpha)
     if not alpha.is_floating_point():
         raise TypeError(f"{name}: alpha must be of a floating dtype, got {_dtype(alpha)}")
     if not has_shape(alpha, (), (1,), (heads,)):
         hint = f"\nfor one alpha per head, pass alpha.view({heads})" if alpha.numel() == heads else ""
+        hint = hint or f"\na tensor holds one alpha, or one per query head, of which there are {heads}"
         raise ValueError(f"{name}: alpha must be a float or of shape () or ({heads},), got shape {_shape(alpha)}{hint}")
     if alpha.device != query.device and not (alpha.ndim == 0 and alpha.device.type == "cpu"):
         raise ValueError(f"{name}: alpha and query must be on one device, got {alpha.device} and {query.device}")

@@ -117,10 +117,18 @@ def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int, or_el
         e_tensor = (1 - alpha.to(torch.promote_types(alpha.dtype, acc))).to(acc)
         return 0.0, e_tensor if e_tensor.device == X.device else e_tensor.to(X.device)
     if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
-        raise TypeError(f"{name}: alpha must be a float or a tensor{or_else}, got {alpha!r} of type {type(alpha).__name__}")
+        raise not_an_alpha(name, alpha, or_else)
     if not 0 < alpha < 1:
         raise ValueError(f"{name}: alpha must lie strictly between 0 and 1, got {alpha}{_alpha_hint(name, alpha)}")
     return 1.0 - float(alpha), None
+
+
+def not_an_alpha(name: str, alpha: Any, or_else: str = "") -> TypeError:
+    """The error for what is neither a number nor a tensor."""
+    hint = "\npass torch.tensor(alpha)" if isinstance(alpha, (list, tuple)) else ""
+    if callable(alpha) and not or_else:
+        hint = "\npass what it returns: alpha=alpha()"
+    return TypeError(f"{name}: alpha must be a float or a tensor{or_else}, got {alpha!r} of type {type(alpha).__name__}{hint}")
 
 
 # Functions whose second argument is alpha, where torch.softmax has its dimension.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,8 @@ class Resettable(nn.Module):
         """Set an attribute: a tensor becomes a buffer, a parameter stays a parameter.
 
         A buffer is a contiguous copy, because a state dict cannot be loaded into an expanded tensor, and safetensors does not
-        save overlapping memory. A tensor that requires a gradient is not copied, so that the gradient reaches it.
+        save overlapping memory. A tensor that requires a gradient is not copied, so that the gradient reaches it; as no
+        parameter of the module lists it, one warns.
         """
         if isinstance(value, Tensor):
             self._initial_values[name] = independent_copy(value)
@@ -27,6 +29,13 @@ class Resettable(nn.Module):
             if not value.is_contiguous():
                 value.data = value.data.contiguous()
         elif isinstance(value, Tensor):
+            if value.requires_grad and value.is_leaf:
+                warnings.warn(
+                    f"{type(self).__name__}: {name} is a tensor that requires a gradient and no parameter of the module, so an "
+                    f"optimizer of model.parameters() does not learn it\npass nn.Parameter({name})"
+                    f"{', or an alpha_map' if name == 'alpha' and hasattr(self, 'alpha_map') else ''}",
+                    stacklevel=3,
+                )
             value = value if value.requires_grad else independent_copy(value)
         if value is None or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
             self.register_buffer(name, value, persistent=persistent)

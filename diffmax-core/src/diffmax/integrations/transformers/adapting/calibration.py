@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,8 @@ def calibrate(
     """
     if (zeros is None) == (alpha is None):
         raise ValueError(f"calibrate: give either zeros or alpha, got zeros {zeros} and alpha {alpha}")
-    if zeros is not None and not 0 < zeros < 1:
-        raise ValueError(f"calibrate: zeros must lie strictly between 0 and 1, got {zeros}")
+    if zeros is not None:
+        check_share(_NAME, zeros)
     if alpha is not None:
         one_minus_alpha("calibrate", torch.empty(1), alpha, 0)
     table = measure(_NAME, model, batches, _grid(alpha, grid), output, probes, queries)
@@ -92,6 +93,14 @@ def _grid(alpha: float | None, grid: Sequence[tuple[float, float]] | None) -> li
             f"calibrate: grid must hold pairs of an alpha in (0, 1) and a positive scale, got {wrong[0] if wrong else 'none'}"
         )
     return list(grid)
+
+
+def check_share(name: str, zeros: float) -> None:
+    """A share of zeros that can be asked for."""
+    if not isinstance(zeros, numbers.Real):
+        raise TypeError(f"{name}: zeros must be a float, got {zeros!r} of type {type(zeros).__name__}")
+    if not 0 < zeros < 1:
+        raise ValueError(f"{name}: zeros must lie strictly between 0 and 1, got {zeros}")
 
 
 @dataclass

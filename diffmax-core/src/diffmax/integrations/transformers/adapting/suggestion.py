@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from diffmax.integrations.transformers.adapting.calibration import measure
+from diffmax.integrations.transformers.adapting.calibration import check_share, measure
 from diffmax.integrations.transformers.adapting.outputs import Batch, Output, each, likelihood
 from diffmax.integrations.transformers.adapting.replacement import Heads
 from diffmax.integrations.transformers.adapting.tuning import Plane, tuned
@@ -71,12 +71,12 @@ def suggest_alpha(
         1
     """
     if not hasattr(model, "set_attn_implementation"):
+        hint = 'for timm and diffusers, try alphas with replace(model, alpha, scale="match")'
         raise TypeError(
-            f"{_NAME}: the model must be one of transformers, got {type(model).__name__}\n"
-            'for timm and diffusers, try alphas with replace(model, alpha, scale="match")'
+            f"{_NAME}: the model must be one of transformers, got {model!r:.60} of type {type(model).__name__}\n"
+            f"{'load it with from_pretrained' if isinstance(model, str) else hint}"
         )
-    if not 0 < zeros < 1:
-        raise ValueError(f"{_NAME}: zeros must lie strictly between 0 and 1, got {zeros}")
+    check_share(_NAME, zeros)
     if not is_whole(steps):
         raise TypeError(f"{_NAME}: steps must be an int, got {steps!r} of type {type(steps).__name__}")
     if steps < 0:
