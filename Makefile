@@ -21,7 +21,8 @@ DISTRIBUTIONS := diffmax-core diffmax-cuda diffmax-rocm diffmax-npu
 $(STAMP): requirements.txt $(DISTRIBUTIONS:%=%/pyproject.toml)
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "make setup needs Python 3.11 to 3.13, got " + sys.version.split()[0] + "; pass another with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@echo "setting up $(VENV): up to 3 GB where torch comes with CUDA, and minutes, once"
+	$(BIN)/python -m pip install --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps $(TIMM)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation $(DISTRIBUTIONS:%=--editable %)
 	touch $@

@@ -1,6 +1,8 @@
 """Sphinx: `make docs` builds the pages of this folder, and the API from docstrings, to docs/_build. It needs no network."""
 
 import re
+import zlib
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -14,7 +16,7 @@ author = "The diffmax authors"
 project_copyright = author
 version = release = _version("diffmax-core")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.intersphinx", "sphinx.ext.napoleon"]
 templates_path = ["_templates"]
 exclude_patterns = [
     "_build",
@@ -28,6 +30,38 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebook is committed with its outputs: make notebook
 
+# Where the types in signatures are described, by the names that signatures give them. Whole inventories would need a network.
+TORCH = {
+    "DeviceMesh": "distributed.html#torch.distributed.device_mesh.DeviceMesh",
+    "Tensor": "tensors.html#torch.Tensor",
+    "nn.Module": "generated/torch.nn.Module.html#torch.nn.Module",
+    "torch.Tensor": "tensors.html#torch.Tensor",
+    "torch.device": "tensor_attributes.html#torch.device",
+    "torch.dtype": "tensor_attributes.html#torch.dtype",
+    "torch.nn.modules.activation.MultiheadAttention": "generated/torch.nn.MultiheadAttention.html#torch.nn.MultiheadAttention",
+    "torch.nn.modules.module.Module": "generated/torch.nn.Module.html#torch.nn.Module",
+    "torch.nn.parameter.Parameter": "generated/torch.nn.parameter.Parameter.html#torch.nn.parameter.Parameter",
+}
+ABSTRACT = ("Callable", "Collection", "Iterable", "Iterator", "Mapping", "Sequence")
+PYTHON = {f"collections.abc.{name}": f"library/collections.abc.html#collections.abc.{name}" for name in ABSTRACT}
+PYTHON["pathlib.Path"] = "library/pathlib.html#pathlib.Path"
+
+
+def _inventory(project: str, links: dict[str, str]) -> str:
+    """The file that intersphinx reads, of these links."""
+    path = Path(__file__).parent / "_build" / "inventories" / f"{project}.inv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: \n# The rest is compressed with zlib.\n"
+    lines = "".join(f"{name} py:class 1 {link} -\n" for name, link in links.items())
+    path.write_bytes(head.encode() + zlib.compress(lines.encode()))
+    return str(path)
+
+
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", _inventory("python", PYTHON)),
+    "torch": ("https://docs.pytorch.org/docs/stable", _inventory("torch", TORCH)),
+}
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 default_role = "code"
@@ -39,6 +73,15 @@ html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_favicon = "_static/icon.svg"
+html_baseurl = "https://diffmax.github.io/diffmax/"
+html_theme_options = {  # "view" and "edit" of each page, and the repository
+    "source_repository": "https://github.com/diffmax/diffmax/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "footer_icons": [
+        {"name": "GitHub", "url": "https://github.com/diffmax/diffmax", "html": "Repository", "class": ""},
+    ],
+}
 
 
 def _mathml(latex: str, display: str) -> str:
@@ -73,8 +116,15 @@ def _skip_fields(_app: Sphinx, _what: str, _name: str, member: Any, _skip: bool,
     return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def _out_of_the_sidebar(_app: Sphinx, page: str, source: list[str]) -> None:
+    """Decisions are linked from their list; a hundred of them would stand beside every page."""
+    if page.startswith("decisions/"):
+        source[0] = f"---\norphan: true\n---\n\n{source[0]}"
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("source-read", _out_of_the_sidebar)
     app.connect("autodoc-process-docstring", _open_one_line_sections, priority=100)  # before napoleon's 500
     app.connect("autodoc-skip-member", _skip_fields)
     app.add_html_math_renderer("mathml", inline_renderers=(_visit_math, None), block_renderers=(_visit_math_block, None))

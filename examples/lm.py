@@ -141,16 +141,18 @@ def passages(texts: list[str], tokenizer: Any) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def nats(model: Any, ids: Tensor, length: int) -> tuple[float, Tensor]:
-    """Mean cross-entropy per token in passages of a length, and for each token but their first whether it was the likeliest."""
-    losses, hits = [], []
+def nats(model: Any, ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy per token of each passage of a length, and for each token but their first if it was the likeliest."""
+    means, hits = [], []
     for passage in ids[0].split(length):
+        losses = []
         hidden = model.model(passage[None], use_cache=False).last_hidden_state[0, :-1]
         for h, y in zip(hidden.split(512), passage[1:].split(512), strict=True):  # logits of all would take gigabytes
             logits = model.lm_head(h)
             losses.append(nn.functional.cross_entropy(logits, y, reduction="none"))
             hits.append(logits.argmax(-1) == y)
-    return torch.cat(losses).double().mean().item(), torch.cat(hits)
+        means.append(torch.cat(losses).double().mean())
+    return torch.stack(means), torch.cat(hits)
 
 
 def words(hits: Tensor, ids: Tensor, length: int, tokenizer: Any) -> list[bool]:
@@ -296,7 +298,8 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             swap.setting = setting
         loss, hits = nats(model, ids, length)
         right = words(hits, ids, length, tokenizer)
-        found: dict[str, Any] = {"nats": loss, "words": len(right), "words_right": round(sum(right) / max(1, len(right)), 4)}
+        found: dict[str, Any] = {"nats": loss.mean().item(), "nats_by_passage": [round(mean, 5) for mean in loss.tolist()]}
+        found |= {"words": len(right), "words_right": round(sum(right) / max(1, len(right)), 4)}
         if setting is not None:
             found |= {"scale": setting.scale} if not isinstance(setting.scale, Tensor) else {}
             statistics = swap.statistics()
@@ -322,7 +325,7 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             def of_scale(scale: float, alpha: float = alpha, length: int = length) -> float:
                 model.set_attn_implementation(NAME)
                 swap.setting = Setting(alpha, scale)
-                return nats(model, fitting[:, :length], length)[0]
+                return nats(model, fitting[:, :length], length)[0].mean().item()
 
             points[key] = {"scale": fitted_scale(alpha, of_scale)}
             swap.statistics()
@@ -359,9 +362,16 @@ def note(key: str, points: dict[str, Any]) -> None:
     """A line of what was found."""
     point = points[key]
     if "nats" in point:
-        cost = point["nats"] - points[key.partition("/")[0] + "/softmax"]["nats"]
+        cost, error = cost_of(point, points[key.partition("/")[0] + "/softmax"])
         shares = "".join(f", {name} {point[name]:.3f}" for name in ("words_right", "zeros", "empty_tiles") if name in point)
-        tqdm.write(f"{key:24} {point['nats']:.4f} nats ({cost:+.4f}){shares}, {point['seconds']} s")
+        tqdm.write(f"{key:24} {point['nats']:.4f} nats ({cost:+.4f} ± {error:.4f}){shares}, {point['seconds']} s")
+
+
+def cost_of(point: dict[str, Any], softmax: dict[str, Any]) -> tuple[float, float]:
+    """What a point costs more than softmax in nats, and its standard error, from passage to passage; NaN of a single one."""
+    pairs = zip(point["nats_by_passage"], softmax["nats_by_passage"], strict=True)
+    costs = torch.tensor([ours - theirs for ours, theirs in pairs], dtype=torch.float64)
+    return point["nats"] - softmax["nats"], costs.std().item() / math.sqrt(len(costs)) if len(costs) > 1 else math.nan
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -412,6 +422,9 @@ def main() -> None:
     options = parser()
     arguments = options.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    for length in arguments.length:
+        if max(arguments.tokens, length) % length:
+            options.error(f"--tokens must be a multiple of each --length below it, got {arguments.tokens} and {length}")
     path = arguments.output.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"tokens": arguments.tokens, "fitted_at": arguments.length[0]}

@@ -426,6 +426,7 @@ def test_new_backend_writes_a_plugin_without_placeholders(tmp_path, capsys, name
         f'  python -m pip install --editable "{folder}[testing]"',
         f"  python -m diffmax selftest --backend {name}",
         f'  python -m pytest "{folder}"',
+        "on a CPU the last two take minutes, and less with the environment variable OMP_NUM_THREADS=1",
     ]
     package = f"diffmax_{name.lower()}"
     files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}

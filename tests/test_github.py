@@ -96,7 +96,8 @@ def test_a_job_has_a_limit_of_time_and_no_more_rights_than_it_names(job):
     writes = {right for right, level in JOBS[job].get("permissions", {}).items() if level == "write"}
     allowed = {
         "docs.yml: deploy": {"pages", "id-token"},
-        "release.yml: publish": {"attestations", "id-token"},
+        "release.yml: attest": {"attestations", "id-token"},
+        "release.yml: publish": {"id-token"},
         "release.yml: page": {"contents"},
     }
     assert writes == allowed.get(job, set())
@@ -142,17 +143,30 @@ def test_the_page_about_versions_names_the_same():
 
 def test_a_release_is_built_and_tested_before_it_is_published():
     jobs = WORKFLOWS["release.yml"]["jobs"]
-    assert jobs["publish"]["needs"] == ["build", "test"]
+    assert jobs["attest"]["needs"] == ["build", "test"]
+    assert jobs["publish"]["needs"] == "attest"
     assert jobs["page"]["needs"] == "publish"
     built = " ".join(step.get("run", "") for step in jobs["build"]["steps"])
     assert "--for-tag" in built
     assert "--from-repository" in built
     assert "make test-all" in [step.get("run") for step in jobs["test"]["steps"]]
     assert not [step for step in jobs["publish"]["steps"] if "secrets." in str(step)]
-    used = [(step.get("uses", "").partition("@")[0], step.get("with", {})) for step in jobs["publish"]["steps"]]
+    used = [(step.get("uses", "").partition("@")[0], step.get("with", {})) for step in jobs["attest"]["steps"]]
     (signed,) = [given for action, given in used if action == "actions/attest-build-provenance"]
     assert signed["subject-path"] == "release/*"  # SHA256SUMS and the bills of materials among it
-    assert [action for action, _ in used].index("actions/attest-build-provenance") < len(used) - 1
+
+
+def test_every_distribution_is_published_from_an_environment_of_its_own():
+    """An index that knows none of them yet lets only one wait for the same repository, workflow and environment."""
+    job = JOBS["release.yml: publish"]
+    projects = job["strategy"]["matrix"]["project"]
+    assert projects[0] == "core"  # the others ask for it
+    assert sorted(f"diffmax-{project}" for project in projects) == sorted(
+        path.parent.name for path in ROOT.glob("diffmax-*/pyproject.toml")
+    )
+    assert job["environment"] == "pypi-${{ matrix.project }}"
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all(f"`pypi-{project}`" in page for project in projects)
 
 
 def test_the_pages_are_opened_in_a_browser_before_they_are_published():

@@ -174,7 +174,7 @@ def test_it_is_listed_with_the_reason_and_named_it_raises_with_it():
     record = next(record for record in diffmax.backends() if record.backend == "npu")
     assert (record.distribution, record.status) == ("diffmax-npu", "unavailable")
     assert "torch_npu is not installed; pip install torch-npu==" in record.reason
-    assert "docs/npu.md" in record.reason
+    assert "diffmax/npu.html" in record.reason
     with pytest.raises(NoBackendError, match=r"npu: torch_npu is not installed"):
         choose(describe("attention", "npu", torch.float16), "npu")
     with pytest.raises(NoBackendError, match=r"npu: takes .* not float64; the device has no float64: pass float32, or backend"):

@@ -115,6 +115,9 @@ def test_all_distributions_the_citation_and_the_readme_name_one_repository(scrip
     urls = script("tomllib").loads((ROOT / "diffmax-core" / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
     assert f"repository-code: {urls['Repository']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     name = urls["Repository"].removeprefix("https://github.com/")
+    pages = "https://{}.github.io/{}/".format(*name.split("/"))  # where GitHub shows what docs.yml builds
+    assert urls.pop("Documentation") == pages
+    assert f'html_baseurl = "{pages}"' in (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
     assert all(url.startswith(urls["Repository"]) for url in urls.values())
     for page in [ROOT / "README.md", *ROOT.glob("diffmax-*/README.md")]:
         links = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)", page.read_text(encoding="utf-8"))
@@ -133,6 +136,8 @@ def test_links_of_what_an_index_shows_are_absolute_and_lead_to_files(page):
 def test_every_change_that_waits_is_read_by_towncrier():
     pytest.importorskip("towncrier", reason="needs towncrier: pip install towncrier")
     fragments = [file for file in (ROOT / "changelog.d").glob("*.md") if file.name != "README.md"]
+    # what comes before the first dot is taken for the number of an issue, and linked, unless it begins with +
+    assert not [file.name for file in fragments if not re.match(r"(\+[\w-]+|\d+)\.\w+\.md$", file.name)]
     command = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", "next"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr  # a name that it cannot read is an error

@@ -41,7 +41,7 @@ class Plugin:
                 },
                 probe="diffmax_npu.probe:probe",
                 unsupported="diffmax_npu.probe:unsupported",
-                install_hint="docs/npu.md has the versions that go together, and the order of installation",
+                install_hint="https://diffmax.github.io/diffmax/npu.html has the versions that go together, in their order",
                 api_version=(1, 6),
                 shared_kernels=2,
             ),
@@ -56,7 +56,7 @@ class Plugin:
                 automatic=False,  # never run on a device
                 probe="diffmax_npu.probe:probe_triton",
                 unsupported="diffmax_npu.probe:unsupported",
-                install_hint="docs/npu.md has the versions that go together",
+                install_hint="https://diffmax.github.io/diffmax/npu.html has the versions that go together",
                 api_version=(1, 6),
                 shared_kernels=2,
             ),

@@ -85,7 +85,7 @@ def _tell_once(error: Exception) -> None:
     warnings.warn(
         f"diffmax: kernels are compiled anew in each process: {fact}\n"
         "set NUMBA_CACHE_DIR to a folder that this user can write to; diffmax.warmup() fills it\n"
-        "of a read-only image: docs/containers.md",
+        "of a read-only image: https://diffmax.github.io/diffmax/containers.html",
         RuntimeWarning,
         stacklevel=4,
     )
