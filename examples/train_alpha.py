@@ -5,7 +5,7 @@ The weights are softmax, diffmax with a fixed alpha and with one that each head 
 
 Two tasks: handwritten digits (scikit-learn), read as 16 patches, and the weekly CO2 of Mauna Loa (statsmodels), whose next
 value is told from 48 weeks. Each setting is trained with several seeds. What is done is kept in the output's JSON file, so
-that a run that was stopped goes on where it was.
+that a run that was stopped goes on where it was. With `--rates` alpha is learned with each of these learning rates instead.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from diffmax.nn import DiffAttention, LazyAttention, param_groups
 
 SETTINGS = ("softmax", "alpha 0.85", "alpha 0.5", "learned", "difference, softmax", "difference, alpha 0.5", "lazy")
 SEEDS = (0, 1, 2)
+RATE = 0.03  # the learning rate of a learned alpha
 LAYERS, HEADS, WIDTH = 2, 4, 32
 START = 0.7  # of a learned alpha; HillMap(c=0.9) keeps it in (0.1, 1)
 
@@ -141,13 +142,13 @@ def co2() -> tuple[Tensor, Tensor, int]:
 TASKS = {"digits": digits, "co2": co2}
 
 
-def train(task: str, setting: str, seed: int, epochs: int, bar: tqdm) -> dict:
+def train(task: str, setting: str, seed: int, epochs: int, bar: tqdm, rate: float = RATE) -> dict:
     """One run: the score on held-out data, the share of exact zeros there, and what alpha each head had after each epoch."""
     x, y, split = TASKS[task]()
     classify = task == "digits"
     torch.manual_seed(seed)
     model = Transformer(setting, x.shape[1], x.shape[2], 10 if classify else 1)
-    optimizer = torch.optim.AdamW(param_groups(model, lr=3e-3, alpha_lr=3e-2, decay_biases_and_norms=True))
+    optimizer = torch.optim.AdamW(param_groups(model, lr=3e-3, alpha_lr=rate, decay_biases_and_norms=True))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     history, start = [model.alphas()], time.process_time()
     for _ in range(epochs):
@@ -163,10 +164,21 @@ def train(task: str, setting: str, seed: int, epochs: int, bar: tqdm) -> dict:
     seconds = time.process_time() - start
     with torch.no_grad():
         output = model.eval()(x[split:])
-    right = (output.argmax(1) == y[split:]).float().mean() if classify else (output[:, 0] - y[split:]).square().mean().sqrt()
+        square = (output[:, 0] - y[split:]).square().mean()
+        loss = nn.functional.cross_entropy(output, y[split:]) if classify else square
+    right = (output.argmax(1) == y[split:]).float().mean() if classify else square.sqrt()
     support = [(block.attention.last > 0).sum(-1).float().mean((0, 2)).tolist() for block in model.blocks]
     zeros = torch.stack([(block.attention.last == 0).float().mean() for block in model.blocks]).mean()
-    return {"score": right.item(), "zeros": zeros.item(), "seconds": seconds, "alphas": history, "support": support}
+    found = {"score": right.item(), "loss": loss.item(), "zeros": zeros.item(), "seconds": seconds}
+    return found | {"alphas": history, "support": support}
+
+
+def print_rates(runs: dict[str, dict], rates: list[float]) -> None:
+    for task in TASKS:
+        for rate in rates:
+            of_seeds = [runs[f"{task}/rate {rate}/{seed}"] for seed in SEEDS]
+            loss, final = statistics.mean(run["loss"] for run in of_seeds), of_seeds[0]["alphas"][-1]
+            print(f"{task}, alpha_lr {rate}: held-out loss {loss:.4f}, alphas of seed 0 {min(final):.2f} to {max(final):.2f}")
 
 
 def print_table(runs: dict[str, dict], seeds: tuple[int, ...]) -> None:
@@ -211,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=20, help="epochs of each run (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one epoch, one seed, to see that it runs")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates of alpha to compare")
     parser.add_argument(
         "--output", type=Path, default=Path("train_alpha"), help="name of .json and .png (default: %(default)s)"
     )
@@ -221,6 +234,15 @@ def main() -> None:
     result = json.loads(kept.read_text()) if kept.exists() else {"torch": torch.__version__, "epochs": epochs, "runs": {}}
     if result["epochs"] != epochs:
         parser.error(f"{kept} holds runs of {result['epochs']} epochs, not {epochs}: choose another --output, or remove it")
+    if arguments.rates:
+        wanted = [(task, rate, seed) for task in TASKS for rate in arguments.rates for seed in SEEDS]
+        wanted = [(task, rate, seed) for task, rate, seed in wanted if f"{task}/rate {rate}/{seed}" not in result["runs"]]
+        with tqdm(total=len(wanted) * epochs, desc="training", unit="epoch") as bar:
+            for task, rate, seed in wanted:
+                result["runs"][f"{task}/rate {rate}/{seed}"] = train(task, "learned", seed, epochs, bar, rate)
+                kept.write_text(json.dumps(result) + "\n")
+        print_rates(result["runs"], arguments.rates)
+        return
     missing = [(t, s, seed) for t in TASKS for s in SETTINGS for seed in seeds if f"{t}/{s}/{seed}" not in result["runs"]]
     with tqdm(total=len(missing) * epochs, desc="training", unit="epoch") as bar:
         for task, setting, seed in missing:

@@ -62,6 +62,19 @@ def test_a_learned_alpha_starts_where_it_should_and_each_head_has_its_own(monkey
     assert example.Transformer("alpha 0.5", 16, 4, 10).alphas() == []
 
 
+def test_the_page_about_learning_alpha_quotes_what_was_measured():
+    runs = json.loads((EXAMPLES / "results" / "alpha_rates.json").read_text())["runs"]
+    page = (EXAMPLES.parent / "docs" / "learning.md").read_text(encoding="utf-8")
+    for rate in (0.003, 0.01, 0.03, 0.1):
+        cells = [str(rate)]
+        for task, digits in (("digits", 3), ("co2", 4)):
+            of_seeds = [runs[f"{task}/rate {rate}/{seed}"] for seed in range(3)]
+            final = of_seeds[0]["alphas"][-1]
+            cells.append(f"{sum(run['loss'] for run in of_seeds) / 3:.{digits}f}")
+            cells.append(f"{min(final):.2f}\N{EN DASH}{max(final):.2f}")
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_the_tasks_are_real_and_their_training_part_comes_first(monkeypatch):
     example = load("train_alpha", monkeypatch)
     x, y, split = example.digits()
