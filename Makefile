@@ -9,7 +9,7 @@ test test-all nightly demo lm lm-adapted lm-tuned length many-devices train-alph
 # Two processes of tests: one thread each leaves no core to two of them. The kits' small operators gain nothing from more.
 test test-all nightly example-backend: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs notebook demo lm lm-adapted lm-tuned length many-devices train-alpha adapt \
+.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs notebook pictures demo lm lm-adapted lm-tuned length many-devices train-alpha adapt \
 	packages pins example-backend floor changelog release container clean
 
 setup: $(STAMP)
@@ -94,6 +94,10 @@ docs: setup
 # docs/quickstart.ipynb again, with its outputs, which the pages show; tests compare them with what it prints.
 notebook: setup
 	$(BIN)/python .ci/notebook.py
+
+# docs/images again, from the committed results.
+pictures: setup
+	$(BIN)/python .ci/pictures.py
 
 demo: setup
 	$(BIN)/python examples/demo.py

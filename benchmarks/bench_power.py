@@ -271,13 +271,17 @@ def draw(result: Row, path: Path) -> None:
     """Microseconds per token by length, one panel per operation, of degree 2 and heads of 32."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    with matplotlib.rc_context({"svg.hashsalt": "diffmax", "svg.fonttype": "none"}):  # the same file from the same result
+        _draw(result, path)
 
-    matplotlib.rcParams.update({"svg.hashsalt": "diffmax", "svg.fonttype": "none"})  # the same file from the same result
+
+def _draw(result: Row, path: Path) -> None:
+    from matplotlib.figure import Figure
+
     rows = [row for row in result["rows"] if row["correct"] and "token_s" in row and row["degree"] == 2]
     operations, sizes = list(dict.fromkeys(row["operation"] for row in rows)), sorted({row["size"] for row in rows})
-    figure, panels = plt.subplots(1, len(operations), figsize=(3.4 * len(operations), 3.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(3.4 * len(operations), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(operations), squeeze=False)
     for axes, operation in zip(panels[0], operations, strict=True):
         for name, color in COLORS.items():
             for size in sizes:
@@ -305,7 +309,6 @@ def draw(result: Row, path: Path) -> None:
     figure.suptitle(note, fontsize=7, color="gray")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
 
 
 def _newest() -> Path:
