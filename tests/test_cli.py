@@ -486,11 +486,14 @@ def test_report_counts_outcomes_by_operator_and_names_what_did_not_pass(tmp_path
         {"operator": "attention", "test": "test_a[plain]", "outcome": "passed"},
         {"operator": "attention", "test": "test_b[a|b]", "outcome": "failed", "reason": "0.1 too far\nmore"},
         {"operator": "bisect", "test": "test_c", "outcome": "expected failure", "reason": "not yet"},
+        {"operator": "bisect", "test": "test_d", "outcome": "refused"},
     ]
-    assert main(["report", str(_report_file(tmp_path, tests, **{"left out": 3}))]) == 0
+    claims = {"bisect": {"dtypes": ["float32"], "features": ["tensor_alpha"]}}
+    assert main(["report", str(_report_file(tmp_path, tests, claims=claims, **{"left out": 3}))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "| `acme` | acc | `attention` | 1 | 1 | 0 | 0 |" in lines
-    assert "| `acme` | acc | `bisect` | 0 | 0 | 1 | 0 |" in lines
+    assert "| `acme` | acc | `attention` | 1 | 0 | 1 | 0 | 0 |" in lines
+    assert "| `acme` | acc | `bisect` | 0 | 1 | 0 | 1 | 0 |" in lines
+    assert "| `acme` | `bisect` | float32 | tensor_alpha |" in lines
     assert "| `acme` | diffmax-acme 1.2 | torch 2.13.0 | a prototype | 3 |" in lines
     assert "| `attention` | `test_b[a\\|b]` | failed | 0.1 too far |" in lines
     assert "| `bisect` | `test_c` | expected failure | not yet |" in lines

@@ -124,8 +124,11 @@ def test_a_wrong_kernel_turns_the_kit_red(reports, backend, test, why):
 def test_a_right_kernel_passes_and_a_dtype_that_is_not_claimed_is_asked_to_be_refused(reports):
     outcomes = {test: entry["outcome"] for test, entry in reports[1]["right"].items()}
     assert outcomes.pop("test_symmetries[float32]") == "failed"  # expected to fail, and did not
-    assert set(outcomes.values()) == {"passed"}
-    assert "test_masks_and_bad_rows[float64]" in outcomes
+    assert outcomes["test_masks_and_bad_rows[float64]"] == "refused"
+    assert outcomes["test_masks_and_bad_rows[float32]"] == "passed"
+    assert set(outcomes.values()) == {"passed", "refused"}
+    (run,) = [run for run in reports[0]["runs"] if run["backend"] == "right"]
+    assert run["claims"]["bisect"]["dtypes"] == ["float32"]
 
 
 def test_an_expected_failure_must_fail(reports):
@@ -147,7 +150,7 @@ def test_a_misspelt_expectation_is_an_error(reports):
 def test_the_report_names_backend_version_device_and_counts(reports):
     run = next(run for run in reports[0]["runs"] if run["backend"] == "right")
     assert (run["distribution"], run["version"], run["device"]) == ("plug-right", "1.0", "cpu")
-    assert run["counts"] == {"failed": 1, "passed": len(run["tests"]) - 1}
+    assert run["counts"] == {"failed": 1, "passed": len(run["tests"]) - 3, "refused": 2}
     assert run["left out"] == 0
     assert {entry["operator"] for entry in run["tests"]} == {"bisect"}
     assert set(reports[0]["environment"]) == {"diffmax-core", "torch", "python"}

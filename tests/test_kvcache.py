@@ -258,6 +258,14 @@ def test_bad_page_sizes(page_size, error):
         page_bounds(cache4, 3, page_size=page_size)
 
 
+def test_pages_of_a_cache_have_one_size():
+    """Another one was ignored in silence."""
+    size = cache4.shape[1]
+    with pytest.raises(ValueError, match=f"page_size must be that of the cache's pages, {size}, got {size + 1}\nleave it out"):
+        page_bounds(cache4, 3, table4, page_size=size + 1)
+    assert page_bounds(cache4, 3, table4, page_size=size).page_size == page_bounds(cache4, 3, table4).page_size == size
+
+
 @pytest.mark.parametrize("tokens", [100, 128])
 @pytest.mark.parametrize("paged", [False, True])
 def test_bounds_of_a_cache_whose_heads_come_first_in_memory(tokens, paged):

@@ -86,6 +86,24 @@ def test_a_file_that_was_cut_off_is_compiled_anew_once(tmp_path):
     assert run() == ([0.0, 0.0], True)
 
 
+@pytest.mark.slow
+def test_a_file_whose_bytes_changed_is_compiled_anew(tmp_path):
+    """LLVM's error about its bitcode ended the call."""
+    kept = tmp_path / "cache"
+
+    def run():
+        done = fresh.python(f"import warnings; warnings.simplefilter('always'){GRADIENT}", NUMBA_CACHE_DIR=str(kept))
+        return [float(word) for word in done.stdout.split()], "cannot be read, and is compiled anew" in done.stderr
+
+    assert run() == ([0.0, 0.0], False)
+    for data in kept.rglob("*.nbc"):
+        text = bytearray(data.read_bytes())
+        start = text.find(b"BC\xc0\xde") + 40  # of LLVM's bitcode
+        text[start : start + 20] = bytes(255 - byte for byte in text[start : start + 20])
+        data.write_bytes(text)
+    assert run() == ([0.0, 0.0], True)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes, such as Linux")
 def test_a_process_forked_while_another_thread_compiles_collects_garbage():
     with cache._without_collecting():

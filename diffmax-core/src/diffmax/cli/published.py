@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OUTCOMES = ("passed", "failed", "expected failure", "skipped")
+OUTCOMES = ("passed", "refused", "failed", "expected failure", "skipped")
 
 _HEAD = """# Published reports
 
-What the conformance kit of `diffmax.testing` found, backend by backend. *Left out* are tests that were not asked for in a run.
+What the conformance kit of `diffmax.testing` found, backend by backend. *Refused* are calls that need what the backend does
+not claim, and that it refused with the reason. *Left out* are tests that were not asked for in a run.
 Made by `python -m diffmax report` from the JSON that `--diffmax-report` writes.
 """
 
@@ -25,6 +26,7 @@ class Run:
     Attributes:
         counts: For each operator, how many tests had which outcome.
         others: Of the tests that did not pass, operator, name, outcome and reason.
+        claims: Of each operator, the dtypes and features that the backend claims; reports of earlier versions have none.
     """
 
     backend: str
@@ -35,6 +37,7 @@ class Run:
     left_out: int
     counts: Mapping[str, Counter[str]]
     others: Sequence[tuple[str, str, str, str]]
+    claims: Mapping[str, Mapping[str, Sequence[str]]]
 
 
 def read(path: str | Path) -> list[Run]:
@@ -58,11 +61,13 @@ def _run(run: Mapping[str, Any], environment: Mapping[str, str], note: str) -> R
     for test in run["tests"]:
         operator = test.get("operator", "")
         counts.setdefault(operator, Counter())[test["outcome"]] += 1
-        if test["outcome"] != "passed":
+        if test["outcome"] not in ("passed", "refused"):
             others.append((operator, test["test"], test["outcome"], test["reason"]))
     distribution = f"{run['distribution']} {run['version']}".strip()
     left_out = run.get("left out", 0)
-    return Run(run["backend"], distribution, run["device"], dict(environment), note, left_out, counts, others)
+    return Run(
+        run["backend"], distribution, run["device"], dict(environment), note, left_out, counts, others, run.get("claims", {})
+    )
 
 
 def page(paths: Sequence[str | Path]) -> str:
@@ -75,6 +80,9 @@ def page(paths: Sequence[str | Path]) -> str:
     rows = [_row(run, operator) for run in runs for operator in sorted(run.counts)]
     lines = [_HEAD, *_table(("backend", "device", "operator", *OUTCOMES), rows), ""]
     lines += _table(("backend", "distribution", "tested with", "note", "left out"), [_circumstances(run) for run in runs])
+    claimed = [_claimed(run, operator) for run in runs for operator in sorted(run.claims)]
+    if claimed:
+        lines += ["", "## What they claim", "", *_table(("backend", "operator", "dtypes", "features"), claimed)]
     for run in runs:
         if run.others:
             lines += ["", f"## What did not pass: {run.backend}", ""]
@@ -90,6 +98,11 @@ def _row(run: Run, operator: str) -> tuple[str, ...]:
 def _circumstances(run: Run) -> tuple[str, ...]:
     versions = ", ".join(f"{name} {version}" for name, version in run.environment.items())
     return f"`{run.backend}`", run.distribution, versions, run.note, str(run.left_out)
+
+
+def _claimed(run: Run, operator: str) -> tuple[str, ...]:
+    claims = run.claims[operator]
+    return f"`{run.backend}`", f"`{operator}`", ", ".join(claims["dtypes"]), ", ".join(claims["features"])
 
 
 def _first_line(operator: str, test: str, outcome: str, reason: str) -> tuple[str, ...]:

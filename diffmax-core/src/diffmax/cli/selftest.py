@@ -50,7 +50,8 @@ def run(backend: str | None = None, device: str | None = None) -> Iterator[Outco
     """
     known = {candidate.name: candidate for candidate in registry.backends()}
     if backend is not None and backend not in known:
-        raise ValueError(f"selftest: no backend is named {backend!r}, loaded: {', '.join(known)}")
+        refused = "".join(f"\n  {p} is {p.status}: {p.reason}" for p in registry.plugins if p.name == backend and p.reason)
+        raise ValueError(f"selftest: no backend is named {backend!r}, loaded: {', '.join(known)}{refused}")
     for candidate in [known[backend]] if backend else known.values():
         status, reason = registry.probe(candidate)
         where = device or _device_of(candidate)

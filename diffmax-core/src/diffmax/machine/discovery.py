@@ -46,6 +46,7 @@ class Plugin:
     error: str = ""
     entry_point: EntryPoint | None = field(default=None, repr=False)
     warned: bool = False
+    is_second: bool = False  # another plugin has its name, and DIFFMAX_BLOCK would leave out both
 
     def __str__(self) -> str:
         return f"plugin {self.name!r} of {self.distribution} {self.version}"
@@ -63,8 +64,8 @@ class Plugin:
         if self.status in ("loaded", "deferred", "blocked") or self.warned:
             return
         self.warned = True
-        advice = f"set DIFFMAX_BLOCK={self.name} to leave it out without this warning"
-        warn(f"diffmax: {self} is {self.status}: {self.reason}\n{advice}")
+        advice = "" if self.is_second else f"\nset DIFFMAX_BLOCK={self.name} to leave it out without this warning"
+        warn(f"diffmax: {self} is {self.status}: {self.reason}{advice}")
 
 
 class PluginRefusedError(Exception):
@@ -100,6 +101,7 @@ def find(settings: Settings) -> list[Plugin]:
         if point.name in settings.block:
             plugin.refuse("blocked", "by DIFFMAX_BLOCK")
         elif taken.setdefault(point.name, plugin) is not plugin:
+            plugin.is_second = True
             plugin.refuse("shadowed", f"the name is taken by {taken[point.name].distribution}; uninstall one of the two")
     return list(plugins.values())
 

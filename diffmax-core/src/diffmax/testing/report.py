@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import diffmax
+from diffmax.machine.dispatch import registry
+from diffmax.plugin import Backend
 
 _REPORTS = pytest.StashKey[dict[str, Any]]()
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
@@ -48,11 +50,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     backend = getattr(getattr(item, "cls", None), "backend", None)
     if backend and (report.when == "call" or report.outcome != "passed"):
         outcome = "expected failure" if hasattr(report, "wasxfail") and report.skipped else report.outcome
+        asked = getattr(getattr(item, "instance", None), "asked", ())
+        if outcome == "passed" and asked and not any(asked):
+            outcome = "refused"  # as declared: the backend does not claim it
         operator, *_ = getattr(getattr(item, "cls", None), "operators", ("",))
         entry = {"operator": operator, "test": item.name, "outcome": outcome}
         if outcome == "expected failure":
             entry["reason"] = report.wasxfail
-        elif outcome != "passed":
+        elif outcome not in ("passed", "refused"):
             entry["reason"] = str(call.excinfo.value if call.excinfo is not None else report.longrepr)
         device = getattr(getattr(item, "cls", None), "device", "")
         run = item.config.stash[_REPORTS].setdefault(backend, {"device": device, "tests": []})
@@ -65,6 +70,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--diffmax-report")
     if not path:
         return
+    described = {backend.name: backend for backend in registry.backends()}
     origins = {record.backend: (record.distribution, record.version) for record in diffmax.backends()}
     runs = []
     for backend, run in session.config.stash[_REPORTS].items():
@@ -76,6 +82,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
                 "distribution": distribution,
                 "version": version,
                 "device": run["device"],
+                "claims": _claims(described.get(backend)),
                 "counts": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
                 "left out": session.config.stash[_LEFT_OUT][backend],
                 "tests": run["tests"],
@@ -84,3 +91,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     environment = {"diffmax-core": diffmax.__version__, "torch": torch.__version__, "python": platform.python_version()}
     found = {"environment": environment, "note": session.config.getoption("--diffmax-note"), "runs": runs}
     Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _claims(backend: Backend | None) -> dict[str, dict[str, list[str]]]:
+    """Of each operator that the backend provides, dtypes and features."""
+    if backend is None:
+        return {}
+    return {
+        operator: {
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in kernel.dtypes],
+            "features": sorted(kernel.features),
+        }
+        for operator, kernel in backend.provided.items()
+    }

@@ -26,12 +26,14 @@ class Check:
         return (self.run.__doc__ or "").rstrip(".")
 
 
-def check_of_cases(operator: str, check: Callable[..., None], cases: Mapping[str, Any], *names: str) -> Check:
-    """A check of (backend, device, case, dtype) for these cases."""
+def checks_of_cases(operator: str, check: Callable[..., None], cases: Mapping[str, Any], *names: str) -> tuple[Check, ...]:
+    """For each of these cases a check of (backend, device, case, dtype), so that one left out takes no other with it."""
 
-    def run(backend: str, device: str, dtype: torch.dtype) -> None:
-        for name in names:
+    def of_case(name: str) -> Check:
+        def run(backend: str, device: str, dtype: torch.dtype) -> None:
             check(backend, device, cases[name], dtype)
 
-    run.__doc__ = "; ".join(names).capitalize()
-    return Check(operator, run, frozenset[str]().union(*(cases[name].features() for name in names)))
+        run.__doc__ = name[:1].upper() + name[1:]
+        return Check(operator, run, frozenset(cases[name].features()))
+
+    return tuple(of_case(name) for name in names)

@@ -29,6 +29,8 @@ from typing import Any
 PATIENCE = 2.0  # seconds after which a compilation says that it is one
 _IMPORT = re.compile(r"^ *from (diffmax\.[\w.]+) import (\([^)]*\)|.*)", re.MULTILINE)
 _NAME = re.compile(r"\w+")
+# What reading a damaged file may raise, as pickle's documentation warns.
+_UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 _told: set[str] = set()
 _lock = threading.Lock()
 _compiling: list[bool] = []  # an entry for each compilation under way: whether the collector runs without it
@@ -42,9 +44,12 @@ def compile_cached(decorator: Callable[..., Callable[[Any], Any]], *arguments: A
             function.__qualname__ += other_name
             try:
                 return decorator(*arguments, cache=True, **options)(function)
-            except (pickle.UnpicklingError, EOFError) as error:
+            except _UNREADABLE as error:
                 _tell_of_damage(function, error)
             except (RuntimeError, OSError) as error:  # no locator for the file; a disk that is full or cannot be written to
+                if isinstance(error, RuntimeError) and "bitcode" in str(error):  # LLVM's, of what was unpickled
+                    _tell_of_damage(function, error)
+                    continue
                 if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
                     raise
                 _tell_once(error)
@@ -91,9 +96,13 @@ def _tell_once(error: Exception) -> None:
     )
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _tell_of_damage(function: Any, error: Exception) -> None:
     warnings.warn(
-        f"diffmax: what was kept of a compiled kernel cannot be read, and is compiled anew: {error}\n"
+        f"diffmax: what was kept of a compiled kernel cannot be read, and is compiled anew: {_first_line(error)}\n"
         f"to be rid of this: delete the files *{function.__qualname__}* in NUMBA_CACHE_DIR or __pycache__",
         RuntimeWarning,
         stacklevel=4,

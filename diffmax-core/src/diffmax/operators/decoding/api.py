@@ -77,15 +77,15 @@ def page_bounds(
     k_cache: Tensor,
     cache_seqlens: int | Tensor,
     block_table: Tensor | None = None,
-    page_size: int = TILE,
+    page_size: int | None = None,
     bits: int | None = None,
 ) -> PageBounds:
     """Compute the page bounds of a filled cache, for `attention_with_kvcache(..., page_bounds=...)`.
 
     Args:
         k_cache, cache_seqlens, block_table: As in `attention_with_kvcache`; without `block_table`, sequence b is row b.
-        page_size: Tokens per page, for a cache that is not paged; with `block_table` the size of its pages is used. Smaller
-            pages have tighter bounds, but there are more of them.
+        page_size: Tokens per page. Default: 64, or with `block_table` the size of its pages, which must then be the one given.
+            Smaller pages have tighter bounds, but there are more of them.
         bits: 4: keep the keys in 4 bits too, rounded between the bounds of their page. Then decoding reads these, and of the
             keys themselves only those that may have a weight. They take 1/8 of the bytes of float32 keys, 1/4 of bfloat16's.
             None: bounds alone.
@@ -105,7 +105,10 @@ def page_bounds(
     checks.check_cache(name, "k_cache", k_cache)
     checks.check_bits(name, bits)
     block_table = checks.check_block_table(name, block_table, k_cache, None)
-    page_size = k_cache.shape[1] if block_table is not None else checks.check_page_size(name, page_size)
+    of_cache = TILE if block_table is None else k_cache.shape[1]
+    page_size = of_cache if page_size is None else checks.check_page_size(name, page_size)
+    if block_table is not None and page_size != of_cache:
+        raise ValueError(f"{name}: page_size must be that of the cache's pages, {of_cache}, got {page_size}\nleave it out")
     batch = k_cache.shape[0] if block_table is None else block_table.shape[0]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     lengths = checks.check_lengths(name, cache_seqlens, batch, room, None, k_cache.device)

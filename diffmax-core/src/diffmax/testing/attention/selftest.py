@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from diffmax.testing.attention import checks
-from diffmax.testing.selftest import Check, check_of_cases
+from diffmax.testing.selftest import Check, checks_of_cases
 
-_results = partial(check_of_cases, "attention", checks.forward_passes_the_gate, checks.CASES)
-_gradients = partial(check_of_cases, "attention_backward", checks.gradients_are_right_on_average, checks.CASES)
+_results = partial(checks_of_cases, "attention", checks.forward_passes_the_gate, checks.CASES)
+_gradients = partial(checks_of_cases, "attention_backward", checks.gradients_are_right_on_average, checks.CASES)
 
 
 def _bad_queries(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -24,11 +24,9 @@ def _packed(backend: str, device: str, dtype: torch.dtype) -> None:
 
 
 CHECKS = (
-    _results("plain", "one query", "head size 80"),
-    _results("causal, lower right", "mask of queries and keys", "grouped heads"),
-    _results("sink", "softcap, bias, ALiBi"),
+    *_results("plain", "one query", "head size 80", "scale", "causal, lower right", "grouped heads"),
+    *_results("mask of queries and keys", "window", "sink", "softcap, bias, ALiBi"),
     Check("attention", _bad_queries, holds_for_reference=True),
     Check("attention", _packed, frozenset({"varlen"}), holds_for_reference=True),
-    _gradients("plain", "causal"),
-    _gradients("grouped heads, causal, alpha per head"),
+    *_gradients("plain", "causal", "scale", "window", "grouped heads, causal, alpha per head"),
 )

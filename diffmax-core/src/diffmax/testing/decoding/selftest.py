@@ -7,9 +7,9 @@ from functools import partial
 import torch
 
 from diffmax.testing.decoding import checks
-from diffmax.testing.selftest import Check, check_of_cases
+from diffmax.testing.selftest import Check, checks_of_cases
 
-_decoding = partial(check_of_cases, "attention_kvcache", checks.decoding_passes_the_gate, checks.CASES)
+_decoding = partial(checks_of_cases, "attention_kvcache", checks.decoding_passes_the_gate, checks.CASES)
 
 
 def _goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
@@ -18,6 +18,6 @@ def _goes_on(backend: str, device: str, dtype: torch.dtype) -> None:
 
 
 CHECKS = (
-    _decoding("plain", "bounds"),
+    *_decoding("plain", "pages, new token", "bounds", "bounds, negative scale", "grouped heads", "window", "rounded keys"),
     Check("attention_kvcache", _goes_on, frozenset({"kv_cache", "causal", "paged"}), holds_for_reference=True),
 )

@@ -90,6 +90,7 @@ class Kit:
         assert forward in self.description.provided, f"{self.backend} provides no {forward}: this kit is not for it"
         asked = [operator for operator in self.operators[: 1 + backward] if operator in self.description.provided]
         verdicts = [self._claims(operator, dtype, {*features} & OPERATOR_FEATURES[operator]) for operator in asked]
+        self.asked = [*getattr(self, "asked", ()), all(verdicts)]  # a report tells what was refused from what was computed
         return all(verdicts)
 
     def _claims(self, operator: str, dtype: torch.dtype, features: set[str]) -> bool:
