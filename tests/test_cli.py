@@ -1,5 +1,6 @@
 """python -m diffmax: the report, explain, selftest, bench, new-backend."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -147,7 +148,7 @@ def test_shows_what_plugins_report_of_themselves(capsys):
         main([])
     finally:
         dispatch.registry.manager.unregister(reporting)
-    assert "acme: firmware  7.1" in capsys.readouterr().out
+    assert "acme: firmware 7.1" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -469,6 +470,17 @@ def test_new_backend_does_not_write_into_a_folder_that_exists(tmp_path, capsys, 
     (tmp_path / "diffmax-acme").mkdir()
     assert main(["new-backend", "acme"]) == 1
     assert "new-backend: the folder must not exist yet, got diffmax-acme\nchoose another one" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="needs Numba: pip install 'diffmax-core[numba]'")
+def test_says_where_compiled_kernels_are_kept(tmp_path, capsys, monkeypatch):
+    """That a user could keep none was said by a warning of the first call alone."""
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    assert main([]) == 0
+    assert f"core: compiled kernels  kept in {tmp_path}" in capsys.readouterr().out
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    assert main([]) == 0
+    assert "compiled anew in each process: set NUMBA_CACHE_DIR to a folder" in " ".join(capsys.readouterr().out.split())
 
 
 # report

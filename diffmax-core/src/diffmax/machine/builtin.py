@@ -1,5 +1,7 @@
 """The backends of diffmax-core itself, described and registered like any other."""
 
+import importlib.util
+
 from diffmax.kernels.claims import cpu_kernels, reference_kernels
 from diffmax.plugin import Backend, hookimpl
 
@@ -23,6 +25,15 @@ class CorePlugin:
             Backend(name="cpu", device_types=("cpu",), kernels=cpu_kernels("diffmax.kernels.cpu")),
             Backend(name="reference", device_types=("*",), kernels=reference_kernels(), priority=0),
         )
+
+    @hookimpl
+    def diffmax_env_report(self) -> dict[str, str]:
+        """Where Numba keeps what it compiles."""
+        if importlib.util.find_spec("numba") is None:
+            return {}
+        from diffmax.kernels.numba.cache import kept_in
+
+        return {"compiled kernels": kept_in()}
 
 
 plugin = CorePlugin()

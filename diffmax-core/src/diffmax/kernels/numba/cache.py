@@ -78,6 +78,17 @@ def _said(module: str, name: str) -> str | None:
     return inspect.getsource(value) if inspect.isfunction(value) else None
 
 
+def kept_in() -> str:
+    """The folder that compiled kernels are kept in, or that there is none, for a report."""
+    from numba.core import caching
+
+    find: Any = caching.CompileResultCacheImpl
+    try:
+        return f"kept in {find(_said).locator.get_cache_path()}"  # of any function beside the kernels
+    except RuntimeError:  # no place that this user can write to
+        return "compiled anew in each process: set NUMBA_CACHE_DIR to a folder that this user can write to"
+
+
 def _tell_once(error: Exception) -> None:
     if "cache" in _told:
         return
