@@ -1,5 +1,6 @@
 """python -m diffmax: the report, explain, selftest, bench, new-backend."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -21,7 +22,8 @@ from diffmax.machine.discovery import Plugin
 from diffmax.machine.dispatch import registry
 from diffmax.machine.env import Settings
 from diffmax.operators.common import spec
-from diffmax.plugin import Backend, hookimpl
+from diffmax.plugin import AttentionResults, Backend, hookimpl
+from diffmax.reference import attention as reference_attention
 from diffmax.testing.rows import bench as rows_bench
 from tests import fresh
 
@@ -348,6 +350,41 @@ def test_selftest_of_attention_alone_checks_attention(register, capsys):
     output = capsys.readouterr().out
     assert "ok      mine cpu attention float32 Causal, lower right" in output
     assert "not run mine cpu bisect: the backend does not provide it" in output
+
+
+def own_scale(query, key, value, call, keep, stats):
+    return reference_attention.attention(
+        query, key, value, dataclasses.replace(call, scale=query.shape[3] ** -0.5), keep, stats
+    )
+
+
+def nan_before_any_key(query, key, value, call, keep, stats):
+    out, *rest = reference_attention.attention(query, key, value, call, keep, stats)
+    before = query.shape[2] - key.shape[2]
+    if call.right == 0 and call.lower_right and before > 0:
+        out[:, :, :before] = torch.nan
+    return AttentionResults(out, *rest)
+
+
+def no_window(query, key, value, call, keep, stats):
+    return reference_attention.attention(query, key, value, dataclasses.replace(call, left=-1, right=-1), keep, stats)
+
+
+@pytest.mark.parametrize(
+    ("function", "features", "words"),
+    [
+        ("own_scale", {"causal", "gqa"}, "float32 Scale: "),
+        ("nan_before_any_key", {"causal"}, "float32 Queries that see nothing, NaN, +inf: "),
+        ("no_window", {"causal", "window"}, "float32 Window: "),
+    ],
+)
+def test_selftest_catches_what_a_vendor_may_forget(register, capsys, function, features, words):
+    """All passed."""
+    register(kernels={"attention": f"{__name__}:{function}"}, features=frozenset(features))
+    assert main(["selftest", "--backend", "mine"]) == 1
+    output = capsys.readouterr().out
+    assert f"FAILED  mine cpu attention {words}" in output
+    assert "ok      mine cpu attention float32 Plain" in output
 
 
 def test_selftest_says_which_backends_and_devices_there_are(capsys):

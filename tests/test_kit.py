@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from diffmax.testing.gate import Gate
+from diffmax.testing.rows.checks import _near_on_average
 
 _spec = importlib.util.spec_from_file_location("overlay", Path(__file__).with_name("overlay.py"))
 overlay = importlib.util.module_from_spec(_spec)
@@ -129,6 +133,13 @@ def test_a_right_kernel_passes_and_a_dtype_that_is_not_claimed_is_asked_to_be_re
     assert set(outcomes.values()) == {"passed", "refused"}
     (run,) = [run for run in reports[0]["runs"] if run["backend"] == "right"]
     assert run["claims"]["bisect"]["dtypes"] == ["float32"]
+
+
+def test_a_wrong_gradient_says_where_and_by_how_much():
+    exact = torch.arange(6.0).double().view(2, 3)
+    with pytest.raises(AssertionError, match=r"largest at \(1, 2\): got 5.05, exact 5; on the whole 1.01 times the exact one"):
+        _near_on_average(1.01 * exact, Gate(exact, 1e-6), "gradient for value")
+    _near_on_average(exact, Gate(exact, 1e-6), "gradient for value")
 
 
 def test_an_expected_failure_must_fail(reports):
