@@ -328,9 +328,12 @@ def _listed(verdicts: list[tuple[Backend, list[str]]]) -> str:
 
 
 def _unknown_name(name: str, known: dict[str, Backend]) -> str:
+    import difflib  # takes milliseconds, and is seldom asked
+
     by_variable = name in registry.settings.backend
     lines = [f"no backend is named {name!r}{', which DIFFMAX_BACKEND asks for' if by_variable else ''}"]
     lines.append(f"  loaded: {', '.join(known)}")
+    lines += [f"  did you mean {near!r}?" for near in difflib.get_close_matches(name.lower(), known, 1)]
     lines += [f"  {p} is {p.status}: {p.reason}" for p in registry.plugins if p.name == name and p.reason]
     runtime = next((runtime.name for runtime in RUNTIMES if runtime.package == f"diffmax-{name}"), "")
     return "\n".join([*lines, missing_package(runtime) or _HINT])
