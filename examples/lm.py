@@ -368,7 +368,7 @@ def note(key: str, points: dict[str, Any]) -> None:
 
 
 def cost_of(point: dict[str, Any], softmax: dict[str, Any]) -> tuple[float, float]:
-    """What a point costs more than softmax in nats, and its standard error, from passage to passage; NaN where it is unknown."""
+    """What a point costs more than softmax in nats, and its standard error, from passage to passage; NaN if unknown."""
     pairs = zip(*(of.get("nats_by_passage", ()) for of in (point, softmax)), strict=False)  # older results have none
     costs = torch.tensor([ours - theirs for ours, theirs in pairs], dtype=torch.float64)
     return point["nats"] - softmax["nats"], costs.std().item() / math.sqrt(len(costs)) if len(costs) > 1 else math.nan
