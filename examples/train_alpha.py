@@ -173,10 +173,10 @@ def train(task: str, setting: str, seed: int, epochs: int, bar: tqdm, rate: floa
     return found | {"alphas": history, "support": support}
 
 
-def print_rates(runs: dict[str, dict], rates: list[float]) -> None:
+def print_rates(runs: dict[str, dict], rates: list[float], seeds: tuple[int, ...]) -> None:
     for task in TASKS:
         for rate in rates:
-            of_seeds = [runs[f"{task}/rate {rate}/{seed}"] for seed in SEEDS]
+            of_seeds = [runs[f"{task}/rate {rate}/{seed}"] for seed in seeds]
             loss, final = statistics.mean(run["loss"] for run in of_seeds), of_seeds[0]["alphas"][-1]
             print(f"{task}, alpha_lr {rate}: held-out loss {loss:.4f}, alphas of seed 0 {min(final):.2f} to {max(final):.2f}")
 
@@ -235,13 +235,13 @@ def main() -> None:
     if result["epochs"] != epochs:
         parser.error(f"{kept} holds runs of {result['epochs']} epochs, not {epochs}: choose another --output, or remove it")
     if arguments.rates:
-        wanted = [(task, rate, seed) for task in TASKS for rate in arguments.rates for seed in SEEDS]
+        wanted = [(task, rate, seed) for task in TASKS for rate in arguments.rates for seed in seeds]
         wanted = [(task, rate, seed) for task, rate, seed in wanted if f"{task}/rate {rate}/{seed}" not in result["runs"]]
         with tqdm(total=len(wanted) * epochs, desc="training", unit="epoch") as bar:
             for task, rate, seed in wanted:
                 result["runs"][f"{task}/rate {rate}/{seed}"] = train(task, "learned", seed, epochs, bar, rate)
                 kept.write_text(json.dumps(result) + "\n")
-        print_rates(result["runs"], arguments.rates)
+        print_rates(result["runs"], arguments.rates, seeds)
         return
     missing = [(t, s, seed) for t in TASKS for s in SETTINGS for seed in seeds if f"{t}/{s}/{seed}" not in result["runs"]]
     with tqdm(total=len(missing) * epochs, desc="training", unit="epoch") as bar:

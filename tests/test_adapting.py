@@ -372,6 +372,69 @@ def test_an_adapted_model_does_not_run_softmax_where_diffmax_is_not_imported(tmp
     assert 'attn_implementation="diffmax-adapted"` is not supported' in done.stderr
 
 
+def test_a_model_whose_heads_were_given_up_is_a_softmax_model(tmp_path):
+    """It was saved with an attention that it no longer had, and could not be used."""
+    model, ids = replace(llama(), of_llama()), torch.tensor([[3, 4, 5]])
+    model.config.diffmax = None
+    model.set_attn_implementation("eager")
+    model.save_pretrained(tmp_path)
+    assert "adapted" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(AutoModel.from_pretrained(tmp_path, attn_implementation="eager")(ids)[0], llama_with("eager")(ids)[0])
+
+
+def llama_with(implementation):
+    model = llama()
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def test_a_share_of_the_heads_is_saved(tmp_path):
+    model, ids = replace(llama(), of_llama(0.5, 0.6), share=0.5), torch.tensor([[3, 4, 5]])
+    assert model.config.diffmax["layers.0.self_attn"]["alpha"] == [0.75] * 4
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids)[0], model(ids)[0])
+
+
+def test_an_adapted_part_of_another_model_loads_as_it_was(tmp_path):
+    encoder = replace(bert(), {f"encoder.layer.{i}.attention.self": {"alpha": [0.5] * 4, "scale": [1.0] * 4} for i in range(2)})
+    decoder = transformers.BertLMHeadModel(BertConfig(**SIZES, is_decoder=True, add_cross_attention=True))
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.EncoderDecoderModel.from_pretrained(tmp_path).eval()
+    assert loaded.encoder.config._attn_implementation == "diffmax-adapted"
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(loaded.encoder(ids)[0], model.encoder(ids)[0])
+
+
+def test_another_attention_that_is_asked_for_by_parts_is_kept(tmp_path):
+    sizes = {**SIZES, "intermediate_size": 32}
+    config = CLIPConfig(
+        text_config={**sizes, "eos_token_id": 2}, vision_config={**sizes, "image_size": 8, "patch_size": 4}, projection_dim=16
+    )
+    of_layer = {"alpha": [0.5] * 4, "scale": [1.0] * 4}
+    model = replace(CLIPModel(config), {f"text_model.encoder.layers.{i}.self_attn": of_layer for i in range(2)})
+    model.save_pretrained(tmp_path)
+    for kind in (AutoModel, CLIPModel):
+        loaded = kind.from_pretrained(tmp_path, attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
+        assert [loaded.config.text_config._attn_implementation, loaded.config.vision_config._attn_implementation] == [
+            "eager",
+            "sdpa",
+        ]
+
+
+def test_a_configuration_whose_diffmax_is_another_s_is_left_alone(tmp_path):
+    model = llama()
+    model.config.diffmax = {"temperature": 3}
+    model.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config._attn_implementation != "diffmax-adapted"
+
+
+def test_a_model_with_fewer_layers_than_heads_says_how_to_load_it(tmp_path):
+    replace(llama(), of_llama()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'must have one layer layers.1.self_attn(.|\n)*pass attn_implementation="eager"'):
+        AutoModel.from_pretrained(tmp_path, num_hidden_layers=1)
+
+
 def test_a_model_of_an_adapted_configuration_says_that_its_heads_are_missing(tmp_path):
     replace(llama(), of_llama()).save_pretrained(tmp_path)
     model = LlamaModel(transformers.AutoConfig.from_pretrained(tmp_path))

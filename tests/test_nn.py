@@ -133,6 +133,8 @@ def test_a_tensor_that_no_optimizer_would_learn_is_told(module):
         model = nn.Sequential(nn.Linear(2, 2), module(alpha))
     (group,) = [group for group in param_groups(model, 1e-3) if group["name"] == "alpha"]
     assert group["params"][0] is alpha
+    with pytest.raises(ValueError, match=r"alpha of \w+ must be a leaf, got a tensor that was computed, or converted"):
+        param_groups(model.double(), 1e-3)
     fixed = nn.Sequential(nn.Linear(2, 2), module(alpha.detach()))
     assert "alpha" not in {group["name"] for group in param_groups(fixed, 1e-3)}
 

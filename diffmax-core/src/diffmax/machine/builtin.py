@@ -1,7 +1,5 @@
 """The backends of diffmax-core itself, described and registered like any other."""
 
-import importlib.util
-
 from diffmax.kernels.claims import cpu_kernels, reference_kernels
 from diffmax.plugin import Backend, hookimpl
 
@@ -29,11 +27,12 @@ class CorePlugin:
     @hookimpl
     def diffmax_env_report(self) -> dict[str, str]:
         """Where Numba keeps what it compiles."""
-        if importlib.util.find_spec("numba") is None:
-            return {}
-        from diffmax.kernels.numba.cache import kept_in
+        try:
+            from diffmax.kernels.numba.cache import kept_in
 
-        return {"compiled kernels": kept_in()}
+            return {"compiled kernels": kept_in()}
+        except ImportError:  # Numba is missing, or broken, which its backend's status tells
+            return {}
 
 
 plugin = CorePlugin()

@@ -146,7 +146,12 @@ def _alphas_of(model: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
     for module in model.modules():
         tensor = module._buffers.get("alpha")
-        if tensor is not None and tensor.is_leaf:  # one that requires a gradient is as good as a Parameter
+        if tensor is not None and tensor.requires_grad:  # as good as a Parameter
+            if not tensor.is_leaf:
+                raise ValueError(
+                    f"param_groups: alpha of {type(module).__name__} must be a leaf, got a tensor that was computed, or "
+                    "converted with the module\npass nn.Parameter(alpha) to the module"
+                )
             yield tensor  # type: ignore[misc]
         function = module._modules.get("alpha")
         if function is not None:  # a module that is used as an alpha function

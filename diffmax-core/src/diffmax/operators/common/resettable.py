@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ class Resettable(nn.Module):
                     f"{type(self).__name__}: {name} is a tensor that requires a gradient and no parameter of the module, so an "
                     f"optimizer of model.parameters() does not learn it\npass nn.Parameter({name})"
                     f"{', or an alpha_map' if name == 'alpha' and hasattr(self, 'alpha_map') else ''}",
-                    stacklevel=3,
+                    stacklevel=_levels_to_the_caller(),
                 )
             value = value if value.requires_grad else independent_copy(value)
         if value is None or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
@@ -59,6 +60,14 @@ class Resettable(nn.Module):
                 )
             with torch.no_grad():
                 tensor.copy_(start)
+
+
+def _levels_to_the_caller() -> int:
+    """For `warnings.warn` in the function that asks: the first frame that is not of diffmax."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "diffmax":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def independent_copy(t: Tensor) -> Tensor:

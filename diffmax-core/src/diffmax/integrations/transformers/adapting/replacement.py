@@ -28,7 +28,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             a number for each query head, {"model.layers.0.self_attn": {"alpha": [0.5, 0.9], "scale": [1.0, 1.0]}}. None: the
             value in `model.config.diffmax`, which `save_pretrained` writes. `from_pretrained` calls `replace` by itself.
         share: How far to move from softmax, 0 < share <= 1: (1 - alpha) and (1 - scale) are multiplied by it. 1 is the full
-            change.
+            change. The configuration holds what they are then.
     Returns:
         The model.
     Raises:
@@ -57,7 +57,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             "configuration: register it again"
         )
     modules = {name: _module(model, name) for name in heads}
-    heads = {name: _checked(name, modules[name], of_layer) for name, of_layer in heads.items()}
+    heads = {name: _checked(name, modules[name], of_layer, share) for name, of_layer in heads.items()}
     kept = _kept(config, model, modules)
     register_functions(NAME, _attend_adapted, "replace")
     for name, of_layer in heads.items():
@@ -66,7 +66,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             module.diffmax_heads = PreciseBuffers()
         for what, values in of_layer.items():
             # a buffer moves with the model to its device; the configuration is what is saved
-            tensor = 1 - share * (1 - torch.tensor(values, dtype=torch.float32, device="cpu"))
+            tensor = torch.tensor(values, dtype=torch.float32, device="cpu")
             module.diffmax_heads.register_buffer(what, tensor.to(_device(module, model)), persistent=False)
     config.diffmax = {name: config.diffmax[name] for name in kept} | heads
     parts: dict[int, tuple[Any, Heads]] = {}  # of a composite model, whose layers look into configurations of their own
@@ -77,12 +77,14 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
         if part is not config:
             part.diffmax = of_part
     model.set_attn_implementation(NAME)  # type: ignore[operator]
-    config.attn_implementation = NAME  # saved, so that it does not run softmax in silence where diffmax is not imported
     return model
 
 
 def adapted_when_loaded() -> None:
     """Let `from_pretrained` give a model the heads in its configuration, unless another attn_implementation is asked for.
+
+    `save_pretrained` then writes the attention of an adapted model, so that it does not run softmax in silence where diffmax is
+    not imported.
 
     Raises:
         ImportError: transformers is missing or too old.
@@ -91,26 +93,63 @@ def adapted_when_loaded() -> None:
     import transformers
 
     kind: Any = transformers.PreTrainedModel
-    load = kind.from_pretrained.__func__
+    load, save = kind.from_pretrained.__func__, kind.save_pretrained
     if hasattr(load, "_diffmax_adapts"):
         return
 
     @functools.wraps(load)
     def load_adapted(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        # the Auto classes put it into the configuration
-        asked = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
+        asked = _asks_for_another(kwargs.get("attn_implementation"), kwargs.get("config"))
         loaded = load(cls, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-        if asked in (None, NAME) and getattr(model.config, "diffmax", None):
-            replace(model)
+        if not asked:
+            _adapt(loaded[0] if isinstance(loaded, tuple) else loaded)  # with output_loading_info
         return loaded
 
+    @functools.wraps(save)
+    def save_adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = self.config
+        told = config._attn_implementation == NAME and _are_heads(getattr(config, "diffmax", None))
+        if not told or config.sub_configs:  # of the parts of a composite model each may have another
+            return save(self, *args, **kwargs)
+        config.attn_implementation = NAME
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            del config.attn_implementation
+
     load_adapted._diffmax_adapts = True  # type: ignore[attr-defined]
-    kind.from_pretrained = classmethod(load_adapted)
+    kind.from_pretrained, kind.save_pretrained = classmethod(load_adapted), save_adapted
 
 
-def _checked(name: str, module: nn.Module, of_layer: Any) -> dict[str, list[float]]:
-    """A layer's alpha and scale per head, as numbers of its own that JSON can hold."""
+def _asks_for_another(given: Any, config: Any) -> bool:
+    """Whether from_pretrained is asked for another attention; the Auto classes put that into the configuration."""
+    parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
+    found = [given, *(getattr(part, "_attn_implementation", None) for part in parts)]
+    return any(name not in (None, NAME) for name in found)
+
+
+def _adapt(model: Any) -> None:
+    """Apply the heads of a model's configuration, or those of the models that it was put together from."""
+    if not _are_heads(getattr(getattr(model, "config", None), "diffmax", None)):
+        inner = [part for part in model.children() if hasattr(part, "set_attn_implementation")]
+        for part in inner:
+            _adapt(part)
+        return
+    try:
+        replace(model)
+    except ValueError as error:
+        raise ValueError(f'{error}\nto load it with softmax, pass attn_implementation="eager"') from error
+
+
+def _are_heads(value: Any) -> bool:
+    """Whether it is what `replace` writes into a configuration, and not another's entry of that name."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(of_layer, Mapping) and set(of_layer) == {"alpha", "scale"} for of_layer in value.values())
+
+
+def _checked(name: str, module: nn.Module, of_layer: Any, share: float) -> dict[str, list[float]]:
+    """A layer's alpha and scale per head, moved from softmax by a share, as numbers of its own that JSON can hold."""
     if not isinstance(of_layer, Mapping) or set(of_layer) != {"alpha", "scale"}:
         got = sorted(map(str, of_layer)) if isinstance(of_layer, Mapping) else type(of_layer).__name__
         raise ValueError(f"replace: the heads of {name} must be a dictionary of alpha and scale, got {got}")
@@ -136,7 +175,7 @@ def _checked(name: str, module: nn.Module, of_layer: Any) -> dict[str, list[floa
             f"replace: {type(module).__name__} caps its scores, which takes one scale for all heads, got one per head\n"
             'use register(alpha=..., scale="match") with one alpha for all heads'
         )
-    return found
+    return {what: [x if share == 1 else 1 - share * (1 - x) for x in values] for what, values in found.items()}
 
 
 def _kept(config: Any, model: nn.Module, given: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
