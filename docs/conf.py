@@ -122,8 +122,15 @@ def _out_of_the_sidebar(_app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = f"---\norphan: true\n---\n\n{source[0]}"
 
 
+def _without_source(_app: Sphinx, page: str, _template: str, context: dict[str, Any], _tree: Any) -> None:
+    """Pages of the API are made from docstrings: the repository has no file of theirs to view or edit."""
+    if page.startswith("api/"):
+        context["page_source_suffix"] = None
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("html-page-context", _without_source)
     app.connect("source-read", _out_of_the_sidebar)
     app.connect("autodoc-process-docstring", _open_one_line_sections, priority=100)  # before napoleon's 500
     app.connect("autodoc-skip-member", _skip_fields)
