@@ -87,7 +87,7 @@ check-triton: setup
 # The pages of docs/ and the API from docstrings, a page a name in docs/api, as HTML in docs/_build; a warning is an error. Then every
 # page is read: links, anchors, assets, the search's index.
 docs: setup
-	rm -rf docs/api docs/jupyter_execute
+	rm -rf docs/api docs/jupyter_execute docs/_build
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build
 	$(BIN)/python .ci/pages.py
 
