@@ -1,14 +1,16 @@
 """A fingerprint of the sources that compiled kernels are made from: while it is the same, so is what was counted of them.
 
 The sources of an operator are its Triton kernels and their launch code, what these import of `FOLLOWED`, and the modules that
-compile and count. Comments, docstrings and the place of a line do not count.
+compile and count. Of a module that is not kernels itself only the names that are imported count, and what their definitions
+use. Comments, docstrings and the place of a line do not count.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,8 +25,7 @@ FOLLOWED = (
     "diffmax.operators.power",
     "diffmax.reference",
 )
-# of which the numbers alone decide, such as TILE; the rest of it names types
-NUMBERS = CORE / "diffmax" / "plugin.py"
+CONSTANTS = "diffmax.plugin"  # of which constants alone decide, such as TILE
 MAKERS = (
     ROOT / "benchmarks" / "compile_kernels.py",
     ROOT / "benchmarks" / "machine_code.py",
@@ -48,27 +49,26 @@ def fingerprint(operator: str, *makers: Path, read: Callable[[Path], str] = text
         read: A file's text.
     """
     folder = CORE.joinpath(*KERNELS.split("."), operator)
-    found: dict[str, str] = {}
-    waiting = [*sorted(folder.glob("*.py")), NUMBERS, *MAKERS, *makers]
     if not folder.is_dir():
         raise ValueError(f"no kernels of {operator!r}: {folder} is not a folder")
+
+    @functools.cache
+    def statements(path: Path) -> list[ast.stmt]:
+        return _bare(ast.parse(read(path))).body
+
+    found = {(path, read(path) if path.suffix != ".py" else _unparsed(statements(path))) for path in (*MAKERS, *makers)}
+    waiting: list[tuple[Path, str | None]] = [(path, None) for path in folder.glob("*.py")]
+    seen = set(waiting)
     while waiting:
-        path = waiting.pop()
-        name = path.relative_to(ROOT).as_posix()
-        if path.suffix != ".py":
-            found[name] = read(path)
-        elif name not in found:
-            tree = ast.parse(read(path))
-            if path == NUMBERS:
-                tree.body = [
-                    node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-                ]
-            found[name] = ast.unparse(_bare(tree))  # ast.dump differs by Python's version
-            if path.is_relative_to(CORE / "diffmax" / "kernels") or path.is_relative_to(
-                CORE / "diffmax" / "operators" / "power"
-            ):
-                waiting += [file for module in _imported(tree) if (file := _file(module))]
-    whole = "\n".join(f"{name} {found[name]}" for name in sorted(found))
+        path, name = waiting.pop()
+        part = [each for each in statements(path) if name is None or name in _defined(each)]
+        found.add((path, _unparsed(part)))
+        further = {use for each in part for use in _imported(each, name)}
+        if name is not None:
+            further |= {(path, node.id) for each in part for node in ast.walk(each) if isinstance(node, ast.Name)}
+        waiting += further - seen
+        seen |= further
+    whole = "\n".join(sorted(f"{path.relative_to(ROOT).as_posix()} {part}" for path, part in found if part))
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
@@ -80,18 +80,42 @@ def _bare(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def _imported(tree: ast.Module) -> set[str]:
-    """Modules of `FOLLOWED` that a module imports, or imports from."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name for name in names if name.startswith(FOLLOWED)}
+def _unparsed(body: list[ast.stmt]) -> str:
+    """As source: ast.dump differs by Python's version."""
+    return ast.unparse(ast.Module(body, []))
+
+
+def _defined(statement: ast.stmt) -> set[str]:
+    """Names that a statement of a module binds."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return {statement.name}
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name for alias in statement.names}
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def _imported(statement: ast.stmt, wanted: str | None) -> Iterator[tuple[Path, str | None]]:
+    """Files of what a statement imports of `FOLLOWED` and `CONSTANTS`, each with the name there, None for the whole module.
+
+    Args:
+        statement: A statement of a module.
+        wanted: Of a statement that imports, the name that is meant; None for all.
+    """
+    for node in ast.walk(statement):
+        aliases = node.names if isinstance(node, ast.Import | ast.ImportFrom) else ()
+        for alias in aliases:
+            if node is statement and wanted not in {None, alias.asname or alias.name}:
+                continue
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            below = _file(f"{module}.{alias.name}" if module else alias.name)
+            if below is not None:
+                yield below, None
+            elif module and (file := _file(module)) and (module != CONSTANTS or alias.name.isupper()):
+                yield file, None if module.startswith(KERNELS) else alias.name
 
 
 def _file(module: str) -> Path | None:
-    """None for a name that is no module."""
+    """None for a name that is no module, or not followed."""
     path = CORE.joinpath(*module.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+    found = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+    return found if module.startswith((*FOLLOWED, CONSTANTS)) else None

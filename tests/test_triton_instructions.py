@@ -113,11 +113,16 @@ def test_the_table_is_out_of_date_once_a_kernel_its_launch_code_or_the_counter_c
     triton = "diffmax-core/src/diffmax/kernels/triton"
     assert after(f"{triton}/rows/steps.py") == {"rows"}
     assert after(f"{triton}/power/launch.py") == {"power"}
-    assert after(f"{core}/operators/power/cost.py") == {"power"}
+    assert after(f"{core}/operators/power/cost.py", lambda old: old.replace("CHUNKS = (64,", "CHUNKS = (32,")) == {"power"}
+    assert after(f"{core}/operators/power/cost.py") == set()
     assert after(f"{core}/plugin.py", lambda old: old.replace("\nTILE = 64", "\nTILE = 32")) == set(before)
     assert after(f"{triton}/common/numerics.py") == set(before)
+    assert after(f"{core}/operators/common/numerics.py", lambda old: old.replace("MIN_E = 2.0", "MIN_E = 4.0")) == set(before)
+    assert after(f"{core}/reference/power.py") == {"power"}
     assert after("benchmarks/machine_code.py") == set(before)
     assert after(f"{triton}/rows/steps.py", lambda old: f"# a comment\n{old}") == set()
+    assert after(f"{core}/operators/common/numerics.py") == set()
+    assert after(f"{core}/plugin.py", lambda old: old.replace("API_VERSION = (1,", "API_VERSION = (7,")) == set()
     assert after("README.md", lambda old: "") == set()
 
 
