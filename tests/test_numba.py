@@ -823,14 +823,15 @@ def test_products_keep_their_sums_in_registers(triple, cpu, tile, fused, spilled
     assert not re.search(spilled, hot)
 
 
-def test_decoding_without_pages_is_attentions_kernel(monkeypatch):
-    """What several threads share, or is read in pages, goes the other way; a cache that is not side by side is not copied."""
+def test_decoding_without_bounds_is_attentions_kernel(monkeypatch):
+    """What several threads share, or has bounds, goes the other way; a cache that is not side by side is not copied."""
     from diffmax.kernels.numba import decoding
 
     q, (k_cache, v_cache) = torch.randn(1, 1, 4, 8), torch.randn(2, 1, 300, 2, 8).unbind()
     apart = k_cache.transpose(1, 3).contiguous().transpose(1, 3)
     kinds = {
         "plain": ({}, k_cache),
+        "pages": ({"block_table": torch.zeros(1, 1, dtype=torch.int32)}, k_cache),
         "apart": ({}, apart),
         "bounds": ({"page_bounds": diffmax.page_bounds(k_cache, 300)}, k_cache),
     }
@@ -846,7 +847,43 @@ def test_decoding_without_pages_is_attentions_kernel(monkeypatch):
             assert torch.allclose(out, expected, atol=1e-6)
             taken[name, few == 64] = not went
     threads = torch.get_num_threads()
-    assert [key for key, own in taken.items() if own] == [("plain", False)] + [("plain", True)] * (threads <= 2)
+    own = [key for key, own in taken.items() if own]
+    assert own == [("plain", False), ("pages", False)] + [("plain", True), ("pages", True)] * (threads <= 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("page_size", "length", "head_dim", "value_dim"), [(16, 1, 64, 64), (5, 3, 40, 24), (1, 70, 8, 9), (300, 33, 16, 16)]
+)
+def test_pages_of_a_cache_give_what_one_piece_gives(dtype, page_size, length, head_dim, value_dim):
+    """Bit for bit, wherever a page begins or ends; pages that no sequence has are never read, nor entries behind the last."""
+    generator = torch.Generator().manual_seed(page_size)
+    lengths = torch.tensor([230, 71 + length, length, 0], dtype=torch.int32)
+    pages = -(-(230 + length) // page_size)
+    table = torch.randperm(4 * pages + 3, generator=generator)[: 4 * pages].view(4, pages)
+    pools = [torch.randn(4 * pages + 3, page_size, 2, size, generator=generator) for size in (head_dim, value_dim)]
+    query = torch.randn(4, length, 6, head_dim, generator=generator)
+    new = [torch.randn(4, 2, 2, size, generator=generator) for size in (head_dim, value_dim)]
+    sink, slopes = torch.randn(6, generator=generator), torch.rand(6, generator=generator)
+    variants = {
+        "plain": {},
+        "masked": {"window_size": (40, 0), "cache_leftpad": torch.tensor([17, 3, 0, 0], dtype=torch.int32)},
+        "rules": {"softcap": 3.0, "alibi_slopes": slopes, "sink": sink, "alpha": torch.linspace(0.2, 0.9, 6)},
+        "appending": {"k": new[0].to(dtype), "v": new[1].to(dtype), "causal": True},
+    }
+    held = lengths + 2 > page_size * torch.arange(pages)[:, None]  # (pages, sequences)
+    for name, more in variants.items():
+        whole = [pool[table].flatten(1, 2).to(dtype) for pool in pools]
+        poisoned = [torch.full_like(pool, torch.nan).to(dtype) for pool in pools]
+        for pool, poison in zip(pools, poisoned, strict=True):
+            poison[table[held.T]] = pool[table[held.T]].to(dtype)
+        block_table = table.masked_fill(~held.T, -1).int()
+        options = {"alpha": 0.6, "cache_seqlens": lengths, "backend": "numba", "return_stats": True} | more
+        expected, stats = diffmax.attention_with_kvcache(query.to(dtype), *whole, **options)
+        out, found = diffmax.attention_with_kvcache(query.to(dtype), *poisoned, block_table=block_table, **options)
+        assert torch.equal(out, expected), name
+        assert torch.equal(found.support_size, stats.support_size), name
+        assert torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 0.5, 0.55, 0.9])

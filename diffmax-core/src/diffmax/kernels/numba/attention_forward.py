@@ -14,6 +14,7 @@ from diffmax.kernels.numba.attention_words import (
     apply_rules,
     exponent_of,
     floats,
+    in_one_page,
     keep_factor,
     own_memory,
     place,
@@ -23,6 +24,8 @@ from diffmax.kernels.numba.attention_words import (
     rows_of,
     sequence_of,
     table_of,
+    token_place,
+    tokens_into,
     whole_numbers,
     words_of,
 )
@@ -48,12 +51,12 @@ from diffmax.kernels.numba.products import (
     DEPTH,
     ROWS,
     bytes_of,
-    copy_rows,
     gather_rows,
     multiply_directly,
     multiply_panels,
     multiply_rows,
     pack,
+    pack_panel,
     panel_width,
     write_row,
 )
@@ -168,14 +171,20 @@ def finish_whole(words, numbers, memory, x, slopes, r, here, computing):
 @jitable
 def converts_some(words):
     """Whether values are converted when they are needed: of few queries, most are not."""
-    return words[Word.direct] != 0 and (words[Word.kind] != 0 or words[Word.value_dim] != words[Word.value_step])
+    return words[Word.direct] != 0 and not in_place(words)
+
+
+@jitable
+def in_place(words):
+    """Whether values are read where they lie."""
+    return words[Word.kind] == 0 and words[Word.value_dim] == words[Word.value_step] and words[Word.blocks] == 0
 
 
 @jitable
 def values_into(words, here, key, count, target, step):
     """Convert the values of `count` keys from `key` on."""
     kv_head = here.head // words[Word.group]
-    rows_into(words, Word.value, here.key_batch, kv_head, here.key_at + key, count, words[Word.value_dim], 1.0, target, step)
+    tokens_into(words, Word.value, here.key_batch, kv_head, here.key_at + key, count, words[Word.value_dim], target, step)
 
 
 @jitable
@@ -403,14 +412,29 @@ def score_directly(words, memory, queries, left, scores, right, here, computing)
     copied = floats(words, memory, Word.pack_rows, 0, across * step, computing)
     kv_head, itemsize = here.head // words[Word.group], bytes_of(kind, queries)
     for first in range(here.base, here.high, across):
-        count = min(across, here.high - first)
-        at = place(words, Word.key, here.key_batch, kv_head, here.key_at + first, itemsize)
+        count, token = min(across, here.high - first), here.key_at + first
         keys, key_step = copied, step
-        if kind == 0 and depth == step:
+        if kind == 0 and depth == step and in_one_page(words, token, count) == count:
+            at = token_place(words, Word.key, here.key_batch, kv_head, token, itemsize)
             keys, key_step = array_at(at, count * key_row + depth, computing), key_row
         else:
-            copy_rows(at, kind, key_row, count, depth, 1.0, copied, step)
+            tokens_into(words, Word.key, here.key_batch, kv_head, token, count, depth, copied, step)
         multiply_directly(queries, left, here.count, keys, key_step, count, step, scores, right, first - here.base)
+
+
+@jitable
+def pack_keys(words, batch, head, key_at, keys, panels, rows):
+    """Write the keys of a sequence and a head as panels."""
+    depth, step, kind = words[Word.head_dim], words[Word.head_step], words[Word.kind]
+    if words[Word.blocks] == 0:
+        at = place(words, Word.key, batch, head, key_at, bytes_of(kind, panels))
+        pack(at, kind, words[Word.key_row], keys, depth, panels, rows, step)
+        return
+    across = panel_width(panels)
+    for first in range(0, keys, across):
+        some = min(across, keys - first)
+        tokens_into(words, Word.key, batch, head, key_at + first, some, depth, rows, step)
+        pack_panel(rows, some, depth, panels[first * depth :], step)
 
 
 @jitable
@@ -537,7 +561,6 @@ def make_forward(computing):
         pack_rows = floats(words, memory, Word.pack_rows, 0, panel_width(panels) * words[Word.head_step], computing)
         lanes = floats(words, memory, Word.lanes, 0, 8 * places(panels), computing)
         touched = tiles_touched(words, memory)
-        in_place = words[Word.kind] == 0 and size == value_step
         values, step = copied, value_step
         held = -1
         done, start, end = take(words, 0, 0, 0)
@@ -551,16 +574,14 @@ def make_forward(computing):
                 kv_head = head // words[Word.group]
                 if held != sequence[Sequence.first_task] * kv_heads + kv_head:
                     held = sequence[Sequence.first_task] * kv_heads + kv_head
-                    kind, key_row = words[Word.kind], words[Word.key_row]
                     if words[Word.direct] == 0:
-                        at = place(words, Word.key, key_batch, kv_head, key_at, bytes_of(kind, panels))
-                        pack(at, kind, key_row, keys, depth, panels, pack_rows, words[Word.head_step])
-                    if in_place:
+                        pack_keys(words, key_batch, kv_head, key_at, keys, panels, pack_rows)
+                    if in_place(words):
                         step = words[Word.value_row]
-                        at = place(words, Word.value, key_batch, kv_head, key_at, bytes_of(kind, panels))
+                        at = place(words, Word.value, key_batch, kv_head, key_at, panels.itemsize)
                         values = array_at(at, keys * step + size, computing)
                     elif not converts_some(words):
-                        rows_into(words, Word.value, key_batch, kv_head, key_at, keys, size, 1.0, copied, value_step)
+                        tokens_into(words, Word.value, key_batch, kv_head, key_at, keys, size, copied, value_step)
                 e = exponent_of(words, numbers, head, least_e, computing)
                 touched[:] = 0
                 last = min((tile + 1) * TILE, sequence[Sequence.length])

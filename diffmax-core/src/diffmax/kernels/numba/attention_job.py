@@ -99,6 +99,11 @@ class Job:
         """Address of a tensor that the caller has made and keeps, 0 if it is empty."""
         self.words[word] = t.data_ptr() if t.numel() else 0
 
+    def add_pages(self, block_table: Tensor, page_size: int) -> None:
+        """The pages of the sequences' keys and values: key and value hold pages in place of rows of the batch."""
+        self.add_whole(Word.blocks, block_table)
+        self.words[Word.blocks_step], self.words[Word.page_size] = block_table.shape[1], page_size
+
     def _kept(self, t: Tensor) -> Tensor:
         self.alive.append(t)
         return t
@@ -154,7 +159,7 @@ class Job:
         direct = self.length * int(words[Word.group]) <= DIRECT_ROWS
         words[Word.direct] = direct
         sizes = _Sizes(self.acc.itemsize, self.head_dim, self.value_dim, self.head_step, self.value_step, self.longest)
-        copies = self.converts or self.value_step != self.value_dim
+        copies = self.converts or self.value_step != self.value_dim or words[Word.blocks] != 0
         tiles = int(words[Word.tile_words]) * WORD_BITS
         self._lay_out(_forward_layout(sizes, self.seen, min(self.length, TILE), tiles, copies, keeps, direct))
 

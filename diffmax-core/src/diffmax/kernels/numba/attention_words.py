@@ -32,6 +32,7 @@ _Words = namedtuple(
     length tiles tile_words out m delta u live support
     grad_query grad_key grad_value grad_e grad_sink key_length splits split_step
     grad_bias grad_bias_batch grad_bias_head grad_bias_row grad_bias_key bias_share direct
+    blocks blocks_step page_size
     theta theta_batch theta_head theta_row weighing power_kind distances width mass
     grad_mass grad_theta grad_distances distances_share
     scale e_value softcap passed power
@@ -122,6 +123,34 @@ def seen(words, first, last, keys):
 def place(words, tensor, batch, head, row, itemsize):
     """Address of a row of a head."""
     return words[tensor] + itemsize * (batch * words[tensor + 1] + head * words[tensor + 2] + row * words[tensor + 3])
+
+
+@jitable
+def token_place(words, tensor, batch, head, token, itemsize):
+    """Address of a token's key or value: of a row of the batch, or of the row of the table of blocks."""
+    if words[Word.blocks] == 0:
+        return place(words, tensor, batch, head, token, itemsize)
+    size = words[Word.page_size]
+    at = batch * words[Word.blocks_step] + token // size
+    block = array_at(words[Word.blocks], at + 1, np.int32)[at]
+    return place(words, tensor, block, head, token % size, itemsize)
+
+
+@jitable
+def in_one_page(words, token, count):
+    """How many of `count` tokens from `token` on lie in one page."""
+    return count if words[Word.blocks] == 0 else min(count, words[Word.page_size] - token % words[Word.page_size])
+
+
+@jitable
+def tokens_into(words, tensor, batch, head, token, count, size, target, target_step):
+    """Copy keys or values of a head, see `copy_rows`, from whatever pages they lie in."""
+    kind, done = words[Word.kind], 0
+    while done < count:
+        some = in_one_page(words, token + done, count - done)
+        address = token_place(words, tensor, batch, head, token + done, bytes_of(kind, target))
+        copy_rows(address, kind, words[tensor + 3], some, size, 1.0, target[done * target_step :], target_step)
+        done += some
 
 
 @jitable

@@ -1,7 +1,7 @@
 """Decoding for CPUs, compiled: attention's forward kernel, whose sequences are those of the cache.
 
-Keys in 4 bits have a kernel of their own (`rounded`). Other pages, in the cache or in its bounds, and few long sequences, whose
-keys several threads share, go the way of `diffmax.kernels.cpu.decoding`, with the compiled row operator.
+Keys in 4 bits have a kernel of their own (`rounded`). Other bounds, and few long sequences whose keys several threads share, go
+the way of `diffmax.kernels.cpu.decoding`, with the compiled row operator.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     whole = AttentionCall(scale=call.scale, e=call.e, softcap=call.softcap, alibi=call.alibi, sink=call.sink)
     if not folds:
         whole = dataclasses.replace(whole, left=call.left, right=call.right, lower_right=True)
-    of_cache = list(range(batch)) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
+    paged = call.block_table is not None
+    of_cache = list(range(batch)) if paged or call.cache_batch_idx is None else call.cache_batch_idx.tolist()
     sequences = sequences_of(keys, starts, of_cache, rows.shape[2])
     job = Job(rows, k_cache.transpose(1, 2), v_cache.transpose(1, 2), whole, sequences)
+    if call.block_table is not None:
+        job.add_pages(call.block_table, call.page_size)
     out = torch.empty(batch, heads, length, v_cache.shape[3], dtype=v_cache.dtype)
     m, delta = (torch.empty(batch, heads, length, dtype=accumulation_dtype(query.dtype)) for _ in range(2))
     support = torch.empty((batch, heads, length) if stats else (0,), dtype=torch.int32)
@@ -95,7 +98,7 @@ def _is_rounded(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCa
 def _is_served(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, keys: list[int]) -> bool:
     """Whether attention's kernel takes the call."""
     batch, length, heads, _ = query.shape
-    if call.block_table is not None or call.low is not None or 0 in (batch, length, heads, v_cache.shape[3]):
+    if call.low is not None or 0 in (batch, length, heads, v_cache.shape[3]):
         return False
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:  # the kernel would want a copy of the cache
         return False

@@ -59,21 +59,27 @@ def pack(address, kind, step, count, depth, panels, rows, padded):
 
     `rows` is memory for the rows of a panel, `padded` the depth in whole vectors.
     """
-    width = places(panels)
     across = panel_width(panels)
     for first in range(0, count, across):
         some = min(across, count - first)
         copy_rows(address + first * step * bytes_of(kind, panels), kind, step, some, depth, 1.0, rows, padded)
-        for i in range(some * padded, across * padded):
-            rows[i] = 0.0
-        target = panels[first * depth :]
-        for column in range(0, across, width):
-            whole = depth // width * width
-            for k in range(0, whole, width):
-                transpose_square(rows, column * padded + k, padded, target, k * across + column, across)
-            for k in range(whole, depth):
-                for j in range(column, column + width):
-                    target[k * across + j] = rows[j * padded + k]
+        pack_panel(rows, some, depth, panels[first * depth :], padded)
+
+
+@jitable
+def pack_panel(rows, count, depth, panel, padded):
+    """Write a panel of `count` rows, arguments as of `pack`."""
+    width = places(panel)
+    across = panel_width(panel)
+    for i in range(count * padded, across * padded):
+        rows[i] = 0.0
+    for column in range(0, across, width):
+        whole = depth // width * width
+        for k in range(0, whole, width):
+            transpose_square(rows, column * padded + k, padded, panel, k * across + column, across)
+        for k in range(whole, depth):
+            for j in range(column, column + width):
+                panel[k * across + j] = rows[j * padded + k]
 
 
 @jitable
