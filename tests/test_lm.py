@@ -140,13 +140,16 @@ def test_a_run_goes_on_where_it_was_stopped_and_writes_what_it_draws(monkeypatch
     monkeypatch.setattr(lm, "DISTILLED", 64)
     monkeypatch.setattr(lm, "other_text", lambda: "a text of a few words of its own " * 16)
     sizes = ["--length", "64", "128", "--tokens", "128"]
-    trained = ["--zeros", "0.5", "--steps", "3", "--minutes", "0.02"]
-    options = [*sizes, "--alphas", "0.75", *trained, "--output", str(tmp_path / "lm")]
+    trains = ["--zeros", "0.5", "--steps", "3", "--minutes", "0.02", "--labels"]
+    options = [*sizes, "--alphas", "0.75", *trains, "--output", str(tmp_path / "lm")]
     monkeypatch.setattr(sys, "argv", ["lm", *options])
     lm.main()
     first = json.loads((tmp_path / "lm.json").read_text())
     expected = {key for key, _, _ in lm.jobs(lm.parser().parse_args(options))}
-    assert set(first["points"]) == expected | {"128/distilled 0.5", f"{lm.OTHER}/distilled 0.5"}
+    trained = ("distilled 0.5", "labels, 0.5", "labels, softmax")
+    assert set(first["points"]) == expected | {f"{place}/{name}" for place in (128, lm.OTHER) for name in trained}
+    assert "zeros" not in first["points"]["128/labels, softmax"]
+    assert first["points"]["128/labels, 0.5"]["zeros"] > 0.2
     assert first["points"]["64/distilled 0.5"]["steps"] >= 1
     assert first["points"]["64/softmax"]["words"] == 2 * 63
     assert 0.4 < first["points"]["64/calibrated 0.5"]["zeros"] < 0.65
@@ -211,3 +214,16 @@ def test_distilling_moves_the_predictions_to_those_of_the_model():
         wanted, moved, unmoved = (m(ids, use_cache=False) for m in (model, student, bare))
     assert lm.divergence(moved, wanted, {}) < 0.95 * lm.divergence(unmoved, wanted, {})
     assert lm.divergence(wanted, wanted, {}).abs() < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zeros", [False, True])
+def test_training_with_labels_learns_a_text_and_leaves_the_model(zeros):
+    model = tiny_model()
+    batches = [{"input_ids": torch.randint(3, 9, (1, 128)), "use_cache": False}]
+    heads = {f"model.layers.{i}.self_attn": {"alpha": [0.3] * 4, "scale": [1.0] * 4} for i in range(2)} if zeros else None
+    before = copy.deepcopy(model.state_dict())
+    student, spent = lm.with_labels(model, heads, batches, 0.1)
+    assert spent["loss"][-1] < 0.8 * spent["loss"][0]
+    assert (getattr(student.config, "diffmax", None) is not None) == zeros
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -59,7 +59,8 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     job.scratch_of_forward(False)
     job.run("forward", -(-rows.shape[2] // TILE) * rows.shape[1], job.chunks())
     pages = _pages_read(call, starts, ends, kv_heads) if stats else torch.empty(0, dtype=torch.int32)
-    return KVCacheResults(out.transpose(1, 2).contiguous(), m, delta, support, pages)
+    out = out.view(batch, 1, heads, -1) if length == 1 else out.transpose(1, 2).contiguous()
+    return KVCacheResults(out, m, delta, support, pages)
 
 
 def warmup(

@@ -40,6 +40,8 @@ def is_plain(*arguments: Any) -> bool:
     ):
         return False
     for given in arguments:
+        if given is None:
+            continue
         if type(given) in _TYPES:
             if _dispatch_keys(given).raw_repr() not in _TENSORS:
                 return False

@@ -36,11 +36,12 @@ def check_tensors(
         if t is not None:
             check_cache(name, what, t)
             given[what] = t
-    if len({t.dtype for t in given.values()}) > 1:
+    dtype, device = q.dtype, q.device
+    if any(t.dtype is not dtype for t in given.values()):
         raise TypeError(
             f"{name}: q, the caches, k and v must have one dtype, got{_facts(given)}\nconvert q, k and v to the caches' dtype"
         )
-    if len({t.device for t in given.values()}) > 1:
+    if any(t.device != device for t in given.values()):
         raise ValueError(f"{name}: q, the caches, k and v must be on one device, got{_facts(given)}")
     for what in ("k_cache", "v_cache"):
         if (
@@ -114,7 +115,8 @@ def check_lengths(
     if lengths is None:
         return torch.full((batch,), room, dtype=torch.int32, device=device)
     new = new or 0
-    if isinstance(lengths, bool) or not isinstance(lengths, (numbers.Integral, torch.SymInt, Tensor)):
+    # a tensor first: to ask an abstract class takes a microsecond
+    if isinstance(lengths, bool) or not isinstance(lengths, (Tensor, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name}: cache_seqlens must be an int or an int32 tensor, got {type(lengths).__name__}")
     if not isinstance(lengths, Tensor):
         if not torch.compiler.is_compiling():
@@ -124,7 +126,7 @@ def check_lengths(
     if _readable(lengths) and batch:
         tokens = lengths.tolist()
         _check_room(name, min(tokens), max(tokens), room, new)
-    return lengths.to(torch.int32)
+    return lengths if lengths.dtype is torch.int32 else lengths.to(torch.int32)
 
 
 def _check_room(name: str, least: int, most: int, room: int, new: int) -> None:
