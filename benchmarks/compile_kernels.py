@@ -54,8 +54,8 @@ THRESHOLD_OPTIONS = {
     "packed, bias": ("varlen", "distance_bias", "real_power", "mass"),
 }
 ALPHAS = {"0.85": 0.15, "0.5": 0.5, "tensor": None}
-# What callers may ask for besides
-MORE_ALPHAS = {**ALPHAS, "0.9": 0.1}
+# What callers may ask for besides; "fixed" is a tensor whose gradient is not wanted
+MORE_ALPHAS = {**ALPHAS, "0.9": 0.1, "fixed": None}
 MORE_POWER_FEATURES = {**POWER_FEATURES, "gates": ("gates", "gqa")}
 
 Factors = Mapping[str, Sequence[str]]
@@ -247,7 +247,7 @@ def call_rows(of: Mapping[str, str]) -> None:
     e = MORE_ALPHAS[of["alpha"]]
     given = torch.full((rows, 1), 0.3, dtype=acc) if e is None else e
     operator.bisect(x, given, 1, 50, True)
-    operator.bisect_backward(x, x, m, m, x if dtype == torch.float16 else None, given, 1, e is None)
+    operator.bisect_backward(x, x, m, m, x if dtype == torch.float16 else None, given, 1, of["alpha"] == "tensor")
 
 
 def call_attention(of: Mapping[str, str]) -> None:
@@ -264,7 +264,7 @@ def call_attention(of: Mapping[str, str]) -> None:
     query, key = (torch.zeros(batch, heads, length, size, dtype=dtype) for heads in (2, 1 if "gqa" in features else 2))
     found = operator.attention(query, key, key, call, training, not training)
     if training:
-        wanted = Wanted(MORE_ALPHAS[of["alpha"]] is None, call.bias is not None, call.sink is not None)
+        wanted = Wanted(of["alpha"] == "tensor", call.bias is not None, call.sink is not None)
         operator.attention_backward(found.out, query, key, key, found.saved, call, wanted)
 
 
