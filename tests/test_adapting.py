@@ -427,6 +427,14 @@ def test_a_configuration_whose_diffmax_is_another_s_is_left_alone(tmp_path):
     model.config.diffmax = {"temperature": 3}
     model.save_pretrained(tmp_path)
     assert AutoModel.from_pretrained(tmp_path).config._attn_implementation != "diffmax-adapted"
+    register("diffmax-another", 0.6)
+    (batch,) = batches(1)
+    model.set_attn_implementation("diffmax-another")
+    model(**batch)
+    model.set_attn_implementation("eager")
+    assert calibrate(model, [batch], alpha=0.5).keys() == of_llama().keys()
+    with pytest.raises(ValueError, match="not adapted before, got none"):
+        replace(model)
 
 
 def test_a_model_with_fewer_layers_than_heads_says_how_to_load_it(tmp_path):

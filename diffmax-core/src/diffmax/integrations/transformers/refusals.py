@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from diffmax.integrations.transformers.heads import heads_of
 from diffmax.integrations.transformers.masks import is_traced
 
 
@@ -105,7 +106,7 @@ def called() -> None:
 def refuse_heads(label: str, module: nn.Module) -> None:
     """Refuse a layer of a model that `replace` has adapted, in an attention that would not use its alpha and scale per head."""
     config = getattr(module, "config", None)
-    if getattr(config, "diffmax", None):
+    if heads_of(config):
         raise ValueError(
             f"{label}: the configuration of this {type(module).__name__} has an alpha and a scale per head, which the chosen "
             "attn_implementation would not use\ncall diffmax.integrations.transformers.replace(model), or to give them up "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffmax.integrations.transformers.adapting.outputs import Batch, Output, each, final_output, mask_for
 from diffmax.integrations.transformers.adapting.recording import Call, Scored, record
-from diffmax.integrations.transformers.adapting.replacement import Heads
+from diffmax.integrations.transformers.heads import Heads, heads_of
 from diffmax.operators.common.checks import one_minus_alpha
 from diffmax.operators.common.numerics import hides
 from diffmax.operators.rows.api import diffmax_bisect
@@ -175,7 +175,7 @@ def measure(
         raise ValueError(f"{name}: queries must be a positive int or None, got {queries!r}")
     if not isinstance(probes, int) or isinstance(probes, bool) or probes < 1:
         raise ValueError(f"{name}: probes must be a positive int, got {probes!r}")
-    if getattr(getattr(model, "config", None), "diffmax", None):
+    if heads_of(getattr(model, "config", None)):
         raise ValueError(
             f"{name}: the model must be one with softmax, got a {type(model).__name__} that was adapted: its configuration has "
             "heads\ntake the model from before `replace`; or, if no weight was trained since, set model.config.diffmax to None"

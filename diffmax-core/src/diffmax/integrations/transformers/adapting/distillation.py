@@ -10,6 +10,7 @@ from torch import nn
 
 from diffmax.integrations.transformers.adapting.outputs import Batch, Loss, each, relative_error
 from diffmax.integrations.transformers.adapting.replacement import replace
+from diffmax.integrations.transformers.heads import heads_of
 
 _TOO_FEW = "distil: a batch per step is needed, got {} for {} steps\npass more, or fewer steps"
 
@@ -42,7 +43,7 @@ def distil(
     """
     if isinstance(batches, Sized) and len(batches) < steps:
         raise ValueError(_TOO_FEW.format(len(batches), steps))
-    heads = getattr(model.config, "diffmax", None)
+    heads = heads_of(model.config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not heads:
         raise ValueError("distil: the model must have diffmax heads, got none\ncall replace(model, heads)")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffmax.integrations.transformers.attention import _attention_forward, register_functions
+from diffmax.integrations.transformers.heads import Heads, heads_of
 from diffmax.nn._precision import PreciseBuffers
-
-# Per attention layer, by its name in the model: the alpha of each head, and the scale of its scores.
-Heads: TypeAlias = "dict[str, dict[str, list[float]]]"
 
 NAME = "diffmax-adapted"
 
@@ -43,8 +41,8 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"replace: the model must be one of transformers, got {type(model).__name__}")
     config: Any = model.config
-    heads = heads if heads is not None else getattr(config, "diffmax", None)
-    if heads is not None and not isinstance(heads, Mapping):
+    heads = heads if heads is not None else heads_of(config)
+    if not isinstance(heads, Mapping):
         raise TypeError(
             f"replace: heads must be a dictionary of alphas and scales per layer, got {heads!r}\n"
             'for one alpha in the whole model, or a tensor with one per head, register(alpha=..., scale="match") and '
@@ -68,7 +66,8 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             # a buffer moves with the model to its device; the configuration is what is saved
             tensor = torch.tensor(values, dtype=torch.float32, device="cpu")
             module.diffmax_heads.register_buffer(what, tensor.to(_device(module, model)), persistent=False)
-    config.diffmax = {name: config.diffmax[name] for name in kept} | heads
+    before = heads_of(config)
+    config.diffmax = {name: before[name] for name in kept} | heads
     parts: dict[int, tuple[Any, Heads]] = {}  # of a composite model, whose layers look into configurations of their own
     for name, layer in (kept | modules).items():
         part = config if getattr(layer, "config", None) is None else layer.config
@@ -108,7 +107,7 @@ def adapted_when_loaded() -> None:
     @functools.wraps(save)
     def save_adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = self.config
-        told = config._attn_implementation == NAME and _are_heads(getattr(config, "diffmax", None))
+        told = config._attn_implementation == NAME and heads_of(config)
         if not told or config.sub_configs:  # of the parts of a composite model each may have another
             return save(self, *args, **kwargs)
         config.attn_implementation = NAME
@@ -130,7 +129,7 @@ def _asks_for_another(given: Any, config: Any) -> bool:
 
 def _adapt(model: Any) -> None:
     """Apply the heads of a model's configuration, or those of the models that it was put together from."""
-    if not _are_heads(getattr(getattr(model, "config", None), "diffmax", None)):
+    if not heads_of(getattr(model, "config", None)):
         inner = [part for part in model.children() if hasattr(part, "set_attn_implementation")]
         for part in inner:
             _adapt(part)
@@ -139,13 +138,6 @@ def _adapt(model: Any) -> None:
         replace(model)
     except ValueError as error:
         raise ValueError(f'{error}\nto load it with softmax, pass attn_implementation="eager"') from error
-
-
-def _are_heads(value: Any) -> bool:
-    """Whether it is what `replace` writes into a configuration, and not another's entry of that name."""
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(of_layer, Mapping) and set(of_layer) == {"alpha", "scale"} for of_layer in value.values())
 
 
 def _checked(name: str, module: nn.Module, of_layer: Any, share: float) -> dict[str, list[float]]:
@@ -180,7 +172,7 @@ def _checked(name: str, module: nn.Module, of_layer: Any, share: float) -> dict[
 
 def _kept(config: Any, model: nn.Module, given: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Layers that have heads already and get no others, by their names in the configuration."""
-    before = {name: _found(model, name) for name in getattr(config, "diffmax", None) or () if name not in given}
+    before = {name: _found(model, name) for name in heads_of(config) if name not in given}
     new = set(given.values())
     return {
         name: found[0]

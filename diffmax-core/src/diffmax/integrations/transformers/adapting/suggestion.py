@@ -8,8 +8,8 @@ from torch import nn
 
 from diffmax.integrations.transformers.adapting.calibration import check_share, measure
 from diffmax.integrations.transformers.adapting.outputs import Batch, Output, each, likelihood
-from diffmax.integrations.transformers.adapting.replacement import Heads
 from diffmax.integrations.transformers.adapting.tuning import Plane, tuned
+from diffmax.integrations.transformers.heads import Heads
 from diffmax.matched import matched_scale
 from diffmax.operators.common.checks import is_whole
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from diffmax.integrations.transformers.adapting.calibration import Table
 from diffmax.integrations.transformers.adapting.outputs import Batch, divergence
 from diffmax.integrations.transformers.adapting.recording import as_it_was
-from diffmax.integrations.transformers.adapting.replacement import Heads
 from diffmax.integrations.transformers.attention import _attention_forward, register_functions
+from diffmax.integrations.transformers.heads import Heads
 
 _TUNING = "diffmax-tuning"
 # The learning rate of Adam, in places of the grid, and its averages.
