@@ -119,12 +119,12 @@ def exp2_of(y, PTX: tl.constexpr):
 
 
 @triton.jit
-def once(x, PTX: tl.constexpr):
-    """x of float32. On NVIDIA the compiler may not compute it again for another layout: each warp would do what one can."""
-    if PTX:
-        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
-    else:
+def once(x, MOVE: tl.constexpr, REGISTERS: tl.constexpr):
+    """x of float32, by an instruction MOVE unless it is None: the compiler may not compute x again for another layout."""
+    if MOVE is None:
         return x
+    else:
+        return tl.inline_asm_elementwise(MOVE, REGISTERS, [x], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from diffmax.kernels.triton.common.numerics import once
 from diffmax.kernels.triton.decoding.tiles import (
@@ -44,6 +45,8 @@ def kvcache_values_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """partial (block, split, 2, BLOCK_M, BLOCK_V) where `filled`, and the sums.  Grid: as the first launch."""
+    MOVE: tl.constexpr = "mov.f32 $0, $1;" if PTX else "v_mov_b32 $0, $1" if is_hip() else None
+    REGISTERS: tl.constexpr = "=f,f" if PTX else "=v,v"
     block, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
     b, kv_head, held, head, _query, in_rows, span = whose(
@@ -69,7 +72,7 @@ def kvcache_values_kernel(
         if alive:
             filled += 1.0
             if E_TENSOR:
-                base, r = once(base, PTX), once(r, PTX)
+                base, r = once(base, MOVE, REGISTERS), once(r, MOVE, REGISTERS)
             s = r * base
             p = s * base
             total += p
