@@ -223,9 +223,9 @@ def with_labels(model: Any, heads: Heads | None, batches: list[dict[str, Any]], 
 
     began, steps = time.process_time(), steps_within(minutes, loss, batches)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    rates = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=steps + 1, pct_start=0.05, div_factor=20, cycle_momentum=False
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    shares = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, 20 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     with Losses("training", steps) as losses:
         for step, batch in zip(range(1, steps + 1), itertools.cycle(batches), strict=False):
@@ -233,7 +233,7 @@ def with_labels(model: Any, heads: Heads | None, batches: list[dict[str, Any]], 
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            rates.step()
+            shares.step()
             losses.note(step, value.item())
     return student.eval(), spent_since(began, steps) | {"loss": losses.by_tenths()}
 
@@ -364,7 +364,9 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
     for key, kind, argument in bar:
         bar.set_postfix_str(key)
         folder = arguments.save and arguments.save / f"distilled-{argument}"
-        if key in points and not (kind == "distilled" and folder and not folder.exists()):
+        places = (*arguments.length, OTHER) if kind in ("distilled", "labels") else (key.partition("/")[0],)
+        done = all(f"{place}/{key.partition('/')[2]}" in points for place in places)
+        if done and not (kind == "distilled" and folder and not folder.exists()):
             continue
         if kind == "softmax":
             points[key] = under(None, argument)
@@ -401,7 +403,7 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
         elif kind == "labels":
             heads = None if argument is None else points[f"calibration/{argument}"]["heads"]
             student, spent = with_labels(model, heads, passages(training_text(), tokenizer), arguments.minutes)
-            for place in (*arguments.length, OTHER):
+            for place in places:
                 name = f"{place}/{key.partition('/')[2]}"
                 points[name] = spent | under(heads and per_layer(heads), place, model=student)
                 if name != key:
@@ -412,7 +414,7 @@ def run(arguments: argparse.Namespace, result: dict[str, Any], path: Path) -> No
             student, spent = distilled(model, heads, passages(training_text(), tokenizer), arguments.minutes)
             if folder:
                 student.save_pretrained(folder)  # its heads are in its configuration
-            for place in (*arguments.length, OTHER):
+            for place in places:
                 name = f"{place}/distilled {argument}"
                 points[name] = spent | under(per_layer(heads), place, model=student)
                 if name != key:
@@ -462,7 +464,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set(title=f"{length} tokens", xlabel="exact zeros, share of the weights", ylabel="nats above softmax")
         axis.set_yscale("symlog", linthresh=0.1)
         axis.grid(alpha=0.3)
-    axis.legend()
+    next((axis for axis in reversed(figure.axes) if axis.get_legend_handles_labels()[0]), axis).legend()
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -492,9 +494,12 @@ def main() -> None:
     for length in arguments.length:
         if max(arguments.tokens, length) % length:
             options.error(f"--tokens must be a multiple of each --length below it, got {arguments.tokens} and {length}")
+    if arguments.labels and not arguments.minutes:
+        options.error("--labels needs --minutes: how long to train for")
     path = arguments.output.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"tokens": arguments.tokens, "fitted_at": arguments.length[0]}
+    settings |= {name: value for name in ("minutes", "steps") if (value := getattr(arguments, name))}
     result = {"settings": settings, "torch": torch.__version__, "transformers": transformers.__version__, "points": {}}
     result["python"] = sys.version.split()[0]  # whose reference is the text
     if path.exists():

@@ -155,15 +155,19 @@ def test_a_run_goes_on_where_it_was_stopped_and_writes_what_it_draws(monkeypatch
     assert 0.4 < first["points"]["64/calibrated 0.5"]["zeros"] < 0.65
     assert (tmp_path / "lm.svg").stat().st_size > 5_000
     first["points"]["64/0.75/1"]["nats"] = 123.0  # is not measured again
-    del first["points"]["128/0.75/matched"]
+    first["points"]["64/labels, softmax"]["nats"] = 124.0
+    del first["points"]["128/0.75/matched"], first["points"]["128/distilled 0.5"]
     (tmp_path / "lm.json").write_text(json.dumps(first))
     lm.main()
     second = json.loads((tmp_path / "lm.json").read_text())["points"]
     assert second["64/0.75/1"]["nats"] == 123.0
+    assert second["64/labels, softmax"]["nats"] == 124.0
+    assert second["128/distilled 0.5"]["steps"] >= 1
     assert second["128/0.75/matched"]["zeros"] > 0
-    monkeypatch.setattr(sys, "argv", ["lm", *options[:4], "64", *options[5:]])
-    with pytest.raises(SystemExit):
-        lm.main()
+    for refused in ([*options[:4], "64", *options[5:]], [*options, "--minutes", "3"], ["--labels"]):
+        monkeypatch.setattr(sys, "argv", ["lm", *refused])
+        with pytest.raises(SystemExit):
+            lm.main()
 
 
 def test_no_paragraph_that_is_measured_is_fitted_or_trained_on():
