@@ -177,9 +177,8 @@ def _rows_lines(case: Case, compiled: Compiled) -> list[Line]:
     if "bwd" in compiled.name:
         return [_line(case, compiled, "rows backward", program.whole(), scores)]
     turns = sorted((program.turn(loop) for loop in program.inner_loops()), key=lambda tally: tally.arithmetic)
-    if (
-        case.alpha in ("tensor", "fixed") and case.dtype != "float64"
-    ):  # each step twice, the way of the hardware's logarithm first
+    # as a tensor each step is there twice, the way of the hardware's logarithm first
+    if case.alpha in ("tensor", "fixed") and case.dtype != "float64":
         quick = max(turns, key=lambda tally: tally.special)
         turns = [quick] if case.dtype == "bfloat16" else [quick, turns[-1]]
     found = [

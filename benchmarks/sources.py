@@ -85,13 +85,16 @@ def _unparsed(body: list[ast.stmt]) -> str:
     return ast.unparse(ast.Module(body, []))
 
 
-def _defined(statement: ast.stmt) -> set[str]:
-    """Names that a statement of a module binds."""
+def _defined(statement: ast.AST) -> set[str]:
+    """Names that a statement of a module binds, or whose value it may change."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return {statement.name}
     if isinstance(statement, ast.Import | ast.ImportFrom):
         return {alias.asname or alias.name for alias in statement.names}
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    parts: list[ast.AST] = [statement] if isinstance(statement, ast.Expr) else getattr(statement, "targets", [])
+    parts += [target] if (target := getattr(statement, "target", None)) else []
+    inner = (part for part in ast.iter_child_nodes(statement) if isinstance(part, ast.stmt | ast.ExceptHandler))
+    return {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}.union(*map(_defined, inner))
 
 
 def _imported(statement: ast.stmt, wanted: str | None) -> Iterator[tuple[Path, str | None]]:

@@ -435,6 +435,21 @@ def test_a_configuration_whose_diffmax_is_another_s_is_left_alone(tmp_path):
     assert calibrate(model, [batch], alpha=0.5).keys() == of_llama().keys()
     with pytest.raises(ValueError, match="not adapted before, got none"):
         replace(model)
+    with pytest.raises(ValueError, match=r"must be free, got \{'temperature': 3\}"):
+        replace(model, of_llama())
+    assert model.config.diffmax == {"temperature": 3}
+
+
+def test_heads_of_which_one_is_spoilt_are_refused_not_forgotten():
+    model = replace(llama(), of_llama())
+    del model.config.diffmax["layers.0.self_attn"]["scale"]
+    (batch,) = batches(1)
+    register("diffmax-another", 0.6)
+    model.set_attn_implementation("diffmax-another")
+    with pytest.raises(ValueError, match="has an alpha and a scale per head"):
+        model(**batch)
+    with pytest.raises(ValueError, match=r"heads of layers\.0\.self_attn must be a dictionary of alpha and scale"):
+        replace(model)
 
 
 def test_a_model_with_fewer_layers_than_heads_says_how_to_load_it(tmp_path):

@@ -856,7 +856,7 @@ def test_decoding_without_bounds_is_attentions_kernel(monkeypatch):
     ("page_size", "length", "head_dim", "value_dim"), [(16, 1, 64, 64), (5, 3, 40, 24), (1, 70, 8, 9), (300, 33, 16, 16)]
 )
 def test_pages_of_a_cache_give_what_one_piece_gives(dtype, page_size, length, head_dim, value_dim):
-    """Bit for bit, wherever a page begins or ends; pages that no sequence has are never read, nor entries behind the last."""
+    """Bit for bit, wherever a page begins or ends, whatever stands where no token is and behind the last page of a sequence."""
     generator = torch.Generator().manual_seed(page_size)
     lengths = torch.tensor([230, 71 + length, length, 0], dtype=torch.int32)
     pages = -(-(230 + length) // page_size)
@@ -871,19 +871,51 @@ def test_pages_of_a_cache_give_what_one_piece_gives(dtype, page_size, length, he
         "rules": {"softcap": 3.0, "alibi_slopes": slopes, "sink": sink, "alpha": torch.linspace(0.2, 0.9, 6)},
         "appending": {"k": new[0].to(dtype), "v": new[1].to(dtype), "causal": True},
     }
-    held = lengths + 2 > page_size * torch.arange(pages)[:, None]  # (pages, sequences)
+    place = torch.arange(pages * page_size).view(pages, page_size)
     for name, more in variants.items():
         whole = [pool[table].flatten(1, 2).to(dtype) for pool in pools]
-        poisoned = [torch.full_like(pool, torch.nan).to(dtype) for pool in pools]
-        for pool, poison in zip(pools, poisoned, strict=True):
-            poison[table[held.T]] = pool[table[held.T]].to(dtype)
-        block_table = table.masked_fill(~held.T, -1).int()
+        has_page = place[:, 0] < (lengths + 2 * ("k" in more))[:, None]
+        apart = [
+            torch.full((2, *pool.shape), torch.nan, dtype=dtype)[0].transpose(1, 2).contiguous().transpose(1, 2)
+            for pool in pools
+        ]
+        for own, pool, row in zip(apart * 4, pools * 4, sorted([*range(4)] * 2), strict=True):
+            held = place < lengths[row]
+            own[table[row]] = torch.where(held[..., None, None], pool[table[row]].to(dtype), torch.nan)
         options = {"alpha": 0.6, "cache_seqlens": lengths, "backend": "numba", "return_stats": True} | more
         expected, stats = diffmax.attention_with_kvcache(query.to(dtype), *whole, **options)
-        out, found = diffmax.attention_with_kvcache(query.to(dtype), *poisoned, block_table=block_table, **options)
+        wide = torch.full((4, 2 * pages), -1)  # of which the table is every second column
+        wide[:, ::2] = table.masked_fill(~has_page, -1)
+        out, found = diffmax.attention_with_kvcache(query.to(dtype), *apart, block_table=wide.int()[:, ::2], **options)
         assert torch.equal(out, expected), name
         assert torch.equal(found.support_size, stats.support_size), name
         assert torch.isfinite(out).all()
+        if "k" in more:
+            for own, contiguous, row in zip(apart * 4, whole * 4, sorted([*range(4)] * 2), strict=True):
+                end = lengths[row] + 2
+                assert torch.equal(own[table[row]].flatten(0, 1)[:end], contiguous[row, :end])
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("place", [7, 10**8, -1])
+@pytest.mark.parametrize("name", ["block_table", "cache_batch_idx"])
+def test_a_page_or_row_that_is_not_there_is_refused_where_the_checks_cannot_look(name, place, bits):
+    q, (k, v) = torch.randn(1, 1, 2, 16), torch.randn(2, 4, 16, 2, 16).unbind()
+    paged = name == "block_table"
+    lengths = torch.tensor([20 if paged else 9], dtype=torch.int32)
+    good = {"block_table": torch.tensor([[0, 3]], dtype=torch.int32)} if paged else {"page_size": 16}
+    bounds = None if bits is None else diffmax.page_bounds(k, lengths if paged else lengths.repeat(4), bits=bits, **good)
+
+    @torch.compile(backend="eager")
+    def attend(places):
+        more = {name: places} | ({} if bounds is None else {"page_bounds": bounds})
+        return diffmax.attention_with_kvcache(q, k, v, cache_seqlens=lengths, backend="numba", **more)
+
+    said = (
+        f"pages from 0 to 3 up to each sequence's end, got {place}" if paged else f"lie between 0 and 3, got {place} to {place}"
+    )
+    with pytest.raises(ValueError, match=said):
+        attend(torch.tensor([[0, place] if paged else place], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 0.5, 0.55, 0.9])

@@ -118,6 +118,8 @@ def test_the_table_is_out_of_date_once_a_kernel_its_launch_code_or_the_counter_c
     assert after(f"{core}/plugin.py", lambda old: old.replace("\nTILE = 64", "\nTILE = 32")) == {"attention"}
     assert after(f"{triton}/common/numerics.py") == set(before)
     assert after(f"{core}/operators/common/numerics.py", lambda old: old.replace("MIN_E = 2.0", "MIN_E = 4.0")) == set(before)
+    for late in ("_WHOLE[torch.float32] = 2.0**-12", "_WHOLE.update({})", "if True:\n    MIN_E = 1.0"):
+        assert after(f"{core}/operators/common/numerics.py", lambda old, late=late: f"{old}\n{late}\n") == set(before)
     assert after(f"{core}/reference/power.py") == {"power"}
     assert after("benchmarks/machine_code.py") == set(before)
     assert after(f"{triton}/rows/steps.py", lambda old: f"# a comment\n{old}") == set()

@@ -10,9 +10,18 @@ Heads: TypeAlias = "dict[str, dict[str, list[float]]]"
 
 
 def heads_of(config: Any) -> Heads:
-    """What `replace` wrote into a configuration; empty where there is nothing, or another's entry of that name."""
+    """What `replace` wrote into a configuration, spoilt or not; empty if that has nothing, or another's entry of that name."""
     found = getattr(config, "diffmax", None)
     if not isinstance(found, Mapping):
         return {}
-    ours = all(isinstance(of_layer, Mapping) and set(of_layer) == {"alpha", "scale"} for of_layer in found.values())
+    ours = any(isinstance(of_layer, Mapping) and {"alpha", "scale"} & set(of_layer) for of_layer in found.values())
     return dict(found) if ours else {}
+
+
+def refuse_anothers(config: Any) -> None:
+    """Refuse to write over an entry of another's."""
+    found = getattr(config, "diffmax", None)
+    if found and not heads_of(config):
+        raise ValueError(
+            f"replace: the entry diffmax of the {type(config).__name__} must be free, got {found!r}\nmove it to another name"
+        )

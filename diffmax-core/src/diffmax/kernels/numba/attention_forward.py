@@ -182,7 +182,7 @@ def in_place(words):
 
 @jitable
 def values_into(words, here, key, count, target, step):
-    """Convert the values of `count` keys from `key` on."""
+    """Copy the values of `count` keys from `key` on, as numbers that one computes with."""
     kv_head = here.head // words[Word.group]
     tokens_into(words, Word.value, here.key_batch, kv_head, here.key_at + key, count, words[Word.value_dim], target, step)
 

@@ -101,7 +101,7 @@ class Job:
 
     def add_pages(self, block_table: Tensor, page_size: int) -> None:
         """The pages of the sequences' keys and values: key and value hold pages in place of rows of the batch."""
-        self.add_whole(Word.blocks, block_table)
+        self.add_whole(Word.blocks, block_table.to(torch.int32))
         self.words[Word.blocks_step], self.words[Word.page_size] = block_table.shape[1], page_size
 
     def _kept(self, t: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def place(words, tensor, batch, head, row, itemsize):
 
 @jitable
 def token_place(words, tensor, batch, head, token, itemsize):
-    """Address of a token's key or value: of a row of the batch, or of the row of the table of blocks."""
+    """Address of a token's key or value. `batch` is its row of the tensor, or with pages its sequence's row of the table."""
     if words[Word.blocks] == 0:
         return place(words, tensor, batch, head, token, itemsize)
     size = words[Word.page_size]

@@ -117,7 +117,6 @@ def warmup(device: torch.device, dtype: torch.dtype, n: int, e: float | None, ba
 
 
 @functools.lru_cache(maxsize=1024)
-@functools.lru_cache(maxsize=1024)
 def plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int]:
     """The largest number of steps, and k if it is a whole number.
 

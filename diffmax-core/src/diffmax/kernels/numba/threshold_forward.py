@@ -5,7 +5,7 @@ A row of few weights gathers their values; the others are multiplied with the bl
 
 import math
 
-from diffmax.kernels.numba.attention_forward import converts_some, score_rows, values_into
+from diffmax.kernels.numba.attention_forward import converts_some, in_place, score_rows, values_into
 from diffmax.kernels.numba.attention_words import (
     Sequence,
     Word,
@@ -117,7 +117,6 @@ def make_forward(computing):
         panels = floats(words, memory, Word.panels, 0, longest * depth, computing)
         copied = floats(words, memory, Word.value_rows, 0, longest * value_step, computing)
         pack_rows = floats(words, memory, Word.pack_rows, 0, panel_width(panels) * words[Word.head_step], computing)
-        in_place = kind == 0 and size == value_step
         values, step = copied, value_step
         held = -1
         done, start, end = take(words, 0, 0, 0)
@@ -134,7 +133,7 @@ def make_forward(computing):
                     if words[Word.direct] == 0:
                         at = place(words, Word.key, batch, kv_head, key_at, bytes_of(kind, panels))
                         pack(at, kind, words[Word.key_row], keys, depth, panels, pack_rows, words[Word.head_step])
-                    if in_place:
+                    if in_place(words):
                         step = words[Word.value_row]
                         at = place(words, Word.value, batch, kv_head, key_at, bytes_of(kind, panels))
                         values = array_at(at, keys * step + size, computing)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.integrations.transformers.attention import _attention_forward, register_functions
-from diffmax.integrations.transformers.heads import Heads, heads_of
+from diffmax.integrations.transformers.heads import Heads, heads_of, refuse_anothers
 from diffmax.nn._precision import PreciseBuffers
 
 NAME = "diffmax-adapted"
@@ -55,6 +55,8 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             "configuration: register it again"
         )
     modules = {name: _module(model, name) for name in heads}
+    for of_part in {id(part): part for part in (config, *(getattr(m, "config", None) for m in modules.values()))}.values():
+        refuse_anothers(of_part)
     heads = {name: _checked(name, modules[name], of_layer, share) for name, of_layer in heads.items()}
     kept = _kept(config, model, modules)
     register_functions(NAME, _attend_adapted, "replace")
