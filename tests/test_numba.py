@@ -899,7 +899,8 @@ def test_pages_of_a_cache_give_what_one_piece_gives(dtype, page_size, length, he
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("place", [7, 10**8, -1])
 @pytest.mark.parametrize("name", ["block_table", "cache_batch_idx"])
-def test_a_page_or_row_that_is_not_there_is_refused_where_the_checks_cannot_look(name, place, bits):
+@pytest.mark.parametrize("backend", ["numba", "cpu"])
+def test_a_page_or_row_that_is_not_there_is_refused_where_the_checks_cannot_look(backend, name, place, bits):
     q, (k, v) = torch.randn(1, 1, 2, 16), torch.randn(2, 4, 16, 2, 16).unbind()
     paged = name == "block_table"
     lengths = torch.tensor([20 if paged else 9], dtype=torch.int32)
@@ -909,7 +910,7 @@ def test_a_page_or_row_that_is_not_there_is_refused_where_the_checks_cannot_look
     @torch.compile(backend="eager")
     def attend(places):
         more = {name: places} | ({} if bounds is None else {"page_bounds": bounds})
-        return diffmax.attention_with_kvcache(q, k, v, cache_seqlens=lengths, backend="numba", **more)
+        return diffmax.attention_with_kvcache(q, k, v, cache_seqlens=lengths, backend=backend, **more)
 
     said = (
         f"pages from 0 to 3 up to each sequence's end, got {place}" if paged else f"lie between 0 and 3, got {place} to {place}"

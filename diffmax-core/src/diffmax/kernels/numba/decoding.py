@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from diffmax.reference.decoding import bounds_of, codes_of
 
 # So many keys of a head are read faster by torch's products, where a thread would have no head or there is one query.
 KEYS_TO_SHARE = 1 << 16
-_NAME = "diffmax.attention_with_kvcache"
 
 
 @alone_in_child
@@ -33,9 +31,9 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     batch, length, heads, _ = query.shape
     kv_heads = k_cache.shape[2]
     ends = decoding.ends(k_cache, call)
+    decoding.check_places(k_cache, call, ends)
     starts = _starts(call, ends, length)
     keys = [end - start for start, end in zip(starts, ends, strict=True)]
-    _check_places(call, len(k_cache), starts, ends)
     if call.codes is not None and _is_rounded(query, k_cache, v_cache, call):
         pads = [0] * batch if call.leftpad is None else call.leftpad.tolist()
         return rounded_job.attend(query, k_cache, v_cache, call, pads, ends, stats)
@@ -88,21 +86,6 @@ def warmup(
         rounded = dataclasses.replace(call, low=low, high=high, codes=codes_of(query, call, low, high))
         attention_kvcache(query, query, v_cache, rounded, False)
     decoding.attention_kvcache(query, query, v_cache, call, False, bisect)
-
-
-def _check_places(call: KVCacheCall, room: int, starts: list[int], ends: list[int]) -> None:
-    """Refuse rows or pages that the cache lacks, which torch.compile cannot look at: a kernel would read what is not there."""
-    rows = call.cache_batch_idx
-    if rows is not None and rows.numel() and not 0 <= min(places := rows.tolist()) <= max(places) < room:
-        raise ValueError(f"{_NAME}: cache_batch_idx must lie between 0 and {room - 1}, got {min(places)} to {max(places)}")
-    if call.block_table is None:
-        return
-    table = call.block_table.numpy()
-    page = np.arange(table.shape[1]) * call.page_size
-    used = (page + call.page_size > np.array(starts)[:, None]) & (page < np.array(ends)[:, None])
-    wrong = table[used & ((table < 0) | (table >= room))]
-    if wrong.size:
-        raise ValueError(f"{_NAME}: block_table must have pages from 0 to {room - 1} up to each sequence's end, got {wrong[0]}")
 
 
 def _is_rounded(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> bool:
