@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -84,9 +85,16 @@ def compiled(version: str, jobs: int) -> dict[str, Any]:
     environment.pop("TRITON_INTERPRET", None)
     output.unlink(missing_ok=True)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compile_kernels", "--jobs", str(jobs), "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=LIMIT_S)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as child:
+        try:
+            code = child.wait(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            sys.exit(f"check-triton: Triton {version}: not done in {LIMIT_S} s\nrun it again: what was compiled is kept")
+        finally:  # with its workers, which would wait for it
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
     if not output.exists():
-        sys.exit(f"check-triton: Triton {version}: the compiler ended its process ({done.returncode})")
+        sys.exit(f"check-triton: Triton {version}: the compiler ended its process ({code})")
     report: dict[str, Any] = json.loads(output.read_text())
     if report["triton"] != version:
         sys.exit(f"check-triton: compiled with Triton {report['triton']}, wanted {version}")
