@@ -79,6 +79,26 @@ def test_the_page_about_choosing_quotes_what_distilling_gave():
         assert f"{distilled['steps']} steps" in page
 
 
+def test_the_page_about_choosing_quotes_what_training_with_labels_gave():
+    points = json.loads((ROOT / "examples" / "results" / "lm_control.json").read_text())["points"]
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    titles = {
+        "labels, softmax": "softmax, labels",
+        "calibrated 0.95": "95 % zeros, not trained",
+        "distilled 0.95": "95 % zeros, distilled",
+        "labels, 0.95": "95 % zeros, labels",
+    }
+    for place in ("1024", "2048", lm.OTHER):
+        before, control = (points[f"{place}/{name}"] for name in ("softmax", "labels, softmax"))
+        for name, title in titles.items():
+            point = points[f"{place}/{name}"]
+            cost = "{:+.3f} ± {:.3f}".format(*lm.cost_of(point, before))
+            shares = [f"{100 * share:.1f}" for share in (point["words_right"], point.get("zeros", 0.0))]
+            assert f"| {' | '.join([title, str(point.get('steps', '-')), place, cost, *shares])} |" in page
+        assert f"{points[f'{place}/labels, 0.95']['nats'] - control['nats']:.3f}" in page
+        assert points[f"{place}/labels, softmax"]["minutes"] < 1.3 * points[f"{place}/distilled 0.95"]["minutes"]
+
+
 def test_the_jobs_are_those_of_the_scales_that_are_asked_for():
     arguments = lm.parser().parse_args(["--length", "64", "--alphas", "0.75", "0.5", "--scales", "matched", "--zeros", "0.8"])
     keys = [key for key, _, _ in lm.jobs(arguments)]
