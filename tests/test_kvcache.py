@@ -15,6 +15,7 @@ from diffmax.testing.decoding import checks
 from diffmax.testing.decoding.checks import CASES, Case
 
 inf = torch.inf
+BACKENDS = ("cpu", "numba", "reference")
 
 
 def by_entmax(case, given):
@@ -107,7 +108,7 @@ def test_a_page_that_was_never_given_is_not_written_to():
         page_bounds(cache, 8, torch.tensor([[3, 99]], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "numba", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("batch", "length", "heads", "room"), [(0, 1, 2, 9), (2, 0, 2, 9), (2, 1, 0, 9), (2, 1, 2, 0)])
 def test_empty_tensors(backend, batch, length, heads, room):
     cache = torch.zeros(batch, room, heads, 4)
@@ -282,3 +283,47 @@ def test_heads_before_tokens_are_refused_with_advice():
     x = torch.zeros(1, 2, 6, 4)
     with pytest.raises(ValueError, match="tokens come before heads"):
         diffmax.attention_with_kvcache(torch.zeros(1, 1, 4, 4), x, x)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("place", [7, 10**8, -1])
+@pytest.mark.parametrize("name", ["block_table", "cache_batch_idx"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_page_or_row_that_is_not_there_is_refused_where_the_checks_cannot_look(backend, name, place, bits):
+    q, (k, v) = torch.randn(1, 1, 2, 16), torch.randn(2, 4, 16, 2, 16).unbind()
+    paged = name == "block_table"
+    lengths = torch.tensor([20 if paged else 9], dtype=torch.int32)
+    good = {"block_table": torch.tensor([[0, 3]], dtype=torch.int32)} if paged else {"page_size": 16}
+    bounds = None if bits is None else diffmax.page_bounds(k, lengths if paged else lengths.repeat(4), bits=bits, **good)
+
+    @torch.compile(backend="eager")
+    def attend(places):
+        more = {name: places} | ({} if bounds is None else {"page_bounds": bounds})
+        return diffmax.attention_with_kvcache(q, k, v, cache_seqlens=lengths, backend=backend, **more)
+
+    said = (
+        f"pages from 0 to 3 up to each sequence's end, got {place}" if paged else f"lie between 0 and 3, got {place} to {place}"
+    )
+    with pytest.raises(ValueError, match=said):
+        attend(torch.tensor([[0, place] if paged else place], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("held", [16, 40, -1])
+def test_a_length_that_does_not_fit_is_refused_where_the_checks_cannot_look(backend, held):
+    q, (k, v), (new_k, new_v) = (
+        torch.randn(1, 1, 2, 16),
+        torch.randn(2, 1, 16, 2, 16).unbind(),
+        torch.randn(2, 1, 1, 2, 16).unbind(),
+    )
+
+    @torch.compile(backend="eager")
+    def attend(lengths):
+        return diffmax.attention_with_kvcache(q, k, v, new_k, new_v, cache_seqlens=lengths, backend=backend)
+
+    before = k.clone()
+    with pytest.raises(
+        ValueError, match=f"cache_seqlens must be at least 0, and fit with 1 new ones into .* 16 tokens, got {held}"
+    ):
+        attend(torch.tensor([held], dtype=torch.int32))
+    assert torch.equal(k, before)

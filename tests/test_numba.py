@@ -896,29 +896,6 @@ def test_pages_of_a_cache_give_what_one_piece_gives(dtype, page_size, length, he
                 assert torch.equal(own[table[row]].flatten(0, 1)[:end], contiguous[row, :end])
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("place", [7, 10**8, -1])
-@pytest.mark.parametrize("name", ["block_table", "cache_batch_idx"])
-@pytest.mark.parametrize("backend", ["numba", "cpu"])
-def test_a_page_or_row_that_is_not_there_is_refused_where_the_checks_cannot_look(backend, name, place, bits):
-    q, (k, v) = torch.randn(1, 1, 2, 16), torch.randn(2, 4, 16, 2, 16).unbind()
-    paged = name == "block_table"
-    lengths = torch.tensor([20 if paged else 9], dtype=torch.int32)
-    good = {"block_table": torch.tensor([[0, 3]], dtype=torch.int32)} if paged else {"page_size": 16}
-    bounds = None if bits is None else diffmax.page_bounds(k, lengths if paged else lengths.repeat(4), bits=bits, **good)
-
-    @torch.compile(backend="eager")
-    def attend(places):
-        more = {name: places} | ({} if bounds is None else {"page_bounds": bounds})
-        return diffmax.attention_with_kvcache(q, k, v, cache_seqlens=lengths, backend=backend, **more)
-
-    said = (
-        f"pages from 0 to 3 up to each sequence's end, got {place}" if paged else f"lie between 0 and 3, got {place} to {place}"
-    )
-    with pytest.raises(ValueError, match=said):
-        attend(torch.tensor([[0, place] if paged else place], dtype=torch.int32))
-
-
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 0.5, 0.55, 0.9])
 def test_attentions_gradients_hold_near_the_threshold(alpha):
     """Among many rows some weights lie next to the threshold, where their slopes are steep: U took them from the weights."""

@@ -43,7 +43,6 @@ def attention_kvcache(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool, solve: Solve = rows.bisect
 ) -> KVCacheResults:
     """Kernel; arguments and results as `diffmax.reference.decoding.attention_kvcache`. `solve` is a row operator's kernel."""
-    check_places(k_cache, call, ends(k_cache, call))
     check_bounds(k_cache, call)
     append(k_cache, v_cache, call)
     acc = accumulation_dtype(query.dtype)
@@ -87,25 +86,6 @@ def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
             for cache, tokens in ((k_cache, call.k), (v_cache, call.v)):
                 cache[row, at - first : stop - first] = tokens[b, at - start : stop - start]
             at = stop
-
-
-def check_places(k_cache: Tensor, call: KVCacheCall, ends: list[int]) -> None:
-    """Refuse rows and pages that the cache lacks: torch.compile cannot look at them, and a kernel would read what is not there.
-
-    Args:
-        ends: How many tokens each sequence has, the new ones among them.
-    """
-    name, last = "diffmax.attention_with_kvcache", len(k_cache) - 1
-    rows = [] if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
-    if rows and not 0 <= min(rows) <= max(rows) <= last:
-        raise ValueError(f"{name}: cache_batch_idx must lie between 0 and {last}, got {min(rows)} to {max(rows)}")
-    if call.block_table is None:
-        return
-    table = call.block_table
-    used = torch.arange(table.shape[1]) * call.page_size < torch.tensor(ends).unsqueeze(1)
-    wrong = table[used & ((table < 0) | (table > last))].tolist()
-    if wrong:
-        raise ValueError(f"{name}: block_table must have pages from 0 to {last} up to each sequence's end, got {wrong[0]}")
 
 
 def refuse_old_bounds(sequence: int) -> NoReturn:

@@ -31,7 +31,6 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     batch, length, heads, _ = query.shape
     kv_heads = k_cache.shape[2]
     ends = decoding.ends(k_cache, call)
-    decoding.check_places(k_cache, call, ends)
     starts = _starts(call, ends, length)
     keys = [end - start for start, end in zip(starts, ends, strict=True)]
     if call.codes is not None and _is_rounded(query, k_cache, v_cache, call):

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from diffmax.operators.common.autograd import differentiates
 from diffmax.operators.common.checks import _dtype, _readable, _shape, as_int, check_strided, check_tensor, is_whole
-from diffmax.operators.decoding import operator as decoding_operator
-from diffmax.plugin import TILE
+from diffmax.plugin import TILE, KVCacheCall
 
 if TYPE_CHECKING:
     from diffmax.operators.decoding.api import PageBounds
+
+
+NO_GRADIENT = (
+    "diffmax.attention_with_kvcache: it has no gradient, and an argument requires one\n"
+    "call it under torch.no_grad() or torch.inference_mode(), or train with diffmax.attention"
+)
 
 
 def check_cache(name: str, what: str, t: Tensor) -> None:
@@ -100,7 +105,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 def check_gradients(*arguments: Any) -> None:
     """Refuse arguments that require a gradient."""
     if differentiates(*(t for t in arguments if isinstance(t, Tensor))):
-        raise NotImplementedError(decoding_operator.NO_GRADIENT)
+        raise NotImplementedError(NO_GRADIENT)
 
 
 def check_lengths(
@@ -216,6 +221,17 @@ def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_ca
             f"{name}: block_table must have pages from 0 to {k_cache.shape[0] - 1} up to each sequence's end, got {wrong[0]}\n"
             "give a sequence its pages before its tokens"
         )
+
+
+def check_values(k_cache: Tensor, call: KVCacheCall) -> None:
+    """Check lengths, padding, rows and pages of a call that was built where nobody could look, as under torch.compile."""
+    name, table, batch = "diffmax.attention_with_kvcache", call.block_table, len(call.cache_seqlens)
+    room = k_cache.shape[1] * (1 if table is None else table.shape[1])
+    new = None if call.k is None else call.k.shape[1]
+    check_lengths(name, call.cache_seqlens, batch, room, new, k_cache.device)
+    check_pages(name, table, call.cache_seqlens, new or 0, k_cache)
+    check_rows(name, call.cache_batch_idx, batch, k_cache, table)
+    check_leftpad(name, call.leftpad, call.cache_seqlens, k_cache.device)
 
 
 def check_page_size(name: str, page_size: int) -> int:

@@ -19,6 +19,7 @@ from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.common.schema import Schema
 from diffmax.operators.common.wiring import enter
+from diffmax.operators.decoding import checks
 from diffmax.plugin import KVCacheCall, KVCacheResults
 
 
@@ -35,10 +36,6 @@ class Arguments(NamedTuple):
 
 SCHEMA = Schema(
     "attention_kvcache", Arguments, KVCacheResults, mutated=("k_cache", "v_cache", "low", "high", "codes"), sizes=True
-)
-NO_GRADIENT = (
-    "diffmax.attention_with_kvcache: it has no gradient, and an argument requires one\n"
-    "call it under torch.no_grad() or torch.inference_mode(), or train with diffmax.attention"
 )
 
 
@@ -71,7 +68,9 @@ def attention_kvcache(
 
 
 def _attention_kvcache(*flat: Any) -> KVCacheResults:
-    return _run(*SCHEMA.rebuild(flat))
+    arguments = SCHEMA.rebuild(flat)
+    checks.check_values(arguments.k_cache, arguments.call)
+    return _run(*arguments)
 
 
 def _run(query: Tensor, k_cache: Tensor, v_cache: Tensor, stats: bool, call: KVCacheCall, backend: str) -> KVCacheResults:
@@ -103,7 +102,7 @@ def _attention_kvcache_autograd(*flat: Any) -> Any:
         return portable.kvcache(query, k_cache, v_cache, call, stats)
     tensors = [t for t in flat if isinstance(t, Tensor)]
     if differentiates(*tensors) or has_tangent(*tensors):
-        raise NotImplementedError(NO_GRADIENT)
+        raise NotImplementedError(checks.NO_GRADIENT)
     _caches_change(k_cache, v_cache, call)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.attention_kvcache(*flat)
