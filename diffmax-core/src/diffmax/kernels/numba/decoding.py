@@ -45,8 +45,7 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     whole = AttentionCall(scale=call.scale, e=call.e, softcap=call.softcap, alibi=call.alibi, sink=call.sink)
     if not folds:
         whole = dataclasses.replace(whole, left=call.left, right=call.right, lower_right=True)
-    paged = call.block_table is not None
-    of_cache = list(range(batch)) if paged or call.cache_batch_idx is None else call.cache_batch_idx.tolist()
+    of_cache = list(range(batch)) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
     sequences = sequences_of(keys, starts, of_cache, rows.shape[2])
     job = Job(rows, k_cache.transpose(1, 2), v_cache.transpose(1, 2), whole, sequences)
     if call.block_table is not None:
