@@ -161,6 +161,30 @@ def test_modules_of_our_own_shared_and_cross():
     assert found.data["layers"][0]["heads"][0]["s"] is not None
 
 
+def test_attention_whose_weights_are_not_recorded_is_named():
+    def kinds():
+        return [
+            diffmax.nn.LazyAttention(16, 2),
+            diffmax.nn.DiffAttention(16, 2),
+            diffmax.nn.DiffAttentionV2(16, 2),
+            diffmax.nn.PowerAttention(16, 2),
+        ]
+
+    x = torch.randn(1, 6, 16)
+    for module in kinds():
+        with pytest.raises(ValueError, match=f"the weights of the model \\({type(module).__name__}\\) cannot be recorded"):
+            inspect_attention(module, x)
+    report = inspect_attention(nn.Sequential(DiffmaxAttention(16, 2, alpha=0.5), *kinds()), x)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert report.unseen == ("1 (LazyAttention)", "2 (DiffAttention)", "3 (DiffAttentionV2)", "4 (PowerAttention)")
+    assert repr(report).count("not recorded: ") == 4
+    with pytest.raises(ValueError, match=r"every attention must be recorded, got 1 \(LazyAttention\), "):
+        report.rollout()
+    report = inspect_attention(nn.Sequential(diffmax.nn.DiffAttention(16, 2, weights="diffmax", alpha=0.5), nn.Identity()), x)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert report.unseen == ()
+
+
 def test_what_a_token_reads():
     dense = torch.tensor([[0.0, 1.0, 0.0], [0.25, 0.0, 0.75], [0.0, 0.0, 0.0]]).view(1, 1, 3, 3)
     report = report_of(dense, dense.flip(-1), tokens=(("a", "b", "c"),))

@@ -31,10 +31,13 @@ def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None, *, r
             Elsewhere it is if it normalizes the last of four dimensions or more, (B, H, L, S), or if its module had its softmax
             replaced; class scores (B, C) or (B, L, C) are none.
     Returns:
-        An `AttentionReport`, on the CPU. With a two-dimensional `attention_mask` among the inputs, what is 0 there is padding.
+        An `AttentionReport`, on the CPU. Its `unseen` names the modules whose weights are not recorded: lazy and power
+            attention, and differential attention with softmax weights. With a two-dimensional `attention_mask` among the
+            inputs, what is 0 there is padding.
     Raises:
         TypeError: The model is no module, a text comes without a tokenizer, or `rows` is a string.
-        ValueError: The model is compiled, or called no attention of diffmax: it has none, or a single token was decoded; or
+        ValueError: The model is compiled, or called no attention of diffmax: it has none, none of which the weights can be
+            recorded, or a single token was decoded; or
             `rows` has a name that is no module's.
     Numerics: The output of the model is not changed. The scores of each attention are computed a second time, block by block:
         memory is that of the forward pass, and of the weights that are not 0. Weights of modules that have all weights in
@@ -69,7 +72,12 @@ def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None, *, r
     finally:
         for part, mode in modes:
             part.training = mode
+    unseen = recorder.unseen()
     if not recorder.layers:
+        if unseen:
+            raise ValueError(
+                f"inspect_attention: the weights of {', '.join(unseen)} cannot be recorded, and there are no others"
+            )
         raise ValueError(
             f"inspect_attention: {type(model).__name__} called no attention of diffmax\n"
             'replace its attention first, such as with attn_implementation="diffmax"; one token alone is decoded and not seen\n'
@@ -80,7 +88,7 @@ def inspect_attention(model: nn.Module, inputs: Any, tokenizer: Any = None, *, r
     if tokenizer is not None and isinstance(ids, Tensor) and ids.ndim == 2:
         names = tuple(tuple(tokenizer.decode([number]) for number in row) for row in ids.tolist())
     real = mask.bool().cpu() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    return AttentionReport(tuple(recorder.layers), names, real)
+    return AttentionReport(tuple(recorder.layers), names, real, unseen)
 
 
 def _arguments(model: nn.Module, inputs: Any, tokenizer: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -110,12 +118,12 @@ class _Recorder:
     def __init__(self, model: nn.Module, rows: frozenset[str]) -> None:
         self.layers: list[Layer] = []
         self._model, self._running, self._thread, self._hooks = model, list[str](), threading.get_ident(), list[Any]()
-        self._rows = rows
+        self._rows, self._ran = rows, set[str]()
 
     def __enter__(self) -> _Recorder:
         for name, module in self._model.named_modules():
             self._hooks += [
-                module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)),
+                module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)),
                 module.register_forward_hook(lambda *_: self._running.pop() and None, always_call=True),
             ]
         watchers.append(self)
@@ -125,6 +133,23 @@ class _Recorder:
         watchers.remove(self)
         for hook in self._hooks:
             hook.remove()
+
+    def unseen(self) -> tuple[str, ...]:
+        """The modules of diffmax.nn that ran and mix tokens with weights which no watcher is told of, with their kind."""
+        from diffmax.nn import DiffAttention, DiffAttentionV2, LazyAttention, PowerAttention
+
+        seen = {layer.name.split(" ")[0] for layer in self.layers}
+        return tuple(
+            f"{name or 'the model'} ({type(module).__name__})"
+            for name, module in self._model.named_modules()
+            if isinstance(module, (DiffAttention, DiffAttentionV2, LazyAttention, PowerAttention))
+            and name in self._ran
+            and not any(layer == name or layer.startswith(f"{name}.") for layer in seen)
+        )
+
+    def _enter(self, name: str) -> None:
+        self._running.append(name)
+        self._ran.add(name)
 
     def saw_rows(self, X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> None:
         """Record a call of `diffmax_bisect` that is attention; its weights lie in memory."""

@@ -66,6 +66,7 @@ class AttentionReport:
         layers: In the order in which they ran.
         tokens: The text of each token of each batch entry, if a tokenizer was given.
         real: Boolean (B, T), False at padding; None: no token is padding.
+        unseen: Attention that ran and is not in `layers`, since its weights cannot be recorded: names, with their kind.
     Example:
         >>> import torch, diffmax
         >>> model = diffmax.nn.DiffmaxAttention(16, 2, alpha=0.5)
@@ -80,6 +81,7 @@ class AttentionReport:
     layers: tuple[Layer, ...]
     tokens: tuple[tuple[str, ...], ...] | None = None
     real: Tensor | None = None
+    unseen: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """A line for each layer, not its numbers."""
@@ -88,6 +90,7 @@ class AttentionReport:
         for number, layer in enumerate(self.layers):
             zeros = " ".join(f"{share:.0%}" for share in shares[layer.name].tolist())
             lines.append(f"  {number} {layer.name or 'attention'} {tuple(layer.weights.shape)}: {zeros}")
+        lines += [f"  not recorded: {name}" for name in self.unseen]
         return "\n".join(lines)
 
     def reads(self, layer: int | str, head: int, batch: int = 0) -> Reads:
@@ -137,11 +140,17 @@ class AttentionReport:
         Returns:
             A sparse CSR matrix (L, L). Products of sparse layers stay sparse for some layers: with many it fills up.
         Raises:
-            ValueError: A layer is not from L tokens to the same L tokens, or residual is out of range.
+            ValueError: A layer is not from L tokens to the same L tokens, residual is out of range, or there is attention
+                that was not recorded.
         Source: Abnar and Zuidema, Quantifying Attention Flow in Transformers, ACL 2020, arXiv:2005.00928.
         """
         if not 0 <= residual <= 1:
             raise ValueError(f"AttentionReport.rollout: residual must lie in [0, 1], got {residual}")
+        if self.unseen:
+            raise ValueError(
+                f"AttentionReport.rollout: every attention must be recorded, got {', '.join(self.unseen)} beside\n"
+                "dataclasses.replace(report, unseen=()) leaves it out"
+            )
         sizes = {layer.weights.shape[2:] for layer in self.layers}
         if len(sizes) != 1 or len({*next(iter(sizes))}) != 1:
             raise ValueError(f"AttentionReport.rollout: all layers must have one number of tokens, got (L, S) {sorted(sizes)}")
