@@ -495,9 +495,14 @@ def test_varlen_says_what_is_wrong(error, words, arguments):
 
 
 @pytest.mark.parametrize("wrong", ["yes", None, 1, torch.tensor(True)])
-def test_causality_is_true_or_false(wrong):
+def test_causality_and_grouped_heads_are_true_or_false(wrong):
     x = torch.randn(1, 1, 3, 4)
     with pytest.raises(TypeError, match=": is_causal must be True or False, got"):
         diffmax.attention(x, x, x, is_causal=wrong)
+    with pytest.raises(TypeError, match=r"diffmax\.attention: enable_gqa must be True or False, got"):
+        diffmax.attention(x, x, x, enable_gqa=wrong)
+    tokens, ends = x[0].transpose(0, 1), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"diffmax\.attention_varlen: enable_gqa must be True or False, got"):
+        diffmax.attention_varlen(tokens, tokens, tokens, ends, ends, 3, 3, enable_gqa=wrong)
     with pytest.raises(TypeError, match=": causal must be True or False, got"):
         diffmax.attention_with_kvcache(x, x, x, causal=wrong)

@@ -1,5 +1,6 @@
 """What diffmax.nn puts around the operator: each module against the identity that defines it."""
 
+import copy
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import torch
 from entmax import entmax_bisect
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.utils.checkpoint import checkpoint
 
 from diffmax import DiffmaxBisectModule, HillMap, attention, diffmax_bisect
 from diffmax.nn import AdaptiveLengthScale, AffineScale, ASEntmax, DiffmaxAttention, Elastic, HeadGate, LengthScale, Sink
@@ -303,6 +305,45 @@ def test_affine_scaled_attention_averages_while_it_trains():
     close(module.average, expected)
     module.eval()(out, out, x)
     close(module.average, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_average_of_affine_scaled_attention_moves_in_half_precision_as_in_float32(dtype):
+    half = filled(AffineScale(E, H, momentum=0.999)).float().to(dtype)
+    module = copy.deepcopy(half).float()
+    x, out = torch.randn(B, L, E).to(dtype), torch.randn(B, H, L, D).to(dtype)
+    for _ in range(1000):
+        half(out, out, x)
+        module(out.float(), out.float(), x.float())
+    assert half.average.dtype == torch.float32
+    torch.testing.assert_close(half.average, module.average, rtol=0.01, atol=0)
+
+
+def test_the_average_of_affine_scaled_attention_is_not_spoilt_by_a_batch():
+    module = filled(AffineScale(E, H)).float()
+    x, out = torch.randn(B, L, E), torch.randn(B, H, L, D)
+    module(out, out, x)
+    before = module.average.clone()
+    module(out[:0], out[:0], x[:0])
+    module(out, out, torch.full_like(x, torch.nan))
+    assert torch.equal(module.average, before)
+    module(out, out, x)
+    assert module.average.isfinite().all()
+    assert not torch.equal(module.average, before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_affine_scaled_attention_under_checkpointing(reentrant):
+    plain = filled(AffineScale(E, H)).float()
+    again = copy.deepcopy(plain)
+    x, out = torch.randn(B, L, E), torch.randn(B, H, L, D)
+    values = [torch.randn(B, H, L, D, requires_grad=True) for _ in range(2)]
+    for value in values:
+        expected = torch.autograd.grad(plain(out, value, x).sin().sum(), value)[0]
+        recomputed = checkpoint(again, out, value, x, use_reentrant=reentrant)
+        recomputed.sin().sum().backward()
+        torch.testing.assert_close(value.grad, expected)
+    torch.testing.assert_close(again.average, plain.average)
 
 
 @pytest.mark.parametrize("made", NORMALIZERS.values(), ids=NORMALIZERS)

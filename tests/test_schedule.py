@@ -119,6 +119,29 @@ def test_training_goes_on_where_it_was_stopped(model_first):
     torch.testing.assert_close(alphas(again), alphas(model()))
 
 
+def test_a_copy_that_a_state_dict_leaves_behind_warns():
+    """The alpha that moves is in no state dict where it began as a float: an average of the weights would stay at softmax."""
+    trained = DiffmaxAttention(8, 2, alpha=0.5)
+    schedule = AlphaSchedule(trained, steps=4)
+    average = copy.deepcopy(trained)
+    with pytest.warns(UserWarning, match=r"alpha stays what it was when this module was copied .*\npass alpha as a tensor"):
+        average.load_state_dict(trained.state_dict())
+    follows = AlphaSchedule(average, steps=4)  # its own schedule
+    for _ in range(4):
+        schedule.step()
+        follows.step()
+        average.load_state_dict(trained.state_dict())
+        assert average.alpha == trained.alpha
+    assert average.alpha == 0.5
+    trained = DiffmaxAttention(8, 2, alpha=torch.tensor(0.5))
+    schedule = AlphaSchedule(trained, steps=4)
+    average = copy.deepcopy(trained)
+    for _ in range(4):
+        schedule.step()
+        average.load_state_dict(trained.state_dict())
+        assert average.alpha == trained.alpha
+
+
 def test_the_state_goes_through_a_file(tmp_path):
     schedule = AlphaSchedule(model(), steps=4)
     torch.save(schedule.state_dict(), tmp_path / "schedule.pt")

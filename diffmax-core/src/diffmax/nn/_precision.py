@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,3 +29,15 @@ class PreciseBuffers(Resettable):
             if buffer is not None and before is not None and buffer.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before.to(buffer.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Warn if an `AlphaSchedule` moves the module that this one is a copy of, and the state does not tell how far."""
+        moving, moved = self.__dict__.get("_diffmax_moving", {}), self.__dict__.get("_diffmax_moved")
+        still = [n for n in moving if n in self._non_persistent_buffers_set and prefix + n not in state_dict]
+        if still and moved != id(self):
+            warnings.warn(
+                f"{prefix}{still[0]} stays what it was when this module was copied from one that an AlphaSchedule moves: "
+                "a state dict does not hold it\npass alpha as a tensor, or make a schedule for the copy too, and step both",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

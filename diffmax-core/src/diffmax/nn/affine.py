@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diffmax.nn._precision import PreciseBuffers
 from diffmax.nn._shapes import check_heads
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.numerics import accumulation_dtype
 
 
-class AffineScale(nn.Module):
+class AffineScale(PreciseBuffers):
     """out = [a P + (m - a) / N] V, from the output P V alone: a * (P V) + (m - a) * mean of the visible values.
 
     a = clamp(0.1 (W x + b) + 0.5, 0, 1) per token and head, m is the moving average of a over training batches, and N is the
@@ -21,7 +22,9 @@ class AffineScale(nn.Module):
         embed_dim: Size of the tokens x.
         heads: H.
         offset: Whether to add the second term.
-        momentum: Share of the old m in the new one, in [0, 1); m starts at 0, in the buffer `average` (H,).
+        momentum: Share of the old m in the new one, in [0, 1); m starts at 0, in the buffer `average` (H,), which keeps its
+            dtype in a module of 16 bits. A batch without tokens, or with NaN, leaves it as it is; so does the second forward of
+            gradient checkpointing, which reads m as it is then: call the module once between a backward and the next.
     Raises:
         ValueError: momentum is out of range, shapes do not match, or a mask and is_causal are both given.
         TypeError: attn_mask is not boolean.
@@ -60,15 +63,21 @@ class AffineScale(nn.Module):
             return captured(self, out, value, x, attn_mask, is_causal)  # type: ignore[no-any-return]
         check_heads("AffineScale", out, self.project.out_features, "out")
         a = (0.1 * self.project(x) + 0.5).clamp(0, 1).transpose(1, 2)
-        if self.training:
+        if self.training and not _runs_again():
             with torch.no_grad():
-                self.average.lerp_(a.mean((0, 2)).to(self.average.dtype), 1 - self.momentum)
+                found = a.to(self.average.dtype).mean((0, 2))
+                self.average.copy_(self.average.lerp(found, 1 - self.momentum).where(found.isfinite(), self.average))
         scaled: Tensor = out * a.unsqueeze(3).to(out.dtype)
         if not self.offset:
             return scaled
         shift: Tensor = (self.average.unsqueeze(1) - a).unsqueeze(3).to(out.dtype)
         value = value.repeat_interleave(out.shape[1] // value.shape[1], dim=1)
         return scaled + (shift * _mean_of_visible(value, out.shape[2], attn_mask, is_causal)).to(out.dtype)
+
+
+def _runs_again() -> bool:
+    """Whether this is the second forward of gradient checkpointing, which runs in the backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _mean_of_visible(value: Tensor, queries: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:

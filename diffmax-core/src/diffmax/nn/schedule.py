@@ -53,7 +53,10 @@ class AlphaSchedule:
 
     A float alpha of a module becomes a non-persistent buffer while it moves, and a float again at the end: so a compiled model
     is not recompiled at each step, but once at the end. Buffers are written in place. A second schedule of a module whose alpha
-    still moves has the target of the first: step one of them.
+    still moves has the target of the first: step one of them. A copy that is kept up to date by state dicts, such as a moving
+    average of the weights, does not get an alpha that began as a float, nor the heads of a model of transformers, and says so;
+    torch's `AveragedModel`, which pairs buffers, fails where one comes or goes. Pass alpha as a tensor (), which is in the
+    state dict, or make a schedule for the copy too.
 
     Example:
         >>> import torch
@@ -198,6 +201,7 @@ def _write(value: _ScheduledValue, share: float) -> None:
     moving.pop(name, None)
     if share < 1:
         moving[name] = value.end, value.is_float
+        owner.__dict__["_diffmax_moved"] = id(owner)  # a copy has another
     if value.is_float:
         if share == 1:
             _put(owner, name, value.end.item())

@@ -7,6 +7,7 @@ the way of `diffmax.kernels.cpu.decoding`, with the compiled row operator.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -42,9 +43,7 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     # heads that share keys are rows of one head, where nothing tells them apart
     folds = length == 1 and not isinstance(call.e, Tensor) and call.alibi is None and call.sink is None
     rows = query.reshape(batch, kv_heads, heads // kv_heads, -1) if folds else query.transpose(1, 2)
-    whole = AttentionCall(scale=call.scale, e=call.e, softcap=call.softcap, alibi=call.alibi, sink=call.sink)
-    if not folds:
-        whole = dataclasses.replace(whole, left=call.left, right=call.right, lower_right=True)
+    whole = _folded(call.scale, call.e, call.softcap) if folds else _unfolded(call)
     of_cache = list(range(batch)) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
     sequences = sequences_of(keys, starts, of_cache, rows.shape[2])
     job = Job(rows, k_cache.transpose(1, 2), v_cache.transpose(1, 2), whole, sequences)
@@ -60,6 +59,19 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     pages = _pages_read(call, starts, ends, kv_heads) if stats else torch.empty(0, dtype=torch.int32)
     out = out.view(batch, 1, heads, -1) if length == 1 else out.transpose(1, 2).contiguous()
     return KVCacheResults(out, m, delta, support, pages)
+
+
+@functools.lru_cache(maxsize=64)
+def _folded(scale: float, e: float, softcap: float) -> AttentionCall:
+    """What is left of a call whose heads are rows: kept, since to make it takes as long as to fetch a hundred keys."""
+    return AttentionCall(scale=scale, e=e, softcap=softcap)
+
+
+def _unfolded(call: KVCacheCall) -> AttentionCall:
+    return AttentionCall(
+        scale=call.scale, e=call.e, softcap=call.softcap, alibi=call.alibi, sink=call.sink,
+        left=call.left, right=call.right, lower_right=True,
+    )  # fmt: skip
 
 
 def warmup(

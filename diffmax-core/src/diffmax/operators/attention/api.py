@@ -160,7 +160,8 @@ def attention(
             else the best one that can run the call.
     Returns:
         (B, H, L, D_v), contiguous, in query's dtype, or nested as the query; and the stats or the weights, if requested. A
-        fully masked query returns zeros and propagates no gradient. A query with a visible score of NaN or +inf returns NaN.
+        fully masked query returns zeros and propagates no gradient. A query with a visible score of NaN or +inf returns NaN. A
+        NaN or an infinity in a key or a value that is hidden may reach results, since a backend may multiply it by 0.
     Raises:
         TypeError: An argument has the wrong type, or the dtypes differ.
         ValueError: Shapes, devices or values do not fit. The values of an alpha that lives on an accelerator, or under

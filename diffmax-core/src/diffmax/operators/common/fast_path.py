@@ -21,6 +21,7 @@ def _keys(*names: str) -> int:
 # A strided tensor on the CPU, made outside and inside of torch.inference_mode; and a thread that is in no mode, likewise.
 _KEYS_ARE_SHOWN = hasattr(torch._C.DispatchKeySet, "raw_repr")  # not in torch 2.4, where no call is plain
 _TYPES = frozenset({Tensor, torch.nn.Parameter})
+_OTHERS = frozenset({type(None), bool, int, float, str})  # quicker than to ask whether a number is a tensor
 if _KEYS_ARE_SHOWN:
     _TENSORS = (_keys("CPU", "AutocastCPU", "AutogradCPU", "ADInplaceOrView"), _keys("CPU", "AutocastCPU"))
     _STATES = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
@@ -40,9 +41,10 @@ def is_plain(*arguments: Any) -> bool:
     ):
         return False
     for given in arguments:
-        if given is None:
+        kind = type(given)
+        if kind in _OTHERS:
             continue
-        if type(given) in _TYPES:
+        if kind in _TYPES:
             if _dispatch_keys(given).raw_repr() not in _TENSORS:
                 return False
         elif isinstance(given, Tensor):
