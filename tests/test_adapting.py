@@ -412,9 +412,27 @@ def test_another_attention_that_is_asked_for_by_parts_is_kept(tmp_path):
         text_config={**sizes, "eos_token_id": 2}, vision_config={**sizes, "image_size": 8, "patch_size": 4}, projection_dim=16
     )
     of_layer = {"alpha": [0.5] * 4, "scale": [1.0] * 4}
-    model = replace(CLIPModel(config), {f"text_model.encoder.layers.{i}.self_attn": of_layer for i in range(2)})
+    with pytest.warns(UserWarning, match="heads name no layer of vision_config, which keeps its attention"):
+        model = replace(CLIPModel(config), {f"text_model.encoder.layers.{i}.self_attn": of_layer for i in range(2)}).eval()
+    kept = model.config.vision_config._attn_implementation
     model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert [written[part].get("attn_implementation") for part in ("text_config", "vision_config")] == ["diffmax-adapted", None]
+    given = {"input_ids": torch.tensor([[1, 5, 6, 2]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    wanted = model(**given).logits_per_image
     for kind in (AutoModel, CLIPModel):
+        for asked, vision in (
+            (None, kept),
+            ({"vision_config": "eager"}, "eager"),
+            ({"text_config": "diffmax-adapted", "vision_config": "eager"}, "eager"),
+        ):
+            loaded = kind.from_pretrained(tmp_path, attn_implementation=asked).eval()
+            assert loaded.config.text_config._attn_implementation == "diffmax-adapted"
+            assert loaded.config.vision_config._attn_implementation == vision
+            torch.testing.assert_close(loaded(**given).logits_per_image, wanted)
+        made = kind.from_config(loaded.config) if kind is AutoModel else kind(transformers.AutoConfig.from_pretrained(tmp_path))
+        with pytest.raises(ValueError, match="this CLIPAttention has no heads yet"):
+            made(**given)
         loaded = kind.from_pretrained(tmp_path, attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
         assert [loaded.config.text_config._attn_implementation, loaded.config.vision_config._attn_implementation] == [
             "eager",
@@ -464,6 +482,27 @@ def test_a_model_of_an_adapted_configuration_says_that_its_heads_are_missing(tmp
     with pytest.raises(ValueError, match=r"this LlamaAttention has no heads yet\ncall .*replace\(model\)"):
         model(torch.tensor([[3, 4, 5]]))
     assert replace(model)(torch.tensor([[3, 4, 5]]))[0].isfinite().all()
+    again = LlamaModel(LlamaConfig.from_dict(model.config.to_dict()))
+    with pytest.raises(ValueError, match="this LlamaAttention has no heads yet"):
+        again(torch.tensor([[3, 4, 5]]))
+    assert LlamaModel._from_config(model.config, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_an_adapted_model_that_runs_softmax_warns_when_it_is_saved(tmp_path):
+    replace(llama(), of_llama()).save_pretrained(tmp_path)
+    model = LlamaModel.from_pretrained(tmp_path, attn_implementation="eager")
+    with pytest.warns(UserWarning, match=r"this LlamaModel runs 'eager', and .* heads.*\n.*config.diffmax to None"):
+        model.save_pretrained(tmp_path / "again")
+    model.config.diffmax = None
+    model.save_pretrained(tmp_path / "again")
+    assert LlamaModel.from_pretrained(tmp_path / "again").config._attn_implementation != "diffmax-adapted"
+
+
+def test_heads_of_a_model_with_an_adapter_warn():
+    model = llama()
+    model.peft_config = {}
+    with pytest.warns(UserWarning, match="save_pretrained does not write with an adapter"):
+        replace(model, of_llama())
 
 
 def test_heads_in_the_configuration_are_not_ignored_in_silence(tmp_path):
@@ -508,7 +547,8 @@ def test_heads_of_a_part_of_a_model_are_not_ignored_in_silence(tmp_path):
     model = CLIPModel(config).eval()
     of_layer = {"alpha": [0.5, 0.6, 0.7, 0.8], "scale": [1.0] * 4}
     heads = {f"text_model.encoder.layers.{i}.self_attn": of_layer for i in range(2)}
-    replace(model, heads).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="heads name no layer of vision_config, which keeps its attention"):
+        replace(model, heads).save_pretrained(tmp_path)
     register()
     ids, pixels = torch.tensor([[1, 5, 6, 2]]), torch.randn(1, 3, 8, 8)
     with torch.no_grad():
@@ -607,6 +647,63 @@ def test_what_the_replaced_model_would_refuse_is_refused_by_calibrate():
     (batch,) = batches(1)
     with pytest.raises(ValueError, match=r"block_indices is not implemented, got 'x'\nload"):
         calibrate(model, [{**batch, "block_indices": "x"}], alpha=0.5)
+
+
+@pytest.mark.parametrize("find", [suggest_alpha, calibrate])
+def test_a_model_in_float16_gets_the_share_of_zeros_that_was_asked_for(find):
+    """Small weights were 0 in float16 where they were counted, and not where the model runs."""
+    torch.manual_seed(0)
+    model = LlamaModel(LlamaConfig(**{**SIZES, "num_key_value_heads": 2, "initializer_range": 0.5})).half().eval()
+    data = [{**batch, "attention_mask": torch.ones_like(batch["attention_mask"])} for batch in batches(1, length=24)]
+    heads = find(model, data, zeros=0.3)
+    assert {*map(len, heads.values())} == {2}
+    zeros = diffmax.inspect_attention(replace(model, heads), data[0]).zeros()
+    assert abs(float(torch.stack(list(zeros.values())).mean()) - 0.3) < 0.05
+
+
+def test_gradients_that_overflow_are_refused():
+    model = bert()
+    with pytest.raises(ValueError, match=r"movement of the output must be finite, got .*\n.* gradients of torch.float32"):
+        calibrate(model, batches(1), zeros=0.1, output=lambda out, _: out.last_hidden_state * 1e30)
+
+
+def test_what_a_model_gives_may_be_starts_and_ends_or_is_said():
+    sizes = {**SIZES, "initializer_range": 0.5}
+    asked = transformers.BertForQuestionAnswering(BertConfig(**sizes)).eval()
+    for heads in (calibrate(asked, batches(1), zeros=0.1), suggest_alpha(asked, batches(2), zeros=0.1, steps=2)):
+        assert len(heads) == 2
+    vision = {**SIZES, "image_size": 8, "patch_size": 4}
+    pair = CLIPModel(CLIPConfig(text_config={**SIZES, "eos_token_id": 2}, vision_config=vision, projection_dim=16)).eval()
+    batch = {"input_ids": torch.tensor([[1, 5, 6, 2]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    with pytest.raises(
+        ValueError, match=r"logits or a last_hidden_state, got CLIPOutput with .*image_embeds.*\n.* output= .* loss="
+    ):
+        calibrate(pair, [batch], alpha=0.5)
+    heads = calibrate(pair, [batch], alpha=0.5, output=lambda out, _: out.image_embeds)  # which read no text
+    assert len(heads) == 4
+    unread = calibrate(pair, [batch], zeros=0.02, output=lambda out, _: out.image_embeds.detach() + batch_of(pair, batch))
+    assert len(unread) == 4
+
+
+def batch_of(model, batch):
+    """Something with a gradient that reads no layer."""
+    return model.logit_scale * torch.ones(len(batch["input_ids"]), 16)
+
+
+def test_softmax_of_a_pooling_head_stays_with_a_warning():
+    config = transformers.SiglipConfig(
+        text_config={**SIZES, "max_position_embeddings": 16, "projection_size": 32},
+        vision_config={**SIZES, "image_size": 8, "patch_size": 4},
+    )
+    model = transformers.SiglipModel(config).eval()
+    batch = {"input_ids": torch.tensor([[1, 5, 6, 2]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    with pytest.warns(
+        UserWarning, match="calibrate: SiglipModel keeps softmax in MultiheadAttention, which computes it itself"
+    ):
+        heads = calibrate(model, [batch], alpha=0.5, output=lambda out, _: out.logits_per_image)
+    model = replace(model, heads)
+    with pytest.warns(UserWarning, match="replace: SiglipModel keeps softmax in MultiheadAttention"):
+        model(**batch)
 
 
 def test_the_recipe_without_linears_anneals():

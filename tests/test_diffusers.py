@@ -247,6 +247,23 @@ def test_models_that_would_keep_softmax_are_refused():
         replace(own, torch.full((3,), 0.5), partial=True)
 
 
+def test_a_processor_that_puts_softmax_back_warns():
+    model, inputs = double(unet)
+    softmax = model(**inputs).sample
+    for change in (
+        lambda: model.set_attn_processor(attention_processor.AttnProcessor2_0()),
+        lambda: model.set_attention_slice("auto"),
+        model.fuse_qkv_projections,
+    ):
+        replace(model, 0.3, partial=True)
+        with pytest.warns(
+            UserWarning, match=r"Attention.set_processor: with \w+ this module has softmax again\ncall .*replace"
+        ):
+            change()
+        torch.testing.assert_close(model(**inputs).sample, softmax)
+        model.set_attn_processor(attention_processor.AttnProcessor2_0())
+
+
 class CallsSuper(attention_processor.AttnProcessor2_0):
     def __call__(self, *args, **options):
         return super().__call__(*args, **options)

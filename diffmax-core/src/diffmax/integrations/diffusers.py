@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import textwrap
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from diffmax.integrations.inplace import (
     AttentionWeights,
+    InPlace,
     LayerAlpha,
     Replaced,
     Scale,
@@ -146,7 +148,9 @@ def replace(
 
     A processor then runs its own code, with `diffmax.attention` where it calls torch's attention or diffusers' dispatcher; the
     attention backend that is set no longer matters. Processors that take the softmax of a score matrix become the same one on
-    torch's attention. `set_attn_processor` puts softmax back: call `replace` again after it.
+    torch's attention. Other processors put softmax back, such as those of `set_attn_processor`, `fuse_qkv_projections` and
+    `enable_attention_slicing`, and warn: call `replace` again after them. `save_pretrained` writes no fixed alpha: call
+    `replace` after `from_pretrained`.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -164,6 +168,7 @@ def replace(
     kept |= {name: reason for name, reason in reasons.items() if reason is not None}
     modules = {name: module for name, module in modules.items() if name not in kept}
     refuse_kept(model, kept, partial)
+    _warn_of_new_processors()
     return replace_all(model, modules, kept, alpha, lambda module, given: _holder(module, given, alpha_map, scale), _rewrite)
 
 
@@ -265,6 +270,31 @@ def _refuse_other_processors() -> None:
 
     change_checked._diffmax_checked = True  # type: ignore[attr-defined]
     kind.set_attention_backend = change_checked
+
+
+def _warn_of_new_processors() -> None:
+    """From now on a module with diffmax attention warns if it gets a processor of diffusers, and with it softmax again."""
+    from diffusers.models import attention as mixin
+    from diffusers.models import attention_processor
+
+    kinds: tuple[Any, ...] = (attention_processor.Attention, getattr(mixin, "AttentionModuleMixin", None))
+    for kind in kinds:
+        change = getattr(kind, "set_processor", None)
+        if change is None or hasattr(change, "_diffmax_checked"):
+            continue
+
+        @functools.wraps(change)
+        def change_checked(self: Any, processor: Any, change: Any = change) -> None:
+            if isinstance(getattr(self, "processor", None), InPlace) and not isinstance(processor, InPlace):
+                warnings.warn(
+                    f"{type(self).__name__}.set_processor: with {type(processor).__name__} this module has softmax again\n"
+                    "call diffmax.integrations.diffusers.replace(model) after the processors are set",
+                    stacklevel=2,
+                )
+            change(self, processor)
+
+        change_checked._diffmax_checked = True  # type: ignore[attr-defined]
+        kind.set_processor = change_checked
 
 
 def _scan(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -72,7 +72,8 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScal
     requests the weights. Boolean and additive masks, position biases, causal and bidirectional attention, grouped query heads,
     KV caches, sliding windows, softcap, sinks (s_aux) and dropout are supported; so are packed sequences, given by
     cu_seq_lens_q and cu_seq_lens_k, or by position_ids with `use_cache=False`: with a cache, transformers does not detect
-    packed sequences, and each token sees all previous ones. A fully masked token gets zeros. An argument that could change the
+    packed sequences, and each token sees all previous ones; nor do models that do not tell their mask function of position_ids,
+    such as GPT-OSS, with any attention. A fully masked token gets zeros. An argument that could change the
     weights and is not implemented, or is unknown, raises a ValueError.
 
     Example:
@@ -100,8 +101,11 @@ def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScal
     register_functions(name, functools.partial(_attend_registered, alpha=alpha, scale=scale), partial=partial)
 
 
-def register_functions(name: str, attend: Callable[..., Any], label: str | None = None, partial: bool = False) -> None:
-    """Register an attention function and its mask function under one name, and check the models that use it."""
+def register_functions(name: str, attend: Callable[..., Any], label: str | None = None, partial: bool | None = False) -> None:
+    """Register an attention function and its mask function under one name, and check the models that use it.
+
+    `partial`: whether a model may keep softmax where it computes it itself; None: it may, with a warning.
+    """
     attention_interface, mask_interface, sdpa_mask = _import_transformers()
     attention_interface.register(name, attend)
     mask_interface.register(name, functools.partial(mask_of, sdpa_mask))

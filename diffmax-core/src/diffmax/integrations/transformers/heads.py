@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+# The attn_implementation of a model with heads of its own.
+NAME = "diffmax-adapted"
+
 # Per attention layer, by its name in the model: the alpha of each head, and the scale of its scores.
 Heads: TypeAlias = "dict[str, dict[str, list[float]]]"
 

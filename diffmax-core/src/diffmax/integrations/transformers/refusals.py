@@ -14,6 +14,7 @@ import inspect
 import re
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,16 +24,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from diffmax.integrations.transformers.heads import heads_of
+from diffmax.integrations.transformers.heads import NAME, heads_of
 from diffmax.integrations.transformers.masks import is_traced
 
 
 @dataclass(frozen=True)
 class _Registration:
-    """A registered name: its label in errors, and whether a model may keep softmax in a part of its attention."""
+    """A registered name: its label in errors; whether a model may keep softmax in a part of its attention, None: it warns."""
 
     label: str
-    partial: bool
+    partial: bool | None
 
 
 _registered: dict[str, _Registration] = {}
@@ -58,7 +59,7 @@ _SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)  # the 
 _PRODUCTS = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "linear", "tensordot", "__matmul__", "__rmatmul__")
 
 
-def watch(name: str, label: str | None = None, partial: bool = False) -> None:
+def watch(name: str, label: str | None = None, partial: bool | None = False) -> None:
     """From now on check models with this attention implementation; errors start with `label`."""
     _registered[name] = _Registration(label or f'attn_implementation="{name}"', partial)
     import transformers
@@ -70,8 +71,10 @@ def watch(name: str, label: str | None = None, partial: bool = False) -> None:
     choose, change = kind.get_correct_attn_implementation, kind.set_attn_implementation
 
     @functools.wraps(choose)
-    def choose_checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = choose(self, *args, **kwargs)
+    def choose_checked(self: Any, requested: Any, *args: Any, **kwargs: Any) -> Any:
+        if requested is None and NAME in _registered and heads_of(self.config):
+            requested = NAME  # whose first forward pass raises where the heads are not given to the model
+        chosen = choose(self, requested, *args, **kwargs)
         if chosen in _registered:
             _refuse_class(self.__class__, chosen)
             _watch_first_forward(self)
@@ -296,7 +299,13 @@ def _end(model: Any, _: Any, output: Any) -> None:
             f"{_registered[name].label}: {type(model).__name__} must ask for its attention function, got a forward pass "
             f'without a call\n{does}: load this model with attn_implementation="eager"'
         )
-    if run.mode.softmax_in and not _registered[name].partial:
+    if run.mode.softmax_in and _registered[name].partial is None:
+        warnings.warn(
+            f"{_registered[name].label}: {type(model).__name__} keeps softmax in {', '.join(run.mode.softmax_in)}, "
+            "which computes it itself",
+            stacklevel=2,
+        )
+    elif run.mode.softmax_in and not _registered[name].partial:
         raise ValueError(
             f"{_registered[name].label}: {type(model).__name__} asks for its attention function, and also computes softmax "
             f"itself, in {', '.join(run.mode.softmax_in)}\n"

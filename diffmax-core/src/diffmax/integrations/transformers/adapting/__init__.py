@@ -19,9 +19,9 @@ from diffmax.integrations.transformers.adapting.outputs import (
 )
 from diffmax.integrations.transformers.adapting.recipe import adapt
 from diffmax.integrations.transformers.adapting.refitting import refit
-from diffmax.integrations.transformers.adapting.replacement import NAME, adapted_when_loaded, replace
+from diffmax.integrations.transformers.adapting.replacement import adapted_when_loaded, replace
 from diffmax.integrations.transformers.adapting.suggestion import suggest_alpha
-from diffmax.integrations.transformers.heads import Heads
+from diffmax.integrations.transformers.heads import NAME, Heads
 
 __all__ = [
     "ALPHAS",

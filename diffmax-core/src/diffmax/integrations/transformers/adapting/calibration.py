@@ -15,7 +15,7 @@ from diffmax.integrations.transformers.adapting.outputs import Batch, Output, ea
 from diffmax.integrations.transformers.adapting.recording import Call, Scored, record
 from diffmax.integrations.transformers.heads import Heads, heads_of
 from diffmax.operators.common.checks import one_minus_alpha
-from diffmax.operators.common.numerics import hides
+from diffmax.operators.common.numerics import accumulation_dtype, hides
 from diffmax.operators.rows.api import diffmax_bisect
 
 # The grid of calibrate. A low alpha with a small scale usually gives the most zeros for the least change.
@@ -50,7 +50,7 @@ def calibrate(
         zeros: The share of exact zeros to reach over all layers, in (0, 1), among the keys visible to queries without padding.
         alpha: Instead of `zeros`: one alpha for all heads; then only the scales are chosen.
         output: A function of the model's output and inputs that returns the tensor that must not move. Default: logits, or
-            the last hidden state.
+            those of starts and ends, or the last hidden state.
         probes: Random projections per batch. More give a better estimate. torch.manual_seed repeats them.
         grid: The pairs (alpha, scale) to choose from. Default: `ALPHAS` and `SCALES` of `adapting`. On long inputs, where each
             pair takes seconds, pass fewer, near the matched scale: `[(a, diffmax.matched_scale(a, w)) for a ... for w ...]`.
@@ -61,7 +61,7 @@ def calibrate(
     Raises:
         ValueError: `zeros` and `alpha` are both given or both missing, or out of range; there is no batch; no layer calls
             the attention interface of transformers, or a layer uses an option that diffmax does not support; the model was
-            adapted before; or the share of zeros cannot be reached.
+            adapted before; its output has no such tensor; or the share of zeros cannot be reached.
     Source: written for diffmax.
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -123,9 +123,12 @@ class Table:
     def with_zeros(self, name: str, wanted: float) -> Tensor:
         """The choice at the lowest price that reaches the share of zeros, by bisection on the logarithm of the price."""
         largest = float(self.movement.max())
-        most = self.share(self.cheapest(math.inf if largest == 0 else 1e12 * largest))
+        dearest = self.cheapest(1e12 * largest if largest > 0 else 1.0)  # 0: nothing reads any layer
+        most = self.share(dearest)
         if most < wanted:
             raise _cannot_reach(name, wanted, most)
+        if largest == 0:
+            return dearest
         low, high = math.log(1e-12 * largest), math.log(1e12 * largest)
         for _ in range(100):
             middle = (low + high) / 2
@@ -186,7 +189,7 @@ def measure(
     for batch in each(name, batches):
         calls, final = record(name, model, batch, output)
         outputs = [call.output for call in calls]
-        projections = [torch.autograd.grad(final, outputs, torch.randn_like(final), retain_graph=True) for _ in range(probes)]
+        projections = [_gradients(final, outputs) for _ in range(probes)]
         of_module: dict[nn.Module, list[tuple[Call, Tensor]]] = {}
         for call, of_call in zip(calls, zip(*projections, strict=True), strict=True):
             of_module.setdefault(call.module, []).append((call, torch.stack(of_call)))
@@ -197,10 +200,22 @@ def measure(
                 for module, module_calls in of_module.items()
             ]
         moved, zero, visible = (torch.cat(parts).double().cpu() for parts in zip(*per_layer, strict=True))
+        if not moved.isfinite().all():
+            raise ValueError(
+                f"{name}: the movement of the output must be finite, got {'NaN' if moved.isnan().any() else 'infinity'}\n"
+                f"do the model and its inputs give finite outputs? gradients of {final.dtype} may overflow: call model.float()"
+            )
         movement, zeros, entries = movement + moved, zeros + zero, entries + visible
     if not layers:
         raise ValueError(f"{name}: a batch is needed, got none")
     return Table(layers, grid, movement, zeros / entries[:, None])
+
+
+def _gradients(final: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    """Of a random projection of the model's output, for each layer's, in float32 or better; 0 where nothing reads a layer."""
+    found = torch.autograd.grad(final, outputs, torch.randn_like(final), retain_graph=True, allow_unused=True)
+    of_each = (torch.zeros_like(out) if g is None else g for g, out in zip(found, outputs, strict=True))
+    return [g.to(accumulation_dtype(g.dtype)) for g in of_each]
 
 
 def _of_layer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Batch: TypeAlias = "Mapping[str, Any]"
@@ -25,10 +26,24 @@ def each(name: str, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def final_output(output: Any, batch: Batch) -> Tensor:
-    """A model's logits, or else its last hidden state; 0 at padding. For an encoder-decoder model, those of the decoder."""
-    final: Tensor = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
+    """A model's logits, or those of starts and ends, or its last hidden state; 0 at padding. Of a pair, the decoder's."""
+    final = _final(output)
     mask = batch.get("decoder_attention_mask" if hasattr(output, "encoder_last_hidden_state") else "attention_mask")
     return final if mask is None or mask.shape != final.shape[:-1] else final * mask.unsqueeze(-1).to(final.dtype)
+
+
+def _final(output: Any) -> Tensor:
+    found = [getattr(output, name, None) for name in ("logits", "start_logits", "end_logits", "last_hidden_state")]
+    logits, start, end, state = (t if isinstance(t, Tensor) else None for t in found)
+    if start is not None and end is not None:  # of answers to questions
+        return torch.stack([start, end], -1)
+    if logits is None and state is None:
+        raise ValueError(
+            "the model's output must have logits or a last_hidden_state, got "
+            f"{type(output).__name__} with {', '.join(output) if isinstance(output, Mapping) else 'neither'}\n"
+            "say what must not move: with output= for calibrate, suggest_alpha without steps, and adapt; with loss= for distil"
+        )
+    return state if logits is None else logits  # type: ignore[return-value]
 
 
 def likelihood(output: Any, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ from diffmax.integrations.transformers.adapting.outputs import Batch, Output
 from diffmax.integrations.transformers.attention import _refuse_what_changes_the_weights, register_functions
 from diffmax.integrations.transformers.masks import merged_mask, read
 from diffmax.integrations.transformers.unfused import masked
+from diffmax.operators.common.numerics import accumulation_dtype
 
 _RECORDING = "diffmax-recording"
 
@@ -36,7 +37,10 @@ _MEASURED = {
 
 
 class Scored(NamedTuple):
-    """What a call computes: masked scores (B, H, L, S), values (B, H, S, D), the output of softmax (B, H, L, D)."""
+    """What a call computes, in float32 or better: masked scores (B, H, L, S), values (B, H, S, D), output (B, H, L, D).
+
+    The output is softmax's. As fused attention computes it: in float16 small weights would be 0, and squares infinite.
+    """
 
     scores: Tensor
     values: Tensor
@@ -61,9 +65,11 @@ class Call:
 
     def scored(self, step: int = 1) -> Scored:
         """The scores, those of each step-th query alone, and what belongs to them."""
-        key, value = (_for_heads(t, self.query.shape[1]) for t in (self.key, self.value))
-        scores = masked(self.query @ key.mT * self.scale, self.mask, self.is_causal)
-        return Scored(scores[:, :, ::step], value, self.output[:, :, ::step])
+        acc = accumulation_dtype(self.query.dtype)
+        query, key, value = self.query.to(acc), *(_for_heads(t.to(acc), self.query.shape[1]) for t in (self.key, self.value))
+        mask = self.mask if self.mask is None or self.mask.dtype == torch.bool else self.mask.to(acc)
+        scores = masked(query @ key.mT * self.scale, mask, self.is_causal)[:, :, ::step]
+        return Scored(scores, value, _weights(scores) @ value)
 
 
 def record(function: str, model: nn.Module, batch: Batch, output: Output) -> tuple[list[Call], Tensor]:
@@ -77,7 +83,7 @@ def record(function: str, model: nn.Module, batch: Batch, output: Output) -> tup
         return calls[-1].output.transpose(1, 2).contiguous(), None
 
     with as_it_was(model):
-        register_functions(_RECORDING, attend, function)
+        register_functions(_RECORDING, attend, function, partial=None)
         model.eval()
         model.set_attn_implementation(_RECORDING)  # type: ignore[operator]
         with torch.enable_grad():
@@ -114,9 +120,13 @@ def _attend_with_softmax(
 def _softmax(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """Softmax attention. A fully masked query gives 0, as with diffmax."""
     key, value = (_for_heads(t, query.shape[1]) for t in (key, value))
-    scores = masked(query @ key.mT * scale, mask, is_causal)
+    return _weights(masked(query @ key.mT * scale, mask, is_causal)) @ value
+
+
+def _weights(scores: Tensor) -> Tensor:
+    """Softmax; 0 in a row that is fully masked."""
     weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores).softmax(-1)
-    return weights.masked_fill(scores == -torch.inf, 0.0) @ value
+    return weights.masked_fill(scores == -torch.inf, 0.0)
 
 
 def _for_heads(t: Tensor, heads: int) -> Tensor:

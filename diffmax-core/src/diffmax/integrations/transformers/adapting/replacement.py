@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffmax.integrations.transformers.attention import _attention_forward, register_functions
-from diffmax.integrations.transformers.heads import Heads, heads_of, refuse_anothers
+from diffmax.integrations.transformers.heads import NAME, Heads, heads_of, refuse_anothers
 from diffmax.nn._precision import PreciseBuffers
-
-NAME = "diffmax-adapted"
 
 
 def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) -> nn.Module:
@@ -29,6 +28,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
             change. The configuration holds what they are then.
     Returns:
         The model.
+        Parts of a composite model of which `heads` names no layer keep their attention, with a warning.
     Raises:
         TypeError: The model is not one of transformers, or heads is no dictionary of numbers.
         ValueError: `heads` names a layer that the model lacks, or does not hold an alpha in (0, 1) and a positive scale for
@@ -41,6 +41,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"replace: the model must be one of transformers, got {type(model).__name__}")
     config: Any = model.config
+    is_given = heads is not None
     heads = heads if heads is not None else heads_of(config)
     if not isinstance(heads, Mapping):
         raise TypeError(
@@ -59,7 +60,8 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
         refuse_anothers(of_part)
     heads = {name: _checked(name, modules[name], of_layer, share) for name, of_layer in heads.items()}
     kept = _kept(config, model, modules)
-    register_functions(NAME, _attend_adapted, "replace")
+    is_new = is_given and not any(hasattr(module, "diffmax_heads") for module in modules.values())
+    register_functions(NAME, _attend_adapted, "replace", partial=None)
     for name, of_layer in heads.items():
         module: Any = modules[name]
         if not hasattr(module, "diffmax_heads"):
@@ -77,7 +79,10 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
     for part, of_part in parts.values():
         if part is not config:
             part.diffmax = of_part
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    wanted = _wanted(config, parts)
+    if is_new:
+        _warn_of_the_rest(config, model, wanted)
+    model.set_attn_implementation(wanted)  # type: ignore[operator]
     return model
 
 
@@ -90,7 +95,7 @@ def adapted_when_loaded() -> None:
     Raises:
         ImportError: transformers is missing or too old.
     """
-    register_functions(NAME, _attend_adapted, "replace")
+    register_functions(NAME, _attend_adapted, "replace", partial=None)
     import transformers
 
     kind: Any = transformers.PreTrainedModel
@@ -100,33 +105,77 @@ def adapted_when_loaded() -> None:
 
     @functools.wraps(load)
     def load_adapted(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = _asks_for_another(kwargs.get("attn_implementation"), kwargs.get("config"))
+        given, config = kwargs.get("attn_implementation"), kwargs.get("config")
+        asked = given if isinstance(given, dict) else {"": given} if given is not None else _others(config)
+        others = {key: name for key, name in asked.items() if name != NAME}
         loaded = load(cls, *args, **kwargs)
-        if not asked:
-            _adapt(loaded[0] if isinstance(loaded, tuple) else loaded)  # with output_loading_info
+        if "" not in others:
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+            _adapt(model)
+            if others:
+                model.set_attn_implementation(others)
         return loaded
 
     @functools.wraps(save)
     def save_adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = self.config
-        told = config._attn_implementation == NAME and heads_of(config)
-        if not told or config.sub_configs:  # of the parts of a composite model each may have another
+        if not heads_of(config):
             return save(self, *args, **kwargs)
-        config.attn_implementation = NAME
+        if config._attn_implementation != NAME:
+            warnings.warn(
+                f"save_pretrained: this {type(self).__name__} runs {config._attn_implementation!r}, and its configuration has "
+                "heads, with which from_pretrained loads it\nto save it with softmax, set its config.diffmax to None before",
+                stacklevel=2,
+            )
+            return save(self, *args, **kwargs)
+        # so that it does not run softmax in silence where diffmax is not imported
+        told = [part for part in (_parts(config) or {"": config}).values() if heads_of(part)]
+        for part in told:
+            part.attn_implementation = NAME
         try:
             return save(self, *args, **kwargs)
         finally:
-            del config.attn_implementation
+            for part in told:
+                del part.attn_implementation
 
     load_adapted._diffmax_adapts = True  # type: ignore[attr-defined]
     kind.from_pretrained, kind.save_pretrained = classmethod(load_adapted), save_adapted
 
 
-def _asks_for_another(given: Any, config: Any) -> bool:
-    """Whether from_pretrained is asked for another attention; the Auto classes put that into the configuration."""
-    parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
-    found = [given, *(getattr(part, "_attn_implementation", None) for part in parts)]
-    return any(name not in (None, NAME) for name in found)
+def _parts(config: Any) -> dict[str, Any]:
+    """The configurations of the parts of a composite model, by their names in its own."""
+    return {key: getattr(config, key, None) for key in getattr(config, "sub_configs", ())}
+
+
+def _wanted(config: Any, with_heads: Container[int]) -> str | dict[str, str]:
+    """What has the attention of adapted models: the parts of a composite model that have heads, by their ids, or all of it."""
+    parts = {key: part for key, part in _parts(config).items() if part is not None}
+    named = {key: NAME for key, part in parts.items() if id(part) in with_heads}
+    return {"": NAME, **named} if named and id(config) not in with_heads else NAME
+
+
+def _warn_of_the_rest(config: Any, model: nn.Module, wanted: str | Mapping[str, str]) -> None:
+    """Warn of parts of a composite model that keep their attention, and of heads that will not be saved."""
+    attending = {id(getattr(m, "config", None)) for m in model.modules() if "Attention" in type(m).__name__}
+    parts = {} if isinstance(wanted, str) else _parts(config)
+    left = [key for key, part in parts.items() if key not in wanted and id(part) in attending]
+    if left:
+        warnings.warn(f"replace: heads name no layer of {', '.join(left)}, which keeps its attention", stacklevel=3)
+    if hasattr(model, "peft_config"):
+        warnings.warn(
+            "replace: heads are in the configuration of the base model, which save_pretrained does not write with an adapter\n"
+            "save the base with its heads before it gets one, or merge them: merge_and_unload()",
+            stacklevel=3,
+        )
+
+
+def _others(config: Any) -> dict[str, str]:
+    """What of a model has another attention than that of adapted models: "" is its own, the others are those of parts.
+
+    The Auto classes put what from_pretrained is asked for into the configuration.
+    """
+    found = {key: getattr(part, "_attn_implementation", None) for key, part in {"": config, **_parts(config)}.items()}
+    return {key: name for key, name in found.items() if name not in (None, NAME)}
 
 
 def _adapt(model: Any) -> None:

@@ -117,7 +117,7 @@ def tuned(
         return now[module]
 
     attend = functools.partial(_attention_forward, alpha=lambda m: pair_of(m)[0], scale=lambda m: pair_of(m)[1])
-    register_functions(_TUNING, attend, name)
+    register_functions(_TUNING, attend, name, partial=None)
     kept: list[Tensor] = []
     with as_it_was(model), _frozen(model), _cleared(now):
         model.eval()
