@@ -71,10 +71,10 @@ def watch(name: str, label: str | None = None, partial: bool | None = False) -> 
     choose, change = kind.get_correct_attn_implementation, kind.set_attn_implementation
 
     @functools.wraps(choose)
-    def choose_checked(self: Any, requested: Any, *args: Any, **kwargs: Any) -> Any:
-        if requested is None and NAME in _registered and heads_of(self.config):
-            requested = NAME  # whose first forward pass raises where the heads are not given to the model
-        chosen = choose(self, requested, *args, **kwargs)
+    def choose_checked(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
+        if requested_attention is None and NAME in _registered and heads_of(self.config):
+            requested_attention = NAME  # whose first forward pass raises where the heads are not given to the model
+        chosen = choose(self, requested_attention, *args, **kwargs)
         if chosen in _registered:
             _refuse_class(self.__class__, chosen)
             _watch_first_forward(self)
