@@ -430,6 +430,12 @@ def test_another_attention_that_is_asked_for_by_parts_is_kept(tmp_path):
             assert loaded.config.text_config._attn_implementation == "diffmax-adapted"
             assert loaded.config.vision_config._attn_implementation == vision
             torch.testing.assert_close(loaded(**given).logits_per_image, wanted)
+        loaded.set_attn_implementation({"text_config": "eager"})
+        with pytest.warns(UserWarning, match="this CLIPModel runs eager where its configuration has heads"):
+            loaded.save_pretrained(tmp_path / "again")
+        softmax = kind.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        torch.testing.assert_close(loaded(**given).logits_per_image, softmax(**given).logits_per_image)
+        loaded = kind.from_pretrained(tmp_path)
         made = kind.from_config(loaded.config) if kind is AutoModel else kind(transformers.AutoConfig.from_pretrained(tmp_path))
         with pytest.raises(ValueError, match="this CLIPAttention has no heads yet"):
             made(**given)
@@ -491,7 +497,7 @@ def test_a_model_of_an_adapted_configuration_says_that_its_heads_are_missing(tmp
 def test_an_adapted_model_that_runs_softmax_warns_when_it_is_saved(tmp_path):
     replace(llama(), of_llama()).save_pretrained(tmp_path)
     model = LlamaModel.from_pretrained(tmp_path, attn_implementation="eager")
-    with pytest.warns(UserWarning, match=r"this LlamaModel runs 'eager', and .* heads.*\n.*config.diffmax to None"):
+    with pytest.warns(UserWarning, match=r"this LlamaModel runs eager where .* heads.*\n.*config.diffmax to None"):
         model.save_pretrained(tmp_path / "again")
     model.config.diffmax = None
     model.save_pretrained(tmp_path / "again")

@@ -288,7 +288,7 @@ def _end(model: Any, _: Any, output: Any) -> None:
         return
     name = model.config._attn_implementation
     if not run.calls:
-        if not run.mode.softmax_in and _is_a_part(model):
+        if not run.mode.softmax_in and (_is_a_part(model) or _has_other_parts(model.config)):
             return
         does = (
             f"it computed softmax in {', '.join(run.mode.softmax_in)}"
@@ -327,6 +327,12 @@ def _is_running(model: nn.Module) -> bool:
     while frame is not None and frame.f_locals.get("self") is not model:
         frame = frame.f_back
     return frame is not None
+
+
+def _has_other_parts(config: Any) -> bool:
+    """Whether a part of a composite model has another attention, and may be all that ran."""
+    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
+    return any(part is not None and getattr(part, "_attn_implementation", None) not in _registered for part in parts)
 
 
 def _is_a_part(model: nn.Module) -> bool:

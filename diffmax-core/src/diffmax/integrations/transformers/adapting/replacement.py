@@ -119,17 +119,17 @@ def adapted_when_loaded() -> None:
     @functools.wraps(save)
     def save_adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = self.config
-        if not heads_of(config):
-            return save(self, *args, **kwargs)
-        if config._attn_implementation != NAME:
+        with_heads = [part for part in _parts(config).values() if heads_of(part)] or [config]
+        with_heads = with_heads if heads_of(config) else []
+        others = {str(part._attn_implementation): None for part in with_heads if part._attn_implementation != NAME}
+        if others:
             warnings.warn(
-                f"save_pretrained: this {type(self).__name__} runs {config._attn_implementation!r}, and its configuration has "
-                "heads, with which from_pretrained loads it\nto save it with softmax, set its config.diffmax to None before",
+                f"save_pretrained: this {type(self).__name__} runs {', '.join(others)} where its configuration has heads, with "
+                "which from_pretrained loads it\nto save it with softmax, set its config.diffmax to None before",
                 stacklevel=2,
             )
-            return save(self, *args, **kwargs)
         # so that it does not run softmax in silence where diffmax is not imported
-        told = [part for part in (_parts(config) or {"": config}).values() if heads_of(part)]
+        told = [part for part in with_heads if part._attn_implementation == NAME]
         for part in told:
             part.attn_implementation = NAME
         try:
