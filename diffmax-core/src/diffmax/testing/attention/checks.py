@@ -19,11 +19,12 @@ import diffmax
 from diffmax import AttentionStats
 from diffmax.operators.attention import call as building
 from diffmax.operators.attention.operator import BACKWARD, FORWARD
+from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import AttentionCall, Saved, Wanted
 from diffmax.reference.dropout import kept
 from diffmax.testing.attention.cases import CASES as CASES
 from diffmax.testing.attention.cases import Case as Case
-from diffmax.testing.common.checks import repeats
+from diffmax.testing.common.checks import random_strided, repeats
 from diffmax.testing.gate import Gate, gates, reordered
 from diffmax.testing.rows import checks
 from diffmax.testing.rows.cases import SPECIAL_ALPHAS, inf, nan
@@ -60,7 +61,7 @@ def gradients_are_right_on_average(
     learns = alpha_learns and gives_alpha_gradient(backend)
     if learns and not isinstance(case.alpha, tuple):
         inputs["alpha"] = torch.full((case.heads,), case.alpha, dtype=torch.float64)
-    grad = torch.randn(case.batch, case.heads, case.length, inputs["value"].shape[3]).to(dtype)
+    grad = random_strided(torch.empty(case.batch, case.heads, case.length, inputs["value"].shape[3])).to(dtype)
     given = _of_querys_dtype(inputs)
     whole = checks.provides(backend, "attention_backward")
 
@@ -80,22 +81,42 @@ def gradients_are_right_on_average(
 
 
 def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: torch.dtype) -> None:
-    """attention_varlen gives what attention gives for each sequence alone, forward and backward; some are empty."""
+    """attention_varlen gives what attention gives for each sequence alone, forward and backward; some are empty.
+
+    Plain, causal, and with all that is claimed at once.
+    """
     lengths = ((0, 3), (70, 70), (1, 129), (64, 0), (130, 65), (0, 0))
     heads, kv_heads, size = 4, 2, 24
-    causal = {"is_causal": True} if "causal" in checks.claimed(backend, "attention") else {}
-    kv_heads = kv_heads if "gqa" in checks.claimed(backend, "attention") else heads
+    claimed = checks.claimed(backend, "attention")
+    causal = {"is_causal": True} if "causal" in claimed else {}
+    kv_heads = kv_heads if "gqa" in claimed else heads
+    value_size = 40 if "value_dim" in claimed else size
     query = (torch.randn(sum(q for q, _ in lengths), heads, size) * 1.5).to(dtype).to(device)
-    key, value = ((torch.randn(sum(k for _, k in lengths), kv_heads, size) * 1.5).to(dtype).to(device) for _ in range(2))
+    key, value = ((torch.randn(sum(k for _, k in lengths), kv_heads, n) * 1.5).to(dtype).to(device) for n in (size, value_size))
     ends = [torch.tensor([0, *counts]).cumsum(0).to(torch.int32) for counts in zip(*lengths, strict=True)]
-    grad = torch.randn(query.shape).to(dtype).to(device)
-    for options in ({}, causal):
+    grad = random_strided(torch.empty(1, heads, len(query), value_size))[0].transpose(0, 1).to(dtype).to(device)
+    rich: dict[str, dict[str, Any]] = {
+        "window": {"window_size": (60, 30)},
+        "softcap": {"softcap": 6.0},
+        "alibi": {"alibi_slopes": torch.linspace(0.01, 0.1, heads)},
+        "sink": {"sink": torch.linspace(-1, 1, heads)},
+        "tensor_alpha": {"alpha": torch.linspace(0.3, 0.8, heads)},
+    }
+    every: dict[str, Any] = {}
+    for feature, options in rich.items():
+        every |= options if feature in claimed else {}
+    acc = accumulation_dtype(dtype)
+    every = {name: t.to(device=device, dtype=acc) if isinstance(t, Tensor) else t for name, t in every.items()}
+    learned = ["sink"] if "sink" in every else []
+    learned += ["alpha"] if "alpha" in every and gives_alpha_gradient(backend) else []
+    for options in ({}, causal, every):
         leaves = [t.clone().requires_grad_() for t in (query, key, value)]
         more: dict[str, Any] = {"alpha": 0.6, "enable_gqa": True, "backend": backend, **options}
-        out = attention_varlen(*leaves, *(e.to(device) for e in ends), 130, 200, **more)
+        own, theirs = ({name: more[name].clone().requires_grad_() for name in learned if options is every} for _ in range(2))
+        out = attention_varlen(*leaves, *(e.to(device) for e in ends), 130, 200, **(more | own))
         _expect(isinstance(out, Tensor) and out.is_contiguous(), "the result is not contiguous")
         out.backward(grad)
-        alone = [t.clone().requires_grad_() for t in (query, key, value)]
+        alone, more = [t.clone().requires_grad_() for t in (query, key, value)], more | theirs
         pieces = []
         for n in range(len(lengths)):
             spans = [slice(int(e[n]), int(e[n + 1])) for e in (ends[0], ends[1], ends[1])]
@@ -106,6 +127,43 @@ def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: tor
         _within(out, whole.detach().cpu().double(), reordered(129, whole), "packed output")
         for what, a, b in zip(("query", "key", "value"), leaves, alone, strict=True):
             _within(_grad(a), _grad(b).cpu().double(), reordered(130, _grad(b)), f"packed gradient for {what}")
+        for name, leaf in own.items():
+            summed = _grad(theirs[name])
+            allowed = 4 * reordered(len(query) * value_size, summed, dtype)
+            _within(_grad(leaf), summed.cpu().double(), allowed, f"packed gradient for {name}")
+
+
+def strides_of_every_kind(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Tokens before heads, every other entry, expanded heads: what copies of them give, and so do their gradients."""
+    base = torch.randn(2, 70, 3, 2, 32).to(dtype).to(device)
+    views = {
+        "tokens before heads": [base[..., :16][:, :, n].transpose(1, 2) for n in range(3)],
+        "every other entry": [base[..., ::2][:, :, n].transpose(1, 2) for n in range(3)],
+        "every other token": [base[:, ::2, n, :, :16].transpose(1, 2) for n in range(3)],
+        "expanded heads": [base[:, :, n, :1, :16].transpose(1, 2).expand(2, 2, 70, 16) for n in range(3)],
+    }
+    for name, given in views.items():
+        found = []
+        for tensors in (given, [t.contiguous() for t in given]):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            out = attention(*leaves, alpha=0.6, backend=backend)
+            found.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+        for what, ours, theirs in zip(("output", "query", "key", "value"), *found, strict=True):
+            _within(ours, theirs.detach().cpu().double(), 2 * reordered(70, theirs, dtype), f"{name}: {what}")
+
+
+def empty_calls(backend: str, device: str, dtype: torch.dtype) -> None:
+    """No batch, no heads, no queries, no keys, no entries of a value: empty or zero, with gradients of their shapes."""
+    sizes = [(0, 2, 5, 5, 8), (1, 0, 5, 5, 8), (1, 2, 0, 5, 8), (1, 2, 5, 0, 8)]
+    sizes += [(1, 2, 5, 5, 0)] if "value_dim" in checks.claimed(backend, "attention") else []
+    for batch, heads, length, keys, width in sizes:
+        shapes = ((batch, heads, length, 8), (batch, heads, keys, 8), (batch, heads, keys, width))
+        leaves = [torch.randn(shape).to(dtype).to(device).requires_grad_() for shape in shapes]
+        out = attention(*leaves, alpha=0.6, backend=backend)
+        _expect(out.shape == (batch, heads, length, width), f"got {tuple(out.shape)} of {shapes}")
+        _expect(not bool(out.any()), f"nothing gives something: {shapes}")
+        for shape, grad in zip(shapes, torch.autograd.grad(out, leaves, torch.ones_like(out)), strict=True):
+            _expect(grad.shape == shape and not bool(grad.any()), f"got a gradient {tuple(grad.shape)} of {shape}")
 
 
 def masked_and_bad_queries(backend: str, device: str, dtype: torch.dtype) -> None:

@@ -90,6 +90,18 @@ class AttentionConformance(CaseKit):
             checks.packed_sequences_are_each_on_their_own(self.backend, self.device, dtype)
 
     @every_dtype
+    def test_strides(self, dtype: torch.dtype) -> None:
+        """Views of larger tensors."""
+        if self.claims(dtype):
+            checks.strides_of_every_kind(self.backend, self.device, dtype)
+
+    @every_dtype
+    def test_empty(self, dtype: torch.dtype) -> None:
+        """Any size may be 0."""
+        if self.claims(dtype):
+            checks.empty_calls(self.backend, self.device, dtype)
+
+    @every_dtype
     def test_masked_and_bad_queries(self, dtype: torch.dtype) -> None:
         """Zeros without a gradient; NaN stays in its row."""
         if self.claims(dtype):

@@ -11,6 +11,13 @@ from diffmax.testing.gate import reordered
 from diffmax.testing.rows.checks import _expect, _poisoned_memory, _within
 
 
+def random_strided(t: Tensor) -> Tensor:
+    """Random numbers of a tensor's shape, in whose memory tokens come before heads, as a gradient has them in a model."""
+    if t.ndim < 3:
+        return torch.randn(t.shape)
+    return torch.randn(t.transpose(1, 2).shape).transpose(1, 2)
+
+
 def repeats(run: Callable[[], Iterable[Tensor]]) -> None:
     """Every run gives the same bits, in fresh memory full of NaN too."""
     results = [[*run()], [*run()]]

@@ -162,6 +162,9 @@ CASES: dict[str, Case] = {
     "late start, pages, bounds, window, new token": Case(
         lengths=(129, 65, 40), leftpad=(100, 3, 39), new=1, page_size=16, bounds=1, options={"window_size": (60, 0)}
     ),
+    "late start, other rows, grouped heads": Case(
+        lengths=(129, 65, 40), leftpad=(100, 3, 39), rows=True, heads=6, kv_heads=2, options={"causal": True}
+    ),
     "rounded keys": Case(lengths=(400, 222, 0), room=400, bounds=64, bits=4, sigma=2.0, alpha=0.5),
     "rounded keys, dense": Case(lengths=(700,), room=700, bounds=64, bits=4, sigma=0.3, alpha=0.95),
     "rounded keys, new token, pages": Case(

@@ -181,6 +181,25 @@ def alpha_tensors(backend: str, device: str, dtype: torch.dtype) -> None:
     forward_passes_the_gate(backend, device, x[0, 0, :2], torch.tensor([[1.0], [0.0]]))
 
 
+def gradients_of_alpha_tensors(backend: str, device: str, dtype: torch.dtype) -> None:
+    """With an alpha per head, per row, and along another dim: gradients for x and, where it can be, for alpha."""
+    learns = gives_alpha_gradient(backend)
+    for shape, of_alpha, dim in (((2, 3, 5, 33), (3, 1, 1), -1), ((2, 3, 5, 33), (2, 3, 5, 1), -1), ((9, 20), (1, 20), 0)):
+        x, alpha = random_scores(shape, dtype), torch.rand(of_alpha) * 0.8 + 0.1
+        grad = torch.randn(shape).to(dtype)
+
+        def gradients(
+            of: str, where: str, grad: Tensor, x: Tensor, alpha: Tensor = alpha, dim: int = dim
+        ) -> tuple[Tensor, ...]:
+            leaf, learned = (t.to(where).clone().requires_grad_() for t in (x, alpha.to(_alpha_dtype(x, where))))
+            p = diffmax_bisect(leaf, learned if learns else learned.detach(), dim, backend=of)
+            return torch.autograd.grad(p, (leaf, learned) if learns else (leaf,), grad.to(where))
+
+        wanted = gates(lambda grad, x, run=gradients: run("reference", "cpu", grad, x), grad, x, average=True)
+        for what, ours, gate in zip(("x", "alpha"), gradients(backend, device, grad, x), wanted, strict=False):
+            _near_on_average(ours, gate, f"gradient for {what} of shape {of_alpha if what == 'alpha' else shape}")
+
+
 def residuals_are_exchangeable(backend: str, device: str, dtype: torch.dtype) -> None:
     """Its backward follows the reference's forward, and the reference's backward its forward."""
     x = random_scores((6, 70), dtype)

@@ -253,6 +253,12 @@ class BackendConformance(Kit):
                 checks.backward_passes_the_gate(self.backend, self.device, x, alpha)
                 checks.gradients_are_right_on_average(self.backend, self.device, x, alpha)
 
+    @every_dtype
+    def test_gradients_of_alpha_tensors(self, dtype: torch.dtype) -> None:
+        """Alpha per head and per row, where claimed."""
+        if self.claims(dtype, "tensor_alpha"):
+            checks.gradients_of_alpha_tensors(self.backend, self.device, dtype)
+
     def test_gradcheck(self) -> None:
         """Finite differences in float64."""
         if self.claims(torch.float64):

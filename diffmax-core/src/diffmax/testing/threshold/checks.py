@@ -16,7 +16,7 @@ import diffmax
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.threshold.operator import BACKWARD, FORWARD
 from diffmax.plugin import ThresholdCall, ThresholdResults, ThresholdWanted
-from diffmax.testing.common.checks import compiles_like_eager, repeats
+from diffmax.testing.common.checks import compiles_like_eager, random_strided, repeats
 from diffmax.testing.gate import gates, reordered
 from diffmax.testing.rows.cases import inf, nan
 from diffmax.testing.rows.checks import _expect, _near_on_average, _opcheck, _within
@@ -47,6 +47,7 @@ class Case:
     window: tuple[int, int] | None = None
     seen: float = 1.0
     packed: bool = False
+    scale: float | None = None
 
     def features(self) -> set[str]:
         """Those of `diffmax.plugin.FEATURES` that the call needs."""
@@ -97,6 +98,9 @@ CASES = {
     "window on both sides": Case(power=2.0, many=50, causal=False, window=(7, 3), seen=0.8),
     "window, packed": Case(weights="softmax", level=0.02, window=(5, 4), causal=False, packed=True, width=4),
     "packed": Case(weights="softmax", level=0.02, width=9, packed=True),
+    "packed, more keys, grouped heads": Case(heads=4, kv_heads=2, many=60, power=2.0, packed=True),
+    "scale": Case(scale=1.1, level=1.0),
+    "scale, softmax, head size 40": Case(weights="softmax", level=0.02, scale=0.5, head_dim=40, value_dim=24),
 }
 
 
@@ -109,14 +113,19 @@ def attend(given: tuple[Tensor | None, ...], case: Case, backend: str | None) ->
         "is_causal": case.causal,
         "return_mass": True,
         "window_size": case.window,
+        "scale": case.scale,
     }
     assert query is not None and key is not None and value is not None and theta is not None  # noqa: PT018
     if not case.packed:
         out, mass = diffmax.threshold_attention(query, key, value, theta, attn_mask=mask, **options)
         return out, mass
-    ends = torch.tensor([0, 7, 7, case.many], dtype=torch.int32, device=query.device)
+    ends = [
+        torch.tensor([0, 7, 7, last] if last == case.length else [0, 12, 20, last], dtype=torch.int32, device=query.device)
+        for last in (case.length, case.many)
+    ]
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    out, mass = diffmax.threshold_attention_varlen(q, k, v, theta.squeeze(0), ends, ends, case.many, case.many, **options)
+    longest = (case.length, case.many)
+    out, mass = diffmax.threshold_attention_varlen(q, k, v, theta.squeeze(0), ends[0], ends[1], *longest, **options)
     return out, mass
 
 
@@ -134,7 +143,7 @@ def results_pass_the_gate(backend: str, device: str, case: Case, dtype: torch.dt
 def gradients_are_right_on_average(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
     """Through autograd, for all that is given; the gate holds for the mean error, as of attention's gradients."""
     given = case.inputs(dtype)
-    grads = tuple(torch.randn_like(t) for t in attend(given, case, "reference"))
+    grads = tuple(random_strided(t).to(t.dtype) for t in attend(given, case, "reference"))
 
     def gradients(of: str, *drawn: Tensor | None) -> tuple[Tensor, ...]:
         leaves = [t if t is None else t.detach().clone().requires_grad_() for t in drawn[2:8]]
