@@ -213,6 +213,7 @@ def test_a_blocked_name_that_no_plugin_has_is_warned_about():
     code = "import warnings\nwith warnings.catch_warnings(record=True) as w:\n    warnings.simplefilter('always')\n"
     code += "    import diffmax\nprint(w[0].message)"
     assert run(code, DIFFMAX_BLOCK="nosuch") == "diffmax: DIFFMAX_BLOCK names nosuch, and no such plugin is installed"
+    assert "numba: diffmax-core's own backends cannot be blocked" in run(code, DIFFMAX_BLOCK="numba")
 
 
 @pytest.mark.slow

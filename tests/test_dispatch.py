@@ -34,6 +34,7 @@ def calls(monkeypatch):
     module.backward = lambda *args: seen.append("backward") or reference.bisect_backward(*args)
     module.no_halves = lambda spec: ["no halves today"] if spec.dtype == torch.float16 else []
     module.broken_check = lambda spec: 1 / 0
+    module.bare_reason = lambda spec: "not today"
     monkeypatch.setitem(sys.modules, "fake_kernels", module)
     return seen
 
@@ -123,6 +124,8 @@ def test_reasons_of_the_backend_itself(register):
     explanation = diffmax.explain("diffmax_bisect", X.half(), 0.5)
     assert explanation.chosen == "numba"
     assert "  acme: no halves today" in repr(explanation).splitlines()
+    register("bare", unsupported="fake_kernels:bare_reason", priority=95)
+    assert "bare: not today" in str(diffmax.explain("bisect", torch.randn(3)))
     register("broken", unsupported="fake_kernels:broken_check", priority=95)
     assert "  broken: its check of the call raised ZeroDivisionError: division by zero" in repr(
         diffmax.explain("diffmax_bisect", X, 0.5)
@@ -392,6 +395,9 @@ GOOD = {"name": "acme", "device_types": ("cpu",), "kernels": BOTH, "dtypes": (to
         (lambda: Backend(**{**GOOD, "kernels": {"bisct": "a:b"}}), ValueError, "unknown operator 'bisct', known: bisect, bis"),
         (lambda: Backend(**{**GOOD, "device_types": [1]}), TypeError, r"device_types must be a sequence of names, got \[1\]"),
         (lambda: Backend(**{**GOOD, "priority": "high"}), TypeError, "priority must be an int, got 'high'"),
+        (lambda: Backend(**{**GOOD, "automatic": "no"}), TypeError, "automatic must be True or False, got 'no'"),
+        (lambda: Backend(**{**GOOD, "runtime": 3}), TypeError, "runtime must be a name or None, got 3"),
+        (lambda: Backend(**{**GOOD, "dtypes": (torch.int32,)}), ValueError, "must be floating-point, .* got torch.int32"),
         (lambda: Backend(**{**GOOD, "api_version": (2,)}), TypeError, r"api_version must be a pair of ints, got \(2,\)"),
         (lambda: diffmax.explain("diffmax_bisect", X, 2.0), ValueError, "explain: alpha must lie strictly between 0 and 1"),
         (lambda: diffmax.register_backend("acme"), TypeError, "expected a diffmax.plugin.Backend, got 'acme'"),
@@ -518,3 +524,12 @@ def test_what_an_operator_can_claim_is_reached_by_its_kit():
     for operator, features in OPERATOR_FEATURES.items():
         reached = by_name | cases.get(operator.removesuffix("_backward"), set())
         assert features <= reached, (operator, features - reached)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["cpu"]])
+def test_a_backend_is_used_by_its_name(name):
+    with (
+        pytest.raises(TypeError, match=r"use_backend: name must be a string, as diffmax.backends\(\) lists them, got "),
+        diffmax.use_backend(name),
+    ):
+        pass

@@ -441,9 +441,7 @@ class Kernel:
     def __post_init__(self) -> None:
         for target in (self.function, self.warmup):
             _check_target("Kernel", target)
-        wrong = [dtype for dtype in self.dtypes if not isinstance(dtype, torch.dtype)]
-        if wrong or not self.dtypes:
-            raise TypeError(f"Kernel {self.function}: dtypes must be torch dtypes, got {list(self.dtypes)}")
+        _check_dtypes(f"Kernel {self.function}", self.dtypes)
         object.__setattr__(self, "features", _checked_features(f"Kernel {self.function}", self.features))
         size = self.max_head_dim
         if size is not None and not (isinstance(size, int) and size > 0):
@@ -516,8 +514,12 @@ class Backend:
         _check_known(who, "operator", self.kernels, OPERATOR_FEATURES)
         if not self.kernels:
             raise ValueError(f"{who}: kernels must name at least one operator, got {dict(self.kernels)}")
-        if not isinstance(self.priority, int):
+        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
             raise TypeError(f"{who}: priority must be an int, got {self.priority!r}")
+        if not isinstance(self.automatic, bool):
+            raise TypeError(f"{who}: automatic must be True or False, got {self.automatic!r}")
+        if self.runtime is not None and not isinstance(self.runtime, str):
+            raise TypeError(f"{who}: runtime must be a name or None, got {self.runtime!r}")
         version = self.api_version
         if not (isinstance(version, tuple) and len(version) == 2 and all(isinstance(part, int) for part in version)):
             raise TypeError(f"{who}: api_version must be a pair of ints, got {version!r}")
@@ -537,9 +539,7 @@ class Backend:
                 )
             return given
         _check_target(f"Backend {self.name}", given)
-        wrong = [dtype for dtype in self.dtypes if not isinstance(dtype, torch.dtype)]
-        if wrong or not self.dtypes:
-            raise TypeError(f"Backend {self.name}: dtypes must be torch dtypes, got {list(self.dtypes)}")
+        _check_dtypes(f"Backend {self.name}", self.dtypes)
         return Kernel(given, self.dtypes, self.features & belong, warmup=self.warmup if operator == "bisect" else None)
 
     def reasons_against(self, spec: CallSpec) -> list[str]:
@@ -566,6 +566,15 @@ def _checked_features(who: str, given: Collection[str]) -> frozenset[str]:
         raise TypeError(f"{who}: features must be a set of names, got {given!r}")
     _check_known(who, "feature", given, FEATURES)
     return frozenset(given)
+
+
+def _check_dtypes(who: str, dtypes: Sequence[torch.dtype]) -> None:
+    wrong = [dtype for dtype in dtypes if not isinstance(dtype, torch.dtype)]
+    if wrong or not dtypes:
+        raise TypeError(f"{who}: dtypes must be torch dtypes, got {list(dtypes)}")
+    exact = [dtype for dtype in dtypes if not dtype.is_floating_point]
+    if exact:
+        raise ValueError(f"{who}: dtypes must be floating-point, which scores are, got {exact[0]}")
 
 
 def _check_target(who: str, target: object) -> None:

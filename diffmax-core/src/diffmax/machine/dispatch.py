@@ -50,7 +50,11 @@ class Registry:
             self.load_deferred()
             unknown = sorted(set(self.settings.block) - {plugin.name for plugin in self.plugins})
             if unknown and self.settings.plugins:
-                discovery.warn(f"diffmax: DIFFMAX_BLOCK names {', '.join(unknown)}, and no such plugin is installed")
+                own = sorted({backend.name for backend in core.backends} & set(unknown))
+                hint = (
+                    f"\n{', '.join(own)}: diffmax-core's own backends cannot be blocked; use_backend chooses one" if own else ""
+                )
+                discovery.warn(f"diffmax: DIFFMAX_BLOCK names {', '.join(unknown)}, and no such plugin is installed{hint}")
 
     def load_deferred(self) -> None:
         """Load the plugins that have not been. One whose backend has a taken name is shadowed."""
@@ -216,12 +220,15 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: As `diffmax.backends()` lists it.
     Raises:
+        TypeError: name is no string.
         NoBackendError: No such backend is loaded.
     Example:
         >>> import torch, diffmax
         >>> with diffmax.use_backend("reference"):
         ...     p = diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
     """
+    if not isinstance(name, str):
+        raise TypeError(f"use_backend: name must be a string, as diffmax.backends() lists them, got {name!r}")
     known = {backend.name: backend for backend in registry.backends()}
     if name not in known:
         raise NoBackendError(_unknown_name(name, known))
@@ -295,7 +302,8 @@ def _asked(backend: Backend, spec: CallSpec) -> list[str]:
     if backend.unsupported is None:
         return []
     try:
-        return list(import_function(backend.unsupported)(spec))
+        found = import_function(backend.unsupported)(spec)
+        return [found] if isinstance(found, str) else list(found)
     except Exception as error:  # noqa: BLE001  (it may not raise; if it does, its backend is out, not the others)
         return [f"its check of the call raised {type(error).__name__}: {error}"]
 
