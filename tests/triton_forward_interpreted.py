@@ -82,6 +82,11 @@ def test_packed_sequences():
     checks.packed_sequences_are_each_on_their_own(WHOLE, "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("check", [checks.strides_of_every_kind, checks.empty_calls])
+def test_strides_and_empty_calls(check):
+    check(WHOLE, "cpu", torch.float32)
+
+
 def test_masked_and_bad_queries():
     checks.masked_and_bad_queries(WHOLE, "cpu", torch.float32)
 

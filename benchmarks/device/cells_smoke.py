@@ -27,9 +27,12 @@ POWER = (
 )  # fmt: skip
 THRESHOLD = (
     "rectified scores", "square above a threshold", "softmax", "bias", "grouped heads, value size", "padding", "window",
-    "packed",
+    "packed", "packed, more keys, grouped heads", "scale",
 )  # fmt: skip
-WHOLE = ("packed_sequences_are_each_on_their_own", "masked_and_bad_queries", "dropout_keeps_what_the_contract_says")
+WHOLE = (
+    "packed_sequences_are_each_on_their_own", "masked_and_bad_queries", "dropout_keeps_what_the_contract_says",
+    "strides_of_every_kind", "empty_calls",
+)  # fmt: skip
 
 
 def cells(kind: str) -> Iterator[Cell]:

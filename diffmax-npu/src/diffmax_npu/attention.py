@@ -70,7 +70,7 @@ def _forward(
     out = value.new_zeros((*query.shape[:3], value.shape[3]))
     m = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
     if call.sink is not None:
-        m = call.sink.view(-1, 1).expand(m.shape).contiguous()
+        m.copy_(call.sink.view(-1, 1))
     delta = torch.zeros_like(m)
     u = torch.zeros_like(out) if keep else out.new_empty(0)
     support = torch.zeros(m.shape if stats else (0,), dtype=torch.int32, device=m.device)

@@ -28,7 +28,7 @@ from diffmax.testing.common.checks import random_strided, repeats
 from diffmax.testing.gate import Gate, gates, reordered
 from diffmax.testing.rows import checks
 from diffmax.testing.rows.cases import SPECIAL_ALPHAS, inf, nan
-from diffmax.testing.rows.checks import _expect, _grad, _near_on_average, _opcheck, _within
+from diffmax.testing.rows.checks import _expect, _grad, _near_on_average, _opcheck, _unchanged, _within
 from diffmax.testing.rows.nasty import NASTY_ROWS
 
 # what they return depends on return_stats, which is passed among other keywords here
@@ -40,7 +40,9 @@ def forward_passes_the_gate(backend: str, device: str, case: Case, dtype: torch.
     """The output is as near to the truth as the gate asks."""
     inputs = case.inputs(dtype)
     wanted = _gate(case, inputs)
-    ours = _call(backend, case, _moved(device, inputs))
+    given = _moved(device, inputs)
+    with _unchanged((*given.values(), *case.options.values())):
+        ours = _call(backend, case, given)
     _expect(
         ours.dtype == dtype and ours.shape == wanted.exact.shape and ours.is_contiguous(),
         f"got {ours.dtype} {tuple(ours.shape)}",
@@ -413,15 +415,16 @@ def _of_querys_dtype(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _moved(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    # alpha in float64 where the device has it, so that 0.999 is 0.999
+    # numbers per head in float64 where the device has it, so that 0.999 is 0.999; tensors in the dtype that is asked for
     wide = torch.device(device).type in ("cpu", "cuda")
 
-    def move(given: Any) -> Any:
+    def move(name: str, given: Any) -> Any:
         if not isinstance(given, Tensor):
             return given
-        return given.to(device) if wide or given.dtype != torch.float64 else given.float().to(device)
+        exact = wide or given.dtype != torch.float64 or name in ("query", "key", "value", "attn_mask")
+        return given.to(device) if exact else given.float().to(device)
 
-    return {name: move(given) for name, given in inputs.items()}
+    return {name: move(name, given) for name, given in inputs.items()}
 
 
 def _same_dropout(dropout_p: float, device: torch.device) -> Tensor | None:
@@ -442,9 +445,10 @@ def _gradients(
     wanted = [name for name in ("query", "key", "value", "attn_mask", "sink", "alpha") if isinstance(inputs.get(name), Tensor)]
     wanted = [name for name in wanted if inputs[name].is_floating_point() and (learns_alpha or name != "alpha")]
     leaves = {name: inputs[name].clone().requires_grad_() for name in wanted}
-    out = _call(backend, case, inputs | leaves)
-    with _Recorder() as recorder:
-        out.backward(grad)
+    with _unchanged((*inputs.values(), grad, *leaves.values())):
+        out = _call(backend, case, inputs | leaves)
+        with _Recorder() as recorder:
+            out.backward(grad)
     gradients = {name: _grad(leaf).detach() for name, leaf in leaves.items()}
     for name, sign, per_query in (("alpha", -1, recorder.grad_e), ("sink", 1, recorder.grad_sink)):
         if name in leaves:

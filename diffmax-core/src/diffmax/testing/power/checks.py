@@ -25,7 +25,7 @@ from diffmax.testing.power.cases import CASES as CASES
 from diffmax.testing.power.cases import Case as Case
 from diffmax.testing.power.cases import Inputs as Inputs
 from diffmax.testing.rows.cases import inf, nan
-from diffmax.testing.rows.checks import _expect, _near_on_average, _opcheck, _within
+from diffmax.testing.rows.checks import _expect, _near_on_average, _opcheck, _unchanged, _within
 
 NAMES = ("query", "key", "value", "log_gates", "sums", "norm")
 
@@ -42,7 +42,9 @@ def results_pass_the_gate(backend: str, device: str, case: Case, dtype: torch.dt
     """Result and final state are as near to the truth as the gate asks."""
     given = case.inputs(dtype)
     wanted = _both_ways(lambda *drawn, chunk: _by_reference(Inputs(*drawn), case, chunk), case, *given)
-    ours = attend(given.moved(device), case, backend)
+    moved = given.moved(device)
+    with _unchanged(moved):
+        ours = attend(moved, case, backend)
     for what, got, gate, kind in zip(("output", "sums", "norm"), ours, wanted, _dtypes(dtype), strict=False):
         _expect(got.dtype == kind and got.shape == gate.exact.shape and got.is_contiguous(), f"got {got.dtype} {got.shape}")
         _within(got, *gate, what)
@@ -61,7 +63,9 @@ def gradients_are_right_on_average(backend: str, device: str, case: Case, dtype:
 
     wanted = _both_ways(gradients, case, *grads, *given, average=True)
     leaves = given.moved(device).leaves()
-    ours = _gradients(attend(leaves, case, backend), leaves, [t.to(device) for t in grads])
+    sent = [t.to(device) for t in grads]
+    with _unchanged((*leaves, *sent)):
+        ours = _gradients(attend(leaves, case, backend), leaves, sent)
     names = [name for name, t in zip(NAMES, given, strict=True) if t is not None]
     for name, got, gate in zip(names, ours, wanted, strict=True):
         if got.numel():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -35,7 +35,9 @@ def forward_passes_the_gate(backend: str, device: str, x: Tensor, alpha: float |
     axis = dim % x.ndim
     (wanted,) = gates(lambda x: reference.bisect(x, _e(alpha, x.dtype), axis + 1, 200, True)[0], x, stacked=True)
     n_iter = 200 if x.dtype == torch.float64 else 50  # steps of bisection that are always enough, should the kernel bisect
-    p = diffmax_bisect(x.to(device), _to(alpha, device), dim, n_iter, backend=backend)
+    given = (x.to(device), _to(alpha, device))
+    with _unchanged(given):
+        p = diffmax_bisect(*given, dim, n_iter, backend=backend)
     _expect(p.dtype == x.dtype and p.shape == x.shape, f"got {tuple(p.shape)} {p.dtype} for {tuple(x.shape)} {x.dtype}")
     _within(p, *wanted, f"weights at alpha={alpha}")
     sums = p.double().sum(dim)
@@ -384,6 +386,17 @@ def _within(ours: Tensor, exact: Tensor, allowed: float, what: str) -> None:
             f"{what}: error {difference[bad].max():.3g}, allowed {allowed:.3g}\n"
             f"  first at {where}: got {ours[where].item():.9g}, exact {exact[where].item():.9g}"
         )
+
+
+@contextmanager
+def _unchanged(given: Iterable[Any]) -> Iterator[None]:
+    """What is given to a kernel holds the same numbers after it."""
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    before = [t.detach().clone() for t in tensors]
+    yield
+    for t, was in zip(tensors, before, strict=True):
+        same = (t.detach() == was) | (t.detach().isnan() & was.isnan())
+        _expect(bool(same.all()), f"the call wrote into what it was given, of shape {tuple(t.shape)}")
 
 
 def _near_on_average(ours: Tensor, gate: Gate, what: str) -> None:

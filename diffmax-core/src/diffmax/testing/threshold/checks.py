@@ -19,7 +19,7 @@ from diffmax.plugin import ThresholdCall, ThresholdResults, ThresholdWanted
 from diffmax.testing.common.checks import compiles_like_eager, random_strided, repeats
 from diffmax.testing.gate import gates, reordered
 from diffmax.testing.rows.cases import inf, nan
-from diffmax.testing.rows.checks import _expect, _near_on_average, _opcheck, _within
+from diffmax.testing.rows.checks import _expect, _near_on_average, _opcheck, _unchanged, _within
 
 NAMES = ("query", "key", "value", "threshold", "bias", "alpha")
 
@@ -133,7 +133,9 @@ def results_pass_the_gate(backend: str, device: str, case: Case, dtype: torch.dt
     """Output and mass are as near to the truth as the gate asks."""
     given = case.inputs(dtype)
     wanted = gates(lambda *drawn: attend(drawn, case, "reference"), *given)
-    ours = attend(tuple(t if t is None else t.to(device) for t in given), case, backend)
+    moved = tuple(t if t is None else t.to(device) for t in given)
+    with _unchanged(moved):
+        ours = attend(moved, case, backend)
     for what, got, gate in zip(("output", "mass"), ours, wanted, strict=True):
         kind = dtype if what == "output" else accumulation_dtype(dtype)
         _expect(got.shape == gate.exact.shape and got.dtype == kind, f"got {got.dtype} {tuple(got.shape)}")
@@ -151,7 +153,9 @@ def gradients_are_right_on_average(backend: str, device: str, case: Case, dtype:
         return torch.autograd.grad(out, [t for t in leaves if t is not None], [t for t in drawn[:2] if t is not None])
 
     wanted = gates(lambda *drawn: gradients("reference", *drawn), *grads, *given, average=True)
-    ours = gradients(backend, *(t if t is None else t.to(device) for t in (*grads, *given)))
+    moved = tuple(t if t is None else t.to(device) for t in (*grads, *given))
+    with _unchanged(moved):
+        ours = gradients(backend, *moved)
     names = [name for name, t in zip(NAMES, given, strict=False) if t is not None]
     for name, got, gate in zip(names, ours, wanted, strict=True):
         _near_on_average(got, gate, f"gradient for {name}")
