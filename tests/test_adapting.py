@@ -433,6 +433,11 @@ def test_another_attention_that_is_asked_for_by_parts_is_kept(tmp_path):
         loaded.set_attn_implementation({"text_config": "eager"})
         with pytest.warns(UserWarning, match="this CLIPModel runs eager where its configuration has heads"):
             loaded.save_pretrained(tmp_path / "again")
+        loaded.config.diffmax = None
+        loaded.save_pretrained(tmp_path / "given up")
+        assert kind.from_pretrained(tmp_path / "given up").config.text_config._attn_implementation != "diffmax-adapted"
+        top = kind.from_pretrained(tmp_path, attn_implementation={"": "eager"}).eval()
+        torch.testing.assert_close(top(**given).logits_per_image, wanted)
         softmax = kind.from_pretrained(tmp_path, attn_implementation="eager").eval()
         torch.testing.assert_close(loaded(**given).logits_per_image, softmax(**given).logits_per_image)
         loaded = kind.from_pretrained(tmp_path)
@@ -687,8 +692,8 @@ def test_what_a_model_gives_may_be_starts_and_ends_or_is_said():
         calibrate(pair, [batch], alpha=0.5)
     heads = calibrate(pair, [batch], alpha=0.5, output=lambda out, _: out.image_embeds)  # which read no text
     assert len(heads) == 4
-    unread = calibrate(pair, [batch], zeros=0.02, output=lambda out, _: out.image_embeds.detach() + batch_of(pair, batch))
-    assert len(unread) == 4
+    with pytest.raises(ValueError, match="output must depend on the attention, got one that no layer moves"):
+        calibrate(pair, [batch], zeros=0.02, output=lambda out, _: out.image_embeds.detach() + batch_of(pair, batch))
 
 
 def batch_of(model, batch):

@@ -303,7 +303,7 @@ def _asked(backend: Backend, spec: CallSpec) -> list[str]:
         return []
     try:
         found = import_function(backend.unsupported)(spec)
-        return [found] if isinstance(found, str) else list(found)
+        return [found] if found and isinstance(found, str) else list(found)
     except Exception as error:  # noqa: BLE001  (it may not raise; if it does, its backend is out, not the others)
         return [f"its check of the call raised {type(error).__name__}: {error}"]
 

@@ -32,12 +32,12 @@ class PreciseBuffers(Resettable):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Warn if an `AlphaSchedule` moves the module that this one is a copy of, and the state does not tell how far."""
-        moving, moved = self.__dict__.get("_diffmax_moving", {}), self.__dict__.get("_diffmax_moved")
+        moving, moved = self.__dict__.get("_diffmax_moving", {}), self.__dict__.get("_diffmax_moved_id")
         still = [n for n in moving if n in self._non_persistent_buffers_set and prefix + n not in state_dict]
         if still and moved != id(self):
             warnings.warn(
                 f"{prefix}{still[0]} stays what it was when this module was copied from one that an AlphaSchedule moves: "
-                "a state dict does not hold it\npass alpha as a tensor, or make a schedule for the copy too, and step both",
+                "a state dict does not hold it\npass alpha as a tensor, or make a schedule for the copy before, and step both",
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

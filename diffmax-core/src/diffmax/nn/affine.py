@@ -24,7 +24,8 @@ class AffineScale(PreciseBuffers):
         offset: Whether to add the second term.
         momentum: Share of the old m in the new one, in [0, 1); m starts at 0, in the buffer `average` (H,), which keeps its
             dtype in a module of 16 bits. A batch without tokens, or with NaN, leaves it as it is; so does the second forward of
-            gradient checkpointing, which reads m as it is then: call the module once between a backward and the next.
+            gradient checkpointing, which reads m as it is then: call the module once between a backward and the next, and
+            compile what is checkpointed as a whole or not at all.
     Raises:
         ValueError: momentum is out of range, shapes do not match, or a mask and is_causal are both given.
         TypeError: attn_mask is not boolean.

@@ -201,7 +201,7 @@ def _write(value: _ScheduledValue, share: float) -> None:
     moving.pop(name, None)
     if share < 1:
         moving[name] = value.end, value.is_float
-        owner.__dict__["_diffmax_moved"] = id(owner)  # a copy has another
+        owner.__dict__["_diffmax_moved_id"] = id(owner)  # a copy has another
     if value.is_float:
         if share == 1:
             _put(owner, name, value.end.item())

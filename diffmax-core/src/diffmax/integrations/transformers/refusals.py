@@ -332,7 +332,8 @@ def _is_running(model: nn.Module) -> bool:
 def _has_other_parts(config: Any) -> bool:
     """Whether a part of a composite model has another attention, and may be all that ran."""
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
-    return any(part is not None and getattr(part, "_attn_implementation", None) not in _registered for part in parts)
+    names = [getattr(part, "_attn_implementation", None) for part in parts]
+    return any(name is not None and name not in _registered for name in names)
 
 
 def _is_a_part(model: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def forward_passes_the_gate(backend: str, device: str, case: Case, dtype: torch.
     inputs = case.inputs(dtype)
     wanted = _gate(case, inputs)
     given = _moved(device, inputs)
-    with _unchanged((*given.values(), *case.options.values())):
+    with _unchanged(given.values()):
         ours = _call(backend, case, given)
     _expect(
         ours.dtype == dtype and ours.shape == wanted.exact.shape and ours.is_contiguous(),
@@ -89,7 +89,7 @@ def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: tor
     """
     lengths = ((0, 3), (70, 70), (1, 129), (64, 0), (130, 65), (0, 0))
     heads, kv_heads, size = 4, 2, 24
-    claimed = checks.claimed(backend, "attention")
+    claimed = _both_ways(backend)
     causal = {"is_causal": True} if "causal" in claimed else {}
     kv_heads = kv_heads if "gqa" in claimed else heads
     value_size = 40 if "value_dim" in claimed else size
@@ -97,21 +97,10 @@ def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: tor
     key, value = ((torch.randn(sum(k for _, k in lengths), kv_heads, n) * 1.5).to(dtype).to(device) for n in (size, value_size))
     ends = [torch.tensor([0, *counts]).cumsum(0).to(torch.int32) for counts in zip(*lengths, strict=True)]
     grad = random_strided(torch.empty(1, heads, len(query), value_size))[0].transpose(0, 1).to(dtype).to(device)
-    rich: dict[str, dict[str, Any]] = {
-        "window": {"window_size": (60, 30)},
-        "softcap": {"softcap": 6.0},
-        "alibi": {"alibi_slopes": torch.linspace(0.01, 0.1, heads)},
-        "sink": {"sink": torch.linspace(-1, 1, heads)},
-        "tensor_alpha": {"alpha": torch.linspace(0.3, 0.8, heads)},
-    }
-    every: dict[str, Any] = {}
-    for feature, options in rich.items():
-        every |= options if feature in claimed else {}
-    acc = accumulation_dtype(dtype)
-    every = {name: t.to(device=device, dtype=acc) if isinstance(t, Tensor) else t for name, t in every.items()}
+    every = _all_at_once(backend, device, dtype, heads)
     learned = ["sink"] if "sink" in every else []
     learned += ["alpha"] if "alpha" in every and gives_alpha_gradient(backend) else []
-    for options in ({}, causal, every):
+    for options in ({}, causal, every) if every else ({}, causal):
         leaves = [t.clone().requires_grad_() for t in (query, key, value)]
         more: dict[str, Any] = {"alpha": 0.6, "enable_gqa": True, "backend": backend, **options}
         own, theirs = ({name: more[name].clone().requires_grad_() for name in learned if options is every} for _ in range(2))
@@ -133,6 +122,42 @@ def packed_sequences_are_each_on_their_own(backend: str, device: str, dtype: tor
             summed = _grad(theirs[name])
             allowed = 4 * reordered(len(query) * value_size, summed, dtype)
             _within(_grad(leaf), summed.cpu().double(), allowed, f"packed gradient for {name}")
+
+
+def _both_ways(backend: str) -> frozenset[str]:
+    """What is claimed for the forward, and for the backward, if it has one."""
+    forward = checks.claimed(backend, "attention")
+    if not checks.provides(backend, "attention_backward"):
+        return forward
+    return forward & checks.claimed(backend, "attention_backward")
+
+
+def _all_at_once(backend: str, device: str, dtype: torch.dtype, heads: int) -> dict[str, Any]:
+    """Options for all that is claimed of window, softcap, slopes, sink and an alpha per head."""
+    acc = accumulation_dtype(dtype)
+    per_head = {
+        name: torch.linspace(first, last, heads).to(device=device, dtype=acc)
+        for name, first, last in (("alibi_slopes", 0.01, 0.1), ("sink", -1, 1), ("alpha", 0.3, 0.8))
+    }
+    options: dict[str, tuple[str, Any]] = {
+        "window": ("window_size", (60, 30)),
+        "softcap": ("softcap", 6.0),
+        "alibi": ("alibi_slopes", per_head["alibi_slopes"]),
+        "sink": ("sink", per_head["sink"]),
+        "tensor_alpha": ("alpha", per_head["alpha"]),
+    }
+    claimed = _both_ways(backend)
+    return {name: given for feature, (name, given) in options.items() if feature in claimed}
+
+
+def inputs_stay_as_they_are(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Of one query of one sequence, where what is given may look like a result, and of many; with all that is claimed."""
+    options = _all_at_once(backend, device, dtype, 2)
+    for batch, length in ((1, 1), (2, 70)):
+        leaves = [torch.randn(batch, 2, n, 16).to(dtype).to(device).requires_grad_() for n in (length, 70, 70)]
+        grad = torch.randn(batch, 2, length, 16).to(dtype).to(device)
+        with _unchanged((*leaves, grad, *options.values())):
+            attention(*leaves, backend=backend, **({"alpha": 0.6} | options)).backward(grad)
 
 
 def strides_of_every_kind(backend: str, device: str, dtype: torch.dtype) -> None:

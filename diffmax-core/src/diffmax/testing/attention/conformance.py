@@ -96,6 +96,12 @@ class AttentionConformance(CaseKit):
             checks.strides_of_every_kind(self.backend, self.device, dtype)
 
     @every_dtype
+    def test_inputs_stay_as_they_are(self, dtype: torch.dtype) -> None:
+        """A kernel writes to nothing that it is given."""
+        if self.claims(dtype):
+            checks.inputs_stay_as_they_are(self.backend, self.device, dtype)
+
+    @every_dtype
     def test_empty(self, dtype: torch.dtype) -> None:
         """Any size may be 0."""
         if self.claims(dtype):

@@ -123,12 +123,11 @@ class Table:
     def with_zeros(self, name: str, wanted: float) -> Tensor:
         """The choice at the lowest price that reaches the share of zeros, by bisection on the logarithm of the price."""
         largest = float(self.movement.max())
-        dearest = self.cheapest(1e12 * largest if largest > 0 else 1.0)  # 0: nothing reads any layer
-        most = self.share(dearest)
+        if largest == 0:
+            raise ValueError(f"{name}: the output must depend on the attention, got one that no layer moves")
+        most = self.share(self.cheapest(1e12 * largest))
         if most < wanted:
             raise _cannot_reach(name, wanted, most)
-        if largest == 0:
-            return dearest
         low, high = math.log(1e-12 * largest), math.log(1e12 * largest)
         for _ in range(100):
             middle = (low + high) / 2

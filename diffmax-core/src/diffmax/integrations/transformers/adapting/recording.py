@@ -16,7 +16,7 @@ from diffmax.integrations.transformers.adapting.outputs import Batch, Output
 from diffmax.integrations.transformers.attention import _refuse_what_changes_the_weights, register_functions
 from diffmax.integrations.transformers.masks import merged_mask, read
 from diffmax.integrations.transformers.unfused import masked
-from diffmax.operators.common.numerics import accumulation_dtype
+from diffmax.operators.common.numerics import accumulation_dtype, hides
 
 _RECORDING = "diffmax-recording"
 
@@ -67,7 +67,9 @@ class Call:
         """The scores, those of each step-th query alone, and what belongs to them."""
         acc = accumulation_dtype(self.query.dtype)
         query, key, value = self.query.to(acc), *(_for_heads(t.to(acc), self.query.shape[1]) for t in (self.key, self.value))
-        mask = self.mask if self.mask is None or self.mask.dtype == torch.bool else self.mask.to(acc)
+        mask = self.mask
+        if mask is not None and mask.dtype != torch.bool:  # what hides does so by its own dtype's least number
+            mask = mask.to(acc).masked_fill(hides(mask), -torch.inf)
         scores = masked(query @ key.mT * self.scale, mask, self.is_causal)[:, :, ::step]
         return Scored(scores, value, _weights(scores) @ value)
 

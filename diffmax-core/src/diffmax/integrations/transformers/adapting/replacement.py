@@ -27,8 +27,7 @@ def replace(model: nn.Module, heads: Heads | None = None, share: float = 1.0) ->
         share: How far to move from softmax, 0 < share <= 1: (1 - alpha) and (1 - scale) are multiplied by it. 1 is the full
             change. The configuration holds what they are then.
     Returns:
-        The model.
-        Parts of a composite model of which `heads` names no layer keep their attention, with a warning.
+        The model. Parts of a composite model of which `heads` names no layer keep their attention, with a warning.
     Raises:
         TypeError: The model is not one of transformers, or heads is no dictionary of numbers.
         ValueError: `heads` names a layer that the model lacks, or does not hold an alpha in (0, 1) and a positive scale for
@@ -105,22 +104,29 @@ def adapted_when_loaded() -> None:
 
     @functools.wraps(load)
     def load_adapted(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        given, config = kwargs.get("attn_implementation"), kwargs.get("config")
-        asked = given if isinstance(given, dict) else {"": given} if given is not None else _others(config)
-        others = {key: name for key, name in asked.items() if name != NAME}
+        given = kwargs.get("attn_implementation")
         loaded = load(cls, *args, **kwargs)
-        if "" not in others:
-            model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if isinstance(given, str) and given != NAME:
+            return loaded
+        others = _others(kwargs.get("config") if given is None or given == NAME else given)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        config = getattr(model, "config", None)
+        if not {"", *_parts(config)} <= others:
+            chosen = {key: _attention_of(config, key) for key in others}
             _adapt(model)
-            if others:
-                model.set_attn_implementation(others)
+            changed = {key: name for key, name in chosen.items() if _attention_of(config, key) != name}
+            if changed:
+                model.set_attn_implementation(changed)
         return loaded
 
     @functools.wraps(save)
     def save_adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = self.config
-        with_heads = [part for part in _parts(config).values() if heads_of(part)] or [config]
-        with_heads = with_heads if heads_of(config) else []
+        parts = list({id(part): part for part in _parts(config).values()}.values())
+        if vars(config).get("diffmax", "") is None:  # given up, for the parts too
+            for part in parts:
+                part.diffmax = None
+        with_heads = [part for part in parts if heads_of(part)] or ([config] if heads_of(config) else [])
         others = {str(part._attn_implementation): None for part in with_heads if part._attn_implementation != NAME}
         if others:
             warnings.warn(
@@ -144,13 +150,18 @@ def adapted_when_loaded() -> None:
 
 def _parts(config: Any) -> dict[str, Any]:
     """The configurations of the parts of a composite model, by their names in its own."""
-    return {key: getattr(config, key, None) for key in getattr(config, "sub_configs", ())}
+    found = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", ())}
+    return {key: part for key, part in found.items() if part is not None}
+
+
+def _attention_of(config: Any, key: str) -> Any:
+    """The attn_implementation of a part, or of the model itself: ""."""
+    return getattr(config if not key else getattr(config, key, None), "_attn_implementation", None)
 
 
 def _wanted(config: Any, with_heads: Container[int]) -> str | dict[str, str]:
     """What has the attention of adapted models: the parts of a composite model that have heads, by their ids, or all of it."""
-    parts = {key: part for key, part in _parts(config).items() if part is not None}
-    named = {key: NAME for key, part in parts.items() if id(part) in with_heads}
+    named = {key: NAME for key, part in _parts(config).items() if id(part) in with_heads}
     return {"": NAME, **named} if named and id(config) not in with_heads else NAME
 
 
@@ -169,13 +180,13 @@ def _warn_of_the_rest(config: Any, model: nn.Module, wanted: str | Mapping[str, 
         )
 
 
-def _others(config: Any) -> dict[str, str]:
-    """What of a model has another attention than that of adapted models: "" is its own, the others are those of parts.
+def _others(asked: Any) -> set[str]:
+    """The parts of a model that are asked to have another attention than that of adapted models; "" is its own.
 
-    The Auto classes put what from_pretrained is asked for into the configuration.
+    Asked by a dictionary, or by the configuration, where the Auto classes put what from_pretrained is asked for.
     """
-    found = {key: getattr(part, "_attn_implementation", None) for key, part in {"": config, **_parts(config)}.items()}
-    return {key: name for key, name in found.items() if name not in (None, NAME)}
+    found = asked if isinstance(asked, dict) else {key: _attention_of(asked, key) for key in ("", *_parts(asked))}
+    return {key for key, name in found.items() if name not in (None, NAME)}
 
 
 def _adapt(model: Any) -> None:
