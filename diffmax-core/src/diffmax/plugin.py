@@ -572,9 +572,9 @@ def _check_dtypes(who: str, dtypes: Sequence[torch.dtype]) -> None:
     wrong = [dtype for dtype in dtypes if not isinstance(dtype, torch.dtype)]
     if wrong or not dtypes:
         raise TypeError(f"{who}: dtypes must be torch dtypes, got {list(dtypes)}")
-    exact = [dtype for dtype in dtypes if not dtype.is_floating_point]
-    if exact:
-        raise ValueError(f"{who}: dtypes must be floating-point, which scores are, got {exact[0]}")
+    whole = [dtype for dtype in dtypes if not dtype.is_floating_point]
+    if whole:
+        raise ValueError(f"{who}: dtypes must be floating-point, which scores are, got {whole[0]}")
 
 
 def _check_target(who: str, target: object) -> None:

@@ -21,6 +21,12 @@ def heads_of(config: Any) -> Heads:
     return dict(found) if ours else {}
 
 
+def parts_of(config: Any) -> dict[str, Any]:
+    """The configurations of the parts of a composite model, by their names in its own."""
+    found = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", ())}
+    return {key: part for key, part in found.items() if part is not None}
+
+
 def refuse_anothers(config: Any) -> None:
     """Refuse to write over an entry of another's."""
     found = getattr(config, "diffmax", None)

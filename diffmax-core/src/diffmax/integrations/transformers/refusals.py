@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from diffmax.integrations.transformers.heads import NAME, heads_of
+from diffmax.integrations.transformers.heads import NAME, heads_of, parts_of
 from diffmax.integrations.transformers.masks import is_traced
 
 
@@ -331,8 +331,7 @@ def _is_running(model: nn.Module) -> bool:
 
 def _has_other_parts(config: Any) -> bool:
     """Whether a part of a composite model has another attention, and may be all that ran."""
-    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
-    names = [getattr(part, "_attn_implementation", None) for part in parts]
+    names = [getattr(part, "_attn_implementation", None) for part in parts_of(config).values()]
     return any(name is not None and name not in _registered for name in names)
 
 

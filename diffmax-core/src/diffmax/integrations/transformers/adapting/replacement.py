@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmax.integrations.transformers.attention import _attention_forward, register_functions
-from diffmax.integrations.transformers.heads import NAME, Heads, heads_of, refuse_anothers
+from diffmax.integrations.transformers.heads import NAME, Heads, heads_of, parts_of, refuse_anothers
 from diffmax.nn._precision import PreciseBuffers
 
 
@@ -108,10 +108,10 @@ def adapted_when_loaded() -> None:
         loaded = load(cls, *args, **kwargs)
         if isinstance(given, str) and given != NAME:
             return loaded
-        others = _others(kwargs.get("config") if given is None or given == NAME else given)
+        others = _others(given if isinstance(given, dict) else kwargs.get("config"))
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         config = getattr(model, "config", None)
-        if not {"", *_parts(config)} <= others:
+        if not {"", *parts_of(config)} <= others:
             chosen = {key: _attention_of(config, key) for key in others}
             _adapt(model)
             changed = {key: name for key, name in chosen.items() if _attention_of(config, key) != name}
@@ -122,7 +122,7 @@ def adapted_when_loaded() -> None:
     @functools.wraps(save)
     def save_adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = self.config
-        parts = list({id(part): part for part in _parts(config).values()}.values())
+        parts = list({id(part): part for part in parts_of(config).values()}.values())
         if vars(config).get("diffmax", "") is None:  # given up, for the parts too
             for part in parts:
                 part.diffmax = None
@@ -148,12 +148,6 @@ def adapted_when_loaded() -> None:
     kind.from_pretrained, kind.save_pretrained = classmethod(load_adapted), save_adapted
 
 
-def _parts(config: Any) -> dict[str, Any]:
-    """The configurations of the parts of a composite model, by their names in its own."""
-    found = {key: getattr(config, key, None) for key in getattr(config, "sub_configs", ())}
-    return {key: part for key, part in found.items() if part is not None}
-
-
 def _attention_of(config: Any, key: str) -> Any:
     """The attn_implementation of a part, or of the model itself: ""."""
     return getattr(config if not key else getattr(config, key, None), "_attn_implementation", None)
@@ -161,14 +155,14 @@ def _attention_of(config: Any, key: str) -> Any:
 
 def _wanted(config: Any, with_heads: Container[int]) -> str | dict[str, str]:
     """What has the attention of adapted models: the parts of a composite model that have heads, by their ids, or all of it."""
-    named = {key: NAME for key, part in _parts(config).items() if id(part) in with_heads}
+    named = {key: NAME for key, part in parts_of(config).items() if id(part) in with_heads}
     return {"": NAME, **named} if named and id(config) not in with_heads else NAME
 
 
 def _warn_of_the_rest(config: Any, model: nn.Module, wanted: str | Mapping[str, str]) -> None:
     """Warn of parts of a composite model that keep their attention, and of heads that will not be saved."""
     attending = {id(getattr(m, "config", None)) for m in model.modules() if "Attention" in type(m).__name__}
-    parts = {} if isinstance(wanted, str) else _parts(config)
+    parts = {} if isinstance(wanted, str) else parts_of(config)
     left = [key for key, part in parts.items() if key not in wanted and id(part) in attending]
     if left:
         warnings.warn(f"replace: heads name no layer of {', '.join(left)}, which keeps its attention", stacklevel=3)
@@ -185,7 +179,7 @@ def _others(asked: Any) -> set[str]:
 
     Asked by a dictionary, or by the configuration, where the Auto classes put what from_pretrained is asked for.
     """
-    found = asked if isinstance(asked, dict) else {key: _attention_of(asked, key) for key in ("", *_parts(asked))}
+    found = asked if isinstance(asked, dict) else {key: _attention_of(asked, key) for key in ("", *parts_of(asked))}
     return {key for key, name in found.items() if name not in (None, NAME)}
 
 
