@@ -506,6 +506,9 @@ def test_an_adapted_model_that_runs_softmax_warns_when_it_is_saved(tmp_path):
         model.save_pretrained(tmp_path / "again")
     model.config.diffmax = None
     model.save_pretrained(tmp_path / "again")
+    model.set_attn_implementation("diffmax-adapted")
+    with pytest.warns(UserWarning, match="heads that its configuration does not have, and will load with softmax"):
+        model.save_pretrained(tmp_path / "again")
     assert LlamaModel.from_pretrained(tmp_path / "again").config._attn_implementation != "diffmax-adapted"
 
 

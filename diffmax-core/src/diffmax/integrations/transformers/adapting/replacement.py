@@ -130,8 +130,14 @@ def adapted_when_loaded() -> None:
         others = {str(part._attn_implementation): None for part in with_heads if part._attn_implementation != NAME}
         if others:
             warnings.warn(
-                f"save_pretrained: this {type(self).__name__} runs {', '.join(others)} where its configuration has heads, with "
-                "which from_pretrained loads it\nto save it with softmax, set its config.diffmax to None before",
+                f"save_pretrained: this {type(self).__name__} runs {', '.join(others)} where its configuration has heads, and "
+                "will load with these heads again\nto save it with softmax, set its config.diffmax to None before",
+                stacklevel=2,
+            )
+        if not with_heads and any(part._attn_implementation == NAME for part in parts or [config]):
+            warnings.warn(
+                f"save_pretrained: this {type(self).__name__} runs with heads that its configuration does not have, and will "
+                "load with softmax\nto keep the heads, call replace(model, heads) before",
                 stacklevel=2,
             )
         # so that it does not run softmax in silence where diffmax is not imported
