@@ -490,11 +490,11 @@ def test_a_model_with_fewer_layers_than_heads_says_how_to_load_it(tmp_path):
 def test_a_model_of_an_adapted_configuration_says_that_its_heads_are_missing(tmp_path):
     replace(llama(), of_llama()).save_pretrained(tmp_path)
     model = LlamaModel(transformers.AutoConfig.from_pretrained(tmp_path))
-    with pytest.raises(ValueError, match=r"this LlamaAttention has no heads yet\ncall .*replace\(model\)"):
+    with pytest.raises(ValueError, match=r"this LlamaAttention of layer [01] has no heads yet\ncall .*replace\(model\)"):
         model(torch.tensor([[3, 4, 5]]))
     assert replace(model)(torch.tensor([[3, 4, 5]]))[0].isfinite().all()
     again = LlamaModel(LlamaConfig.from_dict(model.config.to_dict()))
-    with pytest.raises(ValueError, match="this LlamaAttention has no heads yet"):
+    with pytest.raises(ValueError, match=r"this LlamaAttention of layer [01] has no heads yet"):
         again(torch.tensor([[3, 4, 5]]))
     assert LlamaModel._from_config(model.config, attn_implementation="eager").config._attn_implementation == "eager"
 
@@ -837,7 +837,7 @@ def test_heads_may_be_given_layer_by_layer(tmp_path):
     model, heads, ids = llama(), of_llama(0.9), torch.tensor([[3, 4, 5, 6]])
     heads["layers.1.self_attn"]["alpha"] = [0.5] * 4
     replace(model, {"layers.0.self_attn": heads["layers.0.self_attn"]})
-    with pytest.raises(ValueError, match=r"this LlamaAttention has no heads yet\n.*must name every layer that runs"):
+    with pytest.raises(ValueError, match=r"this LlamaAttention of layer 1 has no heads yet\n.*must name every layer that runs"):
         model(ids)
     replace(model, {"layers.1.self_attn": heads["layers.1.self_attn"]})
     assert model.config.diffmax == heads

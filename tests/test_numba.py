@@ -824,31 +824,38 @@ def test_products_keep_their_sums_in_registers(triple, cpu, tile, fused, spilled
 
 
 def test_decoding_without_bounds_is_attentions_kernel(monkeypatch):
-    """What several threads share, or has bounds, goes the other way; a cache that is not side by side is not copied."""
+    """What has bounds goes the other way, and many queries on a long sequence whose products torch's threads share."""
     from diffmax.kernels.numba import decoding
 
-    q, (k_cache, v_cache) = torch.randn(1, 1, 4, 8), torch.randn(2, 1, 300, 2, 8).unbind()
-    apart = k_cache.transpose(1, 3).contiguous().transpose(1, 3)
+    k_cache, v_cache = torch.randn(2, 1, 300, 2, 8).unbind()
+    apart = k_cache.transpose(1, 3).contiguous().transpose(1, 3)  # not side by side: it is not copied
     kinds = {
-        "plain": ({}, k_cache),
-        "pages": ({"block_table": torch.zeros(1, 1, dtype=torch.int32)}, k_cache),
-        "apart": ({}, apart),
-        "bounds": ({"page_bounds": diffmax.page_bounds(k_cache, 300)}, k_cache),
+        "token": (1, {}, k_cache),
+        "chunk": (20, {}, k_cache),
+        "pages": (1, {"block_table": torch.zeros(1, 1, dtype=torch.int32)}, k_cache),
+        "apart": (1, {}, apart),
+        "bounds": (1, {"page_bounds": diffmax.page_bounds(k_cache, 300)}, k_cache),
     }
     other, went = decoding.decoding.attention_kvcache, []
     monkeypatch.setattr(decoding.decoding, "attention_kvcache", lambda *given: went.append(True) or other(*given))
-    taken = {}
-    for few in (decoding.KEYS_TO_SHARE, 64):
-        monkeypatch.setattr(decoding, "KEYS_TO_SHARE", few)
-        for name, (more, keys) in kinds.items():
+
+    def own():
+        found = []
+        for name, (length, more, keys) in kinds.items():
             went.clear()
+            q = torch.randn(1, length, 4, 8)
             out = diffmax.attention_with_kvcache(q, keys, v_cache, alpha=0.6, backend="numba", **more)
             expected = diffmax.attention_with_kvcache(q, k_cache, v_cache, alpha=0.6, backend="reference")
             assert torch.allclose(out, expected, atol=1e-6)
-            taken[name, few == 64] = not went
-    threads = torch.get_num_threads()
-    own = [key for key, own in taken.items() if own]
-    assert own == [("plain", False), ("pages", False)] + [("plain", True), ("pages", True)] * (threads <= 2)
+            found += [] if went else [name]
+        return found
+
+    assert own() == ["token", "chunk", "pages"]
+    monkeypatch.setattr(decoding, "KEYS_TO_SHARE", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert own() == ["token", "chunk", "pages"]  # a key head for each thread
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert own() == ["token", "pages"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -979,3 +986,80 @@ def test_weights_that_underflow_stay_out_of_the_last_steps(alpha):
                 p = diffmax_bisect(scores, alpha, backend="numba")
                 assert (p.double() - exact).abs().max() <= (1e-6 if scores.dtype == torch.float32 else 4e-3)
                 assert (p.double().sum(1) - 1).abs().max() <= (1e-6 if scores.dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("keys", [1, 61, 700])
+def test_what_an_earlier_call_left_in_scratch_memory_does_not_matter(dtype, keys):
+    """It is all NaN here, as whole numbers too; once more with what the same call has left there."""
+    few, many, key, value = (torch.randn(1, 4, n, size, dtype=dtype) for n, size in ((1, 20), (70, 20), (keys, 20), (keys, 12)))
+    lengths = torch.tensor([keys], dtype=torch.int32)
+
+    def of_attention(query, **options):
+        given = [t.detach().requires_grad_() for t in (query, key, value)]
+        out = diffmax.attention(*given, alpha=0.6, backend="numba", **options)
+        return [out, *torch.autograd.grad(out.sum(), given)]
+
+    def of_threshold(query, weights):
+        return [diffmax.threshold_attention(query, key, value, -0.1, weights=weights, is_causal=False, backend="numba")]
+
+    def of_cache(**options):
+        rows = [t.transpose(1, 2) for t in (few, key, value)]
+        return [diffmax.attention_with_kvcache(*rows, cache_seqlens=lengths, alpha=0.6, backend="numba", **options)]
+
+    bounds = diffmax.page_bounds(key.transpose(1, 2).contiguous(), lengths, bits=4)
+    with torch.no_grad():
+        calls = [of_cache, lambda: of_cache(page_bounds=bounds), lambda: of_threshold(few, "scores")]
+        calls.append(lambda: of_threshold(many, "softmax"))
+        found = [call() for call in calls]
+        for call, wanted in zip(calls, found, strict=True):
+            for filling in (255, 0, None):
+                _fill_scratch(filling)
+                assert all(map(torch.equal, call(), wanted))
+    for query in (few, many):
+        for options in ({}, {"softcap": 5.0, "window_size": (40, 30)}, {"sink": torch.zeros(4)}):
+            wanted = of_attention(query, **options)
+            for filling in (255, 0, None):
+                _fill_scratch(filling)
+                assert all(map(torch.equal, of_attention(query, **options), wanted))
+
+
+def _fill_scratch(byte):
+    """Leave memory full of a byte for the next call, which must be short enough to take it."""
+    if byte is not None:
+        threads._left[:] = [torch.full((threads.LEFT_BYTES,), byte, dtype=torch.uint8)]
+
+
+def test_scratch_memory_that_is_left_is_of_one_call_at_a_time():
+    threads._left.clear()
+    first = threads.take(100)
+    threads.leave(first)
+    assert threads.take(50) is first  # what is larger serves too
+    second = threads.take(50)
+    assert second is not first
+    threads.leave(second)
+    threads.leave(first)  # there is room for one
+    assert threads.take(threads.LEFT_BYTES + 1) is not second  # and that one stays for a shorter call
+    assert threads._left[0] is second
+    assert len(threads.take(60)) == 60
+    threads.leave(torch.empty(threads.LEFT_BYTES + 1, dtype=torch.uint8))
+    assert not threads._left
+
+
+def test_a_cache_that_grows_by_a_token_finds_its_form_again():
+    from diffmax.kernels.numba import attention_job
+
+    query, cache = torch.randn(1, 4, 1, 20), torch.randn(1, 4, 600, 20)
+
+    def run(tokens):
+        diffmax.attention(query, cache[:, :, :tokens].contiguous(), cache[:, :, :tokens], backend="numba")
+        rows = cache.transpose(1, 2)
+        diffmax.attention_with_kvcache(query.transpose(1, 2), rows, rows, cache_seqlens=tokens, backend="numba")
+
+    run(257)
+    before = attention_job._form.cache_info().misses
+    for tokens in (258, 300, 511, 512):
+        run(tokens)
+    assert attention_job._form.cache_info().misses == before
+    run(513)
+    assert attention_job._form.cache_info().misses > before

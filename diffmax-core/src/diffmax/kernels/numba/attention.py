@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmax.kernels.numba.attention_job import Job
-from diffmax.kernels.numba.attention_words import Sequence, Word
+from diffmax.kernels.numba.attention_words import Word
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention.tiles import live_shape
 from diffmax.operators.common.numerics import accumulation_dtype
@@ -40,8 +40,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, ke
     ):
         job.add_new(word, t)
     job.scratch_of_forward(keep)
-    tiles = -(-query.shape[2] // TILE) if call.cu_seqlens_q is None else -(-job.table[:, Sequence.length] // TILE)
-    job.run("forward", tiles * query.shape[1], job.chunks())
+    job.run("forward", job.tasks_of_forward())
     return AttentionResults(out, m, delta, u, live, support)
 
 
@@ -63,7 +62,7 @@ def attention_backward(
     if wanted.bias and call.bias is not None:
         broadcasts = any(size > 1 and own == 1 for size, own in zip(query.shape[:3], call.bias.shape[:3], strict=True))
         if broadcasts:  # each chunk of tasks has a share, so that the sums have one order
-            chunks = min(job.threads(), max(1, len(job.table) * key.shape[1] * splits))
+            chunks = min(job.threads, max(1, job.sequences * key.shape[1] * splits))
         grad_bias = torch.zeros(chunks if broadcasts else 1, *call.bias.shape, dtype=acc)
         job.add_bias_gradient(grad_bias)
     job.add(Word.grad, grad)
@@ -75,7 +74,7 @@ def attention_backward(
         job.add_whole(word, t)
     job.words[Word.splits], job.words[Word.split_step] = splits, key.shape[:3].numel()
     job.scratch_of_backward()
-    job.run("backward", key.shape[1] * splits, chunks)
+    job.run("backward", [key.shape[1] * splits] * job.sequences, chunks)
     if splits > 1:
         grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
     if grad_bias.ndim == 5:
@@ -88,7 +87,7 @@ def splits_of(job: Job, query: Tensor, key: Tensor, value: Tensor) -> int:
 
     A task of the backward is a head of keys; it is split where those are too few for the threads.
     """
-    threads, units, tiles = job.threads(), len(job.table) * key.shape[1], -(-query.shape[2] // TILE)
+    threads, units, tiles = job.threads, job.sequences * key.shape[1], -(-query.shape[2] // TILE)
     if threads == 1 or units >= 2 * threads:
         return 1
     splits = min(max(1, tiles), -(-2 * threads // max(1, units)))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
+from array import array
 from collections.abc import Callable
+from struct import Struct
 from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
@@ -22,7 +25,7 @@ from diffmax.kernels.numba.products import DEPTH, PANEL_BYTES, ROWS
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
 from diffmax.kernels.numba.solver import LISTED
-from diffmax.kernels.numba.threads import Kernel, run_job
+from diffmax.kernels.numba.threads import Kernel, leave, run_packed, take
 from diffmax.operators.attention.tiles import live_shape
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import TILE, AttentionCall
@@ -33,6 +36,8 @@ SCORE_BYTES = 1 << 19
 LEAST_ROWS = 16
 # Of so few rows of queries that share a head of keys, each is multiplied by the keys as they lie, which are not packed.
 DIRECT_ROWS = 8
+# Of few queries there is room for a multiple of so many keys: a sequence that grows by a token finds its form again.
+STEP = 256
 # Scratch memory that is never too much.
 LEAST_BYTES = 1 << 30
 # A thread that finishes first takes more: tasks are shared out in this many chunks per thread.
@@ -40,64 +45,65 @@ CHUNKS_PER_THREAD = 16
 # Multiplications that occupy a thread for longer than it takes to wake another.
 THREAD_PRODUCTS = 1 << 20
 Table = np.ndarray[Any, np.dtype[np.int64]]
+Words = list[Any]
+Numbers = list[int] | range
+# Words as the kernels find them: whole numbers, but for those from scale on.
+WORDS = Struct(f"{Word.scale}q{Word.panels - Word.scale}d{N_WORDS - Word.panels}q")
 KINDS = {torch.bfloat16: 1, torch.float16: 2}
 COMPUTING: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class Job:
-    """The words of a call. Tensors of which it holds the addresses live as long as it does."""
+    """The words of a call. Tensors of which it holds the addresses live as long as it does.
+
+    With `sequences` given, keys and values are those of a cache, (B, S, H_kv, D).
+    """
 
     makers: ClassVar[dict[str, Callable[[Any], Any]]] = {"forward": make_forward, "backward": make_backward}
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, sequences: Sequences | None = None
     ) -> None:
-        self.acc = accumulation_dtype(query.dtype)
-        self.numbers = np.zeros(N_WORDS)
-        self.words = words = self.numbers.view(np.int64)
-        self.alive: list[Tensor] = []
+        query, is_cache = _in_rows(query), sequences is not None
+        if not is_cache:
+            key, value = _in_rows(key), _in_rows(value)
+        self.alive = [query, key, value]
         tiles = live_shape(query, key, call)[2:] if sequences is None else (0, -(-sequences.keys // (TILE * WORD_BITS)))
         sequences = sequences or _sequences(query, key, call)
-        self.table = sequences.table.copy()
-        self.lanes, self.across = BYTES // self.acc.itemsize, PANEL_BYTES // self.acc.itemsize
-        self.head_dim, self.value_dim = query.shape[3], value.shape[3]
-        self.head_step, self.value_step = (_multiple(size, self.lanes) for size in (self.head_dim, self.value_dim))
-        self.keys, self.length = sequences.keys, sequences.length
-        self.longest = _multiple(self.keys, self.across)
-        self.converts = query.dtype in KINDS
-        # scratch memory of all threads: one head's keys and values for each, but no more than some copies of them all
-        self.most_bytes = max(LEAST_BYTES, 4 * (key.numel() + value.numel()) * self.acc.itemsize)
-        self.seen = self.keys  # by a tile of queries, at most
-        if call.left >= 0 and call.right >= 0:
-            self.seen = min(self.keys, call.left + call.right + TILE)
-        self.products = sequences.pairs * query.shape[1] * (self.head_dim + self.value_dim)
-        words[Word.table], words[Word.sequences] = self.table.ctypes.data, len(self.table)
-        words[Word.kv_heads], words[Word.group] = key.shape[1], query.shape[1] // max(1, key.shape[1])
-        words[Word.head_dim], words[Word.value_dim] = self.head_dim, self.value_dim
-        words[Word.head_step], words[Word.value_step], words[Word.longest] = self.head_step, self.value_step, self.longest
-        words[Word.kind] = KINDS.get(query.dtype, 0)
-        for word, t in ((Word.query, query), (Word.key, key), (Word.value, value)):
-            self.add(word, t)
-        words[Word.length], words[Word.key_length] = query.shape[2], key.shape[2]
-        words[Word.left], words[Word.right], words[Word.lower_right] = call.left, call.right, call.lower_right
+        e = None if isinstance(call.e, Tensor) else call.e
+        kv_heads = key.shape[2 if is_cache else 1]
+        self.form = form = _form(
+            *(query.dtype, query.shape[1], kv_heads, query.shape[3], value.shape[3], sequences.keys),
+            *(e, call.softcap, call.left, call.right, call.lower_right),
+        )
+        self.acc, self.sizes, self.table, self.length = form.acc, form.sizes, sequences.table, sequences.length
+        # how many threads it is worth
+        self.threads = torch.get_num_threads() if sequences.pairs * form.products >= 2 * THREAD_PRODUCTS else 1
+        self.words = words = form.words.copy()
+        self.heads = query.shape[1]
+        self.sequences = words[Word.sequences] = len(self.table) // N_COLUMNS
+        words[Word.query : Word.query + 4] = query.data_ptr(), *query.stride()[:3]
+        for word, t in ((Word.key, key), (Word.value, value)):
+            batch, *steps, _ = t.stride()
+            words[word : word + 4] = t.data_ptr(), batch, *(reversed(steps) if is_cache else steps)
+        words[Word.length], words[Word.key_length] = query.shape[2], key.shape[1 if is_cache else 2]
         words[Word.tiles], words[Word.tile_words] = tiles
-        self._add_numbers(query, call)
+        words[Word.scale] = call.scale
+        self._add_values(call)
         self._add_rules(query, call)
 
     def add(self, word: int, t: Tensor) -> None:
         """Address and strides of (B, H, L, n), whose last dimension the kernels want side by side."""
-        t = t.resolve_neg()
-        t = self._kept(t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous())
-        words = self.words  # one by one: numpy makes an array of a tuple first
-        words[word], (words[word + 1], words[word + 2], words[word + 3], _) = t.data_ptr(), t.stride()
+        t = self._kept(_in_rows(t))
+        self.words[word : word + 4] = t.data_ptr(), *t.stride()[:3]
 
     def add_whole(self, word: int, t: Tensor) -> None:
         """Address of a contiguous tensor, 0 if it is empty."""
         self.words[word] = self._kept(t.resolve_neg().contiguous()).data_ptr() if t.numel() else 0
 
     def add_new(self, word: int, t: Tensor) -> None:
-        """Address of a tensor that the caller has made and keeps, 0 if it is empty."""
-        self.words[word] = t.data_ptr() if t.numel() else 0
+        """Address of a tensor that the caller has made and keeps; one without memory has 0."""
+        self.words[word] = t.data_ptr()
 
     def add_pages(self, block_table: Tensor, page_size: int) -> None:
         """The pages of the sequences' keys and values: key and value hold pages in place of rows of the batch."""
@@ -108,23 +114,16 @@ class Job:
         self.alive.append(t)
         return t
 
-    def _add_numbers(self, query: Tensor, call: AttentionCall) -> None:
-        words, numbers = self.words, self.numbers
-        numbers[Word.scale] = call.scale
-        if COMPUTING[self.acc](call.softcap) > 0:  # the kernels ask whether the word is 0
-            numbers[Word.softcap] = call.softcap
+    def _add_values(self, call: AttentionCall) -> None:
+        words = self.words
         if isinstance(call.e, Tensor):
             self.add_whole(Word.e, call.e)
-            words[Word.steps], _ = plan(200, max(1, self.keys), 1.0, query.dtype)
-        else:
-            numbers[Word.e_value] = call.e
-            words[Word.steps], words[Word.integer] = plan(200, max(1, self.keys), call.e, query.dtype)
         if call.dropout_p > 0:
             if call.seed is None:
                 raise ValueError("attention: dropout_p comes with a seed, got dropout_p alone")
             words[Word.seed_0], words[Word.seed_1] = (int(word) & 0xFFFFFFFF for word in call.seed.tolist())
             words[Word.least_word] = threshold(call.dropout_p)
-            numbers[Word.passed] = 1 / (1 - call.dropout_p) if call.dropout_p < 1 else math.inf
+            words[Word.passed] = 1 / (1 - call.dropout_p) if call.dropout_p < 1 else math.inf
 
     def _add_rules(self, query: Tensor, call: AttentionCall) -> None:
         words = self.words
@@ -156,51 +155,49 @@ class Job:
     def scratch_of_forward(self, keeps: bool) -> None:
         """Lay out the memory of the forward kernel, and choose how it multiplies queries by keys."""
         words = self.words
-        direct = self.length * int(words[Word.group]) <= DIRECT_ROWS
+        direct = self.length * words[Word.group] <= DIRECT_ROWS
         words[Word.direct] = direct
-        sizes = _Sizes(self.acc.itemsize, self.head_dim, self.value_dim, self.head_step, self.value_step, self.longest)
-        copies = self.converts or self.value_step != self.value_dim or words[Word.blocks] != 0
-        tiles = int(words[Word.tile_words]) * WORD_BITS
-        self._lay_out(_forward_layout(sizes, self.seen, min(self.length, TILE), tiles, copies, keeps, direct))
+        sizes, form = self.sizes, self.form
+        copies = form.converts or sizes.value_step != sizes.value_dim or words[Word.blocks] != 0
+        tiles = words[Word.tile_words] * WORD_BITS
+        self._lay_out(_forward_layout(sizes, form.seen, min(self.length, TILE), tiles, copies, keeps, direct))
 
     def scratch_of_backward(self) -> None:
         """Lay out the memory of the backward kernel."""
-        sizes = _Sizes(self.acc.itemsize, self.head_dim, self.value_dim, self.head_step, self.value_step, self.longest)
-        copies = (self.converts or self.head_step != self.head_dim, self.converts or self.value_step != self.value_dim)
-        self._lay_out(_backward_layout(sizes, *copies, bool(self.numbers[Word.softcap] > 0)))
+        sizes, converts = self.sizes, self.form.converts
+        copies = (converts or sizes.head_step != sizes.head_dim, converts or sizes.value_step != sizes.value_dim)
+        self._lay_out(_backward_layout(sizes, *copies, self.words[Word.softcap] > 0))
 
     def _lay_out(self, layout: _Layout) -> None:
         words = self.words
         words[Word.rows], words[Word.stride], words[Word.slot_bytes] = layout.rows, layout.stride, layout.slot_bytes
         words[Word.panels :] = layout.places
 
-    def threads(self) -> int:
-        """How many threads it is worth."""
-        return torch.get_num_threads() if self.products >= 2 * THREAD_PRODUCTS else 1
-
     def chunks(self) -> int:
         """In how many its tasks are shared out."""
-        threads = self.threads()
-        return 1 if threads == 1 else threads * CHUNKS_PER_THREAD
+        return 1 if self.threads == 1 else self.threads * CHUNKS_PER_THREAD
 
-    def run(self, name: str, tasks_of: Table | int, chunks: int) -> None:
-        """Run a kernel, with so many tasks for each sequence, in so many chunks."""
-        words = self.words
-        if isinstance(tasks_of, int):
-            total = tasks_of * len(self.table)
-            if len(self.table) > 1:  # the first of one sequence is 0
-                self.table[:, Sequence.first_task] = np.arange(len(self.table)) * tasks_of
-        else:
-            total = int(tasks_of.sum())
-            self.table[:, Sequence.first_task] = np.cumsum(tasks_of) - tasks_of
+    def tasks_of_forward(self) -> list[int]:
+        """How many tasks each sequence has: a tile of a head's queries is one."""
+        return [-(-length // TILE) * self.heads for length in self.table[Sequence.length :: N_COLUMNS]]
+
+    def run(self, name: str, tasks_of: list[int], chunks: int = 0) -> None:
+        """Run a kernel, with so many tasks for each sequence, in so many chunks; 0: as many as serve."""
+        words, table, total = self.words, self.table, sum(tasks_of)
         if total == 0:
             return
+        table[Sequence.first_task :: N_COLUMNS] = itertools.accumulate(tasks_of[:-1], initial=0)
         kernel, address = _kernel(self.makers[name], self.acc)
-        chunk, slot_bytes = -(-total // chunks), int(words[Word.slot_bytes])
-        threads = min(self.threads(), -(-total // chunk), max(1, self.most_bytes // slot_bytes))
-        memory = torch.empty(threads * slot_bytes + BYTES, dtype=torch.uint8)
+        chunk, slot_bytes = -(-total // (chunks or self.chunks())), words[Word.slot_bytes]
+        threads = 1
+        if self.threads > 1:  # each has memory for a head's keys and values, all together for some copies of them all at most
+            numbers = sum(t.numel() for t in self.alive[1:3])
+            most_bytes = max(LEAST_BYTES, 4 * numbers * self.acc.itemsize)
+            threads = min(self.threads, -(-total // chunk), max(1, most_bytes // slot_bytes))
+        memory = take(threads * slot_bytes + BYTES)
         words[Word.stop], words[Word.chunk], words[Word.memory] = total, chunk, _multiple(memory.data_ptr(), BYTES)
-        run_job(name, kernel, address, words, threads, total)
+        run_packed(name, kernel, address, WORDS.pack(*words) + array("q", table).tobytes(), threads, total)
+        leave(memory)
 
 
 class _Sizes(NamedTuple):
@@ -220,7 +217,56 @@ class _Layout(NamedTuple):
     rows: int
     stride: int
     slot_bytes: int
-    places: Table
+    places: list[int]
+
+
+class _Form(NamedTuple):
+    """What calls share that differ in addresses and values alone."""
+
+    acc: torch.dtype
+    words: Words
+    sizes: _Sizes
+    converts: bool
+    seen: int
+    products: int
+
+
+@functools.lru_cache(maxsize=256)
+def _form(
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    keys: int,
+    e: float | None,
+    softcap: float,
+    left: int,
+    right: int,
+    lower_right: bool,
+) -> _Form:
+    """The form of a call, of its heads, room for the keys of a sequence, and numbers."""
+    acc = accumulation_dtype(dtype)
+    words: Words = [0] * N_WORDS
+    lanes, across = BYTES // acc.itemsize, PANEL_BYTES // acc.itemsize
+    sizes = _Sizes(
+        acc.itemsize, head_dim, value_dim, _multiple(head_dim, lanes), _multiple(value_dim, lanes), _multiple(keys, across)
+    )
+    words[Word.kv_heads], words[Word.group] = kv_heads, heads // max(1, kv_heads)
+    words[Word.head_dim], words[Word.value_dim] = head_dim, value_dim
+    words[Word.head_step], words[Word.value_step], words[Word.longest] = sizes.head_step, sizes.value_step, sizes.longest
+    words[Word.kind] = KINDS.get(dtype, 0)
+    words[Word.left], words[Word.right], words[Word.lower_right] = left, right, lower_right
+    if COMPUTING[acc](softcap) > 0:  # the kernels ask whether the word is 0
+        words[Word.softcap] = softcap
+    if e is None:
+        words[Word.steps], _ = plan(200, max(1, keys), 1.0, dtype)
+    else:
+        words[Word.e_value] = e
+        words[Word.steps], words[Word.integer] = plan(200, max(1, keys), e, dtype)
+    # the keys that a tile of queries sees, at most
+    seen = min(keys, left + right + TILE) if left >= 0 and right >= 0 else keys
+    return _Form(acc, words, sizes, dtype in KINDS, seen, heads * (head_dim + value_dim))
 
 
 @functools.lru_cache(maxsize=256)
@@ -274,7 +320,7 @@ def _layout(rows: int, stride: int, sizes: _Sizes, floats: dict[str, int], integ
     bytes_of = {name: count * sizes.itemsize for name, count in floats.items()}
     bytes_of |= {name: count * 4 for name, count in integers.items()}
     bytes_of |= dict.fromkeys(("dense", "left_rows", "right_rows"), (noted + ROWS) * 8)
-    places = np.zeros(N_WORDS, np.int64)
+    places = [0] * N_WORDS
     at = 0
     for name, size in bytes_of.items():
         places[getattr(Word, name)] = at
@@ -287,15 +333,21 @@ def _multiple(size: int, of: int) -> int:
     return -(-size // of) * of
 
 
+def _in_rows(t: Tensor) -> Tensor:
+    """Whose last dimension lies side by side."""
+    t = t.resolve_neg()
+    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+
+
 def _steps(t: Tensor) -> list[int]:
     """Strides, 0 where a dimension has size 1."""
     return [0 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True)]
 
 
 class Sequences(NamedTuple):
-    """The table of sequences; how many keys the longest has, the most queries, and all pairs of a query and a key."""
+    """The table of sequences, row by row; room for the keys of one; the most queries; and all pairs of a query and a key."""
 
-    table: Table
+    table: list[int]
     keys: int
     length: int
     pairs: int
@@ -303,32 +355,37 @@ class Sequences(NamedTuple):
 
 def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Sequences:
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        return _whole_batch(query.shape[0], query.shape[2], key.shape[2])
+        batch = query.shape[0]
+        return sequences_of([key.shape[2]] * batch, [0] * batch, range(batch), query.shape[2])
     starts_q = _starts("cu_seqlens_q", call.cu_seqlens_q, query.shape[2], call.max_seqlen_q)
     starts_k = _starts("cu_seqlens_k", call.cu_seqlens_k, key.shape[2], call.max_seqlen_k)
-    number = np.arange(len(starts_q) - 1)
-    table = np.zeros((len(number), N_COLUMNS), np.int64)
+    count = len(starts_q) - 1
     lengths, keys = np.diff(starts_q), np.diff(starts_k)
-    table[:, Sequence.length], table[:, Sequence.keys] = lengths, keys
-    table[:, Sequence.query_at], table[:, Sequence.key_at] = starts_q[:-1], starts_k[:-1]
-    table[:, Sequence.tile_at] = starts_q[:-1] // TILE + number
-    table[:, Sequence.number] = number
-    return Sequences(table, int(keys.max(initial=0)), int(lengths.max(initial=0)), int((lengths * keys).sum()))
+    columns = {
+        Sequence.length: lengths,
+        Sequence.keys: keys,
+        Sequence.query_at: starts_q[:-1],
+        Sequence.key_at: starts_k[:-1],
+        Sequence.tile_at: starts_q[:-1] // TILE + np.arange(count),
+        Sequence.number: np.arange(count),
+    }
+    table = np.zeros((count, N_COLUMNS), np.int64)
+    for column, numbers in columns.items():
+        table[:, column] = numbers
+    return Sequences(table.ravel().tolist(), int(keys.max(initial=0)), int(lengths.max(initial=0)), int((lengths * keys).sum()))
 
 
-@functools.lru_cache(maxsize=256)
-def _whole_batch(batch: int, length: int, keys: int) -> Sequences:
-    return sequences_of([keys] * batch, [0] * batch, list(range(batch)), length)
-
-
-def sequences_of(keys: list[int], key_at: list[int], key_batch: list[int], length: int) -> Sequences:
+def sequences_of(keys: Numbers, key_at: Numbers, key_batch: Numbers, length: int) -> Sequences:
     """Sequences of `length` queries each: how many keys each has, where they begin, and in which row of the batch."""
-    nothing = [0] * len(keys)
-    columns = [nothing] * N_COLUMNS
-    columns[Sequence.length], columns[Sequence.batch] = [length] * len(keys), list(range(len(keys)))
-    columns[Sequence.keys], columns[Sequence.key_at], columns[Sequence.key_batch] = keys, key_at, key_batch
-    table = np.array(columns, np.int64).T.copy()  # in one go: a call of one sequence is short
-    return Sequences(table, max(keys, default=0), length, length * sum(keys))
+    table = [0] * (len(keys) * N_COLUMNS)
+    for column, numbers in (
+        (Sequence.length, [length] * len(keys)),
+        (Sequence.batch, range(len(keys))),
+        *((Sequence.keys, keys), (Sequence.key_at, key_at), (Sequence.key_batch, key_batch)),
+    ):
+        table[column::N_COLUMNS] = numbers
+    room = _multiple(max(keys, default=0), STEP if length <= DIRECT_ROWS else 1)
+    return Sequences(table, room, length, length * sum(keys))
 
 
 def _starts(what: str, starts: Tensor, tokens: int, longest: int) -> Table:

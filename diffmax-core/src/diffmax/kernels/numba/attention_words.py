@@ -21,7 +21,7 @@ _Words = namedtuple(
     """
     next done stop chunk
     slots slot_bytes memory
-    table sequences kv_heads group head_dim value_dim head_step value_step longest rows stride kind
+    sequences kv_heads group head_dim value_dim head_step value_step longest rows stride kind
     query query_batch query_head query_row
     key key_batch key_head key_row
     value value_batch value_head value_row
@@ -107,8 +107,8 @@ def sequence_of(table, sequences, task):
 
 @jitable
 def table_of(words):
-    """The table of sequences."""
-    return array_at(words[Word.table], words[Word.sequences] * N_COLUMNS, np.int64)
+    """The table of sequences, which lies behind the words."""
+    return array_at(words.ctypes.data + 8 * N_WORDS, words[Word.sequences] * N_COLUMNS, np.int64)
 
 
 @jitable

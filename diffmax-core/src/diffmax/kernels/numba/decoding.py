@@ -1,7 +1,7 @@
 """Decoding for CPUs, compiled: attention's forward kernel, whose sequences are those of the cache.
 
-Keys in 4 bits have a kernel of their own (`rounded`). Other bounds, and few long sequences whose keys several threads share, go
-the way of `diffmax.kernels.cpu.decoding`, with the compiled row operator.
+Keys in 4 bits have a kernel of their own (`rounded`). Other bounds, and chunks of queries on long sequences that are fewer than
+the threads, go the way of `diffmax.kernels.cpu.decoding`, with the compiled row operator.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from diffmax.kernels.cpu import decoding
 from diffmax.kernels.numba import rounded_job
-from diffmax.kernels.numba.attention_job import Job, sequences_of
+from diffmax.kernels.numba.attention_job import DIRECT_ROWS, Job, sequences_of
 from diffmax.kernels.numba.attention_words import Word
 from diffmax.kernels.numba.rows import bisect
 from diffmax.machine.forked import alone_in_child
-from diffmax.operators.common.numerics import accumulation_dtype
-from diffmax.plugin import TILE, AttentionCall, KVCacheCall, KVCacheResults
+from diffmax.plugin import AttentionCall, KVCacheCall, KVCacheResults
 from diffmax.reference.decoding import bounds_of, codes_of
 
-# So many keys of a head are read faster by torch's products, where a thread would have no head or there is one query.
+# Many queries of so many keys of a head are faster with torch's products, where a thread would have no head.
 KEYS_TO_SHARE = 1 << 16
+# Statistics that nobody asked for.
+_UNASKED = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
 
 
 @alone_in_child
@@ -39,26 +40,29 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
         return rounded_job.attend(query, k_cache, v_cache, call, pads, ends, stats)
     if not _is_served(query, k_cache, v_cache, call, keys):
         return decoding.attention_kvcache(query, k_cache, v_cache, call, stats, bisect)
-    decoding.append(k_cache, v_cache, call)
+    if call.k is not None:
+        decoding.append(k_cache, v_cache, call)
     # heads that share keys are rows of one head, where nothing tells them apart
     folds = length == 1 and not isinstance(call.e, Tensor) and call.alibi is None and call.sink is None
     rows = query.reshape(batch, kv_heads, heads // kv_heads, -1) if folds else query.transpose(1, 2)
     whole = _folded(call.scale, call.e, call.softcap) if folds else _unfolded(call)
-    of_cache = list(range(batch)) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
+    of_cache = range(batch) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
     sequences = sequences_of(keys, starts, of_cache, rows.shape[2])
-    job = Job(rows, k_cache.transpose(1, 2), v_cache.transpose(1, 2), whole, sequences)
+    job = Job(rows, k_cache, v_cache, whole, sequences)
     if call.block_table is not None:
         job.add_pages(call.block_table, call.page_size)
-    out = torch.empty(batch, heads, length, v_cache.shape[3], dtype=v_cache.dtype)
-    m, delta = (torch.empty(batch, heads, length, dtype=accumulation_dtype(query.dtype)) for _ in range(2))
-    support = torch.empty((batch, heads, length) if stats else (0,), dtype=torch.int32)
+    # one query's heads lie as those of queries in order
+    out = torch.empty(batch, *((1, heads) if length == 1 else (heads, length)), v_cache.shape[3], dtype=v_cache.dtype)
+    m = torch.empty(batch, heads, length, dtype=job.acc)
+    delta = torch.empty_like(m)
+    support, pages = _UNASKED
+    if stats:
+        support, pages = torch.empty_like(m, dtype=torch.int32), _pages_read(call, starts, ends, kv_heads)
     for word, t in ((Word.out, out), (Word.m, m), (Word.delta, delta), (Word.support, support)):
         job.add_new(word, t)
     job.scratch_of_forward(False)
-    job.run("forward", -(-rows.shape[2] // TILE) * rows.shape[1], job.chunks())
-    pages = _pages_read(call, starts, ends, kv_heads) if stats else torch.empty(0, dtype=torch.int32)
-    out = out.view(batch, 1, heads, -1) if length == 1 else out.transpose(1, 2).contiguous()
-    return KVCacheResults(out, m, delta, support, pages)
+    job.run("forward", job.tasks_of_forward())
+    return KVCacheResults(out if length == 1 else out.transpose(1, 2).contiguous(), m, delta, support, pages)
 
 
 @functools.lru_cache(maxsize=64)
@@ -114,14 +118,15 @@ def _is_served(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCal
         return False
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:  # the kernel would want a copy of the cache
         return False
-    queries = length * heads // k_cache.shape[2]
-    tasks = batch * k_cache.shape[2] if queries > 1 else 0  # one query is memory's work
-    return tasks >= torch.get_num_threads() or max(keys) < KEYS_TO_SHARE
+    if batch * k_cache.shape[2] >= torch.get_num_threads() or max(keys) < KEYS_TO_SHARE:
+        return True
+    # few queries are memory's work, which torch's threads do not share
+    return length * heads // k_cache.shape[2] <= DIRECT_ROWS
 
 
 def _starts(call: KVCacheCall, ends: list[int], length: int) -> list[int]:
     """The first token that a query of each sequence sees: what lies before all windows, or is padding, is left out."""
-    starts = [max(end - length - call.left, 0) if call.left >= 0 else 0 for end in ends]
+    starts = [max(end - length - call.left, 0) for end in ends] if call.left >= 0 else [0] * len(ends)
     if call.leftpad is None:
         return starts
     return [min(max(start, pad), end) for start, pad, end in zip(starts, call.leftpad.tolist(), ends, strict=True)]

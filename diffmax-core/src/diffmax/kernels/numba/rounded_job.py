@@ -13,7 +13,7 @@ from diffmax.kernels.numba.attention_job import COMPUTING, KINDS, THREAD_PRODUCT
 from diffmax.kernels.numba.rounded import N_WORDS, SOME, TOGETHER, Word, make_rounded
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
-from diffmax.kernels.numba.threads import run_job
+from diffmax.kernels.numba.threads import leave, run_job, take
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.plugin import KVCacheCall, KVCacheResults
 
@@ -89,7 +89,7 @@ def _run(words: Table, acc: torch.dtype, tasks: int, slot_bytes: int, products: 
     """Run the kernel, with a task for each key head of a sequence; first to see whether the bounds are those of the cache."""
     kernel, address = _kernel(make_rounded, acc)
     threads = min(tasks, torch.get_num_threads() if products >= 2 * THREAD_PRODUCTS else 1)
-    memory = torch.empty(threads * slot_bytes + BYTES, dtype=torch.uint8)
+    memory = take(threads * slot_bytes + BYTES)
     words[Word.slot_bytes], words[Word.memory] = slot_bytes, _multiple(memory.data_ptr(), BYTES)
     words[Word.stop], words[Word.chunk], words[Word.checks] = tasks, tasks, 1
     kernel(words.ctypes.data)
@@ -98,6 +98,7 @@ def _run(words: Table, acc: torch.dtype, tasks: int, slot_bytes: int, products: 
     words[Word.slots], words[Word.checks] = 0, 0
     words[Word.chunk] = tasks if threads == 1 else 1
     run_job("rounded", kernel, address, words, threads, tasks)
+    leave(memory)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,17 +14,23 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffmax.kernels.numba.jobs import DONE
 
 Words = np.ndarray[Any, np.dtype[np.int64]]
 Kernel = Callable[[bytes | int], int]
 _Team = Callable[[int, int, int, int], None]
+_WORD = Struct("q")
 
+# So much scratch memory stays for the next call, at most.
+LEFT_BYTES = 1 << 22
+_left: list[Tensor] = []
 _pool: ThreadPoolExecutor | None = None
 _is_forked_child = False
 
@@ -55,6 +61,37 @@ def run_job(name: str, kernel: Kernel, address: int, words: Words, threads: int,
     else:
         run_on_threads(kernel, address, job, threads)
         done = int(words[DONE])
+    if done != tasks:
+        raise RuntimeError(f"diffmax: the {name} kernel did {done} of {tasks} tasks")
+
+
+def take(size: int) -> Tensor:
+    """Scratch memory: what an earlier call left, if that is enough, since to get and free it costs a short call much."""
+    if size <= LEFT_BYTES:
+        try:
+            memory = _left.pop()
+        except IndexError:  # another thread has it
+            pass
+        else:
+            if len(memory) >= size:
+                return memory
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def leave(memory: Tensor) -> None:
+    """Give back what `take` gave, for the next call."""
+    if not _left and len(memory) <= LEFT_BYTES:
+        _left.append(memory)
+
+
+def run_packed(name: str, kernel: Kernel, address: int, job: bytes, threads: int, tasks: int) -> None:
+    """As `run_job`, of a job that is not looked at afterwards."""
+    if threads == 1:
+        done = kernel(job)
+    else:
+        shared = ctypes.create_string_buffer(job)
+        run_on_threads(kernel, address, ctypes.addressof(shared), threads)
+        (done,) = _WORD.unpack_from(shared, 8 * DONE)
     if done != tasks:
         raise RuntimeError(f"diffmax: the {name} kernel did {done} of {tasks} tasks")
 

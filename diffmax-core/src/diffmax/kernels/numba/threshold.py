@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from diffmax.kernels.numba.attention import splits_of
-from diffmax.kernels.numba.attention_words import Sequence, Word
+from diffmax.kernels.numba.attention_words import Word
 from diffmax.kernels.numba.threshold_job import ThresholdJob
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import accumulation_dtype
-from diffmax.plugin import TILE, ThresholdCall, ThresholdGradients, ThresholdResults, ThresholdSaved, ThresholdWanted
+from diffmax.plugin import ThresholdCall, ThresholdGradients, ThresholdResults, ThresholdSaved, ThresholdWanted
 
 
 @alone_in_child
@@ -28,8 +28,7 @@ def threshold_attention(query: Tensor, key: Tensor, value: Tensor, call: Thresho
     for word, t in ((Word.out, out), (Word.mass, mass), (Word.m, statistic)):
         job.add_new(word, t)
     job.scratch_of_forward()
-    tiles = -(-query.shape[2] // TILE) if call.cu_seqlens_q is None else -(-job.table[:, Sequence.length] // TILE)
-    job.run("forward", tiles * query.shape[1], job.chunks())
+    job.run("forward", job.tasks_of_forward())
     return ThresholdResults(out, mass, statistic)
 
 
@@ -58,7 +57,7 @@ def threshold_attention_backward(
     of_theta, of_e = (torch.zeros(query.shape[:3] if needed else (0,), dtype=acc) for needed in (wanted.theta, wanted.e))
     chunks, of_bias = job.chunks(), torch.empty(0, dtype=acc)
     if wanted.bias and call.bias is not None:  # each chunk of tasks has a share, so that the sums have one order
-        chunks = min(job.threads(), max(1, len(job.table) * key.shape[1] * splits))
+        chunks = min(job.threads, max(1, job.sequences * key.shape[1] * splits))
         of_bias = torch.zeros(chunks, *call.bias.shape, dtype=acc)
         job.words[Word.distances_share] = of_bias.stride(0)
     job.add(Word.grad, grad)
@@ -71,7 +70,7 @@ def threshold_attention_backward(
         job.add_new(word, t)
     job.words[Word.splits], job.words[Word.split_step] = splits, key.shape[:3].numel()
     job.scratch_of_backward()
-    job.run("backward", key.shape[1] * splits, chunks)
+    job.run("backward", [key.shape[1] * splits] * job.sequences, chunks)
     if splits > 1:
         grad_key, grad_value = grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
     if of_bias.ndim == 3:

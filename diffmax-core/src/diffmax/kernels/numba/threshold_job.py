@@ -47,7 +47,7 @@ class ThresholdJob(Job):
         words[Word.theta : Word.theta + 4] = theta.data_ptr(), *steps
         words[Word.weighing] = WEIGHING[call.weights]
         words[Word.power_kind] = int(call.power) if call.power in (1, 2) else 0
-        self.numbers[Word.power] = COMPUTING[self.acc](call.power)
+        words[Word.power] = COMPUTING[self.acc](call.power)
         self.solves = call.weights == "diffmax"
         if call.bias is not None:
             self.add_whole(Word.distances, call.bias.flip(1))
@@ -55,18 +55,17 @@ class ThresholdJob(Job):
 
     def scratch_of_forward(self, keeps: bool = False) -> None:
         """Lay out the memory of the forward kernel, and choose how it multiplies queries by keys."""
-        direct = self.length * int(self.words[Word.group]) <= DIRECT_ROWS
+        direct = self.length * self.words[Word.group] <= DIRECT_ROWS
         self.words[Word.direct] = direct
-        copies = self.converts or self.value_step != self.value_dim
-        self._lay_out(_forward_layout(self._sizes(), self.seen, min(self.length, TILE), copies, direct, self.solves))
+        sizes, form = self.sizes, self.form
+        copies = form.converts or sizes.value_step != sizes.value_dim
+        self._lay_out(_forward_layout(sizes, form.seen, min(self.length, TILE), copies, direct, self.solves))
 
     def scratch_of_backward(self) -> None:
         """Lay out the memory of the backward kernel."""
-        copies = (self.converts or self.head_step != self.head_dim, self.converts or self.value_step != self.value_dim)
-        self._lay_out(_backward_layout(self._sizes(), self.seen, min(self.length, TILE), *copies, self.solves))
-
-    def _sizes(self) -> _Sizes:
-        return _Sizes(self.acc.itemsize, self.head_dim, self.value_dim, self.head_step, self.value_step, self.longest)
+        sizes, form = self.sizes, self.form
+        copies = (form.converts or sizes.head_step != sizes.head_dim, form.converts or sizes.value_step != sizes.value_dim)
+        self._lay_out(_backward_layout(sizes, form.seen, min(self.length, TILE), *copies, self.solves))
 
 
 def _rows(sizes: _Sizes, seen: int, most: int, most_bytes: int) -> tuple[int, int]:

@@ -129,7 +129,7 @@ def check_heads(name: str, heads: int, kv_heads: int, enable_gqa: bool) -> None:
 def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> tuple[float, Tensor | None]:
     """Check alpha and turn it into e = 1 - alpha: as a float, or as a tensor (H,) with a gradient."""
     if not isinstance(alpha, Tensor):
-        if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
+        if type(alpha) is not float and (not isinstance(alpha, numbers.Real) or isinstance(alpha, bool)):
             raise not_an_alpha(name, alpha)
         return one_minus_alpha(name, query, to_float(alpha), query.ndim - 1)
     check_strided(name, "alpha", alpha)
@@ -224,9 +224,10 @@ def _check_floating(name: str, what: str, t: Tensor, query: Tensor) -> None:
 
 def check_softcap(name: str, softcap: float) -> float:
     """The bound of the scores, 0 for none."""
-    if isinstance(softcap, (bool, Tensor)) or not isinstance(softcap, (numbers.Real, torch.SymFloat)):
-        raise TypeError(f"{name}: softcap must be a float, got {softcap!r} of type {type(softcap).__name__}")
-    softcap = to_float(softcap)
+    if type(softcap) is not float:  # an abstract class takes microseconds to ask
+        if isinstance(softcap, (bool, Tensor)) or not isinstance(softcap, (numbers.Real, torch.SymFloat)):
+            raise TypeError(f"{name}: softcap must be a float, got {softcap!r} of type {type(softcap).__name__}")
+        softcap = to_float(softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap must be positive and finite, or 0 for none, got {softcap}")
     return softcap
@@ -236,6 +237,8 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
     """The factor of the scores, 1 / sqrt(D) by default."""
     if scale is None:
         return 1 / math.sqrt(query.shape[-1]) if query.shape[-1] != 0 else 1.0
+    if type(scale) is float:  # an abstract class takes microseconds to ask
+        return _finite(name, scale)
     if isinstance(scale, Tensor) and scale.ndim == 0 and not scale.requires_grad and not scale.is_complex():
         scale = scale.item()  # as torch's own attention takes it
     if isinstance(scale, Tensor) and scale.requires_grad:
@@ -249,7 +252,10 @@ def check_scale(name: str, query: Tensor, scale: float | None) -> float:
         if got == "match":  # as where a model's softmax is replaced
             message += "\nfor the matched scale, pass scale=diffmax.matched_scale(alpha) / math.sqrt(query.shape[-1])"
         raise TypeError(message)
-    scale = to_float(scale)
+    return _finite(name, to_float(scale))
+
+
+def _finite(name: str, scale: float) -> float:
     if not torch.compiler.is_compiling() and not math.isfinite(scale):  # there it may be known at run time alone
         raise ValueError(f"{name}: scale must be finite, got {scale}")
     return scale
@@ -289,14 +295,14 @@ def check_window(name: str, window_size: Any, is_causal: bool, argument: str = "
     check_flag(name, argument, is_causal)
     if window_size is None:
         window_size = (-1, -1)
-    whole = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    if not whole or not all(is_whole(n) for n in window_size):
+    is_pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not is_pair or not is_whole(window_size[0]) or not is_whole(window_size[1]):
         hint = f"\nto see the last {window_size} keys, the own one among them, pass ({window_size} - 1, 0)"
         raise TypeError(
             f"{name}: window_size must be a pair of ints (left, right), got {window_size!r}"
             f"{hint if is_whole(window_size) else ''}"
         )
-    left, right = (as_int(n) for n in window_size)
+    left, right = as_int(window_size[0]), as_int(window_size[1])
     if left < -1 or right < -1 or left >= 2**31 or right >= 2**31:
         raise ValueError(f"{name}: window_size must be from 0 to 2**31 - 1, or -1 for no bound, got {tuple(window_size)}")
     return left, 0 if is_causal else right

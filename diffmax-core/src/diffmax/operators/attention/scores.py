@@ -130,7 +130,7 @@ class Softcap(Rule):
 
     def features(self, call: Call) -> frozenset[str]:
         """`softcap`."""
-        return _if(call.softcap > 0, "softcap")
+        return _ALONE["softcap"] if call.softcap > 0 else _NOTHING
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """Scores in (-c, c)."""
@@ -157,7 +157,7 @@ class Bias(Rule):
 
     def features(self, call: Call) -> frozenset[str]:
         """`bias`."""
-        return _if(_given(call, "bias") is not None, "bias")
+        return _ALONE["bias"] if _given(call, "bias") is not None else _NOTHING
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """Scores and the bias."""
@@ -172,7 +172,7 @@ class Alibi(Rule):
 
     def features(self, call: Call) -> frozenset[str]:
         """`alibi`."""
-        return _if(call.alibi is not None, "alibi")
+        return _ALONE["alibi"] if call.alibi is not None else _NOTHING
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """Scores less the penalty."""
@@ -200,7 +200,8 @@ class Window(Rule):
 
     def features(self, call: Call) -> frozenset[str]:
         """`causal`, `window`."""
-        return _if(call.right == 0, "causal") | _if(call.left >= 0 or call.right > 0, "window")
+        of_causality = _ALONE["causal"] if call.right == 0 else _NOTHING
+        return of_causality | _ALONE["window"] if call.left >= 0 or call.right > 0 else of_causality
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """-inf outside."""
@@ -226,7 +227,7 @@ class Padding(Rule):
 
     def features(self, call: Call) -> frozenset[str]:
         """None: it comes with packed sequences and caches."""
-        return frozenset()
+        return _NOTHING
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """-inf behind the end."""
@@ -243,7 +244,7 @@ class LeftPad(Rule):
 
     def features(self, call: Call) -> frozenset[str]:
         """`leftpad`."""
-        return _if(_given(call, "leftpad") is not None, "leftpad")
+        return _ALONE["leftpad"] if _given(call, "leftpad") is not None else _NOTHING
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """-inf before the start."""
@@ -258,7 +259,7 @@ class Mask(Rule):
 
     def features(self, call: Call) -> frozenset[str]:
         """`mask`."""
-        return _if(_given(call, "mask") is not None, "mask")
+        return _ALONE["mask"] if _given(call, "mask") is not None else _NOTHING
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """-inf where it is False."""
@@ -276,7 +277,7 @@ class Sink(Rule):
 
     def features(self, call: Call) -> frozenset[str]:
         """`sink`."""
-        return _if(call.sink is not None, "sink")
+        return _ALONE["sink"] if call.sink is not None else _NOTHING
 
     def apply(self, scores: Tensor, call: Call, region: Region) -> Tensor:
         """(..., queries, keys + 1)."""
@@ -375,10 +376,6 @@ def _columns(keys: Tensor, columns: slice) -> Tensor:
 def _given(call: Call, field: str) -> Any:
     """A field that calls of one kind may lack."""
     return getattr(call, field, None)
-
-
-def _if(needed: bool, name: str) -> frozenset[str]:
-    return _ALONE[name] if needed else _NOTHING
 
 
 _NOTHING = frozenset[str]()

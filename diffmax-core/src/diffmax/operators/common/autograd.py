@@ -14,7 +14,11 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 def differentiates(*tensors: Tensor | None) -> bool:
     """Whether a call with these tensors may get a backward."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def is_transformed() -> bool:

@@ -250,7 +250,7 @@ def build_call(
     checks.check_cache(name, "q", q)
     checks.check_cache(name, "k_cache", k_cache)
     q = _as_cached(q, k_cache)
-    k, v = (t if t is None else _as_cached(t, k_cache) for t in (k, v))
+    k, v = None if k is None else _as_cached(k, k_cache), None if v is None else _as_cached(v, k_cache)
     checks.check_tensors(name, q, k_cache, v_cache, k, v, block_table is not None)
     checks.check_gradients(q, k_cache, v_cache, k, v, alpha, sink, options.alibi_slopes)
     batch, _, heads, _ = q.shape

@@ -41,17 +41,14 @@ def check_tensors(
         if t is not None:
             check_cache(name, what, t)
             given[what] = t
-    dtype, device = q.dtype, q.device
-    if any(t.dtype is not dtype for t in given.values()):
+    if [t.dtype for t in given.values()].count(q.dtype) < len(given):
         raise TypeError(
             f"{name}: q, the caches, k and v must have one dtype, got{_facts(given)}\nconvert q, k and v to the caches' dtype"
         )
-    if any(t.device != device for t in given.values()):
+    if [t.device for t in given.values()].count(q.device) < len(given):
         raise ValueError(f"{name}: q, the caches, k and v must be on one device, got{_facts(given)}")
-    for what in ("k_cache", "v_cache"):
-        if (
-            not torch.compiler.is_compiling() and given[what].is_neg()
-        ):  # torch would negate a copy and lose what is written to it
+    for what in () if torch.compiler.is_compiling() else ("k_cache", "v_cache"):
+        if given[what].is_neg():  # torch would negate a copy and lose what is written to it
             raise ValueError(
                 f"{name}: {what} must not be a negated view, got one\nmake it contiguous first, with resolve_neg()"
             )
@@ -75,10 +72,11 @@ def check_tensors(
             if new.shape != wanted:
                 raise ValueError(f"{name}: {what} must have shape {tuple(wanted)}, got {_shape(new)}{_facts(given)}")
         for what, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+            strides = cache.stride()
+            if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, cache.shape, strict=True)):
                 raise ValueError(
                     f"{name}: {what} must have its own memory for each token where k and v are appended, got an expanded one, "
-                    f"of strides {cache.stride()}\nmake it contiguous first"
+                    f"of strides {strides}\nmake it contiguous first"
                 )
         if _same_memory(k_cache, v_cache):
             raise ValueError(
@@ -104,7 +102,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 def check_gradients(*arguments: Any) -> None:
     """Refuse arguments that require a gradient."""
-    if differentiates(*(t for t in arguments if isinstance(t, Tensor))):
+    if torch.is_grad_enabled() and differentiates(*(t for t in arguments if isinstance(t, Tensor))):
         raise NotImplementedError(NO_GRADIENT)
 
 

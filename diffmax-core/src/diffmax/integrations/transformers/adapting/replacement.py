@@ -278,9 +278,11 @@ def _attend_adapted(
     """Attention of a module to which `replace` has added alphas and scales of shape (H,)."""
     heads = getattr(module, "diffmax_heads", None)
     if heads is None:
+        layer = getattr(module, "layer_idx", None)
         raise ValueError(
-            f"diffmax attention: this {type(module).__name__} has no heads yet\n"
-            "call diffmax.integrations.transformers.replace(model); heads that are given must name every layer that runs"
+            f"diffmax attention: this {type(module).__name__}{'' if layer is None else f' of layer {layer}'} has no heads yet\n"
+            "call diffmax.integrations.transformers.replace(model); heads that are given must name every layer that runs\n"
+            "a model whose configuration was adapted through another model, which shares it, needs a call of its own"
         )
     # on another device only if the layer's parameters are moved for the call, as accelerate does
     alpha, scale = (t.to(query.device) for t in (heads.alpha, heads.scale))

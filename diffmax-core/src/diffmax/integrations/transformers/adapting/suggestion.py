@@ -41,7 +41,8 @@ def suggest_alpha(
         model: A transformers model that was trained with softmax. It is measured with softmax, whatever attn_implementation it
             has, which is restored.
         batches: A few dictionaries of the model's inputs; one of a thousand tokens is enough to begin with.
-        zeros: The share of exact zeros to reach, in (0, 1), among the keys that queries without padding see.
+        zeros: The share of exact zeros to reach, in (0, 1), among the keys that queries without padding see. Where scores are
+            so sharp that more cost nothing, there are more.
         per_head: Whether each head gets its own alpha and scale. False: one pair for the whole model.
         output: A function of the model's output and inputs that returns the tensor that must not move. Default: what the
             KL divergence of its predictions depends on, or the last hidden state of a model without logits.
