@@ -69,7 +69,7 @@ print(json.dumps([kernels_loaded, records, refusal, chosen]))
     assert chosen == "numba"
 
 
-@pytest.mark.parametrize(("operator", "checks"), [("bisect", 28), ("attention", 10), ("power_attention", 6)])
+@pytest.mark.parametrize(("operator", "checks"), [("bisect", 28), ("attention", 28), ("power_attention", 14)])
 def test_a_new_backend_is_listed_and_passes_the_selftest(run_with_plugin, tmp_path, operator, checks):
     output = run_with_plugin(
         "import sys; from diffmax.__main__ import main; sys.exit(main(['selftest', '--backend', 'acme']))",

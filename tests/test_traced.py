@@ -450,6 +450,21 @@ def test_jit_trace_of_other_packages_names(name):
     close(loaded(*others), function(*others))
 
 
+def test_jit_trace_takes_flags_that_come_of_sizes():
+    """There sizes are tensors, and so is what they are compared to; each flag stays as it was when traced."""
+
+    def function(q, k):
+        options = {"enable_gqa": q.shape[1] != k.shape[1], "is_causal": q.shape[2] > 1}
+        return attention(q, k, k, **options), diffmax.threshold_attention(q, q, q, 0.0, is_causal=q.shape[2] > 1)
+
+    def given(tokens):
+        return torch.randn(2, 4, tokens, 8), torch.randn(2, 2, tokens, 8)
+
+    loaded, others = saved_and_loaded(function, given(9)), given(23)
+    for found, wanted in zip(loaded(*others), function(*others), strict=True):
+        close(found, wanted)
+
+
 def test_fx_unpacks_what_has_two_results():
     def both(q):
         out, stats = attention(q, q, q, return_stats=True)

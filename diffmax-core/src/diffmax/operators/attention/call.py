@@ -56,7 +56,7 @@ def build_call(
         )
     dropout_p, is_causal, scale, enable_gqa, alpha, window_size, alibi_slopes, softcap, sink = options
     query, key, value = autocast(query, key, value)
-    check_flag(name, "enable_gqa", enable_gqa)
+    enable_gqa = check_flag(name, "enable_gqa", enable_gqa)
     query, key, value, attn_mask = checks.as_heads(name, query, key, value, attn_mask, enable_gqa)
     checks.check_tensors(name, query, key, value, "BHLD")
     query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
@@ -115,7 +115,7 @@ def build_packed_call(
     query, key, value = autocast(query, key, value)
     checks.check_tensors(name, query, key, value, "THD")
     query, key, value, dropout_p, scale = checks.served(name, query, key, value, dropout_p, scale)
-    check_flag(name, "enable_gqa", enable_gqa)
+    enable_gqa = check_flag(name, "enable_gqa", enable_gqa)
     checks.check_heads(name, query.shape[1], key.shape[1], enable_gqa)
     e, e_tensor = checks.check_alpha(name, query, alpha, query.shape[1])
     left, right = checks.check_window(name, window_size, is_causal)

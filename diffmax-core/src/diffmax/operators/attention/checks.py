@@ -292,7 +292,7 @@ def check_alignment(name: str, causal_alignment: str) -> bool:
 
 def check_window(name: str, window_size: Any, is_causal: bool, argument: str = "is_causal") -> tuple[int, int]:
     """How many keys a query sees to its left and right, -1 for all."""
-    check_flag(name, argument, is_causal)
+    is_causal = check_flag(name, argument, is_causal)
     if window_size is None:
         window_size = (-1, -1)
     is_pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2

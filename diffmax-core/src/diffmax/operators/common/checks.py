@@ -48,9 +48,11 @@ def check_strided(name: str, what: str, t: Tensor) -> None:
 
 def check_flag(name: str, what: str, flag: Any) -> bool:
     """True or False, and nothing that happens to be true."""
-    if not isinstance(flag, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: {what} must be True or False, got {flag!r} of type {type(flag).__name__}")
-    return bool(flag)
+    if isinstance(flag, (bool, torch.SymBool)):
+        return bool(flag)
+    if isinstance(flag, Tensor) and flag.dtype is torch.bool and flag.ndim == 0 and torch.jit.is_tracing():
+        return bool(flag)  # there sizes are tensors, and so is what comes of a comparison
+    raise TypeError(f"{name}: {what} must be True or False, got {flag!r} of type {type(flag).__name__}")
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
