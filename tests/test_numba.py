@@ -928,6 +928,19 @@ def test_sequences_that_are_not_there_are_refused_where_the_checks_cannot_look()
             packed(query, torch.tensor(starts, dtype=torch.int32), longest)
 
 
+def test_a_softcap_that_float32_does_not_hold_is_refused():
+    """It would be 0 to the kernels, which is none, where the reference bounds all scores by next to nothing."""
+    x = torch.randn(1, 1, 3, 4)
+    least = torch.finfo(torch.float32).tiny
+    found, wanted = (diffmax.attention(x, x, x, softcap=least, backend=name) for name in ("numba", "reference"))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, x.mean(2, keepdim=True).expand_as(x))
+    with pytest.raises(ValueError, match=r"softcap must be at least 1\.18e-38, .* got 1e-50"):
+        diffmax.attention(x, x, x, softcap=1e-50)
+    with pytest.raises(ValueError, match="softcap must be at least"):
+        diffmax.attention_with_kvcache(x, x, x, softcap=1e-39)
+
+
 def test_a_softcap_of_negative_zero_is_none():
     query, key, value = (torch.randn(1, 1, 40, 16, requires_grad=True) for _ in range(3))
     wanted, got = (
@@ -1063,3 +1076,26 @@ def test_a_cache_that_grows_by_a_token_finds_its_form_again():
     assert attention_job._form.cache_info().misses == before
     run(513)
     assert attention_job._form.cache_info().misses > before
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 200])
+def test_many_sequences_give_what_few_give(count):
+    from diffmax.kernels.numba import attention_job
+
+    assert 63 < attention_job.MANY <= 200
+    given = [torch.randn(count, 2, 3, 8, requires_grad=True) for _ in range(3)]
+    out = diffmax.attention(*given, alpha=0.6, backend="numba")
+    found = [out, *torch.autograd.grad(out.sum(), given)]
+    parts = [[t[b : b + 1].detach().requires_grad_() for t in given] for b in range(count)]
+    for b, part in enumerate(parts):
+        one = diffmax.attention(*part, alpha=0.6, backend="numba")
+        assert all(map(torch.equal, [t[b : b + 1] for t in found], [one, *torch.autograd.grad(one.sum(), part)]))
+
+    rows = [t.detach().transpose(1, 2) for t in given]
+    ends = torch.randint(1, 4, (count,), dtype=torch.int32)
+    whole = diffmax.attention_with_kvcache(*rows, cache_seqlens=ends, alpha=0.6, backend="numba")
+    for b in range(count):
+        one = diffmax.attention_with_kvcache(
+            *(t[b : b + 1] for t in rows), cache_seqlens=ends[b : b + 1], alpha=0.6, backend="numba"
+        )
+        assert torch.equal(whole[b : b + 1], one)

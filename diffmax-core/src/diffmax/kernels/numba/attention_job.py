@@ -38,6 +38,8 @@ LEAST_ROWS = 16
 DIRECT_ROWS = 8
 # Of few queries there is room for a multiple of so many keys: a sequence that grows by a token finds its form again.
 STEP = 256
+# So many sequences are quicker in an array than in a list.
+MANY = 64
 # Scratch memory that is never too much.
 LEAST_BYTES = 1 << 30
 # A thread that finishes first takes more: tasks are shared out in this many chunks per thread.
@@ -177,16 +179,26 @@ class Job:
         """In how many its tasks are shared out."""
         return 1 if self.threads == 1 else self.threads * CHUNKS_PER_THREAD
 
-    def tasks_of_forward(self) -> list[int]:
+    def tasks_of_forward(self) -> list[int] | Table:
         """How many tasks each sequence has: a tile of a head's queries is one."""
-        return [-(-length // TILE) * self.heads for length in self.table[Sequence.length :: N_COLUMNS]]
+        lengths = self.table[Sequence.length :: N_COLUMNS]
+        if isinstance(lengths, list):
+            return [-(-length // TILE) * self.heads for length in lengths]
+        return -(-lengths // TILE) * self.heads
 
-    def run(self, name: str, tasks_of: list[int], chunks: int = 0) -> None:
+    def run(self, name: str, tasks_of: list[int] | Table, chunks: int = 0) -> None:
         """Run a kernel, with so many tasks for each sequence, in so many chunks; 0: as many as serve."""
-        words, table, total = self.words, self.table, sum(tasks_of)
+        words, table = self.words, self.table
+        if isinstance(table, list):
+            total = sum(tasks_of)
+            table[Sequence.first_task :: N_COLUMNS] = itertools.accumulate(tasks_of[:-1], initial=0)
+            rows = array("q", table).tobytes()
+        else:
+            total = int(np.sum(tasks_of))
+            table[Sequence.first_task :: N_COLUMNS] = np.cumsum(tasks_of) - tasks_of
+            rows = table.tobytes()
         if total == 0:
             return
-        table[Sequence.first_task :: N_COLUMNS] = itertools.accumulate(tasks_of[:-1], initial=0)
         kernel, address = _kernel(self.makers[name], self.acc)
         chunk, slot_bytes = -(-total // (chunks or self.chunks())), words[Word.slot_bytes]
         threads = 1
@@ -196,7 +208,7 @@ class Job:
             threads = min(self.threads, -(-total // chunk), max(1, most_bytes // slot_bytes))
         memory = take(threads * slot_bytes + BYTES)
         words[Word.stop], words[Word.chunk], words[Word.memory] = total, chunk, _multiple(memory.data_ptr(), BYTES)
-        run_packed(name, kernel, address, WORDS.pack(*words) + array("q", table).tobytes(), threads, total)
+        run_packed(name, kernel, address, WORDS.pack(*words) + rows, threads, total)
         leave(memory)
 
 
@@ -345,9 +357,9 @@ def _steps(t: Tensor) -> list[int]:
 
 
 class Sequences(NamedTuple):
-    """The table of sequences, row by row; room for the keys of one; the most queries; and all pairs of a query and a key."""
+    """The table of sequences, row by row, of many as an array; room for the keys of one; the most queries; all pairs."""
 
-    table: list[int]
+    table: list[int] | Table
     keys: int
     length: int
     pairs: int
@@ -369,15 +381,16 @@ def _sequences(query: Tensor, key: Tensor, call: AttentionCall) -> Sequences:
         Sequence.tile_at: starts_q[:-1] // TILE + np.arange(count),
         Sequence.number: np.arange(count),
     }
-    table = np.zeros((count, N_COLUMNS), np.int64)
+    table = np.zeros(count * N_COLUMNS, np.int64)
     for column, numbers in columns.items():
-        table[:, column] = numbers
-    return Sequences(table.ravel().tolist(), int(keys.max(initial=0)), int(lengths.max(initial=0)), int((lengths * keys).sum()))
+        table[column::N_COLUMNS] = numbers
+    return Sequences(table, int(keys.max(initial=0)), int(lengths.max(initial=0)), int((lengths * keys).sum()))
 
 
 def sequences_of(keys: Numbers, key_at: Numbers, key_batch: Numbers, length: int) -> Sequences:
     """Sequences of `length` queries each: how many keys each has, where they begin, and in which row of the batch."""
-    table = [0] * (len(keys) * N_COLUMNS)
+    count = len(keys)
+    table: list[int] | Table = [0] * (count * N_COLUMNS) if count < MANY else np.zeros(count * N_COLUMNS, np.int64)
     for column, numbers in (
         (Sequence.length, [length] * len(keys)),
         (Sequence.batch, range(len(keys))),

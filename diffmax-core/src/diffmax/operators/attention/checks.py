@@ -30,6 +30,9 @@ from diffmax.operators.common.numerics import accumulation_dtype
 
 ALIGNMENTS = ("upper_left", "lower_right")
 
+# Kernels compute in float32: a bound that it does not hold would be none.
+_LEAST_CAP = torch.finfo(torch.float32).tiny
+
 
 def check_tensors(name: str, query: Tensor, key: Tensor, value: Tensor, layout: str) -> None:
     """Check types, dtypes, devices and shapes; `layout` is the axes' names, such as "BHLD"."""
@@ -230,6 +233,10 @@ def check_softcap(name: str, softcap: float) -> float:
         softcap = to_float(softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap must be positive and finite, or 0 for none, got {softcap}")
+    if 0 < softcap < _LEAST_CAP:
+        raise ValueError(
+            f"{name}: softcap must be at least {_LEAST_CAP:.3g}, the least that float32 holds, or 0 for none, got {softcap}"
+        )
     return softcap
 
 

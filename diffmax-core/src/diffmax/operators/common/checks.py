@@ -50,7 +50,7 @@ def check_flag(name: str, what: str, flag: Any) -> bool:
     """True or False, and nothing that happens to be true."""
     if isinstance(flag, (bool, torch.SymBool)):
         return bool(flag)
-    if isinstance(flag, Tensor) and flag.dtype is torch.bool and flag.ndim == 0 and torch.jit.is_tracing():
+    if isinstance(flag, Tensor) and flag.dtype is torch.bool and flag.ndim == 0 and torch._C._get_tracing_state() is not None:
         return bool(flag)  # there sizes are tensors, and so is what comes of a comparison
     raise TypeError(f"{name}: {what} must be True or False, got {flag!r} of type {type(flag).__name__}")
 
