@@ -189,16 +189,15 @@ class Job:
     def run(self, name: str, tasks_of: list[int] | Table, chunks: int = 0) -> None:
         """Run a kernel, with so many tasks for each sequence, in so many chunks; 0: as many as serve."""
         words, table = self.words, self.table
+        total = sum(tasks_of) if isinstance(table, list) else int(np.sum(tasks_of))
+        if total == 0:
+            return
         if isinstance(table, list):
-            total = sum(tasks_of)
             table[Sequence.first_task :: N_COLUMNS] = itertools.accumulate(tasks_of[:-1], initial=0)
             rows = array("q", table).tobytes()
         else:
-            total = int(np.sum(tasks_of))
             table[Sequence.first_task :: N_COLUMNS] = np.cumsum(tasks_of) - tasks_of
             rows = table.tobytes()
-        if total == 0:
-            return
         kernel, address = _kernel(self.makers[name], self.acc)
         chunk, slot_bytes = -(-total // (chunks or self.chunks())), words[Word.slot_bytes]
         threads = 1
