@@ -208,7 +208,12 @@ new4, table4 = torch.zeros(2, 1, 2, 8), torch.zeros(2, 3, dtype=torch.int32)
         ((q4, cache4, cache4 + 0, new4, new4[:, :, :1]), {}, ValueError, "v must have shape"),
         ((q4, cache4, cache4, new4, new4), {}, ValueError, "must be two tensors where k and v are appended"),
         ((q4, cache4[:1], cache4[:1]), {}, ValueError, "a row for each sequence, got 1 for 2"),
-        ((q4, cache4, cache4), {"cache_seqlens": 31}, ValueError, "fit into the cache's 30 tokens, got 31"),
+        (
+            (q4, cache4, cache4),
+            {"cache_seqlens": 31},
+            ValueError,
+            r"fit into the cache's 30 tokens, got 31\nmake the caches longer",
+        ),
         ((q4, cache4, cache4), {"cache_seqlens": -1}, ValueError, "at least 0"),
         ((q4, cache4, cache4 + 0, new4, new4), {"cache_seqlens": 30}, ValueError, "fit with 1 new ones"),
         ((q4, cache4, cache4 + 0, new4, new4), {"cache_seqlens": None}, ValueError, "with k and v, cache_seqlens must say"),

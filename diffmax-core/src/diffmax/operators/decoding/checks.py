@@ -136,7 +136,10 @@ def _check_room(name: str, least: int, most: int, room: int, new: int) -> None:
     if least < 0 or most + new > room:
         got = f"{least}" if least < 0 else f"{most}"
         added = f" with {new} new ones" if new else ""
-        raise ValueError(f"{name}: cache_seqlens must be at least 0, and fit{added} into the cache's {room} tokens, got {got}")
+        hint = "" if least < 0 else "\nmake the caches longer, with block_table by more pages, or keep fewer tokens"
+        raise ValueError(
+            f"{name}: cache_seqlens must be at least 0, and fit{added} into the cache's {room} tokens, got {got}{hint}"
+        )
 
 
 def _check_index(name: str, what: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
