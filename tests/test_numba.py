@@ -408,9 +408,10 @@ def test_threads_change_no_bit_and_are_as_many_as_torchs(rows, n, on_torchs, mon
 
     def spy(kernel, address, job, count):
         counts.append(count)
-        threads.run_on_threads(kernel, address, job, count)
+        run_on_threads(kernel, address, job, count)
 
-    monkeypatch.setattr(numba_rows, "run_on_threads", spy)
+    run_on_threads = threads.run_on_threads
+    monkeypatch.setattr(threads, "run_on_threads", spy)
     results = {}
     before = torch.get_num_threads()
     try:
@@ -512,7 +513,7 @@ def test_without_torchs_openmp_there_are_threads_all_the_same(monkeypatch):
 def test_a_thread_without_memory_is_an_error_and_no_silent_result(monkeypatch):
     monkeypatch.setattr(numba_rows, "_kernel", lambda name, dtype: (lambda job: 0, 0))
     monkeypatch.setattr(numba_rows, "_small_plan", lambda *call: (lambda job: 0, 1, 0))
-    monkeypatch.setattr(numba_rows, "run_on_threads", lambda *job: None)
+    monkeypatch.setattr(threads, "run_on_threads", lambda *job: None)
     for count in (1, 1000):
         for x in (torch.randn(count, 400), torch.randn(400, count).T):
             with pytest.raises(MemoryError, match="no memory to solve rows of 400 entries"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmax.kernels.cpu import decoding
-from diffmax.kernels.numba.attention_job import COMPUTING, KINDS, THREAD_PRODUCTS, Table, _kernel, _multiple
+from diffmax.kernels.numba.attention_job import COMPUTING, KINDS, THREAD_PRODUCTS, Table, _in_rows, _kernel, _multiple
 from diffmax.kernels.numba.rounded import N_WORDS, SOME, TOGETHER, Word, make_rounded
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
@@ -78,11 +78,6 @@ def attend(
     words[Word.stride], slot_bytes, words[Word.scores :] = _layout(acc.itemsize, *sizes)
     _run(words, acc, batch * kv_heads, slot_bytes, sum(ends) * length * heads * head_dim)
     return KVCacheResults(out, m, delta, support, read)
-
-
-def _in_rows(t: Tensor) -> Tensor:
-    """Whose last dimension lies side by side."""
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
 def _run(words: Table, acc: torch.dtype, tasks: int, slot_bytes: int, products: int) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffmax import reference
 from diffmax.kernels.cpu.rows import from_rows
-from diffmax.kernels.numba.jobs import BACKWARD_JOB, DONE, FORWARD_JOB, compiled
-from diffmax.kernels.numba.threads import Kernel, run_on_threads
+from diffmax.kernels.numba.jobs import BACKWARD_JOB, FORWARD_JOB, compiled
+from diffmax.kernels.numba.threads import Kernel, run_bytes
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import accumulation_dtype, integer_exponent, newton_steps
 
@@ -158,12 +158,7 @@ def run(name: str, dtype: torch.dtype, layout: Struct, n_rows: int, n: int, *wor
     threads = torch.get_num_threads() if n_rows * n >= 2 * THREAD_ELEMENTS else 1
     chunk = n_rows if threads == 1 else _chunk(n_rows, n, threads)
     job = layout.pack(0, 0, n_rows, chunk, *words)
-    if chunk >= n_rows:
-        done = kernel(job)
-    else:
-        shared = ctypes.create_string_buffer(job)
-        run_on_threads(kernel, address, ctypes.addressof(shared), threads)
-        done = int(layout.unpack_from(shared)[DONE])
+    done = run_bytes(kernel, address, job, 1 if chunk >= n_rows else threads)
     if done != n_rows:
         raise MemoryError(_NO_MEMORY.format(n))
 

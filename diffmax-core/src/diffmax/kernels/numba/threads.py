@@ -84,14 +84,19 @@ def leave(memory: Tensor) -> None:
         _left.append(memory)
 
 
+def run_bytes(kernel: Kernel, address: int, job: bytes, threads: int) -> int:
+    """Run a job that is not looked at afterwards; how many of its tasks were done."""
+    if threads == 1:
+        return kernel(job)
+    shared = ctypes.create_string_buffer(job)
+    run_on_threads(kernel, address, ctypes.addressof(shared), threads)
+    done: int = _WORD.unpack_from(shared, 8 * DONE)[0]
+    return done
+
+
 def run_packed(name: str, kernel: Kernel, address: int, job: bytes, threads: int, tasks: int) -> None:
     """As `run_job`, of a job that is not looked at afterwards."""
-    if threads == 1:
-        done = kernel(job)
-    else:
-        shared = ctypes.create_string_buffer(job)
-        run_on_threads(kernel, address, ctypes.addressof(shared), threads)
-        (done,) = _WORD.unpack_from(shared, 8 * DONE)
+    done = run_bytes(kernel, address, job, threads)
     if done != tasks:
         raise RuntimeError(f"diffmax: the {name} kernel did {done} of {tasks} tasks")
 
