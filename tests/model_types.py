@@ -370,17 +370,28 @@ def _refusal(message):
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-_HEAD = """# Models of transformers
+HEAD = """# Models of transformers
 
 What `attn_implementation="diffmax"` does with each type of model in transformers {version}, after `register()`. The table is
-made by `python tests/model_types.py` and held by `tests/test_model_types.py`: of each type a small random model is built, once
-with eager attention and once with diffmax. **Served** means that at alpha = 1 outputs and gradients equal those of eager
-attention, without padding and with it, and that alpha = 0.5 changes them. All others are refused with the reason, and none is
-changed in silence. A refused part of a larger model can be left as it is, by a dictionary:
-`attn_implementation={{"text_config": "diffmax", "vision_config": "eager"}}`.
+made by `python tests/model_types.py` and held by `tests/test_model_types.py`: of each type a small random model is built,
+once with eager attention and once with diffmax. **Served** means that at alpha = 1 outputs and gradients equal those of
+eager attention, without padding and with it, and that alpha = 0.5 changes them. All others are refused with the reason, and
+none is changed in silence. A refused part of a larger model can be left as it is, by a dictionary:
+`attn_implementation={{"text_config": "diffmax", "vision_config": "eager"}}`. With another version of transformers, from 5.0
+on, a type may be served or refused that is not here; none is changed in silence there either.
+
+`save_pretrained` does not write which attention a model had, so `from_pretrained` without `attn_implementation="diffmax"`
+gives the model with softmax, and nothing warns of it. Pass it, and call `register` with the same alpha, wherever the model
+is loaded. A model whose heads were set by `replace` keeps them in its configuration, and loads as it was where
+`diffmax.integrations.transformers` is imported; it refuses another alpha.
 
 Types that take images or sound beside text are tried with what they take at the least, often text alone; their towers have
 rows of their own, and a tower that is refused is refused in the larger model too, when it first runs.
+
+Some of transformers' own code gives a loaded model another attention. That is refused too:
+`generate(return_token_timestamps=True)` of Whisper, with the pipeline's `return_timestamps="word"`, and continuous batching
+where FlashAttention is installed. Your own `model.config._attn_implementation = "sdpa"` warns;
+`model.set_attn_implementation("sdpa")` is the way to ask for it.
 
 Models that are served also generate the same words and train to the same losses as with eager attention: static, sliding and
 chunked caches, left padding, packed rows, speculative decoding, `torch.compile`, the `Trainer` with gradient checkpointing,
@@ -424,7 +435,7 @@ def page(tried, untried):
         for text in dict.fromkeys(answers.values()):
             rows.append((model_type, ", ".join(task for task, given in answers.items() if given == text), text))
     kinds = [next(iter(answers.values())).partition(" ")[0].strip(":,") for answers in tried.values()]
-    head = _HEAD.format(
+    head = HEAD.format(
         version=transformers.__version__,
         served=kinds.count("served"),
         refused=kinds.count("refused"),

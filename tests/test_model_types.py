@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: E402
 
-from tests.model_types import PAGE, UnbuiltError, answer, tasks_of  # noqa: E402
+from tests.model_types import HEAD, PAGE, UnbuiltError, answer, tasks_of  # noqa: E402
 
 pytestmark = pytest.mark.sampled(38)
 
@@ -59,3 +59,13 @@ def test_the_page_has_every_type_and_enough_of_them_are_tried():
     assert sum(counted) == len(tried)
     assert counted[0] >= 300
     assert "WRONG" not in TEXT
+
+
+def test_the_page_begins_as_it_is_written():
+    """So that a page made again loses nothing that was written into it by hand."""
+    version = re.search(r"in transformers ([\w.]+),", TEXT)[1]
+    counted = re.search(
+        r"^(\d+) types are served, (\d+) refused, (\d+) have no attention; (\d+) were", TEXT, re.MULTILINE
+    ).groups()
+    names = "served", "refused", "none", "untried"
+    assert TEXT.startswith(HEAD.format(version=version, **dict(zip(names, counted, strict=True))))

@@ -253,6 +253,125 @@ def refused(words):
     return pytest.raises(ValueError, match=words)
 
 
+class Sometimes(Asking):
+    """Attention, and another that only runs where the input asks for it."""
+
+    def __init__(self, config, other):
+        super().__init__(config)
+        self.other = other(config)
+
+    def forward(self, x, mask=None, image=False, **kwargs):
+        x = super().forward(x, mask, **kwargs)
+        return x + self.other(x, mask) if image else x
+
+
+class AskingAttention(Asking):
+    """In order, by a name that is looked at."""
+
+
+def sometimes(other, name="diffmax"):
+    return model_of(lambda config: Sometimes(config, other), name=name)
+
+
+@pytest.mark.parametrize("how", ["softmax", "torch's module"])
+def test_a_part_that_does_not_run_at_first_is_checked_when_it_does(how):
+    model = sometimes(lambda config: Softmax(config, how))
+    model(IDS)
+    model(IDS)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False), model):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="Model asks for its attention function, and also computes softmax itself, in"):
+                twin(IDS, image=True)
+        twin(IDS)
+    kept = sometimes(lambda config: Softmax(config, how), "diffmax-partial")
+    kept(IDS)
+    kept(IDS, image=True)
+
+
+def test_a_part_that_does_not_run_at_first_may_be_in_order():
+    model = sometimes(AskingAttention)
+    model(IDS)
+    other = model.layers[0].other
+    assert other._forward_pre_hooks
+    with torch.no_grad():
+        wanted = model(IDS, image=True)[0]
+    assert not other._forward_pre_hooks
+    assert not other._forward_hooks
+    torch.testing.assert_close(model(IDS, image=True)[0], wanted)
+    compiled = torch.compile(sometimes(AskingAttention), backend="eager")
+    assert torch.isfinite(compiled(IDS, image=True)[0]).all()
+
+
+def from_transformers(code, **given):
+    """Run code as if transformers did."""
+    exec(code, {"__name__": "transformers.models.some.generation_some", **given})
+
+
+def test_transformers_does_not_change_the_attention_of_a_model_unasked():
+    model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="diffmax")
+    before = model(IDS).logits
+    for code in ('m.config._attn_implementation = "eager"', 'm.set_attn_implementation("eager")'):
+        with pytest.raises(ValueError, match=r'LlamaFor.* must keep its attention, got "eager" from transformers\.models'):
+            from_transformers(code, m=model)
+        assert model.config._attn_implementation == "diffmax"
+    assert torch.equal(model(IDS).logits, before)
+    with pytest.warns(UserWarning, match='got "sdpa" from .*\n.* call model.set_attn_implementation') as caught:
+        model.config._attn_implementation = "sdpa"
+    assert caught[0].filename == __file__
+    model.set_attn_implementation("diffmax")
+    model.set_attn_implementation("sdpa")  # as asked
+    from_transformers('m.set_attn_implementation("eager")', m=model)
+    from_transformers('m.config._attn_implementation = "sdpa"', m=model)
+    shared = LlamaConfig(**SIZES, attn_implementation="diffmax")
+    from_transformers('c._attn_implementation = "eager"', c=shared)  # no model has it
+
+
+def test_an_assignment_is_checked_as_the_method_is():
+    model = model_of(lambda config: Softmax(config, "softmax"), name="eager")
+    model(IDS)
+    model.config._attn_implementation = "diffmax"
+    with pytest.raises(ValueError, match="without a call"):
+        model(IDS)
+    config = transformers.BloomConfig(hidden_size=16, n_head=2, n_layer=1, vocab_size=31)
+    bloom = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with refused("BloomForCausalLM computes its attention itself|BloomModel computes its attention itself"):
+        bloom.config._attn_implementation = "diffmax"
+
+
+def test_token_timestamps_do_not_bring_softmax_back():
+    config = transformers.WhisperConfig(
+        vocab_size=60,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    model = transformers.WhisperForConditionalGeneration._from_config(config, attn_implementation="diffmax").eval()
+    model.generation_config.alignment_heads = [[0, 1]]
+    model.generation_config.no_timestamps_token_id = 50
+    model.generation_config.is_multilingual = False
+    sound = torch.randn(1, 8, 40)
+    model.generate(sound, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"WhisperFor.* must keep its attention.*\n.* without return_token_timestamps"):
+        model.generate(sound, max_new_tokens=2, return_token_timestamps=True)
+    assert model.config._attn_implementation == "diffmax"
+
+
 def test_a_class_that_never_reads_the_interface_is_refused_when_loaded_and_when_changed():
     config = {**SIZES, "hidden_size": 16, "n_head": 2, "n_layer": 1, "seq_length": 32}
     with refused("BloomForCausalLM computes its attention itself and would keep softmax\n.*modeling_bloom, does not read"):

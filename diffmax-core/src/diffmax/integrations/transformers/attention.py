@@ -41,7 +41,9 @@ _BOOKKEEPING = {
     "use_cache",
 }
 
-_WHAT_TO_DO = {"cache": "continuous batching keeps its own paged cache: call model.generate instead"}
+_WHAT_TO_DO = dict.fromkeys(
+    ("cache", "logits_indices"), "continuous batching keeps its own paged cache: call model.generate instead"
+)
 
 
 def register(name: str = "diffmax", alpha: ModelAlpha = 0.9, *, scale: ModelScale = 1.0, partial: bool = False) -> None:

@@ -3,7 +3,10 @@
 transformers accepts any registered name for any model. A class that computes attention itself then keeps softmax, or worse:
 it calls the registered mask function, and misinterprets the result. Two checks find such models. First, the source of a class
 must read ALL_ATTENTION_FUNCTIONS. Second, during the first forward pass, three things are traced back to their module: a
-softmax whose result enters a product, a softmax in a class named after attention, and a call of torch's own attention.
+softmax whose result enters a product, a softmax in a class named after attention, and a call of torch's own attention. A module
+that may compute attention and did not run then, as a projector without an image, is checked when it first runs.
+
+And a model that was checked does not get softmax back unasked: transformers changes the attention of some models itself.
 """
 
 from __future__ import annotations
@@ -37,10 +40,12 @@ class _Registration:
 
 
 _registered: dict[str, _Registration] = {}
+_built: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all of transformers' models since `watch` was first called
 _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # their first forward pass was checked
 _watched: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = (
     weakref.WeakKeyDictionary()
 )  # their first forward pass is not checked yet
+_late: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = weakref.WeakKeyDictionary()  # as `_watched`
 _current = threading.local()
 
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|AttentionInterface")
@@ -56,6 +61,12 @@ _FUSED = (
 )
 _SOFTMAX = ("softmax", "_softmax", "log_softmax", "softmin")
 _SOFTMAX_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)  # the module that calls them is named instead
+_MAY_ATTEND = re.compile(r"softmax|scaled_dot_product_attention|MultiheadAttention")
+# What to do where transformers' own code would change the attention: by the module that does it.
+_UNASKED = {
+    "transformers.generation.continuous_batching": "continuous batching keeps its own paged cache: call model.generate instead",
+    "transformers.models.whisper": "call generate without return_token_timestamps, pipelines without return_timestamps='word'",
+}
 _PRODUCTS = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "linear", "tensordot", "__matmul__", "__rmatmul__")
 
 
@@ -68,6 +79,7 @@ def watch(name: str, label: str | None = None, partial: bool | None = False) -> 
     if hasattr(kind, "_diffmax_checked"):
         return
     kind._diffmax_checked = True
+    _watch_assignments(transformers.PreTrainedConfig)
     choose, change = kind.get_correct_attn_implementation, kind.set_attn_implementation
 
     @functools.wraps(choose)
@@ -75,6 +87,7 @@ def watch(name: str, label: str | None = None, partial: bool | None = False) -> 
         if requested_attention is None and NAME in _registered and heads_of(self.config):
             requested_attention = NAME  # whose first forward pass raises where the heads are not given to the model
         chosen = choose(self, requested_attention, *args, **kwargs)
+        _built.add(self)
         if chosen in _registered:
             _refuse_class(self.__class__, chosen)
             _watch_first_forward(self)
@@ -86,6 +99,11 @@ def watch(name: str, label: str | None = None, partial: bool | None = False) -> 
             for part in self.modules():
                 if isinstance(part, kind):
                     _refuse_class(part.__class__, attn_implementation)
+        elif isinstance(attn_implementation, str):
+            current = self.config._attn_implementation
+            asks, _ = _who_asks()
+            if current in _registered and asks.startswith("transformers."):
+                raise ValueError(_unasked(type(self).__name__, current, attn_implementation, asks))
         result = change(self, attn_implementation, *args, **kwargs)
         if isinstance(attn_implementation, dict):
             _refuse_unchanged(self.config, attn_implementation)
@@ -97,6 +115,76 @@ def watch(name: str, label: str | None = None, partial: bool | None = False) -> 
 
     kind.get_correct_attn_implementation = choose_checked
     kind.set_attn_implementation = change_checked
+
+
+def _watch_assignments(kind: Any) -> None:
+    """Check what is assigned to `config._attn_implementation`, which has the same effect on a model as its method."""
+    assigned: Any = kind._attn_implementation
+    nested = threading.local()
+
+    @functools.wraps(assigned.fset)
+    def assign_checked(config: Any, value: Any) -> None:
+        if getattr(nested, "inside", False):
+            assigned.fset(config, value)
+            return
+        before = {id(part): (part, getattr(part, "_attn_implementation_internal", None)) for part in _all_parts(config)}
+        nested.inside = True
+        try:
+            assigned.fset(config, value)
+        finally:
+            nested.inside = False
+        changed = [(part, old) for part, old in before.values() if part._attn_implementation_internal != old]
+        for part, old in changed:
+            new = part._attn_implementation_internal
+            models: list[Any] = []
+            if old in _registered or new in _registered:
+                models = [model for model in list(_built) if model.config is part]
+            if models and new in _registered:
+                for model in models:
+                    _refuse_class(model.__class__, str(new))
+                    _verified.discard(model)
+                    _watch_first_forward(model)
+            elif models:
+                asks, depth = _who_asks()
+                whole = max(models, key=lambda model: len(list(model.modules())))
+                message = _unasked(type(whole).__name__, old, new, asks)
+                if asks.startswith("transformers."):
+                    for other, what in before.values():
+                        other._attn_implementation_internal = what
+                    raise ValueError(message)
+                warnings.warn(message, stacklevel=depth)
+
+    kind._attn_implementation = assigned.setter(assign_checked)
+
+
+def _all_parts(config: Any) -> Iterator[Any]:
+    yield config
+    for part in parts_of(config).values():
+        yield from _all_parts(part)
+
+
+def _who_asks() -> tuple[str, int]:
+    """The Python module whose code changes an attention implementation, and how many calls further out that is."""
+    frame, depth = inspect.currentframe(), 0
+    while frame is not None:
+        where = str(frame.f_globals.get("__name__"))
+        on_the_way = frame.f_code.co_name in ("__setattr__", "__strict_setattr__")  # the second is huggingface_hub's
+        if where not in (__name__, "transformers.configuration_utils") and not on_the_way:
+            return where, depth
+        frame, depth = frame.f_back, depth + 1
+    return "", depth
+
+
+def _unasked(model: str, old: Any, new: Any, asks: str) -> str:
+    action = f'load this model with attn_implementation="{new}" for what needs it'
+    if not asks.startswith("transformers."):
+        action = f'to choose it, call model.set_attn_implementation("{new}") instead of assigning it'
+    for where, known in _UNASKED.items():
+        action = known if asks.startswith(where) else action
+    return (
+        f'{_registered[old].label}: {model} must keep its attention, got "{new}" from {asks}, '
+        f"which would compute other weights from then on\n{action}"
+    )
 
 
 def called() -> None:
@@ -184,6 +272,7 @@ class _Run:
     mode: _Softmaxes
     calls: int = 0
     inside: list[nn.Module] = field(default_factory=list)
+    idle: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # what may compute attention, until it runs
 
 
 class _Softmaxes(TorchFunctionMode):
@@ -275,8 +364,29 @@ def _begin(model: Any, _: Any) -> None:
     if run is not None:
         run.inside.append(model)
     elif model not in _verified and model.config._attn_implementation in _registered:
-        _current.run = _Run(model, _Softmaxes())
-        _current.run.mode.__enter__()
+        run = _current.run = _Run(model, _Softmaxes())
+        for module in model.modules():
+            if _may_attend(module.__class__):
+                run.idle[module] = module.register_forward_pre_hook(lambda module, _: _runs(run, module))
+        run.mode.__enter__()
+
+
+def _runs(run: _Run, module: nn.Module) -> None:
+    handle = run.idle.pop(module, None)
+    if handle is not None:
+        handle.remove()
+
+
+@functools.cache
+def _may_attend(kind: type) -> bool:
+    """Whether a class, no model of its own, may compute attention: by its name and source."""
+    from transformers import PreTrainedModel
+
+    if issubclass(kind, PreTrainedModel):
+        return False
+    if issubclass(kind, nn.MultiheadAttention) or _ATTENTION_NAME.search(kind.__name__):
+        return True
+    return bool(_MAY_ATTEND.search(_classes(kind.__module__).get(kind.__name__, "")))
 
 
 def _end(model: Any, _: Any, output: Any) -> None:
@@ -300,26 +410,69 @@ def _end(model: Any, _: Any, output: Any) -> None:
             f'without a call\n{does}: load this model with attn_implementation="eager"'
         )
     if run.mode.softmax_in and _registered[name].partial is None:
-        warnings.warn(
-            f"{_registered[name].label}: {type(model).__name__} keeps softmax in {', '.join(run.mode.softmax_in)}, "
-            "which computes it itself",
-            stacklevel=2,
-        )
+        warnings.warn(_keeps(name, type(model).__name__, run.mode), stacklevel=2)
     elif run.mode.softmax_in and not _registered[name].partial:
-        raise ValueError(
-            f"{_registered[name].label}: {type(model).__name__} asks for its attention function, and also computes softmax "
-            f"itself, in {', '.join(run.mode.softmax_in)}\n"
-            "to have softmax there and diffmax elsewhere, write register(..., partial=True)"
-        )
+        raise ValueError(_also(name, type(model).__name__, run.mode))
     for seen in (model, *run.inside):
         _verified.add(seen)
         for hook in _watched.pop(seen, []):
+            hook.remove()
+    if not _registered[name].partial:
+        for module in run.idle:
+            _Late(name, type(model).__name__).watch(module)
+
+
+def _keeps(name: str, model: str, mode: _Softmaxes) -> str:
+    return f"{_registered[name].label}: {model} keeps softmax in {', '.join(mode.softmax_in)}, which computes it itself"
+
+
+def _also(name: str, model: str, mode: _Softmaxes) -> str:
+    return (
+        f"{_registered[name].label}: {model} asks for its attention function, and also computes softmax itself, in "
+        f"{', '.join(mode.softmax_in)}\nto have softmax there and diffmax elsewhere, write register(..., partial=True)"
+    )
+
+
+class _Late:
+    """The hooks of a module that did not run in its model's first forward pass."""
+
+    def __init__(self, name: str, model: str) -> None:
+        self.name, self.model, self.is_checked = name, model, False
+
+    def watch(self, module: nn.Module) -> None:
+        """Check the module when it first runs."""
+        _late[module] = [
+            module.register_forward_pre_hook(self.begin, prepend=True),
+            module.register_forward_hook(self.end, always_call=True),
+        ]
+
+    def begin(self, module: Any, _: Any) -> None:
+        if not (self.is_checked or is_traced()) and getattr(_current, "run", None) is None:
+            _current.run = _Run(module, _Softmaxes())
+            _current.run.mode.__enter__()
+
+    def end(self, module: Any, _: Any, output: Any) -> None:
+        run = None if is_traced() else getattr(_current, "run", None)
+        if run is None or run.model is not module:
+            return
+        _stop(run)
+        if output is None:
+            return
+        registration = _registered[self.name]
+        if run.mode.softmax_in and registration.partial is not None:
+            raise ValueError(_also(self.name, self.model, run.mode))
+        if run.mode.softmax_in:
+            warnings.warn(_keeps(self.name, self.model, run.mode), stacklevel=2)
+        self.is_checked = True
+        for hook in _late.pop(module, []):
             hook.remove()
 
 
 def _stop(run: _Run) -> None:
     _current.run = None
     run.mode.__exit__(None, None, None)
+    for handle in run.idle.values():
+        handle.remove()
 
 
 def _is_running(model: nn.Module) -> bool:
