@@ -29,6 +29,7 @@ from diffmax.kernels.numba.attention_words import (
     whole_numbers,
     words_of,
 )
+from diffmax.kernels.numba.functions import TINY
 from diffmax.kernels.numba.gradient import slopes_and_weights
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.one_row import (
@@ -64,6 +65,7 @@ from diffmax.kernels.numba.simd import (
     array_at,
     bits,
     count_bits,
+    larger,
     load,
     places,
     select,
@@ -83,17 +85,26 @@ WORD_BITS = 32
 
 
 @jitable
-def slopes_of(z, slopes, length, delta, e, integer):
-    """Write p^alpha of a row from z, as the backward does: a weight's small error is a large one beside a small [z - t]."""
-    width = places(z)
-    exponent, result = splat(z, e), 0.0
-    k = 1.0 / exponent
+def slopes_of(z, weights, slopes, length, delta, e, integer):
+    """Write p^alpha of a row; returns their sum.
+
+    For small exponents from z, as the backward does: a weight's small error is a large one beside a small [z - t].
+    """
+    width, result = places(z), 0.0
     for block in range(0, length, 1024):
-        part = splat(z, 0.0)
-        for i in range(block, min(block + 1024, length), width):
-            slope = slopes_and_weights(load(z, i) - delta, exponent, k, integer)[0]
-            store(slopes, i, slope)
-            part = part + slope
+        part, stop = splat(z, 0.0), min(block + 1024, length)
+        if integer == 0 and e < 0.25:
+            for i in range(block, stop, width):
+                slope = load(weights, i) / larger(load(z, i) - delta + 1.0, TINY)
+                store(slopes, i, slope)
+                part = part + slope
+        else:
+            exponent = splat(z, e)
+            k = 1.0 / exponent
+            for i in range(block, stop, width):
+                slope = slopes_and_weights(load(z, i) - delta, exponent, k, integer)[0]
+                store(slopes, i, slope)
+                part = part + slope
         result += total(part)
     return result
 
@@ -232,21 +243,21 @@ def solve_row(words, numbers, memory, x, found, r, top, e, here, values, value_s
     n, stride, keeps = here.n, words[Word.stride], words[Word.u] != 0
     z = floats(words, memory, Word.z, 0, stride, computing)
     weights = floats(words, memory, Word.weights, 0, stride, computing)
-    reciprocals = floats(words, memory, Word.reciprocals, 0, stride, computing)
+    other = floats(words, memory, Word.other, 0, stride, computing)
     row_slopes = floats(words, memory, Word.row_slopes, 0, stride, computing)
     index = whole_numbers(words, memory, Word.index, 0, stride)
     width = places(z)
     whole = found < 0
     length = ((n if whole else found) + width - 1) // width * width
-    tallies = scaled(x, n, top, e, z) if whole else tallied(z, length)
-    delta, s, d = solve_alone(z, weights, reciprocals, length, tallies, e, words[Word.integer], words[Word.steps])
+    tallies = scaled(x, n, top, e, z) if whole else tallied(z, length, e)
+    delta, s, d = solve_alone(z, weights, other, length, tallies, e, words[Word.integer], words[Word.steps])
     if d != 0.0:
-        write_nudged(weights, length, weights, reciprocals, d, 1.0 / e)
+        write_nudged(weights, length, weights, z, delta, d, 1.0 / e)
     else:
         write(weights, length, weights, 1.0 / s)
     keep(words[Word.delta], here.out_row + r, delta, computing)
     if keeps:
-        norm = slopes_of(z, row_slopes, length, delta, e, words[Word.integer])
+        norm = slopes_of(z, weights, row_slopes, length, delta, e, words[Word.integer])
         floats(words, memory, Word.norms, 0, words[Word.rows], computing)[r] = norm
     if words[Word.support] != 0:
         in_sink = 1 if n > here.padded and (x[here.padded] - top) * e - delta > -1.0 else 0
@@ -278,7 +289,7 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
     norms = floats(words, memory, Word.norms, 0, words[Word.rows], computing)
     width, keeps = places(lanes), words[Word.u] != 0
     deltas, totals = solve_group(
-        list_z, weights, longest, load(lanes, 0), load(lanes, width), words[Word.integer], words[Word.steps]
+        list_z, weights, slopes, longest, load(lanes, 0), load(lanes, width), words[Word.integer], words[Word.steps]
     )
     factors = 1.0 / totals
     store(lanes, 2 * width, deltas)

@@ -296,7 +296,7 @@ def _forward_layout(sizes: _Sizes, seen: int, most_rows: int, tiles: int, copies
         "scores": rows * stride,
         "slopes": rows * stride if keeps else 0,
         "sums": (2 * rows + 1) * sizes.value_step,
-        **dict.fromkeys(("z", "weights", "reciprocals", "row_slopes", "some_weights", "some_slopes"), stride),
+        **dict.fromkeys(("z", "weights", "other", "row_slopes", "some_weights", "some_slopes"), stride),
         **dict.fromkeys(("list_z", "list_weights", "list_slopes"), max(listed, min(stride, GROUPED) * lanes)),
         "lanes": 8 * lanes,
         "norms": rows,

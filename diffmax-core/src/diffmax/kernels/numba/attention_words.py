@@ -37,7 +37,7 @@ _Words = namedtuple(
     grad_mass grad_theta grad_distances distances_share
     scale e_value softcap passed power
     panels value_panels key_rows value_rows pack_rows query_rows grad_rows scores slopes gradients capped
-    sums key_sums value_sums z weights reciprocals row_slopes some_weights some_slopes
+    sums key_sums value_sums z weights other row_slopes some_weights some_slopes
     list_z list_weights list_slopes lanes norms means row_sums
     index some list_index touched weighted dense left_rows right_rows
     """,

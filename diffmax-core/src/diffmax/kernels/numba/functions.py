@@ -9,16 +9,19 @@ from diffmax.kernels.numba.parts import jitable, part
 from diffmax.kernels.numba.simd import (
     horner,
     larger,
+    load,
     nearest_integer,
     round_shifted,
     select,
     split_exponent,
+    store,
     times_power,
 )
 
 LOG2_E = 1 / math.log(2)
 LN_2 = math.log(2)
 TINY = 2.0**-60
+NONE = -(2.0**40)  # where a logarithm is that of 0
 
 # Minimax polynomials on [sqrt(1/2) - 1, sqrt(2) - 1] and [-1/2, 1/2], highest power first, fitted by Remez's algorithm;
 # tests/test_numba.py measures their errors.
@@ -140,13 +143,23 @@ def ln(a):
 
 
 @jitable
-def power(w, k, k_log2):
-    """[1 + w]^k, 0 for w <= -1, and about 1 / (1 + w), to 0.03 %."""
-    inside = larger(w, -1.0)
-    j, scale = split_exponent(larger(inside + 1.0, TINY))
-    f = inside * scale + (scale - 1.0)
-    y = k_log2 * ln_1p(f) + k * j
-    return select(w > -1.0, exp2(y), 0.0), scale * horner(f, RECIPROCAL)
+def powers(z, p, other, start, stop, step, delta, k, k_log2):
+    """p = [1 + w]^k, 0 for w <= -1, where w = z - delta, for the vectors of z at start, start + step, ...
+
+    Three loops, `other` between them: a processor sees the next vectors while it waits for a step of this one, if the way of a
+    vector through a loop is short.
+    """
+    for i in range(start, stop, step):
+        w = load(z, i) - delta
+        inside = larger(w, -1.0)
+        j, scale = split_exponent(larger(inside + 1.0, TINY))
+        store(p, i, inside * scale + (scale - 1.0))
+        store(other, i, select(w > -1.0, k * j, NONE))
+    for i in range(start, stop, step):
+        store(p, i, k_log2 * ln_1p(load(p, i)) + load(other, i))
+    for i in range(start, stop, step):
+        y = load(p, i)
+        store(p, i, select(y > NONE / 2.0, exp2(y), 0.0))
 
 
 @jitable

@@ -142,13 +142,13 @@ def _forward(dtype, computing):
         long = apart(n + width, width)
         collects = integer != 0 and LISTED < n <= GROUPED
         lists = min(n, GROUPED if collects else LISTED) * width
-        memory = np.empty(2 * lists + 3 * long + 4 * width + PAGE // itemsize, computing)
+        memory = np.empty(3 * lists + 3 * long + 4 * width + PAGE // itemsize, computing)
         scratch = memory[first_aligned(memory, x_at) :]
         acc = scratch[:width]
         lane_count, lane_e, lane_delta, lane_factor = acc, scratch[width:], scratch[2 * width :], scratch[3 * width :]
         z, weights = scratch[4 * width :], scratch[4 * width + lists :]
-        long_z = scratch[4 * width + 2 * lists :]
-        long_weights, long_reciprocals = long_z[long:], long_z[2 * long :]
+        lists_other, long_z = scratch[4 * width + 2 * lists :], scratch[4 * width + 3 * lists :]
+        long_weights, long_other = long_z[long:], long_z[2 * long :]
         indices = np.empty(LISTED * width + long, np.int32)
         index, long_index = indices[: LISTED * width], indices[LISTED * width :]
         # rows that are solved together later, up to 2 * width, one behind the other
@@ -211,7 +211,7 @@ def _forward(dtype, computing):
                     if not 0 <= count <= LISTED:
                         delta = row_alone(
                             *(x, p, n, count, top, e, integer, steps, normalise),
-                            *(long_z, long_weights, long_reciprocals, long_index),
+                            *(long_z, long_weights, long_other, long_index),
                         )
                         keep(delta_at, row, delta, computing)
                     else:
@@ -219,7 +219,9 @@ def _forward(dtype, computing):
                         lane_count[lane] = count
                         longest = max(longest, count)
                 if longest > 0:
-                    deltas, sums = solve_group(z, weights, longest, load(lane_count, 0), load(lane_e, 0), integer, steps)
+                    deltas, sums = solve_group(
+                        z, weights, lists_other, longest, load(lane_count, 0), load(lane_e, 0), integer, steps
+                    )
                     store(lane_delta, 0, deltas)
                     store(lane_factor, 0, 1.0 / sums if normalise else sums * 0.0 + 1.0)
                     if short:

@@ -2,6 +2,7 @@
 
 import math
 
+from diffmax.kernels.numba.functions import TINY
 from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.simd import (
     append,
@@ -21,7 +22,7 @@ from diffmax.kernels.numba.simd import (
     total,
     transpose_square,
 )
-from diffmax.kernels.numba.solver import LISTED, STARTS_OF_ROWS, nudge, solve_alone, tally
+from diffmax.kernels.numba.solver import LISTED, START_OF_ROWS, nudge, solve_alone, tally
 
 DEAD = -2.0  # z of an entry that weighs nothing
 
@@ -145,14 +146,26 @@ def join(count, z, index, lists, positions, lane):
 
 
 @jitable
-def tallied(z, length):
-    """The tallies of candidates that stand side by side."""
-    zero = splat(z, 0.0)
-    tallies = (zero, zero, zero, zero, zero)
+def tallied(z, length, e):
+    """The number of candidates, and the tallies, of scores that stand side by side; their z are at most 0."""
+    count = splat(z, 0.0)
+    tallies = (count, count, count)
+    start = START_OF_ROWS * math.sqrt(e)
     for i in range(0, length, places(z)):
-        tallies = tally(load(z, i), tallies, STARTS_OF_ROWS)
-    c, c1, s1, c2, s2 = tallies
-    return total(c), total(c1), total(s1), total(c2), total(s2)
+        count, tallies = tallied_with(load(z, i), count, tallies, start)
+    return totals(count, tallies)
+
+
+@jitable
+def tallied_with(v, count, tallies, start):
+    """With the entries v."""
+    return count + select(v > -1.0, v * 0.0 + 1.0, 0.0), tally(v, tallies, start)
+
+
+@jitable
+def totals(count, tallies):
+    """Those of a row from those of the places of its vectors."""
+    return total(count), total(tallies[0]), total(tallies[1]), total(tallies[2])
 
 
 @jitable
@@ -177,7 +190,7 @@ def one_by_one(weights, rows, step, n, factor):
 
 @jitable
 def scaled(x, n, top, e, z):
-    """Write the row's z, padded to whole vectors; returns its tallies."""
+    """Write the row's z, padded to whole vectors; returns what `tallied` does."""
     width = places(z)
     padded = (n + width - 1) // width * width
     store(z, padded - width, splat(z, DEAD))
@@ -185,16 +198,16 @@ def scaled(x, n, top, e, z):
     for i in range(whole, n):
         value = (get(x, i) - top) * e
         z[i] = value if value > DEAD else DEAD
-    zero = splat(z, 0.0)
-    tallies = (zero, zero, zero, zero, zero)
+    count = splat(z, 0.0)
+    tallies = (count, count, count)
+    start = START_OF_ROWS * math.sqrt(e)
     for i in range(0, whole, width):
         v = larger((load(x, i) - top) * e, DEAD)
         store(z, i, v)
-        tallies = tally(v, tallies, STARTS_OF_ROWS)
+        count, tallies = tallied_with(v, count, tallies, start)
     if whole < n:
-        tallies = tally(load(z, whole), tallies, STARTS_OF_ROWS)
-    c, c1, s1, c2, s2 = tallies
-    return total(c), total(c1), total(s1), total(c2), total(s2)
+        count, tallies = tallied_with(load(z, whole), count, tallies, start)
+    return totals(count, tallies)
 
 
 @jitable
@@ -224,34 +237,34 @@ def write(row, n, p, factor):
 
 
 @jitable
-def write_nudged(row, n, p, r, d, k):
-    """row[:n] = p (1 - d r)^k for a d that changes no weight by more than a thousandth."""
-    width = places(p)
+def write_nudged(row, n, p, z, delta, d, k):
+    """row[:n] = p (1 - d / (z - t))^k for a d, the last part of `delta`, that changes no weight by more than a thousandth."""
+    width, before = places(p), delta - d - 1.0
     whole = n // width * width
     for i in range(0, whole, width):
-        store(row, i, nudge(load(p, i), load(r, i), d, k))
+        store(row, i, nudge(load(p, i), 1.0 / larger(load(z, i) - before, TINY), d, k))
     if whole < n:
-        store(p, whole, nudge(load(p, whole), load(r, whole), d, k))
+        store(p, whole, nudge(load(p, whole), 1.0 / larger(load(z, whole) - before, TINY), d, k))
     for i in range(whole, n):
         put(row, i, p[i])
 
 
 @jitable
-def row_alone(x, p, n, count, top, e, integer, steps, normalise, z, weights, reciprocals, index):
+def row_alone(x, p, n, count, top, e, integer, steps, normalise, z, weights, other, index):
     """Solve and write a row by itself, on the `count` candidates that `listed` left, or whole if that is -1; returns delta."""
     width = places(z)
     dense = count < 0
     length = ((n if dense else count) + width - 1) // width * width
-    tallies = scaled(x, n, top, e, z) if dense else tallied(z, length)
-    delta, s, d = solve_alone(z, weights, reciprocals, length, tallies, e, integer, steps)
+    tallies = scaled(x, n, top, e, z) if dense else tallied(z, length, e)
+    delta, s, d = solve_alone(z, weights, other, length, tallies, e, integer, steps)
     factor = 1.0 / s if normalise else 1.0
     if dense and d != 0.0:
-        write_nudged(p, n, weights, reciprocals, d, 1.0 / e)
+        write_nudged(p, n, weights, z, delta, d, 1.0 / e)
     elif dense:
         write(p, n, weights, factor)
     else:
         if d != 0.0:
-            write_nudged(weights, length, weights, reciprocals, d, 1.0 / e)
+            write_nudged(weights, length, weights, z, delta, d, 1.0 / e)
         fill(p, n, 0.0, z)
         for i in range(count):
             put(p, index[i], weights[i] * factor)

@@ -72,7 +72,7 @@ _Words = namedtuple(
     e alibi alibi_batch sink
     out m delta support pages_read
     scale e_value softcap
-    scores errors z weights reciprocals exact index found
+    scores errors z weights other exact index found
     queries factors lows highs some_rows some_weights some sums left right read
     """,
 )
@@ -412,10 +412,10 @@ def solved(words, memory, scores, n, top, e, steps, computing):
     stride, width = words[Word.stride], places(scores)
     z = numbers_at(words, memory, Word.z, stride, computing)
     weights = numbers_at(words, memory, Word.weights, stride, computing)
-    reciprocals = numbers_at(words, memory, Word.reciprocals, stride, computing)
+    other = numbers_at(words, memory, Word.other, stride, computing)
     count = listed(scores, n, top, e, z, array_at(memory + words[Word.found], stride, np.int32), 1.0)
     length = (count + width - 1) // width * width
-    delta, s, d = solve_alone(z, weights, reciprocals, length, tallied(z, length), e, words[Word.integer], steps)
+    delta, s, d = solve_alone(z, weights, other, length, tallied(z, length, e), e, words[Word.integer], steps)
     return count, length, delta, s, d
 
 
@@ -580,7 +580,7 @@ def attend(words, memory, b, g, r, low, exact, count, all_of_them, head, row, e,
     candidates, length, delta, s, d = solved(words, memory, exact, n, top, e, words[Word.steps], computing)
     weights = numbers_at(words, memory, Word.weights, stride, computing)
     if d != 0.0:
-        write_nudged(weights, length, weights, numbers_at(words, memory, Word.reciprocals, stride, computing), d, 1.0 / e)
+        write_nudged(weights, length, weights, numbers_at(words, memory, Word.z, stride, computing), delta, d, 1.0 / e)
     else:
         write(weights, length, weights, 1.0 / s)
     keep(words[Word.delta], row, delta, computing)

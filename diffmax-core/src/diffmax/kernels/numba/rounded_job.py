@@ -104,7 +104,7 @@ def _layout(itemsize: int, pages: int, page_size: int, head_step: int, value_ste
     floats = {
         "scores": TOGETHER * stride,
         "errors": TOGETHER * pages,
-        **dict.fromkeys(("z", "weights", "reciprocals", "exact"), stride),
+        **dict.fromkeys(("z", "weights", "other", "exact"), stride),
         "queries": TOGETHER * head_step,
         "factors": TOGETHER * (head_step + 2),
         **dict.fromkeys(("lows", "highs"), head_step),

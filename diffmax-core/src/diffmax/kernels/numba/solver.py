@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba.core import types
 
-from diffmax.kernels.numba.functions import LOG2_E, TINY, exp2, exp_m1, integer_power, ln, power, refined, smallest_normal
+from diffmax.kernels.numba.functions import LOG2_E, TINY, exp2, exp_m1, integer_power, ln, powers, smallest_normal
 from diffmax.kernels.numba.parts import jitable, part
 from diffmax.kernels.numba.simd import bits, larger, load, maximum, places, select, smaller, splat, store, total
 
@@ -15,34 +15,43 @@ SUMMED = 1024
 LISTED = 128
 # Entries of a longer row in a group that are added up before they are added to the others: roundings do not pile up.
 ADDED = 16
-# The first iterate comes from the entries with z above one of these (Eq. 26), whichever is better: about where rows that are
-# normally distributed have the entries that matter; in short lists alpha is small, in long ones large.
+# The first iterate comes from the entries with z above one of these (Eq. 52): in a list from the better of two, in a longer row
+# from those above this times sqrt(e). About there rows that are normally distributed have the entries that matter.
 STARTS_OF_LISTS = (-0.55, -0.35)
-STARTS_OF_ROWS = (-0.32, -0.18)
+START_OF_ROWS = -0.7
+# How much of the variance's part it takes. A row that begins with S > 1 may need no other evaluation.
+SPREAD_OF_LISTS, SPREAD_OF_ROWS = 1.0, 0.7
 
 
 @jitable
-def sweep(z, p, start, stop, step, delta, k, k_log2, integer, moments):
+def sweep(z, p, other, start, stop, step, delta, k, k_log2, integer, moments):
     """p = [z - t]^k for the vectors of z at start, start + step, ...; returns S, S_1 and S_2, lane by lane.
 
-    S_2 is the sum of [z - t]^(k-2), which Halley's step needs.
+    S_2 is the sum of [z - t]^(k-2), which Halley's step needs. Of `other` see `powers`.
     """
+    if integer != 0:
+        return products(z, p, start, stop, step, delta, k, integer, moments)
     s0, s1, s2 = moments
-    if integer == 0:
-        for i in range(start, stop, step):
-            weight, reciprocal = power(load(z, i) - delta, k, k_log2)
-            store(p, i, weight)
-            slope = weight * reciprocal
-            s0, s1, s2 = s0 + weight, s1 + slope, s2 + slope * reciprocal
-    else:
-        for i in range(start, stop, step):
-            w = larger(load(z, i) - delta, -1.0)
-            u = w + 1.0
-            curvature = integer_power(u, integer)
-            slope = curvature * u
-            weight = slope * (u + (w - (u - 1.0)) * k)  # what rounding took from u counts k times
-            store(p, i, weight)
-            s0, s1, s2 = s0 + weight, s1 + slope, s2 + curvature
+    powers(z, p, other, start, stop, step, delta, k, k_log2)
+    for i in range(start, stop, step):
+        weight, reciprocal = load(p, i), 1.0 / larger(load(z, i) - delta + 1.0, TINY)
+        slope = weight * reciprocal
+        s0, s1, s2 = s0 + weight, s1 + slope, s2 + slope * reciprocal
+    return s0, s1, s2
+
+
+@jitable
+def products(z, p, start, stop, step, delta, k, integer, moments):
+    """`sweep` where k is `integer`, one of those that `integer_power` knows."""
+    s0, s1, s2 = moments
+    for i in range(start, stop, step):
+        w = larger(load(z, i) - delta, -1.0)
+        u = w + 1.0
+        curvature = integer_power(u, integer)
+        slope = curvature * u
+        weight = slope * (u + (w - (u - 1.0)) * k)  # what rounding took from u counts k times
+        store(p, i, weight)
+        s0, s1, s2 = s0 + weight, s1 + slope, s2 + curvature
     return s0, s1, s2
 
 
@@ -98,33 +107,36 @@ def _nudged(array):
 
 
 @jitable
-def tally(v, tallies, starts):
-    """Add the entries v to the tallies: the number of candidates; number and sum of those above each of two `starts`."""
-    one, zero = v * 0.0 + 1.0, v * 0.0
-    count, count_1, sum_1, count_2, sum_2 = tallies
-    return (
-        count + select(v > -1.0, one, zero),
-        count_1 + select(v > starts[0], one, zero),
-        sum_1 + select(v > starts[0], v, zero),
-        count_2 + select(v > starts[1], one, zero),
-        sum_2 + select(v > starts[1], v, zero),
-    )
+def tally(v, tallies, start):
+    """Add the entries v above `start` to the tallies: how many they are, their sum, and that of their squares."""
+    count, sum_z, squares = tallies
+    above = v > start
+    some = select(above, v, 0.0)
+    return count + select(above, v * 0.0 + 1.0, 0.0), sum_z + some, squares + some * some
 
 
 @jitable
-def bound_of(count, sum_z, e):
-    """Lower bound of delta from the number and the sum of any entries (Eq. 26). The sum is rounded: take a little less."""
+def started(tallies, e, k, spread):
+    """From tallies of any entries: what delta is about (Eq. 52), and a lower bound of it (Eq. 26).
+
+    The sum is rounded: the bound is a little less.
+    """
+    count, sum_z, squares = tallies
     count = larger(count, 1.0)
-    return sum_z / count * (1.0 + 2.0**-10) - exp_m1(0.0 - e * ln(count))
+    mean = sum_z / count
+    log = ln(count)
+    below = exp_m1(0.0 - e * log)
+    variance = larger(squares / count - mean * mean, 0.0) / ((below + 1.0) * (below + 1.0))
+    more = ln(variance * (k * (k - 1.0) * (0.5 * spread)) + 1.0)
+    return mean - exp_m1(0.0 - e * (log + more)), mean * (1.0 + 2.0**-10) - below
 
 
 @jitable
-def first_bounds(tallies, e):
-    """Lower and upper bound of delta from the tallies. The upper one is 1 - c^-e with e taken as 1."""
-    count, count_1, sum_1, count_2, sum_2 = tallies
+def bounded(about, low, count):
+    """The first delta, and its bounds. The upper one is 1 - c^-e for the number c of candidates with e taken as 1."""
     high = 1.0 - 1.0 / larger(count, 1.0)
-    low = larger(bound_of(count_1, sum_1, e), bound_of(count_2, sum_2, e))
-    return smaller(larger(low, 0.0), high), high
+    low = smaller(larger(low, 0.0), high)
+    return smaller(larger(about, low), high), low, high
 
 
 @jitable
@@ -135,17 +147,23 @@ def nudge(weight, reciprocal, d, k):
 
 
 @jitable
-def solve_group(z, p, longest, count, e, integer, steps):
-    """Solve one row per lane: entry j of each is in the vector at j * width. Returns delta and S; p is as `sweep` leaves it."""
+def solve_group(z, p, other, longest, count, e, integer, steps):
+    """Solve one row per lane: entry j of each is in the vector at j * width. Returns delta and S.
+
+    p and `other` are as `sweep` leaves them.
+    """
     width = places(z)
     k = 1.0 / e
     k_log2 = k * LOG2_E
     zero = splat(z, 0.0)
-    tallies = (zero, zero, zero, zero, zero)
+    candidates, first, second = zero, (zero, zero, zero), (zero, zero, zero)
     for i in range(0, longest * width, width):
-        tallies = tally(load(z, i), tallies, STARTS_OF_LISTS)
-    low, high = first_bounds(tallies, e)
-    delta = low
+        v = load(z, i)
+        candidates = candidates + select(v > -1.0, zero + 1.0, zero)
+        first, second = tally(v, first, STARTS_OF_LISTS[0]), tally(v, second, STARTS_OF_LISTS[1])
+    about_1, low_1 = started(first, e, k, SPREAD_OF_LISTS)
+    about_2, low_2 = started(second, e, k, SPREAD_OF_LISTS)
+    delta, low, high = bounded(larger(about_1, about_2), larger(low_1, low_2), candidates)
     solved = count < 0.5
     # Lists are added up entry by entry, so that those that weigh nothing change no bit; what is longer than a list, in blocks.
     stop = longest * width
@@ -157,7 +175,7 @@ def solve_group(z, p, longest, count, e, integer, steps):
         s0, s1, s2 = zero, zero, zero
         for block in range(0, stop, size):
             end = min(block + size, stop)
-            part = sweep(z, p, block, end, width, delta, k, k_log2, integer, (zero, zero, zero))
+            part = sweep(z, p, other, block, end, width, delta, k, k_log2, integer, (zero, zero, zero))
             s0, s1, s2 = s0 + part[0], s1 + part[1], s2 + part[2]
         distance = larger(s0 - 1.0, 1.0 - s0)
         solved = solved | near | (distance <= enough)
@@ -183,39 +201,44 @@ def solve_group(z, p, longest, count, e, integer, steps):
 
 @jitable
 def deep_sweep(z, p, r, start, stop, delta, k, k_log2):
-    """As `sweep`, of a general exponent, with r = 1 / [z - t] kept to full precision; returns S, S_1, S_2 and S_3."""
+    """As `sweep`, of a general exponent, with r = 1 / [z - t]; returns S, S_1, S_2, S_3 and S_4."""
     width = places(z)
-    s0 = s1 = s2 = s3 = splat(z, 0.0)
+    s0 = s1 = s2 = s3 = s4 = splat(z, 0.0)
+    powers(z, p, r, start, stop, width, delta, k, k_log2)
     for i in range(start, stop, width):
-        w = load(z, i) - delta
-        weight, about = power(w, k, k_log2)
-        reciprocal = refined(about, larger(w + 1.0, TINY))
-        store(p, i, weight)
+        weight, reciprocal = load(p, i), 1.0 / larger(load(z, i) - delta + 1.0, TINY)
         store(r, i, reciprocal)
         first = weight * reciprocal
         second = first * reciprocal
-        s0, s1, s2, s3 = s0 + weight, s1 + first, s2 + second, s3 + second * reciprocal
-    return s0, s1, s2, s3
+        third = second * reciprocal
+        s0, s1, s2, s3, s4 = s0 + weight, s1 + first, s2 + second, s3 + third, s4 + third * reciprocal
+    return s0, s1, s2, s3, s4
 
 
 @jitable
-def step_on_log(s0, s1, s2, s3, k):
-    """The d at which ln S(delta + d) = 0 (Eq. 29), from the value and three derivatives of ln S. All are scalars."""
+def step_on_log(s0, s1, s2, s3, s4, k):
+    """From ln S and four derivatives: the d at which ln S(delta + d) = 0 (Eq. 29), and -d ln S / d delta there. All scalars."""
     inverse = 1.0 / s0
     a = k * s1 * inverse
-    b = k * (k - 1.0) * s2 * inverse
-    c = k * (k - 1.0) * (k - 2.0) * s3 * inverse
-    # ln S - a d + second d^2 + third d^3 = 0, solved by reversion of the series
-    second, third = (b - a * a) / 2.0, a * b / 2.0 - (c + 2.0 * a * a * a) / 6.0
+    b = k * (k - 1.0) / 2.0 * s2 * inverse
+    # S_j is no larger than the number of entries where k >= j; below, one entry near t may be all of it
+    c = k * (k - 1.0) * (k - 2.0) / 6.0 * s3 * inverse if k >= 3.0 else 0.0
+    f = k * (k - 1.0) * (k - 2.0) * (k - 3.0) / 24.0 * s4 * inverse if k >= 4.0 else 0.0
+    # ln S - a d + second d^2 + third d^3 + fourth d^4 = 0, solved by reversion of the series
+    square = a * a
+    second = b - square / 2.0
+    third = a * b - c - square * a / 3.0
+    fourth = f - a * c - b * b / 2.0 + square * b - square * square / 4.0
     inverse = 1.0 / a
-    d = math.log(s0) * inverse
-    bend = second * inverse * d
-    return d * (1.0 + bend + 2.0 * bend * bend + third * inverse * d * d)
+    y = math.log(s0) * inverse
+    u, v = second * inverse * y, third * inverse * y * y
+    d = y * (1.0 + u + (2.0 * u * u + v) + (5.0 * u * (u * u + v) + fourth * inverse * y * y * y))
+    return d, a - d * (2.0 * second + d * (3.0 * third + d * 4.0 * fourth))
 
 
 @jitable
 def shift(p, r, length, d, k):
-    """p = p (1 - d r)^k and r = r / (1 - d r) for a small d, which takes delta to delta + d; returns the sums of p and p r.
+    """p = p (1 - d r)^k for a small d, which takes delta to delta + d; returns the sum of p.
 
     The eighth power of (1 - d r)^(k/8), whose series needs few terms.
     """
@@ -228,28 +251,26 @@ def shift(p, r, length, d, k):
     f5 = f4 * (1.0 - 4.0 / h) / 5.0
     f6 = f5 * (1.0 - 5.0 / h) / 6.0
     c2, c3, c4, c5, c6 = zero + f2, zero - f3, zero + f4, zero - f5, zero + f6
-    s = slope = 0.0
+    s = 0.0
     for block in range(0, length, SUMMED):
-        part = slopes = zero
+        part = zero
         for i in range(block, min(block + SUMMED, length), width):
             weight = load(p, i)
-            reciprocal = load(r, i)
-            y = reciprocal * d
-            reciprocal = reciprocal * (((y + 1.0) * y + 1.0) * y + 1.0)
-            store(r, i, reciprocal)
+            y = load(r, i) * d
             v = y * h
-            change = larger((((((c6 * v + c5) * v + c4) * v + c3) * v + c2) * v - 1.0) * v, -0.999)
+            # (1 - 0.86)^8 is above rounding: no weight above 0 gets lost
+            change = larger((((((c6 * v + c5) * v + c4) * v + c3) * v + c2) * v - 1.0) * v, -0.86)
             change = change * (change + 2.0)  # (1 + change)^2 - 1: squares of numbers near 1 would lose digits
             change = change * (change + 2.0)
             change = change * (change + 2.0)
-            # elsewhere r means nothing and may be infinite, or the weight is below the normal numbers, where `exp2` leaves the
-            # least of them: with a large k the series would make it as large as any
+            # elsewhere y means nothing, or the weight is below the normal numbers, where `exp2` leaves the least of them: with
+            # a large k the series would make it as large as any
             live = (y < 1.0) & (weight > smallest_normal(weight))
             shifted = select(live, weight + weight * change, 0.0)
             store(p, i, shifted)
-            part, slopes = part + shifted, slopes + select(live, shifted * reciprocal, 0.0)
-        s, slope = s + total(part), slope + total(slopes)
-    return s, slope
+            part = part + shifted
+        s += total(part)
+    return s
 
 
 @jitable
@@ -257,46 +278,67 @@ def solve_alone(z, p, r, length, tallies, e_value, integer, steps):
     """Solve one row whose entries z[:length] lie side by side, padded to whole vectors.
 
     Of a general exponent the last small steps are taken on the weights themselves, without powers. Returns delta, S, and the
-    last d, which `write` is to apply to p with the reciprocals r.
+    last d, which `write_nudged` is to apply to p. r is scratch memory.
     """
-    width = places(z)
-    zero = splat(z, 0.0)
-    e = zero + e_value
+    e = splat(z, 0.0) + e_value
     k = 1.0 / e
-    k_log2 = k * LOG2_E
-    c, c1, s1, c2, s2 = tallies
-    low, high = first_bounds((zero + c, zero + c1, zero + s1, zero + c2, zero + s2), e)
-    delta = low
+    candidates, count, sum_z, squares = tallies
+    zero = splat(z, 0.0)
+    about, low = started((zero + count, zero + sum_z, zero + squares), e, k, SPREAD_OF_ROWS)
+    first = bounded(about, low, zero + candidates)
+    if integer == 0:
+        return _by_powers(z, p, r, length, first, candidates, e, k, e_value, steps)
+    return _by_products(z, p, length, first, e, k, integer, steps)
+
+
+@jitable
+def _by_products(z, p, length, first, e, k, integer, steps):
+    width, zero = places(z), splat(z, 0.0)
+    delta, low, high = first
     plain = delta < -1.0
     near = False
     step = 0
     while True:
-        sum0, sum1, sum2, sum3 = 0.0, 0.0, 0.0, 0.0
+        sum0, sum1, sum2 = 0.0, 0.0, 0.0
         for block in range(0, length, SUMMED):  # float32 holds the sum of a block, not that of a long row
-            stop = min(block + SUMMED, length)
-            if integer == 0:
-                s0, s1, s2, s3 = deep_sweep(z, p, r, block, stop, delta, k, k_log2)
-                sum3 += total(s3)
-            else:
-                s0, s1, s2 = sweep(z, p, block, stop, width, delta, k, k_log2, integer, (zero, zero, zero))
-            sum0 += total(s0)
-            sum1 += total(s1)
-            sum2 += total(s2)
+            s0, s1, s2 = products(z, p, block, min(block + SUMMED, length), width, delta, k, integer, (zero, zero, zero))
+            sum0, sum1, sum2 = sum0 + total(s0), sum1 + total(s1), sum2 + total(s2)
         if step == steps or near or abs(sum0 - 1.0) <= tolerance(z):
             return maximum(delta), sum0, 0.0
-        if integer == 0 and 1.0 < sum0 < reach(z):
-            d = step_on_log(sum0, sum1, sum2, sum3, 1.0 / e_value)
+        near = abs(sum0 - 1.0) <= 16.0 * tolerance(z)
+        s0 = zero + sum0
+        plain = plain | (s0 < 1.0)
+        delta, low = advance(s0, zero + sum1, zero + sum2, delta, low, high, e, k, plain)
+        step += 1
+
+
+@jitable
+def _by_powers(z, p, r, length, first, candidates, e, k, e_value, steps):
+    zero = splat(z, 0.0)
+    k_log2 = k * LOG2_E
+    delta, low, high = first
+    plain = delta < -1.0
+    near = False
+    step = 0
+    while True:
+        sum0, sum1, sum2, sum3, sum4 = 0.0, 0.0, 0.0, 0.0, 0.0
+        for block in range(0, length, SUMMED):
+            s0, s1, s2, s3, s4 = deep_sweep(z, p, r, block, min(block + SUMMED, length), delta, k, k_log2)
+            sum0, sum1, sum2 = sum0 + total(s0), sum1 + total(s1), sum2 + total(s2)
+            sum3, sum4 = sum3 + total(s3), sum4 + total(s4)
+        if step == steps or near or abs(sum0 - 1.0) <= tolerance(z):
+            return maximum(delta), sum0, 0.0
+        if 1.0 < sum0 < reach(z):
+            d, slope = step_on_log(sum0, sum1, sum2, sum3, sum4, 1.0 / e_value)
             # of entries that have less than 2 d left, the series gives the first digits alone: all d^k together must not count
-            if d > 0.0 and math.log(d) < e_value * math.log(8.0 * tolerance(z) / c):
+            if d > 0.0 and math.log(d) < e_value * math.log(8.0 * tolerance(z) / candidates):
+                s = shift(p, r, length, d, 1.0 / e_value)
                 delta = smaller(delta + d, high)
-                s, slope = shift(p, r, length, d, 1.0 / e_value)
-                if abs(s - 1.0) > nudged(z):
-                    d = (s - 1.0) / slope * e_value
-                    delta = delta + d
-                    s, slope = shift(p, r, length, d, 1.0 / e_value)
+                if abs(s - 1.0) <= tolerance(z):
+                    return maximum(delta), s, 0.0
                 if abs(s - 1.0) <= nudged(z):
-                    # where s - k d slope + k (k - 1) / 2 d^2 slope^2 / s, the sum of what `write` writes, is 1
-                    d = (s - 1.0) / slope * e_value
+                    # where s - k d slope + k (k - 1) / 2 d^2 slope^2 / s, the sum of what `write_nudged` writes, is 1
+                    d = (s - 1.0) / (slope * s)
                     d *= 1.0 + 0.5 * (1.0 - e_value) * (s - 1.0)
                     return maximum(delta) + d, 1.0, d
                 step += 1

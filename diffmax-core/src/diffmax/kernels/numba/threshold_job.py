@@ -89,7 +89,7 @@ def _forward_layout(sizes: _Sizes, seen: int, most: int, copies: bool, direct: b
         "scores": rows * stride,
         "sums": (rows + 1) * sizes.value_step,
         "some_weights": stride,
-        **dict.fromkeys(("z", "reciprocals"), stride if solves else 0),
+        **dict.fromkeys(("z", "other"), stride if solves else 0),
     }
     return _layout(rows, stride, sizes, floats, {"some": stride, "touched": stride // BLOCK + 2}, rows)
 
@@ -110,7 +110,7 @@ def _backward_layout(sizes: _Sizes, seen: int, most: int, copies_keys: bool, cop
         "key_sums": sizes.longest * sizes.head_step,
         "value_sums": sizes.longest * sizes.value_step,
         "some_weights": stride,
-        **dict.fromkeys(("z", "reciprocals", "slopes", "capped"), stride if solves else 0),
+        **dict.fromkeys(("z", "other", "slopes", "capped"), stride if solves else 0),
     }
     blocks = stride // BLOCK + 2
     integers = {"some": stride, "index": rows, "touched": blocks, "weighted": blocks}

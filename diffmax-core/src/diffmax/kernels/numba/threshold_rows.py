@@ -96,11 +96,11 @@ def weigh(words, memory, x, here, padded, r, e, computing):
         stride = words[Word.stride]
         z = floats(words, memory, Word.z, 0, stride, computing)
         weights = floats(words, memory, Word.some_weights, 0, stride, computing)
-        reciprocals = floats(words, memory, Word.reciprocals, 0, stride, computing)
+        other = floats(words, memory, Word.other, 0, stride, computing)
         index = whole_numbers(words, memory, Word.some, 0, stride)
         integer, steps = words[Word.integer], words[Word.steps]
         count = listed(x, padded, top, e, z, index, sparse_share(integer))
-        delta = row_alone(x, x, padded, count, top, e, integer, steps, True, z, weights, reciprocals, index)
+        delta = row_alone(x, x, padded, count, top, e, integer, steps, True, z, weights, other, index)
         statistic = top - (1.0 - delta) / e
     hide(words, x, here, here.base, padded, row, -math.inf)
     return factor, statistic
