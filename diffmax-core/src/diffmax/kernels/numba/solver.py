@@ -17,7 +17,7 @@ LISTED = 128
 ADDED = 16
 # The first iterate comes from the entries with z above one of these (Eq. 52): in a list from the better of two, in a longer row
 # from those above this times sqrt(e). About there rows that are normally distributed have the entries that matter.
-STARTS_OF_LISTS = (-0.55, -0.35)
+STARTS_OF_LISTS = (-0.7, -0.35)
 START_OF_ROWS = -0.7
 # How much of the variance's part it takes. A row that begins with S > 1 may need no other evaluation.
 SPREAD_OF_LISTS, SPREAD_OF_ROWS = 1.0, 0.7
