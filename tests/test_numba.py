@@ -93,8 +93,8 @@ def test_slopes_of_a_call_are_right_to_a_few_ulp(alpha):
     def slopes(p, s):
         tables = np.empty(gradient.TABLES * 16, np.float32)
         gradient.fill_tables(tables, 1 - alpha)
-        for i in range(0, p.size, 16):
-            simd.store(s, i, gradient.slopes_by_tables(simd.load(p, i), tables, simd.splat(p, 1 - alpha)))
+        other, live = np.empty(p.size, np.float32), np.empty(p.size, np.int32)
+        gradient.slope_sums_by_tables(p, p, s, other, live, 0, p.size, tables, simd.splat(p, 1 - alpha))
 
     padded = np.resize(weights, -(-len(weights) // 16) * 16)
     found = np.empty_like(padded)

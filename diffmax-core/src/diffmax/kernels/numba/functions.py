@@ -164,11 +164,18 @@ def powers(z, p, other, start, stop, step, delta, k, k_log2):
 
 @jitable
 def power_of_two(j, log_f, factor):
-    """2^(factor (j + log_f / ln 2)) for a result below 1. The exponent is fused, so that only its fraction is rounded."""
+    """2^(factor (j + log_f / ln 2)) for a result below 1."""
+    fraction, shifted = exponent_of(j, log_f, factor)
+    return times_power(exp2_m1(fraction) + 1.0, shifted)
+
+
+@jitable
+def exponent_of(j, log_f, factor):
+    """The exponent of `power_of_two`: its fraction, and its integer as `times_power` takes it. Only the fraction is rounded."""
     by_log = factor * LOG2_E
     rounded = log_f * by_log + j * factor
     i, shifted = round_shifted(larger(rounded, lowest_exponent(log_f)))
-    return times_power(exp2_m1(larger(log_f * by_log + (j * factor - i), -0.5)) + 1.0, shifted)
+    return larger(log_f * by_log + (j * factor - i), -0.5), shifted
 
 
 @jitable

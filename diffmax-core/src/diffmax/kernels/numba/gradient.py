@@ -8,6 +8,7 @@ from diffmax.kernels.numba.functions import (
     RECIPROCAL,
     TINY,
     exp2_m1,
+    exponent_of,
     integer_power,
     ln_1p,
     phi_series,
@@ -34,6 +35,7 @@ from diffmax.kernels.numba.simd import (
     split_exponent,
     square_root,
     store,
+    times_power,
     total,
 )
 from diffmax.kernels.numba.solver import SUMMED
@@ -106,17 +108,45 @@ def alpha_weight(p, j, log_f, e):
 
 
 @jitable
-def slope_sums(p, g, s, start, stop, e, square_roots):
-    """Write s for the vectors from start to stop; returns the sums of s and s g, lane by lane."""
+def square_roots(p, g, s, start, stop):
+    """Write s for alpha = 1/2 and the vectors from start to stop; returns the sums of s and s g, lane by lane."""
     width = places(s)
-    zero = splat(s, 0.0)
-    sums, products = zero, zero
+    sums = products = splat(s, 0.0)
     for i in range(start, stop, width):
-        weights = load(p, i)
-        slopes = zero
-        if bits(weights > 0.0) != 0:
-            slopes = square_root(weights) if square_roots else slopes_from_weights(weights, e)[0]
-            sums, products = sums + slopes, products + slopes * load(g, i)
+        slopes = square_root(load(p, i))
+        sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+    return sums, products
+
+
+@jitable
+def slope_sums(p, g, s, other, live, start, stop, e):
+    """As `square_roots`, of any alpha, in loops as those of `functions.powers`, over the vectors that hold a weight.
+
+    `other` has room for a vector of each of them, `live` for a number.
+    """
+    width, count, zero = places(s), 0, splat(s, 0.0)
+    for i in range(start, stop, width):
+        store(s, i, zero)
+        live[count] = i
+        count += 1 if bits(load(p, i) > 0.0) != 0 else 0
+    for n in range(count):
+        weights = load(p, live[n])
+        normal = larger(weights, smallest_normal(weights))
+        j, scale = split_exponent(normal)
+        store(s, live[n], normal * scale - 1.0)
+        store(other, n * width, j)
+    for n in range(count):
+        store(s, live[n], ln_1p(load(s, live[n])))
+    for n in range(count):
+        fraction, integer = exponent_of(load(other, n * width), load(s, live[n]), 1.0 - e)
+        store(s, live[n], fraction)
+        store(other, n * width, integer)
+    sums = products = zero
+    for n in range(count):
+        i = live[n]
+        slopes = select(load(p, i) > 0.0, times_power(exp2_m1(load(s, i)) + 1.0, load(other, n * width)), 0.0)
+        sums, products = sums + slopes, products + slopes * load(g, i)
         store(s, i, slopes)
     return sums, products
 
@@ -163,38 +193,38 @@ def _slopes_of_normal(weights, tables, e):
     return weights * about * _high_exponent(load(tables, 48), weights) * rest
 
 
+@jitable
 def slopes_by_tables(weights, tables, e):
     """s = p^alpha of weights that may be 0, for the e of `fill_tables`: p 2^(-e j) c^-e (1 + f)^-e, with p = 2^j c (1 + f)."""
+    least = smallest_normal(weights)
+    if bits(weights > least) == bits(weights > 0.0):
+        return _slopes_of_normal(weights, tables, e)
+    return select(weights > 0.0, _slopes_of_normal(larger(weights, least), tables, e), 0.0)
 
 
-@part(slopes_by_tables)
-def _slopes_by_tables(weights, tables, e):
+def slope_sums_by_tables(p, g, s, other, live, start, stop, tables, e):
+    """As `slope_sums`, for the e of `fill_tables`."""
+
+
+@part(slope_sums_by_tables)
+def _slope_sums_by_tables(p, g, s, other, live, start, stop, tables, e):
     if not _has_tables(tables):
-        return lambda weights, tables, e: slopes_from_weights(weights, e)[0]
+        return lambda p, g, s, other, live, start, stop, tables, e: slope_sums(p, g, s, other, live, start, stop, e)
 
-    def by_tables(weights, tables, e):
-        least = smallest_normal(weights)
-        if bits(weights > least) == bits(weights > 0.0):
-            return _slopes_of_normal(weights, tables, e)
-        return select(weights > 0.0, _slopes_of_normal(larger(weights, least), tables, e), 0.0)
+    def by_tables(p, g, s, other, live, start, stop, tables, e):
+        width = places(s)
+        zero = splat(s, 0.0)
+        sums, products = zero, zero
+        for i in range(start, stop, width):
+            weights = load(p, i)
+            slopes = zero
+            if bits(weights > 0.0) != 0:
+                slopes = slopes_by_tables(weights, tables, e)
+                sums, products = sums + slopes, products + slopes * load(g, i)
+            store(s, i, slopes)
+        return sums, products
 
     return by_tables
-
-
-@jitable
-def slope_sums_by_tables(p, g, s, start, stop, tables, e):
-    """As `slope_sums`, for the e of `fill_tables`."""
-    width = places(s)
-    zero = splat(s, 0.0)
-    sums, products = zero, zero
-    for i in range(start, stop, width):
-        weights = load(p, i)
-        slopes = zero
-        if bits(weights > 0.0) != 0:
-            slopes = slopes_by_tables(weights, tables, e)
-            sums, products = sums + slopes, products + slopes * load(g, i)
-        store(s, i, slopes)
-    return sums, products
 
 
 @jitable

@@ -29,6 +29,7 @@ from diffmax.kernels.numba.gradient import (
     slope_and_alpha_sums,
     slope_sums,
     slope_sums_by_tables,
+    square_roots,
 )
 from diffmax.kernels.numba.one_row import (
     DEAD,
@@ -271,9 +272,10 @@ def _backward(dtype, computing):
         scratch = memory[first_aligned(memory, p_at) :]
         last, last_g, tables = scratch[:width], scratch[width:], scratch[2 * width :]
         acc, s, w = last, tables[TABLES * width :], tables[TABLES * width + (padded if second else 0) :]
+        other, live = np.empty(SUMMED, computing), np.empty(SUMMED // width + 1, np.int32)
         whole = n // width * width
-        square_roots = e_at == 0 and e_value == 0.5
-        by_tables = e_at == 0 and not square_roots
+        half = e_at == 0 and e_value == 0.5
+        by_tables = e_at == 0 and not half
         if by_tables:
             fill_tables(tables, e_value)
         done, start, end = take(words, 0, 0, 0)
@@ -298,10 +300,12 @@ def _backward(dtype, computing):
                         sums, products = score_sums(x, g, s, w, block, stop_at, e, m[row], delta[row])
                     elif wants_alpha:
                         sums, products = slope_and_alpha_sums(p, g, s, w, block, stop_at, e)
+                    elif half:
+                        sums, products = square_roots(p, g, s, block, stop_at)
                     elif by_tables:
-                        sums, products = slope_sums_by_tables(p, g, s, block, stop_at, tables, e)
+                        sums, products = slope_sums_by_tables(p, g, s, other, live, block, stop_at, tables, e)
                     else:
-                        sums, products = slope_sums(p, g, s, block, stop_at, e, square_roots)
+                        sums, products = slope_sums(p, g, s, other, live, block, stop_at, e)
                     sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
                 if whole < n:
                     source, beyond = (x, -math.inf) if from_scores else (p, 0.0)
@@ -314,10 +318,12 @@ def _backward(dtype, computing):
                         sums, products = score_sums(last, last_g, end_s, end_w, 0, width, e, m[row], delta[row])
                     elif wants_alpha:
                         sums, products = slope_and_alpha_sums(last, last_g, end_s, end_w, 0, width, e)
+                    elif half:
+                        sums, products = square_roots(last, last_g, end_s, 0, width)
                     elif by_tables:
-                        sums, products = slope_sums_by_tables(last, last_g, end_s, 0, width, tables, e)
+                        sums, products = slope_sums_by_tables(last, last_g, end_s, other, live, 0, width, tables, e)
                     else:
-                        sums, products = slope_sums(last, last_g, end_s, 0, width, e, square_roots)
+                        sums, products = slope_sums(last, last_g, end_s, other, live, 0, width, e)
                     sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
                 mean = sum_sg / sum_s if sum_s != 0.0 else 0.0
                 centred(s, g, grad_x, n, computing(mean))

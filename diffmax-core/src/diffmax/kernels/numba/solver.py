@@ -24,14 +24,14 @@ SPREAD_OF_LISTS, SPREAD_OF_ROWS = 1.0, 0.7
 
 
 @jitable
-def sweep(z, p, other, start, stop, step, delta, k, k_log2, integer, moments):
+def sweep(z, p, other, start, stop, step, delta, k, k_log2, integer):
     """p = [z - t]^k for the vectors of z at start, start + step, ...; returns S, S_1 and S_2, lane by lane.
 
     S_2 is the sum of [z - t]^(k-2), which Halley's step needs. Of `other` see `powers`.
     """
     if integer != 0:
-        return products(z, p, start, stop, step, delta, k, integer, moments)
-    s0, s1, s2 = moments
+        return products(z, p, start, stop, step, delta, k, integer)
+    s0 = s1 = s2 = splat(z, 0.0)
     powers(z, p, other, start, stop, step, delta, k, k_log2)
     for i in range(start, stop, step):
         weight, reciprocal = load(p, i), 1.0 / larger(load(z, i) - delta + 1.0, TINY)
@@ -41,9 +41,9 @@ def sweep(z, p, other, start, stop, step, delta, k, k_log2, integer, moments):
 
 
 @jitable
-def products(z, p, start, stop, step, delta, k, integer, moments):
+def products(z, p, start, stop, step, delta, k, integer):
     """`sweep` where k is `integer`, one of those that `integer_power` knows."""
-    s0, s1, s2 = moments
+    s0 = s1 = s2 = splat(z, 0.0)
     for i in range(start, stop, step):
         w = larger(load(z, i) - delta, -1.0)
         u = w + 1.0
@@ -175,7 +175,7 @@ def solve_group(z, p, other, longest, count, e, integer, steps):
         s0, s1, s2 = zero, zero, zero
         for block in range(0, stop, size):
             end = min(block + size, stop)
-            part = sweep(z, p, other, block, end, width, delta, k, k_log2, integer, (zero, zero, zero))
+            part = sweep(z, p, other, block, end, width, delta, k, k_log2, integer)
             s0, s1, s2 = s0 + part[0], s1 + part[1], s2 + part[2]
         distance = larger(s0 - 1.0, 1.0 - s0)
         solved = solved | near | (distance <= enough)
@@ -293,6 +293,7 @@ def solve_alone(z, p, r, length, tallies, e_value, integer, steps):
 
 @jitable
 def _by_products(z, p, length, first, e, k, integer, steps):
+    """`solve_alone` where k is `integer`; `first` is what `bounded` gives."""
     width, zero = places(z), splat(z, 0.0)
     delta, low, high = first
     plain = delta < -1.0
@@ -301,7 +302,7 @@ def _by_products(z, p, length, first, e, k, integer, steps):
     while True:
         sum0, sum1, sum2 = 0.0, 0.0, 0.0
         for block in range(0, length, SUMMED):  # float32 holds the sum of a block, not that of a long row
-            s0, s1, s2 = products(z, p, block, min(block + SUMMED, length), width, delta, k, integer, (zero, zero, zero))
+            s0, s1, s2 = products(z, p, block, min(block + SUMMED, length), width, delta, k, integer)
             sum0, sum1, sum2 = sum0 + total(s0), sum1 + total(s1), sum2 + total(s2)
         if step == steps or near or abs(sum0 - 1.0) <= tolerance(z):
             return maximum(delta), sum0, 0.0
@@ -314,6 +315,7 @@ def _by_products(z, p, length, first, e, k, integer, steps):
 
 @jitable
 def _by_powers(z, p, r, length, first, candidates, e, k, e_value, steps):
+    """`solve_alone` of a general exponent."""
     zero = splat(z, 0.0)
     k_log2 = k * LOG2_E
     delta, low, high = first

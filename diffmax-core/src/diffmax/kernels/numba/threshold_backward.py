@@ -129,13 +129,15 @@ def gradients_of_scores(words, memory, x, d, n, e, product, row, computing):
     s = floats(words, memory, Word.slopes, 0, words[Word.stride], computing)
     wants_e = words[Word.grad_e] != 0
     w = floats(words, memory, Word.capped, 0, words[Word.stride], computing)
+    other = floats(words, memory, Word.other, 0, words[Word.stride], computing)
+    live = whole_numbers(words, memory, Word.some, 0, words[Word.stride])
     exponent, sum_s, sum_sg = splat(x, e), 0.0, 0.0
     for block in range(0, n, 1024):
         stop = min(block + 1024, n)
         if wants_e:
             sums, products = slope_and_alpha_sums(x, d, s, w, block, stop, exponent)
         else:
-            sums, products = slope_sums(x, d, s, block, stop, exponent, False)
+            sums, products = slope_sums(x, d, s, other, live, block, stop, exponent)
         sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
     mean, of_e = sum_sg / sum_s if sum_s != 0.0 else 0.0, 0.0
     for block in range(0, n, 1024):
