@@ -339,6 +339,7 @@ def test_an_assignment_is_checked_as_the_method_is():
     bloom = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with refused("BloomForCausalLM computes its attention itself|BloomModel computes its attention itself"):
         bloom.config._attn_implementation = "diffmax"
+    assert bloom.config._attn_implementation == "eager"
 
 
 def test_token_timestamps_do_not_bring_softmax_back():

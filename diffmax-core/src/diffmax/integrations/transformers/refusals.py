@@ -127,34 +127,39 @@ def _watch_assignments(kind: Any) -> None:
         if getattr(nested, "inside", False):
             assigned.fset(config, value)
             return
-        before = {id(part): (part, getattr(part, "_attn_implementation_internal", None)) for part in _all_parts(config)}
+        before = [(part, getattr(part, "_attn_implementation_internal", None)) for part in _all_parts(config)]
         nested.inside = True
         try:
             assigned.fset(config, value)
+            for part, old in before:
+                _check_change(part, old, part._attn_implementation_internal)
+        except BaseException:
+            for part, old in before:
+                part._attn_implementation_internal = old
+            raise
         finally:
             nested.inside = False
-        changed = [(part, old) for part, old in before.values() if part._attn_implementation_internal != old]
-        for part, old in changed:
-            new = part._attn_implementation_internal
-            models: list[Any] = []
-            if old in _registered or new in _registered:
-                models = [model for model in list(_built) if model.config is part]
-            if models and new in _registered:
-                for model in models:
-                    _refuse_class(model.__class__, str(new))
-                    _verified.discard(model)
-                    _watch_first_forward(model)
-            elif models:
-                asks, depth = _who_asks()
-                whole = max(models, key=lambda model: len(list(model.modules())))
-                message = _unasked(type(whole).__name__, old, new, asks)
-                if asks.startswith("transformers."):
-                    for other, what in before.values():
-                        other._attn_implementation_internal = what
-                    raise ValueError(message)
-                warnings.warn(message, stacklevel=depth)
 
     kind._attn_implementation = assigned.setter(assign_checked)
+
+
+def _check_change(config: Any, old: Any, new: Any) -> None:
+    """Refuse what was assigned to the configuration of models, warn of it, or check their next forward pass."""
+    if old == new or not (old in _registered or new in _registered):
+        return
+    models: list[Any] = [model for model in list(_built) if model.config is config]
+    if new in _registered:
+        for model in models:
+            _refuse_class(model.__class__, new)
+            _verified.discard(model)
+            _watch_first_forward(model)
+    elif models:
+        asks, depth = _who_asks()
+        whole = max(models, key=lambda model: len(list(model.modules())))
+        message = _unasked(type(whole).__name__, old, new, asks)
+        if asks.startswith("transformers."):
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=depth)
 
 
 def _all_parts(config: Any) -> Iterator[Any]:
