@@ -289,6 +289,13 @@ def test_a_part_that_does_not_run_at_first_is_checked_when_it_does(how):
     kept = sometimes(lambda config: Softmax(config, how), "diffmax-partial")
     kept(IDS)
     kept(IDS, image=True)
+    model = sometimes(lambda config: Softmax(config, how))
+    model(IDS)
+    for name in ("diffmax-partial", "eager", "diffmax-partial"):  # what is left of an earlier name says nothing
+        model.set_attn_implementation(name)
+        for _ in range(2):
+            model(IDS)
+        model(IDS, image=True)
 
 
 def test_a_part_that_does_not_run_at_first_may_be_in_order():
@@ -325,6 +332,18 @@ def test_transformers_does_not_change_the_attention_of_a_model_unasked():
     model.set_attn_implementation("sdpa")  # as asked
     from_transformers('m.set_attn_implementation("eager")', m=model)
     from_transformers('m.config._attn_implementation = "sdpa"', m=model)
+    for twin in (
+        copy.deepcopy(asked := LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="diffmax")),
+        asked,
+    ):
+        for code in ('m.config._attn_implementation = "eager"', 'm.set_attn_implementation({"": "eager"})'):
+            with pytest.raises(ValueError, match="must keep its attention"):
+                from_transformers(code, m=twin)
+    with pytest.raises(ValueError, match=r"another model has this configuration: give the new one copy\.deepcopy"):
+        AutoModelForCausalLM.from_config(asked.config, attn_implementation="sdpa")
+    config = LlamaConfig(**SIZES)
+    AutoModelForCausalLM.from_config(config, attn_implementation="diffmax")(IDS)
+    AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")(IDS)  # the first is gone
     shared = LlamaConfig(**SIZES, attn_implementation="diffmax")
     from_transformers('c._attn_implementation = "eager"', c=shared)  # no model has it
 

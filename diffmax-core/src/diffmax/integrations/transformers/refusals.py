@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import inspect
 import re
 import sys
@@ -65,6 +66,7 @@ _MAY_ATTEND = re.compile(r"softmax|scaled_dot_product_attention|MultiheadAttenti
 # What to do where transformers' own code would change the attention: by the module that does it.
 _UNASKED = {
     "transformers.generation.continuous_batching": "continuous batching keeps its own paged cache: call model.generate instead",
+    "transformers.modeling_utils": "another model has this configuration: give the new one copy.deepcopy(config)",
     "transformers.models.whisper": "call generate without return_token_timestamps, pipelines without return_timestamps='word'",
 }
 _PRODUCTS = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "linear", "tensordot", "__matmul__", "__rmatmul__")
@@ -80,7 +82,7 @@ def watch(name: str, label: str | None = None, partial: bool | None = False) -> 
         return
     kind._diffmax_checked = True
     _watch_assignments(transformers.PreTrainedConfig)
-    choose, change = kind.get_correct_attn_implementation, kind.set_attn_implementation
+    choose, change, restore = kind.get_correct_attn_implementation, kind.set_attn_implementation, kind.__setstate__
 
     @functools.wraps(choose)
     def choose_checked(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,11 +101,13 @@ def watch(name: str, label: str | None = None, partial: bool | None = False) -> 
             for part in self.modules():
                 if isinstance(part, kind):
                     _refuse_class(part.__class__, attn_implementation)
-        elif isinstance(attn_implementation, str):
+        else:
             current = self.config._attn_implementation
+            wanted = attn_implementation.get("", current) if isinstance(attn_implementation, dict) else attn_implementation
             asks, _ = _who_asks()
-            if current in _registered and asks.startswith("transformers."):
-                raise ValueError(_unasked(type(self).__name__, current, attn_implementation, asks))
+            if current in _registered and wanted not in _registered and asks.startswith("transformers."):
+                raise ValueError(_unasked(type(self).__name__, current, wanted, asks))
+        _built.update(part for part in self.modules() if isinstance(part, kind))
         result = change(self, attn_implementation, *args, **kwargs)
         if isinstance(attn_implementation, dict):
             _refuse_unchanged(self.config, attn_implementation)
@@ -113,8 +117,14 @@ def watch(name: str, label: str | None = None, partial: bool | None = False) -> 
                 _watch_first_forward(part)
         return result
 
+    @functools.wraps(restore)
+    def restore_noted(self: Any, state: Any) -> None:  # of a copy, or what was pickled
+        restore(self, state)
+        _built.add(self)
+
     kind.get_correct_attn_implementation = choose_checked
     kind.set_attn_implementation = change_checked
+    kind.__setstate__ = restore_noted
 
 
 def _watch_assignments(kind: Any) -> None:
@@ -131,8 +141,9 @@ def _watch_assignments(kind: Any) -> None:
         nested.inside = True
         try:
             assigned.fset(config, value)
+            warned = False
             for part, old in before:
-                _check_change(part, old, part._attn_implementation_internal)
+                warned = warned or _check_change(part, old, part._attn_implementation_internal)
         except BaseException:
             for part, old in before:
                 part._attn_implementation_internal = old
@@ -143,23 +154,37 @@ def _watch_assignments(kind: Any) -> None:
     kind._attn_implementation = assigned.setter(assign_checked)
 
 
-def _check_change(config: Any, old: Any, new: Any) -> None:
-    """Refuse what was assigned to the configuration of models, warn of it, or check their next forward pass."""
+def _check_change(config: Any, old: Any, new: Any) -> bool:
+    """Refuse what was assigned to the configuration of models, warn of it, or check their next forward pass.
+
+    Returns whether it warned.
+    """
     if old == new or not (old in _registered or new in _registered):
-        return
-    models: list[Any] = [model for model in list(_built) if model.config is config]
+        return False
+    models = _models_of(config)
     if new in _registered:
         for model in models:
             _refuse_class(model.__class__, new)
             _verified.discard(model)
             _watch_first_forward(model)
-    elif models:
-        asks, depth = _who_asks()
-        whole = max(models, key=lambda model: len(list(model.modules())))
-        message = _unasked(type(whole).__name__, old, new, asks)
-        if asks.startswith("transformers."):
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=depth)
+        return False
+    if models:  # some may be waiting to be collected
+        del models
+        gc.collect()
+        models = _models_of(config)
+    if not models:
+        return False
+    asks, depth = _who_asks()
+    whole = max(models, key=lambda model: len(list(model.modules())))
+    message = _unasked(type(whole).__name__, old, new, asks)
+    if asks.startswith("transformers."):
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=depth)
+    return True
+
+
+def _models_of(config: Any) -> list[Any]:
+    return [model for model in list(_built) if model.config is config]
 
 
 def _all_parts(config: Any) -> Iterator[Any]:
@@ -352,6 +377,9 @@ def _owner() -> str | None:
 
 
 def _watch_first_forward(model: nn.Module) -> None:
+    for module in model.modules() if _late else ():  # they are looked at again
+        for hook in _late.pop(module, []):
+            hook.remove()
     if model not in _watched:
         _watched[model] = [
             model.register_forward_pre_hook(_begin, prepend=True),
@@ -463,10 +491,10 @@ class _Late:
         _stop(run)
         if output is None:
             return
-        registration = _registered[self.name]
-        if run.mode.softmax_in and registration.partial is not None:
+        partial = _registered[self.name].partial
+        if run.mode.softmax_in and partial is False:
             raise ValueError(_also(self.name, self.model, run.mode))
-        if run.mode.softmax_in:
+        if run.mode.softmax_in and partial is None:
             warnings.warn(_keeps(self.name, self.model, run.mode), stacklevel=2)
         self.is_checked = True
         for hook in _late.pop(module, []):

@@ -95,7 +95,8 @@ def slopes_of(z, weights, slopes, length, delta, e, integer):
         part, stop = splat(z, 0.0), min(block + 1024, length)
         if integer == 0 and e < 0.25:
             for i in range(block, stop, width):
-                slope = load(weights, i) / larger(load(z, i) - delta + 1.0, TINY)
+                w = load(z, i) - delta
+                slope = select(w > -1.0, load(weights, i) / larger(w + 1.0, TINY), 0.0)
                 store(slopes, i, slope)
                 part = part + slope
         else:

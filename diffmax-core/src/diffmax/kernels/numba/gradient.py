@@ -120,6 +120,17 @@ def square_roots(p, g, s, start, stop):
 
 
 @jitable
+def few_slopes(p, g, s, start, stop, e):
+    """As `square_roots`, of any alpha, for a few vectors."""
+    sums = products = splat(s, 0.0)
+    for i in range(start, stop, places(s)):
+        slopes = slopes_from_weights(load(p, i), e)[0]
+        sums, products = sums + slopes, products + slopes * load(g, i)
+        store(s, i, slopes)
+    return sums, products
+
+
+@jitable
 def slope_sums(p, g, s, other, live, start, stop, e):
     """As `square_roots`, of any alpha, in loops as those of `functions.powers`, over the vectors that hold a weight.
 
@@ -179,6 +190,16 @@ def _fill_tables(tables, e):
 
 def _has_tables(array):
     return has_avx512() and array.dtype == types.float32
+
+
+def tabled(array):
+    """Whether `slope_sums_by_tables` is by tables, for rows that are computed in this array's dtype."""
+
+
+@part(tabled)
+def _tabled(array):
+    answer = _has_tables(array)
+    return lambda array: answer
 
 
 @jitable

@@ -24,12 +24,14 @@ from diffmax.kernels.numba.gradient import (
     TABLES,
     centred,
     centred_sum,
+    few_slopes,
     fill_tables,
     score_sums,
     slope_and_alpha_sums,
     slope_sums,
     slope_sums_by_tables,
     square_roots,
+    tabled,
 )
 from diffmax.kernels.numba.one_row import (
     DEAD,
@@ -302,6 +304,8 @@ def _backward(dtype, computing):
                         sums, products = slope_and_alpha_sums(p, g, s, w, block, stop_at, e)
                     elif half:
                         sums, products = square_roots(p, g, s, block, stop_at)
+                    elif n <= 2 * width and not (by_tables and tabled(acc)):
+                        sums, products = few_slopes(p, g, s, block, stop_at, e)
                     elif by_tables:
                         sums, products = slope_sums_by_tables(p, g, s, other, live, block, stop_at, tables, e)
                     else:
@@ -320,10 +324,10 @@ def _backward(dtype, computing):
                         sums, products = slope_and_alpha_sums(last, last_g, end_s, end_w, 0, width, e)
                     elif half:
                         sums, products = square_roots(last, last_g, end_s, 0, width)
-                    elif by_tables:
+                    elif by_tables and tabled(acc):
                         sums, products = slope_sums_by_tables(last, last_g, end_s, other, live, 0, width, tables, e)
                     else:
-                        sums, products = slope_sums(last, last_g, end_s, other, live, 0, width, e)
+                        sums, products = few_slopes(last, last_g, end_s, 0, width, e)
                     sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
                 mean = sum_sg / sum_s if sum_s != 0.0 else 0.0
                 centred(s, g, grad_x, n, computing(mean))

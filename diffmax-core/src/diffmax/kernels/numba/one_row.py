@@ -150,7 +150,7 @@ def tallied(z, length, e):
     """The number of candidates, and the tallies, of scores that stand side by side; their z are at most 0."""
     count = splat(z, 0.0)
     tallies = (count, count, count)
-    start = START_OF_ROWS * math.sqrt(e)
+    start = max(START_OF_ROWS[0] * math.sqrt(e), START_OF_ROWS[1])
     for i in range(0, length, places(z)):
         count, tallies = tallied_with(load(z, i), count, tallies, start)
     return totals(count, tallies)
@@ -200,7 +200,7 @@ def scaled(x, n, top, e, z):
         z[i] = value if value > DEAD else DEAD
     count = splat(z, 0.0)
     tallies = (count, count, count)
-    start = START_OF_ROWS * math.sqrt(e)
+    start = max(START_OF_ROWS[0] * math.sqrt(e), START_OF_ROWS[1])
     for i in range(0, whole, width):
         v = larger((load(x, i) - top) * e, DEAD)
         store(z, i, v)
@@ -239,12 +239,12 @@ def write(row, n, p, factor):
 @jitable
 def write_nudged(row, n, p, z, delta, d, k):
     """row[:n] = p (1 - d / (z - t))^k for a d, the last part of `delta`, that changes no weight by more than a thousandth."""
-    width, before = places(p), delta - d - 1.0
+    width, before = places(p), splat(z, delta - d)
     whole = n // width * width
     for i in range(0, whole, width):
-        store(row, i, nudge(load(p, i), 1.0 / larger(load(z, i) - before, TINY), d, k))
+        store(row, i, nudge(load(p, i), 1.0 / larger(load(z, i) - before + 1.0, TINY), d, k))
     if whole < n:
-        store(p, whole, nudge(load(p, whole), 1.0 / larger(load(z, whole) - before, TINY), d, k))
+        store(p, whole, nudge(load(p, whole), 1.0 / larger(load(z, whole) - before + 1.0, TINY), d, k))
     for i in range(whole, n):
         put(row, i, p[i])
 

@@ -16,9 +16,9 @@ LISTED = 128
 # Entries of a longer row in a group that are added up before they are added to the others: roundings do not pile up.
 ADDED = 16
 # The first iterate comes from the entries with z above one of these (Eq. 52): in a list from the better of two, in a longer row
-# from those above this times sqrt(e). About there rows that are normally distributed have the entries that matter.
+# from those above the larger, the first of which is times sqrt(e). About there normally distributed rows have what matters.
 STARTS_OF_LISTS = (-0.7, -0.35)
-START_OF_ROWS = -0.7
+START_OF_ROWS = (-0.7, -0.28)
 # How much of the variance's part it takes. A row that begins with S > 1 may need no other evaluation.
 SPREAD_OF_LISTS, SPREAD_OF_ROWS = 1.0, 0.7
 
@@ -141,8 +141,8 @@ def bounded(about, low, count):
 
 @jitable
 def nudge(weight, reciprocal, d, k):
-    """weight (1 - d reciprocal)^k to the second order in d (Eq. 29)."""
-    y = reciprocal * (k * d)
+    """weight (1 - d reciprocal)^k to the second order in d (Eq. 29); beside a small [z - t], where that says nothing, bounded."""
+    y = larger(smaller(reciprocal * (k * d), 1.0), -1.0)
     return select(weight > 0.0, weight * ((y * (0.5 - 0.5 / k) - 1.0) * y + 1.0), 0.0)
 
 
@@ -237,8 +237,8 @@ def step_on_log(s0, s1, s2, s3, s4, k):
 
 
 @jitable
-def shift(p, r, length, d, k):
-    """p = p (1 - d r)^k for a small d, which takes delta to delta + d; returns the sum of p.
+def shift(z, p, r, length, ahead, d, k):
+    """p = p (1 - d r)^k for a small d, which takes delta to `ahead`; returns the sum of p.
 
     The eighth power of (1 - d r)^(k/8), whose series needs few terms.
     """
@@ -263,9 +263,9 @@ def shift(p, r, length, d, k):
             change = change * (change + 2.0)  # (1 + change)^2 - 1: squares of numbers near 1 would lose digits
             change = change * (change + 2.0)
             change = change * (change + 2.0)
-            # elsewhere y means nothing, or the weight is below the normal numbers, where `exp2` leaves the least of them: with
-            # a large k the series would make it as large as any
-            live = (y < 1.0) & (weight > smallest_normal(weight))
+            # elsewhere no weight is left, or it was below the normal numbers, where `exp2` leaves the least of them: with a
+            # large k the series would make it as large as any
+            live = (load(z, i) - ahead > -1.0) & (weight > smallest_normal(weight))
             shifted = select(live, weight + weight * change, 0.0)
             store(p, i, shifted)
             part = part + shifted
@@ -334,8 +334,8 @@ def _by_powers(z, p, r, length, first, candidates, e, k, e_value, steps):
             d, slope = step_on_log(sum0, sum1, sum2, sum3, sum4, 1.0 / e_value)
             # of entries that have less than 2 d left, the series gives the first digits alone: all d^k together must not count
             if d > 0.0 and math.log(d) < e_value * math.log(8.0 * tolerance(z) / candidates):
-                s = shift(p, r, length, d, 1.0 / e_value)
                 delta = smaller(delta + d, high)
+                s = shift(z, p, r, length, delta, d, 1.0 / e_value)
                 if abs(s - 1.0) <= tolerance(z):
                     return maximum(delta), s, 0.0
                 if abs(s - 1.0) <= nudged(z):
