@@ -332,10 +332,8 @@ def test_transformers_does_not_change_the_attention_of_a_model_unasked():
     model.set_attn_implementation("sdpa")  # as asked
     from_transformers('m.set_attn_implementation("eager")', m=model)
     from_transformers('m.config._attn_implementation = "sdpa"', m=model)
-    for twin in (
-        copy.deepcopy(asked := LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="diffmax")),
-        asked,
-    ):
+    asked = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="diffmax")
+    for twin in (copy.deepcopy(asked), asked):
         for code in ('m.config._attn_implementation = "eager"', 'm.set_attn_implementation({"": "eager"})'):
             with pytest.raises(ValueError, match="must keep its attention"):
                 from_transformers(code, m=twin)

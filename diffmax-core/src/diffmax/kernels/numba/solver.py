@@ -141,7 +141,7 @@ def bounded(about, low, count):
 
 @jitable
 def nudge(weight, reciprocal, d, k):
-    """weight (1 - d reciprocal)^k to the second order in d (Eq. 29); beside a small [z - t], where that says nothing, bounded."""
+    """weight (1 - d reciprocal)^k to second order in d (Eq. 29), bounded beside a small [z - t], where that says nothing."""
     y = larger(smaller(reciprocal * (k * d), 1.0), -1.0)
     return select(weight > 0.0, weight * ((y * (0.5 - 0.5 / k) - 1.0) * y + 1.0), 0.0)
 
