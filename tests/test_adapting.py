@@ -496,7 +496,10 @@ def test_a_model_of_an_adapted_configuration_says_that_its_heads_are_missing(tmp
     again = LlamaModel(LlamaConfig.from_dict(model.config.to_dict()))
     with pytest.raises(ValueError, match=r"this LlamaAttention of layer [01] has no heads yet"):
         again(torch.tensor([[3, 4, 5]]))
-    assert LlamaModel._from_config(model.config, attn_implementation="eager").config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match=r"another model has this configuration: give the new one copy\.deepcopy"):
+        LlamaModel._from_config(model.config, attn_implementation="eager")
+    twin = LlamaModel._from_config(copy.deepcopy(model.config), attn_implementation="eager")
+    assert (twin.config._attn_implementation, model.config._attn_implementation) == ("eager", "diffmax-adapted")
 
 
 def test_an_adapted_model_that_runs_softmax_warns_when_it_is_saved(tmp_path):
