@@ -144,7 +144,7 @@ def _watch_assignments(kind: Any) -> None:
             warned = False
             for part, old in before:
                 warned = warned or _check_change(part, old, part._attn_implementation_internal)
-        except BaseException:
+        except BaseException:  # re-raised: what is refused must leave no mark
             for part, old in before:
                 part._attn_implementation_internal = old
             raise
