@@ -325,7 +325,7 @@ def test_transformers_does_not_change_the_attention_of_a_model_unasked():
             from_transformers(code, m=model)
         assert model.config._attn_implementation == "diffmax"
     assert torch.equal(model(IDS).logits, before)
-    with pytest.warns(UserWarning, match='got "sdpa" from .*\n.* call model.set_attn_implementation') as caught:
+    with pytest.warns(UserWarning, match='now computes "sdpa" instead, .*\n.* call model.set_attn_implementation') as caught:
         model.config._attn_implementation = "sdpa"
     assert caught[0].filename == __file__
     model.set_attn_implementation("diffmax")

@@ -206,13 +206,17 @@ def _who_asks() -> tuple[str, int]:
 
 
 def _unasked(model: str, old: Any, new: Any, asks: str) -> str:
-    action = f'load this model with attn_implementation="{new}" for what needs it'
+    label = _registered[old].label
     if not asks.startswith("transformers."):
-        action = f'to choose it, call model.set_attn_implementation("{new}") instead of assigning it'
+        return (
+            f'{label}: {model} now computes "{new}" instead, by an assignment to its configuration in {asks}\n'
+            f'to say that it is meant, call model.set_attn_implementation("{new}")'
+        )
+    action = f'load this model with attn_implementation="{new}" for what needs it'
     for where, known in _UNASKED.items():
         action = known if asks.startswith(where) else action
     return (
-        f'{_registered[old].label}: {model} must keep its attention, got "{new}" from {asks}, '
+        f'{label}: {model} must keep its attention, got "{new}" from {asks}, '
         f"which would compute other weights from then on\n{action}"
     )
 
