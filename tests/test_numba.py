@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffmax
 from diffmax import diffmax_bisect, reference
-from diffmax.kernels.numba import functions, gradient, one_row, simd, solver, threads
+from diffmax.kernels.numba import functions, gradient, one_row, simd, solver, tables, threads
 from diffmax.kernels.numba import rows as numba_rows
 from diffmax.kernels.numba.probe import numba_cannot, numba_converts_float16, numba_missing
 from diffmax.machine.dispatch import registry
@@ -84,40 +84,86 @@ def test_elementary_functions_are_right_to_a_few_ulp(name, exact, low, high, dty
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.85, 0.99])
-def test_slopes_of_a_call_are_right_to_a_few_ulp(alpha):
-    """Whether they come from tables or not: every mantissa's sixteenth, every exponent, and 0; subnormals count as normal."""
+@pytest.mark.parametrize("by_table", [True, False])
+def test_slopes_of_a_call_are_right_to_a_few_ulp(alpha, by_table):
+    """Every exponent, many mantissas, and 0; subnormals count as normal."""
     some = [2.0 ** np.linspace(-126, 0, 4001), 1 + np.linspace(-0.6, 0, 501), [0.0, 1.0, 2.0**-149, 3e-42, 1e-38]]
     weights = np.concatenate(some).astype(np.float32)
+    table = tables.table_of(alpha, functions.OF_SLOPES) if by_table else None
+    at = 0 if table is None else table.ctypes.data
 
     @njit
-    def slopes(p, s):
-        tables = np.empty(gradient.TABLES * 16, np.float32)
-        gradient.fill_tables(tables, 1 - alpha)
+    def slopes(p, s, at):
         other, live = np.empty(p.size, np.float32), np.empty(p.size, np.int32)
-        gradient.slope_sums_by_tables(p, p, s, other, live, 0, p.size, tables, simd.splat(p, 1 - alpha))
+        if at != 0:
+            gradient.slope_sums_by_table(p, p, s, other, live, 0, p.size, at)
+        else:
+            gradient.slope_sums(p, p, s, other, live, 0, p.size, simd.splat(p, 1 - alpha))
 
     padded = np.resize(weights, -(-len(weights) // 16) * 16)
     found = np.empty_like(padded)
-    slopes(padded, found)
+    slopes(padded, found, at)
     exact = np.where(padded > 0, np.maximum(padded, 2.0**-126), 0.0).astype(np.float64) ** alpha
     allowed = 3.0
-    if not simd.has_avx512():  # alpha and 1 - alpha are then rounded to float32, and count as often as the exponent
+    if at == 0:  # alpha and 1 - alpha are then rounded to float32, and count as often as the exponent
         allowed += 2 * math.log(2) / 4 * -np.log2(np.maximum(padded, 2.0**-126))
     assert (np.abs(found - exact) <= allowed * np.finfo(np.float32).eps * exact).all()
     assert (found[padded == 1] == 1).all()
 
 
+@pytest.mark.parametrize("k", [1.02, 1.7, 3.4, 6.67, 9.9])
+def test_powers_by_table_are_right_to_a_few_ulp(k):
+    """Of [1 + w]^k: near the threshold, at 0, and on the threshold."""
+    table = tables.table_of(k)
+    if table is None:
+        assert simd.digit_bits() == 0
+        return
+    u = np.concatenate([2.0 ** np.linspace(-24, 0, 5001), 1 + np.linspace(-0.5, 0, 997), [0.0, 1.0]])
+    w = np.concatenate([(u - 1), [-1.5, -2.0]]).astype(np.float32)
+    padded = np.resize(w, -(-len(w) // 16) * 16)
+    found, other = np.empty_like(padded), np.empty_like(padded)
+
+    @njit
+    def powers(z, p, other, at):
+        functions.powers_by_table(z, p, other, 0, z.size, 16, simd.splat(z, 0.0), at)
+
+    powers(padded, found, other, table.ctypes.data)
+    exact = np.maximum(1 + padded.astype(np.float64), 0) ** k
+    least = np.finfo(np.float32).tiny
+    assert (np.abs(found - exact) <= 4 * np.finfo(np.float32).eps * exact + least).all()
+    assert (found[padded == 0] == 1).all()
+    assert (found[padded <= -1] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("k", [0.02, 0.85, 1.7, 6.67, 10.0])
+def test_tables_for_either_processor(bits, k):
+    """What `digit_of` looks up, done by hand: two digits of the exponent, and where they do not reach the last place."""
+    table = tables.table_for(bits, k, functions.DEGREE)
+    exponents = np.arange(-126, 1)
+    low, high = (exponents + 127) & ((1 << bits) - 1), ((exponents + 127) >> bits) & ((1 << bits) - 1)
+    found = table[low].astype(np.float64) * table[functions.DIGITS + high]
+    if bits == 3:
+        found[exponents < -63] *= table[functions.FURTHER]
+    kept = k * exponents > -126
+    assert np.allclose(found[kept], 2.0 ** (k * exponents[kept]), rtol=2e-7, atol=0)
+    f = np.linspace(0, 1, 1001)
+    polynomial = np.polyval(table[2 * functions.DIGITS : functions.FURTHER].astype(np.float64), f)
+    assert np.abs(polynomial / (1 + f) ** k - 1).max() < 2e-7
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not simd.has_avx512(), reason="the processor that Numba compiles for lacks AVX-512: the tests above were of this"
-)
-def test_digits_without_the_instructions_of_avx512(tmp_path):
-    """The same in a process that compiles for an older processor, and the kernels against the gate there."""
-    environment = {"NUMBA_CPU_NAME": "znver3", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+@pytest.mark.parametrize("bits", [0, 3])
+def test_digits_on_an_older_processor(bits, tmp_path):
+    """The same in a process that compiles without its instructions for look-ups, and the kernels against the gate there."""
+    if simd.digit_bits() <= bits:
+        pytest.skip(f"the processor that Numba compiles for looks up {simd.digit_bits()} bits: the tests above were of this")
+    features = "+avx2,+avx,+fma,+f16c" if bits else ""
+    environment = {"NUMBA_CPU_NAME": "znver3", "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     code = """
 import torch
 from diffmax import diffmax_bisect, reference
-from diffmax.kernels.numba.simd import has_avx512
+from diffmax.kernels.numba.simd import digit_bits
 from diffmax.testing import gates
 torch.manual_seed(0)
 x, g = torch.randn(2, 40, 200)
@@ -128,9 +174,9 @@ with torch.no_grad():
     of_p = lambda g, p: reference.bisect_backward(g, p, m.to(p), m.to(p), None, 0.15, 1, False)[0]
     for found, wanted in ((p, gates(bisect, x)[0]), (x.grad, gates(of_p, g, p)[0])):
         assert (found.double() - wanted.exact).abs().max() <= wanted.allowed
-print(has_avx512())
+print(digit_bits())
 """
-    assert run(code, **environment).strip() == "False"
+    assert run(code, **environment).strip() == str(bits)
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "few_ulp or candidates", __file__]
     subprocess.run(tests, check=True, timeout=300, env={**os.environ, **environment})
 
@@ -576,12 +622,23 @@ def test_without_torchs_openmp_there_are_threads_all_the_same(monkeypatch):
 
 def test_a_thread_without_memory_is_an_error_and_no_silent_result(monkeypatch):
     monkeypatch.setattr(numba_rows, "_kernel", lambda name, dtype: (lambda job: 0, 0))
-    monkeypatch.setattr(numba_rows, "_small_plan", lambda *call: (lambda job: 0, 1, 0))
+    monkeypatch.setattr(numba_rows, "_small_plan", lambda *call: (lambda job: 0, 1, 0, None))
     monkeypatch.setattr(threads, "run_on_threads", lambda *job: None)
     for count in (1, 1000):
         for x in (torch.randn(count, 400), torch.randn(400, count).T):
             with pytest.raises(MemoryError, match="no memory to solve rows of 400 entries"):
                 diffmax_bisect(x, 0.5, backend="numba")
+
+
+@pytest.mark.parametrize("n", [16, 128, 200, 1024, 5000])
+def test_rows_of_like_entries_sum_to_one(n):
+    """The roundings of their sum all go one way; softmax leaves 1e-6."""
+    x = torch.randn(64, n) * 5
+    x[:, n // 2 :] = x[:, :1] - torch.rand(64, n - n // 2) * 1e-3
+    for alpha in (0.3, 0.7, 0.85, 0.9, 0.95):
+        for scores in (x, torch.zeros(64, n), torch.randn(64, n) * 1e-3):
+            total = diffmax_bisect(scores, alpha, backend="numba").double().sum(-1)
+            assert (total - 1).abs().max() <= (1e-6 if n > one_row.GROUPED else 5e-7)
 
 
 def test_calls_from_many_python_threads():

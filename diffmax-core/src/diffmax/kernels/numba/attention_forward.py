@@ -29,7 +29,7 @@ from diffmax.kernels.numba.attention_words import (
     whole_numbers,
     words_of,
 )
-from diffmax.kernels.numba.functions import TINY
+from diffmax.kernels.numba.functions import TINY, WHOLE
 from diffmax.kernels.numba.gradient import slopes_and_weights
 from diffmax.kernels.numba.jobs import finish, keep, take
 from diffmax.kernels.numba.one_row import (
@@ -93,7 +93,7 @@ def slopes_of(z, weights, slopes, length, delta, e, integer):
     width, result = places(z), 0.0
     for block in range(0, length, 1024):
         part, stop = splat(z, 0.0), min(block + 1024, length)
-        if integer == 0 and e < 0.25:
+        if not 0 < integer <= WHOLE and e < 0.25:
             for i in range(block, stop, width):
                 w = load(z, i) - delta
                 slope = select(w > -1.0, load(weights, i) / larger(w + 1.0, TINY), 0.0)
@@ -480,7 +480,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
     z, index = floats(words, memory, Word.z, 0, stride, computing), whole_numbers(words, memory, Word.index, 0, stride)
     list_z = floats(words, memory, Word.list_z, 0, LISTED * width, computing)
     list_index = whole_numbers(words, memory, Word.list_index, 0, LISTED * width)
-    n_dense, groups = 0, n <= (GROUPED if words[Word.integer] != 0 else LISTED)
+    n_dense, groups = 0, n <= (GROUPED if 0 < words[Word.integer] <= WHOLE else LISTED)
     for first in range(0, here.count, width):
         some_rows = min(width, here.count - first)
         n_candidates, n_solved, longest = 0, 0, 0

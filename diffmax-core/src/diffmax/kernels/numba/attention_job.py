@@ -25,6 +25,7 @@ from diffmax.kernels.numba.products import DEPTH, PANEL_BYTES, ROWS
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
 from diffmax.kernels.numba.solver import LISTED
+from diffmax.kernels.numba.tables import PowerTable
 from diffmax.kernels.numba.threads import Kernel, leave, run_packed, take
 from diffmax.operators.attention.tiles import live_shape
 from diffmax.operators.common.numerics import accumulation_dtype
@@ -240,6 +241,7 @@ class _Form(NamedTuple):
     converts: bool
     seen: int
     products: int
+    table: PowerTable | None  # which `Word.integer` may be the address of
 
 
 @functools.lru_cache(maxsize=256)
@@ -271,13 +273,13 @@ def _form(
     if COMPUTING[acc](softcap) > 0:  # the kernels ask whether the word is 0
         words[Word.softcap] = softcap
     if e is None:
-        words[Word.steps], _ = plan(200, max(1, keys), 1.0, dtype)
+        words[Word.steps], _, table = plan(200, max(1, keys), 1.0, dtype)
     else:
         words[Word.e_value] = e
-        words[Word.steps], words[Word.integer] = plan(200, max(1, keys), e, dtype)
+        words[Word.steps], words[Word.integer], table = plan(200, max(1, keys), e, dtype)
     # the keys that a tile of queries sees, at most
     seen = min(keys, left + right + TILE) if left >= 0 and right >= 0 else keys
-    return _Form(acc, words, sizes, dtype in KINDS, seen, heads * (head_dim + value_dim))
+    return _Form(acc, words, sizes, dtype in KINDS, seen, heads * (head_dim + value_dim), table)
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,12 @@ from numba.core import types
 
 from diffmax.kernels.numba.parts import jitable, part
 from diffmax.kernels.numba.simd import (
+    about_inverse,
+    array_at,
+    digit_bits,
+    digit_of,
     horner,
+    inverse_power,
     larger,
     load,
     nearest_integer,
@@ -21,6 +26,15 @@ from diffmax.kernels.numba.simd import (
 LOG2_E = 1 / math.log(2)
 LN_2 = math.log(2)
 TINY = 2.0**-60
+# A table of powers (`tables`): places for each of two digits of an exponent, the coefficients of a polynomial, and 2^(-64 k).
+DIGITS, DEGREE = 16, 10
+FURTHER = 2 * DIGITS + DEGREE + 1
+TABLE = FURTHER + 1
+NEAR = (
+    2.0**-63
+)  # two digits of three bits tell the exponents from here to 1 apart; what is smaller is multiplied by the last place
+OF_SLOPES = 8  # the degree that serves for k < 1
+WHOLE = 10  # the largest k that `integer_power` knows; a larger number in its place is the address of a table
 NONE = -(2.0**40)  # where a logarithm is that of 0
 
 # Minimax polynomials on [sqrt(1/2) - 1, sqrt(2) - 1] and [-1/2, 1/2], highest power first, fitted by Remez's algorithm;
@@ -162,6 +176,77 @@ def powers(z, p, other, start, stop, step, delta, k, k_log2):
         store(p, i, select(y > NONE / 2.0, exp2(y), 0.0))
 
 
+_low_digit, _high_digit = digit_of(0), digit_of(1)
+
+
+def powers_by_table(z, p, other, start, stop, step, delta, at):
+    """As `powers`, of a k whose table (`tables`) begins at the address."""
+
+
+@part(powers_by_table)
+def _powers_by_table(z, p, other, start, stop, step, delta, at):
+    if not has_table(z.dtype):
+        return lambda z, p, other, start, stop, step, delta, at: None
+
+    def by_table(z, p, other, start, stop, step, delta, at):
+        table = array_at(at, TABLE, np.float32)
+        polynomial = coefficients(table)
+        for i in range(start, stop, step):
+            w = load(z, i) - delta
+            inside = larger(w, -1.0)
+            u = larger(inside + 1.0, TINY)
+            scale = inverse_power(u)
+            store(p, i, inside * scale + (scale - 1.0))
+            store(other, i, select(w > -1.0, power_near(table, u), 0.0))
+        for i in range(start, stop, step):
+            store(p, i, horner(load(p, i), polynomial) * load(other, i))
+
+    return by_table
+
+
+def has_table(dtype):
+    """Whether powers are computed by tables, in a dtype (torch's, NumPy's or Numba's)."""
+    return digit_bits() > 0 and str(dtype).removeprefix("torch.") == "float32"
+
+
+@jitable
+def power_near(table, u):
+    """2^(j k) for the exponents j of u, from `NEAR` to 1, from the table of a k."""
+    return _low_digit(load(table, 0), u) * _high_digit(load(table, DIGITS), u)
+
+
+def power_of_exponent(table, u):
+    """`power_near` for any normal u up to 1."""
+
+
+@part(power_of_exponent)
+def _power_of_exponent(table, u):
+    if digit_bits() == 4:
+        return lambda table, u: power_near(table, u)
+
+    def with_further(table, u):
+        about = power_near(table, u)
+        return select(u < NEAR, about * table[FURTHER], about)
+
+    return with_further
+
+
+@jitable
+def coefficients(table):
+    """Those of a table's polynomial, the highest power first."""
+    return table[2 * DIGITS], table[2 * DIGITS + 1], *of_slopes(table)
+
+
+@jitable
+def of_slopes(table):
+    """`coefficients` without those that are 0 in the table of a k < 1."""
+    at = FURTHER - OF_SLOPES - 1
+    return (
+        *(table[at], table[at + 1], table[at + 2], table[at + 3], table[at + 4]),
+        *(table[at + 5], table[at + 6], table[at + 7], table[at + 8]),
+    )
+
+
 @jitable
 def power_of_two(j, log_f, factor):
     """2^(factor (j + log_f / ln 2)) for a result below 1."""
@@ -208,6 +293,22 @@ def _refined(about, u):
         return about * (2.0 - about * u)
 
     return double
+
+
+def inverse(u):
+    """1 / u of normal numbers, within 3e-7 in float32."""
+
+
+@part(inverse)
+def _inverse(u):
+    if u.element == types.float64 or digit_bits() == 0:
+        return lambda u: 1.0 / u
+
+    def by_newton(u):
+        about = about_inverse(u)
+        return about * (2.0 - about * u)
+
+    return by_newton
 
 
 def phi_series(v):

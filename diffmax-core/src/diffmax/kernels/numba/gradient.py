@@ -1,30 +1,39 @@
 """What a row's gradient is made of: the slopes s = p^alpha and the weights of alpha (Eq. 6), from p or from the scores."""
 
+import numpy as np
 from numba.core import types
 
 from diffmax.kernels.numba.functions import (
     LN_2,
     LOG2_E,
     RECIPROCAL,
+    TABLE,
     TINY,
+    WHOLE,
+    coefficients,
     exp2_m1,
     exponent_of,
+    has_table,
     integer_power,
+    inverse,
     ln_1p,
+    of_slopes,
     phi_series,
+    power_near,
+    power_of_exponent,
     power_of_two,
     refined,
     smallest_normal,
 )
 from diffmax.kernels.numba.parts import jitable, part
 from diffmax.kernels.numba.simd import (
+    array_at,
     bits,
     get,
-    has_avx512,
     horner,
+    inverse_power,
     larger,
     load,
-    looked_up_by,
     mantissa,
     nearest_integer,
     places,
@@ -85,11 +94,34 @@ def _of_dtype(w, e, k):
     return single
 
 
+def _powers_by_table(w, at):
+    """As `_power_again`, where the table of k begins at the address."""
+
+
+@part(_powers_by_table)
+def _of_table(w, at):
+    if not has_table(w.element):
+        return lambda w, at: (w, w)
+
+    def by_table(w, at):
+        table = array_at(at, TABLE, np.float32)
+        inside = larger(w, -1.0)
+        u = larger(inside + 1.0, TINY)
+        scale = inverse_power(u)
+        f = inside * scale + (scale - 1.0)
+        weights = select(w > -1.0, horner(f, coefficients(table)) * power_near(table, u), 0.0)
+        return weights * inverse(u), weights
+
+    return by_table
+
+
 @jitable
 def slopes_and_weights(w, e, k, integer):
-    """s and p from w = z - delta; `integer` is k if that is a whole number."""
+    """s and p from w = z - delta; `integer` is k if that is a whole number, or where its table begins."""
     if integer == 0:
         return _power_again(w, e, k)
+    if integer > WHOLE:
+        return _powers_by_table(w, integer)
     inside = larger(w, -1.0)
     u = inside + 1.0
     slopes = integer_power(u, integer) * u
@@ -162,90 +194,37 @@ def slope_sums(p, g, s, other, live, start, stop, e):
     return sums, products
 
 
-# Tables of `slopes_by_tables`, each a vector: 1 / c for a c in each sixteenth of [1, 2), its power, and powers of two for the
-# low and the high four bits of an exponent.
-TABLES = 4
-_CENTRES = (1.0, *(1 + (i + 0.5) / 16 for i in range(1, 16)))  # the first is 1: a weight of 1 has a slope of 1
-_part_of_mantissa, _low_exponent, _high_exponent = looked_up_by(19), looked_up_by(23), looked_up_by(27)
+def slope_sums_by_table(p, g, s, other, live, start, stop, at):
+    """As `slope_sums`, where the table of alpha (`tables`) begins at the address."""
 
 
-def fill_tables(tables, e):
-    """What `slopes_by_tables` needs to know of e, in `TABLES` vectors."""
+@part(slope_sums_by_table)
+def _slope_sums_by_table(p, g, s, other, live, start, stop, at):
+    if not has_table(s.dtype):
+        return lambda p, g, s, other, live, start, stop, at: (splat(s, 0.0), splat(s, 0.0))
 
-
-@part(fill_tables)
-def _fill_tables(tables, e):
-    if not _has_tables(tables):
-        return lambda tables, e: None
-
-    def fill(tables, e):
-        for i in range(16):
-            tables[i] = 1.0 / _CENTRES[i]
-            tables[16 + i] = float(tables[i]) ** e
-            tables[32 + i] = 2.0 ** (e * (15 - i))
-            tables[48 + i] = 2.0 ** (e * 16 * (7 - i))
-
-    return fill
-
-
-def _has_tables(array):
-    return has_avx512() and array.dtype == types.float32
-
-
-def tabled(array):
-    """Whether `slope_sums_by_tables` is by tables, for rows that are computed in this array's dtype."""
-
-
-@part(tabled)
-def _tabled(array):
-    answer = _has_tables(array)
-    return lambda array: answer
-
-
-@jitable
-def _slopes_of_normal(weights, tables, e):
-    f = mantissa(weights) * _part_of_mantissa(load(tables, 0), weights) - 1.0
-    c2 = e * (e + 1.0) * 0.5
-    c3 = c2 * (e + 2.0) * (-1.0 / 3.0)
-    c4 = c3 * (e + 3.0) * -0.25
-    c5 = c4 * (e + 4.0) * -0.2
-    rest = ((((c5 * f + c4) * f + c3) * f + c2) * f - e) * f + 1.0
-    about = _part_of_mantissa(load(tables, 16), weights) * _low_exponent(load(tables, 32), weights)
-    return weights * about * _high_exponent(load(tables, 48), weights) * rest
-
-
-@jitable
-def slopes_by_tables(weights, tables, e):
-    """s = p^alpha of weights that may be 0, for the e of `fill_tables`: p 2^(-e j) c^-e (1 + f)^-e, with p = 2^j c (1 + f)."""
-    least = smallest_normal(weights)
-    if bits(weights > least) == bits(weights > 0.0):
-        return _slopes_of_normal(weights, tables, e)
-    return select(weights > 0.0, _slopes_of_normal(larger(weights, least), tables, e), 0.0)
-
-
-def slope_sums_by_tables(p, g, s, other, live, start, stop, tables, e):
-    """As `slope_sums`, for the e of `fill_tables`."""
-
-
-@part(slope_sums_by_tables)
-def _slope_sums_by_tables(p, g, s, other, live, start, stop, tables, e):
-    if not _has_tables(tables):
-        return lambda p, g, s, other, live, start, stop, tables, e: slope_sums(p, g, s, other, live, start, stop, e)
-
-    def by_tables(p, g, s, other, live, start, stop, tables, e):
-        width = places(s)
-        zero = splat(s, 0.0)
-        sums, products = zero, zero
+    def by_table(p, g, s, other, live, start, stop, at):
+        width, count, zero = places(s), 0, splat(s, 0.0)
         for i in range(start, stop, width):
-            weights = load(p, i)
-            slopes = zero
-            if bits(weights > 0.0) != 0:
-                slopes = slopes_by_tables(weights, tables, e)
-                sums, products = sums + slopes, products + slopes * load(g, i)
+            store(s, i, zero)
+            live[count] = i
+            count += 1 if bits(load(p, i) > 0.0) != 0 else 0
+        table = array_at(at, TABLE, np.float32)
+        polynomial = of_slopes(table)
+        for n in range(count):
+            weights = load(p, live[n])
+            normal = larger(weights, smallest_normal(weights))
+            store(s, live[n], mantissa(normal) - 1.0)
+            store(other, n * width, select(weights > 0.0, power_of_exponent(table, normal), 0.0))
+        sums = products = zero
+        for n in range(count):
+            i = live[n]
+            slopes = horner(load(s, i), polynomial) * load(other, n * width)
+            sums, products = sums + slopes, products + slopes * load(g, i)
             store(s, i, slopes)
         return sums, products
 
-    return by_tables
+    return by_table
 
 
 @jitable

@@ -20,18 +20,16 @@ from numba.core import types
 from numba.core.ccallback import CFunc
 
 from diffmax.kernels.numba.cache import compile_cached
+from diffmax.kernels.numba.functions import WHOLE
 from diffmax.kernels.numba.gradient import (
-    TABLES,
     centred,
     centred_sum,
     few_slopes,
-    fill_tables,
     score_sums,
     slope_and_alpha_sums,
     slope_sums,
-    slope_sums_by_tables,
+    slope_sums_by_table,
     square_roots,
-    tabled,
 )
 from diffmax.kernels.numba.one_row import (
     DEAD,
@@ -62,14 +60,15 @@ PAGE = 4096  # bytes: what the low bits of an address tell apart
 # of threads may run one job: each takes the next chunk of rows that none has taken. A job that is one chunk is for one thread
 # and is read only. Strides and sizes are in elements; what is not there has address 0.
 KERNEL = types.int64(types.intp)
-WORDS = 18  # of the longest job
+WORDS = 19  # of the longest job
 
 # The first words of every job: the next row to take, rows done, all rows, and how many are taken at a time.
 NEXT, DONE, STOP, CHUNK = range(4)
-# then x, its stride, p, m, delta, e, its stride, n, integer, steps, normalise, e_value
+# then x, its stride, p, m, delta, e, its stride, n, integer (k, if it is one, or where its table begins, or 0), steps,
+# normalise, e_value
 FORWARD_JOB = Struct("=15qd")
-# then grad, its stride, p, its stride, x, its stride, m, delta, grad_x, grad_e, e, its stride, n, e_value
-BACKWARD_JOB = Struct("=17qd")
+# then grad, its stride, p, its stride, x, its stride, m, delta, grad_x, grad_e, e, its stride, n, the table of alpha, e_value
+BACKWARD_JOB = Struct("=18qd")
 
 
 @jitable
@@ -143,7 +142,7 @@ def _forward(dtype, computing):
         )
         integer, steps, normalise, e_value = words[12], words[13], words[14] != 0, numbers[15]
         long = apart(n + width, width)
-        collects = integer != 0 and LISTED < n <= GROUPED
+        collects = 0 < integer <= WHOLE and LISTED < n <= GROUPED
         lists = min(n, GROUPED if collects else LISTED) * width
         memory = np.empty(3 * lists + 3 * long + 4 * width + PAGE // itemsize, computing)
         scratch = memory[first_aligned(memory, x_at) :]
@@ -170,7 +169,7 @@ def _forward(dtype, computing):
                     e = exponent(e_at, e_stride, e_value, base, computing)
                     top, bad = top_of(first, n)
                     most = 1.0 if bad else LONGEST * candidate_share(first, n, top, e)
-                    short = most * n + (EMPTY[0] if integer == 0 else EMPTY[1]) >= n
+                    short = most * n + (EMPTY[1] if 0 < integer <= WHOLE else EMPTY[0]) >= n
                 if short or collected_now:
                     for lane in range(width):
                         if collected_now and lane >= rows:  # with a copy in every place that is left
@@ -265,21 +264,18 @@ def _backward(dtype, computing):
         words, numbers = words_of(job)
         grad_at, grad_stride, p_at, p_stride, x_at, x_stride = words[4], words[5], words[6], words[7], words[8], words[9]
         m_at, delta_at, grad_x_at, grad_e_at = words[10], words[11], words[12], words[13]
-        e_at, e_stride, n, e_value = words[14], words[15], words[16], numbers[17]
+        e_at, e_stride, n, table_at, e_value = words[14], words[15], words[16], words[17], numbers[18]
         m, delta = array_at(m_at, words[STOP], computing), array_at(delta_at, words[STOP], computing)
         wants_alpha, from_scores = grad_e_at != 0, x_at != 0
         padded = (n + width - 1) // width * width
         second = padded if wants_alpha or from_scores else 0
-        memory = np.empty(padded + second + (2 + TABLES) * width + PAGE // itemsize, computing)
+        memory = np.empty(padded + second + 2 * width + PAGE // itemsize, computing)
         scratch = memory[first_aligned(memory, p_at) :]
-        last, last_g, tables = scratch[:width], scratch[width:], scratch[2 * width :]
-        acc, s, w = last, tables[TABLES * width :], tables[TABLES * width + (padded if second else 0) :]
+        last, last_g, s = scratch[:width], scratch[width:], scratch[2 * width :]
+        acc, w = last, s[padded if second else 0 :]
         other, live = np.empty(SUMMED, computing), np.empty(SUMMED // width + 1, np.int32)
         whole = n // width * width
         half = e_at == 0 and e_value == 0.5
-        by_tables = e_at == 0 and not half
-        if by_tables:
-            fill_tables(tables, e_value)
         done, start, end = take(words, 0, 0, 0)
         while start < end:
             for row in range(start, end):
@@ -304,10 +300,10 @@ def _backward(dtype, computing):
                         sums, products = slope_and_alpha_sums(p, g, s, w, block, stop_at, e)
                     elif half:
                         sums, products = square_roots(p, g, s, block, stop_at)
-                    elif n <= 2 * width and not (by_tables and tabled(acc)):
+                    elif table_at != 0:
+                        sums, products = slope_sums_by_table(p, g, s, other, live, block, stop_at, table_at)
+                    elif n <= 2 * width:
                         sums, products = few_slopes(p, g, s, block, stop_at, e)
-                    elif by_tables:
-                        sums, products = slope_sums_by_tables(p, g, s, other, live, block, stop_at, tables, e)
                     else:
                         sums, products = slope_sums(p, g, s, other, live, block, stop_at, e)
                     sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)
@@ -324,8 +320,8 @@ def _backward(dtype, computing):
                         sums, products = slope_and_alpha_sums(last, last_g, end_s, end_w, 0, width, e)
                     elif half:
                         sums, products = square_roots(last, last_g, end_s, 0, width)
-                    elif by_tables and tabled(acc):
-                        sums, products = slope_sums_by_tables(last, last_g, end_s, other, live, 0, width, tables, e)
+                    elif table_at != 0:
+                        sums, products = slope_sums_by_table(last, last_g, end_s, other, live, 0, width, table_at)
                     else:
                         sums, products = few_slopes(last, last_g, end_s, 0, width, e)
                     sum_s, sum_sg = sum_s + total(sums), sum_sg + total(products)

@@ -2,7 +2,7 @@
 
 import math
 
-from diffmax.kernels.numba.functions import TINY
+from diffmax.kernels.numba.functions import TINY, WHOLE, inverse
 from diffmax.kernels.numba.parts import jitable
 from diffmax.kernels.numba.simd import (
     append,
@@ -67,10 +67,10 @@ def top_of(x, n):
 @jitable
 def candidates(x, n, top, e):
     """How many scores of a row have z > -1."""
-    count = 0
+    counts, one = splat(x, 0.0), splat(x, 1.0)
     for i in range(0, n, places(x)):
-        count += count_bits(bits((load(x, i) - top) * e > -1.0))
-    return count
+        counts = counts + select((load(x, i) - top) * e > -1.0, one, 0.0)
+    return int(total(counts))
 
 
 @jitable
@@ -83,7 +83,7 @@ def candidate_share(x, n, top, e):
 @jitable
 def sparse_share(integer):
     """The share of a row that its candidates may be, so that it is solved on them alone."""
-    return SPARSE_SHARES[0] if integer == 0 else SPARSE_SHARES[1]
+    return SPARSE_SHARES[1] if 0 < integer <= WHOLE else SPARSE_SHARES[0]
 
 
 @jitable
@@ -120,15 +120,15 @@ def listed(x, n, top, e, z, index, share):
                     index[count] = position
                     count += 1
         else:
+            so_far = count + count_bits(word)
+            if n > LISTED and not counted and so_far > share * (at + covered) + 0.125 * covered:
+                counted = True
+                so_far += candidates(x[at + covered :], (n - at - covered) // width * width, top, e)
+                if so_far > most:
+                    return -1
             for i in range(at, at + covered, width):
                 v = (load(x, i) - top) * e
                 count = append(z, index, count, v, v > -1.0, i)
-            if n > LISTED and not counted and count > share * (at + covered) + 0.25 * LISTED:
-                counted, all_of_them = True, count
-                for i in range(at + covered, n - width + 1, width):
-                    all_of_them += count_bits(bits((load(x, i) - top) * e > -1.0))
-                    if all_of_them > most:
-                        return -1
         at += covered
     if count > most:
         return -1
@@ -242,9 +242,9 @@ def write_nudged(row, n, p, z, delta, d, k):
     width, before = places(p), splat(z, delta - d)
     whole = n // width * width
     for i in range(0, whole, width):
-        store(row, i, nudge(load(p, i), 1.0 / larger(load(z, i) - before + 1.0, TINY), d, k))
+        store(row, i, nudge(load(p, i), inverse(larger(load(z, i) - before + 1.0, TINY)), d, k))
     if whole < n:
-        store(p, whole, nudge(load(p, whole), 1.0 / larger(load(z, whole) - before + 1.0, TINY), d, k))
+        store(p, whole, nudge(load(p, whole), inverse(larger(load(z, whole) - before + 1.0, TINY)), d, k))
     for i in range(whole, n):
         put(row, i, p[i])
 

@@ -68,10 +68,10 @@ def attend(
             words[word] = alive[-1].data_ptr()
     words[Word.alibi_batch] = heads if call.alibi is not None and len(call.alibi) > 1 else 0
     if isinstance(call.e, Tensor):
-        words[Word.steps], _ = plan(200, max(1, *ends), 1.0, query.dtype)
+        words[Word.steps], _, _kept = plan(200, max(1, *ends), 1.0, query.dtype)
     else:
         numbers[Word.e_value] = call.e
-        words[Word.steps], words[Word.integer] = plan(200, max(1, *ends), call.e, query.dtype)
+        words[Word.steps], words[Word.integer], _kept = plan(200, max(1, *ends), call.e, query.dtype)
     for word, t in ((Word.out, out), (Word.m, m), (Word.delta, delta), (Word.support, support), (Word.pages_read, read)):
         words[word] = t.data_ptr() if t.numel() else 0
     sizes = pages, call.page_size, int(words[Word.head_step]), int(words[Word.value_step])

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from diffmax import reference
 from diffmax.kernels.cpu.rows import from_rows
+from diffmax.kernels.numba.functions import OF_SLOPES
 from diffmax.kernels.numba.jobs import BACKWARD_JOB, FORWARD_JOB, compiled
+from diffmax.kernels.numba.tables import PowerTable, table_of
 from diffmax.kernels.numba.threads import Kernel, run_bytes
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import accumulation_dtype, integer_exponent, newton_steps
@@ -49,7 +51,7 @@ def weights(x: Tensor, e: float, dim: int, n_iter: int, ensure_sum_one: bool) ->
     n = x.shape[dim]
     n_rows = size // n
     p = torch.empty_like(x)
-    kernel, steps, integer = _small_plan(n_iter, n, e, x.dtype)
+    kernel, steps, integer, _kept = _small_plan(n_iter, n, e, x.dtype)
     job = _pack_forward(
         *(0, 0, n_rows, n_rows, x.data_ptr(), n, p.data_ptr(), 0, 0, 0, 0, n, integer, steps, ensure_sum_one, e)
     )
@@ -69,9 +71,9 @@ def _weights(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one
     p = torch.empty_like(x) if rows is x else torch.empty_like(rows, memory_format=torch.contiguous_format)
     if isinstance(e, Tensor):
         e_rows, e_stride = _per_row(e, (*shape[:dim], 1, *shape[dim + 1 :]))
-        e_at, e_value, (steps, integer) = e_rows.data_ptr(), 0.0, plan(n_iter, n, 1.0, x.dtype)
+        e_at, e_value, (steps, integer, _kept) = e_rows.data_ptr(), 0.0, plan(n_iter, n, 1.0, x.dtype)
     else:
-        e_at, e_stride, e_value, (steps, integer) = 0, 0, e, plan(n_iter, n, e, x.dtype)
+        e_at, e_stride, e_value, (steps, integer, _kept) = 0, 0, e, plan(n_iter, n, e, x.dtype)
     addresses = (rows.data_ptr(), x_stride, p.data_ptr(), m_at, delta_at, e_at, e_stride)
     run("forward", x.dtype, FORWARD_JOB, x.numel() // n, n, *addresses, n, integer, steps, ensure_sum_one, e_value)
     return p if rows is x else from_rows(p, shape, dim)
@@ -104,7 +106,12 @@ def bisect_backward(
         *(0 if x_rows is None else x_rows.data_ptr(), x_stride, m.data_ptr(), delta.data_ptr(), grad_x.data_ptr()),
         *(grad_e.data_ptr() if needs_e else 0, 0 if e_rows is None else e_rows.data_ptr(), e_stride),
     )
-    run("backward", p.dtype, BACKWARD_JOB, m.numel(), n, *addresses, n, 0.0 if isinstance(e, Tensor) else e)
+    e_value = 0.0 if isinstance(e, Tensor) else e
+    table = table_of(1.0 - e_value, OF_SLOPES) if 0 < e_value < 1 and m.dtype == torch.float32 else None
+    run(
+        *("backward", p.dtype, BACKWARD_JOB, m.numel(), n, *addresses, n),
+        *(0 if table is None else table.ctypes.data, e_value),
+    )
     return grad_x if p_rows is p else from_rows(grad_x, shape, dim), grad_e
 
 
@@ -117,16 +124,19 @@ def warmup(device: torch.device, dtype: torch.dtype, n: int, e: float | None, ba
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int]:
-    """The largest number of steps, and k if it is a whole number.
+def plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int, PowerTable | None]:
+    """The largest number of steps, k if it is a whole number, else the address of its table or 0, and that, to be kept.
 
     Four times what Newton's method needs, whose proof does not cover the kernel's shorter steps; it takes two or three.
     """
-    return 4 * newton_steps(n_iter, n, e, dtype), integer_exponent(e, accumulation_dtype(dtype)) if e < 1 else 0
+    acc = accumulation_dtype(dtype)
+    steps, whole = 4 * newton_steps(n_iter, n, e, dtype), integer_exponent(e, acc) if e < 1 else 0
+    table = table_of(1.0 / e) if whole == 0 and 0 < e < 1 and acc == torch.float32 else None
+    return steps, whole if table is None else table.ctypes.data, table
 
 
 @functools.lru_cache(maxsize=1024)
-def _small_plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[Kernel, int, int]:
+def _small_plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[Kernel, int, int, PowerTable | None]:
     """The forward kernel and its `plan`: one look-up."""
     return _kernel("forward", dtype)[0], *plan(n_iter, n, e, dtype)
 
