@@ -332,3 +332,20 @@ def test_other_sequences_than_those_stored_are_refused():
 def test_shapes_come_from_the_meta_device():
     q, k, v = torch.empty(3, 1, 3, 2, 8, device="meta").unbind()
     assert diffmax.HybridCache(4, block=2).attend(q, k, v).shape == (1, 3, 2, 8)
+
+
+@pytest.mark.parametrize("cuts", [[12], [1] * 12])
+def test_a_gate_of_zero_forgets_whatever_grows_after_it(cuts):
+    """Such a gate was a finite number, which later gates above 1 outweighed, also those of other calls."""
+    q, k, v = drawn(torch.float32, 12)
+    log_gates = torch.zeros(B, 12, H_KV)
+    log_gates[:, 2], log_gates[:, 4] = -torch.inf, 60.0
+    k[:, 2:4], outs, states = 0.0, [], []
+    for size in (0.0, 1e10):
+        k[:, :2] = size
+        cache = HybridCache(1, block=6)
+        with torch.no_grad():
+            outs.append(fed(cache, cuts, q, k, v, log_gates)[:, -1])
+        states.append(cache.state)
+    close(*outs)
+    close(tuple(states[0]), tuple(states[1]))

@@ -249,6 +249,40 @@ def test_a_sum_of_weights_that_overflows_is_nan_and_never_zero(degree, size, bac
 
 
 @every_backend
+@pytest.mark.parametrize("chunk", [None, 8, 60])
+def test_gates_above_one_are_right_or_nan(chunk, backend):
+    """A growth that overflows was taken as the largest finite one: results were finite and wrong."""
+    query, key, value, _ = (t[:1, :1] for t in drawn(heads=1, kv_heads=1, tokens=60, dtype=torch.float32))
+    key, log_gates = key * 1e-9, torch.full((1, 1, 60), 2.0)
+    leaves = [t.clone().requires_grad_() for t in (query, key, value, log_gates)]
+    exact = [t.double().detach().requires_grad_() for t in leaves]
+    wanted = power_attention(*exact, backend="reference")
+    out = power_attention(*leaves, chunk_size=chunk, backend=backend)
+    fine = out.isfinite().all(3)
+    assert fine[:, :, :40].all()
+    torch.testing.assert_close(out[fine].double(), wanted[fine], rtol=1e-2, atol=1e-2)
+    ours = torch.autograd.grad(out.sum(), leaves)
+    theirs = torch.autograd.grad(wanted.sum(), exact)
+    for a, b in zip(ours, theirs, strict=True):
+        known = a.isfinite()
+        torch.testing.assert_close(a[known].double(), b[known], rtol=1e-2, atol=1e-2 * b.abs().max().item())
+
+
+@every_backend
+@pytest.mark.parametrize(("dtype", "growth"), [(torch.float32, 60.0), (torch.float64, 700.0)])
+def test_a_gate_of_zero_forgets_whatever_grows_after_it(dtype, growth, backend):
+    """Such a gate was a finite number, which later gates above 1 outweighed."""
+    query, key, value, log_gates = drawn(dtype=dtype)
+    key[:, :, :10] *= 1e10
+    key[:, :, 10:20] = 0.0
+    log_gates[:, :, 10], log_gates[:, :, 20] = -torch.inf, growth
+    late = power_attention(*(t[:, :, 20:] for t in (query, key, value, log_gates)), backend=backend)
+    for chunk in (1, 8, 40):
+        whole = power_attention(query, key, value, log_gates, chunk_size=chunk, backend=backend)
+        torch.testing.assert_close(whole[:, :, 20:], late)
+
+
+@every_backend
 def test_no_scale_leaves_the_range_of_powers(backend):
     query, key, value, _ = drawn(dtype=torch.float32)
     wanted = power_attention(query, key, value, backend=backend)

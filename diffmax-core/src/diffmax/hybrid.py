@@ -25,7 +25,7 @@ from diffmax.operators.common.autocast import autocast, without_autocast
 from diffmax.operators.common.checks import _shape, as_int, check_tensor, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.api import power_attention
-from diffmax.operators.power.checks import FLOOR, check_degree
+from diffmax.operators.power.checks import check_degree, finite_gates
 from diffmax.operators.power.state import PowerState
 from diffmax.operators.power.symmetric import coefficients, monomials
 
@@ -310,7 +310,7 @@ class HybridCache:
         """The tail with new tokens, (B, H_kv, L_new, ..) but `log_gates` (B, L_new, H_kv)."""
         batch, heads, new, _ = key.shape
         stored, acc = self._tail, accumulation_dtype(key.dtype)
-        gates = None if log_gates is None else log_gates.transpose(1, 2).to(acc).clamp_min(FLOOR[acc])
+        gates = None if log_gates is None else log_gates.transpose(1, 2).to(acc)
         if stored is None:
             begins = ((_of_past(key, 2), key), (_of_past(value, 1), value))
             joined = [torch.cat([row, pad(t, (0, _MORE))], 2) for row, t in begins]
@@ -330,6 +330,7 @@ class HybridCache:
     def _fold(self, tokens: _Tail) -> None:
         """Move tokens into the state."""
         key, value, gates = tokens.key[:, :, 1:, :-_MORE], tokens.value[:, :, 1:, :-_MORE], tokens.gates
+        gates = None if gates is None else finite_gates(gates)
         counted = torch.ones(key.shape[:3], dtype=accumulation_dtype(key.dtype), device=key.device)
         if tokens.padding is not None:
             hidden = tokens.padding.unsqueeze(1)
@@ -401,7 +402,7 @@ def _past(state: _Past, query: Tensor, tail: _Tail, degree: int, options: _Optio
     past = (phi @ sums).view(*shape, -1) / torch.where(there, total, 1.0).unsqueeze(3)
     log_count = count.log()
     if tail.gates is not None:
-        log_count = log_count + tail.gates.cumsum(2)[:, :, None, tail.length - length :]
+        log_count = log_count + finite_gates(tail.gates).cumsum(2)[:, :, None, tail.length - length :]
     mean = torch.where(there, mean, 1.0) ** (1 / degree)
     log_count = log_count.expand(grouped).reshape(shape)
     score = options.slope * mean + _log_of_diffmax(log_count, options.e) + options.offset

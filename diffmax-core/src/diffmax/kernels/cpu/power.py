@@ -277,8 +277,8 @@ class _Rows:
             return t
         of_query = g[:, self.seen - self.count : self.seen]
         away = (of_query.unsqueeze(2) - g[:, : self.seen].unsqueeze(1)).to(t.dtype)
-        by_group.mul_(away.clamp_max_(_LARGEST[t.dtype]).exp_().unsqueeze(1))
-        by_group.tril_(self.seen - self.count)  # after the product: an infinite key behind the query would be NaN
+        by_group.mul_(away.exp_().unsqueeze(1))
+        by_group.tril_(self.seen - self.count)  # after the product: what is hidden may be infinite, and would be NaN
         return t
 
     def _since(self) -> Tensor | None:
@@ -318,9 +318,6 @@ class _Rows:
         of_sums = a if since is None else a * since
         for rows, entries, _ in _Expansion(self.scaled.mT.contiguous(), walk.call.degree).slices():
             of_state[:, rows] += torch.bmm(entries, of_sums).mul_(walk.c[rows])
-
-
-_LARGEST = {torch.float32: 88.0, torch.float64: 709.0}  # what is hidden may grow, and is set to 0 after
 
 
 class _Expansion:

@@ -188,13 +188,14 @@ def _log2_parts(y):
 
 @jitable
 def exp(x, more):
-    """e^(x + more), where `more` is a rounding error of x: 0 where that is below the normal numbers, finite, NaN of NaN."""
+    """e^(x + more), where `more` is a rounding error of x: 0 below the normal numbers, infinite above them, NaN of NaN."""
     factor, rest = log2_parts(x)
-    y = smaller(x * factor, largest_exponent(x))
-    i, shifted = round_shifted(larger(y, lowest_exponent(x)))
+    y = x * factor
+    i, shifted = round_shifted(larger(smaller(y, largest_exponent(x)), lowest_exponent(x)))
     f = (x * factor - i) + (x * rest + more * factor)  # the first product is fused, and so exact
     found = times_power(exp2_m1(larger(smaller(f, 0.5), -0.5)) + 1.0, shifted)
-    return select(is_nan(x), x, select(y < lowest_exponent(x), 0.0, found))
+    found = select(y < lowest_exponent(x), 0.0, select(largest_exponent(x) < y, math.inf, found))
+    return select(is_nan(x), x, found)
 
 
 @jitable

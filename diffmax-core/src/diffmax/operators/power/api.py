@@ -72,7 +72,7 @@ def power_attention(
             h // (H / H_kv). S >= L, and the last query has the position of the last key; or S = 0, with an initial state.
             A key of zeros adds nothing: so padding is left out.
         log_gates: (B, H_kv, S), floating: before key j is added, all that came before is multiplied by exp(log_gates[j]).
-            -inf is a gate of 0, where the sequence starts anew. None: gates of 1.
+            -inf is a gate of 0, where the sequence starts anew. Above 0 they let the past grow. None: gates of 1.
         initial_state: The state before the first key, which another call returned; may require gradients.
         degree: p, even, from 2.
         scale: Factor of the products, not 0. It cancels, so 1 / sqrt(D) is taken whatever is given.
@@ -88,10 +88,11 @@ def power_attention(
         ValueError: Shapes, devices or values do not fit.
         NoBackendError: No backend can run the call, or the named one cannot.
     Numerics: Products, powers and sums are computed in float32, for float64 in float64. A query whose sum of weights
-        overflows is NaN; weights below the smallest number are 0. So q . k / sqrt(D) has to lie within 1e-18 to 1e18 for p =
-        2, 1e-9 to 1e9 for p = 4, 1e-6 to 1e6 for p = 6. A NaN or an infinity in a key or value spoils the queries from there
-        on in its head, and may spoil those before it in the same block or chunk. A state resolves sums of weights to rounding
-        of (norm of q times norm of k)^p: less than that is noise.
+        overflows is NaN, and one that sees a key, or in chunks the chunk's start, since which gates multiply to more than 1e38
+        (1e308 in float64) may be; weights below the smallest number are 0. So q . k / sqrt(D) has to lie within 1e-18 to 1e18
+        for p = 2, 1e-9 to 1e9 for p = 4, 1e-6 to 1e6 for p = 6. A NaN or an infinity in a key or value spoils the queries from
+        there on in its head, and may spoil those before it in the same block or chunk. A state resolves sums of weights to
+        rounding of (norm of q times norm of k)^p: less than that is noise.
         Second derivatives, forward mode, and gradients under torch.func are right, and computed with all weights in memory.
     Source: Buckman, Gelada and Zhang, "Scaling Context Requires Rethinking Attention", 2025 (arXiv 2507.04239); docs/power.md.
         Written for diffmax.

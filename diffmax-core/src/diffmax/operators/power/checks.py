@@ -14,8 +14,7 @@ from diffmax.operators.power.symmetric import expanded_dim
 from diffmax.plugin import PowerCall
 
 _LONGEST = 2**31 - 1
-# exp of a log gate at this is exactly 0: the state starts anew. Larger negative numbers would only cost digits of their sums.
-FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
+_FLOOR = {torch.float32: -106.0, torch.float64: -748.0}  # exp of this is exactly 0, and of this plus rounding
 
 
 def build_call(
@@ -90,8 +89,16 @@ def check_gates(name: str, query: Tensor, key: Tensor, log_gates: Any) -> Tensor
         raise ValueError(
             f"{name}: log_gates must have a number for each key, shape (B, H_kv, S) = {wanted}, got {_shape(log_gates)}{hint}"
         )
-    acc = accumulation_dtype(query.dtype)
-    gates: Tensor = log_gates.to(acc).clamp_min(FLOOR[acc])
+    return finite_gates(log_gates.to(accumulation_dtype(query.dtype)))
+
+
+def finite_gates(log_gates: Tensor) -> Tensor:
+    """Log gates (..., S) of float32 or float64 in which a gate of 0 is finite, so that their sums have differences.
+
+    After it the state starts anew, however much later gates let it grow. Larger negative numbers would cost digits of the sums.
+    """
+    growth = log_gates.detach().nan_to_num(0.0, 0.0, 0.0).clamp_min(0.0).sum(-1, keepdim=True)
+    gates: Tensor = log_gates.clamp_min(_FLOOR[log_gates.dtype] - growth)
     return gates
 
 
