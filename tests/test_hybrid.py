@@ -349,3 +349,19 @@ def test_a_gate_of_zero_forgets_whatever_grows_after_it(cuts):
         states.append(cache.state)
     close(*outs)
     close(tuple(states[0]), tuple(states[1]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_the_caller_may_write_to_what_it_gave(mode):
+    """The first call kept padding itself, where gradients were on."""
+    q, k, v = drawn()
+    log_gates, padding, outs = some_gates(), some_padding(), []
+    for reused in (False, True):
+        cache, given = HybridCache(TAIL, block=BLOCK), [t[:, :5].clone() for t in (k, v, log_gates, padding)]
+        with mode():
+            cache.attend(q[:, :5], *given[:3], padding=given[3])
+            if reused:
+                for t in given:
+                    t.fill_(1)
+            outs.append(cache.attend(q[:, 5:], k[:, 5:], v[:, 5:], log_gates[:, 5:], padding=padding[:, 5:]))
+    assert torch.equal(*outs)

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from diffmax.integrations.transformers import HybridModelCache, PowerModelCache
+from diffmax.integrations.transformers.power_cache import TailAndState
 from tests.test_hybrid import by_hand as hybrid_by_hand
 
 SIZES = {
@@ -490,3 +491,17 @@ def test_functions_that_are_indexed_are_not_a_table_of_classes():
     """Models of transformers 5.0 read ALL_ATTENTION_FUNCTIONS so, and all of them were refused."""
     assert not refusals._CLASS_TABLE.search("ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]")
     assert refusals._CLASS_TABLE.search("BART_ATTENTION_CLASSES[config._attn_implementation](config)")
+
+
+def test_the_model_may_write_to_what_the_cache_was_given():
+    """The first call kept its keys, values and gates themselves."""
+    query, key, value = torch.randn(3, 1, 2, 6, 4).unbind()
+    gates, outs = -torch.rand(1, 2, 6), []
+    for reused in (False, True):
+        held, given = TailAndState(8), [t[:, :, :4].clone() for t in (key, value, gates)]
+        held.attend(query[:, :, :4], *given, 2, None)
+        if reused:
+            for t in given:
+                t.fill_(-1)
+        outs.append(held.attend(query[:, :, 4:], key[:, :, 4:], value[:, :, 4:], gates[:, :, 4:], 2, None))
+    assert torch.equal(*outs)

@@ -314,6 +314,7 @@ class HybridCache:
         if stored is None:
             begins = ((_of_past(key, 2), key), (_of_past(value, 1), value))
             joined = [torch.cat([row, pad(t, (0, _MORE))], 2) for row, t in begins]
+            gates, padding = (None if t is None else t.clone() for t in (gates, padding))  # the caller may write to its own
             return _Tail(joined[0], joined[1], gates, padding)
         n = stored.length
         gates = _joined(stored.gates, gates, key.new_zeros((batch, heads, n + new), dtype=acc), n)

@@ -237,6 +237,8 @@ class TailAndState:
             tail = None
             out, state = power_attention(query, key, value, gates, state, return_final_state=True, **settings)
         else:
+            if tail is None:  # of what the caller may write to
+                key, value, gates = key.clone(), value.clone(), None if gates is None else gates.clone()
             tail = key, value, gates
             out = power_attention(query, key, value, gates, state, **settings)
         self.tail, self.state = tail, state  # last: a call that fails changes nothing
