@@ -217,6 +217,21 @@ def test_sequences_are_reordered_and_repeated():
     assert cache.batch_size == 3
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_copy_goes_its_own_way(mode):
+    """The copy and the cache wrote their next tokens to the same memory."""
+    q, k, v = drawn()
+    parts = [[t[:, a : a + 1] for t in (q, k, v)] for a in range(L)]
+    with mode():
+        cache = HybridCache(TAIL, block=BLOCK)
+        cache.attend(q[:, :11], k[:, :11], v[:, :11])
+        made, wanted = copy.copy(cache), copy.deepcopy(cache)
+        for step in range(15, 19):
+            cache.attend(*parts[step])
+            assert torch.equal(made.attend(*parts[step - 4]), wanted.attend(*parts[step - 4]))
+    assert len(made) == len(cache) == 15
+
+
 def test_a_call_that_fails_changes_nothing():
     def run(fails):
         cache, outs = HybridCache(tail=6, block=2), []

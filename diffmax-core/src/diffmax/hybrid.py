@@ -130,6 +130,14 @@ class HybridCache:
     def __bool__(self) -> bool:
         return True  # an empty cache is a cache
 
+    def __copy__(self) -> HybridCache:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made._room = None
+        if self._room is not None and self._tail is not None:  # this one's next tokens are written there
+            made._tail = self._tail._replace(key=self._tail.key.clone(), value=self._tail.value.clone())
+        return made
+
     def __repr__(self) -> str:
         return f"HybridCache(tail={self.tail}, block={self.block}, degree={self.degree}), {self._length} tokens"
 
