@@ -344,6 +344,16 @@ def test_other_sequences_than_those_stored_are_refused():
         cache.attend(q[:1], k[:1], v[:1])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_batch_may_be_empty(mode):
+    q, k, v = (t[:0] for t in drawn())
+    with mode():
+        cache = HybridCache(TAIL, block=BLOCK)
+        out = fed(cache, [20, 1, 2], q, k, v, some_gates()[:0], some_padding()[:0])
+    assert out.shape == (0, L, H, D_V)
+    assert cache.state.sums.shape == (0, H_KV, D * (D + 1) // 2, D_V)
+
+
 def test_shapes_come_from_the_meta_device():
     q, k, v = torch.empty(3, 1, 3, 2, 8, device="meta").unbind()
     assert diffmax.HybridCache(4, block=2).attend(q, k, v).shape == (1, 3, 2, 8)

@@ -408,7 +408,7 @@ def _past(state: _Past, query: Tensor, tail: _Tail, degree: int, options: _Optio
     # the decay since the tail's start is that of all weights: it cancels in both means
     mean = (total.view(grouped) / count).view(shape)
     there = ~((total <= 0) | (mean <= 0))  # NaN is there, and spoils the query
-    past = (phi @ sums).view(*shape, -1) / torch.where(there, total, 1.0).unsqueeze(3)
+    past = (phi @ sums).view(*shape, sums.shape[3]) / torch.where(there, total, 1.0).unsqueeze(3)
     log_count = count.log()
     if tail.gates is not None:
         log_count = log_count + finite_gates(tail.gates).cumsum(2)[:, :, None, tail.length - length :]
