@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -334,6 +335,15 @@ def call(**changed):
 def test_it_says_what_is_wrong(wrong, kind, message):
     with pytest.raises(kind, match=f"diffmax.HybridCache: .*{message}"):
         wrong()
+
+
+def test_numbers_may_be_those_of_numpy():
+    q, k, v = drawn()
+    outs = []
+    for kind in (float, np.float32, np.float64, np.int64):
+        cache = HybridCache(TAIL, block=BLOCK)
+        outs.append(cache.attend(q, k, v, offset=kind(-1), slope=kind(2), softmax_scale=kind(1)))
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 def test_other_sequences_than_those_stored_are_refused():

@@ -13,6 +13,7 @@ meets s_past at the end of the query, its value is 0 .. 0 1 0, so that the outpu
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.functional import pad
 from diffmax.operators.attention.api import attention
 from diffmax.operators.attention.checks import check_alpha, check_heads, check_scale
 from diffmax.operators.common.autocast import autocast, without_autocast
-from diffmax.operators.common.checks import _shape, as_int, check_tensor, has_shape, is_whole
+from diffmax.operators.common.checks import _shape, as_int, check_tensor, has_shape, is_whole, to_float
 from diffmax.operators.common.numerics import accumulation_dtype
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.checks import check_degree, finite_gates
@@ -460,11 +461,12 @@ def _check_per_head(what: str, given: float | Tensor, q: Tensor, heads: int) -> 
                 f"{_NAME}: {what} must be a float or floating (H,) = ({heads},), got {given.dtype} {_shape(given)}"
             )
         return given.to(device=q.device, dtype=accumulation_dtype(q.dtype)).reshape(-1, 1)
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(f"{_NAME}: {what} must be a float or a tensor, got {given!r} of type {type(given).__name__}")
-    if math.isnan(given):
+    number = to_float(given)
+    if math.isnan(number):
         raise ValueError(f"{_NAME}: {what} must be a number, got {given}")
-    return float(given)
+    return number
 
 
 def _is_writable(t: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def register_hybrid(
         if given is None:
             raise TypeError(f"register_hybrid: {what} must be a number, a tensor or a function, got None")
     check_option("register_hybrid", "log_gates", log_gates, -math.inf, 0.0)
-    if isinstance(score_scale, bool) or not isinstance(score_scale, (int, float)) or not score_scale > 0:
+    if isinstance(score_scale, bool) or not isinstance(score_scale, numbers.Real) or not score_scale > 0:
         raise ValueError(f"register_hybrid: score_scale must be a positive number, got {score_scale!r}")
     label = f'attn_implementation="{name}"'
     options: dict[str, Any] = {
