@@ -390,3 +390,19 @@ def test_gradients_of_a_compiled_call_are_those_of_the_call(options):
     plain = torch.ops.diffmax.power_attention(q, k, v, True, 2, 0.5)[0]  # all that has a default is left out
     wanted = torch.autograd.grad(diffmax.power_attention(q, k, v, scale=0.5).square().sum(), (q, k, v))
     torch.testing.assert_close(torch.autograd.grad(plain.square().sum(), (q, k, v)), wanted)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_a_call_with_a_state_is_compiled_for_any_head_size(degree):
+    """The number of monomials was computed by math.comb, which cannot be traced with a symbol."""
+
+    def call(query, key, value, *state):
+        out, end = power_attention(query, key, value, None, state, degree=degree, return_final_state=True)
+        return out, *end
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="aot_eager", dynamic=True, fullgraph=True)
+    for size in (5, 3):
+        query, key, value = torch.randn(3, 1, 2, 10, size, dtype=torch.float64).unbind()
+        state = power_attention(query, key, value, degree=degree, return_final_state=True)[1]
+        torch.testing.assert_close(compiled(query, key, value, *state), call(query, key, value, *state))

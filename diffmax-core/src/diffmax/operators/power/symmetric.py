@@ -19,6 +19,11 @@ from torch import Tensor
 
 def expanded_dim(size: int, degree: int) -> int:
     """P, the number of monomials of this degree in `size` variables."""
+    if isinstance(size, torch.SymInt) or torch.compiler.is_compiling():  # math.comb takes no symbols
+        found = 1
+        for done in range(degree):
+            found = found * (size + done) // (done + 1)
+        return found
     return math.comb(size + degree - 1, degree)
 
 
