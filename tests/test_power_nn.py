@@ -137,6 +137,29 @@ def test_it_blends_with_softmax(share):
     assert got.isfinite().all()
 
 
+def test_a_tensor_alpha_is_of_heads_and_in_the_state_dict():
+    """It was a plain attribute, and of shape () alone."""
+    alpha, x = torch.tensor([0.2, 0.5, 0.8, 0.9]), tokens()
+    module, other = made(interpolate=0.0, alpha=alpha), made(interpolate=0.0, alpha=torch.tensor(0.5))
+    assert (module.alpha.dtype, PowerAttention(E, H, alpha=alpha).bfloat16().alpha.dtype) == (torch.float64, torch.float32)
+    for index, one in enumerate(alpha.tolist()):  # a head of a module whose heads all have its alpha
+        other.load_state_dict({**module.state_dict(), "alpha": torch.tensor(one)})
+        heads = slice(index * module.head_dim, (index + 1) * module.head_dim)
+        outs = []
+        for of in (module, other):
+            of.out_proj = nn.Identity()
+            outs.append(of(x)[..., heads])
+            of.out_proj = nn.Linear(E, E).double()
+        close(*outs, rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        module.alpha.fill_(0.5)
+    module.reset_parameters()
+    close(module.alpha.float(), alpha)
+    assert "alpha" not in made().state_dict()
+    learned = nn.Parameter(torch.tensor(0.5))
+    assert dict(PowerAttention(E, H, alpha=learned).named_parameters())["alpha"] is learned
+
+
 def test_it_blends_with_diffmax_where_alpha_is_given():
     x = tokens()
     module = made(interpolate=0.5, alpha=1 - 1e-12)
@@ -228,6 +251,7 @@ WRONG = {
     "share": ({"interpolate": 2}, ValueError, r"interpolate must lie in \[0, 1\], got 2"),
     "share's type": ({"interpolate": "half"}, TypeError, "interpolate must be a float, got 'half'"),
     "alpha": ({"alpha": 1.5}, ValueError, "alpha must lie strictly between 0 and 1, got 1.5"),
+    "alphas": ({"alpha": torch.full((3,), 0.5)}, ValueError, r"a tensor alpha must have shape \(\) or \(4,\), got \(3,\)"),
     "chunk": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
 }
 

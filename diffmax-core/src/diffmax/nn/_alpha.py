@@ -32,16 +32,7 @@ class HeadAlpha(AlphaFromSoftmax):
         self.alpha_map = alpha_map
         if alpha_map is not None and not isinstance(alpha_map, AlphaMap):
             raise TypeError(f"{name}: alpha_map must be a HillMap, TanhMap or ExpMap, got {alpha_map!r}")
-        if isinstance(alpha, Tensor):
-            if alpha.shape not in ((), (heads,)):
-                raise ValueError(
-                    f"{name}: a tensor alpha must have shape () or ({heads},), got {tuple(alpha.shape)}\n"
-                    f"the module has {heads} query heads"
-                )
-            if alpha_map is None:
-                one_minus_alpha(name, alpha, alpha, alpha.ndim)  # beside itself, every alpha has its place
-        else:
-            one_minus_alpha(name, torch.empty(1), alpha, 0)
+        check_alpha_of_heads(name, alpha, heads, alpha_map is None)
         if alpha_map is None:
             if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
                 alpha = alpha.to(device)
@@ -68,6 +59,20 @@ class HeadAlpha(AlphaFromSoftmax):
         # never in half precision, because the digits of 1 - alpha matter
         dtype = torch.promote_types(self.log_beta.dtype, accumulation_dtype(q.dtype))
         return 1 - self.alpha_map.one_minus_alpha_of_log(self.log_beta.to(dtype))
+
+
+def check_alpha_of_heads(name: str, alpha: float | Tensor, heads: int, values: bool = True) -> None:
+    """Refuse what is no alpha, and a tensor that has not one for each head; `values`: of a tensor those too."""
+    if not isinstance(alpha, Tensor):
+        one_minus_alpha(name, torch.empty(1), alpha, 0)
+        return
+    if alpha.shape not in ((), (heads,)):
+        raise ValueError(
+            f"{name}: a tensor alpha must have shape () or ({heads},), got {tuple(alpha.shape)}\n"
+            f"the module has {heads} query heads"
+        )
+    if values:
+        one_minus_alpha(name, alpha, alpha, alpha.ndim)  # beside itself, every alpha has its place
 
 
 def shown_weights(module: HeadAlpha) -> str:

@@ -9,10 +9,12 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from diffmax.nn._alpha import check_alpha_of_heads
+from diffmax.nn._checkpoint import AlphaFromSoftmax
 from diffmax.operators.attention.api import attention
 from diffmax.operators.common.autocast import without_autocast
 from diffmax.operators.common.capture import captured, is_captured
-from diffmax.operators.common.checks import check_tensor, is_whole, one_minus_alpha
+from diffmax.operators.common.checks import check_tensor, is_whole
 from diffmax.operators.power.api import power_attention
 from diffmax.operators.power.checks import check_chunk, check_degree
 from diffmax.operators.power.state import PowerState
@@ -42,7 +44,7 @@ class _GateProjection(nn.Linear):
         nn.init.constant_(self.bias, GATE_BIAS)
 
 
-class PowerAttention(nn.Module):
+class PowerAttention(AlphaFromSoftmax):
     """Causal multi-head power attention, with learned gates and rotary positions: linear time, and constant memory to generate.
 
     The projections are `q_proj`, `k_proj`, `v_proj` and `out_proj`; of the gates `gate_proj` (embed_dim to H_kv): a token's log
@@ -60,7 +62,8 @@ class PowerAttention(nn.Module):
             None for no positions.
         interpolate: t in [0, 1]: the output is (1 - t) times that of softmax or diffmax attention plus t times that of power
             attention, with the same projections. It may be set while training: 0 is a Transformer, 1 power attention alone.
-        alpha: Of the attention to blend with, as for `diffmax.attention`. None: softmax.
+        alpha: Of the attention to blend with: a float, or a tensor () or (H,), which becomes a buffer, or stays a parameter.
+            None: softmax.
         chunk_size: As for `diffmax.power_attention`.
         device, dtype: Device and dtype of the parameters.
         backend: As for `diffmax.power_attention`.
@@ -77,6 +80,7 @@ class PowerAttention(nn.Module):
         (True, 10)
     """
 
+    alpha: float | Tensor | None
     _interpolate: float
 
     def __init__(
@@ -91,7 +95,7 @@ class PowerAttention(nn.Module):
         gate: bool = True,
         rope_base: float | None = 10000.0,
         interpolate: float = 1.0,
-        alpha: float | None = None,
+        alpha: float | Tensor | None = None,
         chunk_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -105,8 +109,8 @@ class PowerAttention(nn.Module):
         check_chunk(_NAME, chunk_size)
         self.rope_base = _check_rope(rope_base, self.head_dim)
         if alpha is not None:
-            one_minus_alpha(_NAME, torch.empty(1), alpha, 0)
-        self.alpha, self.chunk_size, self.backend = alpha, chunk_size, backend
+            check_alpha_of_heads(_NAME, alpha, num_heads)
+        self.chunk_size, self.backend = chunk_size, backend
         self.interpolate = interpolate
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, bias=bias, **factory)
@@ -114,11 +118,18 @@ class PowerAttention(nn.Module):
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim, bias=bias, **factory)
         self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, **factory)
         self.gate_proj = _GateProjection(embed_dim, num_kv_heads, **factory) if gate else None
+        if alpha is None:  # no buffer, so that it may be set to a float
+            self.alpha = None
+        else:
+            if isinstance(alpha, Tensor) and not isinstance(alpha, nn.Parameter):
+                alpha = alpha.to(device)
+            self._store("alpha", alpha)
 
     def reset_parameters(self) -> None:
-        """Initialize again, for example after `to_empty`: projections as nn.Linear, gates at 0.999."""
+        """Initialize again, for example after `to_empty`: projections as nn.Linear, gates at 0.999, alpha as given."""
         for child in self.children():
             child.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
 
     @property
     def interpolate(self) -> float:
