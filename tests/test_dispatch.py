@@ -1,5 +1,6 @@
 """Which backend runs a call: the order of choice, reasons, partial backends, threads, compilation, accelerators."""
 
+import re
 import sys
 import threading
 import types
@@ -11,10 +12,11 @@ import torch
 
 import diffmax
 from diffmax import diffmax_bisect, reference
-from diffmax.errors import NoBackendError
+from diffmax.errors import BackendError, NoBackendError
 from diffmax.machine import dispatch
 from diffmax.machine.dispatch import choose, describe, judge, registry
 from diffmax.plugin import FEATURES, OPERATOR_FEATURES, Backend, Kernel
+from diffmax.reference import attention, decoding, power, threshold
 from diffmax.testing.attention import checks as attention_checks
 from diffmax.testing.decoding import checks as decoding_checks
 from diffmax.testing.power import checks as power_checks
@@ -533,3 +535,92 @@ def test_a_backend_is_used_by_its_name(name):
         diffmax.use_backend(name),
     ):
         pass
+
+
+def returns(kernel, change):
+    """A kernel that returns what `change` makes of a right kernel's results."""
+    return lambda *arguments: change(kernel(*arguments))
+
+
+QKV, CACHE = torch.randn(3, 1, 2, 3, 4).unbind(), torch.zeros(1, 8, 2, 4)
+
+
+def learned():
+    return (t.clone().requires_grad_() for t in QKV)
+
+
+RIGHT_KERNELS = [  # with a call of them all
+    (
+        {"bisect": reference.bisect, "bisect_backward": reference.bisect_backward},
+        lambda: diffmax_bisect(X.clone().requires_grad_(), 0.5, backend="odd").sum().backward(),
+    ),
+    (
+        {"attention": attention.attention, "attention_backward": attention.attention_backward},
+        lambda: diffmax.attention(*learned(), backend="odd").sum().backward(),
+    ),
+    (
+        {"power_attention": power.power_attention, "power_attention_backward": power.power_attention_backward},
+        lambda: diffmax.power_attention(*learned(), backend="odd").sum().backward(),
+    ),
+    (
+        {
+            "threshold_attention": threshold.threshold_attention,
+            "threshold_attention_backward": threshold.threshold_attention_backward,
+        },
+        lambda: diffmax.threshold_attention(*learned(), torch.zeros(2, 3), backend="odd").sum().backward(),
+    ),
+    (
+        {"attention_kvcache": decoding.attention_kvcache},
+        lambda: diffmax.attention_with_kvcache(QKV[0].transpose(1, 2), CACHE, CACHE, backend="odd"),
+    ),
+]
+WRONG_RESULTS = {
+    "nothing": (lambda found: None, "got None"),
+    "too-few": (lambda found: tuple(found)[:-1], r"got \d results?$"),
+    "shape": (lambda found: (found[0][..., :-1], *found[1:]), r"on cpu, got float32 \(.*\) on cpu"),
+    "dtype": (lambda found: (found[0].double(), *found[1:]), r"float32 \(.*\) on cpu, got float64 \(.*\) on cpu"),
+    "device": (lambda found: (found[0].to("meta"), *found[1:]), r"on cpu, got float32 \(.*\) on meta"),
+    "array": (lambda found: (found[0].numpy(), *found[1:]), r"on cpu, got a ndarray"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_RESULTS)
+@pytest.mark.parametrize("operator", [operator for kernels, _ in RIGHT_KERNELS for operator in kernels])
+def test_what_a_kernel_of_a_plugin_returns_is_looked_at(operator, wrong, register, monkeypatch):
+    """A result of a wrong shape or dtype was handed on; None raised a TypeError that did not say whose kernel it was."""
+    kernels, call = next((kernels, call) for kernels, call in RIGHT_KERNELS if operator in kernels)
+    change, message = WRONG_RESULTS[wrong]
+    module = types.SimpleNamespace(**{**kernels, operator: returns(kernels[operator], change)})
+    monkeypatch.setitem(sys.modules, "odd_kernels", module)
+    register("odd", kernels={name: f"odd_kernels:{name}" for name in kernels}, automatic=False)
+    with pytest.raises(BackendError) as caught:
+        call()
+    said, advice = str(caught.value).split("\n")
+    assert said.startswith(f"backend odd: its kernel odd_kernels:{operator} of {operator} must return ")
+    assert re.search(message, said), said
+    assert advice == "to leave it out, call diffmax.unregister_backend('odd')"
+    setattr(module, operator, kernels[operator])
+    registry.kernels.clear()
+    call()
+
+
+def test_results_are_looked_at_again_where_a_flag_asks_for_others(register, calls, monkeypatch):
+    right = attention.attention
+    monkeypatch.setattr(
+        sys.modules["fake_kernels"], "attention", lambda *a: right(*a)._replace(u=QKV[0][:0] if a[4] else torch.empty(0)), False
+    )
+    register("odd", kernels={"attention": "fake_kernels:attention"}, automatic=False)
+    diffmax.attention(*QKV, backend="odd")
+    with pytest.raises(BackendError, match="with u float32"):
+        diffmax.attention(*learned(), backend="odd")
+
+
+def test_own_kernels_are_called_as_they_are():
+    assert dispatch.kernel("bisect", X, "reference") is reference.bisect
+
+
+def test_a_kernel_that_is_no_function_is_refused(register, calls, monkeypatch):
+    monkeypatch.setattr(sys.modules["fake_kernels"], "number", 3, False)
+    register("odd", kernels={"bisect": "fake_kernels:number"}, automatic=False)
+    with pytest.raises(BackendError, match="backend odd: its kernel fake_kernels:number of bisect must be a function, got 3"):
+        diffmax_bisect(X, 0.5, backend="odd")

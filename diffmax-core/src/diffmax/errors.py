@@ -10,4 +10,4 @@ class NoBackendError(DiffmaxError):
 
 
 class BackendError(DiffmaxError):
-    """The selected backend is broken: its kernel cannot be imported."""
+    """The selected backend is broken: its kernel cannot be imported, or returns what it must not."""

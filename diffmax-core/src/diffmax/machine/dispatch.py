@@ -20,6 +20,7 @@ from diffmax.errors import BackendError, NoBackendError
 from diffmax.machine import builtin, discovery, env
 from diffmax.machine.discovery import Plugin, PluginRefusedError
 from diffmax.machine.runtimes import RUNTIMES, runtime_of
+from diffmax.operators.common.results import checked
 from diffmax.operators.common.spec import adapted
 from diffmax.plugin import Backend, CallSpec
 
@@ -309,19 +310,25 @@ def _asked(backend: Backend, spec: CallSpec) -> list[str]:
 
 
 def _load_kernel(backend: Backend, operator: str) -> Callable[..., Any]:
-    target = backend.provided[operator].function
+    target, owner = backend.provided[operator].function, registry.owner(backend)
+
+    def refuse(fault: str) -> BackendError:
+        return BackendError(f"backend {backend.name}: its kernel {target} {fault}\nto leave it out, {_leave_out(owner)}")
+
     try:
-        return adapted(operator, import_function(target), backend.api_version)
-    except Exception as error:
-        raise BackendError(
-            f"backend {backend.name}: its kernel {target} cannot be imported: {error}\nto leave it out, {_leave_out(backend)}"
-        ) from error
+        run = import_function(target)
+    except (Exception, SystemExit) as error:
+        raise refuse(f"cannot be imported: {error}") from error
+    if not callable(run):
+        raise refuse(f"of {operator} must be a function, got {run!r}")
+    run = adapted(operator, run, backend.api_version)
+    is_own = owner is registry.plugins[0]
+    return run if is_own else checked(operator, run, lambda fault: refuse(f"of {operator} {fault}"))
 
 
-def _leave_out(backend: Backend) -> str:
-    owner = registry.owner(backend)
+def _leave_out(owner: Plugin) -> str:
     by_call = owner.distribution == _BY_CALL
-    return f"call diffmax.unregister_backend({backend.name!r})" if by_call else f"set DIFFMAX_BLOCK={owner.name}"
+    return f"call diffmax.unregister_backend({owner.name!r})" if by_call else f"set DIFFMAX_BLOCK={owner.name}"
 
 
 def import_function(target: str) -> Callable[..., Any]:

@@ -122,6 +122,13 @@ def _attention_fake(*flat: Any) -> AttentionResults:
     return AttentionResults(out, m, torch.empty_like(m), torch.empty_like(out) if keep else out.new_empty(0), live, support)
 
 
+def _attention_returned(
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, keep: bool, stats: bool
+) -> AttentionResults:
+    like = _attention_fake(*FORWARD.flatten(query, key, value, keep, stats, call, ""))
+    return like._replace(live=like.live.new_empty(live_shape(query, key, call))) if keep or stats else like
+
+
 def _attention_backward(*flat: Any) -> AttentionGradients:
     return _backward(*BACKWARD.rebuild(flat))
 
@@ -155,11 +162,13 @@ def with_flat_arguments(run: Any) -> Any:
 
     def backward(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, saved: Saved, call: AttentionCall, wanted: Wanted
-    ) -> AttentionGradients:
+    ) -> Any:
         more = wanted[1:] if wanted.bias or wanted.sink else ()
         found = run(grad, query, key, value, *saved, call, wanted.e, *more)
+        if not isinstance(found, tuple | list):
+            return found  # which `operators.common.results` refuses
         nothing = (saved.m.new_empty(0),) * (len(AttentionGradients._fields) - len(found))
-        return AttentionGradients._make((*found, *nothing))
+        return (*found, *nothing)
 
     return backward
 
@@ -175,6 +184,11 @@ def _attention_backward_fake(*flat: Any) -> AttentionGradients:
         m.new_empty(bias.shape if wanted.bias and bias is not None else (0,)),
         m.new_empty(m.shape if wanted.sink else (0,)),
     )
+
+
+def _attention_backward_returned(*arguments: Any) -> AttentionGradients:
+    *tensors, call, wanted = arguments
+    return _attention_backward_fake(*BACKWARD.flatten(*tensors, wanted, call, ""))
 
 
 class _Attention(torch.autograd.Function):
@@ -325,11 +339,20 @@ def _says_the_same(call: AttentionCall) -> bool:
     return alike and slopes and call.cu_seqlens_q is None and call.dropout_p == 0
 
 
-enter(FORWARD, run=_attention, autograd=_attention_autograd, fake=_attention_fake, vmap=_attention_vmap)
+enter(
+    FORWARD,
+    run=_attention,
+    autograd=_attention_autograd,
+    fake=_attention_fake,
+    vmap=_attention_vmap,
+    returned=_attention_returned,
+    optional=("live",),
+)
 enter(
     BACKWARD,
     run=_attention_backward,
     autograd=_attention_backward_autograd,
     fake=_attention_backward_fake,
     vmap=_attention_backward_vmap,
+    returned=_attention_backward_returned,
 )

@@ -6,7 +6,7 @@ between it and the kernel is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from diffmax.machine.dispatch import kernel
 from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent, is_transformed
+from diffmax.operators.common.results import RETURNED, Returned
 from diffmax.operators.common.schema import LIBRARY, Schema
 from diffmax.operators.common.sharding import register_rules
 
@@ -27,6 +28,8 @@ def enter(
     autograd: Callable[..., Any],
     fake: Callable[..., Any],
     vmap: Callable[..., Any] | None = None,
+    returned: Callable[..., Sequence[Tensor]] | None = None,
+    optional: Collection[str] = (),
 ) -> None:
     """Define an operator, and enter its implementations.
 
@@ -36,8 +39,12 @@ def enter(
         autograd: What the Autograd key calls.
         fake: Gives results of the right shapes, without data. DTensor comes here just before it looks for its rule.
         vmap: As `torch.library.register_vmap` takes it; None: torch.func.vmap is refused.
+        returned: As `fake`, of the arguments of a kernel; None: the operator has no kernels of its own.
+        optional: Results that a kernel may leave out.
     """
     schema.define()
+    if returned is not None:
+        RETURNED[schema.name] = Returned(schema.results._fields, returned, optional)  # type: ignore[attr-defined]
     name = f"diffmax::{schema.name}"
     LIBRARY.impl(schema.name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     LIBRARY.impl(schema.name, autograd, "Autograd")  # type: ignore[no-untyped-call]
@@ -105,9 +112,25 @@ class Wiring:
 
     def enter(self, fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> None:
         """Enter both operators."""
-        enter(self.forward, run=self._run, autograd=self._autograd, fake=fake, vmap=self._vmap)
-        back = {"run": self._run_backward, "autograd": self._backward_autograd, "vmap": self._backward_vmap}
-        enter(self.backward, fake=backward_fake, **back)
+
+        def returned(query: Tensor, key: Tensor, value: Tensor, call: Any, keep: bool) -> Sequence[Tensor]:
+            like: Sequence[Tensor] = fake(*self.forward.flatten(query, key, value, keep, call, ""))
+            return like
+
+        def backward_returned(*arguments: Any) -> Sequence[Tensor]:
+            *tensors, call, wanted = arguments
+            like: Sequence[Tensor] = backward_fake(*self.backward.flatten(*tensors, wanted, call, ""))
+            return like
+
+        enter(self.forward, run=self._run, autograd=self._autograd, fake=fake, vmap=self._vmap, returned=returned)
+        enter(
+            self.backward,
+            run=self._run_backward,
+            autograd=self._backward_autograd,
+            fake=backward_fake,
+            vmap=self._backward_vmap,
+            returned=backward_returned,
+        )
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: Any, backend: str) -> Any:
         """The operator's results, on the way there that differentiates and transforms what has to be."""

@@ -96,6 +96,12 @@ def _attention_kvcache_fake(*flat: Any) -> KVCacheResults:
     return KVCacheResults(out, m, torch.empty_like(m), support, pages)
 
 
+def _attention_kvcache_returned(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, stats: bool
+) -> KVCacheResults:
+    return _attention_kvcache_fake(*SCHEMA.flatten(query, k_cache, v_cache, stats, call, ""))
+
+
 def _attention_kvcache_autograd(*flat: Any) -> Any:
     query, k_cache, v_cache, stats, call, _ = SCHEMA.rebuild(flat)
     if portable.exports_onnx():
@@ -129,4 +135,5 @@ enter(
     autograd=_attention_kvcache_autograd,
     fake=_attention_kvcache_fake,
     vmap=_attention_kvcache_vmap,
+    returned=_attention_kvcache_returned,
 )

@@ -86,6 +86,10 @@ def _bisect_fake(
     return x.new_empty(x.shape), m, torch.empty_like(m)
 
 
+def _bisect_returned(x: Tensor, _: float | Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> tuple[Tensor, ...]:
+    return _bisect_fake(x, 0.0, None, dim, n_iter, ensure_sum_one, "")
+
+
 def _bisect_backward(*flat: Any) -> Any:
     grad, p, m, delta, x, e, e_tensor, dim, needs_e, backend = flat
     run = kernel("bisect_backward", p, backend, tensor_alpha=e_tensor is not None, alpha_gradient=needs_e)
@@ -95,6 +99,11 @@ def _bisect_backward(*flat: Any) -> Any:
 def _bisect_backward_fake(*flat: Any) -> Gradients:
     given = BackwardArguments(*flat)
     return Gradients(given.p.new_empty(given.p.shape), given.m.new_empty(given.m.shape if given.needs_e else (0,)))
+
+
+def _bisect_backward_returned(*arguments: Any) -> Gradients:
+    grad, p, m, delta, x, _, dim, needs_e = arguments
+    return _bisect_backward_fake(grad, p, m, delta, x, 0.0, None, dim, needs_e, "")
 
 
 class _Bisect(torch.autograd.Function):
@@ -247,7 +256,12 @@ def _batched(t: Tensor | None, batch_dim: int | None, ndim: int, batch_size: int
     return t.reshape(t.shape[0], *(1,) * (ndim - t.ndim + 1), *t.shape[1:])
 
 
-enter(FORWARD, run=_bisect, autograd=_bisect_autograd, fake=_bisect_fake, vmap=_bisect_vmap)
+enter(FORWARD, run=_bisect, autograd=_bisect_autograd, fake=_bisect_fake, vmap=_bisect_vmap, returned=_bisect_returned)
 enter(
-    BACKWARD, run=_bisect_backward, autograd=_bisect_backward_autograd, fake=_bisect_backward_fake, vmap=_bisect_backward_vmap
+    BACKWARD,
+    run=_bisect_backward,
+    autograd=_bisect_backward_autograd,
+    fake=_bisect_backward_fake,
+    vmap=_bisect_backward_vmap,
+    returned=_bisect_backward_returned,
 )
