@@ -462,6 +462,29 @@ def test_a_backend_that_is_removed_while_a_decision_is_made_does_not_stay(regist
     assert not calls
 
 
+def test_a_table_that_is_emptied_between_two_looks_is_no_key_error(monkeypatch):
+    """KeyError in a thread that computed rows while another one registered a backend."""
+
+    class Emptied(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    monkeypatch.setattr(registry, "kernels", Emptied())
+    for _ in range(2):
+        assert dispatch.weights_kernel(X, "reference") is None
+
+
+def test_who_reads_the_plugins_is_not_disturbed_by_one_that_leaves(calls):
+    """A list that shrinks while it is read skips an entry: a backend that is there was not found."""
+    diffmax.register_backend(Backend(**{**GOOD, "name": "brief"}))
+    seen = registry.plugins
+    before = list(seen)
+    diffmax.unregister_backend("brief")
+    assert seen == before
+
+
 def test_a_decision_is_made_once(register, monkeypatch):
     diffmax_bisect(X, 0.5)
     monkeypatch.setattr(dispatch, "choose", None)  # a second decision would fail

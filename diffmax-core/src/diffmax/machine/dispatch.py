@@ -25,6 +25,7 @@ from diffmax.operators.common.spec import adapted
 from diffmax.plugin import Backend, CallSpec
 
 _HINT = "run `python -m diffmax` to see what is installed"
+_NOT_CHOSEN: Any = object()
 
 
 class Registry:
@@ -146,10 +147,11 @@ def kernel(
 def weights_kernel(scores: Tensor, backend: str) -> Callable[..., Tensor] | None:
     """What the chosen kernel offers for scores on the CPU of which the weights alone are wanted; None if it offers nothing."""
     key = (scores.dtype, backend, torch.are_deterministic_algorithms_enabled())
-    if key not in registry.kernels:
+    found: Callable[..., Tensor] | None = registry.kernels.get(key, _NOT_CHOSEN)  # once: another thread may empty it
+    if found is _NOT_CHOSEN:
         with registry.lock:
-            registry.kernels[key] = getattr(kernel("bisect", scores, backend), "weights", None)
-    return registry.kernels[key]
+            found = registry.kernels[key] = getattr(kernel("bisect", scores, backend), "weights", None)
+    return found
 
 
 def describe(
@@ -265,7 +267,7 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
             raise ValueError(f"register_backend: the name {backend.name!r} is taken by {taken.distribution}")
         plugin = Plugin(backend.name, _BY_CALL, "")
         plugin.accept((backend,))
-        registry.plugins.append(plugin)
+        registry.plugins = [*registry.plugins, plugin]  # a new list: other threads may be reading the old one
         registry.kernels.clear()
 
 
@@ -281,7 +283,7 @@ def unregister_backend(name: str) -> None:
         if plugin is None:
             known = ", ".join(p.name for p in added) or "none"
             raise ValueError(f"unregister_backend: no backend {name!r} was added with register_backend, added: {known}")
-        registry.plugins.remove(plugin)
+        registry.plugins = [p for p in registry.plugins if p is not plugin]
         registry.probes.pop(name, None)
         registry.kernels.clear()
 

@@ -120,6 +120,11 @@ def backends() -> KernelTable:
         >>> {record.status for record in diffmax.backends() if record.backend == "reference"}
         {'active'}
     """
+    with dispatch.registry.lock:  # or a backend could be unregistered while the table is made
+        return KernelTable(_records())
+
+
+def _records() -> list[KernelRecord]:
     records = []
     for backend in dispatch.registry.backends():
         plugin = dispatch.registry.owner(backend)
@@ -142,7 +147,7 @@ def backends() -> KernelTable:
             records.append(
                 KernelRecord(plugin.name, plugin.distribution, plugin.version, "", "", "", plugin.status, plugin.reason, "")
             )
-    return KernelTable(records)
+    return records
 
 
 def _status(backend: Backend, operator: str, device: str) -> tuple[str, str]:
