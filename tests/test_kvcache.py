@@ -1,6 +1,7 @@
 """Decoding over a cache: the reference against entmax, the public function's checks, page bounds, compiled code."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.autograd import forward_ad
 
 import diffmax
 from diffmax import attention_with_kvcache, page_bounds
+from diffmax.operators.decoding import checks as decoding_checks
 from diffmax.operators.decoding.operator import SCHEMA
 from diffmax.plugin import KVCacheCall
 from diffmax.testing.decoding import checks
@@ -332,3 +334,86 @@ def test_a_length_that_does_not_fit_is_refused_where_the_checks_cannot_look(back
     ):
         attend(torch.tensor([held], dtype=torch.int32))
     assert torch.equal(k, before)
+
+
+NEW = {
+    "slots, keys and values exchanged": lambda k_cache, v_cache: (v_cache[:, 5:7], k_cache[:, 5:7]),
+    "tokens moved by one": lambda k_cache, v_cache: (k_cache[:, 4:6], v_cache[:, 4:6]),
+    "values of the key cache": lambda k_cache, v_cache: (torch.randn(1, 2, 2, 8), k_cache[:, 5:7]),
+    "others": lambda k_cache, v_cache: torch.randn(2, 1, 2, 2, 8).unbind(),
+}
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("new", NEW)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_new_tokens_and_queries_may_be_views_of_the_caches(backend, new, bits):
+    """The keys were written before values and queries that lay in their slots were read."""
+    caches = torch.randn(2, 1, 20, 2, 8)
+    apart = caches.clone()
+    q, (k, v) = caches[0][:, 5:7], NEW[new](*caches)
+    bounds = [page_bounds(of[0], 5, page_size=4, bits=bits) for of in (caches, apart)]
+    expected = attention_with_kvcache(
+        q.clone(), *apart, k.clone(), v.clone(), cache_seqlens=5, page_bounds=bounds[1], backend=backend
+    )
+    given = attention_with_kvcache(q, *caches, k, v, cache_seqlens=5, page_bounds=bounds[0], backend=backend)
+    torch.testing.assert_close((given, caches), (expected, apart), rtol=0, atol=0)
+
+
+def appended(k_cache, v_cache, length=5, new=2, **keywords):
+    batch = len(keywords["block_table"]) if "block_table" in keywords else k_cache.shape[0]
+    heads = k_cache.shape[2]
+    q, k, v = (torch.randn(batch, new, heads, size) for size in (k_cache.shape[3], k_cache.shape[3], v_cache.shape[3]))
+    attention_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=length, **keywords)
+    return k, v
+
+
+def test_caches_that_overlap_are_refused_where_tokens_are_appended():
+    """A token that was written to one of them changed others."""
+    tokens = torch.randn(1, 21, 1, 8)
+    with pytest.raises(ValueError, match="k_cache and v_cache must not overlap where k and v are appended"):
+        appended(tokens[:, :20], tokens[:, 1:])
+    with pytest.raises(ValueError, match="k_cache and v_cache must not overlap"):
+        appended(tokens, tokens[..., 4:])
+    with pytest.raises(ValueError, match=r"v_cache must have its own memory .*, got one that overlaps itself, of strides"):
+        appended(torch.randn(1, 20, 1, 8), torch.randn(100).as_strided((1, 20, 1, 8), (0, 4, 8, 1)))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, 4])
+def test_caches_that_share_a_tensor_without_overlap_are_served(dim):
+    shape = [2, 12, 3, 8]
+    caches = torch.zeros(*shape[:dim], 2, *shape[dim:]).unbind(dim)
+    for cache, new in zip(caches, appended(*caches), strict=True):
+        assert torch.equal(cache[:, 5:7], new)
+        assert cache.count_nonzero() == new.count_nonzero()
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (3, 1, 4), (2, 2, 3)])
+def test_overlaps_are_found_where_there_are_some(shape):
+    """Against the places of all entries, for all strides up to 5."""
+    for strides in itertools.product(range(1, 6), repeat=len(shape)):
+        places = torch.zeros(shape, dtype=torch.long)
+        for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+            places += (torch.arange(size) * stride).view(-1, *[1] * (len(shape) - 1 - dim))
+        places = set(places.flatten().tolist())
+        assert decoding_checks.overlaps_itself(shape, strides) == (len(places) < math.prod(shape))
+        for offset in (-3, 0, 1, 5, 100):
+            shifted = {place + offset for place in places}
+            assert decoding_checks.shifted_overlap(offset, shape, shape, strides) == bool(places & shifted)
+
+
+@pytest.mark.parametrize(
+    ("table", "length", "new"), [([[0, 1], [0, 2]], 2, 1), ([[0, 0], [1, 2]], 3, 2), ([[3, 1], [2, 1]], 4, 3)]
+)
+def test_a_page_that_two_sequences_append_to_is_refused(table, length, new):
+    """Of two tokens written to one place, the first was lost."""
+    caches = torch.zeros(2, 4, 4, 1, 8).unbind()
+    with pytest.raises(ValueError, match="block_table must have each page that new tokens are written to once, got page"):
+        appended(*caches, length, new, block_table=torch.tensor(table, dtype=torch.int32))
+    assert not any(cache.any() for cache in caches)
+
+
+def test_pages_that_are_full_may_be_shared():
+    caches = torch.zeros(2, 4, 4, 1, 8).unbind()
+    k, _ = appended(*caches, 4, 1, block_table=torch.tensor([[0, 1], [0, 2]], dtype=torch.int32))
+    assert torch.equal(caches[0][1:3, 0], k[:, 0])

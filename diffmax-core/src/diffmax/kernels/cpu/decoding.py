@@ -9,7 +9,7 @@ operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -72,7 +72,7 @@ def append(k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> None:
         return
     new, table, size = call.k.shape[1], call.block_table, call.page_size
     pages = 1 if table is None else new // size + 2
-    if call.low is not None or len(call.k) * pages > MOST_SLICES or shares_memory((call.k, call.v), (k_cache, v_cache)):
+    if call.low is not None or len(call.k) * pages > MOST_SLICES:
         reference_append(k_cache, v_cache, call)
         return
     rows = range(len(call.k)) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
@@ -121,12 +121,6 @@ def check_bounds(k_cache: Tensor, call: KVCacheCall) -> None:
         wrong |= (keys - stand_for).abs() > room
     if wrong.any():
         refuse_old_bounds(int(known[wrong.any(2).any(1)][0]))
-
-
-def shares_memory(read: Iterable[Tensor], written: Iterable[Tensor]) -> bool:
-    """Whether some of the tensors that are read may be views of those that are written to."""
-    places = {t.untyped_storage().data_ptr() for t in written}
-    return not places.isdisjoint(t.untyped_storage().data_ptr() for t in read)
 
 
 def _joined(of_heads: tuple[Tensor, ...]) -> Tensor:

@@ -35,7 +35,7 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     ends = decoding.ends(k_cache, call)
     starts = _starts(call, ends, length)
     keys = [end - start for start, end in zip(starts, ends, strict=True)]
-    if call.codes is not None and _is_rounded(query, k_cache, v_cache, call):
+    if call.codes is not None and _is_rounded(query, k_cache, v_cache):
         pads = [0] * batch if call.leftpad is None else call.leftpad.tolist()
         return rounded_job.attend(query, k_cache, v_cache, call, pads, ends, stats)
     if not _is_served(query, k_cache, v_cache, call, keys):
@@ -102,13 +102,9 @@ def warmup(
     decoding.attention_kvcache(query, query, v_cache, call, False, bisect)
 
 
-def _is_rounded(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> bool:
-    """Whether the kernel for rounded keys takes the call: it writes new tokens while it reads others."""
-    if 0 in (*query.shape[:3], v_cache.shape[3]) or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        return False
-    if call.k is None or call.v is None:
-        return True
-    return not decoding.shares_memory((query, call.k, call.v), (k_cache, v_cache))
+def _is_rounded(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the kernel for rounded keys takes the call."""
+    return 0 not in (*query.shape[:3], v_cache.shape[3]) and k_cache.stride(3) == v_cache.stride(3) == 1
 
 
 def _is_served(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, keys: list[int]) -> bool:

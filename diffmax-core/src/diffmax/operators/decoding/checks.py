@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import numbers
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,17 @@ def check_tensors(
             raise ValueError(
                 f"{name}: k_cache and v_cache must be two tensors where k and v are appended, got one{_facts(given)}"
             )
+        for what, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if _readable(cache) and not cache.is_contiguous() and overlaps_itself(tuple(cache.shape), cache.stride()):
+                raise ValueError(
+                    f"{name}: {what} must have its own memory for each token where k and v are appended, got one that overlaps "
+                    f"itself, of strides {cache.stride()}\nmake it contiguous first"
+                )
+        if _overlap(k_cache, v_cache):
+            raise ValueError(
+                f"{name}: k_cache and v_cache must not overlap where k and v are appended, got views of the same memory"
+                f"{_facts(given)}"
+            )
     if not paged and q.shape[0] > k_cache.shape[0]:
         hint = "\nfor a cache in pages, pass block_table"
         raise ValueError(
@@ -98,6 +111,61 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     if a is b or not (_readable(a) and _readable(b) and a.numel()):
         return a is b
     return a.data_ptr() == b.data_ptr()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether an entry of `a` is one of `b` too; not found where their strides differ."""
+    if not (_readable(a) and _readable(b)) or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    offset = b.storage_offset() - a.storage_offset()
+    each = zip(a.stride(), b.stride(), a.shape, b.shape, strict=True)
+    alike = all(of_a == of_b or (in_a <= 1 and in_b <= 1) for of_a, of_b, in_a, in_b in each)
+    return alike and shifted_overlap(offset, tuple(a.shape), tuple(b.shape), a.stride())
+
+
+@functools.lru_cache(maxsize=64)
+def shifted_overlap(offset: int, a: tuple[int, ...], b: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two views of these shapes and strides have an entry in common, if the second begins `offset` entries later."""
+    if 0 in a or 0 in b:
+        return False
+    steps = [(s, 1 - in_b, in_a - 1) for s, in_a, in_b in zip(strides, a, b, strict=True) if in_a > 1 or in_b > 1]
+    return _is_sum(offset, tuple(sorted(steps, reverse=True)))
+
+
+@functools.lru_cache(maxsize=64)
+def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two entries of a view of this shape and strides have one place."""
+    if 0 in shape:
+        return False
+    steps = sorted(((s, 1 - size, size - 1) for s, size in zip(strides, shape, strict=True) if size > 1), reverse=True)
+    # two entries whose first difference, by the size of strides, is in dimension i
+    return any(_is_sum(0, ((s, 1, most), *steps[i + 1 :])) for i, (s, _, most) in enumerate(steps))
+
+
+def _is_sum(total: int, steps: tuple[tuple[int, int, int], ...]) -> bool:
+    """Whether `total` is a sum of n * stride, with an n from least to most for each (stride, least, most), largest first."""
+    if not steps:
+        return total == 0
+    (stride, least, most), rest = steps[0], steps[1:]
+    if stride == 0:
+        return _is_sum(total, rest)
+    low, high = (sum(s * steps[end] for s, *steps in rest) for end in (0, 1))
+    first, last = max(least, -((high - total) // stride)), min(most, (total - low) // stride)
+    return any(_is_sum(total - n * stride, rest) for n in range(first, last + 1))
+
+
+def apart(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, KVCacheCall]:
+    """The queries and the call, with a copy of what may be a view of the caches: they are written to before it is read."""
+    written = (k_cache.untyped_storage().data_ptr(), v_cache.untyped_storage().data_ptr())
+    own: dict[str, Any] = {
+        name: t.clone()
+        for name, t in (("query", query), ("k", call.k), ("v", call.v))
+        if t is not None and t.untyped_storage().data_ptr() in written
+    }
+    if not own:
+        return query, call
+    query = own.pop("query", query)
+    return query, dataclasses.replace(call, **own)
 
 
 def check_gradients(*arguments: Any) -> None:
@@ -215,13 +283,26 @@ def check_pages(name: str, table: Tensor | None, lengths: Tensor, new: int, k_ca
     """Check the entries of block_table in use, including those for new tokens, where their values can be read."""
     if table is None or not (_readable(table) and _readable(lengths)):
         return
-    used = table[torch.arange(table.shape[1], device=table.device) * k_cache.shape[1] < (lengths + new).view(-1, 1)]
-    wrong = used[(used < 0) | (used >= k_cache.shape[0])]
-    if len(wrong):
+    held, size = lengths.view(-1, 1), k_cache.shape[1]
+    begin = torch.arange(table.shape[1], device=table.device) * size
+    is_used = begin < held + new
+    used = table[is_used]
+    if not len(used):
+        return
+    least, most = (int(end) for end in used.aminmax())
+    if least < 0 or most >= k_cache.shape[0]:
         raise ValueError(
-            f"{name}: block_table must have pages from 0 to {k_cache.shape[0] - 1} up to each sequence's end, got {wrong[0]}\n"
-            "give a sequence its pages before its tokens"
+            f"{name}: block_table must have pages from 0 to {k_cache.shape[0] - 1} up to each sequence's end, "
+            f"got {least if least < 0 else most}\ngive a sequence its pages before its tokens"
         )
+    if new > 1 or (new and len(lengths) > 1):
+        written = table[is_used & (begin + size > held)].tolist()
+        if len(set(written)) < len(written):
+            twice = next(page for page in written if written.count(page) > 1)
+            raise ValueError(
+                f"{name}: block_table must have each page that new tokens are written to once, got page {twice} twice\n"
+                "give each sequence a page of its own from its last token on"
+            )
 
 
 def check_values(k_cache: Tensor, call: KVCacheCall) -> None:

@@ -82,6 +82,8 @@ def _run(query: Tensor, k_cache: Tensor, v_cache: Tensor, stats: bool, call: KVC
         features=features(query, k_cache, v_cache, call, stats),
         head_dims=(query.shape[3], v_cache.shape[3]),
     )
+    if call.k is not None:
+        query, call = checks.apart(query, k_cache, v_cache, call)
     with torch._C._DisableAutocast():  # the kernel chooses the dtypes of its products itself
         return KVCacheResults(*run(query, k_cache, v_cache, call, stats))
 
