@@ -177,6 +177,20 @@ def test_autocast_computes_in_its_dtype_and_sums_in_float32():
     assert torch.equal(ours, attention(*low, alpha=0.6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_autocast_converts_what_it_converts_for_torchs_attention(dtype, autocast):
+    """The 16-bit dtype that is not autocast's was left as it is, and a value in it was refused."""
+    query, key, value = (t.to(dtype) for t in tensors(4, 4, dtype=torch.float32))
+    with torch.autocast("cpu", autocast):
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value).dtype
+        assert attention(query, key, value).dtype == expected
+        assert diffmax.power_attention(query, key, value).dtype == expected
+        assert diffmax.threshold_attention(query, key, value, 0.0).dtype == expected
+        if dtype != torch.float64:
+            assert attention(query.float(), key, value.half()).dtype == autocast
+
+
 # inside torch
 
 
