@@ -375,3 +375,12 @@ def test_repr_names_what_matters():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("length_scale", [True, "adaptive"])
+def test_every_part_is_made_where_the_module_is(length_scale):
+    """Gates and length scales were made on the default device and moved, which fails from "meta"."""
+    with torch.device("meta"):
+        options = {"alpha_map": HillMap(0.9), "head_gate": True, "length_scale": length_scale, "sink": "learned"}
+        module = DiffmaxAttention(E, H, alpha=0.6, device="cpu", dtype=torch.float64, **options)
+    assert {(t.device.type, t.dtype) for t in module.parameters()} == {("cpu", torch.float64)}

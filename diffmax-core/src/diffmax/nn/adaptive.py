@@ -29,6 +29,7 @@ class AdaptiveLengthScale(nn.Module):
         heads: H. `project` holds W_beta in its first H rows and W_gamma in the others; it starts as nn.Linear does.
         delta: The part of the scale that does not depend on the length. At least 0.
         reach: Bound of the absolute value of gamma. More than 0.
+        device, dtype: Device and dtype of the parameters.
     Raises:
         TypeError: query has no floating-point dtype.
         ValueError: heads, delta or reach is out of range, or query or x has the wrong shape.
@@ -40,7 +41,16 @@ class AdaptiveLengthScale(nn.Module):
         torch.Size([1, 4, 6, 8])
     """
 
-    def __init__(self, embed_dim: int, heads: int, *, delta: float = 1.0, reach: float = 2.0) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        heads: int,
+        *,
+        delta: float = 1.0,
+        reach: float = 2.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if heads < 1:
             raise ValueError(f"AdaptiveLengthScale: heads must be at least 1, got {heads}")
@@ -49,7 +59,7 @@ class AdaptiveLengthScale(nn.Module):
         if not 0 < reach < math.inf:
             raise ValueError(f"AdaptiveLengthScale: reach must be finite and more than 0, got {reach}")
         self.heads, self.delta, self.reach = heads, float(delta), float(reach)
-        self.project = nn.Linear(embed_dim, 2 * heads, bias=False)
+        self.project = nn.Linear(embed_dim, 2 * heads, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Initialize W again, for example after `to_empty`."""

@@ -123,11 +123,8 @@ class DiffmaxAttention(HeadAlpha):
         self._set_alpha(alpha, alpha_map, num_heads, device, dtype)
         self.sink = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sink == "learned" else None
         self.null_sink = sink == "null"
-        self.gate = HeadGate(embed_dim, num_heads) if head_gate else None
-        self.length_scale = _length_scale(length_scale, embed_dim, num_heads)
-        for part in (self.gate, self.length_scale):
-            if part is not None and (device is not None or dtype is not None):
-                part.to(device=device, dtype=dtype)
+        self.gate = HeadGate(embed_dim, num_heads, device=device, dtype=dtype) if head_gate else None
+        self.length_scale = _length_scale(length_scale, embed_dim, num_heads, device, dtype)
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> DiffmaxAttention:
@@ -423,12 +420,14 @@ def _split(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _length_scale(asked: bool | str, embed_dim: int, heads: int) -> LengthScale | AdaptiveLengthScale | None:
+def _length_scale(
+    asked: bool | str, embed_dim: int, heads: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> LengthScale | AdaptiveLengthScale | None:
     if asked not in (False, True, "adaptive"):
         raise ValueError(f'{_NAME}: length_scale must be False, True or "adaptive", got {asked!r}')
     if asked == "adaptive":
-        return AdaptiveLengthScale(embed_dim, heads)
-    return LengthScale(heads) if asked else None
+        return AdaptiveLengthScale(embed_dim, heads, device=device, dtype=dtype)
+    return LengthScale(heads, device=device, dtype=dtype) if asked else None
 
 
 def _check_sizes(embed_dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:

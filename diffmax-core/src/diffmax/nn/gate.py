@@ -19,6 +19,7 @@ class HeadGate(nn.Module):
         embed_dim: Size of the tokens x.
         heads: H.
         bias: Whether to add b.
+        device, dtype: Device and dtype of the parameters.
     Source: "Systematic Outliers in Large Language Models" (An et al., 2025), its context-aware scale; "Gated Attention" (Qiu et
         al., 2025). Written for diffmax.
     Example:
@@ -27,9 +28,17 @@ class HeadGate(nn.Module):
         True
     """
 
-    def __init__(self, embed_dim: int, heads: int, bias: bool = True) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        heads: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.project = nn.Linear(embed_dim, heads, bias=bias)
+        self.project = nn.Linear(embed_dim, heads, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -63,6 +63,7 @@ class LengthScale(nn.Module):
     Args:
         heads: H. The parameter `log_decay` (b, of shape (H,)) has one entry per head.
         start: Initial value of b; at 2, the factor of ln n is 0.0006, nearly 0.
+        device, dtype: Device and dtype of the parameter.
     Raises:
         ValueError: The query does not have `heads` heads.
     Source: the position-dependent part of the temperature of Selective Self-Attention (Zhang et al., NeurIPS 2024). Written
@@ -74,10 +75,17 @@ class LengthScale(nn.Module):
         True
     """
 
-    def __init__(self, heads: int, start: float = 2.0) -> None:
+    def __init__(
+        self,
+        heads: int,
+        start: float = 2.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.start = float(start)
-        self.log_decay = nn.Parameter(torch.empty(heads))
+        self.log_decay = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
