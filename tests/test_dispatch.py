@@ -647,3 +647,16 @@ def test_a_kernel_that_is_no_function_is_refused(register, calls, monkeypatch):
     register("odd", kernels={"bisect": "fake_kernels:number"}, automatic=False)
     with pytest.raises(BackendError, match="backend odd: its kernel fake_kernels:number of bisect must be a function, got 3"):
         diffmax_bisect(X, 0.5, backend="odd")
+
+
+def test_a_probe_or_check_that_exits_does_not_end_the_program(register, calls, monkeypatch):
+    def leaves(*_):
+        raise SystemExit(4)
+
+    monkeypatch.setattr(sys.modules["fake_kernels"], "leaves", leaves, False)
+    register("prober", priority=99, probe="fake_kernels:leaves")
+    register("checker", priority=98, unsupported="fake_kernels:leaves")
+    diffmax_bisect(X, 0.5)
+    reasons = {backend.name: said for backend, said in judge(describe("bisect", "cpu", torch.float32))}
+    assert reasons["prober"] == ["its probe raised SystemExit: 4"]
+    assert reasons["checker"] == ["its check of the call raised SystemExit: 4"]

@@ -168,7 +168,7 @@ def env_report(manager: pluggy.PluginManager) -> dict[str, str]:
         try:
             for answer in caller():
                 report.update({f"{name}: {key}": str(value) for key, value in answer.items()})
-        except Exception as error:  # noqa: BLE001  (a report about problems must not fail because of one)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (a report about problems must not fail because of one)
             report[name] = f"diffmax_env_report of {plugin!r} raised {type(error).__name__}: {error}"
     return report
 

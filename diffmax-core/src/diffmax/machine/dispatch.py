@@ -91,7 +91,7 @@ class Registry:
                     reason = import_function(backend.probe)() if backend.probe else None
                     hint = f"; {backend.install_hint}" if backend.install_hint else ""
                     self.probes[backend.name] = ("unavailable", f"{reason}{hint}") if reason else ("", "")
-                except Exception as error:  # noqa: BLE001  (a probe may not raise; if it does, its backend is out, no other)
+                except (Exception, SystemExit) as error:  # noqa: BLE001  (a probe may not raise; if it does, its backend is out, no other)
                     self.probes[backend.name] = ("failed", f"its probe raised {type(error).__name__}: {error}")
             return self.probes[backend.name]
 
@@ -307,7 +307,7 @@ def _asked(backend: Backend, spec: CallSpec) -> list[str]:
     try:
         found = import_function(backend.unsupported)(spec)
         return [found] if found and isinstance(found, str) else list(found)
-    except Exception as error:  # noqa: BLE001  (it may not raise; if it does, its backend is out, not the others)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (it may not raise; if it does, its backend is out, not the others)
         return [f"its check of the call raised {type(error).__name__}: {error}"]
 
 
