@@ -590,3 +590,11 @@ X, Y = torch.zeros(3, 4), torch.tensor([0, 1, 2])
 def test_says_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("index", [1.7, True, "x", None])
+def test_an_ignored_index_that_is_no_int_is_refused(index):
+    """1.7 and True were taken for 1."""
+    for module in (ours.Entmax15Loss, ours.SparsemaxBisectLoss, ours.NormmaxBisectLoss):
+        with pytest.raises(TypeError, match=rf"{module.__name__}: ignore_index must be an int, got {index!r} of type"):
+            module(ignore_index=index)

@@ -528,3 +528,7 @@ def test_a_table_of_nothing_is_refused():
         report.table(3, top=-1)
     with pytest.raises(TypeError, match=r"AttentionReport.table: token must be an int, got 'it' of type str"):
         report.table("it")
+    for wrong in ({"head": "a"}, {"head": 1.7}, {"head": True}, {"head": 0, "batch": 0.5}):  # 1.7 was taken for 1
+        with pytest.raises(TypeError, match=r"AttentionReport.reads: (head|batch) must be an int, got"):
+            report.reads(0, **wrong)
+    assert report.reads(0, torch.tensor(1)) == report.reads(0, -1)

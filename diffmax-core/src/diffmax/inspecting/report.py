@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffmax.inspecting.page import framed, page
 from diffmax.operators.attention.weights import SparseWeights
-from diffmax.operators.common.checks import is_whole
+from diffmax.operators.common.checks import as_int, is_whole
 
 
 class Layer(NamedTuple):
@@ -95,7 +95,10 @@ class AttentionReport:
 
     def reads(self, layer: int | str, head: int, batch: int = 0) -> Reads:
         """Every nonzero weight of a head, query by query, the largest first."""
-        found, head = self._layer("reads", layer), int(head)
+        for what, number in (("head", head), ("batch", batch)):
+            if not is_whole(number):
+                raise TypeError(f"AttentionReport.reads: {what} must be an int, got {number!r} of type {type(number).__name__}")
+        found, head, batch = self._layer("reads", layer), as_int(head), as_int(batch)
         self._check("reads", found, batch, head)
         return self._sorted(found, batch, head % found.weights.shape[1], range(found.weights.shape[2]), None)
 

@@ -13,7 +13,7 @@ from diffmax.operators.common.checks import check_scores
 from diffmax.operators.common.numerics import MIN_E
 from diffmax.operators.common.resettable import Resettable
 from diffmax.operators.loss.api import fenchel_young, reduce_losses
-from diffmax.operators.loss.checks import check_reduction, check_target
+from diffmax.operators.loss.checks import check_ignore_index, check_reduction, check_target
 
 __all__ = [
     "Entmax15Loss",
@@ -124,6 +124,7 @@ class _Loss(Resettable):
     def __init__(self, ignore_index: int = IGNORE_INDEX, reduction: str = "elementwise_mean") -> None:
         super().__init__()
         check_reduction(type(self).__name__, reduction, REDUCTIONS)
+        check_ignore_index(type(self).__name__, ignore_index)
         self.ignore_index, self.reduction = int(ignore_index), reduction
 
     def _loss(self, X: Tensor, target: Tensor, alpha: float | Tensor, n_iter: int) -> Tensor:

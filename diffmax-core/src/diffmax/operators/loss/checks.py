@@ -47,6 +47,11 @@ def _check_kind(name: str, X: Tensor, target: Tensor, ignore_index: int) -> None
     check_strided(name, "target", target)
     if target.device != X.device:
         raise ValueError(f"{name}: target and X must be on one device, got {target.device} and {X.device}")
+    check_ignore_index(name, ignore_index)
+
+
+def check_ignore_index(name: str, ignore_index: int) -> None:
+    """Check that `ignore_index` is an int."""
     if not is_whole(ignore_index):
         raise TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r} of type {type(ignore_index).__name__}")
 
