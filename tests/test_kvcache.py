@@ -266,6 +266,14 @@ def test_bad_page_sizes(page_size, error):
         page_bounds(cache4, 3, page_size=page_size)
 
 
+def test_a_page_is_no_longer_than_the_cache():
+    """A page of 10**12 tokens asked for 16 terabytes."""
+    cache = torch.randn(1, 100, 2, 8)
+    bounds, whole = (page_bounds(cache, 90, page_size=size, bits=4) for size in (10**12, 100))
+    torch.testing.assert_close(bounds[:2] + bounds[3:], whole[:2] + whole[3:], rtol=0, atol=0)
+    assert (bounds.page_size, page_bounds(cache[:, :20], 5, page_size=10**12).page_size) == (100, 64)
+
+
 def test_pages_of_a_cache_have_one_size():
     """Another one was ignored in silence."""
     size = cache4.shape[1]

@@ -85,7 +85,7 @@ def page_bounds(
     Args:
         k_cache, cache_seqlens, block_table: As in `attention_with_kvcache`; without `block_table`, sequence b is row b.
         page_size: Tokens per page. Default: 64, or with `block_table` the size of its pages, which must then be the one given.
-            Smaller pages have tighter bounds, but there are more of them.
+            Smaller pages have tighter bounds, but there are more of them. A page is no longer than the cache, or 64.
         bits: 4: keep the keys in 4 bits too, rounded between the bounds of their page. Then decoding reads these, and of the
             keys themselves only those that may have a weight. They take 1/8 of the bytes of float32 keys, 1/4 of bfloat16's.
             None: bounds alone.
@@ -109,6 +109,8 @@ def page_bounds(
     page_size = of_cache if page_size is None else checks.check_page_size(name, page_size)
     if block_table is not None and page_size != of_cache:
         raise ValueError(f"{name}: page_size must be that of the cache's pages, {of_cache}, got {page_size}\nleave it out")
+    if block_table is None and page_size > TILE:  # one page holds the whole cache then
+        page_size = min(page_size, max(k_cache.shape[1], TILE))
     batch = k_cache.shape[0] if block_table is None else block_table.shape[0]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     lengths = checks.check_lengths(name, cache_seqlens, batch, room, None, k_cache.device)
