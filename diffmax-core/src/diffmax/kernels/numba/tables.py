@@ -33,10 +33,11 @@ def table_for(bits: int, k: float, degree: int) -> PowerTable:
     places = np.arange(DIGITS) % (1 << bits)
     low, high = _BIAS % (1 << bits), (_BIAS >> bits) % (1 << bits)
     table = np.empty(TABLE, np.float32)
-    table[:DIGITS] = 2.0 ** (k * (places - low))
-    table[DIGITS : 2 * DIGITS] = 2.0 ** (k * (1 << bits) * np.minimum(places - high, 0))
+    with np.errstate(under="ignore"):  # whoever has underflows raised wants it of their own numbers
+        table[:DIGITS] = 2.0 ** (k * (places - low))
+        table[DIGITS : 2 * DIGITS] = 2.0 ** (k * (1 << bits) * np.minimum(places - high, 0))
+        table[FURTHER] = 2.0 ** (-64 * k)
     nodes = 0.5 + 0.5 * np.cos(np.pi * (2 * np.arange(degree + 1) + 1) / (2 * degree + 2))  # Chebyshev's, for f from 0 to 1
     polynomial = np.linalg.solve(np.vander(nodes), (1.0 + nodes) ** k)
     table[2 * DIGITS : FURTHER] = np.concatenate((np.zeros(DEGREE - degree), polynomial))
-    table[FURTHER] = 2.0 ** (-64 * k)
     return table
