@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import timeit
 
 import mpmath
 import numpy as np
@@ -628,6 +629,27 @@ def test_a_thread_without_memory_is_an_error_and_no_silent_result(monkeypatch):
         for x in (torch.randn(count, 400), torch.randn(400, count).T):
             with pytest.raises(MemoryError, match="no memory to solve rows of 400 entries"):
                 diffmax_bisect(x, 0.5, backend="numba")
+
+
+@pytest.mark.parametrize(("alpha", "w"), [(0.1, 3e-5), (0.01, 3e-6), (0.7, 1e-4), (0.85, 1e-3)])
+def test_one_entry_far_above_a_crowd_beside_the_threshold(alpha, w):
+    """Of whose [z - t] a rounded threshold leaves few digits: for small alpha they weigh much together."""
+    x = torch.full((1, 5000), 1.7 - (1 - w) / (1 - alpha))
+    x[:, 0] = 1.7
+    p = diffmax_bisect(x, alpha, backend="numba").double()
+    assert (p - reference.bisect(x.double(), 1 - alpha, 1, 200, True)[0]).abs().sum() < 1e-3
+
+
+def test_uniform_rows_take_few_evaluations():
+    """The bound of the last step may be below what a threshold can hold; the steps would then all be taken."""
+
+    def seconds(alpha):
+        x = torch.rand(4, 5000)
+        calls = (timeit.timeit(lambda: diffmax_bisect(x, alpha, backend="numba"), number=3) for _ in range(9))
+        return min(calls)
+
+    seconds(0.1)  # the first call compiles
+    assert seconds(0.1) < 5 * seconds(0.7)
 
 
 @pytest.mark.parametrize("n", [16, 128, 200, 1024, 5000])

@@ -27,6 +27,9 @@ ROWS_TOGETHER = 16
 # A thread that finishes first takes more: the rows are shared out in this many chunks per thread.
 CHUNKS_PER_THREAD = 4
 
+# Below this k, weights near the threshold matter so much that they are moved there from where they have all their digits.
+LEAST_BY_TABLE = 3.0
+
 _NO_MEMORY = "diffmax: no memory to solve rows of {} entries in"
 _pack_forward = FORWARD_JOB.pack
 
@@ -131,7 +134,8 @@ def plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int, P
     """
     acc = accumulation_dtype(dtype)
     steps, whole = 4 * newton_steps(n_iter, n, e, dtype), integer_exponent(e, acc) if e < 1 else 0
-    table = table_of(1.0 / e) if whole == 0 and 0 < e < 1 and acc == torch.float32 else None
+    by_table = whole == 0 and 0 < e <= 1 / LEAST_BY_TABLE and acc == torch.float32
+    table = table_of(1.0 / e) if by_table else None
     return steps, whole if table is None else table.ctypes.data, table
 
 
