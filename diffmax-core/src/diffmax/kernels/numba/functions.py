@@ -30,9 +30,8 @@ TINY = 2.0**-60
 DIGITS, DEGREE = 16, 10
 FURTHER = 2 * DIGITS + DEGREE + 1
 TABLE = FURTHER + 1
-NEAR = (
-    2.0**-63
-)  # two digits of three bits tell the exponents from here to 1 apart; what is smaller is multiplied by the last place
+# Two digits of three bits tell the exponents from here to 1 apart; what is smaller is multiplied by the last place.
+NEAR = 2.0**-63
 OF_SLOPES = 8  # the degree that serves for k < 1
 WHOLE = 10  # the largest k that `integer_power` knows; a larger number in its place is the address of a table
 NONE = -(2.0**40)  # where a logarithm is that of 0
