@@ -1,5 +1,6 @@
 """DTensors in the operators with heads and in the loss: what is sharded stays so, nothing is sent, and nothing changes."""
 
+import functools
 import shutil
 
 import pytest
@@ -194,6 +195,9 @@ def test_decoding_appends_to_the_shards_of_the_cache():
                 return found, k_cache, v_cache
 
             check(decode, given, letter)
+            given.pop("cache_seqlens")
+            check(functools.partial(decode, cache_seqlens=70), given, letter)
+            check(decode, {name: given[name] for name in ("q", "k_cache", "v_cache")}, letter)  # of a cache that is full
 
 
 @on_ranks(2)

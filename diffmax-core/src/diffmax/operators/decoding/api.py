@@ -113,7 +113,7 @@ def page_bounds(
         page_size = min(page_size, max(k_cache.shape[1], TILE))
     batch = k_cache.shape[0] if block_table is None else block_table.shape[0]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    lengths = checks.check_lengths(name, cache_seqlens, batch, room, None, k_cache.device)
+    lengths = checks.check_lengths(name, cache_seqlens, batch, room, None, k_cache)
     checks.check_pages(name, block_table, lengths, 0, k_cache)
     call = KVCacheCall(
         scale=1.0,
@@ -263,7 +263,7 @@ def build_call(
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     slopes = attention_checks.check_alibi(name, q, options.alibi_slopes, (batch, heads))
     low, high, page_size, codes = checks.check_bounds(name, options.page_bounds, k_cache, block_table)
-    lengths = checks.check_lengths(name, options.cache_seqlens, batch, room, new, q.device)
+    lengths = checks.check_lengths(name, options.cache_seqlens, batch, room, new, q)
     checks.check_pages(name, block_table, lengths, new or 0, k_cache)
     rows = checks.check_rows(name, options.cache_batch_idx, batch, k_cache, block_table)
     call = KVCacheCall(

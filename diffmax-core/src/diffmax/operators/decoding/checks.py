@@ -174,17 +174,18 @@ def check_gradients(*arguments: Any) -> None:
         raise NotImplementedError(NO_GRADIENT)
 
 
-def check_lengths(
-    name: str, lengths: int | Tensor | None, batch: int, room: int, new: int | None, device: torch.device
-) -> Tensor:
-    """cache_seqlens as int32 (B,) on the device, before `new` tokens are appended. Values are checked if they can be read."""
+def check_lengths(name: str, lengths: int | Tensor | None, batch: int, room: int, new: int | None, beside: Tensor) -> Tensor:
+    """cache_seqlens as int32 (B,), before `new` tokens are appended. Values are checked if they can be read.
+
+    They lie where the tensor `beside` does; of a DTensor an int becomes one.
+    """
     if lengths is None and new is not None:
         raise ValueError(
             f"{name}: with k and v, cache_seqlens must say how many tokens are in the cache before them, got None\n"
             "for an empty cache pass cache_seqlens=0"
         )
     if lengths is None:
-        return torch.full((batch,), room, dtype=torch.int32, device=device)
+        return beside.new_full((batch,), room, dtype=torch.int32)
     new = new or 0
     # a tensor first: to ask an abstract class takes a microsecond
     if isinstance(lengths, bool) or not isinstance(lengths, (Tensor, torch.SymInt, numbers.Integral)):
@@ -192,8 +193,8 @@ def check_lengths(
     if not isinstance(lengths, Tensor):
         if not torch.compiler.is_compiling():
             _check_room(name, int(lengths), int(lengths), room, new)
-        return torch.full((batch,), lengths, dtype=torch.int32, device=device)
-    _check_index(name, "cache_seqlens", lengths, (batch,), device)
+        return beside.new_full((batch,), lengths, dtype=torch.int32)
+    _check_index(name, "cache_seqlens", lengths, (batch,), beside.device)
     if _readable(lengths) and batch:
         tokens = lengths.tolist()
         _check_room(name, min(tokens), max(tokens), room, new)
@@ -310,7 +311,7 @@ def check_values(k_cache: Tensor, call: KVCacheCall) -> None:
     name, table, batch = "diffmax.attention_with_kvcache", call.block_table, len(call.cache_seqlens)
     room = k_cache.shape[1] * (1 if table is None else table.shape[1])
     new = None if call.k is None else call.k.shape[1]
-    check_lengths(name, call.cache_seqlens, batch, room, new, k_cache.device)
+    check_lengths(name, call.cache_seqlens, batch, room, new, k_cache)
     check_pages(name, table, call.cache_seqlens, new or 0, k_cache)
     check_rows(name, call.cache_batch_idx, batch, k_cache, table)
     check_leftpad(name, call.leftpad, call.cache_seqlens, k_cache.device)
