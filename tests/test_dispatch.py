@@ -108,7 +108,7 @@ def test_the_environment_may_list_several(settings):
 def test_a_named_backend_never_falls_back(register, settings):
     register("acme", dtypes=(torch.float32,), features=frozenset())
     with pytest.raises(NoBackendError) as caught:
-        diffmax_bisect(X.double(), torch.tensor(0.5), backend="acme")
+        diffmax_bisect(X.double(), torch.full((len(X), 1), 0.5), backend="acme")
     assert str(caught.value) == (
         "the backend acme cannot run bisect of float64 on cpu, needs tensor_alpha\n"
         "  acme: takes float32, not float64; lacks tensor_alpha (alpha as a tensor: per row, per head)\n"

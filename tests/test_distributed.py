@@ -344,13 +344,16 @@ def test_ranks_that_disagree_all_raise_and_none_waits():
         "the dtype of X: torch.float64 on rank 0; torch.float32 on rank 1": lambda: diffmax_bisect_sharded(
             torch.randn(3, 4).to(DTYPES[rank]), 0.5
         ),
-        r"alpha: '\[0.5\] of shape \(\), checksum [0-9a-f]{8}' on rank 0; 0.5 on rank 1": lambda: diffmax_bisect_sharded(
-            torch.randn(3, 4), 0.5 if rank else torch.tensor(0.5)
+        r"alpha: '\[0.5, .*\] of shape \(3, 1\), checksum [0-9a-f]{8}' on rank 0; 0.5 on rank 1": lambda: (
+            diffmax_bisect_sharded(torch.randn(3, 4), 0.5 if rank else torch.full((3, 1), 0.5))
         ),
-        r"alpha: '\[0.5\] of shape .*' on rank 0; '\[0.6\d*\] of shape .*' on rank 1": lambda: diffmax_bisect_sharded(
+        r"alpha: '\[0.5, .*\] of shape .*' on rank 0; '\[0.6\d*, .*\] of shape .*' on rank 1": lambda: diffmax_bisect_sharded(
+            torch.randn(3, 4), torch.full((3, 1), 0.5 + 0.1 * rank)
+        ),
+        r"alpha: 0.5 on rank 0; 0.6\d* on rank 1": lambda: diffmax_bisect_sharded(
             torch.randn(3, 4), torch.tensor(0.5 + 0.1 * rank)
         ),
-        "whether alpha requires a gradient: True on rank 0; False on rank 1": lambda: diffmax_bisect_sharded(
+        r"alpha: .*\n  whether alpha requires a gradient: True on rank 0; False on rank 1": lambda: diffmax_bisect_sharded(
             torch.randn(3, 4), torch.tensor(0.5).requires_grad_(rank == 0)
         ),
         r"n_iter: 20 on rank 0; 21 on rank 1\n  ensure_sum_one: False on rank 0; True on rank 1": lambda: (
@@ -369,6 +372,7 @@ def test_ranks_that_disagree_all_raise_and_none_waits():
         ValueError, match=r"the function: 'diffmax_bisect_sharded' on rank 0; 'diffmax\.distributed\.att.*' on rank 1"
     ):
         other(*torch.randn(3, 1, 2, 4, 4)[: 3 if rank else 1])
+    diffmax_bisect_sharded(torch.randn(3, 4), 0.5 if rank else torch.tensor(0.5))  # the same number
     diffmax_bisect_sharded(torch.randn(3, 4 + rank), 0.5)  # lengths along dim may differ, and nothing is left of the errors
 
 

@@ -8,7 +8,9 @@ import torch
 from entmax import entmax_bisect
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import diffmax
 from diffmax import diffmax_bisect, reference
 from diffmax.kernels.cpu import rows as cpu_rows
 from diffmax.testing import NASTY_ROWS, gates, solve_exactly
@@ -319,6 +321,36 @@ def test_alpha_may_be_a_function_or_a_numpy_number():
     assert torch.equal(diffmax_bisect(x, lambda: 0.5), expected)
     torch.testing.assert_close(diffmax_bisect(x, lambda: torch.tensor(0.5)), expected)
     assert torch.equal(diffmax_bisect(x, np.float32(0.5)), expected)
+
+
+def test_one_alpha_in_a_tensor_is_the_float_it_holds():
+    x = torch.randn(3, 4, 40, requires_grad=True)
+    query = torch.randn(1, 4, 30, 8)
+    for shape in ((), (1,), (1, 1, 1)):
+        alpha = torch.full(shape, 0.7)
+        assert torch.equal(diffmax_bisect(x, alpha), diffmax_bisect(x, float(alpha)))
+        assert "tensor_alpha" not in str(diffmax.explain("diffmax_bisect", x, alpha))
+        if len(shape) < 2:
+            heads = diffmax.attention(query, query, query, alpha=alpha)
+            assert torch.equal(heads, diffmax.attention(query, query, query, alpha=float(alpha)))
+    learned = torch.tensor(0.7, requires_grad=True)
+    assert "tensor_alpha" in str(diffmax.explain("diffmax_bisect", x, learned))
+    assert torch.autograd.grad(diffmax_bisect(x, learned).square().sum(), learned)[0] != 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_an_alpha_that_is_traced_or_mapped_stays_a_tensor():
+    x, first, second = torch.randn(5, 40), torch.tensor(0.4), torch.tensor(0.8)
+    expected = diffmax_bisect(x, 0.8)
+    assert not torch.allclose(diffmax_bisect(x, first), expected)
+    for mode in ("real", "fake"):
+        traced = make_fx(lambda x, alpha: diffmax_bisect(x, alpha), tracing_mode=mode)(x, first)
+        assert torch.allclose(traced(x, second), expected, atol=1e-6)
+    assert torch.allclose(torch.jit.trace(diffmax_bisect, (x, first))(x, second), expected, atol=1e-6)
+    both = torch.func.vmap(diffmax_bisect, (None, 0))(x, torch.stack([first, second]))
+    assert torch.allclose(both[1], expected, atol=1e-6)
+    tangent = torch.func.jvp(lambda alpha: diffmax_bisect(x, alpha), (second,), (torch.tensor(1.0),))[1]
+    assert tangent.abs().max() > 1e-3
 
 
 def test_a_tensor_alpha_of_one_is_softmax_and_of_zero_is_sparsemax():

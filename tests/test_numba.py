@@ -140,7 +140,7 @@ def test_powers_by_table_are_right_to_a_few_ulp(k):
 @pytest.mark.parametrize("k", [0.02, 0.85, 1.7, 6.67, 10.0])
 def test_tables_for_either_processor(bits, k):
     """What `digit_of` looks up, done by hand: two digits of the exponent, and where they do not reach the last place."""
-    table = tables.table_for(bits, k, functions.DEGREE)
+    table = tables.tables_for(bits, (k,), functions.DEGREE)[0]
     exponents = np.arange(-126, 1)
     low, high = (exponents + 127) & ((1 << bits) - 1), ((exponents + 127) >> bits) & ((1 << bits) - 1)
     found = table[low].astype(np.float64) * table[functions.DIGITS + high]
@@ -1243,3 +1243,72 @@ def test_many_sequences_give_what_few_give(count):
             *(t[b : b + 1] for t in rows), cache_seqlens=ends[b : b + 1], alpha=0.6, backend="numba"
         )
         assert torch.equal(whole[b : b + 1], one)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.85, 0.61])
+@pytest.mark.parametrize("needed", [False, True])
+def test_an_alpha_for_each_head_has_the_powers_of_its_float(alpha, needed):
+    """Bit for bit, beside heads of others: products where 1 / (1 - alpha) is whole, tables elsewhere."""
+    query, key, value = torch.randn(3, 2, 3, 200, 16)
+    query.requires_grad_(needed)
+    grad = torch.randn_like(query)
+    found = []
+    for given in (float(torch.tensor(alpha)), torch.tensor([0.9, alpha, 0.7])):
+        out = diffmax.attention(query, key, value, alpha=given, backend="numba")
+        results = [out, *(torch.autograd.grad(out, query, grad) if needed else ())]
+        found.append([result[:, 1] for result in results])
+    assert all(map(torch.equal, *found))
+
+
+def test_watchers_and_other_rows_change_no_bit_of_a_tensor_alphas_weights():
+    """Whether it is read as a float, kept as a tensor, or stands beside others; and whatever else is in the batch."""
+    x, query = torch.randn(900, 100) * 3, torch.randn(2, 2, 300, 16) * 2
+    for value in (0.75, 0.85, 0.3):
+        alpha = torch.tensor(value, requires_grad=True)
+        learned = diffmax_bisect(x, alpha).detach()
+        assert torch.equal(diffmax_bisect(x, alpha.detach()), learned)
+        assert torch.equal(diffmax_bisect(x[:20], alpha).detach(), learned[:20])
+        with torch.profiler.profile():
+            assert torch.equal(diffmax_bisect(x, alpha.detach()), learned)
+
+        heads = torch.tensor([0.6, value], requires_grad=True)
+        out = diffmax.attention(query, query, query, alpha=heads).detach()
+        assert torch.equal(diffmax.attention(query, query, query, alpha=alpha.detach())[:, 1], out[:, 1])
+        assert torch.equal(diffmax.attention(query, query, query, alpha=alpha).detach()[:, 1], out[:, 1])
+        assert torch.equal(diffmax.attention(*[query[:1]] * 3, alpha=heads.detach()), out[:1])
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.5, -0.5, 0.0, 1.0])
+def test_one_exponent_that_is_none_spoils_no_other_head(value):
+    from diffmax.kernels.numba.attention import attention
+    from diffmax.plugin import AttentionCall
+
+    query, key, values = torch.randn(3, 1, 3, 200, 16)
+    exponents = torch.tensor([0.15, value, 0.4])
+    for call in (AttentionCall(scale=1.0, e=exponents), AttentionCall(scale=1.0, e=0.4)):
+        found = attention(query, key, values, call, False, False).out
+        assert torch.isfinite(found[:, [0, 2]]).all()
+    assert torch.equal(
+        attention(query, key, values, AttentionCall(scale=1.0, e=exponents), False, False).out[:, 2], found[:, 2]
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("tokens", [3, 40, 700, 9000])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_heads_that_share_keys_have_alphas_and_sinks_of_their_own(kv_heads, tokens, sinks):
+    query, alpha = torch.randn(2, 1, 6, 16) * 2, torch.tensor([0.2, 0.5, 0.6, 0.75, 0.85, 1.0])
+    caches = [torch.randn(2, tokens, kv_heads, 16) for _ in range(2)]
+    options = {
+        "alpha": alpha,
+        "sink": torch.tensor([-3.0, 0.0, 1.0, 2.0, 3.0, 9.0]) if sinks else None,
+        "cache_seqlens": torch.tensor([tokens, tokens // 2], dtype=torch.int32),
+        "window_size": (tokens // 3, 0),
+        "return_stats": True,
+    }
+    out, stats = diffmax.attention_with_kvcache(query, *caches, **options, backend="numba")
+    doubles = [t.double() for t in (query, *caches)]
+    exact, exact_stats = diffmax.attention_with_kvcache(*doubles, **options, backend="reference")
+    assert torch.allclose(out.double(), exact, atol=2e-6)
+    assert (stats.support_size[:, :5] - exact_stats.support_size[:, :5]).abs().max() <= 1
+    assert torch.allclose(stats.tau[:, :5].double(), exact_stats.tau[:, :5], atol=1e-5)

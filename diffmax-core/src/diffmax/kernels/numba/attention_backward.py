@@ -14,6 +14,7 @@ from diffmax.kernels.numba.attention_words import (
     apply_rules,
     exponent_of,
     floats,
+    integer_of,
     keep_factor,
     own_memory,
     place,
@@ -21,6 +22,7 @@ from diffmax.kernels.numba.attention_words import (
     rows_into,
     rows_of,
     sequence_of,
+    sink_of,
     table_of,
     whole_numbers,
     words_of,
@@ -128,7 +130,8 @@ def recompute(words, memory, place_of, r, e, here, n, computing):
             fill(part, n, math.nan, x)
         return False
     top = m if m != -math.inf else computing(0.0)
-    weights_again(x, p, s, 0, n, splat(x, e), top, delta, words[Word.integer], words[Word.grad_e] != 0)
+    integer = integer_of(words, here.head, 0)
+    weights_again(x, p, s, 0, n, splat(x, e), top, delta, integer, words[Word.grad_e] != 0)
     return True
 
 
@@ -359,7 +362,7 @@ def finish_rows(words, numbers, memory, e, here, computing):
         of_e, of_sink = -row_sums[r], computing(0.0)
         if words[Word.sink] != 0 and (words[Word.grad_e] != 0 or words[Word.grad_sink] != 0):
             x = floats(words, memory, Word.scores, 0, words[Word.stride], computing)
-            fill(x, places(x), array_at(words[Word.sink], here.head + 1, computing)[here.head], x)
+            fill(x, places(x), sink_of(words, here.head, 0, computing), x)
             recompute(words, memory, 0, r, e, here, places(x), computing)
             s = floats(words, memory, Word.slopes, 0, 1, computing)[0]
             of_sink = -s * means[r]
@@ -434,7 +437,7 @@ def make_backward(computing):
                 value_sums[:] = 0.0
                 tiles = (length + TILE - 1) // TILE
                 for head in range(kv_head * group, (kv_head + 1) * group):
-                    e = exponent_of(words, numbers, head, least_e, computing)
+                    e = exponent_of(words, numbers, head, 0, least_e, computing)
                     of_head = (batch * kv_heads * group + head) * words[Word.tiles] + sequence[Sequence.tile_at]
                     for tile in range(split, tiles, words[Word.splits]):
                         last = min((tile + 1) * TILE, length)

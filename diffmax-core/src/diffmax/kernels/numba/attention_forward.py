@@ -15,6 +15,8 @@ from diffmax.kernels.numba.attention_words import (
     exponent_of,
     floats,
     in_one_page,
+    integer_of,
+    integer_of_rows,
     keep_factor,
     own_memory,
     place,
@@ -23,6 +25,7 @@ from diffmax.kernels.numba.attention_words import (
     rows_into,
     rows_of,
     sequence_of,
+    sink_of,
     table_of,
     token_place,
     tokens_into,
@@ -251,14 +254,15 @@ def solve_row(words, numbers, memory, x, found, r, top, e, here, values, value_s
     whole = found < 0
     length = ((n if whole else found) + width - 1) // width * width
     tallies = scaled(x, n, top, e, z) if whole else tallied(z, length, e)
-    delta, s, d = solve_alone(z, weights, other, length, tallies, e, words[Word.integer], words[Word.steps])
+    integer = integer_of(words, here.head, here.first + r)
+    delta, s, d = solve_alone(z, weights, other, length, tallies, e, integer, words[Word.steps])
     if d != 0.0:
         write_nudged(weights, length, weights, z, delta, d, 1.0 / e)
     else:
         write(weights, length, weights, 1.0 / s)
     keep(words[Word.delta], here.out_row + r, delta, computing)
     if keeps:
-        norm = slopes_of(z, weights, row_slopes, length, delta, e, words[Word.integer])
+        norm = slopes_of(z, weights, row_slopes, length, delta, e, integer)
         floats(words, memory, Word.norms, 0, words[Word.rows], computing)[r] = norm
     if words[Word.support] != 0:
         in_sink = 1 if n > here.padded and (x[here.padded] - top) * e - delta > -1.0 else 0
@@ -288,9 +292,9 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
     weights = floats(words, memory, Word.list_weights, 0, longest * places(lanes), computing)
     slopes = floats(words, memory, Word.list_slopes, 0, longest * places(lanes), computing)
     norms = floats(words, memory, Word.norms, 0, words[Word.rows], computing)
-    width, keeps = places(lanes), words[Word.u] != 0
+    width, keeps, integer = places(lanes), words[Word.u] != 0, integer_of_rows(words, here.head)
     deltas, totals = solve_group(
-        list_z, weights, slopes, longest, load(lanes, 0), load(lanes, width), words[Word.integer], words[Word.steps]
+        list_z, weights, slopes, longest, load(lanes, 0), load(lanes, width), integer, words[Word.steps]
     )
     factors = 1.0 / totals
     store(lanes, 2 * width, deltas)
@@ -299,7 +303,7 @@ def solve_lists(words, memory, lanes, first, some_rows, longest, here, computing
         totals, e = splat(lanes, 0.0), load(lanes, width)
         k = 1.0 / e
         for i in range(0, longest * width, width):
-            slope = slopes_and_weights(load(list_z, i) - deltas, e, k, words[Word.integer])[0]
+            slope = slopes_and_weights(load(list_z, i) - deltas, e, k, integer)[0]
             store(slopes, i, slope)
             totals = totals + slope
         store(lanes, 4 * width, totals)
@@ -469,7 +473,7 @@ def score_rows(words, numbers, memory, here, computing):
 
 
 @jitable
-def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, computing):
+def attend_rows(words, numbers, memory, lanes, least_e, here, values, value_step, computing):
     """Everything for some rows of queries of one head."""
     width, stride, n, padded = places(lanes), words[Word.stride], here.n, here.padded
     if padded > 0:
@@ -480,7 +484,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
     z, index = floats(words, memory, Word.z, 0, stride, computing), whole_numbers(words, memory, Word.index, 0, stride)
     list_z = floats(words, memory, Word.list_z, 0, LISTED * width, computing)
     list_index = whole_numbers(words, memory, Word.list_index, 0, LISTED * width)
-    n_dense, groups = 0, n <= (GROUPED if 0 < words[Word.integer] <= WHOLE else LISTED)
+    n_dense, groups = 0, n <= (GROUPED if 0 < integer_of_rows(words, here.head) <= WHOLE else LISTED)
     for first in range(0, here.count, width):
         some_rows = min(width, here.count - first)
         n_candidates, n_solved, longest = 0, 0, 0
@@ -494,8 +498,9 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
                 apply_rules(words, numbers, x, nothing, more, here, here.base, padded, here.first + r, computing)
             if n > padded:
                 fill(x[padded:], width, -math.inf, x)
-                x[padded] = array_at(words[Word.sink], here.head + 1, computing)[here.head]
+                x[padded] = sink_of(words, here.head, here.first + r, computing)
             top, bad = top_of(x, n) if n > 0 else (computing(-math.inf), False)
+            e = exponent_of(words, numbers, here.head, here.first + r, least_e, computing)
             if is_to_be_solved(words, memory, r, top, bad, e, here, computing):
                 lanes[lane], lanes[width + lane], lanes[5 * width + lane] = 1.0, e, top
                 n_solved += 1
@@ -511,7 +516,7 @@ def attend_rows(words, numbers, memory, lanes, e, here, values, value_step, comp
         fill(list_z, LISTED * width, DEAD, lanes)
         for lane in range(some_rows):
             if lanes[lane] > 0:
-                r, top = first + lane, lanes[5 * width + lane]
+                r, e, top = first + lane, lanes[width + lane], lanes[5 * width + lane]
                 x = floats(words, memory, Word.scores, r * stride, stride, computing)
                 found = listed(x, n, top, e, z, index, GATHERED_SHARE)
                 if 0 <= found <= LISTED:
@@ -594,13 +599,12 @@ def make_forward(computing):
                         values = array_at(at, keys * step + size, computing)
                     elif not converts_some(words):
                         tokens_into(words, Word.value, key_batch, kv_head, key_at, keys, size, copied, value_step)
-                e = exponent_of(words, numbers, head, least_e, computing)
                 touched[:] = 0
                 last = min((tile + 1) * TILE, sequence[Sequence.length])
                 for first in range(tile * TILE, last, words[Word.rows]):
                     until = min(first + words[Word.rows], last)
                     here = rows_of(words, sequence, head, first, until, panel_width(panels), places(panels), 0)
-                    attend_rows(words, numbers, memory, lanes, e, here, values, step, computing)
+                    attend_rows(words, numbers, memory, lanes, least_e, here, values, step, computing)
                     write_rows(words, memory, here, computing)
                 if words[Word.live] != 0:
                     of_head = (sequence[Sequence.batch] * kv_heads * words[Word.group] + head) * words[Word.tiles]

@@ -22,7 +22,7 @@ from diffmax.kernels.numba.attention_words import N_COLUMNS, N_WORDS, Sequence, 
 from diffmax.kernels.numba.cache import compile_cached
 from diffmax.kernels.numba.jobs import KERNEL
 from diffmax.kernels.numba.products import DEPTH, PANEL_BYTES, ROWS
-from diffmax.kernels.numba.rows import plan
+from diffmax.kernels.numba.rows import plan, powers_of
 from diffmax.kernels.numba.simd import BYTES
 from diffmax.kernels.numba.solver import LISTED
 from diffmax.kernels.numba.tables import PowerTable
@@ -121,6 +121,8 @@ class Job:
         words = self.words
         if isinstance(call.e, Tensor):
             self.add_whole(Word.e, call.e)
+            self.powers = powers_of(tuple(call.e.tolist()), self.acc)
+            words[Word.integers] = self.powers.integers.ctypes.data
         if call.dropout_p > 0:
             if call.seed is None:
                 raise ValueError("attention: dropout_p comes with a seed, got dropout_p alone")
@@ -148,6 +150,10 @@ class Job:
         if t.shape[3] > 1 and t.stride(3) != 1:
             t = t.contiguous()
         self.words[word : word + 5] = self._kept(t).data_ptr(), *_steps(t)
+
+    def fold(self, heads: int) -> None:
+        """Have rows stand for heads that share keys, so many of them: each has its own e and sink."""
+        self.words[Word.of_head], self.words[Word.of_row] = heads, 1
 
     def add_bias_gradient(self, total: Tensor) -> None:
         """Address and strides of what bias's gradient is added to: a share (B, H, L, S) for each chunk of tasks."""
@@ -265,7 +271,7 @@ def _form(
     sizes = _Sizes(
         acc.itemsize, head_dim, value_dim, _multiple(head_dim, lanes), _multiple(value_dim, lanes), _multiple(keys, across)
     )
-    words[Word.kv_heads], words[Word.group] = kv_heads, heads // max(1, kv_heads)
+    words[Word.kv_heads], words[Word.group], words[Word.of_head] = kv_heads, heads // max(1, kv_heads), 1
     words[Word.head_dim], words[Word.value_dim] = head_dim, value_dim
     words[Word.head_step], words[Word.value_step], words[Word.longest] = sizes.head_step, sizes.value_step, sizes.longest
     words[Word.kind] = KINDS.get(dtype, 0)

@@ -28,7 +28,7 @@ _Words = namedtuple(
     grad grad_batch grad_head grad_row
     mask mask_batch mask_head mask_row mask_key
     bias bias_batch bias_head bias_row bias_key bias_kind
-    alibi alibi_batch sink e left right lower_right integer steps seed_0 seed_1 least_word
+    alibi alibi_batch sink e integers of_head of_row left right lower_right integer steps seed_0 seed_1 least_word
     length tiles tile_words out m delta u live support
     grad_query grad_key grad_value grad_e grad_sink key_length splits split_step
     grad_bias grad_bias_batch grad_bias_head grad_bias_row grad_bias_key bias_share direct
@@ -162,10 +162,39 @@ def rows_into(words, tensor, batch, head, row, count, size, scale, target, targe
 
 
 @jitable
-def exponent_of(words, numbers, head, least, computing):
-    """e of a head: at least `least`, or outside [0, 1] as it stands."""
-    e = array_at(words[Word.e], head + 1, computing)[head] if words[Word.e] != 0 else computing(numbers[Word.e_value])
+def own_place(words, head, row):
+    """Where a row's own number (e, a sink) stands: `of_head` and `of_row` tell where rows are heads that share keys."""
+    return head * words[Word.of_head] + row * words[Word.of_row]
+
+
+@jitable
+def exponent_of(words, numbers, head, row, least, computing):
+    """e of a row of a head: at least `least`, or outside [0, 1] as it stands."""
+    at = own_place(words, head, row)
+    e = array_at(words[Word.e], at + 1, computing)[at] if words[Word.e] != 0 else computing(numbers[Word.e_value])
     return least if 0.0 <= e <= least else e
+
+
+@jitable
+def integer_of(words, head, row):
+    """`integer` of the row's e: k, or where its table begins, or 0."""
+    if words[Word.integers] == 0:
+        return words[Word.integer]
+    at = own_place(words, head, row)
+    return array_at(words[Word.integers], at + 1, np.int64)[at]
+
+
+@jitable
+def integer_of_rows(words, head):
+    """`integer` of rows that are solved together: 0 if they differ."""
+    return 0 if words[Word.integers] != 0 and words[Word.of_row] != 0 else integer_of(words, head, 0)
+
+
+@jitable
+def sink_of(words, head, row, computing):
+    """The sink of a row of a head."""
+    at = own_place(words, head, row)
+    return array_at(words[Word.sink], at + 1, computing)[at]
 
 
 @jitable

@@ -42,13 +42,16 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
         return decoding.attention_kvcache(query, k_cache, v_cache, call, stats, bisect)
     if call.k is not None:
         decoding.append(k_cache, v_cache, call)
-    # heads that share keys are rows of one head, where nothing tells them apart
-    folds = length == 1 and not isinstance(call.e, Tensor) and call.alibi is None and call.sink is None
+    # heads that share keys are rows of one head, where no distance is to be told
+    folds = length == 1 and call.alibi is None
     rows = query.reshape(batch, kv_heads, heads // kv_heads, -1) if folds else query.transpose(1, 2)
-    whole = _folded(call.scale, call.e, call.softcap) if folds else _unfolded(call)
+    plain = folds and call.sink is None and not isinstance(call.e, Tensor)
+    whole = _plain(call.scale, call.e, call.softcap) if plain else _whole(call, folds)
     of_cache = range(batch) if call.cache_batch_idx is None else call.cache_batch_idx.tolist()
     sequences = sequences_of(keys, starts, of_cache, rows.shape[2])
     job = Job(rows, k_cache, v_cache, whole, sequences)
+    if folds:
+        job.fold(heads // kv_heads)
     if call.block_table is not None:
         job.add_pages(call.block_table, call.page_size)
     # one query's heads lie as those of queries in order
@@ -66,15 +69,17 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
 
 
 @functools.lru_cache(maxsize=64)
-def _folded(scale: float, e: float, softcap: float) -> AttentionCall:
+def _plain(scale: float, e: float, softcap: float) -> AttentionCall:
     """What is left of a call whose heads are rows: kept, since to make it takes as long as to fetch a hundred keys."""
     return AttentionCall(scale=scale, e=e, softcap=softcap)
 
 
-def _unfolded(call: KVCacheCall) -> AttentionCall:
+def _whole(call: KVCacheCall, folds: bool) -> AttentionCall:
+    """The call as attention's; of heads that are rows, what lies before a window is not among the keys."""
+    left, right = (-1, -1) if folds else (call.left, call.right)
     return AttentionCall(
         scale=call.scale, e=call.e, softcap=call.softcap, alibi=call.alibi, sink=call.sink,
-        left=call.left, right=call.right, lower_right=True,
+        left=left, right=right, lower_right=True,
     )  # fmt: skip
 
 

@@ -6,16 +6,19 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from struct import Struct
-from typing import cast
+from typing import NamedTuple, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from diffmax import reference
 from diffmax.kernels.cpu.rows import from_rows
-from diffmax.kernels.numba.functions import OF_SLOPES
+from diffmax.kernels.numba.functions import DEGREE, OF_SLOPES
 from diffmax.kernels.numba.jobs import BACKWARD_JOB, FORWARD_JOB, compiled
-from diffmax.kernels.numba.tables import PowerTable, table_of
+from diffmax.kernels.numba.simd import digit_bits
+from diffmax.kernels.numba.tables import LARGEST, PowerTable, table_of, tables_for
 from diffmax.kernels.numba.threads import Kernel, run_bytes
 from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import accumulation_dtype, integer_exponent, newton_steps
@@ -74,7 +77,9 @@ def _weights(x: Tensor, e: float | Tensor, dim: int, n_iter: int, ensure_sum_one
     p = torch.empty_like(x) if rows is x else torch.empty_like(rows, memory_format=torch.contiguous_format)
     if isinstance(e, Tensor):
         e_rows, e_stride = _per_row(e, (*shape[:dim], 1, *shape[dim + 1 :]))
-        e_at, e_value, (steps, integer, _kept) = e_rows.data_ptr(), 0.0, plan(n_iter, n, 1.0, x.dtype)
+        e_at, e_value, known = e_rows.data_ptr(), 0.0, _known(e)
+        steps, *_ = plan(n_iter, n, 1.0, x.dtype)
+        integer, _kept = (0, None) if known is None else power_of(known, e.dtype)
     else:
         e_at, e_stride, e_value, (steps, integer, _kept) = 0, 0, e, plan(n_iter, n, e, x.dtype)
     addresses = (rows.data_ptr(), x_stride, p.data_ptr(), m_at, delta_at, e_at, e_stride)
@@ -110,7 +115,9 @@ def bisect_backward(
         *(grad_e.data_ptr() if needs_e else 0, 0 if e_rows is None else e_rows.data_ptr(), e_stride),
     )
     e_value = 0.0 if isinstance(e, Tensor) else e
-    table = table_of(1.0 - e_value, OF_SLOPES) if 0 < e_value < 1 and m.dtype == torch.float32 else None
+    known = _known(e) if isinstance(e, Tensor) else e
+    in_table = known is not None and 0 < known < 1 and m.dtype == torch.float32 and not needs_e
+    table = table_of(1.0 - cast("float", known), OF_SLOPES) if in_table else None
     run(
         *("backward", p.dtype, BACKWARD_JOB, m.numel(), n, *addresses, n),
         *(0 if table is None else table.ctypes.data, e_value),
@@ -132,11 +139,39 @@ def plan(n_iter: int, n: int, e: float, dtype: torch.dtype) -> tuple[int, int, P
 
     Four times what Newton's method needs, whose proof does not cover the kernel's shorter steps; it takes two or three.
     """
-    acc = accumulation_dtype(dtype)
-    steps, whole = 4 * newton_steps(n_iter, n, e, dtype), integer_exponent(e, acc) if e < 1 else 0
-    by_table = whole == 0 and 0 < e <= 1 / LEAST_BY_TABLE and acc == torch.float32
-    table = table_of(1.0 / e) if by_table else None
-    return steps, whole if table is None else table.ctypes.data, table
+    return 4 * newton_steps(n_iter, n, e, dtype), *power_of(e, accumulation_dtype(dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def power_of(e: float, dtype: torch.dtype) -> tuple[int, PowerTable | None]:
+    """How u^k is computed in a dtype: k if it is a whole number, else the address of its table or 0; and that, to be kept."""
+    whole = integer_exponent(e, dtype) if e < 1 else 0
+    table = table_of(1.0 / e) if whole == 0 and dtype == torch.float32 and _has_table(e) else None
+    return whole if table is None else table.ctypes.data, table
+
+
+class PowersOf(NamedTuple):
+    """`power_of` for each of some e: the numbers, as a kernel finds them, and the tables that some are addresses of."""
+
+    integers: npt.NDArray[np.int64]
+    kept: PowerTable | None
+
+
+@functools.lru_cache(maxsize=256)
+def powers_of(exponents: tuple[float, ...], dtype: torch.dtype) -> PowersOf:
+    """`power_of` of many; 0 where e is none. What a head gets does not depend on the others, nor on the size of a call."""
+    integers = np.array([integer_exponent(e, dtype) if 0 < e < 1 else 0 for e in exponents], np.int64)
+    bits = digit_bits() if dtype == torch.float32 else 0  # type: ignore[no-untyped-call]
+    places = [i for i, e in enumerate(exponents) if bits and not integers[i] and _has_table(e)]
+    if not places:
+        return PowersOf(integers, None)
+    tables = tables_for(bits, [1.0 / exponents[i] for i in places], DEGREE)
+    integers[places] = tables.ctypes.data + tables.strides[0] * np.arange(len(places))
+    return PowersOf(integers, tables)
+
+
+def _has_table(e: float) -> bool:
+    return 1 / LARGEST <= e <= 1 / LEAST_BY_TABLE
 
 
 @functools.lru_cache(maxsize=1024)
@@ -154,6 +189,12 @@ def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def _known(e: Tensor) -> float | None:
+    """e, if it is one for all rows."""
+    value = e.item() if e.numel() == 1 else -1.0
+    return value if 0 <= value <= 1 else None
 
 
 @alone_in_child

@@ -380,7 +380,7 @@ def make_backward(computing):
                 value_sums[:] = 0.0
                 tiles = (length + TILE - 1) // TILE
                 for head in range(kv_head * group, (kv_head + 1) * group):
-                    e = exponent_of(words, numbers, head, least_e, computing)
+                    e = exponent_of(words, numbers, head, 0, least_e, computing)
                     for tile in range(split, tiles, words[Word.splits]):
                         last = min((tile + 1) * TILE, length)
                         for first in range(tile * TILE, last, words[Word.rows]):

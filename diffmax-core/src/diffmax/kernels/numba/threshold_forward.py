@@ -139,7 +139,7 @@ def make_forward(computing):
                         values = array_at(at, keys * step + size, computing)
                     elif not converts_some(words):
                         rows_into(words, Word.value, batch, kv_head, key_at, keys, size, 1.0, copied, value_step)
-                e = exponent_of(words, numbers, head, least_e, computing)
+                e = exponent_of(words, numbers, head, 0, least_e, computing)
                 last = min((tile + 1) * TILE, sequence[Sequence.length])
                 for first in range(tile * TILE, last, words[Word.rows]):
                     until = min(first + words[Word.rows], last)

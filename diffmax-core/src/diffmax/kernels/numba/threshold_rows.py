@@ -2,7 +2,7 @@
 
 import math
 
-from diffmax.kernels.numba.attention_words import Word, floats, hide, whole_numbers
+from diffmax.kernels.numba.attention_words import Word, floats, hide, integer_of, whole_numbers
 from diffmax.kernels.numba.functions import LOG2_E, exp2, lowest_exponent
 from diffmax.kernels.numba.one_row import fill, listed, row_alone, sparse_share, top_of
 from diffmax.kernels.numba.parts import jitable
@@ -98,7 +98,7 @@ def weigh(words, memory, x, here, padded, r, e, computing):
         weights = floats(words, memory, Word.some_weights, 0, stride, computing)
         other = floats(words, memory, Word.other, 0, stride, computing)
         index = whole_numbers(words, memory, Word.some, 0, stride)
-        integer, steps = words[Word.integer], words[Word.steps]
+        integer, steps = integer_of(words, here.head, 0), words[Word.steps]
         count = listed(x, padded, top, e, z, index, sparse_share(integer))
         delta = row_alone(x, x, padded, count, top, e, integer, steps, True, z, weights, other, index)
         statistic = top - (1.0 - delta) / e

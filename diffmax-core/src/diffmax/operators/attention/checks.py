@@ -20,10 +20,12 @@ from diffmax.operators.common.checks import (
     check_flag,
     check_strided,
     check_tensor,
+    complement,
     has_shape,
     is_whole,
     not_an_alpha,
     one_minus_alpha,
+    plain_complement,
     to_float,
 )
 from diffmax.operators.common.numerics import accumulation_dtype
@@ -144,9 +146,12 @@ def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> 
         raise ValueError(f"{name}: alpha must be a float or of shape () or ({heads},), got shape {_shape(alpha)}{hint}")
     if alpha.device != query.device and not (alpha.ndim == 0 and alpha.device.type == "cpu"):
         raise ValueError(f"{name}: alpha and query must be on one device, got {alpha.device} and {query.device}")
+    if (e := plain_complement(alpha, query)) is not None:
+        return e, None
     _check_alpha_values(name, alpha)
-    acc = accumulation_dtype(query.dtype)
-    e_tensor = (1 - alpha.to(torch.promote_types(alpha.dtype, acc))).to(device=query.device, dtype=acc)
+    e_tensor = complement(alpha, accumulation_dtype(query.dtype))
+    if e_tensor.device != query.device:
+        e_tensor = e_tensor.to(query.device)
     return 0.0, e_tensor.expand(heads).contiguous()
 
 

@@ -38,9 +38,14 @@ def has_tangent(*tensors: Tensor | None) -> bool:
         return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
 
 
+def is_recorded() -> bool:
+    """Whether operations go into a graph under construction, whose tensors' values are not to be read."""
+    return torch._C._len_torch_dispatch_stack() != 0 and torch._C._get_dispatch_mode(_PROXY) is not None
+
+
 def _unrecorded() -> AbstractContextManager[object]:
     """A context whose operations a graph under construction does not record."""
-    if torch._C._len_torch_dispatch_stack() == 0 or torch._C._get_dispatch_mode(_PROXY) is None:
+    if not is_recorded():
         return nullcontext()
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 

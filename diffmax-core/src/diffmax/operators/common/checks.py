@@ -9,9 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from diffmax.operators.common.autograd import differentiates, is_recorded, is_transformed
+from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import FLOAT_DTYPES, accumulation_dtype
 
 _NO_FLOAT = 2**1024  # the least integer that is too large
+FEW = 128  # numbers that Python looks at sooner than torch
 
 
 def to_float(value: Any) -> float:
@@ -114,15 +117,32 @@ def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int, or_el
         return 1.0 - alpha, None
     if isinstance(alpha, Tensor):
         check_alpha_tensor(name, X, alpha, dim)
+        if (e := plain_complement(alpha, X)) is not None:
+            return e, None
         _check_alpha_values(name, alpha)
-        acc = accumulation_dtype(X.dtype)
-        e_tensor = (1 - alpha.to(torch.promote_types(alpha.dtype, acc))).to(acc)
+        e_tensor = complement(alpha, accumulation_dtype(X.dtype))
         return 0.0, e_tensor if e_tensor.device == X.device else e_tensor.to(X.device)
     if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool):
         raise not_an_alpha(name, alpha, or_else)
     if not 0 < alpha < 1:
         raise ValueError(f"{name}: alpha must lie strictly between 0 and 1, got {alpha}{_alpha_hint(name, alpha)}")
     return 1.0 - float(alpha), None
+
+
+def complement(alpha: Tensor, acc: torch.dtype) -> Tensor:
+    """1 - alpha in the accumulation dtype, subtracted in the wider of both."""
+    if alpha.dtype == acc:
+        return 1 - alpha
+    return (1 - alpha.to(torch.promote_types(alpha.dtype, acc))).to(acc)
+
+
+def plain_complement(alpha: Tensor, X: Tensor) -> float | None:
+    """`complement` of one alpha that could as well be a float: in (0, 1), on the CPU, and nothing learns, traces or maps it."""
+    if not _readable(alpha) or alpha.numel() != 1 or differentiates(alpha) or is_transformed() or not is_plain(alpha, X):
+        return None
+    acc = accumulation_dtype(X.dtype)
+    e = 1.0 - alpha.item() if alpha.itemsize <= acc.itemsize else complement(alpha, acc).item()
+    return e if 0 < e < 1 else None
 
 
 def not_an_alpha(name: str, alpha: Any, or_else: str = "") -> TypeError:
@@ -190,7 +210,9 @@ def has_shape(t: Tensor, *shapes: tuple[int, ...]) -> bool:
 
 
 def _check_alpha_values(name: str, alpha: Tensor) -> None:
-    if not _readable(alpha) or alpha.numel() == 0:
+    if not _readable(alpha) or (
+        alpha.numel() <= FEW and is_plain(alpha) and all(0 <= a <= 1 for a in alpha.flatten().tolist())
+    ):
         return
     low, high = (end.item() for end in alpha.detach().aminmax())
     if not (low >= 0 and high <= 1):  # NaN is neither
@@ -218,6 +240,7 @@ def _readable(t: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and type(t) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and not is_recorded()
     )
 
 

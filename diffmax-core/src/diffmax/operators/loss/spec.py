@@ -26,8 +26,8 @@ def _asks(*arguments: Any, **options: Any) -> Question:
     X, alpha = given["X"], given["alpha"]
     alpha = alpha() if callable(alpha) else alpha
     dim = 0 if isinstance(X, Tensor) and X.ndim == 1 else 1
-    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, given["n_iter"]))
-    dtype, is_tensor = accumulation_dtype(X.dtype), isinstance(alpha, Tensor)
+    _, e_tensor = one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, given["n_iter"]))
+    dtype, is_tensor = accumulation_dtype(X.dtype), e_tensor is not None
     return Question("bisect", X.device.type, dtype, tensor_alpha=is_tensor, backend=given["backend"])
 
 

@@ -155,6 +155,8 @@ class _TransformableBisect(torch.autograd.Function):
 def _below_autograd(*arguments: Any) -> Any:
     if torch.compiler.is_dynamo_compiling():  # inside torch.func.grad(torch.compile(f)): it cannot trace the guard below
         return torch.ops.diffmax.bisect(*arguments)
+    if is_plain(*arguments) and not differentiates(arguments[0], arguments[2]):
+        return _bisect(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.diffmax.bisect(*arguments)
 

@@ -36,13 +36,13 @@ def _asks(
     X = X if dtype is None else X.to(check_dtype("explain", dtype))
     if isinstance(X, Tensor) and X.is_nested:  # one of its sequences, which has one dimension less
         X, dim = X.unbind()[0], dim if dim < 0 else dim - 1
-    one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
-    learns_alpha = isinstance(alpha, Tensor) and alpha.requires_grad
+    _, e_tensor = one_minus_alpha("explain", X, alpha, check_scores("explain", X, dim, n_iter))
+    learns_alpha = e_tensor is not None and e_tensor.requires_grad
     return Question(
         "bisect",
         X.device.type,
         X.dtype,
-        tensor_alpha=isinstance(alpha, Tensor),
+        tensor_alpha=e_tensor is not None,
         alpha_gradient=learns_alpha,
         backward=torch.is_grad_enabled() and (X.requires_grad or learns_alpha),
         backend=backend,
