@@ -338,6 +338,13 @@ def test_one_alpha_in_a_tensor_is_the_float_it_holds():
     assert torch.autograd.grad(diffmax_bisect(x, learned).square().sum(), learned)[0] != 0
 
 
+def test_alphas_of_no_rows_under_a_profiler():
+    x, alpha = torch.randn(0, 5), torch.zeros(0, 1)
+    with torch.profiler.profile():
+        assert diffmax_bisect(x, alpha).shape == (0, 5)
+    assert diffmax_bisect(x, alpha).shape == (0, 5)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_an_alpha_that_is_traced_or_mapped_stays_a_tensor():
     x, first, second = torch.randn(5, 40), torch.tensor(0.4), torch.tensor(0.8)

@@ -14,7 +14,7 @@ from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import FLOAT_DTYPES, accumulation_dtype
 
 _NO_FLOAT = 2**1024  # the least integer that is too large
-FEW = 128  # numbers that Python looks at sooner than torch
+_FEW = 128  # numbers that Python looks at sooner than torch
 
 
 def to_float(value: Any) -> float:
@@ -210,9 +210,9 @@ def has_shape(t: Tensor, *shapes: tuple[int, ...]) -> bool:
 
 
 def _check_alpha_values(name: str, alpha: Tensor) -> None:
-    if not _readable(alpha) or (
-        alpha.numel() <= FEW and is_plain(alpha) and all(0 <= a <= 1 for a in alpha.flatten().tolist())
-    ):
+    if not _readable(alpha) or alpha.numel() == 0:
+        return
+    if alpha.numel() <= _FEW and is_plain(alpha) and all(0 <= a <= 1 for a in alpha.flatten().tolist()):
         return
     low, high = (end.item() for end in alpha.detach().aminmax())
     if not (low >= 0 and high <= 1):  # NaN is neither
