@@ -119,3 +119,25 @@ def test_a_call_is_plain_only_if_all_its_tensors_are():
     for other in (negated, torch.ones(2, device="meta"), torch.nested.nested_tensor([plain], layout=torch.jagged)):
         assert not fast_path.is_plain(plain, other)
     assert torch.vmap(lambda t: t * fast_path.is_plain(t))(plain).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_at_once_have_the_bits_of_the_checked_way(dtype, monkeypatch):
+    from diffmax.operators.rows import api
+
+    at_once, taken = api._at_once, []
+    monkeypatch.setattr(api, "_at_once", lambda *given: taken.append(at_once(*given)) or taken[-1])
+    x = torch.randn(3, 5, 7, dtype=dtype)
+    calls = [(x, 0.7), (x, 0.5, 0), (x, 0.9, -2, 3), (x[..., ::2], 0.6), (x[:0], 0.6), (x[0, 0], 0.6)]
+    short = [diffmax.diffmax_bisect(*given) for given in calls]
+    assert all(weights is not None for weights in taken)
+    taken.clear()
+    diffmax.diffmax_bisect(x.clone().requires_grad_(), 0.7)
+    diffmax.diffmax_bisect(x, 0.7, ensure_sum_one=False)
+    diffmax.diffmax_bisect(x[0, 0, 0], 0.7)
+    diffmax.diffmax_bisect(x, 0.7, backend="reference")
+    with torch.profiler.profile():
+        diffmax.diffmax_bisect(x, 0.7)
+    assert taken == [None] * 5
+    monkeypatch.setattr(api, "_at_once", lambda *given: None)
+    assert all(map(torch.equal, short, [diffmax.diffmax_bisect(*given) for given in calls]))

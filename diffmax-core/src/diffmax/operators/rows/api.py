@@ -6,15 +6,18 @@ Symbols: docs/glossary.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from diffmax.machine.dispatch import selected
+from diffmax.machine.dispatch import selected, weights_kernel
 from diffmax.operators.common import nested, watch
+from diffmax.operators.common.autograd import is_transformed
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_dtype, check_flag, check_scores, one_minus_alpha
+from diffmax.operators.common.fast_path import is_plain
+from diffmax.operators.common.numerics import FLOAT_DTYPES
 from diffmax.operators.rows import operator as rows_operator
 
 __all__ = ["Alpha", "diffmax_bisect"]
@@ -69,6 +72,8 @@ def diffmax_bisect(
         >>> diffmax.diffmax_bisect(torch.tensor([3.0, 2.0, 1.0, 0.0]), alpha=0.5)
         tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
+    if (weights := _at_once(X, alpha, dim, n_iter, ensure_sum_one, dtype, backend)) is not None:
+        return weights
     if is_captured(X, alpha):
         return captured(diffmax_bisect, X, alpha, dim, n_iter, ensure_sum_one, backend=backend, dtype=dtype)  # type: ignore[no-any-return]
     if dtype is not None and isinstance(X, Tensor):
@@ -81,6 +86,26 @@ def diffmax_bisect(
     dim = check_scores("diffmax_bisect", X, dim, n_iter)
     e, e_tensor = one_minus_alpha("diffmax_bisect", X, alpha() if callable(alpha) else alpha, dim, OR_FUNCTION)
     return normalize(X, e, e_tensor, dim, n_iter, ensure_sum_one, backend)
+
+
+def _at_once(
+    X: Any, alpha: Any, dim: Any, n_iter: Any, ensure_sum_one: Any, dtype: torch.dtype | None, backend: str | None
+) -> Tensor | None:
+    """The weights of the usual call, of which no check fails and nobody but a kernel has a part; None of any other.
+
+    A tiny tensor takes as long as the checks: here each question is asked once.
+    """
+    if torch.compiler.is_compiling() or not (type(alpha) is float and type(dim) is type(n_iter) is int and type(X) is Tensor):
+        return None
+    if not 0 < alpha < 1 or n_iter < 1 or ensure_sum_one is not True or dtype is not None or watch.watchers:
+        return None
+    if (X.requires_grad and torch.is_grad_enabled()) or is_transformed() or X.dtype not in FLOAT_DTYPES or not is_plain(X):
+        return None
+    ndim = X.ndim
+    if not -ndim <= dim < ndim:
+        return None
+    run = weights_kernel(X, selected(backend))
+    return None if run is None else run(X, 1.0 - alpha, dim % ndim, n_iter, True)
 
 
 def normalize(
