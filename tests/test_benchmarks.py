@@ -33,6 +33,7 @@ from benchmarks import (
     shapes,
 )
 from diffmax.kernels.cpu import rows as cpu_rows
+from diffmax.operators.rows import api as rows_api
 from diffmax.operators.rows import operator as rows_operator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +134,8 @@ def test_a_wrong_kernel_turns_red_and_gets_no_number(monkeypatch, operation):
         return (first * (1 + 1e-4), *rest)
 
     monkeypatch.setattr(rows_operator, "kernel", lambda name, *_, **__: wrong if name == function else right_kernel(name))
-    monkeypatch.setattr(rows_operator, "weights_kernel", lambda *_: None)
+    for module in (rows_api, rows_operator):
+        monkeypatch.setattr(module, "weights_kernel", lambda *_: None)
     right_kernel = {"bisect": cpu_rows.bisect, "bisect_backward": cpu_rows.bisect_backward}.__getitem__
     rows = run_case(shapes.Case(operation, 64, 32, 0.85, 1.0, "float32", 1), "softmax", "diffmax")
     assert rows["softmax"]["correct"]
