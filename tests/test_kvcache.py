@@ -294,10 +294,11 @@ def test_bounds_of_a_cache_whose_heads_come_first_in_memory(tokens, paged):
         assert torch.equal(ours, theirs)
 
 
-def test_heads_before_tokens_are_refused_with_advice():
+@pytest.mark.parametrize("query", [(1, 1, 4, 4), (1, 4, 1, 4)])
+def test_heads_before_tokens_are_refused_with_advice(query):
     x = torch.zeros(1, 2, 6, 4)
-    with pytest.raises(ValueError, match="tokens come before heads"):
-        diffmax.attention_with_kvcache(torch.zeros(1, 1, 4, 4), x, x)
+    with pytest.raises(ValueError, match=r"tokens come before heads in q and in the caches[^\n]*: transpose\(1, 2\)"):
+        diffmax.attention_with_kvcache(torch.zeros(query), x, x)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -61,11 +61,10 @@ def check_tensors(
         )
     heads, kv_heads = q.shape[2], k_cache.shape[2]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        got = f"{heads} and {kv_heads}{_facts(given)}"
-        hint = (
-            "\ntokens come before heads, in q and in the caches" if k_cache.shape[1] and heads % k_cache.shape[1] == 0 else ""
+        raise ValueError(
+            f"{name}: the query heads must be a multiple of the key heads, got {heads} and {kv_heads}{_facts(given)}\n"
+            "tokens come before heads in q and in the caches, (batch, tokens, heads, size): transpose(1, 2) if yours come after"
         )
-        raise ValueError(f"{name}: the query heads must be a multiple of the key heads, got {got}{hint}")
     if k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(f"{name}: k_cache and v_cache must have the same batch, tokens and heads, got{_facts(given)}")
     if k is not None and v is not None:
