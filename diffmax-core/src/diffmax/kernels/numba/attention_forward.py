@@ -82,7 +82,8 @@ from diffmax.plugin import TILE
 
 # A row with candidates among more than this share of its scores is multiplied with all values.
 GATHERED_SHARE = 0.4
-# Keys of the longest rows that are solved side by side, where 1 / (1 - alpha) is an integer; LISTED otherwise.
+# Keys of the longest rows that are solved side by side, where 1 / (1 - alpha) is an integer; LISTED otherwise. Of n keys, that
+# pays from a share of sqrt(n / GROUPED) times GATHERED_SHARE on: a list costs about as much, however few keys it leaves out.
 GROUPED = 512
 WORD_BITS = 32
 
@@ -485,6 +486,7 @@ def attend_rows(words, numbers, memory, lanes, least_e, here, values, value_step
     list_z = floats(words, memory, Word.list_z, 0, LISTED * width, computing)
     list_index = whole_numbers(words, memory, Word.list_index, 0, LISTED * width)
     n_dense, groups = 0, n <= (GROUPED if 0 < integer_of_rows(words, here.head) <= WHOLE else LISTED)
+    shared = GATHERED_SHARE * math.sqrt(n / GROUPED)
     for first in range(0, here.count, width):
         some_rows = min(width, here.count - first)
         n_candidates, n_solved, longest = 0, 0, 0
@@ -506,7 +508,7 @@ def attend_rows(words, numbers, memory, lanes, least_e, here, values, value_step
                 n_solved += 1
                 if groups:
                     n_candidates += candidates(x, n, top, e)
-        if n_candidates > n_solved * n * GATHERED_SHARE:
+        if n_candidates > n_solved * n * shared:
             attend_short(words, numbers, memory, lanes, first, some_rows, here, computing)
             for lane in range(some_rows):
                 if lanes[lane] > 0:
