@@ -627,6 +627,21 @@ def test_what_a_kernel_of_a_plugin_returns_is_looked_at(operator, wrong, registe
     call()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
+@pytest.mark.parametrize("operator", [operator for kernels, _ in RIGHT_KERNELS for operator in kernels])
+def test_what_a_kernel_of_a_plugin_raises_says_whose_it_is(operator, register, monkeypatch):
+    def raises(*_):
+        raise ZeroDivisionError("of the kernel")
+
+    kernels, call = next((kernels, call) for kernels, call in RIGHT_KERNELS if operator in kernels)
+    monkeypatch.setitem(sys.modules, "odd_kernels", types.SimpleNamespace(**{**kernels, operator: raises}))
+    register("odd", kernels={name: f"odd_kernels:{name}" for name in kernels}, automatic=False)
+    with pytest.raises(ZeroDivisionError, match="of the kernel") as caught:
+        call()
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"backend odd: its kernel odd_kernels:{operator} of {operator} raised this\nto leave it out, ")
+
+
 def test_results_are_looked_at_again_where_a_flag_asks_for_others(register, calls, monkeypatch):
     right = attention.attention
     monkeypatch.setattr(

@@ -35,6 +35,8 @@ RETURNED: dict[str, Returned] = {}
 def checked(operator: str, run: Callable[..., Any], refuse: Callable[[str], Exception]) -> Callable[..., Any]:
     """The kernel, whose results are looked at in its first call with each combination of flags.
 
+    What it raises gets a note that says whose it is (from Python 3.11 on).
+
     Args:
         operator: What it computes.
         run: The kernel.
@@ -43,7 +45,12 @@ def checked(operator: str, run: Callable[..., Any], refuse: Callable[[str], Exce
     seen: set[tuple[Any, ...]] = set()
 
     def run_and_look(*arguments: Any) -> Any:
-        results = run(*arguments)
+        try:
+            results = run(*arguments)
+        except Exception as error:  # raised again: whoever calls sees which backend it comes from
+            if hasattr(error, "add_note"):
+                error.add_note(str(refuse("raised this")))
+            raise
         # flags, and bundles of them such as `plugin.Wanted`
         flags = tuple([t for t in arguments if t is True or t is False or (isinstance(t, tuple) and isinstance(t[0], bool))])
         if flags not in seen:
