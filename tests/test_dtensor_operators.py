@@ -139,6 +139,20 @@ def test_packed_sequences_are_sharded_along_their_heads():
 
 
 @on_ranks(2)
+def test_one_alpha_of_no_mesh_is_every_ranks():
+    mesh = init_device_mesh("cpu", (2,))
+    for letter in "RBH":
+        query, key, value = (placed(t, axes, letter, mesh) for t, axes in heads().values())
+        for alpha in (torch.tensor(0.7), torch.tensor([0.7])):
+            found = diffmax.attention(query, key, value, alpha=alpha)
+            torch.testing.assert_close(found, diffmax.attention(query, key, value, alpha=0.7))
+            query_first, *caches = (t.transpose(1, 2) for t in (query, key, value))
+            with torch.no_grad():
+                found = diffmax.attention_with_kvcache(query_first, *caches, alpha=alpha)
+                torch.testing.assert_close(found, diffmax.attention_with_kvcache(query_first, *caches, alpha=0.7))
+
+
+@on_ranks(2)
 def test_dropout_is_refused_where_ranks_would_draw_their_own():
     from torch.distributed.tensor import Replicate, distribute_tensor
 

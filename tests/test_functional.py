@@ -1,5 +1,6 @@
 """diffmax_bisect: values against independent solvers, properties, edges, and every error message."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from entmax import entmax_bisect
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import diffmax
@@ -326,13 +328,12 @@ def test_alpha_may_be_a_function_or_a_numpy_number():
 def test_one_alpha_in_a_tensor_is_the_float_it_holds():
     x = torch.randn(3, 4, 40, requires_grad=True)
     query = torch.randn(1, 4, 30, 8)
-    for shape in ((), (1,), (1, 1, 1)):
-        alpha = torch.full(shape, 0.7)
-        assert torch.equal(diffmax_bisect(x, alpha), diffmax_bisect(x, float(alpha)))
-        assert "tensor_alpha" not in str(diffmax.explain("diffmax_bisect", x, alpha))
-        if len(shape) < 2:
-            heads = diffmax.attention(query, query, query, alpha=alpha)
-            assert torch.equal(heads, diffmax.attention(query, query, query, alpha=float(alpha)))
+    single = torch.tensor(0.7)
+    assert torch.equal(diffmax_bisect(x, single), diffmax_bisect(x, float(single)))
+    assert "tensor_alpha" not in str(diffmax.explain("diffmax_bisect", x, single))
+    for alpha in (single, single.view(1)):
+        heads = diffmax.attention(query, query, query, alpha=alpha)
+        assert torch.equal(heads, diffmax.attention(query, query, query, alpha=float(alpha)))
     learned = torch.tensor(0.7, requires_grad=True)
     assert "tensor_alpha" in str(diffmax.explain("diffmax_bisect", x, learned))
     assert torch.autograd.grad(diffmax_bisect(x, learned).square().sum(), learned)[0] != 0
@@ -345,14 +346,41 @@ def test_alphas_of_no_rows_under_a_profiler():
     assert diffmax_bisect(x, alpha).shape == (0, 5)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch_also_with_an_alpha_of_its_own(alpha, learned, dtype):
+    x = torch.randn(3, 4, 24, 24, dtype=dtype)
+    for of_batch in (torch.full((3, 1, 1, 1), alpha, dtype=dtype), torch.full((4, 1, 1), alpha, dtype=dtype)):
+        of_batch.requires_grad_(learned)
+        whole, axis = diffmax_bisect(x, of_batch), 4 - of_batch.ndim
+        assert torch.equal(diffmax_bisect(x.narrow(axis, 0, 1), of_batch[:1]), whole.narrow(axis, 0, 1))
+
+
+def test_alphas_in_tensors_without_values():
+    """They lie outside of the mode, which gives no values of theirs."""
+    single, of_heads = torch.tensor(0.7), torch.tensor([0.7, 0.8])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, query = torch.empty(3, 5), torch.empty(1, 2, 6, 8)
+        assert diffmax_bisect(x, single).shape == (3, 5)
+        assert diffmax.diffmax_loss(x, torch.zeros(3, dtype=torch.long), single).shape == ()
+        for alpha in (single, of_heads):
+            assert diffmax.attention(query, query, query, alpha=alpha).shape == query.shape
+        assert diffmax.attention_with_kvcache(query, query, query, alpha=single).shape == query.shape
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_an_alpha_that_is_traced_or_mapped_stays_a_tensor():
     x, first, second = torch.randn(5, 40), torch.tensor(0.4), torch.tensor(0.8)
     expected = diffmax_bisect(x, 0.8)
     assert not torch.allclose(diffmax_bisect(x, first), expected)
-    for mode in ("real", "fake"):
-        traced = make_fx(lambda x, alpha: diffmax_bisect(x, alpha), tracing_mode=mode)(x, first)
+    query = torch.randn(1, 1, 5, 8)
+    for mode, early in itertools.product(("real", "fake", "symbolic"), (False, True)):
+        how = {"tracing_mode": mode, "pre_dispatch": early}
+        traced = make_fx(lambda x, alpha: diffmax_bisect(x, alpha), **how)(x, first)
         assert torch.allclose(traced(x, second), expected, atol=1e-6)
+        traced = make_fx(lambda query, alpha: diffmax.attention(query, query, query, alpha=alpha), **how)(query, first)
+        assert torch.allclose(traced(query, second), diffmax.attention(query, query, query, alpha=0.8), atol=1e-6)
     assert torch.allclose(torch.jit.trace(diffmax_bisect, (x, first))(x, second), expected, atol=1e-6)
     both = torch.func.vmap(diffmax_bisect, (None, 0))(x, torch.stack([first, second]))
     assert torch.allclose(both[1], expected, atol=1e-6)

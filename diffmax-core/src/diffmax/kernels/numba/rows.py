@@ -192,8 +192,8 @@ def _rows(t: Tensor, dim: int, n: int) -> tuple[Tensor, int]:
 
 
 def _known(e: Tensor) -> float | None:
-    """e, if it is one for all rows."""
-    value = e.item() if e.numel() == 1 else -1.0
+    """e, if it is one for all rows, whatever the batch."""
+    value = e.item() if e.ndim == 0 else -1.0
     return value if 0 <= value <= 1 else None
 
 

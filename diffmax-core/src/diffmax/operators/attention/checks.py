@@ -152,6 +152,10 @@ def check_alpha(name: str, query: Tensor, alpha: float | Tensor, heads: int) -> 
     e_tensor = complement(alpha, accumulation_dtype(query.dtype))
     if e_tensor.device != query.device:
         e_tensor = e_tensor.to(query.device)
+    if e_tensor.numel() == 1 and type(query).__name__ == "DTensor" != type(e_tensor).__name__:
+        e_tensor = e_tensor.reshape(()) * query.new_ones(
+            (), dtype=e_tensor.dtype
+        )  # one number is what torch takes on every rank
     return 0.0, e_tensor.expand(heads).contiguous()
 
 

@@ -10,6 +10,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def differentiates(*tensors: Tensor | None) -> bool:
@@ -40,7 +41,14 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 def is_recorded() -> bool:
     """Whether operations go into a graph under construction, whose tensors' values are not to be read."""
-    return torch._C._len_torch_dispatch_stack() != 0 and torch._C._get_dispatch_mode(_PROXY) is not None
+    if torch._C._len_torch_dispatch_stack() != 0 and torch._C._get_dispatch_mode(_PROXY) is not None:
+        return True
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+
+
+def gives_no_values() -> bool:
+    """Whether operations give tensors without values, whatever they are given: under a FakeTensorMode."""
+    return torch._C._len_torch_dispatch_stack() != 0 and torch._C._get_dispatch_mode(_FAKE) is not None
 
 
 def _unrecorded() -> AbstractContextManager[object]:

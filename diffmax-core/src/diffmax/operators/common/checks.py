@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffmax.operators.common.autograd import differentiates, is_recorded, is_transformed
+from diffmax.operators.common.autograd import differentiates, gives_no_values, is_recorded, is_transformed
 from diffmax.operators.common.fast_path import is_plain
 from diffmax.operators.common.numerics import FLOAT_DTYPES, accumulation_dtype
 
@@ -117,7 +117,8 @@ def one_minus_alpha(name: str, X: Tensor, alpha: float | Tensor, dim: int, or_el
         return 1.0 - alpha, None
     if isinstance(alpha, Tensor):
         check_alpha_tensor(name, X, alpha, dim)
-        if (e := plain_complement(alpha, X)) is not None:
+        # one of a batch of one stays a tensor, or its rows would have other bits than in a larger batch
+        if alpha.ndim == 0 and (e := plain_complement(alpha, X)) is not None:
             return e, None
         _check_alpha_values(name, alpha)
         e_tensor = complement(alpha, accumulation_dtype(X.dtype))
@@ -241,6 +242,7 @@ def _readable(t: Tensor) -> bool:
         and type(t) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         and not is_recorded()
+        and not gives_no_values()
     )
 
 
