@@ -1,4 +1,7 @@
-"""Keys in 4 bits: what `page_bounds(..., bits=4)` makes of a cache, and decoding that reads single keys by them."""
+"""Keys in 4 bits: what `page_bounds(..., bits=4)` makes of a cache, and decoding that reads single keys by them.
+
+And decoding by boxes of pages, which the same compiled kernel does.
+"""
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from diffmax.testing.decoding import checks
 
 inf, nan = torch.inf, torch.nan
 backends = pytest.mark.parametrize("backend", ["numba", "cpu"])
+both_bounds = pytest.mark.parametrize("bits", [None, 4], ids=["boxes", "4 bits"])
 
 
 def stands_for(bounds):
@@ -114,9 +118,10 @@ def test_a_backend_without_the_feature_is_not_asked():
         diffmax.unregister_backend("plain")
 
 
+@both_bounds
 @backends
 @pytest.mark.parametrize("paged", [False, True])
-def test_codes_stay_right_while_a_sequence_grows_and_is_cut(backend, paged):
+def test_codes_stay_right_while_a_sequence_grows_and_is_cut(bits, backend, paged):
     """Chunks and single tokens, over the ends of pages, with drafts that are rejected: as if the bounds were new each time."""
     torch.manual_seed(3)
     size, room = 8, 64
@@ -125,7 +130,7 @@ def test_codes_stay_right_while_a_sequence_grows_and_is_cut(backend, paged):
     if paged:
         k_cache, v_cache = (t.view(8, size, 2, 6) for t in (k_cache, v_cache))
         table = torch.tensor([[3, 0, 7, 5, 1, 2, 6, 4]], dtype=torch.int32)
-    bounds = page_bounds(k_cache, 0, table, bits=4, **({} if paged else {"page_size": size}))
+    bounds = page_bounds(k_cache, 0, table, bits=bits, **({} if paged else {"page_size": size}))
     done = 0
     for chunk, rejected in ((7, 0), (1, 0), (1, 1), (9, 3), (1, 0), (1, 0), (20, 11), (1, 0), (16, 0)):
         q, k, v = torch.randn(3, 1, chunk, 2, 6).unbind()
@@ -137,27 +142,31 @@ def test_codes_stay_right_while_a_sequence_grows_and_is_cut(backend, paged):
         assert torch.equal(copies[0].nan_to_num(), k_cache.nan_to_num())
         done += chunk
         of_pages = table[0].long() if paged else torch.arange(8)
-        low, high, codes = (
-            t.view(8, *t.shape[-t.ndim + 1 + (not paged) :])[of_pages] for t in (bounds.low, bounds.high, bounds.codes)
-        )
-        keys = stands_for(diffmax.PageBounds(low, high, size, codes)).flatten(0, 1)[:done]
+        low, high = (t.view(8, 2, 6)[of_pages] for t in (bounds.low, bounds.high))
         held = k_cache.view(8, size, 2, 6)[of_pages].flatten(0, 1)[:done].double()
-        step = ((high - low).double() / 15).repeat_interleave(size, 0)[:done]
-        assert ((keys - held).abs() <= step / 2 * (1 + 1e-5) + 1e-12).all()
+        least, most = (t.repeat_interleave(size, 0)[:done] for t in (low, high))
+        assert ((least <= held) & (held <= most)).all()
+        if bits is not None:
+            codes = bounds.codes.view(8, *bounds.codes.shape[-3:])[of_pages]
+            keys = stands_for(diffmax.PageBounds(low, high, size, codes)).flatten(0, 1)[:done]
+            step = ((high - low).double() / 15).repeat_interleave(size, 0)[:done]
+            assert ((keys - held).abs() <= step / 2 * (1 + 1e-5) + 1e-12).all()
         done -= rejected
 
 
+@both_bounds
 @backends
-def test_dense_and_sparse_queries_of_a_key_head_stand_side_by_side(backend):
+def test_dense_and_sparse_queries_of_a_key_head_stand_side_by_side(bits, backend):
     """Of four that are taken together some need all keys, and some hardly any."""
     torch.manual_seed(0)
     k_cache, v_cache = torch.randn(2, 1, 1000, 1, 16).unbind()
     for factors in ([4.0, 0.01, 4.0, 4.0, 4.0, 0.01], [0.01] * 6, [4.0] * 6):
         q = torch.randn(1, 1, 6, 16) * torch.tensor(factors).view(1, 1, 6, 1)
-        stats = agrees(backend, q, k_cache, v_cache, page_bounds(k_cache, 1000, bits=4), alpha=0.5)
+        stats = agrees(backend, q, k_cache, v_cache, page_bounds(k_cache, 1000, bits=bits), alpha=0.5)
         assert int(stats.pages_read) == 16
 
 
+@both_bounds
 @backends
 @pytest.mark.parametrize(
     "spoil",
@@ -171,22 +180,25 @@ def test_dense_and_sparse_queries_of_a_key_head_stand_side_by_side(backend):
     ],
     ids=["zeros", "equal keys", "a large constant dimension", "subnormal", "large", "an outlier"],
 )
-def test_odd_caches(backend, spoil):
+def test_odd_caches(bits, backend, spoil):
     torch.manual_seed(1)
     k_cache, v_cache = torch.randn(2, 1, 300, 2, 16).unbind()
     spoil(k_cache)
     q = torch.randn(1, 2, 4, 16)
-    agrees(backend, q, k_cache, v_cache, page_bounds(k_cache, 300, bits=4), alpha=0.6)
+    agrees(backend, q, k_cache, v_cache, page_bounds(k_cache, 300, bits=bits), alpha=0.6)
 
 
+@both_bounds
 @backends
 @pytest.mark.parametrize("value", [nan, inf, -inf, 3e38, -3e38])
-def test_keys_that_are_not_finite_or_nearly_so_spoil_what_they_spoil_without_codes(backend, value):
+def test_keys_that_are_not_finite_or_nearly_so_spoil_what_they_spoil_without_codes(bits, backend, value):
     torch.manual_seed(2)
     k_cache, v_cache = torch.randn(2, 1, 300, 2, 16).unbind()
     k_cache[0, 133, 1, 5] = value
     q = torch.randn(1, 2, 4, 16)
-    out = attention_with_kvcache(q, k_cache, v_cache, page_bounds=page_bounds(k_cache, 300, bits=4), alpha=0.6, backend=backend)
+    out = attention_with_kvcache(
+        q, k_cache, v_cache, page_bounds=page_bounds(k_cache, 300, bits=bits), alpha=0.6, backend=backend
+    )
     plain = attention_with_kvcache(q, k_cache, v_cache, alpha=0.6, backend=backend)
     torch.testing.assert_close(out, plain, equal_nan=True, rtol=1e-4, atol=1e-5)
 
@@ -205,11 +217,12 @@ def test_the_kit_notices_codes_that_are_not_kept(monkeypatch):
         checks.decoding_passes_the_gate("cpu", "cpu", checks.CASES["rounded keys, new token, pages"], torch.float32)
 
 
-def test_bits_do_not_depend_on_threads_or_neighbours():
+@both_bounds
+def test_bits_do_not_depend_on_threads_or_neighbours(bits):
     torch.manual_seed(0)
     k_cache, v_cache = torch.randn(2, 4, 2000, 2, 64).unbind()
     q = torch.randn(4, 1, 8, 64) * 2
-    bounds = page_bounds(k_cache, 2000, bits=4)
+    bounds = page_bounds(k_cache, 2000, bits=bits)
     threads, outs = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -217,7 +230,8 @@ def test_bits_do_not_depend_on_threads_or_neighbours():
             outs.append(attention_with_kvcache(q, k_cache, v_cache, page_bounds=bounds, alpha=0.5, backend="numba"))
     finally:
         torch.set_num_threads(threads)
-    own = diffmax.PageBounds(*(t[2:3] for t in (bounds.low, bounds.high)), 64, bounds.codes[2:3])
+    codes = None if bits is None else bounds.codes[2:3]
+    own = diffmax.PageBounds(*(t[2:3] for t in (bounds.low, bounds.high)), 64, codes)
     alone = attention_with_kvcache(q[2:3], k_cache[2:3], v_cache[2:3], page_bounds=own, alpha=0.5, backend="numba")
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
@@ -243,11 +257,12 @@ def test_a_compiled_step_keeps_codes():
     assert torch.equal(k_cache, caches[0])
 
 
+@both_bounds
 @pytest.mark.parametrize(("batch", "length", "heads", "room"), [(0, 1, 2, 9), (2, 0, 2, 9), (2, 1, 0, 9), (2, 1, 2, 0)])
 @pytest.mark.parametrize("backend", ["cpu", "numba", "reference"])
-def test_empty_tensors(backend, batch, length, heads, room):
+def test_empty_tensors(bits, backend, batch, length, heads, room):
     cache = torch.zeros(batch, room, heads, 4)
-    bounds = page_bounds(cache, min(room, 3), bits=4)
+    bounds = page_bounds(cache, min(room, 3), bits=bits)
     q = torch.randn(batch, length, heads, 4)
     out = attention_with_kvcache(q, cache, cache, cache_seqlens=min(room, 3), page_bounds=bounds, backend=backend)
     assert out.shape == q.shape
@@ -264,11 +279,12 @@ def large_constant_keys(seed):
     return q, k_cache, torch.randn(1, 2000, 1, 4)
 
 
-def test_room_is_left_for_the_rounding_of_scores():
+@both_bounds
+def test_room_is_left_for_the_rounding_of_scores(bits):
     for seed in range(6):
         q, k_cache, v_cache = large_constant_keys(seed)
         options = {"alpha": 0.5, "softmax_scale": 1.0, "backend": "numba"}
-        out = attention_with_kvcache(q, k_cache, v_cache, page_bounds=page_bounds(k_cache, 2000, bits=4), **options)
+        out = attention_with_kvcache(q, k_cache, v_cache, page_bounds=page_bounds(k_cache, 2000, bits=bits), **options)
         torch.testing.assert_close(out, attention_with_kvcache(q, k_cache, v_cache, **options))
 
 
@@ -292,14 +308,15 @@ def test_rounded_scores_lie_within_their_error_of_the_keys_own(monkeypatch):
     assert 0.3 < max(seen) <= 1
 
 
+@both_bounds
 @backends
 @pytest.mark.parametrize("slope", [nan, inf, -inf])
 @pytest.mark.parametrize("tokens", [1, 7, 200])
-def test_slopes_that_are_not_finite(backend, slope, tokens):
+def test_slopes_that_are_not_finite(bits, backend, slope, tokens):
     torch.manual_seed(0)
     q, k_cache, v_cache = torch.randn(1, 1, 4, 16) * 3, *torch.randn(2, 1, tokens, 2, 16).unbind()
     options = {"alibi_slopes": torch.tensor([0.1, slope, 0.1, 0.2]), "return_softmax_lse": True}
-    bounds = page_bounds(k_cache, tokens, page_size=16, bits=4)
+    bounds = page_bounds(k_cache, tokens, page_size=16, bits=bits)
     ours = attention_with_kvcache(q, k_cache, v_cache, page_bounds=bounds, backend=backend, **options)
     for got, wanted in zip(ours, attention_with_kvcache(q, k_cache, v_cache, backend="reference", **options), strict=True):
         torch.testing.assert_close(got, wanted, equal_nan=True)
@@ -367,33 +384,88 @@ def test_codes_that_were_left_behind_are_refused_though_the_bounds_were_not():
             attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=21, page_bounds=bounds, backend=backend)
 
 
+@both_bounds
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("page_size", [1, 8, 15, 64])
 @pytest.mark.parametrize("size", [1e6, 1e9, 1e15])
-def test_scores_that_are_far_larger_than_their_differences_allow(backend, dtype, page_size, size):
+def test_scores_that_are_far_larger_than_their_differences_allow(bits, backend, dtype, page_size, size):
     """There the threshold is the largest score, up to rounding: that key must be read in any case."""
     for _ in range(8):
         q, v_cache = torch.randn(1, 1, 1, 7).to(dtype), torch.randn(1, 40, 1, 3).to(dtype)
         k_cache = (torch.randn(1, 40, 1, 7) * size).to(dtype)
-        bounds = page_bounds(k_cache, 40, page_size=page_size, bits=4)
+        bounds = page_bounds(k_cache, 40, page_size=page_size, bits=bits)
         agrees(backend, q, k_cache, v_cache, bounds, alpha=0.3)
 
 
+@both_bounds
 @backends
 @pytest.mark.parametrize("tokens", [40, 700])
-def test_products_that_overflow_are_capped(backend, tokens):
+def test_products_that_overflow_are_capped(bits, backend, tokens):
     q, k_cache, v_cache = torch.full((1, 1, 1, 8), 1e25), 0.1 * torch.randn(1, tokens, 1, 8), torch.randn(1, tokens, 1, 5)
     k_cache[:, :10] = -1e25
     k_cache[:, 10:20] = 1e25
-    bounds = page_bounds(k_cache, tokens, page_size=16, bits=4)
+    bounds = page_bounds(k_cache, tokens, page_size=16, bits=bits)
     agrees(backend, q, k_cache, v_cache, bounds, alpha=0.99, softcap=1.0)
 
 
+@both_bounds
 @backends
 @pytest.mark.parametrize("size", [1e-45, 1e-44, 1e-42, 1e-39])
-def test_bounds_of_the_smallest_keys_are_known(backend, size):
+def test_bounds_of_the_smallest_keys_are_known(bits, backend, size):
     for _ in range(10):
         q, k_cache, v_cache = torch.randn(1, 1, 2, 9), torch.randn(1, 33, 1, 9) * size, torch.randn(1, 33, 1, 4)
-        bounds = page_bounds(k_cache, 33, page_size=8, bits=4)
+        bounds = page_bounds(k_cache, 33, page_size=8, bits=bits)
         agrees(backend, q, k_cache, v_cache, bounds, alpha=0.5)
+
+
+@both_bounds
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("length", [4, 5, 40])  # of 4 queries to a key: more than 16 together read all keys
+def test_chunks_keep_bounds_however_many_queries_they_hold(bits, paged, length):
+    torch.manual_seed(5)
+    k_cache, v_cache = torch.randn(2, 2, 256, 2, 16).unbind()
+    table, more = None, {"page_size": 32}
+    if paged:
+        k_cache, v_cache = (t.reshape(16, 32, 2, 16) for t in (k_cache, v_cache))
+        table, more = torch.randperm(16).view(2, 8).int(), {}
+    lengths, pads = torch.tensor([150, 70], dtype=torch.int32), torch.tensor([3, 0], dtype=torch.int32)
+    bounds = page_bounds(k_cache, lengths, table, bits=bits, **more)
+    q, (k, v) = torch.randn(2, length, 8, 16), torch.randn(2, 2, length, 2, 16).unbind()
+    options = {"cache_seqlens": lengths, "block_table": table, "causal": True, "alpha": 0.6}
+    if not paged:
+        options["cache_leftpad"] = pads
+    copies = k_cache.clone(), v_cache.clone()
+    expected = attention_with_kvcache(q, *copies, k, v, backend="reference", **options)
+    out, stats = attention_with_kvcache(
+        q, k_cache, v_cache, k, v, page_bounds=bounds, backend="numba", return_stats=True, **options
+    )
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(k_cache, copies[0])
+    assert torch.equal(v_cache, copies[1])
+    anew = page_bounds(k_cache, lengths + length, table, bits=bits, **more)
+    for b, end in enumerate((lengths + length).tolist()):
+        pages = slice(0, -(-end // 32))
+        for ours, theirs in zip(bounds[:2], anew[:2], strict=True):
+            of_sequence = (t[table[b].long()] if paged else t[b] for t in (ours, theirs))
+            torch.testing.assert_close(*(t[pages] for t in of_sequence), rtol=0, atol=0)
+    assert (stats.pages_read <= -(-(lengths + length) // 32).unsqueeze(1)).all()
+    again = attention_with_kvcache(
+        q[:, :1], k_cache, v_cache, page_bounds=bounds, backend="numba", **options | {"cache_seqlens": lengths + length}
+    )
+    one = attention_with_kvcache(q[:, :1], *copies, backend="reference", **options | {"cache_seqlens": lengths + length})
+    torch.testing.assert_close(again, one)
+
+
+def test_boxes_skip_pages_in_the_compiled_kernel(monkeypatch):
+    monkeypatch.setattr(decoding, "_Head", None)  # the way of torch's operators
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.randn(2, 1, 4096, 2, 64).unbind()
+    q = torch.randn(1, 1, 4, 64)
+    for head in range(2):
+        k_cache[0, 1000 + head, head] = 8 * q[0, 0, 2 * head] / q[0, 0, 2 * head].norm() * 8
+    q[0, 0, 1::2] = q[0, 0, ::2]
+    stats = agrees("numba", q, k_cache, v_cache, page_bounds(k_cache, 4096), alpha=0.5)
+    assert (stats.pages_read <= 4).all()
+    stats = agrees("numba", 0.1 * q, k_cache, v_cache, page_bounds(k_cache, 4096), alpha=0.9)
+    assert (stats.pages_read == 64).all()

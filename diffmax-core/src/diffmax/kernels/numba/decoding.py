@@ -1,7 +1,8 @@
 """Decoding for CPUs, compiled: attention's forward kernel, whose sequences are those of the cache.
 
-Keys in 4 bits have a kernel of their own (`rounded`). Other bounds, and chunks of queries on long sequences that are fewer than
-the threads, go the way of `diffmax.kernels.cpu.decoding`, with the compiled row operator.
+Few queries with bounds have a kernel of their own (`bounded`). To many, which all keys together would serve anyway, bounds are
+of no use: they are kept up to date. Chunks of queries on long sequences that are fewer than the threads go the way of
+`diffmax.kernels.cpu.decoding`, with the compiled row operator.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffmax.kernels.cpu import decoding
-from diffmax.kernels.numba import rounded_job
+from diffmax.kernels.numba import bounded_job
 from diffmax.kernels.numba.attention_job import DIRECT_ROWS, Job, sequences_of
 from diffmax.kernels.numba.attention_words import Word
 from diffmax.kernels.numba.rows import bisect
@@ -23,6 +24,9 @@ from diffmax.reference.decoding import bounds_of, codes_of
 
 # Many queries of so many keys of a head are faster with torch's products, where a thread would have no head.
 KEYS_TO_SHARE = 1 << 16
+# Queries of a key head for which bounds are looked at. More together need most pages, and to multiply them with all keys costs
+# little more than to ask which.
+BOUNDED_QUERIES = 16
 # Statistics that nobody asked for.
 _UNASKED = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
 
@@ -35,10 +39,12 @@ def attention_kvcache(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVC
     ends = decoding.ends(k_cache, call)
     starts = _starts(call, ends, length)
     keys = [end - start for start, end in zip(starts, ends, strict=True)]
-    if call.codes is not None and _is_rounded(query, k_cache, v_cache):
+    if call.low is not None and _has_bounds(query, k_cache, v_cache):
         pads = [0] * batch if call.leftpad is None else call.leftpad.tolist()
-        return rounded_job.attend(query, k_cache, v_cache, call, pads, ends, stats)
-    if not _is_served(query, k_cache, v_cache, call, keys):
+        if length * heads // kv_heads <= BOUNDED_QUERIES or not _is_served(query, k_cache, v_cache, keys):
+            return bounded_job.attend(query, k_cache, v_cache, call, pads, ends, stats)
+        call = bounded_job.append(query, k_cache, v_cache, call, pads, ends)
+    elif call.low is not None or not _is_served(query, k_cache, v_cache, keys):
         return decoding.attention_kvcache(query, k_cache, v_cache, call, stats, bisect)
     if call.k is not None:
         decoding.append(k_cache, v_cache, call)
@@ -107,15 +113,15 @@ def warmup(
     decoding.attention_kvcache(query, query, v_cache, call, False, bisect)
 
 
-def _is_rounded(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether the kernel for rounded keys takes the call."""
+def _has_bounds(query: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the kernel for bounds takes the call."""
     return 0 not in (*query.shape[:3], v_cache.shape[3]) and k_cache.stride(3) == v_cache.stride(3) == 1
 
 
-def _is_served(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, keys: list[int]) -> bool:
+def _is_served(query: Tensor, k_cache: Tensor, v_cache: Tensor, keys: list[int]) -> bool:
     """Whether attention's kernel takes the call."""
     batch, length, heads, _ = query.shape
-    if call.low is not None or 0 in (batch, length, heads, v_cache.shape[3]):
+    if 0 in (batch, length, heads, v_cache.shape[3]):
         return False
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:  # the kernel would want a copy of the cache
         return False

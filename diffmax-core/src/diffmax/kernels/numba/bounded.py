@@ -1,8 +1,9 @@
-"""Decoding with the keys in 4 bits, compiled: a thread takes a key head of a sequence and does everything for it.
+"""Decoding with bounds, compiled: a thread takes a key head of a sequence and does everything for it.
 
-For a few queries at a time: the scores of the rounded keys, and how far those may lie from the keys' own. For each query: the
-keys that would have a weight by them, their own scores, and the threshold of those alone, which is a lower bound of tau; then
-the own scores of all other keys that can lie above it, the weights, and the values of those that have one (docs/decoding.md).
+For a few queries at a time: what the scores of all keys are about, from the keys in 4 bits, and how far they may lie from that;
+or, from the boxes of pages, what they are at most. For each query: the keys that would have a weight by that, their own scores,
+and the threshold of those alone, which is a lower bound of tau; then the own scores of all other keys that can lie above it,
+the weights, and the values of those that have one (docs/decoding.md).
 """
 
 from __future__ import annotations
@@ -179,13 +180,18 @@ def is_old(words, memory, b, g, computing):
     copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
     copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
     copy_rows(address_of(words, Word.key, b, g, position, bytes_of(kind, key)), kind, depth, 1, depth, 1.0, key, step)
+    for d in range(depth):
+        if key[d] < low[d] or key[d] > high[d]:
+            return True
+    if words[Word.codes] == 0:
+        return False
     codes, half = codes_at(words, b, g, page)
     least = np.finfo(computing).tiny * np.finfo(computing).eps  # what is smaller is 0
     for d in range(depth):
         code = codes[d % half * size + position - page * size] >> (d // half * 4) & 15
         extent = (high[d] - low[d]) * computing(1.0 / LEVELS)
         room = 0.51 * extent + 8.0 * (np.finfo(computing).eps * max(abs(low[d]), abs(high[d])) + least)
-        if key[d] < low[d] or key[d] > high[d] or abs(key[d] - (low[d] + computing(code) * extent)) > room:
+        if abs(key[d] - (low[d] + computing(code) * extent)) > room:
             return True
     return False
 
@@ -216,11 +222,12 @@ def append_new(words, memory, b, g, computing):
                     high[d], moved = x, True
         write_row(words[Word.low] + at, kind, depth, low, computing(1.0))
         write_row(words[Word.high] + at, kind, depth, high, computing(1.0))
-        codes, half = codes_at(words, b, g, page)
-        for i in range(page * size if moved else position, stop):
-            address = address_of(words, Word.key, b, g, i, bytes_of(kind, row))
-            copy_rows(address, kind, depth, 1, depth, 1.0, row, step)
-            round_key(codes, half, size, i - page * size, row, depth, low, high)
+        if words[Word.codes] != 0:
+            codes, half = codes_at(words, b, g, page)
+            for i in range(page * size if moved else position, stop):
+                address = address_of(words, Word.key, b, g, i, bytes_of(kind, row))
+                copy_rows(address, kind, depth, 1, depth, 1.0, row, step)
+                round_key(codes, half, size, i - page * size, row, depth, low, high)
         position = stop
 
 
@@ -296,6 +303,49 @@ def rate_page(codes, size, half, factors, step, count, scores, stride, at):
         else:
             _four_by_one(factors, step, begun, codes, t, size, half, scores, at + t, stride)
         t += width
+
+
+@jitable
+def highest(words, memory, b, g, page, count, tops, computing):
+    """Upper bounds of the scores of a page for TOGETHER queries, of which `count` count; infinite where there is none."""
+    step, depth, kind = words[Word.head_step], words[Word.head_dim], words[Word.kind]
+    queries = numbers_at(words, memory, Word.queries, TOGETHER * step, computing)
+    low = numbers_at(words, memory, Word.lows, step, computing)
+    high = numbers_at(words, memory, Word.highs, step, computing)
+    at = bounds_at(words, b, g, page, kind, queries)
+    copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
+    copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
+    margin = computing((6 * depth + 64) * np.finfo(computing).eps)
+    for r in range(count):
+        bound = spoilt = splat(queries, 0.0)
+        for d in range(0, step, places(queries)):
+            query, least, most = load(queries, r * step + d), load(low, d), load(high, d)
+            # the sums of a score are off by a share of how large their terms can be
+            room = larger(larger(least, 0.0 - least), larger(most, 0.0 - most)) * margin
+            bound = bound + larger(query * least, query * most) + larger(query, 0.0 - query) * room
+            spoilt = spoilt + (least + most) * 0.0
+        top = total(bound) + total(spoilt)  # the latter is 0, or NaN where the page has no bounds
+        tops[r] = top if top < math.inf else computing(math.inf)
+
+
+@jitable
+def rate_by_boxes(words, memory, b, g, first, last, count, computing):
+    """As `rate` where there are no codes: each key stands for the upper bound of its page, which is off by nothing."""
+    size, stride = words[Word.page_size], words[Word.stride]
+    scores = numbers_at(words, memory, Word.scores, TOGETHER * stride, computing)
+    errors = numbers_at(words, memory, Word.errors, TOGETHER * words[Word.pages], computing)
+    tops = numbers_at(words, memory, Word.factors, TOGETHER, computing)
+    of_bounds = words[Word.head_dim] * bytes_of(words[Word.kind], scores)
+    for page in range(first, last):
+        if page + 1 < last:
+            at = bounds_at(words, b, g, page + 1, words[Word.kind], scores)
+            fetch(words[Word.low] + at, of_bounds)
+            fetch(words[Word.high] + at, of_bounds)
+        highest(words, memory, b, g, page, count, tops, computing)
+        for r in range(count):
+            errors[r * words[Word.pages] + page - first] = 0.0
+            top = tops[r] if tops[r] < math.inf else computing(-math.inf)
+            fill(scores[r * stride + (page - first) * size :], size, top, scores)
 
 
 @jitable
@@ -639,7 +689,9 @@ def attend_together(words, numbers, memory, b, g, begin, count, least_e, computi
         if low < high:
             start, stop = min(start, low), max(stop, high)
     first = start // size
-    if start < stop:
+    if start < stop and words[Word.codes] == 0:
+        rate_by_boxes(words, memory, b, g, first, (stop + size - 1) // size, count, computing)
+    elif start < stop:
         rate(words, memory, b, g, first, (stop + size - 1) // size, count, computing)
     sums = numbers_at(words, memory, Word.sums, TOGETHER * words[Word.value_step], computing)
     scores = numbers_at(words, memory, Word.scores, TOGETHER * stride, computing)
@@ -680,11 +732,11 @@ def attend_together(words, numbers, memory, b, g, begin, count, least_e, computi
         write_row(words[Word.out] + at, kind, words[Word.value_dim], sums[r * words[Word.value_step] :], computing(1.0))
 
 
-def make_rounded(computing):
+def make_bounded(computing):
     """The kernel for tensors that are computed in `computing`, whatever they are stored as."""
     least_e = computing(MIN_E)
 
-    def rounded(job):
+    def bounded(job):
         words, numbers = array_at(job, N_WORDS, np.int64), array_at(job, N_WORDS, np.float64)
         memory = words[Word.memory] + fetch_add(words, Word.slots, 1) * words[Word.slot_bytes]
         rows = words[Word.group] * words[Word.length]
@@ -710,4 +762,4 @@ def make_rounded(computing):
             done, start, end = take(words, done, start, end)
         return finish(words, done)
 
-    return rounded
+    return bounded

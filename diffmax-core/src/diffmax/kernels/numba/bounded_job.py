@@ -1,7 +1,8 @@
-"""What a call of decoding with rounded keys is to the compiled kernel: a job's words, and the memory of its threads."""
+"""What a call of decoding with bounds is to the compiled kernel: a job's words, and the memory of its threads."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from diffmax.kernels.cpu import decoding
 from diffmax.kernels.numba.attention_job import COMPUTING, KINDS, THREAD_PRODUCTS, Table, _in_rows, _kernel, _multiple
-from diffmax.kernels.numba.rounded import N_WORDS, SOME, TOGETHER, Word, make_rounded
+from diffmax.kernels.numba.bounded import N_WORDS, SOME, TOGETHER, Word, make_bounded
 from diffmax.kernels.numba.rows import plan
 from diffmax.kernels.numba.simd import BYTES
 from diffmax.kernels.numba.threads import leave, run_job, take
@@ -25,8 +26,8 @@ def attend(
 
     Each sequence is seen from its start to its end; its new tokens, which are appended, are the last ones.
     """
-    if call.low is None or call.high is None or call.codes is None:
-        raise ValueError("attention_kvcache: low, high and codes need each other, got some of them without the others")
+    if call.low is None or call.high is None:
+        raise ValueError("attention_kvcache: low and high need each other, got one without the other")
     batch, length, heads, head_dim = query.shape
     kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
     acc = accumulation_dtype(query.dtype)
@@ -53,7 +54,7 @@ def attend(
     for word, t in tensors.items():
         words[word], (words[word + 1], words[word + 2], words[word + 3], _) = t.data_ptr(), t.stride()
     for word, kept in ((Word.low, call.low), (Word.high, call.high), (Word.codes, call.codes)):
-        words[word] = kept.data_ptr()
+        words[word] = 0 if kept is None else kept.data_ptr()
     words[Word.starts], words[Word.held], words[Word.ends], words[Word.rows] = (row.ctypes.data for row in of_sequences)
     if blocks is not None:
         words[Word.blocks], words[Word.blocks_step] = blocks.data_ptr(), blocks.shape[1]
@@ -80,9 +81,18 @@ def attend(
     return KVCacheResults(out, m, delta, support, read)
 
 
+def append(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall, starts: list[int], ends: list[int]
+) -> KVCacheCall:
+    """Append what is new, bounds included; returns the call that is left, for a kernel that reads all keys."""
+    attend(query[:, :0], k_cache, v_cache, call, starts, ends, False)
+    held = torch.tensor(ends, dtype=torch.int32)
+    return dataclasses.replace(call, cache_seqlens=held, k=None, v=None, low=None, high=None, codes=None)
+
+
 def _run(words: Table, acc: torch.dtype, tasks: int, slot_bytes: int, products: int) -> None:
     """Run the kernel, with a task for each key head of a sequence; first to see whether the bounds are those of the cache."""
-    kernel, address = _kernel(make_rounded, acc)
+    kernel, address = _kernel(make_bounded, acc)
     threads = min(tasks, torch.get_num_threads() if products >= 2 * THREAD_PRODUCTS else 1)
     memory = take(threads * slot_bytes + BYTES)
     words[Word.slot_bytes], words[Word.memory] = slot_bytes, _multiple(memory.data_ptr(), BYTES)
@@ -92,7 +102,7 @@ def _run(words: Table, acc: torch.dtype, tasks: int, slot_bytes: int, products: 
         decoding.refuse_old_bounds(int(words[Word.old]) - 1)
     words[Word.slots], words[Word.checks] = 0, 0
     words[Word.chunk] = tasks if threads == 1 else 1
-    run_job("rounded", kernel, address, words, threads, tasks)
+    run_job("bounded", kernel, address, words, threads, tasks)
     leave(memory)
 
 
