@@ -44,6 +44,7 @@ BEGIN, END = "<!-- instructions:begin -->", "<!-- instructions:end -->"
 
 TARGETS = ("sm90", "sm80", "gfx942")
 ALPHAS = ("0.5", "0.85", "0.9", "tensor", "fixed")
+PRODUCTS = ("0.5", "0.9")  # whose powers are products
 BACKWARD = ("rows backward", "dQ", "dK, dV")
 SIZES = {"rows": (1024, 4096), "attention": (64, 128), "decoding": (64, 128), "power": (32, 64), "threshold": (64,)}
 DTYPES = {"rows": ("float32", "bfloat16"), **dict.fromkeys(("attention", "decoding", "power", "threshold"), ("bfloat16",))}
@@ -194,7 +195,7 @@ def _rows_lines(case: Case, compiled: Compiled) -> list[Line]:
 def _decode_line(case: Case, compiled: Compiled, part: str) -> Line:
     constants = _constants(compiled)
     loop = _most_products(Program.of(compiled))
-    return _line(case, compiled, part, loop(likely), constants["BLOCK_M"] * constants["BLOCK_N"])
+    return _line(case, compiled, part, loop(likely, None), constants["BLOCK_M"] * constants["BLOCK_N"])
 
 
 def _power_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]:
@@ -250,15 +251,17 @@ def _attention_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]
         return []
     found = []
     for part, loop in loops.items():
-        live, dead = loop(by_hardware if case.alpha in ("tensor", "fixed") else likely), loop(idle)
+        live, dead = loop(likely, None), loop(idle, None)
         scores = live.products * compiled.resources["warps"] // (case.size * products)
+        if case.alpha not in PRODUCTS:  # a logarithm and an exponential by the hardware for each
+            live = loop(by_hardware, 2 * scores // (compiled.target.lanes * compiled.resources["warps"]))
         found.append(_line(case, compiled, part, live, scores))
         if part == "dense pass" and dead.instructions < 0.9 * live.instructions:
             found.append(_line(case, compiled, "dense pass, dead", dead, scores))
     return found
 
 
-def _most_products(program: Program, storing: bool | None = None) -> Callable[[Order], Tally]:
+def _most_products(program: Program, storing: bool | None = None) -> Callable[[Order, int | None], Tally]:
     """A turn of the loop with the most products, by an order; of several the cheapest, such as that over whole tiles only."""
 
     def of(loop: Loop) -> Tally:
@@ -267,7 +270,7 @@ def _most_products(program: Program, storing: bool | None = None) -> Callable[[O
     loops = [loop for loop in program.product_loops() if storing is None or (_stores(program, loop) == storing)]
     most = max(of(loop).products for loop in loops)
     best = min((loop for loop in loops if of(loop).products == most), key=lambda loop: of(loop).instructions)
-    return lambda order: program.turn(best, order)
+    return lambda order, special: program.turn(best, order, special)
 
 
 def _stores(program: Program, loop: Loop) -> bool:

@@ -32,6 +32,8 @@ SPECIAL = re.compile(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_f")
 STORE = re.compile(r"STG|(global|buffer)_store")
 END = re.compile(r"EXIT|RET|BRX|s_endpgm|s_setpc")
 JUMP = re.compile(r"BRA|s_c?branch")
+# What `numerics.log2_1p` subtracts from the bits of a number, or its negative: the series that stands for a logarithm
+SERIES = re.compile(r"0x(3f3504f3|c0cafb0d)", re.IGNORECASE)
 
 # Multiply-adds of a matrix instruction, by warp (HGMMA: by four warps): M x N x K in its name
 _MMA = re.compile(r"(?:HMMA|QMMA)\.(16)(8)(4|8|16|32)")
@@ -42,11 +44,12 @@ _WMMA = re.compile(r"v_wmma_f32_(\d+)x(\d+)x(\d+)")
 
 @dataclass(frozen=True)
 class Instruction:
-    """Its name; whether it runs under a predicate; where it may jump."""
+    """Its name; whether it runs under a predicate; where it may jump; whether it begins a series for a logarithm."""
 
     name: str
     conditional: bool
     target: str | None
+    series: bool = False
 
     @property
     def falls_through(self) -> bool:
@@ -65,13 +68,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Tally:
-    """What is executed by one warp: instructions, arithmetic, special functions, multiply-adds of products, stores."""
+    """What is executed by one warp: instructions, arithmetic, special functions, multiply-adds of products, stores, series."""
 
     instructions: int = 0
     arithmetic: int = 0
     special: int = 0
     products: int = 0
     stores: int = 0
+    series: int = 0
 
     def __add__(self, other: Tally) -> Tally:
         mine, others = vars(self).values(), vars(other).values()
@@ -87,6 +91,7 @@ class Tally:
             sum(number for one, number in names.items() if SPECIAL.match(one.name)),
             sum(number * one.products for one, number in names.items()),
             sum(number for one, number in names.items() if STORE.match(one.name)),
+            sum(number for one, number in names.items() if one.series),
         )
 
 
@@ -100,7 +105,7 @@ def likely(tally: Tally) -> tuple[int, ...]:
 
 def by_hardware(tally: Tally) -> tuple[int, ...]:
     """The way of a live, whole tile that takes the hardware's logarithm rather than a series: e is not tiny."""
-    return (tally.products, tally.special, -tally.instructions)
+    return (tally.products, -tally.series, ARITHMETIC_WORTH * tally.arithmetic - tally.instructions)
 
 
 def idle(tally: Tally) -> tuple[int, ...]:
@@ -199,26 +204,39 @@ class Program:
         """The loops that hold no other loop."""
         return [loop for loop in self.loops if not any(other.blocks < loop.blocks for other in self.loops)]
 
-    def turn(self, loop: Loop, order: Order = likely) -> Tally:
-        """One turn of a loop, by the way that `order` likes most."""
-        return self._way(loop.head, loop.blocks, loop.latches, order)
+    def turn(self, loop: Loop, order: Order = likely, special: int | None = None) -> Tally:
+        """One turn of a loop, by the way that `order` likes most, of those with so many special functions if there are any.
+
+        AMD's compiler may write "if a, else b" as "if not a" and "if a" in turn: a way through neither, or both, has too few
+        special functions, or too many.
+        """
+        return self._way(loop.head, loop.blocks, loop.latches, order, special)
 
     def whole(self, order: Order = straight) -> Tally:
         """From the kernel's entry to its end, each loop that the way enters taken once."""
         ends = frozenset(block for block, after in enumerate(self.following) if not after)
         return self._way(0, frozenset(self.order), ends, order)
 
-    def _way(self, start: int, inside: frozenset[int], ends: frozenset[int], order: Order) -> Tally:
-        best: dict[int, Tally] = {start: self.tallies[start]}
+    def _way(self, start: int, inside: frozenset[int], ends: frozenset[int], order: Order, special: int | None = None) -> Tally:
+        """The best way; where the number of special functions matters, the best of each is kept on the way."""
+
+        def kind(tally: Tally) -> int:
+            return 0 if special is None else tally.special
+
+        best: dict[int, dict[int, Tally]] = {start: {kind(self.tallies[start]): self.tallies[start]}}
         for block in self.order:
             if block not in inside or block not in best:
                 continue
             for after in self.following[block]:
-                if after in inside and (block, after) not in self.backward:
-                    way = best[block] + self.tallies[after]
-                    if after not in best or order(way) > order(best[after]):
-                        best[after] = way
-        return max((best[end] for end in ends if end in best), key=order)
+                if after not in inside or (block, after) in self.backward:
+                    continue
+                found = best.setdefault(after, {})
+                for before in best[block].values():
+                    way = before + self.tallies[after]
+                    if kind(way) not in found or order(way) > order(found[kind(way)]):
+                        found[kind(way)] = way
+        found = [way for end in ends for way in best.get(end, {}).values()]
+        return max([way for way in found if way.special == special] or found, key=order)
 
 
 def _disassembly(compiled: Compiled) -> str:
@@ -240,7 +258,7 @@ def _parse_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
             target = re.search(r"`\((\.L_x_\d+)\)", rest) if JUMP.match(name) else None
             # a predicate may also stand among the operands of a branch
             asked = bool(found[1]) or bool(target and re.match(r"\s+!?U?P\d|\s+UR\d", rest))
-            instructions.append(Instruction(name, asked, target[1] if target else None))
+            instructions.append(Instruction(name, asked, target[1] if target else None, bool(SERIES.search(rest))))
     return instructions, labels
 
 
@@ -252,5 +270,6 @@ def _parse_amdgcn(text: str) -> tuple[list[Instruction], dict[str, int]]:
             labels[found[1]] = len(instructions)
         elif found := re.match(r"\s+([sv]_\w+|ds_\w+|global_\w+|buffer_\w+|flat_\w+|scratch_\w+)(.*)", line):
             target = re.match(r"\s+(\.?L\w+)", found[2]) if JUMP.match(found[1]) else None
-            instructions.append(Instruction(found[1], found[1].startswith("s_cbranch"), target[1] if target else None))
+            asked, series = found[1].startswith("s_cbranch"), bool(SERIES.search(found[2]))
+            instructions.append(Instruction(found[1], asked, target[1] if target else None, series))
     return instructions, labels

@@ -12,9 +12,9 @@ from diffmax.kernels.tools import live_shape
 from diffmax.kernels.triton.attention.call import Arguments, aligned, rows_of_entries, strides, tensors_of
 from diffmax.kernels.triton.attention.evaluation import CHEAP, DIGITS, EITHER
 from diffmax.kernels.triton.attention.output import attention_out_kernel
-from diffmax.kernels.triton.attention.settings import Forward, Settings
+from diffmax.kernels.triton.attention.settings import Forward, Settings, compiled_with
 from diffmax.kernels.triton.attention.solve import attention_solve_kernel
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, SOLVED, Launch, on_device, padded
+from diffmax.kernels.triton.common.launch import SOLVED, Launch, on_device, padded
 from diffmax.kernels.triton.common.scores import ABSENT
 from diffmax.operators.common.numerics import newton_steps
 from diffmax.plugin import TILE, AttentionCall, AttentionResults
@@ -74,7 +74,7 @@ class ForwardPlan(NamedTuple):
         heads = query.shape[0] * query.shape[1]
         live = live_shape(query, key, call)
         shared = {
-            **arguments.scalars, **arguments.flags, **COMPILER_OPTIONS,
+            **arguments.scalars, **arguments.flags,
             "n_sequences": arguments.n_sequences, "n_words": live[3],
             "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
             "CUT": CUT[query.dtype], "SUM": SUM[query.dtype], **_arithmetic(arguments, query.dtype),
@@ -101,7 +101,7 @@ class ForwardPlan(NamedTuple):
             **shared, "n_blocks": n_blocks, "items": items, "most_tiles": most_tiles,
             "newton_steps": newton_steps(200, keys + 1, largest_e, torch.float32), "LINEAR": keep,
             "CHUNK": min(solve.chunk, block_d), "AT_ONCE": solve.keys // TILE,
-            "num_warps": solve.warps, "num_stages": solve.stages,
+            **compiled_with(solve),
         }  # fmt: skip
         writing = {
             **strides("v", value), **shared, **arguments.dropout, "n_blocks": n_wide, "items": wide_items,
@@ -109,7 +109,7 @@ class ForwardPlan(NamedTuple):
             "VALUE_DIM": value.shape[3], "BLOCK_V": min(output.values, block_v),
             "KEEP": keep, "SUPPORT": stats, "SOLVED": SOLVED[query.dtype],
             "KEYS": output.keys, "PARTS": TILE // output.keys, "CHUNK": min(output.chunk, block_d),
-            "num_warps": output.warps, "num_stages": output.stages,
+            **compiled_with(output),
         }  # fmt: skip
         return cls(
             Launch(attention_solve_kernel, (programs(solve, items),), solving),

@@ -27,6 +27,8 @@ class Settings:
         values: Entries of the value dimension accumulated at a time.
         rows: Queries of a program of the second kernel, 64 or 128, which share the tiles that it loads; 64 of packed
             sequences.
+        side: AMD: rows and columns of what a matrix instruction computes, 16 or 32; 0 leaves it to the compiler. Where
+            a tile has fewer of 32 than the program has warps, some warps compute what others do.
     """
 
     warps: int
@@ -36,6 +38,7 @@ class Settings:
     chunk: int = 256
     values: int = 256
     rows: int = 64
+    side: int = 0
 
     def with_few_rows(self) -> Settings:
         """Those of programs of 64 queries, with as many warps for each, at least four."""
@@ -52,6 +55,7 @@ class Block:
         warps: Warps per program.
         stages: Pipeline stages: tiles in flight.
         chunk: Entries of the head dimension multiplied at a time; at most the whole head.
+        side: As in `Settings`.
     """
 
     rows: int
@@ -59,6 +63,7 @@ class Block:
     warps: int
     stages: int
     chunk: int = 256
+    side: int = 0
 
     def with_few_rows(self) -> Block:
         """That of programs of 64 queries, with as many warps for each, at least four."""
@@ -67,7 +72,13 @@ class Block:
     def arguments(self) -> dict[str, int]:
         """The settings as launch arguments."""
         tile = {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "CHUNK": self.chunk}
-        return tile | {"num_warps": self.warps, "num_stages": self.stages, **COMPILER_OPTIONS}
+        return tile | compiled_with(self)
+
+
+def compiled_with(settings: Settings | Block) -> dict[str, int]:
+    """What the compiler has to know, as launch arguments."""
+    side = {"matrix_instr_nonkdim": settings.side} if settings.side else {}
+    return {"num_warps": settings.warps, "num_stages": settings.stages, **side, **COMPILER_OPTIONS}
 
 
 class Forward(NamedTuple):
@@ -134,7 +145,7 @@ class Rule(Generic[Launches]):
 
 def _tiles(dq: Block, dkv: Block) -> Backward:
     # dbias keeps a tile in the shape of the bias in registers
-    return Backward(dq, dkv, Block(min(dq.rows, 32), min(dq.keys, 32), dq.warps, 1, dq.chunk))
+    return Backward(dq, dkv, Block(min(dq.rows, 32), min(dq.keys, 32), dq.warps, 1, dq.chunk, dkv.side))
 
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -152,10 +163,11 @@ FORWARD = (
     Rule("nvidia", BFLOAT16, 64, Forward(Settings(4, 2, 2), Settings(4, 2, 2), Settings(4, 2, 2, keys=32)), origin=_COUNTED),
     Rule("nvidia", NARROW, 128, Forward(Settings(8, 2, 1), Settings(8, 2, 1, keys=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, keys=32, chunk=64, values=128))),
-    Rule("cdna", WIDE, 256, Forward(Settings(4, 1, 1, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, values=64))),
-    Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64)), extras=True),
-    Rule("cdna", NARROW, 128, Forward(Settings(4, 1, 2, keys=128), Settings(4, 1, 1, keys=32))),
-    Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64))),
+    # an instruction's result is 32 by 32: a warp of four would do the work of another again
+    Rule("cdna", WIDE, 256, Forward(Settings(4, 1, 1, chunk=64), Settings(2, 1, 2, keys=32, chunk=64, values=64))),
+    Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, side=16)), extras=True),
+    Rule("cdna", NARROW, 128, Forward(Settings(4, 1, 2, keys=128), Settings(2, 1, 2, keys=32)), origin=_COUNTED),
+    Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, side=16))),
     Rule("rdna", WIDE, 256, Forward(Settings(16, 1, 1, chunk=16), Settings(16, 1, 1, keys=16, chunk=16, values=16))),
     Rule("rdna", NARROW, 64, Forward(Settings(8, 1, 1), Settings(8, 1, 1, keys=32)), extras=False),
     # with 32 keys the compiler of Triton 3.9 crashes at the output
@@ -172,7 +184,7 @@ BACKWARD = tuple(
         ("sm90", NARROW, 128, Block(64, 32, 4, 2), Block(16, 64, 4, 2)),
         ("sm100", NARROW, 64, Block(32, 32, 4, 2), Block(32, 64, 4, 2)),
         ("sm100", NARROW, 128, Block(64, 32, 8, 2), Block(32, 64, 8, 1)),
-        ("cdna", NARROW, 128, Block(64, 32, 4, 1), Block(32, 64, 4, 1)),
+        ("cdna", NARROW, 128, Block(64, 32, 4, 1, side=16), Block(32, 64, 4, 1, side=16)),
     )
 ) + tuple(
     Rule(family, dtypes, most, _tiles(dq, dkv), origin=_LARGEST)
@@ -186,9 +198,8 @@ BACKWARD = tuple(
         ("sm100", NARROW, 64, Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
         ("sm100", NARROW, 128, Block(64, 32, 8, 2), Block(32, 64, 4, 1)),
         ("sm100", NARROW, 256, Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
-        ("cdna", NARROW, 64, Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
-        ("cdna", NARROW, 128, Block(64, 64, 4, 2), Block(32, 64, 4, 2)),
-        ("cdna", NARROW, 256, Block(32, 16, 8, 1), Block(16, 32, 8, 1)),
+        ("cdna", NARROW, 128, Block(64, 64, 4, 2, side=16), Block(32, 64, 4, 2, side=16)),
+        ("cdna", NARROW, 256, Block(32, 32, 2, 1, side=16), Block(32, 32, 2, 1, 128, side=16)),
         ("rdna", NARROW, 64, Block(32, 32, 4, 1), Block(16, 32, 4, 1)),
         ("rdna", NARROW, 128, Block(16, 16, 4, 1, 32), Block(16, 16, 8, 1, 16)),
         ("rdna", NARROW, 256, Block(16, 16, 8, 1, 16), Block(16, 16, 16, 1, 16)),
@@ -201,9 +212,9 @@ BACKWARD = tuple(
         ("sm100", WIDE, 64, Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
         ("sm100", WIDE, 128, Block(16, 16, 8, 1), Block(32, 32, 8, 1)),
         ("sm100", WIDE, 256, Block(16, 16, 8, 1, 64), Block(16, 32, 8, 1)),
-        ("cdna", WIDE, 64, Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
-        ("cdna", WIDE, 128, Block(32, 16, 8, 1), Block(16, 32, 8, 1)),
-        ("cdna", WIDE, 256, Block(16, 16, 8, 1), Block(16, 16, 8, 1)),
+        ("cdna", WIDE, 64, Block(32, 32, 2, 1, side=16), Block(32, 32, 2, 1, side=16)),
+        ("cdna", WIDE, 128, Block(32, 32, 2, 1, side=16), Block(32, 32, 2, 1, side=16)),
+        ("cdna", WIDE, 256, Block(32, 32, 2, 1, 64, side=16), Block(16, 32, 2, 1, 64, side=16)),
         ("rdna", WIDE, 64, Block(16, 16, 8, 1, 16), Block(16, 16, 8, 1, 16)),
         ("rdna", WIDE, 128, Block(16, 16, 8, 1, 16), Block(16, 16, 8, 1, 16)),
         ("rdna", WIDE, 256, Block(16, 16, 8, 1, 16), Block(16, 16, 16, 1, 16)),
