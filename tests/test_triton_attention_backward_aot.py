@@ -5,6 +5,7 @@ Registers, spills and shared memory on every architecture: `make check-triton`, 
 
 import pytest
 import torch
+from repeated_products import repeated
 
 from diffmax.kernels.tools import WORD
 from diffmax.kernels.triton.attention import dbias as attention_bwd_dbias
@@ -72,6 +73,17 @@ def test_aligned_rows_are_loaded_16_bytes_at_a_time_and_matrix_cores_are_used(ta
 def test_calls_without_options_spill_two_registers_at_most(target, size, e):
     allowed = 8 if (target, size) == ("sm90", 128) else 0
     assert max(compiled.resources["spilled"] for compiled in launches(target, torch.bfloat16, size, e)) <= allowed
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("target", ["gfx942", "gfx90a"])
+def test_no_warp_of_cdna_repeats_what_another_computes(target, size, dtype):
+    """A matrix instruction computes 32 by 32 there, if nobody asks for 16: tiles are small beside that."""
+    assert {compiled.name: repeated(compiled) for compiled in launches(target, dtype, size, 0.15)} == {
+        kernel.__name__: 1 for kernel in KERNELS[:2]
+    }
 
 
 def test_the_tiles_are_those_of_the_contract():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from repeated_products import repeated
 
 from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
 from diffmax.kernels.triton.attention.launch import AttentionOperator
@@ -54,6 +55,16 @@ def test_an_architecture_that_is_not_in_the_table_compiles_too():
 def test_matrix_cores_are_used(target, instruction):
     for compiled in launches(target, torch.bfloat16, 128, 0.15, True):
         assert instruction in compiled.text
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("target", ["gfx942", "gfx90a"])
+def test_no_warp_of_cdna_repeats_what_another_computes(target, size, dtype):
+    """A matrix instruction computes 32 by 32 there, if nobody asks for 16: tiles are small beside that."""
+    for compiled in launches(target, dtype, size, 0.15, True):
+        assert repeated(compiled) == 1, compiled.name
 
 
 @pytest.mark.slow

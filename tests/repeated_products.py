@@ -1,0 +1,25 @@
+"""How often the warps of a compiled program do a product again that another of them does, from the layouts in Triton's GPU dialect."""
+
+from __future__ import annotations
+
+import re
+
+from diffmax.testing.ahead_of_time import Compiled
+
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.(?:amd_mfma|nvidia_mma)<\{(.*)\}>", re.MULTILINE)
+_PRODUCT = re.compile(r"tt\.dot .*-> tensor<(\d+)x(\d+)x\w+, (#\w+)>")
+
+
+def repeated(compiled: Compiled) -> float:
+    """The most of all products: 1 where each warp has a part of its own, 2 where two have the same."""
+    text = compiled.kernel.asm["ttgir"]
+    layouts = {}
+    for name, fields in _LAYOUT.findall(text):
+        warps, instruction = (
+            [int(size) for size in re.search(rf"{key} = \[([\d, ]+)\]", fields)[1].split(",")][:2]
+            for key in ("warpsPerCTA", "instrShape")
+        )
+        layouts[name] = [many * side for many, side in zip(warps, instruction, strict=True)]
+    products = [(int(rows), int(columns), layouts[name]) for rows, columns, name in _PRODUCT.findall(text)]
+    assert products, "no product in the kernel's text: has the dialect changed?"
+    return max(max(1, covered[0] / rows) * max(1, covered[1] / columns) for rows, columns, covered in products)
