@@ -445,7 +445,7 @@ BAD_INPUT = {
         ValueError,
         r"between 0 and 1, got 1\.5\nif that is entmax's alpha, pass 2 - alpha here; a learned alpha stays inside",
     ),
-    "alpha tensor with NaN": ((X4, torch.tensor(nan)), ValueError, "between 0 and 1, got values from nan to nan"),
+    "alpha tensor with NaN": ((X4, torch.tensor(nan)), ValueError, "between 0 and 1, got nan"),
     "dim too large": ((X4, 0.5, 4), ValueError, r"dim must lie in \[-4, 3\] for X of shape \(2, 3, 5, 7\), got 4"),
     "dim too small": ((X4, 0.5, -5), ValueError, "got -5"),
     "dim of a scalar": ((torch.tensor(1.0), 0.5, 1), ValueError, r"\[-1, 0\] for X of shape \(\), got 1"),

@@ -217,7 +217,7 @@ def _check_alpha_values(name: str, alpha: Tensor) -> None:
         return
     low, high = (end.item() for end in alpha.detach().aminmax())
     if not (low >= 0 and high <= 1):  # NaN is neither
-        got = f"{low:g}" if low == high else f"values from {low:g} to {high:g}"
+        got = "nan" if low != low else f"{low:g}" if low == high else f"values from {low:g} to {high:g}"
         hint = "a learned alpha stays inside with alpha_map, see diffmax.HillMap"
         if low >= 1 and high <= 2:
             hint = "if that is entmax's alpha, pass 2 - alpha here; " + hint
