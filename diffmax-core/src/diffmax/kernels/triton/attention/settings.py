@@ -164,6 +164,7 @@ FORWARD = (
     Rule("nvidia", NARROW, 128, Forward(Settings(8, 2, 1), Settings(8, 2, 1, keys=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, keys=32, chunk=64, values=128))),
     # an instruction's result is 32 by 32: a warp of four would do the work of another again
+    Rule("cdna", WIDE, 256, Forward(Settings(4, 1, 1, chunk=64), Settings(4, 1, 1, 32, 64, 64, side=16)), extras=True),
     Rule("cdna", WIDE, 256, Forward(Settings(4, 1, 1, chunk=64), Settings(2, 1, 2, keys=32, chunk=64, values=64))),
     Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, side=16)), extras=True),
     Rule("cdna", NARROW, 128, Forward(Settings(4, 1, 2, keys=128), Settings(2, 1, 2, keys=32)), origin=_COUNTED),
