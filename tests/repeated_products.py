@@ -1,4 +1,4 @@
-"""How often the warps of a compiled program do a product that another of them does too, from the layouts in Triton's GPU dialect."""
+"""How often warps of a compiled program do a product that another does too, from the layouts in Triton's GPU dialect."""
 
 from __future__ import annotations
 

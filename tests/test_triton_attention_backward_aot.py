@@ -5,7 +5,6 @@ Registers, spills and shared memory on every architecture: `make check-triton`, 
 
 import pytest
 import torch
-from repeated_products import repeated
 
 from diffmax.kernels.tools import WORD
 from diffmax.kernels.triton.attention import dbias as attention_bwd_dbias
@@ -16,6 +15,7 @@ from diffmax.kernels.triton.attention.launch import AttentionOperator
 from diffmax.kernels.triton.attention.settings import backward_blocks
 from diffmax.plugin import TILE, AttentionCall, Saved, Wanted
 from diffmax.testing.ahead_of_time import TARGETS, recording
+from tests.repeated_products import repeated
 
 pytestmark = pytest.mark.compiler
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from repeated_products import repeated
 
 from diffmax.kernels.triton.attention.dq import attention_bwd_dq_kernel
 from diffmax.kernels.triton.attention.launch import AttentionOperator
@@ -20,6 +19,7 @@ from diffmax.kernels.triton.common.tuning import with_settings
 from diffmax.plugin import AttentionCall, Wanted
 from diffmax.testing.ahead_of_time import TARGETS, recording
 from tests import interpreted
+from tests.repeated_products import repeated
 
 
 @pytest.mark.interpreter
