@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compile_kernels import call_attention, call_decoding, call_power, call_rows, call_threshold, kernels
-from benchmarks.machine_code import Loop, Order, Program, Tally, by_hardware, idle, likely
+from benchmarks.machine_code import Loop, Order, Program, Tally, by_hardware, idle, likely, shortest_by_hardware
 from benchmarks.sources import fingerprint
+from diffmax.plugin import TILE
 from diffmax.testing.ahead_of_time import Compiled, Target, recording
 
 TABLE = Path(__file__).with_name("instructions.json")
@@ -236,25 +237,29 @@ def _threshold_lines(case: Case, compiled: Compiled) -> list[Line]:
 
 
 def _attention_lines(case: Case, compiled: Compiled, purpose: str) -> list[Line]:
-    """A tile's scores follow from the multiply-adds of a turn, of which each product takes `size` per score."""
-    program = Program.of(compiled)
+    """A turn takes the scores of a tile, whose size is among the kernel's constants."""
+    program, constants = Program.of(compiled), _constants(compiled)
     if compiled.name == "attention_solve_kernel":
-        loops = {"dense pass": _most_products(program, storing=True), "further pass": _most_products(program, storing=False)}
-        products = 1
+        tile = TILE * TILE
+        loops = {
+            "dense pass": (_most_products(program, storing=True), tile * constants["AT_ONCE"]),
+            "further pass": (_most_products(program, storing=False), tile),
+        }
     elif compiled.name == "attention_out_kernel":
-        loops, products = {f"output, {purpose}": _most_products(program)}, {"training": 3, "inference": 2}[purpose]
-    elif compiled.name == "attention_bwd_dq_kernel":
-        loops, products = {"dQ": _most_products(program)}, 3
-    elif compiled.name == "attention_bwd_dkv_kernel":
-        loops, products = {"dK, dV": _most_products(program)}, 4
+        loops = {f"output, {purpose}": (_most_products(program), constants["ROWS"] * constants["KEYS"])}
+    elif compiled.name in ("attention_bwd_dq_kernel", "attention_bwd_dkv_kernel"):
+        part = "dQ" if compiled.name == "attention_bwd_dq_kernel" else "dK, dV"
+        loops = {part: (_most_products(program), constants["BLOCK_M"] * constants["BLOCK_N"])}
     else:
         return []
     found = []
-    for part, loop in loops.items():
+    for part, (loop, scores) in loops.items():
         live, dead = loop(likely, None), loop(idle, None)
-        scores = live.products * compiled.resources["warps"] // (case.size * products)
         if case.alpha not in PRODUCTS:  # a logarithm and an exponential by the hardware for each
-            live = loop(by_hardware, 2 * scores // (compiled.target.lanes * compiled.resources["warps"]))
+            live = loop(
+                shortest_by_hardware if part in BACKWARD else by_hardware,
+                2 * scores // (compiled.target.lanes * compiled.resources["warps"]),
+            )
         found.append(_line(case, compiled, part, live, scores))
         if part == "dense pass" and dead.instructions < 0.9 * live.instructions:
             found.append(_line(case, compiled, "dense pass, dead", dead, scores))

@@ -104,8 +104,13 @@ def likely(tally: Tally) -> tuple[int, ...]:
 
 
 def by_hardware(tally: Tally) -> tuple[int, ...]:
-    """The way of a live, whole tile that takes the hardware's logarithm rather than a series: e is not tiny."""
+    """The way of a live, whole tile that takes the hardware's logarithm, not a series: e is not tiny, and k at least 2."""
     return (tally.products, -tally.series, ARITHMETIC_WORTH * tally.arithmetic - tally.instructions)
+
+
+def shortest_by_hardware(tally: Tally) -> tuple[int, ...]:
+    """The same where all k go one way, and what is near softmax, another series, a longer one."""
+    return (tally.products, -tally.series, -tally.instructions)
 
 
 def idle(tally: Tally) -> tuple[int, ...]:
