@@ -340,6 +340,29 @@ def test_new_tokens_may_be_views_of_the_cache(backend, bits, source, target):
         torch.testing.assert_close(ours, theirs)
 
 
+@backends
+@both_bounds
+@pytest.mark.parametrize("what", ["q", "k", "v"])
+def test_new_tokens_may_be_views_of_the_bounds(backend, bits, what):
+    torch.manual_seed(0)
+    caches = torch.randn(2, 1, 64, 1, 8).unbind()
+    results = []
+    for name, is_view in ((backend, True), ("reference", False)):
+        k_cache, v_cache = (t.clone() for t in caches)
+        bounds = page_bounds(k_cache, 20, page_size=2, bits=bits)
+        given = {"q": torch.ones(1, 1, 1, 8), **{key: torch.ones(1, 6, 1, 8) for key in "kv"}}
+        # where the pages of the new tokens have their bounds
+        given[what] = bounds.low[:, 10:11] if what == "q" else bounds.low[:, 8:14]
+        if not is_view:
+            given[what] = given[what].clone()
+        out = attention_with_kvcache(
+            given["q"], k_cache, v_cache, given["k"], given["v"], cache_seqlens=20, page_bounds=bounds, backend=name
+        )
+        results.append((out, k_cache, v_cache, bounds.low, bounds.high))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_bounds_that_are_negated_views_and_pages_without_room_are_refused():
     q, cache = torch.randn(1, 1, 1, 8), torch.randn(1, 40, 1, 8)
     bounds = page_bounds(cache, 40, bits=4)
