@@ -154,7 +154,7 @@ def _is_sum(total: int, steps: tuple[tuple[int, int, int], ...]) -> bool:
 
 
 def apart(query: Tensor, k_cache: Tensor, v_cache: Tensor, call: KVCacheCall) -> tuple[Tensor, KVCacheCall]:
-    """The queries and the call, with a copy of what may be a view of caches or bounds: they are written to before it is read."""
+    """The queries and the call, with a copy of what may be a view of caches or bounds: they are written before it is read."""
     kept = (k_cache, v_cache, call.low, call.high, call.codes)
     written = [t.untyped_storage().data_ptr() for t in kept if t is not None]
     own: dict[str, Any] = {
