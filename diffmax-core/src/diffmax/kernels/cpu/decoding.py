@@ -3,8 +3,8 @@
 With bounds: an upper bound of every page's scores, the keys of the best pages, the threshold of those alone, which is a lower
 bound of tau (docs/decoding.md); then the pages whose bound lies above it, the best first, until none is left. With keys in 4
 bits: their scores, the keys that would have a weight by them, and the threshold of those; then every key whose score can lie
-above it. Values are read where a weight differs from 0. What the kernels of `diffmax.kernels.numba.decoding` do not take goes this
-way with the compiled row operator.
+above it. Values are read where a weight differs from 0. What the kernels of `diffmax.kernels.numba.decoding` do not take goes
+this way with the compiled row operator.
 """
 
 from __future__ import annotations
