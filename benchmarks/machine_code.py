@@ -104,13 +104,8 @@ def likely(tally: Tally) -> tuple[int, ...]:
 
 
 def by_hardware(tally: Tally) -> tuple[int, ...]:
-    """The way of a live, whole tile that takes the hardware's logarithm, not a series: e is not tiny, and k at least 2."""
+    """The way of a live, whole tile that takes the hardware's logarithm rather than a series: e is not tiny."""
     return (tally.products, -tally.series, ARITHMETIC_WORTH * tally.arithmetic - tally.instructions)
-
-
-def shortest_by_hardware(tally: Tally) -> tuple[int, ...]:
-    """The same where all k go one way, and what is near softmax, another series, a longer one."""
-    return (tally.products, -tally.series, -tally.instructions)
 
 
 def idle(tally: Tally) -> tuple[int, ...]:

@@ -967,8 +967,8 @@ def test_products_keep_their_sums_in_registers(triple, cpu, tile, fused, spilled
     assert not re.search(spilled, hot)
 
 
-def test_decoding_without_bounds_is_attentions_kernel(monkeypatch):
-    """What has bounds goes the other way, and many queries on a long sequence whose products torch's threads share."""
+def test_decoding_has_kernels_of_its_own(monkeypatch):
+    """Or, with bounds, theirs; not many queries on a long sequence whose products torch's threads share."""
     from diffmax.kernels.numba import decoding
 
     k_cache, v_cache = torch.randn(2, 1, 300, 2, 8).unbind()
@@ -994,12 +994,12 @@ def test_decoding_without_bounds_is_attentions_kernel(monkeypatch):
             found += [] if went else [name]
         return found
 
-    assert own() == ["token", "chunk", "pages"]
+    assert own() == ["token", "chunk", "pages", "bounds"]
     monkeypatch.setattr(decoding, "KEYS_TO_SHARE", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert own() == ["token", "chunk", "pages"]  # a key head for each thread
+    assert own() == ["token", "chunk", "pages", "bounds"]  # a key head for each thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert own() == ["token", "pages"]
+    assert own() == ["token", "pages", "bounds"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -84,6 +84,7 @@ from diffmax.plugin import TILE
 GATHERED_SHARE = 0.4
 # Keys of the longest rows that are solved side by side, where 1 / (1 - alpha) is an integer; LISTED otherwise. Of n keys, that
 # pays from a share of sqrt(n / GROUPED) times GATHERED_SHARE on: a list costs about as much, however few keys it leaves out.
+# Not where a key is hidden: rows are multiplied with values that they do not see, of which one may be NaN.
 GROUPED = 512
 WORD_BITS = 32
 
@@ -486,7 +487,8 @@ def attend_rows(words, numbers, memory, lanes, least_e, here, values, value_step
     list_z = floats(words, memory, Word.list_z, 0, LISTED * width, computing)
     list_index = whole_numbers(words, memory, Word.list_index, 0, LISTED * width)
     n_dense, groups = 0, n <= (GROUPED if 0 < integer_of_rows(words, here.head) <= WHOLE else LISTED)
-    shared = GATHERED_SHARE * math.sqrt(n / GROUPED)
+    hides = words[Word.left] >= 0 or words[Word.right] >= 0 or words[Word.mask] != 0 or words[Word.bias] != 0
+    shared = GATHERED_SHARE * (1.0 if hides else math.sqrt(n / GROUPED))
     for first in range(0, here.count, width):
         some_rows = min(width, here.count - first)
         n_candidates, n_solved, longest = 0, 0, 0
