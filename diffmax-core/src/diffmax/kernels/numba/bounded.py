@@ -125,6 +125,16 @@ def bounds_at(words, b, g, page, kind, array):
 
 
 @jitable
+def load_bounds(words, b, g, page, low, high):
+    """Copy the bounds of a page; returns where they lie, as `bounds_at` does."""
+    depth, step, kind = words[Word.head_dim], words[Word.head_step], words[Word.kind]
+    at = bounds_at(words, b, g, page, kind, low)
+    copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
+    copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
+    return at
+
+
+@jitable
 def codes_at(words, b, g, page):
     """The codes of a page, and how many lie behind each other."""
     place, _ = block_of(words, b, page)
@@ -176,9 +186,7 @@ def is_old(words, memory, b, g, computing):
     low, high = numbers_at(words, memory, Word.lows, step, computing), numbers_at(words, memory, Word.highs, step, computing)
     key = numbers_at(words, memory, Word.some_rows, step, computing)
     page = position // size
-    at = bounds_at(words, b, g, page, kind, low)
-    copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
-    copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
+    load_bounds(words, b, g, page, low, high)
     copy_rows(address_of(words, Word.key, b, g, position, bytes_of(kind, key)), kind, depth, 1, depth, 1.0, key, step)
     for d in range(depth):
         if key[d] < low[d] or key[d] > high[d]:
@@ -207,9 +215,7 @@ def append_new(words, memory, b, g, computing):
     while position < end:
         page = position // size
         stop = min(end, (page + 1) * size)
-        at = bounds_at(words, b, g, page, kind, low)
-        copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
-        copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
+        at = load_bounds(words, b, g, page, low, high)
         moved = position == page * size
         for i in range(position, stop):
             copy_new(words, Word.value, Word.new_value, b, g, i - held, i, words[Word.value_dim], row, words[Word.value_step])
@@ -237,14 +243,12 @@ def weigh(words, memory, b, g, page, count, computing):
 
     The last two stand behind the factors: a number for each query, twice. Where the error is not finite it is infinite.
     """
-    step, depth, kind = words[Word.head_step], words[Word.head_dim], words[Word.kind]
+    step, depth = words[Word.head_step], words[Word.head_dim]
     queries = numbers_at(words, memory, Word.queries, TOGETHER * step, computing)
     factors = numbers_at(words, memory, Word.factors, TOGETHER * (step + 2), computing)
     low = numbers_at(words, memory, Word.lows, step, computing)
     high = numbers_at(words, memory, Word.highs, step, computing)
-    at = bounds_at(words, b, g, page, kind, queries)
-    copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
-    copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
+    load_bounds(words, b, g, page, low, high)
     margin = computing((6 * depth + 64) * np.finfo(computing).eps)
     zero, width = splat(queries, 0.0), places(queries)
     base_0, base_1, base_2, base_3 = zero, zero, zero, zero
@@ -308,13 +312,11 @@ def rate_page(codes, size, half, factors, step, count, scores, stride, at):
 @jitable
 def highest(words, memory, b, g, page, count, tops, computing):
     """Upper bounds of the scores of a page for TOGETHER queries, of which `count` count; infinite where there is none."""
-    step, depth, kind = words[Word.head_step], words[Word.head_dim], words[Word.kind]
+    step, depth = words[Word.head_step], words[Word.head_dim]
     queries = numbers_at(words, memory, Word.queries, TOGETHER * step, computing)
     low = numbers_at(words, memory, Word.lows, step, computing)
     high = numbers_at(words, memory, Word.highs, step, computing)
-    at = bounds_at(words, b, g, page, kind, queries)
-    copy_rows(words[Word.low] + at, kind, depth, 1, depth, 1.0, low, step)
-    copy_rows(words[Word.high] + at, kind, depth, 1, depth, 1.0, high, step)
+    load_bounds(words, b, g, page, low, high)
     margin = computing((6 * depth + 64) * np.finfo(computing).eps)
     for r in range(count):
         bound = spoilt = splat(queries, 0.0)
