@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention.api import attention
 from diffmax.operators.attention.checks import check_alpha, check_heads, check_scale
 from diffmax.operators.common.autocast import autocast, without_autocast
@@ -191,6 +192,7 @@ class HybridCache:
         self._room = None
         self._state = None if self._state is None else _Past(*(change(t) for t in self._state))
 
+    @alone_in_child
     def attend(
         self,
         q: Tensor,

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention.api import attention, attention_varlen
 from diffmax.operators.common.checks import _shape
 from diffmax.operators.decoding.api import attention_with_kvcache
@@ -31,6 +32,7 @@ __all__ = [
 Result: TypeAlias = "Tensor | tuple[Tensor, Tensor, None]"
 
 
+@alone_in_child
 def flash_attn_func(
     q: Tensor,
     k: Tensor,

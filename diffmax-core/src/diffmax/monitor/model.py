@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
+from diffmax.machine.forked import alone_in_child
 from diffmax.monitor.calls import Sums, metrics_of, of_attention, of_rows, together
 from diffmax.monitor.logs import Log, check_step, log_of, read
 from diffmax.operators.common.watch import watchers
@@ -136,12 +137,14 @@ class Monitor:
         name = self._running[threading.get_ident()][-1]
         self._sums[name] = together(self._sums[name], more) if name in self._sums else more
 
+    @alone_in_child
     @torch.no_grad()
     def saw_rows(self, X: Tensor, weights: Tensor, e: float | Tensor, dim: int) -> None:
         """Count a call of `diffmax_bisect`."""
         if self._counts(X):
             self._add(of_rows(X, weights, e, dim))
 
+    @alone_in_child
     @torch.no_grad()
     def saw_attention(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, delta: Tensor) -> None:
         """Count a call of `attention` or `attention_varlen`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 from diffmax.machine.dispatch import selected
+from diffmax.machine.forked import alone_in_child
 from diffmax.monitor.logs import Log, check_step, log_of, read
 from diffmax.monitor.metrics import alpha_metrics, convergence_metrics, forward_metrics
 from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_scores, one_minus_alpha
@@ -100,6 +101,7 @@ def _checked_metadata(extra: Mapping[str, float | Tensor] | None) -> dict[str, f
     return dict(extra or {})
 
 
+@alone_in_child
 def _logged(
     X: Tensor,
     e: float,
@@ -166,6 +168,7 @@ class _Watch(torch.autograd.Function):
         return grad_x, grad_e, None, None
 
 
+@alone_in_child
 def _norm(gradient: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=accumulation_dtype(gradient.dtype))
     return norm

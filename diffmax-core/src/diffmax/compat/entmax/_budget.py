@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import accumulation_dtype
 
 
@@ -24,6 +25,7 @@ class _Budget(torch.autograd.Function):
     """Eq. 25. Its gradients depend only on which entries lie strictly between 0 and 1."""
 
     @staticmethod
+    @alone_in_child
     def forward(ctx: Any, x: Tensor, budget: Tensor, dim: int, n_iter: int) -> Tensor:
         p = _solve(x, budget, dim, n_iter)
         ctx.save_for_backward((p > 0) & (p < 1), p.isnan())
@@ -31,6 +33,7 @@ class _Budget(torch.autograd.Function):
         return p
 
     @staticmethod
+    @alone_in_child
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         free, invalid = ctx.saved_tensors
         count = free.sum(ctx.dim, keepdim=True).clamp_min(1)

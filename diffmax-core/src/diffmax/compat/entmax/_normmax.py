@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmax.machine.dispatch import selected
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import accumulation_dtype
 
 
@@ -29,6 +30,7 @@ class _Normmax(torch.autograd.Function):
     """p is the slope s of a diffmax row, divided by its sum. Backward consists of differentiable operators of p."""
 
     @staticmethod
+    @alone_in_child
     def forward(ctx: Any, x: Tensor, order: float | Tensor, dim: int, n_iter: int) -> Tensor:
         r, m, _ = _operator(x, order, dim, n_iter)
         u = torch.where(r == 0, 0.0, r.pow(1 / order))
@@ -39,6 +41,7 @@ class _Normmax(torch.autograd.Function):
         return p
 
     @staticmethod
+    @alone_in_child
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p, order = ctx.saved_tensors
         order = ctx.order if order is None else order
@@ -57,6 +60,7 @@ class _NormmaxLoss(torch.autograd.Function):
     """Eq. 24, whose gradient is p - y."""
 
     @staticmethod
+    @alone_in_child
     def forward(ctx: Any, x: Tensor, index: Tensor, order: float | Tensor, dim: int, n_iter: int) -> Tensor:
         acc = accumulation_dtype(x.dtype)
         _, m, delta = _operator(x.to(acc), order, dim, n_iter)
@@ -67,6 +71,7 @@ class _NormmaxLoss(torch.autograd.Function):
         return losses.masked_fill((index < 0) | (top == -torch.inf), 0.0)
 
     @staticmethod
+    @alone_in_child
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, index, order = ctx.saved_tensors
         p = normmax_rows(x.to(grad.dtype), ctx.order if order is None else order, ctx.dim, ctx.n_iter)

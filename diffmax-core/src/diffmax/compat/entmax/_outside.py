@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.numerics import alpha_weight
 
 
+@alone_in_child
 def outside(X: Tensor, e: Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:
     """Weights for e = alpha' - 1 < 0 or > 1, a tensor that broadcasts against X with `dim` reduced to 1."""
     if X.ndim == 0:
@@ -29,6 +31,7 @@ class _Outside(torch.autograd.Function):
     """Eq. 21 with the gradients of Eq. 3 and 4, which hold for every e. Backward consists of differentiable operators of p."""
 
     @staticmethod
+    @alone_in_child
     def forward(ctx: Any, x: Tensor, e: Tensor, dim: int, n_iter: int, ensure_sum_one: bool) -> Tensor:
         p = _solve(x, e, dim, n_iter, ensure_sum_one)
         ctx.save_for_backward(p, e)
@@ -36,6 +39,7 @@ class _Outside(torch.autograd.Function):
         return p
 
     @staticmethod
+    @alone_in_child
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p, e = ctx.saved_tensors
         live = p != 0  # NaN counts as live and so reaches the gradient

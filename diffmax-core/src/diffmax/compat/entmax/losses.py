@@ -8,6 +8,7 @@ from torch import Tensor
 from diffmax.compat.entmax._normmax import normmax_losses
 from diffmax.compat.entmax._parameters import check_k, check_values, order_minus_one
 from diffmax.compat.entmax.root_finding import norm_order
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import check_scores
 from diffmax.operators.common.numerics import MIN_E
@@ -242,6 +243,7 @@ class NormmaxBisectLoss(_Loss):
         return _normmax_losses(name, X, target, self.alpha, self.n_iter, self.ignore_index, self.reduction)
 
 
+@alone_in_child
 def _losses(
     name: str, X: Tensor, target: Tensor, alpha: float | Tensor, n_iter: int, ignore_index: int, reduction: str
 ) -> Tensor:
@@ -255,6 +257,7 @@ def _losses(
     return fenchel_young(X, target, e, e_tensor, dim, None, ignore_index, _torch_name(reduction), n_iter)
 
 
+@alone_in_child
 def _normmax_losses(
     name: str, X: Tensor, target: Tensor, alpha: float | Tensor, n_iter: int, ignore_index: int, reduction: str
 ) -> Tensor:

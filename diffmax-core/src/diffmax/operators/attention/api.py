@@ -309,7 +309,7 @@ def _one_by_one(
 @alone_in_child
 def _by_token(out: Tensor, extra: Extra) -> tuple[Tensor, Extra]:
     """(1, H, T, D) as (T, H, D), and what comes with it likewise; weights (1, H, T_q, T_k) as (H, T_q, T_k)."""
-    out = out[0].transpose(0, 1).contiguous()
+    out = out.squeeze(0).transpose(0, 1).contiguous()  # `out[0]` would fill its gradient with zeros first
     if isinstance(extra, AttentionStats):
         return out, AttentionStats(extra.tau[0].T, extra.support_size[0].T, extra.tile_sparsity[0])
     return out, extra and extra.reshaped(extra.shape[1:])

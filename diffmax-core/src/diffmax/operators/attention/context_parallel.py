@@ -70,7 +70,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options, ranks: R
     run = {"ulysses": _by_heads, "all_gather": _by_tokens, "live_blocks": _by_live_blocks}[options.method]
     with without_autocast(query):
         out = run(query, key, value, options, ranks, lengths)
-    return out[0].transpose(0, 1).contiguous() if packed else out
+    return out.squeeze(0).transpose(0, 1).contiguous() if packed else out
 
 
 def _cheapest(query: Tensor, key: Tensor, value: Tensor, options: Options, lengths: list[int], learning: bool) -> str:

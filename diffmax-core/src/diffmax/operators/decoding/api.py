@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffmax.machine.dispatch import selected
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention import checks as attention_checks
 from diffmax.operators.common.autocast import autocast
 from diffmax.operators.common.capture import captured, is_captured
@@ -73,6 +74,7 @@ for _kind in (PageBounds, KVCacheStats):
     _kind.__module__ = "diffmax"  # the module name that pickles store
 
 
+@alone_in_child
 def page_bounds(
     k_cache: Tensor,
     cache_seqlens: int | Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffmax.machine.dispatch import selected
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import OR_FUNCTION, as_int, check_scores, check_settings, one_minus_alpha
 from diffmax.operators.common.resettable import Resettable
@@ -16,6 +17,7 @@ from diffmax.operators.rows.api import Alpha
 __all__ = ["DiffmaxLoss", "diffmax_loss"]
 
 
+@alone_in_child
 def diffmax_loss(
     X: Tensor,
     target: Tensor,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.common import portable
 from diffmax.operators.common.autograd import differentiates, has_tangent
 from diffmax.operators.common.numerics import accumulation_dtype, clamp_e
@@ -151,5 +152,5 @@ def _loss_backward_autograd(*flat: Any) -> Any:
     return grad_x, grad_e
 
 
-enter(FORWARD, run=rows.loss, autograd=_loss_autograd, fake=_loss_fake)
-enter(BACKWARD, run=rows.loss_backward, autograd=_loss_backward_autograd, fake=_loss_backward_fake)
+enter(FORWARD, run=alone_in_child(rows.loss), autograd=_loss_autograd, fake=_loss_fake)
+enter(BACKWARD, run=alone_in_child(rows.loss_backward), autograd=_loss_backward_autograd, fake=_loss_backward_fake)

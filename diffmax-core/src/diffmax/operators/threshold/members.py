@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from diffmax.machine.forked import alone_in_child
 from diffmax.operators.attention.checks import _check_floating, check_heads, check_tensors
 from diffmax.operators.common.autocast import autocast, without_autocast
 from diffmax.operators.common.capture import captured, is_captured
@@ -59,6 +60,7 @@ def lazy_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@alone_in_child
 def lazy_attention(
     query: Tensor,
     key: Tensor,
@@ -169,6 +171,7 @@ def lazy_attention_varlen(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@alone_in_child
 def lazy_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -312,6 +315,7 @@ def _per_head(name: str, what: str, query: Tensor, given: float | Tensor) -> Ten
     return given.to(acc).view(1, -1, 1)
 
 
+@alone_in_child
 def threshold_rectified_attention(
     q: Tensor,
     k: Tensor,
@@ -399,6 +403,7 @@ def _unit(t: Tensor) -> Tensor:
     return t * norm.masked_fill(norm == 0, 1.0).rsqrt()
 
 
+@alone_in_child
 def threshold_differential_attention(
     q1: Tensor,
     q2: Tensor,
