@@ -1,4 +1,4 @@
-"""Every public call in a forked child, as a worker of a data loader is: OpenMP's threads stay in the parent, nobody may wait."""
+"""Every public call in a forked child, where no thread of OpenMP is left: none may be waited for."""
 
 import json
 import os

@@ -11,7 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS, power_of_two
+from diffmax.kernels.triton.common.launch import compiler_options, power_of_two
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Settings:
         values: Entries of the value dimension accumulated at a time.
         rows: Queries of a program of the second kernel, 64 or 128, which share the tiles that it loads; 64 of packed
             sequences.
-        side: AMD: rows and columns of what a matrix instruction computes, 16 or 32; 0 leaves it to the compiler. Where
-            a tile has fewer of 32 than the program has warps, some warps compute what others do.
+        side: As in `common.launch.compiler_options`.
     """
 
     warps: int
@@ -77,8 +76,7 @@ class Block:
 
 def compiled_with(settings: Settings | Block) -> dict[str, int]:
     """What the compiler has to know, as launch arguments."""
-    side = {"matrix_instr_nonkdim": settings.side} if settings.side else {}
-    return {"num_warps": settings.warps, "num_stages": settings.stages, **side, **COMPILER_OPTIONS}
+    return compiler_options(settings.warps, settings.stages, settings.side)
 
 
 class Forward(NamedTuple):
@@ -152,7 +150,10 @@ NARROW = (torch.float16, torch.bfloat16)
 FLOAT16, BFLOAT16, WIDE = (torch.float16,), (torch.bfloat16,), (torch.float32,)
 
 _COUNTED = "predicted by decision 0090: the fewest instructions per score"
+_ONCE = "predicted by decision 0137: no warp computes what another does"
 FORWARD = (
+    Rule("mma", WIDE, 256, Forward(Settings(8, 1, 1, chunk=32), Settings(4, 1, 2, 16, 32, 32)), extras=True, origin=_ONCE),
+    Rule("mma", WIDE, 256, Forward(Settings(4, 1, 2, chunk=16), Settings(4, 1, 2, 16, 32, 32)), origin=_ONCE),
     Rule("nvidia", WIDE, 256, Forward(Settings(8, 1, 1, chunk=32), Settings(8, 1, 1, keys=16, chunk=32, values=32))),
     Rule("nvidia", NARROW, 256, Forward(Settings(8, 1, 1, chunk=64), Settings(8, 1, 1, 16, 64, values=128)), extras=True),
     # four warps are one group, whose tile has 64 rows; of eight, half do the work of the others again
@@ -180,7 +181,7 @@ _SMALLER = "predicted by decision 0057: the largest tiles that no compiler spill
 BACKWARD = tuple(
     Rule(family, dtypes, most, _tiles(dq, dkv), extras=True, origin=_SMALLER)
     for family, dtypes, most, dq, dkv in (
-        ("mma", NARROW, 64, Block(32, 32, 4, 2), Block(32, 64, 8, 2)),
+        ("mma", NARROW, 64, Block(32, 32, 4, 2), Block(32, 64, 4, 1)),
         ("sm90", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
         ("sm90", NARROW, 128, Block(64, 32, 4, 2), Block(16, 64, 4, 2)),
         ("sm100", NARROW, 64, Block(32, 32, 4, 2), Block(32, 64, 4, 2)),
@@ -191,7 +192,7 @@ BACKWARD = tuple(
     Rule(family, dtypes, most, _tiles(dq, dkv), origin=_LARGEST)
     for family, dtypes, most, dq, dkv in (
         ("mma", NARROW, 64, Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
-        ("mma", NARROW, 128, Block(64, 32, 4, 2), Block(32, 64, 8, 2)),
+        ("mma", NARROW, 128, Block(64, 32, 4, 2), Block(64, 64, 8, 1)),
         ("mma", NARROW, 256, Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
         ("sm90", NARROW, 64, Block(128, 64, 8, 2), Block(64, 64, 4, 2)),
         ("sm90", NARROW, 128, Block(128, 64, 8, 2), Block(32, 64, 4, 1)),

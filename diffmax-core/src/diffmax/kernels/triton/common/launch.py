@@ -26,6 +26,20 @@ SMALLEST_E_FOR_HARDWARE = 1 / 64
 # Compiler option of every launch: fuse a * b + c into one rounding; explicit, because Triton's default is about to change
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
+
+def compiler_options(warps: int, stages: int, side: int = 0) -> dict[str, Any]:
+    """Of a launch.
+
+    Args:
+        warps: Warps per program.
+        stages: Pipeline stages: tiles in flight.
+        side: AMD: rows and columns of what a matrix instruction computes, 16 or 32; 0 leaves it to the compiler. Where
+            a tile has fewer of 32 than the program has warps, some warps compute what others do (decision 0136).
+    """
+    instruction = {"matrix_instr_nonkdim": side} if side else {}
+    return {"num_warps": warps, "num_stages": stages, **instruction, **COMPILER_OPTIONS}
+
+
 # Since this version a binary takes the arguments of its kernel, constants included (decision 0093)
 _DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 MOST_PLANS = 256

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS
+from diffmax.kernels.triton.common.launch import compiler_options
 
 # Architectures of NVIDIA whose matrix instructions have both operands in registers
 MMA = ("sm80", "sm86", "sm89", "sm120")
@@ -23,6 +23,7 @@ class Block:
         others: Keys or queries that meet a program's tokens at a time.
         warps: Warps per program.
         stages: Pipeline stages.
+        side: As in `common.launch.compiler_options`.
     """
 
     tokens: int
@@ -30,11 +31,12 @@ class Block:
     others: int
     warps: int
     stages: int
+    side: int = 0
 
     def arguments(self, *, pairs: bool = True) -> dict[str, int]:
         """The settings as launch arguments."""
         tile = {"BLOCK_T": self.tokens, "BLOCK_P": self.entries, **({"BLOCK_N": self.others} if pairs else {})}
-        return tile | {"num_warps": self.warps, "num_stages": self.stages, **COMPILER_OPTIONS}
+        return tile | compiler_options(self.warps, self.stages, self.side)
 
 
 class Blocks(NamedTuple):
@@ -56,28 +58,74 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int, degree
         tokens: How many tokens a program may have, at most: those of a chunk, or all queries.
         degree: p.
     """
-    amd, wide = architecture.startswith("gfx"), dtype == torch.float32
+    if architecture.startswith("gfx"):
+        found = _on_amd(architecture, dtype, size, tokens, degree)
+        return _without_repetition(found) if architecture.startswith("gfx9") else found
+    if dtype == torch.float32:
+        return _wide_on_nvidia(size)
+    return _on_mma(size, tokens) if architecture in MMA else _on_nvidia(size, tokens)
+
+
+def _on_nvidia(size: int, tokens: int) -> Blocks:
+    if size > 64:
+        large = size > 128
+        block = Block(32 if large else 64, 16 if large else 32, 16 if large else 32, 8, 2)
+        return Blocks(replace(block, entries=64), block, block, block)
+    # twice the tokens share the parts into which a tile of a state is split
+    many, warps = (128, 8) if tokens > 64 else (64, 4)
+    gradient = Block(many, 32, 32, warps, 2)
+    return Blocks(Block(64, 64, 0, 4, 2), Block(many, 64, 64, warps, 2), gradient, gradient)
+
+
+def _on_mma(size: int, tokens: int) -> Blocks:
+    """A warp for each 16 rows of a tile, as far as it does not spill much: with more, some compute what others do."""
+    if size > 128:
+        block = Block(32, 16, 16, 8, 2)
+        return Blocks(replace(block, entries=32), block, block, block)
+    if size > 64:
+        read = Block(64, 16, 16, 4, 1)
+        return Blocks(Block(16, 64, 0, 4, 1), read, read, replace(read, warps=8, stages=2))
+    many, warps = (128, 8) if tokens > 64 else (64, 4)
+    small = Block(many, 16, 16, warps, 2 if warps == 8 else 1)
+    return Blocks(Block(32, 64, 0, 4, 2), Block(many, 32, 64, warps, 2), Block(many, 32, 32, warps, 2), small)
+
+
+def _wide_on_nvidia(size: int) -> Blocks:
+    """Of float32, whose matrix instructions are the same everywhere; as for `_on_mma`."""
+    read = Block(32, 16, 16, 2, 1)
+    if size > 128:
+        return Blocks(Block(32, 32, 0, 8, 2), *(replace(read, warps=8, stages=2),) * 3)
+    if size > 64:
+        return Blocks(Block(16, 32, 0, 2, 1), read, replace(read, warps=4), replace(read, warps=8, stages=2))
+    return Blocks(Block(32, 32, 0, 2, 1), replace(read, stages=2), read, Block(32, 16, 16, 2 if size <= 32 else 4, 2))
+
+
+def _on_amd(architecture: str, dtype: torch.dtype, size: int, tokens: int, degree: int) -> Blocks:
     # four warps of 64 lanes may have 512 registers for each lane, eight have 256
     cdna = architecture.startswith("gfx9")
-    # matrix instructions that read their operands from registers
-    by_registers = amd or architecture in MMA
-    if wide:
-        narrow_unit = architecture.startswith("gfx11") and size > 64
+    if dtype == torch.float32:
+        narrow_unit = not cdna and size > 64
         block = Block(16 if narrow_unit else 32, 32 if size <= 64 else 16, 32 if size <= 64 else 16, 4 if size <= 64 else 8, 2)
         small = replace(block, entries=16, others=16)
         update = replace(block, entries=16 if narrow_unit else 32, warps=8)
-        return Blocks(update, block if not narrow_unit else small, block if not by_registers else small, small)
+        return Blocks(update, block if not narrow_unit else small, small, small)
     if size > 64:
-        large = size > 128 or amd
-        block = Block(32 if large else 64, 16 if large else 32, 16 if large else 32, 4 if cdna else 8, 2)
-        gradient = replace(block, entries=16, others=16) if by_registers else block
-        return Blocks(replace(block, entries=32 if by_registers else 64), block, gradient, gradient)
+        block = Block(32, 16, 16, 4 if cdna else 8, 2)
+        return Blocks(replace(block, entries=32), block, block, block)
     # twice the tokens share the parts into which a tile of a state is split
-    many, warps = (128, 8) if tokens > 64 and not cdna else (64, 8 if architecture in MMA else 4)
-    rounded = dtype == torch.bfloat16
-    tight = amd and degree > 2  # more columns lie in AMD's 64 KiB of shared memory
-    update = Block(64, 64 if (rounded and not tight) or not by_registers else 32, 0, 8 if architecture in MMA else 4, 2)
-    output = Block(many, 32 if architecture in MMA or tight else 64, 64, warps, 2)
+    many, warps = (128, 8) if tokens > 64 and not cdna else (64, 4)
+    rounded, tight = dtype == torch.bfloat16, degree > 2  # more columns lie in 64 KiB of local memory
+    update = Block(64, 64 if rounded and not tight else 32, 0, 4, 2)
     gradient = Block(many, 32, 32, warps, 2)
-    small = replace(gradient, entries=16, others=16) if architecture in MMA else gradient
-    return Blocks(update, output, gradient, small)
+    return Blocks(update, Block(many, 32 if tight else 64, 64, warps, 2), gradient, gradient)
+
+
+def _without_repetition(found: Blocks) -> Blocks:
+    """On CDNA: as many warps as a tile has rows of 16, which its matrix instructions then compute (decision 0137).
+
+    The rows of the update are monomials, those of the others tokens. With two stages Triton 3.7 fails at dK and dV in bfloat16,
+    "LLVM Translation failed for operation: builtin.unrealized_conversion_cast".
+    """
+    rows = (found.update.entries, *(block.tokens for block in found[1:]))
+    many = Blocks(*(replace(block, warps=min(block.warps, of // 16), side=16) for block, of in zip(found, rows, strict=True)))
+    return many._replace(dkv=replace(many.dkv, stages=1))

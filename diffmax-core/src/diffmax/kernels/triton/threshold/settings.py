@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from diffmax.kernels.triton.common.launch import COMPILER_OPTIONS
+from diffmax.kernels.triton.common.launch import compiler_options
 
 # Architectures of NVIDIA whose matrix instructions have both operands in registers
 MMA = ("sm80", "sm86", "sm89", "sm120")
@@ -21,12 +21,14 @@ class Block:
         rows, keys: Queries and keys of a tile.
         warps: Warps per program.
         stages: Pipeline stages: tiles in flight.
+        side: As in `common.launch.compiler_options`.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    side: int = 0
 
     def arguments(self) -> dict[str, int]:
         """The settings as launch arguments."""
@@ -34,7 +36,7 @@ class Block:
 
     def options(self) -> dict[str, int]:
         """Those for the compiler."""
-        return {"num_warps": self.warps, "num_stages": self.stages, **COMPILER_OPTIONS}
+        return compiler_options(self.warps, self.stages, self.side)
 
 
 class Blocks(NamedTuple):
@@ -57,24 +59,65 @@ def blocks(architecture: str, dtype: torch.dtype, size: int) -> Blocks:
         dtype: Of queries, keys and values.
         size: Padded size of a head.
     """
-    rdna, by_registers = architecture.startswith("gfx11"), architecture in MMA
-    stages = 1 if architecture.startswith("gfx") else 2
-    bias = Block(16, 32, 8 if dtype == torch.float32 else 4, 1)
-    if rdna:
+    if architecture.startswith("gfx9"):
+        return _on_cdna(dtype, size)
+    if architecture.startswith("gfx"):
         few = Block(16, 32 if dtype != torch.float32 and size <= 64 else 16, 4 if size <= 64 else 8, 1)
-        return Blocks(Block(64, 32, 8, 1) if few.keys == 32 else few, few, few, bias)
+        return Blocks(Block(64, 32, 8, 1) if few.keys == 32 else few, few, few, _bias(dtype))
     if dtype == torch.float32:
-        least = Block(16, 16, 8, 1)
-        wide = Block(32, 32 if size <= 64 else 16, 8, 1) if size <= 128 else least  # of 256, four tiles fit
-        return Blocks(wide, wide, wide if size <= 64 else least, bias)
+        return _wide_on_nvidia(size)
+    return _on_mma(size) if architecture in MMA else _on_nvidia(architecture, size)
+
+
+def _bias(dtype: torch.dtype) -> Block:
+    return Block(16, 32, 8 if dtype == torch.float32 else 4, 1)
+
+
+def _on_nvidia(architecture: str, size: int) -> Blocks:
     if size > 128:
         small = Block(32, 32, 8, 1)
-        return Blocks(small, small, small, bias)
+        return Blocks(small, small, small, _bias(torch.bfloat16))
     # four warps are one group of sm90, whose tile has 64 rows
-    sm90, amd = architecture == "sm90", stages == 1
-    warps, warps_of_keys = 4 if sm90 or amd else 8, 8 if by_registers else 4
+    sm90 = architecture == "sm90"
+    warps = 4 if sm90 else 8
     if size > 64:
-        return Blocks(Block(64, 64, warps, stages), Block(64, 32, warps, stages), Block(32, 32, warps_of_keys, stages), bias)
-    queries = Block(64, 32 if by_registers else 64, warps, stages)
-    keys = Block(64, 64, 4, 1) if sm90 else Block(32, 64, warps_of_keys, stages)
-    return Blocks(Block(64, 64, 4, stages), queries, keys, Block(32, 64, 4, 1))
+        return Blocks(Block(64, 64, warps, 2), Block(64, 32, warps, 2), Block(32, 32, 4, 2), _bias(torch.bfloat16))
+    return Blocks(
+        Block(64, 64, 4, 2), Block(64, 64, warps, 2), Block(64, 64, 4, 1) if sm90 else Block(32, 64, 4, 2), Block(32, 64, 4, 1)
+    )
+
+
+def _on_mma(size: int) -> Blocks:
+    """A warp for each 16 rows of a tile, as far as it does not spill much: with more, some compute what others do."""
+    if size > 128:
+        small = Block(32, 32, 8, 1)
+        return Blocks(Block(32, 32, 4, 1), small, small, _bias(torch.bfloat16))
+    keys = Block(32, 64, 4, 1)
+    if size > 64:
+        return Blocks(Block(64, 64, 4, 2), Block(64, 32, 4, 1), keys, _bias(torch.bfloat16))
+    return Blocks(Block(64, 64, 4, 2), Block(64, 32, 4, 2), keys, keys)
+
+
+def _wide_on_nvidia(size: int) -> Blocks:
+    """Of float32, whose matrix instructions are the same everywhere; as for `_on_mma`."""
+    bias, queries, keys = _bias(torch.float32), Block(32, 16, 2, 1), Block(16, 32, 2, 1)
+    if size > 128:
+        return Blocks(queries, Block(16, 16, 2, 1), Block(16, 16, 8, 1), bias)
+    return Blocks(queries, queries, keys if size <= 64 else replace(keys, warps=4), bias)
+
+
+def _on_cdna(dtype: torch.dtype, size: int) -> Blocks:
+    """Those in which no warp computes what another does, and of them the fewest instructions per score (decision 0137)."""
+    bias = Block(16, 32, 2, 1, 16)
+    if dtype == torch.float32:
+        if size <= 64:
+            return Blocks(Block(64, 64, 4, 1, 16), Block(64, 32, 4, 1, 16), Block(32, 64, 4, 1, 16), bias)
+        if size <= 128:
+            return Blocks(Block(64, 64, 4, 1, 16), Block(64, 32, 4, 1, 16), Block(16, 64, 4, 1, 16), bias)
+        # larger tiles fill the local memory
+        return Blocks(Block(32, 32, 2, 1, 16), Block(32, 16, 2, 1, 16), Block(16, 32, 2, 1, 16), bias)
+    if size <= 64:
+        return Blocks(Block(64, 32, 2, 1), Block(64, 32, 2, 1, 16), Block(32, 64, 2, 1, 16), Block(32, 64, 4, 1, 16))
+    if size <= 128:
+        return Blocks(Block(64, 32, 2, 1, 16), Block(64, 32, 4, 1, 16), Block(32, 64, 4, 1, 16), bias)
+    return Blocks(Block(64, 32, 4, 1, 16), Block(64, 16, 4, 1, 16), Block(16, 64, 4, 1, 16), bias)
