@@ -12,6 +12,7 @@ from diffmax.kernels.triton.power.launch import PowerOperator
 from diffmax.plugin import PowerCall
 from diffmax.testing.ahead_of_time import recording
 from tests import interpreted
+from tests.repeated_products import repeated
 
 
 @pytest.mark.slow
@@ -37,6 +38,32 @@ def test_matrix_cores_are_used(target, instruction):
         assert compiled.resources["shared"] <= compiled.target.shared, f"{compiled.name}: {compiled.resources}"
         if "scan" not in compiled.name and "means" not in compiled.name:
             assert instruction in compiled.text, compiled.name
+
+
+@pytest.mark.compiler
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("degree", ["2", "4"])
+@pytest.mark.parametrize(
+    ("target", "dtype", "size"),
+    [
+        *(
+            (target, dtype, size)
+            for target in ("gfx942", "gfx90a")
+            for dtype in ("bfloat16", "float32")
+            for size in ("32", "128")
+        ),
+        *(("sm80", dtype, "32") for dtype in ("bfloat16", "float32")),
+        ("sm120", "float16", "64"),
+    ],
+)
+def test_no_warp_repeats_what_another_computes(target, dtype, size, degree):
+    """Decision 0137. On NVIDIA larger heads have too few registers for it."""
+    own = [kernel for kernel in kernels() if kernel.__name__.startswith("power")]
+    with recording(target, *own) as launched:
+        call_power({"target": target, "dtype": dtype, "size": size, "degree": degree, "features": "plain"})
+    for compiled in launched:
+        if "scan" not in compiled.name and "means" not in compiled.name:
+            assert repeated(compiled) == 1, compiled.name
 
 
 @pytest.mark.compiler

@@ -13,6 +13,7 @@ from diffmax.kernels.triton.threshold.launch import ThresholdOperator
 from diffmax.plugin import ThresholdCall
 from diffmax.testing.ahead_of_time import recording
 from tests import interpreted
+from tests.repeated_products import repeated
 
 
 @pytest.mark.slow
@@ -48,6 +49,31 @@ def test_matrix_cores_are_used(target, instruction):
         assert compiled.resources["shared"] <= compiled.target.shared, f"{compiled.name}: {compiled.resources}"
         if "dbias" not in compiled.name:  # whose tiles have 32 queries
             assert instruction in compiled.text, compiled.name
+
+
+@pytest.mark.compiler
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("weights", ["softmax", "scores"])
+@pytest.mark.parametrize(
+    ("target", "dtype", "size"),
+    [
+        *(
+            (target, dtype, size)
+            for target in ("gfx942", "gfx90a")
+            for dtype in ("bfloat16", "float32")
+            for size in ("64", "256")
+        ),
+        *(("sm80", "bfloat16", size) for size in ("64", "128")),
+        ("sm120", "float32", "64"),
+    ],
+)
+def test_no_warp_repeats_what_another_computes(target, dtype, size, weights):
+    """Decision 0137. On NVIDIA larger heads have too few registers for it."""
+    own = [kernel for kernel in kernels() if kernel.__name__.startswith("threshold")]
+    with recording(target, *own) as launched:
+        call_threshold({"target": target, "dtype": dtype, "size": size, "weights": weights, "options": "plain"})
+    for compiled in launched:
+        assert repeated(compiled) == 1, compiled.name
 
 
 @pytest.mark.compiler

@@ -40,6 +40,11 @@ def compiler_options(warps: int, stages: int, side: int = 0) -> dict[str, Any]:
     return {"num_warps": warps, "num_stages": stages, **instruction, **COMPILER_OPTIONS}
 
 
+def reads_registers(architecture: str) -> bool:
+    """Whether matrix instructions have both operands in registers, on NVIDIA: sm80 to sm89, and from sm120 on."""
+    return architecture.startswith("sm") and (80 <= int(architecture[2:]) < 90 or int(architecture[2:]) >= 120)
+
+
 # Since this version a binary takes the arguments of its kernel, constants included (decision 0093)
 _DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 MOST_PLANS = 256

@@ -7,10 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffmax.kernels.triton.common.launch import compiler_options
-
-# Architectures of NVIDIA whose matrix instructions have both operands in registers
-MMA = ("sm80", "sm86", "sm89", "sm120")
+from diffmax.kernels.triton.common.launch import compiler_options, reads_registers
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int, degree
         return _without_repetition(found) if architecture.startswith("gfx9") else found
     if dtype == torch.float32:
         return _wide_on_nvidia(size)
-    return _on_mma(size, tokens) if architecture in MMA else _on_nvidia(size, tokens)
+    return _on_mma(size, tokens) if reads_registers(architecture) else _on_nvidia(size, tokens)
 
 
 def _on_nvidia(size: int, tokens: int) -> Blocks:

@@ -7,10 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffmax.kernels.triton.common.launch import compiler_options
-
-# Architectures of NVIDIA whose matrix instructions have both operands in registers
-MMA = ("sm80", "sm86", "sm89", "sm120")
+from diffmax.kernels.triton.common.launch import compiler_options, reads_registers
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def blocks(architecture: str, dtype: torch.dtype, size: int) -> Blocks:
         return Blocks(Block(64, 32, 8, 1) if few.keys == 32 else few, few, few, _bias(dtype))
     if dtype == torch.float32:
         return _wide_on_nvidia(size)
-    return _on_mma(size) if architecture in MMA else _on_nvidia(architecture, size)
+    return _on_mma(size) if reads_registers(architecture) else _on_nvidia(architecture, size)
 
 
 def _bias(dtype: torch.dtype) -> Block:
