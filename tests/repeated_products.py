@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from diffmax.testing.ahead_of_time import Compiled
+from benchmarks.compile_kernels import CALLS, kernels
+from diffmax.testing.ahead_of_time import Compiled, recording
 
 _LAYOUT = re.compile(r"^(#\w+) = #ttg\.(?:amd_mfma|nvidia_mma)<\{(.*)\}>", re.MULTILINE)
 _PRODUCT = re.compile(r"tt\.dot .*-> tensor<(\d+)x(\d+)x\w+, (#\w+)>")
@@ -23,3 +24,12 @@ def repeated(compiled: Compiled) -> float:
     products = [(int(rows), int(columns), layouts[name]) for rows, columns, name in _PRODUCT.findall(text)]
     assert products, "no product in the kernel's text: has the dialect changed?"
     return max(max(1, covered[0] / rows) * max(1, covered[1] / columns) for rows, columns, covered in products)
+
+
+def of_operator(operator: str, target: str, besides: tuple[str, ...] = (), **case: str) -> list[str]:
+    """The kernels of a call in which warps repeat each other; `besides`: parts of the names of those without a product."""
+    own = [kernel for kernel in kernels() if kernel.__name__.startswith(operator)]
+    with recording(target, *own) as launched:
+        CALLS[operator]({"target": target, **case})
+    assert launched
+    return [one.name for one in launched if not any(part in one.name for part in besides) and repeated(one) > 1]
