@@ -18,7 +18,7 @@ from hypothesis import settings
 from diffmax.machine.dispatch import registry
 
 # helpers without tests: to collect the stand-in device is to import it, and to turn this process into its host; model_types
-# needs transformers, which `make floor` does not install
+# needs transformers and repeated_products Triton, which `make floor` does not install
 collect_ignore = [
     "fresh.py",
     "interpreted.py",
@@ -26,6 +26,7 @@ collect_ignore = [
     "npu_on_standin.py",
     "overlay.py",
     "ranks.py",
+    "repeated_products.py",
     "standin_device.py",
     "standin_npu.py",
     "timm_standin.py",
