@@ -48,7 +48,10 @@ ALPHAS = ("0.5", "0.85", "0.9", "tensor", "fixed")
 PRODUCTS = ("0.5", "0.9")  # whose powers are products
 BACKWARD = ("rows backward", "dQ", "dK, dV")
 SIZES = {"rows": (1024, 4096), "attention": (64, 128), "decoding": (64, 128), "power": (32, 64), "threshold": (64,)}
-DTYPES = {"rows": ("float32", "bfloat16"), **dict.fromkeys(("attention", "decoding", "power", "threshold"), ("bfloat16",))}
+DTYPES = {
+    **dict.fromkeys(("rows", "threshold"), ("float32", "bfloat16")),
+    **dict.fromkeys(("attention", "decoding", "power"), ("bfloat16",)),
+}
 DEGREES = ("p2", "p4")
 WEIGHTS = ("softmax", "scores")
 
@@ -113,8 +116,6 @@ def cases(
 ) -> Iterator[Case]:
     """Those selected; no sizes: all."""
     for target, operator in itertools.product(targets, operators):
-        if operator == "threshold" and target != "sm90":
-            continue
         variants = {"power": DEGREES, "threshold": WEIGHTS}.get(operator, alphas)
         if operator == "decoding":
             variants = [alpha for alpha in variants if alpha != "fixed"]
