@@ -32,7 +32,7 @@ from benchmarks.sources import OPERATORS, fingerprint  # noqa: E402
 
 FOLDER = ROOT / "build" / "check-triton"
 PAGE = ROOT / "docs" / "kernels.md"
-VERSIONS = ("3.6.0", "3.9.0")
+VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 LIMIT_S = 1800
 
 
@@ -163,9 +163,9 @@ MADE_FROM = "\nSources without a fault: {}.\n"
 HEAD = """# What the compiler makes of the kernels
 
 Written by `make check-triton WRITE=--write`, which compiles every Triton kernel ahead of time, from the real launch code and
-with the shipped settings, on the oldest Triton that diffmax takes and on the newest. No device was used. Each cell holds the
-most that one of the kernel's binaries takes: registers of a thread, bytes that a thread spills (bold, where there are any),
-and KiB of shared memory. Spills that are known, and why each stays, are listed in `.ci/triton_spills.py`; more is an error.
+with the shipped settings, on the oldest Triton that diffmax takes, on the newest, and on that of the newest torch. No device was
+used. Each cell holds the most that one of the kernel's binaries takes: registers of a thread, bytes that a thread spills (bold,
+where there are any), and KiB of shared memory. Spills that are known, and why each stays, are listed in `.ci/triton_spills.py`; more is an error.
 The binaries, one by one, are what the command prints.
 
 """

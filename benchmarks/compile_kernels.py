@@ -64,7 +64,7 @@ Pairs = Sequence[tuple[str, str]]
 # Architectures with the same matrix instructions, and the same settings
 MMA = ("sm80", "sm86", "sm120")
 
-# For each operator: what varies, and what of it is to occur together. vendor, kind, family and bias follow.
+# For each operator: what varies, and what of it is to occur together. vendor, kind, family, unit and bias follow.
 FACTORS: dict[str, Factors] = {
     "rows": {
         "target": TARGETS,
@@ -106,19 +106,22 @@ FACTORS: dict[str, Factors] = {
 PAIRS: dict[str, Pairs] = {
     "rows": (
         ("target", "vendor"), ("family", "dtype"), ("vendor", "length"), ("dtype", "length"), ("dtype", "alpha"),
-        ("length", "alpha"),
+        ("length", "alpha"), ("family", "alpha"),
     ),
     "long rows": (("target", "rows"), ("rows", "dtype"), ("rows", "alpha")),
     "attention": (
         ("family", "dtype"), ("family", "size"), ("target", "bias"), ("target", "for"), ("kind", "options"),
-        ("vendor", "alpha"), ("dtype", "size"), ("dtype", "options"), ("dtype", "alpha"), ("dtype", "for"),
+        ("unit", "alpha"), ("dtype", "size"), ("dtype", "options"), ("dtype", "alpha"), ("dtype", "for"), ("family", "options"),
     ),
     "decoding": (
-        ("target", "vendor"), ("dtype", "size"), ("dtype", "options"), ("vendor", "options"), ("options", "alpha"),
+        ("target", "vendor"), ("dtype", "size"), ("dtype", "options"), ("family", "options"), ("options", "alpha"),
+        ("unit", "alpha"),
     ),
-    "power": (("target", "vendor"), ("vendor", "dtype"), ("dtype", "size"), ("vendor", "degree"), ("target", "features")),
+    "power": (
+        ("target", "features"), ("family", "dtype"), ("family", "size"), ("family", "degree"), ("dtype", "size"),
+    ),
     "threshold": (
-        ("target", "bias"), ("family", "dtype"), ("vendor", "size"), ("target", "weights"), ("vendor", "options"),
+        ("target", "bias"), ("family", "dtype"), ("family", "size"), ("target", "weights"), ("family", "options"),
         ("dtype", "size"),
     ),
 }  # fmt: skip
@@ -142,6 +145,7 @@ class Case:
         own["vendor"] = own["target"][:2]
         own["kind"] = own["target"][: 2 if own["vendor"] == "sm" else 4]
         own["family"] = "gfx9" if own["target"].startswith("gfx9") else "mma" if own["target"] in MMA else own["target"]
+        own["unit"] = f"{own['family']}, {'narrow' if own['dtype'] in ('float16', 'bfloat16') else own['dtype']}"
         options = {**OPTIONS, **THRESHOLD_OPTIONS}.get(own.get("options", ""), ())
         own["bias"] = str(bool({"bias", "distance_bias"} & {*options}) and own.get("for", "training") == "training")
         return own

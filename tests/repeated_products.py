@@ -7,7 +7,7 @@ import re
 from benchmarks.compile_kernels import CALLS, kernels
 from diffmax.testing.ahead_of_time import Compiled, recording
 
-_LAYOUT = re.compile(r"^(#\w+) = #ttg\.(?:amd_mfma|nvidia_mma)<\{(.*)\}>", re.MULTILINE)
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.(?:amd_mfma|amd_wmma|nvidia_mma)<\{(.*)\}>", re.MULTILINE)
 _PRODUCT = re.compile(r"tt\.dot .*-> tensor<(\d+)x(\d+)x\w+, (#\w+)>")
 
 
@@ -16,14 +16,23 @@ def repeated(compiled: Compiled) -> float:
     text = compiled.kernel.asm["ttgir"]
     layouts = {}
     for name, fields in _LAYOUT.findall(text):
-        warps, instruction = (
-            [int(size) for size in re.search(rf"{key} = \[([\d, ]+)\]", fields)[1].split(",")][:2]
-            for key in ("warpsPerCTA", "instrShape")
-        )
-        layouts[name] = [many * side for many, side in zip(warps, instruction, strict=True)]
+        instruction = _numbers(fields, "instrShape")[:2] if "instrShape" in fields else [16, 16]
+        layouts[name] = [many * side for many, side in zip(_warps(fields), instruction, strict=True)]
     products = [(int(rows), int(columns), layouts[name]) for rows, columns, name in _PRODUCT.findall(text)]
     assert products, "no product in the kernel's text: has the dialect changed?"
     return max(max(1, covered[0] / rows) * max(1, covered[1] / columns) for rows, columns, covered in products)
+
+
+def _warps(fields: str) -> list[int]:
+    """Along rows and columns. From Triton 3.7 on RDNA's are given by the steps that each bit of a warp's number takes."""
+    if "warpsPerCTA" in fields:
+        return _numbers(fields, "warpsPerCTA")[:2]
+    steps = re.findall(r"\[(\d+), (\d+)\]", re.search(r"warp = \[(.*?\])\]", fields)[1])
+    return [1 + sum(int(step[axis]) for step in steps) for axis in (0, 1)]
+
+
+def _numbers(fields: str, name: str) -> list[int]:
+    return [int(size) for size in re.search(rf"{name} = \[([\d, ]+)\]", fields)[1].split(",")]
 
 
 def of_operator(operator: str, target: str, besides: tuple[str, ...] = (), **case: str) -> list[str]:

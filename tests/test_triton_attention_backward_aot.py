@@ -3,6 +3,8 @@
 Registers, spills and shared memory on every architecture: `make check-triton`, docs/kernels.md.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -76,11 +78,13 @@ def test_calls_without_options_spill_two_registers_at_most(target, size, e):
 
 
 @pytest.mark.sampled(8)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("target", ["gfx942", "gfx90a"])
-def test_no_warp_of_cdna_repeats_what_another_computes(target, size, dtype):
-    """A matrix instruction computes 32 by 32 there, if nobody asks for 16: tiles are small beside that."""
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [*itertools.product(["gfx942", "gfx90a"], [torch.bfloat16, torch.float32]), ("gfx1100", torch.bfloat16)],
+)
+def test_no_warp_of_amd_repeats_what_another_computes(target, size, dtype):
+    """A matrix instruction of CDNA computes 32 by 32, if nobody asks for 16: tiles are small beside that."""
     assert {compiled.name: repeated(compiled) for compiled in launches(target, dtype, size, 0.15)} == {
         kernel.__name__: 1 for kernel in KERNELS[:2]
     }

@@ -4,6 +4,7 @@ Triton decides at its import whether it interprets, so those tests run in a proc
 `triton_forward_interpreted.py` holds. Registers, spills and shared memory: `make check-triton`, docs/kernels.md.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -58,11 +59,13 @@ def test_matrix_cores_are_used(target, instruction):
 
 
 @pytest.mark.sampled(8)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("target", ["gfx942", "gfx90a"])
-def test_no_warp_of_cdna_repeats_what_another_computes(target, size, dtype):
-    """A matrix instruction computes 32 by 32 there, if nobody asks for 16: tiles are small beside that."""
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [*itertools.product(["gfx942", "gfx90a"], [torch.bfloat16, torch.float32]), ("gfx1100", torch.bfloat16)],
+)
+def test_no_warp_of_amd_repeats_what_another_computes(target, size, dtype):
+    """A matrix instruction of CDNA computes 32 by 32, if nobody asks for 16: tiles are small beside that."""
     for compiled in launches(target, dtype, size, 0.15, True):
         assert repeated(compiled) == 1, compiled.name
 

@@ -63,7 +63,7 @@ def test_matrix_cores_are_used(target, instruction):
             for dtype in ("bfloat16", "float32")
             for size in ("64", "256")
         ),
-        *(("sm80", "bfloat16", size) for size in ("64", "128")),
+        *((target, "bfloat16", size) for target in ("sm80", "gfx1100") for size in ("64", "128")),
         ("sm120", "float32", "64"),
     ],
 )

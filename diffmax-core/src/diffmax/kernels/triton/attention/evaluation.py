@@ -24,8 +24,9 @@ _SMALLEST_E = tl.constexpr(1 / 64)
 # For a larger |m|, t would lose digits of delta that show in 16 bits: the difference to m comes first
 _LARGEST_SHIFT = tl.constexpr(1024.0)
 
-# Partial sums of a row
-PARTIAL = tl.constexpr(8)
+# Partial sums of a row: entries that a thread of NVIDIA's matrix units holds are a multiple of 8 apart, of AMD's one of 16. A
+# tensor with fewer columns than a matrix instruction of RDNA has is one that Triton 3.6 and 3.7 do not compile behind a branch
+_PARTIAL, _PARTIAL_OF_AMD = tl.constexpr(8), tl.constexpr(16)
 
 
 class Level(NamedTuple):
@@ -100,8 +101,16 @@ def larger_or_nan(a, b):
 
 
 @triton.jit
-def partial_sums(x):
-    """Sums over every eighth entry of a row, (ROWS, 8): entries that a thread of NVIDIA's matrix units holds."""
+def no_sums(ROWS: tl.constexpr, PTX: tl.constexpr):
+    """`partial_sums` of nothing."""
+    PARTIAL: tl.constexpr = _PARTIAL if PTX else _PARTIAL_OF_AMD
+    return tl.zeros((ROWS, PARTIAL), tl.float32)
+
+
+@triton.jit
+def partial_sums(x, PTX: tl.constexpr):
+    """Sums over every eighth or sixteenth entry of a row, (ROWS, 8) or (ROWS, 16)."""
+    PARTIAL: tl.constexpr = _PARTIAL if PTX else _PARTIAL_OF_AMD
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // PARTIAL, PARTIAL)), axis=1)
 
 
@@ -117,20 +126,20 @@ def sums_of(x, level, k, K: tl.constexpr, POWER: tl.constexpr, PTX: tl.constexpr
     elif POWER == DIGITS:
         total, slope, curve = _sums_by_digits(y, k, PTX)
     elif K > 0:
-        total, slope, curve = _sums_by_products(positive(y), K)
+        total, slope, curve = _sums_by_products(positive(y), K, PTX)
     else:
         total, slope, curve = _sums_by_hardware(positive(y), k, PTX)
     return total, slope, curve
 
 
 @triton.jit
-def _sums_by_products(b, K: tl.constexpr):
+def _sums_by_products(b, K: tl.constexpr, PTX: tl.constexpr):
     if K == 2:
         few = tl.minimum(b, 2.0**-100)  # no comparison, whose predicates would cost more
-        return partial_sums(b * b), partial_sums(b), partial_sums(few) * 2.0**100
+        return partial_sums(b * b, PTX), partial_sums(b, PTX), partial_sums(few, PTX) * 2.0**100
     else:
         r = integer_power(b, K - 2)
-        return partial_sums(r * (b * b)), partial_sums(r * b), partial_sums(r)
+        return partial_sums(r * (b * b), PTX), partial_sums(r * b, PTX), partial_sums(r, PTX)
 
 
 @triton.jit
@@ -139,11 +148,11 @@ def _sums_by_hardware(b, k, PTX: tl.constexpr):
     log2_b = log2_by_hardware(b, PTX)
     if k >= 2.0:
         r = exp2_of(tl.maximum(k - 2.0, 1e-30) * log2_b, PTX)
-        total, slope, curve = partial_sums(r * (b * b)), partial_sums(r * b), partial_sums(r)
+        total, slope, curve = partial_sums(r * (b * b), PTX), partial_sums(r * b, PTX), partial_sums(r, PTX)
     else:
         s = exp2_of(tl.maximum(k - 1.0, 1e-30) * log2_b, PTX)
-        slope = partial_sums(s)
-        total, curve = partial_sums(s * b), slope * 0.0
+        slope = partial_sums(s, PTX)
+        total, curve = partial_sums(s * b, PTX), slope * 0.0
     return total, slope, curve
 
 
@@ -153,7 +162,7 @@ def _sums_by_digits(u, k, PTX: tl.constexpr):
     b = tl.where(dead, 0.0, u + 1.0)
     r = tl.where(dead, 0.0, exp2_of((k - 2.0) * log2_1p(u, False, PTX), PTX))
     s = r * b
-    return partial_sums(s * b), partial_sums(s), partial_sums(r)
+    return partial_sums(s * b, PTX), partial_sums(s, PTX), partial_sums(r, PTX)
 
 
 @triton.jit

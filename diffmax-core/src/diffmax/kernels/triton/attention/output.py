@@ -8,7 +8,7 @@ are split into shares of BLOCK_V entries; each share recomputes the scores.
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.evaluation import PARTIAL, level_at, partial_sums, support_of, weights_of
+from diffmax.kernels.triton.attention.evaluation import level_at, no_sums, partial_sums, support_of, weights_of
 from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, tile_scores
 from diffmax.kernels.triton.attention.steps import good_enough, largest_delta, linear_suffices, list_set_bits, stalls
 from diffmax.kernels.triton.attention.tiles import TILE, load_rows, load_vector, row_ptr, rows_inside, store_rows
@@ -106,7 +106,7 @@ def attention_out_kernel(
             lift, lift_u = _lifts(delta, row_k, HALF)
             level = level_at(m, delta, unit, head_e, POWER, EXACT)
             before, at = total, delta
-            all_total = tl.zeros((ROWS, PARTIAL), tl.float32)
+            all_total = no_sums(ROWS, PTX)
             all_slope = all_total
             acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
             acc_u = acc
@@ -118,9 +118,9 @@ def attention_out_kernel(
                 )  # fmt: skip
                 value = load_rows(v_at, begin, rows_inside(begin, block.n_keys, KEYS), v_row, entries, KEYS, BLOCK_V, WHOLE)
                 s, p = weights_of(x, level, head_k, K, POWER, KEEP, PTX)
-                all_total += partial_sums(p)
+                all_total += partial_sums(p, PTX)
                 if KEEP:
-                    all_slope += partial_sums(s)
+                    all_slope += partial_sums(s, PTX)
                 if DROPOUT:
                     own = ((b + block.sequence) * heads + h).to(tl.int32)
                     keeps = keep_mask(seed_ptr, (first + lanes)[:, None], (begin + tl.arange(0, KEYS))[None, :], own, threshold)

@@ -170,10 +170,9 @@ FORWARD = (
     Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, side=16)), extras=True),
     Rule("cdna", NARROW, 128, Forward(Settings(4, 1, 2, keys=128), Settings(2, 1, 2, keys=32)), origin=_COUNTED),
     Rule("cdna", NARROW, 256, Forward(Settings(4, 1, 2, chunk=64), Settings(4, 1, 1, keys=32, chunk=64, side=16))),
-    Rule("rdna", WIDE, 256, Forward(Settings(16, 1, 1, chunk=16), Settings(16, 1, 1, keys=16, chunk=16, values=16))),
+    Rule("rdna", WIDE, 256, Forward(Settings(16, 1, 1, chunk=16), Settings(16, 1, 1, keys=16, chunk=16, values=64))),
     Rule("rdna", NARROW, 64, Forward(Settings(8, 1, 1), Settings(8, 1, 1, keys=32)), extras=False),
-    # with 32 keys the compiler of Triton 3.9 crashes at the output
-    Rule("rdna", NARROW, 256, Forward(Settings(16, 1, 1, chunk=32), Settings(8, 1, 1, keys=16, chunk=32, values=32))),
+    Rule("rdna", NARROW, 256, Forward(Settings(16, 1, 1, chunk=32), Settings(4, 1, 2, 16, 32, values=128)), origin=_ONCE),
 )
 
 _LARGEST = "predicted by decision 0091: the fewest instructions per score without spills"
@@ -202,9 +201,7 @@ BACKWARD = tuple(
         ("sm100", NARROW, 256, Block(32, 32, 8, 1), Block(32, 32, 8, 1)),
         ("cdna", NARROW, 128, Block(64, 64, 4, 2, side=16), Block(32, 64, 4, 2, side=16)),
         ("cdna", NARROW, 256, Block(32, 32, 2, 1, side=16), Block(32, 32, 2, 1, 128, side=16)),
-        ("rdna", NARROW, 64, Block(32, 32, 4, 1), Block(16, 32, 4, 1)),
-        ("rdna", NARROW, 128, Block(16, 16, 4, 1, 32), Block(16, 16, 8, 1, 16)),
-        ("rdna", NARROW, 256, Block(16, 16, 8, 1, 16), Block(16, 16, 16, 1, 16)),
+        ("rdna", NARROW, 256, Block(64, 16, 4, 1), Block(16, 64, 4, 1)),
         ("mma", WIDE, 64, Block(32, 32, 8, 1), Block(32, 16, 8, 1)),
         ("mma", WIDE, 128, Block(32, 32, 8, 1, 32), Block(32, 32, 8, 1)),
         ("mma", WIDE, 256, Block(16, 16, 8, 1, 64), Block(16, 32, 8, 1)),
@@ -217,7 +214,7 @@ BACKWARD = tuple(
         ("cdna", WIDE, 64, Block(32, 32, 2, 1, side=16), Block(32, 32, 2, 1, side=16)),
         ("cdna", WIDE, 128, Block(32, 32, 2, 1, side=16), Block(32, 32, 2, 1, side=16)),
         ("cdna", WIDE, 256, Block(32, 32, 2, 1, 64, side=16), Block(16, 32, 2, 1, 64, side=16)),
-        ("rdna", WIDE, 64, Block(16, 16, 8, 1, 16), Block(16, 16, 8, 1, 16)),
+        ("rdna", WIDE, 64, Block(16, 16, 8, 1), Block(16, 16, 8, 1)),
         ("rdna", WIDE, 128, Block(16, 16, 8, 1, 16), Block(16, 16, 8, 1, 16)),
         ("rdna", WIDE, 256, Block(16, 16, 8, 1, 16), Block(16, 16, 16, 1, 16)),
     )

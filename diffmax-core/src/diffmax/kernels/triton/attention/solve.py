@@ -13,7 +13,7 @@ Nothing waits for the host. The reasons for this order, and its cost: docs/perfo
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.evaluation import PARTIAL, larger_or_nan, level_at, sums_of
+from diffmax.kernels.triton.attention.evaluation import larger_or_nan, level_at, no_sums, sums_of
 from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, sampled_scores, tile_scores
 from diffmax.kernels.triton.attention.steps import (
     largest_delta,
@@ -105,7 +105,7 @@ def attention_solve_kernel(
         if LARGER_SAMPLE:
             pool = tiles_of_sample(tiles, head_e)
             rough = level_at(reference, delta, unit, head_e, POWER, True)
-            total = tl.zeros((TILE, PARTIAL), tl.float32)
+            total = no_sums(TILE, PTX)
             slope, curve = total, total
             for i in range(0, pool):
                 spread = spread_keys(low_key, span, i, pool)
@@ -117,7 +117,7 @@ def attention_solve_kernel(
         # 2. S at the estimate, and the largest scores of every tile
         estimate = level_at(reference, delta, unit, head_e, POWER, EXACT)
         m = zero - float("inf")
-        total = tl.zeros((TILE, PARTIAL), tl.float32)
+        total = no_sums(TILE, PTX)
         slope, curve = total, total
         tl.debug_barrier()  # the previous block may still be read
         for i in range(0, tiles, AT_ONCE):
@@ -175,7 +175,7 @@ def attention_solve_kernel(
             count = list_live(tops_ptr, list_ptr, tiles, level, EXACT)
             tl.debug_barrier()
             before = tl.where(known, total, 0.0)
-            all_total = tl.zeros((TILE, PARTIAL), tl.float32)
+            all_total = no_sums(TILE, PTX)
             all_slope, all_curve = all_total, all_total
             for i in range(0, count):
                 tile = first_tile + tl.load(list_ptr + i)

@@ -55,9 +55,10 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int, degree
         tokens: How many tokens a program may have, at most: those of a chunk, or all queries.
         degree: p.
     """
+    if architecture.startswith("gfx9"):
+        return _without_repetition(_on_cdna(dtype, size, degree))
     if architecture.startswith("gfx"):
-        found = _on_amd(architecture, dtype, size, tokens, degree)
-        return _without_repetition(found) if architecture.startswith("gfx9") else found
+        return _on_rdna(dtype, size)
     if dtype == torch.float32:
         return _wide_on_nvidia(size)
     return _on_mma(size, tokens) if reads_registers(architecture) else _on_nvidia(size, tokens)
@@ -97,24 +98,34 @@ def _wide_on_nvidia(size: int) -> Blocks:
     return Blocks(Block(32, 32, 0, 2, 1), replace(read, stages=2), read, Block(32, 16, 16, 2 if size <= 32 else 4, 2))
 
 
-def _on_amd(architecture: str, dtype: torch.dtype, size: int, tokens: int, degree: int) -> Blocks:
+def _on_cdna(dtype: torch.dtype, size: int, degree: int) -> Blocks:
     # four warps of 64 lanes may have 512 registers for each lane, eight have 256
-    cdna = architecture.startswith("gfx9")
     if dtype == torch.float32:
-        narrow_unit = not cdna and size > 64
-        block = Block(16 if narrow_unit else 32, 32 if size <= 64 else 16, 32 if size <= 64 else 16, 4 if size <= 64 else 8, 2)
+        block = Block(32, 32, 32, 4, 2) if size <= 64 else Block(32, 16, 16, 8, 2)
         small = replace(block, entries=16, others=16)
-        update = replace(block, entries=16 if narrow_unit else 32, warps=8)
-        return Blocks(update, block if not narrow_unit else small, small, small)
+        return Blocks(replace(block, entries=32, warps=8), block, small, small)
     if size > 64:
-        block = Block(32, 16, 16, 4 if cdna else 8, 2)
+        block = Block(32, 16, 16, 4, 2)
         return Blocks(replace(block, entries=32), block, block, block)
-    # twice the tokens share the parts into which a tile of a state is split
-    many, warps = (128, 8) if tokens > 64 and not cdna else (64, 4)
     rounded, tight = dtype == torch.bfloat16, degree > 2  # more columns lie in 64 KiB of local memory
     update = Block(64, 64 if rounded and not tight else 32, 0, 4, 2)
-    gradient = Block(many, 32, 32, warps, 2)
-    return Blocks(update, Block(many, 32 if tight else 64, 64, warps, 2), gradient, gradient)
+    gradient = Block(64, 32, 32, 4, 2)
+    return Blocks(update, Block(64, 32 if tight else 64, 64, 4, 2), gradient, gradient)
+
+
+def _on_rdna(dtype: torch.dtype, size: int) -> Blocks:
+    """Warps of 32 lanes, which have at most 256 registers each. In 16 bits as for `_on_mma`; float32 has no matrix unit."""
+    if dtype == torch.float32:
+        gradient = Block(16, 16, 16, 8, 1)
+        if size > 64:
+            return Blocks(replace(gradient, stages=2), replace(gradient, stages=2), gradient, gradient)
+        return Blocks(Block(32, 32, 0, 8, 2), Block(32, 16, 16, 4, 1), gradient, gradient)
+    # the rows of the update are monomials, those of the others tokens
+    update, read = Block(16, 64, 0, 4 if size <= 64 else 8, 1), Block(64, 16, 16, 4, 1)
+    if size > 128:
+        gradient = Block(64, 16, 16, 8, 2)
+        return Blocks(update, read, gradient, gradient)
+    return Blocks(update, read if size <= 32 else replace(read, warps=8), replace(read, stages=2), read)
 
 
 def _without_repetition(found: Blocks) -> Blocks:

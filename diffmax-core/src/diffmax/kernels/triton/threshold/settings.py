@@ -59,8 +59,7 @@ def blocks(architecture: str, dtype: torch.dtype, size: int) -> Blocks:
     if architecture.startswith("gfx9"):
         return _on_cdna(dtype, size)
     if architecture.startswith("gfx"):
-        few = Block(16, 32 if dtype != torch.float32 and size <= 64 else 16, 4 if size <= 64 else 8, 1)
-        return Blocks(Block(64, 32, 8, 1) if few.keys == 32 else few, few, few, _bias(dtype))
+        return _on_rdna(dtype, size)
     if dtype == torch.float32:
         return _wide_on_nvidia(size)
     return _on_mma(size) if reads_registers(architecture) else _on_nvidia(architecture, size)
@@ -118,3 +117,12 @@ def _on_cdna(dtype: torch.dtype, size: int) -> Blocks:
     if size <= 128:
         return Blocks(Block(64, 32, 2, 1, 16), Block(64, 32, 4, 1, 16), Block(32, 64, 4, 1, 16), bias)
     return Blocks(Block(64, 32, 4, 1, 16), Block(64, 16, 4, 1, 16), Block(16, 64, 4, 1, 16), bias)
+
+
+def _on_rdna(dtype: torch.dtype, size: int) -> Blocks:
+    """Warps of 32 lanes, which have at most 256 registers each. In 16 bits as for `_on_cdna`; float32 has no matrix unit."""
+    if dtype == torch.float32:
+        small = Block(16, 16, 8, 1)
+        return Blocks(Block(16, 16, 4, 1) if size <= 64 else small, small, small, _bias(dtype))
+    read = Block(64, 16, 4, 1)
+    return Blocks(replace(read, keys=32) if size <= 64 else read, read, Block(16, 64, 4, 1), _bias(dtype))
