@@ -275,6 +275,8 @@ def check_dtype():
                 close(a, b)
     with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'float32' of type str"):
         diffmax.diffmax_bisect(X, dtype="float32")
+    with pytest.raises(TypeError, match=r"dtype, to which X is converted first, must be float16, .* got int32$"):
+        diffmax.diffmax_bisect(X, dtype=torch.int32)
     assert "float64" in str(diffmax.explain("diffmax_bisect", X.float(), dtype=torch.float64))
     assert diffmax.explain("diffmax_bisect", x, 0.5, 1)
 

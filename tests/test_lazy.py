@@ -211,6 +211,28 @@ def test_packed_sequences_say_what_is_wrong():
             diffmax.lazy_attention_varlen(x, x, x, None, options.pop("tau", -0.5), *given, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"bias": torch.zeros(3, 9)},
+            r"bias must have a number per head and distance, shape \(H, W\) with H = 2, got \(3, 9\)",
+        ),
+        ({"bias": None, "weights": "diffmax", "alpha": 2.0}, "alpha must lie strictly between 0 and 1, got 2.0"),
+        ({"bias": None, "scale": "wide"}, "scale must be a float, got 'wide' of type str"),
+        ({"bias": None, "return_mass": 1}, "return_mass must be True or False, got 1 of type int"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_errors_name_the_function_that_was_called(packed, options, says):
+    bias, rest = options["bias"], {name: value for name, value in options.items() if name != "bias"}
+    x, ends = torch.randn(5, 2, 4), torch.tensor([0, 2, 5], dtype=torch.int32)
+    name, given = ("lazy_attention_varlen", (ends, ends, 3, 3)) if packed else ("lazy_attention", ())
+    x = x if packed else x.transpose(0, 1).unsqueeze(0)
+    with pytest.raises((TypeError, ValueError), match=f"^diffmax.{name}: {says}"):
+        getattr(diffmax, name)(x, x, x, bias, -0.5, *given, **rest)
+
+
 @pytest.mark.skipif(torch.__version__ < "2.5", reason="needs a Dynamo that knows replace(): pip install 'torch>=2.13'")
 def test_packed_sequences_compile():
     x, ends = torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)

@@ -128,7 +128,7 @@ def test_scratch_holds_whole_turns_and_other_turns_are_refused():
     """Three tiles of keys, two a turn: the second turn stores a fourth."""
     operator = AttentionOperator(lambda device: "sm90", lambda device: 1, ptx=True)
     query, key = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 192, 64, dtype=torch.bfloat16)
-    arguments = {"processors": 1, "ptx": True, "precision": "ieee"}
+    arguments = {"processors": 1, "ptx": True, "precision": "ieee", "partial": 8}
     settings = operator.forward_settings(query.device, query.dtype, 64, AttentionCall(scale=0.1, e=0.15))
     plan = ForwardPlan.of(query, key, key, AttentionCall(scale=0.1, e=0.15), True, False, settings, **arguments)
     assert plan.tops == 4 * 64

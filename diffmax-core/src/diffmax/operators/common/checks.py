@@ -62,6 +62,11 @@ def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Check the dtype argument, to which the scores are converted."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name}: dtype must be a torch.dtype, got {dtype!r} of type {type(dtype).__name__}")
+    if dtype not in FLOAT_DTYPES:
+        wanted = "float16, bfloat16, float32 or float64"
+        raise TypeError(
+            f"{name}: dtype, to which X is converted first, must be {wanted}, got {str(dtype).removeprefix('torch.')}"
+        )
     return dtype
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -35,11 +35,12 @@ def build(
     is_causal: bool,
     window_size: tuple[int, int] | None,
     attn_mask: Tensor | None,
+    name: str = _NAME,
 ) -> tuple[Tensor, Tensor, Tensor, ThresholdCall]:
-    """The tensors and the call that `threshold_attention`'s arguments mean."""
+    """The tensors and the call that `threshold_attention`'s arguments mean. Errors name `name`."""
     query, key, value = autocast(query, key, value)
     given = (query, key, value, threshold, weights, alpha, power, bias, scale, is_causal, window_size, attn_mask)
-    return query, key, value, checks.build_call(_NAME, *given)
+    return query, key, value, checks.build_call(name, *given)
 
 
 def build_packed(
@@ -59,9 +60,9 @@ def build_packed(
     scale: float | None,
     is_causal: bool,
     window_size: tuple[int, int] | None,
+    name: str = f"{_NAME}_varlen",
 ) -> tuple[Tensor, Tensor, Tensor, ThresholdCall]:
-    """The tensors (1, H, T, D) and the call that `threshold_attention_varlen`'s arguments mean."""
-    name = f"{_NAME}_varlen"
+    """The tensors (1, H, T, D) and the call that `threshold_attention_varlen`'s arguments mean. Errors name `name`."""
     query, key, value = autocast(query, key, value)
     check_tensors(name, query, key, value, "THD")
     query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
@@ -180,12 +181,29 @@ def threshold_attention(
             return_mass=return_mass, backend=backend,
         )  # fmt: skip
     warn_of_part(_NAME)
-    check_flag(_NAME, "normalize", normalize)
-    check_flag(_NAME, "return_mass", return_mass)
-    query, key, value, call = build(
-        query, key, value, threshold, weights=weights, alpha=alpha, power=power, bias=bias, scale=scale,
-        is_causal=is_causal, window_size=window_size, attn_mask=attn_mask,
+    return attend(
+        _NAME, query, key, value, threshold, weights=weights, alpha=alpha, power=power, bias=bias, scale=scale,
+        is_causal=is_causal, window_size=window_size, attn_mask=attn_mask, normalize=normalize, return_mass=return_mass,
+        backend=backend,
     )  # fmt: skip
+
+
+def attend(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: float | Tensor,
+    *,
+    normalize: bool,
+    return_mass: bool,
+    backend: str | None,
+    **given: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`threshold_attention`, whose further arguments are `given`; errors name `name`."""
+    check_flag(name, "normalize", normalize)
+    check_flag(name, "return_mass", return_mass)
+    query, key, value, call = build(query, key, value, threshold, name=name, **given)
     out, mass = _computed(query, key, value, call, normalize, backend)
     return (out, mass) if return_mass else out
 
@@ -289,12 +307,20 @@ def threshold_attention_varlen(
             weights=weights, alpha=alpha, power=power, bias=bias, scale=scale, is_causal=is_causal, window_size=window_size,
             normalize=normalize, return_mass=return_mass, backend=backend,
         )  # fmt: skip
-    check_flag(f"{_NAME}_varlen", "normalize", normalize)
-    check_flag(f"{_NAME}_varlen", "return_mass", return_mass)
-    query, key, value, call = build_packed(
-        query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, weights=weights, alpha=alpha,
-        power=power, bias=bias, scale=scale, is_causal=is_causal, window_size=window_size,
+    return attend_packed(
+        f"{_NAME}_varlen", query, key, value, threshold, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        weights=weights, alpha=alpha, power=power, bias=bias, scale=scale, is_causal=is_causal, window_size=window_size,
+        normalize=normalize, return_mass=return_mass, backend=backend,
     )  # fmt: skip
+
+
+def attend_packed(
+    name: str, *tensors: Any, normalize: bool, return_mass: bool, backend: str | None, **given: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`threshold_attention_varlen`, whose arguments before the star are `tensors`, the others `given`; errors name `name`."""
+    check_flag(name, "normalize", normalize)
+    check_flag(name, "return_mass", return_mass)
+    query, key, value, call = build_packed(*tensors, name=name, **given)
     out, mass = _computed(query, key, value, call, normalize, backend)
     out, mass = out.squeeze(0).transpose(0, 1), mass.squeeze(0).transpose(0, 1)
     return (out, mass) if return_mass else out

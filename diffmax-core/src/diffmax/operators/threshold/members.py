@@ -14,7 +14,8 @@ from diffmax.operators.common.autocast import autocast, without_autocast
 from diffmax.operators.common.capture import captured, is_captured
 from diffmax.operators.common.checks import _shape, check_flag, check_tensor, has_shape, is_whole
 from diffmax.operators.common.numerics import accumulation_dtype
-from diffmax.operators.threshold.api import threshold_attention, threshold_attention_varlen
+from diffmax.operators.common.parts import warn_of_part
+from diffmax.operators.threshold.api import attend, attend_packed, threshold_attention
 from diffmax.operators.threshold.checks import check_alpha_of, check_power, check_seen, packed
 
 FIRST_ROWS = ("kept", "published")
@@ -113,15 +114,16 @@ def lazy_attention(
             lazy_attention, query, key, value, bias, tau, window_size, weights=weights, alpha=alpha, scale=scale,
             is_causal=is_causal, attn_mask=attn_mask, first_row=first_row, return_mass=return_mass, backend=backend,
         )  # fmt: skip
+    warn_of_part(name)
     _check_lazy(name, weights, alpha, first_row)
     query, key, value = autocast(query, key, value)
     check_tensors(name, query, key, value, "BHLD")
     check_heads(name, query.shape[1], key.shape[1], True)
     _check_window(name, window_size, bias)
     theta = elastic_threshold(name, query, key, tau, is_causal, attn_mask, first_row == "kept")
-    return threshold_attention(  # type: ignore[call-overload, misc, no-any-return]
-        query, key, value, theta, weights=weights, alpha=alpha, bias=bias, scale=scale, is_causal=is_causal,
-        attn_mask=attn_mask, return_mass=return_mass, backend=backend,
+    return attend(
+        name, query, key, value, theta, weights=weights, alpha=alpha, power=1.0, bias=bias, scale=scale, is_causal=is_causal,
+        window_size=None, attn_mask=attn_mask, normalize=False, return_mass=return_mass, backend=backend,
     )  # fmt: skip
 
 
@@ -233,9 +235,10 @@ def lazy_attention_varlen(
     packed(name, *heads, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
     given = _per_head(name, "tau", heads[0], tau)[0]
     theta = _elastic(given, _visible_in_sequence(query, cu_seqlens_q, cu_seqlens_k, is_causal), first_row == "kept")
-    return threshold_attention_varlen(  # type: ignore[call-overload, misc, no-any-return]
-        query, key, value, theta, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, weights=weights, alpha=alpha,
-        bias=bias, scale=scale, is_causal=is_causal, return_mass=return_mass, backend=backend,
+    return attend_packed(
+        name, query, key, value, theta, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, weights=weights, alpha=alpha,
+        power=1.0, bias=bias, scale=scale, is_causal=is_causal, window_size=None, normalize=False, return_mass=return_mass,
+        backend=backend,
     )  # fmt: skip
 
 

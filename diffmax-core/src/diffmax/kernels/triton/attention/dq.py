@@ -6,7 +6,7 @@ A program holds a block of queries and loops over its live tiles.
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.evaluation import no_sums, partial_sums
+from diffmax.kernels.triton.attention.evaluation import partial_sums
 from diffmax.kernels.triton.attention.gradient import (
     KEYS,
     as_column,
@@ -67,7 +67,7 @@ def attention_bwd_dq_kernel(
     ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
     SINK: tl.constexpr, DROPOUT: tl.constexpr,
     LIVE: tl.constexpr, E_TENSOR: tl.constexpr, NEEDS_E: tl.constexpr, NEEDS_SINK: tl.constexpr,
-    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr,
+    K: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, PARTIAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * dS K with dS = s (dP - mean), Eq. 5.  Grid: (B * H * n_blocks,).
@@ -123,7 +123,7 @@ def attention_bwd_dq_kernel(
     high = tl.where(first < rows_here, high, low)
     seen = range_of(first, left - shift, right + shift, keys_here, BLOCK_M, OPTIONS.WINDOW)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    acc_e = no_sums(BLOCK_M, PTX)
+    acc_e = tl.zeros((BLOCK_M, PARTIAL), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for word in range(low // (TILE * WORD), (high + TILE * WORD - 1) // (TILE * WORD)):
         bits = bits_between(word, low, high)
@@ -159,7 +159,7 @@ def attention_bwd_dq_kernel(
                 d_p = tl.where(keep, d_p * inverse_keep, 0.0)
             d_s = s * (d_p - mean_here)
             if NEEDS_E:
-                acc_e += partial_sums(d_s * w, PTX)
+                acc_e += partial_sums(d_s * w, PARTIAL)
             acc = tl.dot(score_gradient(d_s, capped, rules, OPTIONS).to(key.dtype), key, acc, input_precision=PRECISION)
 
     acc_e = tl.sum(acc_e, axis=1)

@@ -24,10 +24,6 @@ _SMALLEST_E = tl.constexpr(1 / 64)
 # For a larger |m|, t would lose digits of delta that show in 16 bits: the difference to m comes first
 _LARGEST_SHIFT = tl.constexpr(1024.0)
 
-# Partial sums of a row: entries that a thread of NVIDIA's matrix units holds are a multiple of 8 apart, of AMD's one of 16. A
-# tensor with fewer columns than a matrix instruction of RDNA has is one that Triton 3.6 and 3.7 do not compile behind a branch
-_PARTIAL, _PARTIAL_OF_AMD = tl.constexpr(8), tl.constexpr(16)
-
 
 class Level(NamedTuple):
     """Thresholds of the rows of a tile.
@@ -101,68 +97,60 @@ def larger_or_nan(a, b):
 
 
 @triton.jit
-def no_sums(ROWS: tl.constexpr, PTX: tl.constexpr):
-    """`partial_sums` of nothing."""
-    PARTIAL: tl.constexpr = _PARTIAL if PTX else _PARTIAL_OF_AMD
-    return tl.zeros((ROWS, PARTIAL), tl.float32)
-
-
-@triton.jit
-def partial_sums(x, PTX: tl.constexpr):
-    """Sums over every eighth or sixteenth entry of a row, (ROWS, 8) or (ROWS, 16)."""
-    PARTIAL: tl.constexpr = _PARTIAL if PTX else _PARTIAL_OF_AMD
+def partial_sums(x, PARTIAL: tl.constexpr):
+    """Sums over every PARTIAL-th entry of a row, (ROWS, PARTIAL): entries that a thread of the matrix units holds."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // PARTIAL, PARTIAL)), axis=1)
 
 
 @triton.jit
-def sums_of(x, level, k, K: tl.constexpr, POWER: tl.constexpr, PTX: tl.constexpr):
+def sums_of(x, level, k, K: tl.constexpr, POWER: tl.constexpr, PTX: tl.constexpr, PARTIAL: tl.constexpr):
     """S, S_1 and, for k >= 2, the sum of [z - t]^(k-2) of a `shifted` tile, each as `partial_sums`. k is a scalar."""
     y = x * level.c - level.t[:, None]
     if POWER == EITHER:
         if level.digits > 0.0:
-            total, slope, curve = _sums_by_digits(y, k, PTX)
+            total, slope, curve = _sums_by_digits(y, k, PTX, PARTIAL)
         else:
-            total, slope, curve = _sums_by_hardware(positive(y), k, PTX)
+            total, slope, curve = _sums_by_hardware(positive(y), k, PTX, PARTIAL)
     elif POWER == DIGITS:
-        total, slope, curve = _sums_by_digits(y, k, PTX)
+        total, slope, curve = _sums_by_digits(y, k, PTX, PARTIAL)
     elif K > 0:
-        total, slope, curve = _sums_by_products(positive(y), K, PTX)
+        total, slope, curve = _sums_by_products(positive(y), K, PARTIAL)
     else:
-        total, slope, curve = _sums_by_hardware(positive(y), k, PTX)
+        total, slope, curve = _sums_by_hardware(positive(y), k, PTX, PARTIAL)
     return total, slope, curve
 
 
 @triton.jit
-def _sums_by_products(b, K: tl.constexpr, PTX: tl.constexpr):
+def _sums_by_products(b, K: tl.constexpr, PARTIAL: tl.constexpr):
     if K == 2:
         few = tl.minimum(b, 2.0**-100)  # no comparison, whose predicates would cost more
-        return partial_sums(b * b, PTX), partial_sums(b, PTX), partial_sums(few, PTX) * 2.0**100
+        return partial_sums(b * b, PARTIAL), partial_sums(b, PARTIAL), partial_sums(few, PARTIAL) * 2.0**100
     else:
         r = integer_power(b, K - 2)
-        return partial_sums(r * (b * b), PTX), partial_sums(r * b, PTX), partial_sums(r, PTX)
+        return partial_sums(r * (b * b), PARTIAL), partial_sums(r * b, PARTIAL), partial_sums(r, PARTIAL)
 
 
 @triton.jit
-def _sums_by_hardware(b, k, PTX: tl.constexpr):
+def _sums_by_hardware(b, k, PTX: tl.constexpr, PARTIAL: tl.constexpr):
     """b = 0 has the logarithm -inf, whose products with a positive exponent vanish: no comparison is needed."""
     log2_b = log2_by_hardware(b, PTX)
     if k >= 2.0:
         r = exp2_of(tl.maximum(k - 2.0, 1e-30) * log2_b, PTX)
-        total, slope, curve = partial_sums(r * (b * b), PTX), partial_sums(r * b, PTX), partial_sums(r, PTX)
+        total, slope, curve = partial_sums(r * (b * b), PARTIAL), partial_sums(r * b, PARTIAL), partial_sums(r, PARTIAL)
     else:
         s = exp2_of(tl.maximum(k - 1.0, 1e-30) * log2_b, PTX)
-        slope = partial_sums(s, PTX)
-        total, curve = partial_sums(s * b, PTX), slope * 0.0
+        slope = partial_sums(s, PARTIAL)
+        total, curve = partial_sums(s * b, PARTIAL), slope * 0.0
     return total, slope, curve
 
 
 @triton.jit
-def _sums_by_digits(u, k, PTX: tl.constexpr):
+def _sums_by_digits(u, k, PTX: tl.constexpr, PARTIAL: tl.constexpr):
     dead = u <= -1.0
     b = tl.where(dead, 0.0, u + 1.0)
     r = tl.where(dead, 0.0, exp2_of((k - 2.0) * log2_1p(u, False, PTX), PTX))
     s = r * b
-    return partial_sums(s * b, PTX), partial_sums(s, PTX), partial_sums(r, PTX)
+    return partial_sums(s * b, PARTIAL), partial_sums(s, PARTIAL), partial_sums(r, PARTIAL)
 
 
 @triton.jit

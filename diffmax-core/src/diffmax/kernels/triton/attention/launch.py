@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffmax.kernels.triton.attention.launch_backward import BackwardPlan, attention_backward
 from diffmax.kernels.triton.attention.launch_forward import ForwardPlan, attention_forward
-from diffmax.kernels.triton.attention.settings import Backward, Forward, backward_blocks, forward_settings
+from diffmax.kernels.triton.attention.settings import Backward, Forward, backward_blocks, forward_settings, partial_sums
 from diffmax.kernels.triton.common.launch import Plans, signature
 from diffmax.kernels.triton.common.tuning import Table, Tunable, no_table
 from diffmax.plugin import TILE, AttentionCall, AttentionGradients, AttentionResults, Saved, Wanted
@@ -102,6 +102,7 @@ class AttentionOperator(Tunable):
                 lambda: ForwardPlan.of(
                     query, key, value, call, keep, stats, self._forward_settings(query, value, call, keep),
                     processors=self.processors(device), ptx=self.ptx, precision=precision,
+                    partial=partial_sums(self.architecture(device)),
                 ),
             )  # fmt: skip
 
@@ -117,7 +118,8 @@ class AttentionOperator(Tunable):
             return self.plans.get(
                 signature(*tensors, *saved, *vars(call).values(), wanted, query.device, *self.forced.items()),
                 lambda: BackwardPlan.of(
-                    tensors, saved, call, wanted, self._backward_blocks(query, value, call), ptx=self.ptx
+                    tensors, saved, call, wanted, self._backward_blocks(query, value, call), ptx=self.ptx,
+                    partial=partial_sums(self.architecture(query.device)),
                 ),
             )  # fmt: skip
 

@@ -40,6 +40,7 @@ class BackwardPlan(NamedTuple):
         blocks: Backward,
         *,
         ptx: bool,
+        partial: int,
     ) -> BackwardPlan:
         """Depends on the signature of the call only.
 
@@ -48,6 +49,7 @@ class BackwardPlan(NamedTuple):
             saved, call, wanted: The call; the tensors of `saved` are contiguous.
             blocks: Settings of the three kernels.
             ptx: Whether the compiler accepts NVIDIA's assembly.
+            partial: Partial sums of a row.
         """
         grad, query, key, value = tensors
         arguments = Arguments.of(query, key, call, ptx=ptx, precision="ieee")
@@ -63,7 +65,7 @@ class BackwardPlan(NamedTuple):
         packed = {"n_sequences": arguments.n_sequences, "max_keys": call.max_seqlen_k}
         row_blocks = arguments.blocks(query.shape[2], blocks.dq.rows)
         dq = {
-            **shared, **packed, "n_blocks": row_blocks, "SINK": call.sink is not None,
+            **shared, **packed, "n_blocks": row_blocks, "SINK": call.sink is not None, "PARTIAL": partial,
             "NEEDS_E": wanted.e, "NEEDS_SINK": wanted.sink, **blocks.dq.arguments(),
         }  # fmt: skip
         silent = any(t is not None for t in (call.mask, call.bias, call.sink))

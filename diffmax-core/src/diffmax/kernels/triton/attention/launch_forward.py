@@ -55,6 +55,7 @@ class ForwardPlan(NamedTuple):
         processors: int,
         ptx: bool,
         precision: str,
+        partial: int,
     ) -> ForwardPlan:
         """Depends on the signature of the call only.
 
@@ -65,6 +66,7 @@ class ForwardPlan(NamedTuple):
             processors: Number of multiprocessors (compute units) of the device.
             ptx: Whether the compiler accepts NVIDIA's assembly.
             precision: Precision of products.
+            partial: Partial sums of a row.
         """
         arguments = Arguments.of(query, key, call, ptx=ptx, precision=precision)
         n_blocks, most_tiles = (
@@ -77,7 +79,7 @@ class ForwardPlan(NamedTuple):
             **arguments.scalars, **arguments.flags,
             "n_sequences": arguments.n_sequences, "n_words": live[3],
             "ALIGNED": all(aligned(t) for t in (query, key, value)), "SINK": call.sink is not None,
-            "CUT": CUT[query.dtype], "SUM": SUM[query.dtype], **_arithmetic(arguments, query.dtype),
+            "PARTIAL": partial, "CUT": CUT[query.dtype], "SUM": SUM[query.dtype], **_arithmetic(arguments, query.dtype),
         }  # fmt: skip
         keys = call.max_seqlen_k if arguments.packed else key.shape[2]
         largest_e = 1.0 if isinstance(call.e, Tensor) else shared["e"]

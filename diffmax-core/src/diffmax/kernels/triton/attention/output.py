@@ -8,7 +8,7 @@ are split into shares of BLOCK_V entries; each share recomputes the scores.
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.evaluation import level_at, no_sums, partial_sums, support_of, weights_of
+from diffmax.kernels.triton.attention.evaluation import level_at, partial_sums, support_of, weights_of
 from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, tile_scores
 from diffmax.kernels.triton.attention.steps import good_enough, largest_delta, linear_suffices, list_set_bits, stalls
 from diffmax.kernels.triton.attention.tiles import TILE, load_rows, load_vector, row_ptr, rows_inside, store_rows
@@ -36,7 +36,7 @@ def attention_out_kernel(
     OPTIONS: tl.constexpr, E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, DROPOUT: tl.constexpr,
     KEEP: tl.constexpr, SUPPORT: tl.constexpr, CUT: tl.constexpr, SUM: tl.constexpr, SOLVED: tl.constexpr,
     HARDWARE: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
-    FOLDED: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr,
+    FOLDED: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """out, delta, and the optional results.  Grid: as many programs as run concurrently; list is their scratch buffer.
 
@@ -106,7 +106,7 @@ def attention_out_kernel(
             lift, lift_u = _lifts(delta, row_k, HALF)
             level = level_at(m, delta, unit, head_e, POWER, EXACT)
             before, at = total, delta
-            all_total = no_sums(ROWS, PTX)
+            all_total = tl.zeros((ROWS, PARTIAL), tl.float32)
             all_slope = all_total
             acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
             acc_u = acc
@@ -118,9 +118,9 @@ def attention_out_kernel(
                 )  # fmt: skip
                 value = load_rows(v_at, begin, rows_inside(begin, block.n_keys, KEYS), v_row, entries, KEYS, BLOCK_V, WHOLE)
                 s, p = weights_of(x, level, head_k, K, POWER, KEEP, PTX)
-                all_total += partial_sums(p, PTX)
+                all_total += partial_sums(p, PARTIAL)
                 if KEEP:
-                    all_slope += partial_sums(s, PTX)
+                    all_slope += partial_sums(s, PARTIAL)
                 if DROPOUT:
                     own = ((b + block.sequence) * heads + h).to(tl.int32)
                     keeps = keep_mask(seed_ptr, (first + lanes)[:, None], (begin + tl.arange(0, KEYS))[None, :], own, threshold)

@@ -238,6 +238,14 @@ def backward_blocks(architecture: str, dtype: torch.dtype, size: int, extras: bo
     return _first(BACKWARD, architecture, dtype, size, extras)
 
 
+def partial_sums(architecture: str) -> int:
+    """How many partial sums the kernels have of a row: entries that a thread of a matrix unit holds are so far apart.
+
+    RDNA's need 16 besides: Triton 3.6 and 3.7 do not compile a branch that gives fewer columns than an instruction has.
+    """
+    return 16 if "rdna" in _families(architecture) else 8
+
+
 def _first(table: tuple[Rule[Launches], ...], architecture: str, dtype: torch.dtype, size: int, extras: bool) -> Launches:
     families, size = _families(architecture), power_of_two(size)
     return next(

@@ -13,7 +13,7 @@ Nothing waits for the host. The reasons for this order, and its cost: docs/perfo
 import triton
 import triton.language as tl
 
-from diffmax.kernels.triton.attention.evaluation import larger_or_nan, level_at, no_sums, sums_of
+from diffmax.kernels.triton.attention.evaluation import larger_or_nan, level_at, sums_of
 from diffmax.kernels.triton.attention.scores import block_of, queries_of, rules_of, sampled_scores, tile_scores
 from diffmax.kernels.triton.attention.steps import (
     largest_delta,
@@ -52,7 +52,7 @@ def attention_solve_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, OPTIONS: tl.constexpr,
     E_TENSOR: tl.constexpr, K: tl.constexpr, SINK: tl.constexpr, LINEAR: tl.constexpr, CUT: tl.constexpr,
     SUM: tl.constexpr, HARDWARE: tl.constexpr, PTX: tl.constexpr, FOLDED: tl.constexpr, POWER: tl.constexpr,
-    EXACT: tl.constexpr, AT_ONCE: tl.constexpr,
+    EXACT: tl.constexpr, AT_ONCE: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """m, delta, S_1 and the bits of `live`.  Grid: as many programs as run concurrently.
 
@@ -100,24 +100,24 @@ def attention_solve_kernel(
         reference = tl.maximum(tl.max(sampled, axis=1) * unit, sink)
         reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
         share = tl.maximum(size / TILE, 1.0)
-        delta = root_of_sample(sampled, reference, high, head_e, head_k, unit, share, K, POWER, PTX, _SAMPLE_STEPS)
+        delta = root_of_sample(sampled, reference, high, head_e, head_k, unit, share, K, POWER, PTX, PARTIAL, _SAMPLE_STEPS)
 
         if LARGER_SAMPLE:
             pool = tiles_of_sample(tiles, head_e)
             rough = level_at(reference, delta, unit, head_e, POWER, True)
-            total = no_sums(TILE, PTX)
+            total = tl.zeros((TILE, PARTIAL), tl.float32)
             slope, curve = total, total
             for i in range(0, pool):
                 spread = spread_keys(low_key, span, i, pool)
                 w = sampled_scores(q, q_row, k_at, k_row, spread, block, rules, OPTIONS, FOLDED, HEAD_DIM, BLOCK_D, CHUNK)
-                part, part_slope, part_curve = sums_of(w * unit - reference[:, None], rough, head_k, K, POWER, PTX)
+                part, part_slope, part_curve = sums_of(w * unit - reference[:, None], rough, head_k, K, POWER, PTX, PARTIAL)
                 total, slope, curve = total + part, slope + part_slope, curve + part_curve
             delta = step_of_sample(total, slope, curve, delta, high, row_e, row_k, share / tl.maximum(pool, 1))
 
         # 2. S at the estimate, and the largest scores of every tile
         estimate = level_at(reference, delta, unit, head_e, POWER, EXACT)
         m = zero - float("inf")
-        total = no_sums(TILE, PTX)
+        total = tl.zeros((TILE, PARTIAL), tl.float32)
         slope, curve = total, total
         tl.debug_barrier()  # the previous block may still be read
         for i in range(0, tiles, AT_ONCE):
@@ -146,13 +146,13 @@ def attention_solve_kernel(
             if (visit & (SECOND - 1)) > 0:
                 if EXACT:
                     x = x * unit - reference[:, None]
-                more, more_slope, more_curve = sums_of(x, estimate, head_k, K, POWER, PTX)
+                more, more_slope, more_curve = sums_of(x, estimate, head_k, K, POWER, PTX, PARTIAL)
                 total, slope, curve = total + more, slope + more_slope, curve + more_curve
             if AT_ONCE == 2:
                 if visit >= SECOND:
                     if EXACT:
                         x_2 = x_2 * unit - reference[:, None]
-                    more, more_slope, more_curve = sums_of(x_2, estimate, head_k, K, POWER, PTX)
+                    more, more_slope, more_curve = sums_of(x_2, estimate, head_k, K, POWER, PTX, PARTIAL)
                     total, slope, curve = total + more, slope + more_slope, curve + more_curve
         tl.debug_barrier()
         total, slope, curve = tl.sum(total, axis=1), tl.sum(slope, axis=1), tl.sum(curve, axis=1)
@@ -175,7 +175,7 @@ def attention_solve_kernel(
             count = list_live(tops_ptr, list_ptr, tiles, level, EXACT)
             tl.debug_barrier()
             before = tl.where(known, total, 0.0)
-            all_total = no_sums(TILE, PTX)
+            all_total = tl.zeros((TILE, PARTIAL), tl.float32)
             all_slope, all_curve = all_total, all_total
             for i in range(0, count):
                 tile = first_tile + tl.load(list_ptr + i)
@@ -183,7 +183,7 @@ def attention_solve_kernel(
                     q, q_row, k_at, k_row, tile * TILE, block, rules, level, OPTIONS, FOLDED, EXACT,
                     True, HEAD_DIM, BLOCK_D, CHUNK, TILE, TILE,
                 )  # fmt: skip
-                own, own_slope, own_curve = sums_of(y, level, head_k, K, POWER, PTX)
+                own, own_slope, own_curve = sums_of(y, level, head_k, K, POWER, PTX, PARTIAL)
                 all_total, all_slope, all_curve = all_total + own, all_slope + own_slope, all_curve + own_curve
             tl.debug_barrier()
             total, slope, curve = tl.sum(all_total, axis=1), tl.sum(all_slope, axis=1), tl.sum(all_curve, axis=1)

@@ -21,7 +21,8 @@ _LARGE_K = tl.constexpr(5.0)
 
 @triton.jit
 def root_of_sample(
-    x, m, high, e, k, unit, share, K: tl.constexpr, POWER: tl.constexpr, PTX: tl.constexpr, STEPS: tl.constexpr
+    x, m, high, e, k, unit, share, K: tl.constexpr, POWER: tl.constexpr, PTX: tl.constexpr, PARTIAL: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """The delta, relative to m, of a row whose other keys are like those in x. e, k and unit are scalars.
 
@@ -35,7 +36,7 @@ def root_of_sample(
     low = tl.zeros_like(delta)
     row_e, row_k = low + e, low + k
     for _ in tl.static_range(STEPS):
-        parts = sums_of(x, level_at(m, delta, unit, e, POWER, True), k, K, POWER, PTX)
+        parts = sums_of(x, level_at(m, delta, unit, e, POWER, True), k, K, POWER, PTX, PARTIAL)
         total, slope, curve = tl.sum(parts[0], axis=1), tl.sum(parts[1], axis=1), tl.sum(parts[2], axis=1)
         moved, bound = next_iterate(delta, low, high, total * share, slope * share, curve * share, row_e, row_k, True)
         usable = (total > 0.0) & (tl.abs(moved) < float("inf"))

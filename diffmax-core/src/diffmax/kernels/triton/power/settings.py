@@ -61,14 +61,19 @@ def blocks(architecture: str, dtype: torch.dtype, size: int, tokens: int, degree
         return _on_rdna(dtype, size)
     if dtype == torch.float32:
         return _wide_on_nvidia(size)
-    return _on_mma(size, tokens) if reads_registers(architecture) else _on_nvidia(size, tokens)
+    return _on_mma(size, tokens) if reads_registers(architecture) else _on_nvidia(architecture, size, tokens)
 
 
-def _on_nvidia(size: int, tokens: int) -> Blocks:
+def _on_nvidia(architecture: str, size: int, tokens: int) -> Blocks:
     if size > 64:
         large = size > 128
         block = Block(32 if large else 64, 16 if large else 32, 16 if large else 32, 8, 2)
-        return Blocks(replace(block, entries=64), block, block, block)
+        update = replace(block, entries=64)
+        if large or architecture == "sm90":
+            return Blocks(update, block, block, block)
+        # the sums of 64 tokens do not fit the tensor memory of sm100, which tiles of 32 do not use
+        gradient = Block(32, 32, 32, 4, 1)
+        return Blocks(update, block, gradient, gradient)
     # twice the tokens share the parts into which a tile of a state is split
     many, warps = (128, 8) if tokens > 64 else (64, 4)
     gradient = Block(many, 32, 32, warps, 2)
