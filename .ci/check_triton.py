@@ -1,4 +1,4 @@
-"""Whether every Triton kernel compiles where it will run: on the oldest Triton that diffmax takes, the newest, and torch's.
+"""Whether every Triton kernel compiles where it will run: on the oldest Triton that diffmax takes, and on the newest.
 
 `make check-triton` runs it. No GPU is needed. Each Triton lives in a folder of its own under build/, which child processes put
 first on their path, with a cache of its own, so that a second run takes seconds. For each it writes one table: kernel, target,
@@ -32,7 +32,7 @@ from benchmarks.sources import OPERATORS, fingerprint  # noqa: E402
 
 FOLDER = ROOT / "build" / "check-triton"
 PAGE = ROOT / "docs" / "kernels.md"
-VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
+VERSIONS = ("3.6.0", "3.9.0")
 LIMIT_S = 1800
 
 
@@ -163,10 +163,9 @@ MADE_FROM = "\nSources without a fault: {}.\n"
 HEAD = """# What the compiler makes of the kernels
 
 Written by `make check-triton WRITE=--write`, which compiles every Triton kernel ahead of time, from the real launch code and
-with the shipped settings, on the oldest Triton that diffmax takes, on the newest, and on that of the newest torch. No device
-was used. Each cell holds the most that one of the kernel's binaries takes: registers of a thread, bytes that a thread spills
-(bold, where there are any), and KiB of shared memory. Spills that are known, and why each stays, are listed in
-`.ci/triton_spills.py`; more is an error.
+with the shipped settings, on the oldest Triton that diffmax takes and on the newest. No device was used. Each cell holds the
+most that one of the kernel's binaries takes: registers of a thread, bytes that a thread spills (bold, where there are any),
+and KiB of shared memory. Spills that are known, and why each stays, are listed in `.ci/triton_spills.py`; more is an error.
 The binaries, one by one, are what the command prints.
 
 """
