@@ -27,20 +27,23 @@ FAST = (
     Case("attention", "sm90", "bfloat16", 64, "0.5"),
     Case("power", "sm90", "bfloat16", 64, "p2"),
 )
-# Bytes, by part and size: outside of the loops, or two registers where four warps share a multiprocessor with as many
+# Bytes, by part and size, and dtype where it matters: outside of the loops, or two registers where four warps share a
+# multiprocessor with as many
 KNOWN_SPILLS = {
     ("dK, dV", 128): 8,
     ("dense pass", 128): 24,
     ("dense pass, dead", 128): 24,
     ("further pass", 128): 24,
     ("output, training", 64): 24,
-    ("output, training", 128): 16,
+    ("output, training", 128): 24,
     ("power output, inference", 64): 24,
     ("power update, inference", 32): 40,
     ("power update, of queries", 32): 96,
     ("power update, training", 32): 32,
     ("threshold dK, dV", 64): 32,
     ("threshold dK, dV, dead", 64): 32,
+    ("threshold dK, dV", 64, "float32"): 112,
+    ("threshold dK, dV, dead", 64, "float32"): 112,
 }
 
 SLOW = tuple(case for case in cases() if case not in FAST)
@@ -143,7 +146,11 @@ def test_what_grows_spills_or_is_new_is_a_fault():
 def test_plain_variants_on_sm90_do_not_spill():
     plain = [line for line in read().values() if line.target == "sm90" and line.alpha not in ("tensor", "fixed")]
     assert plain
-    assert [line for line in plain if line.spilled > KNOWN_SPILLS.get((line.part, line.size), 0)] == []
+
+    def known(line):
+        return KNOWN_SPILLS.get((line.part, line.size, line.dtype), KNOWN_SPILLS.get((line.part, line.size), 0))
+
+    assert [line for line in plain if line.spilled > known(line)] == []
 
 
 SASS = """
@@ -222,7 +229,7 @@ def test_programs_at_a_time_follow_the_scarcest():
 
 
 def test_written_lines_replace_those_of_their_case(tmp_path, monkeypatch):
-    line = next(line for line in read().values() if line.part == "dQ")
+    line = next(line for line in read().values() if (line.part, line.target) == ("dQ", "sm90"))
     page = tmp_path / "page.md"
     page.write_text(f"before\n{counting.BEGIN}\nold\n{counting.END}\nafter\n")
     monkeypatch.setattr(counting, "TABLE", tmp_path / "table.json")
