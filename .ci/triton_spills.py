@@ -26,9 +26,8 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("attention_solve_kernel", "sm90"): {"3.6": 592, "3.9": 472},
     ("attention_bwd_dbias_kernel", "sm100"): {"3.9": 24},
     # Options besides causality: biases, ALiBi, softcap and dropout hold tiles of their own. Smaller tiles wait for a clock
-    # gfx11 has 256 registers for a thread and holds whole rows of an operand in them: long heads, or options
-    # Heads of 256 entries in tiles of decoding's one size, which a table can change; page bounds take three products
     ("attention_bwd_dq_kernel", "sm90"): {"3.6": 144, "3.9": 24},
+    # gfx11 has 256 registers for a thread and holds whole rows of an operand in them: long heads, or options
     ("attention_bwd_dkv_kernel", "gfx1100"): {"3.6": 836, "3.9": 832},
     ("attention_out_kernel", "gfx1100"): {"3.6": 756, "3.9": 756},
     ("attention_bwd_dq_kernel", "gfx1100"): {"3.6": 500, "3.9": 520},
@@ -37,6 +36,7 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("kvcache_read_kernel", "gfx1100"): {"3.6": 1232, "3.9": 1140},
     ("kvcache_start_kernel", "gfx1100"): {"3.6": 2244, "3.9": 1636},
     ("kvcache_values_kernel", "gfx1100"): {"3.6": 1008, "3.9": 1128},
+    # Heads of 256 entries in tiles of decoding's one size, which a table can change; page bounds take three products
     ("kvcache_read_kernel", "sm80"): {"3.6": 304, "3.9": 8},
     ("kvcache_read_kernel", "sm100"): {"3.6": 272, "3.9": 136},
     ("kvcache_read_kernel", "sm90"): {"3.9": 8},
