@@ -14,8 +14,8 @@ SPILLS: dict[tuple[str, str], dict[str, int]] = {
     ("kvcache_finish_kernel", "sm120"): {"3.6": 16},
     ("split_finish_kernel", "sm80"): {"3.6": 8},
     ("split_step_kernel", "sm90"): {"3.6": 16},
-    ("bisect_rows_kernel", "sm120"): {"3.9": 32},
-    ("bisect_rows_kernel", "sm80"): {"3.6": 48, "3.9": 48},
+    ("bisect_rows_kernel", "sm90"): {"3.9": 32},
+    ("bisect_rows_kernel", "gfx1100"): {"3.6": 52},
     # float32 in three products of tf32, whose operands are held in parts: chunks of 16, or 16 warps, do not help on 3.6;
     # and options, which hold tiles of their own, beside heads of 256 entries
     ("attention_solve_kernel", "sm80"): {"3.6": 384, "3.9": 376},

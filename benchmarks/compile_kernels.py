@@ -106,7 +106,7 @@ FACTORS: dict[str, Factors] = {
 PAIRS: dict[str, Pairs] = {
     "rows": (
         ("target", "vendor"), ("family", "dtype"), ("vendor", "length"), ("dtype", "length"), ("dtype", "alpha"),
-        ("length", "alpha"), ("family", "alpha"),
+        ("length", "alpha"),
     ),
     "long rows": (("target", "rows"), ("rows", "dtype"), ("rows", "alpha")),
     "attention": (
